@@ -1,0 +1,5 @@
+"""`python -m clipkit` is the same as `clipkit`."""
+
+from clipkit.cli import main
+
+main()

@@ -1,0 +1,38 @@
+"""The data that ships inside the package: emoji pairs for the demo, and the files that define CLIP's benchmarks.
+
+Licences and sources stand in the README beside each set.
+"""
+
+import json
+from importlib.resources import files
+from pathlib import Path
+from typing import Literal
+
+
+def folder(name: str) -> Path:
+    """The folder of an embedded set as a real path (the package is never imported from a zip)."""
+    return Path(str(files("clipkit"))) / "data" / name
+
+
+def emoji_parquet(split: Literal["train", "heldout"]) -> Path:
+    """8,548 training pairs in six drawing styles, or 1,096 held-out pairs in a seventh."""
+    return folder("emoji") / f"emoji-{split}.parquet"
+
+
+def clip_merges() -> Path:
+    """The gzipped byte-pair merges of CLIP's tokenizer (49,408 ids)."""
+    return folder("clip") / "bpe_simple_vocab_16e6.txt.gz"
+
+
+def imagenet_classes() -> list[dict[str, str]]:
+    """1,000 `{"wnid": …, "name": …}` in label order; the names are those curated for CLIP."""
+    classes: list[dict[str, str]] = json.loads((folder("clip") / "imagenet1k-classes.json").read_text(encoding="utf-8"))
+    return classes
+
+
+def prompt_templates() -> dict[str, list[str]]:
+    """OpenAI's prompt templates by name (`openai-80`, `openai-7`); `{}` stands for the class name."""
+    templates: dict[str, list[str]] = json.loads(
+        (folder("clip") / "imagenet-templates.json").read_text(encoding="utf-8")
+    )
+    return templates

@@ -1,0 +1,1 @@
+"""Evaluation: zero-shot classification, its results, and the report page."""

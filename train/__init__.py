@@ -1,0 +1,1 @@
+"""Training: recipes, data order and loading, the loop."""
