@@ -20,21 +20,19 @@ from clipkit.errors import UserError
 def write_beside(path: Path) -> Iterator[Path]:
     """Yield a temporary path in the folder of `path`, renamed to `path` when the block ends without an exception.
 
-    The name of the temporary file begins with a dot and ends in the process id, so that leftovers of a killed process
-    are never taken for results. Raises UserError when the disk is full or the folder can't be written.
+    The block makes a file or a folder there. A folder can't take the place of one that exists. The name of the
+    temporary begins with a dot and ends in the process id, so that what a killed process left is never taken for a
+    result. Raises UserError when the disk is full or the folder can't be written.
     """
     temporary = path.parent / f".{path.name}.{os.getpid()}"
     try:
         with disk_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             yield temporary
-            if temporary.is_dir():
-                os.sync()
-            else:
-                with temporary.open("rb") as file:
-                    os.fsync(file.fileno())
+            for file in temporary.rglob("*") if temporary.is_dir() else [temporary]:
+                sync_file(file)
             temporary.replace(path)
-            sync_folder(path.parent)
+            sync_file(path.parent)
     except BaseException:
         remove(temporary)
         raise
@@ -64,9 +62,9 @@ def disk_message(error: OSError, path: Path | str) -> str | None:
     return None
 
 
-def sync_folder(folder: Path) -> None:
-    """Flush a folder's entries, so that a rename survives a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync_file(path: Path) -> None:
+    """Flush a file's bytes, or a folder's entries (so that a rename in it survives a power cut), to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -138,5 +136,7 @@ def require_writable(folder: Path) -> Path:
         probe.write_bytes(b"x")
         probe.unlink()
     except OSError as error:
-        raise UserError(disk_message(error, folder) or f"can't write {folder} ({error}): choose another output") from error
+        raise UserError(
+            disk_message(error, folder) or f"can't write {folder} ({error}): choose another output"
+        ) from error
     return folder

@@ -1,0 +1,165 @@
+"""What a person sees while long work runs, and what a script reads afterwards.
+
+Progress goes to stderr, so that stdout stays for results. A null writer stands in where nothing is to be written, so no
+caller asks whether there is one.
+"""
+
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Protocol, Self
+
+from clipkit.files import append_json_line, read_json_lines
+
+if TYPE_CHECKING:
+    from rich.progress import TaskID
+
+PLAIN_LINE_SECONDS = 10.0
+
+
+class Progress:
+    """One live line: what, how far, the rate, the time left, and a note (failures, what it waits for).
+
+    On a terminal the line redraws itself; elsewhere a plain line is printed at most every ten seconds.
+    """
+
+    def __init__(self, label: str, total: int | None, unit: str = "samples", start: int = 0) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self.label, self.total, self.unit = label, total, unit
+        self.first, self.done, self.note = start, start, ""
+        self.started = self.printed = time.monotonic()
+        self.console = Console(stderr=True)
+        self.live: Progress | None = None
+        self.task: TaskID | None = None
+        if self.console.is_terminal:
+            self.live = Progress(
+                TextColumn("[bold]{task.description}"),
+                BarColumn(bar_width=24),
+                TextColumn("{task.fields[text]}"),
+                TimeRemainingColumn(compact=True),
+                console=self.console,
+                transient=False,
+            )
+            self.task = self.live.add_task(label, total=total, completed=start, text="")
+
+    def __enter__(self) -> Self:
+        if self.live is not None:
+            self.live.start()
+        return self
+
+    def update(self, done: int, note: str = "") -> None:
+        """Say how much is done in all, with a note behind the rate."""
+        self.done, self.note = done, note
+        now = time.monotonic()
+        if self.live is not None and self.task is not None:
+            self.live.update(self.task, completed=done, text=self.text())
+        elif now - self.printed >= PLAIN_LINE_SECONDS:
+            self.printed = now
+            print(f"{self.label}: {self.text()}{self.remaining(now)}", file=sys.stderr, flush=True)
+
+    def text(self) -> str:
+        """Count, rate and note as on the line."""
+        elapsed = max(time.monotonic() - self.started, 1e-9)
+        count = f"{self.done:,}" if self.total is None else f"{self.done:,}/{self.total:,}"
+        note = f" · {self.note}" if self.note else ""
+        return f"{count} {self.unit} · {(self.done - self.first) / elapsed:,.0f}/s{note}"
+
+    def remaining(self, now: float) -> str:
+        """The time left at the rate so far, for a plain line."""
+        if self.total is None or self.done <= self.first:
+            return ""
+        seconds = (now - self.started) / (self.done - self.first) * (self.total - self.done)
+        return f" · {duration(seconds)} left"
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.live is not None:
+            self.live.stop()
+        elif kind is None:
+            print(f"{self.label}: {self.text()}", file=sys.stderr, flush=True)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person says them: `42s`, `3m 05s`, `2h 10m`, `3d 4h`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m {whole % 60:02d}s"
+    if whole < 86400:
+        return f"{whole // 3600}h {whole % 3600 // 60:02d}m"
+    return f"{whole // 86400}d {whole % 86400 // 3600}h"
+
+
+class Writer(Protocol):
+    """Where the numbers of a run go."""
+
+    def write(self, values: dict[str, float | int | str]) -> None:
+        """One line of metrics; `samples_seen` is its place on the x axis."""
+
+    def close(self) -> None:
+        """Flush and let go of the files."""
+
+
+class NullWriter:
+    """Stands in for a MetricsWriter on the ranks that don't write."""
+
+    def write(self, values: dict[str, float | int | str]) -> None:
+        """Nothing is written."""
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+class MetricsWriter:
+    """`metrics.jsonl` for scripts and TensorBoard event files for people, in a run's folder.
+
+    TensorBoard's own writer imports TensorFlow where it is installed, and TensorFlow must not enter a process that
+    trains. Its event file is a TFRecord file of `Event` messages, so clipkit's record writer writes it.
+    """
+
+    def __init__(self, run: Path) -> None:
+        from clipkit.records import RecordWriter
+
+        self.path = run / "metrics.jsonl"
+        folder = run / "tensorboard"
+        folder.mkdir(parents=True, exist_ok=True)
+        self.records = RecordWriter(folder / f"events.out.tfevents.{time.time_ns()}.clipkit")
+        self.event(file_version="brain.Event:2")
+
+    def write(self, values: dict[str, float | int | str]) -> None:
+        """Append one line; every number but `samples_seen` becomes a TensorBoard scalar under its name."""
+        append_json_line(self.path, values)
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        scalars = [
+            Summary.Value(tag=name, simple_value=float(value))
+            for name, value in values.items()
+            if name != "samples_seen" and not isinstance(value, str)
+        ]
+        self.event(step=int(values["samples_seen"]), summary=Summary(value=scalars))
+
+    def event(self, **fields: object) -> None:
+        """Append one TensorBoard event with the wall clock of now."""
+        from tensorboard.compat.proto.event_pb2 import Event
+
+        self.records.write(Event(wall_time=time.time(), **fields).SerializeToString())
+        self.records.flush()
+
+    def close(self) -> None:
+        """Close the event file; each metrics line is on the disk already."""
+        self.records.close()
+
+
+def read_metrics(run: Path) -> list[dict[str, float | int | str]]:
+    """The metrics of a run in order of samples seen.
+
+    A resumed run repeats the stretch between its last checkpoint and its death: of lines for the same number of
+    samples the later one counts, and lines beyond a resume are dropped by the trainer before it appends.
+    """
+    lines = {int(line["samples_seen"]): line for line in read_json_lines(run / "metrics.jsonl")}
+    return [lines[seen] for seen in sorted(lines)]
