@@ -6,6 +6,7 @@ whoever finds the final name finds the whole file.
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
 import shutil
@@ -140,3 +141,25 @@ def require_writable(folder: Path) -> Path:
             disk_message(error, folder) or f"can't write {folder} ({error}): choose another output"
         ) from error
     return folder
+
+
+@contextlib.contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """Hold a folder against a second process that would write the same files; the kernel lets go when we die.
+
+    Raises UserError when another process holds it.
+    """
+    require_writable(folder)
+    with (folder / ".lock").open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "unknown"
+            raise UserError(
+                f"{folder} is being written by another clipkit (process {holder}): wait for it or stop it"
+            ) from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield

@@ -4,13 +4,14 @@ Progress goes to stderr, so that stdout stays for results. A null writer stands 
 caller asks whether there is one.
 """
 
+import json
 import sys
 import time
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
-from clipkit.files import append_json_line, read_json_lines
+from clipkit.files import append_json_line, read_json_lines, write_beside
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
@@ -155,11 +156,15 @@ class MetricsWriter:
         self.records.close()
 
 
-def read_metrics(run: Path) -> list[dict[str, float | int | str]]:
-    """The metrics of a run in order of samples seen.
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """The metrics of a run, in order of samples seen; [] when there are none."""
+    return read_json_lines(run / "metrics.jsonl")
 
-    A resumed run repeats the stretch between its last checkpoint and its death: of lines for the same number of
-    samples the later one counts, and lines beyond a resume are dropped by the trainer before it appends.
-    """
-    lines = {int(line["samples_seen"]): line for line in read_json_lines(run / "metrics.jsonl")}
-    return [lines[seen] for seen in sorted(lines)]
+
+def forget_metrics_after(run: Path, samples_seen: int) -> None:
+    """Drop the lines beyond a checkpoint, since a resumed run is going to write them again."""
+    lines = read_metrics(run)
+    kept = [line for line in lines if line["samples_seen"] <= samples_seen]
+    if len(kept) < len(lines):
+        with write_beside(run / "metrics.jsonl") as temporary:
+            temporary.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept), "utf-8")

@@ -1,0 +1,194 @@
+"""A checkpoint describes itself: a folder with weights, optimizer state, where in the data it stands, and what it is.
+
+    000000128000/
+      model.safetensors       weights, float32
+      optimizer.safetensors   absent in a checkpoint that is only to be evaluated
+      state.json              samples seen, stage, seconds of training so far
+      config.json             architecture, tokenizer, preprocessing, recipe
+
+It is written beside and renamed, so a folder with a checkpoint's name is a whole checkpoint. No pickle is involved.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from clipkit.config import from_json, to_json
+from clipkit.errors import UserError
+from clipkit.files import read_json, remove, require_dir, write_beside, write_json
+
+if TYPE_CHECKING:
+    from clipkit.images import Preprocess
+    from clipkit.model import CLIP, ModelConfig
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a checkpoint folder holds; tensors are on the CPU."""
+
+    path: Path
+    config: dict[str, Any]
+    state: dict[str, Any]
+    tensors: dict[str, torch.Tensor]
+    optimizer: dict[str, torch.Tensor]
+
+    @property
+    def samples_seen(self) -> int:
+        """How many samples the weights have been trained on, all stages together."""
+        return int(self.state["samples_seen"])
+
+    @property
+    def model_config(self) -> "ModelConfig":
+        """The architecture."""
+        from clipkit.model import ModelConfig
+
+        return from_json(ModelConfig, self.config["model"], f"{self.path}/config.json: model")
+
+    @property
+    def preprocess(self) -> "Preprocess":
+        """How an image becomes pixels at evaluation."""
+        from clipkit.images import Preprocess
+
+        return from_json(Preprocess, self.config["preprocess"], f"{self.path}/config.json: preprocess")
+
+
+def describe(model: "ModelConfig", preprocess: "Preprocess", recipe: Any) -> dict[str, Any]:
+    """The `config.json` of a checkpoint."""
+    from clipkit import __version__
+
+    return {
+        "format": FORMAT,
+        "clipkit": __version__,
+        "model": to_json(model),
+        "preprocess": to_json(preprocess),
+        "tokenizer": "clip-bpe",
+        "recipe": to_json(recipe),
+    }
+
+
+def save(
+    folder: Path,
+    *,
+    tensors: Mapping[str, torch.Tensor],
+    config: Mapping[str, Any],
+    state: Mapping[str, Any],
+    optimizer: Mapping[str, torch.Tensor] | None = None,
+) -> Path:
+    """Write a checkpoint folder, whole or not at all; one that stands there already is kept and returned."""
+    if folder.exists():
+        return folder
+    with write_beside(folder) as temporary:
+        remove(temporary)
+        temporary.mkdir()
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary / "model.safetensors")
+        if optimizer is not None:
+            save_file(dict(optimizer), temporary / "optimizer.safetensors")
+        write_json(temporary / "config.json", config)
+        write_json(temporary / "state.json", state)
+    return folder
+
+
+def load(path: Path, *, with_optimizer: bool = False) -> Checkpoint:
+    """Read a checkpoint folder, or the newest one of a run's folder.
+
+    Raises UserError when there is none, or when a file in it is missing or damaged.
+    """
+    folder = find(path)
+    config, state = read_json(folder / "config.json"), read_json(folder / "state.json")
+    if config.get("format", 0) > FORMAT:
+        raise UserError(f"checkpoint {folder} has format {config['format']}, newer than this clipkit: update clipkit")
+    optimizer = read_tensors(folder / "optimizer.safetensors") if with_optimizer else {}
+    return Checkpoint(folder, config, state, read_tensors(folder / "model.safetensors"), optimizer)
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a safetensors file. Raises UserError when it is missing or damaged."""
+    if not path.is_file():
+        raise UserError(f"checkpoint file {path} doesn't exist: take another checkpoint of the run")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"checkpoint file {path} is damaged ({error}): take another checkpoint of the run") from error
+
+
+def find(path: Path) -> Path:
+    """The checkpoint folder that `path` means: itself, or the newest of a run. Raises UserError when there is none."""
+    require_dir(path, "checkpoint")
+    if (path / "model.safetensors").exists() or (path / "state.json").exists():
+        return path
+    newest = latest(path)
+    if newest is None:
+        raise UserError(f"no checkpoint in {path}: give a run's folder or one of its checkpoints/ folders")
+    return newest
+
+
+def latest(run: Path) -> Path | None:
+    """The checkpoint with the most samples seen in a run's folder, or None."""
+    folders = checkpoints(run)
+    return folders[-1] if folders else None
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """The whole checkpoints of a run, in order of samples seen."""
+    return sorted(path for path in (run / "checkpoints").glob("[0-9]*") if path.name.isdigit() and path.is_dir())
+
+
+def place(run: Path, samples_seen: int) -> Path:
+    """Where a run keeps the checkpoint of `samples_seen`."""
+    return run / "checkpoints" / f"{samples_seen:012d}"
+
+
+def prune(run: Path, keep: int, always: frozenset[int] = frozenset()) -> None:
+    """Remove all but the newest `keep` checkpoints; those of the samples seen in `always` (ends of stages) stay too."""
+    removable = [path for path in checkpoints(run) if int(path.name) not in always]
+    for path in removable[: max(0, len(removable) - keep)]:
+        remove(path)
+
+
+def build_model(checkpoint: Checkpoint) -> "CLIP":
+    """The checkpoint's model with its weights, in evaluation mode on the CPU.
+
+    Raises UserError that names the first tensor which doesn't fit the architecture in `config.json`.
+    """
+    from clipkit.model import build, load_state
+
+    model = build(checkpoint.model_config)
+    load_state(model, checkpoint.tensors)
+    return model.eval()
+
+
+def optimizer_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """The optimizer's state as named tensors: `exp_avg/visual.conv.weight` and so on, on the CPU."""
+    return {
+        f"{slot}/{name}": value.detach().to("cpu", copy=True)
+        for name, parameter in model.named_parameters()
+        for slot, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def restore_optimizer(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor], where: Path
+) -> None:
+    """The inverse of `optimizer_tensors`. Raises UserError when a trained parameter has no state in `tensors`."""
+    slots_of: dict[str, dict[str, torch.Tensor]] = {}
+    for key, value in tensors.items():
+        slot, _, name = key.partition("/")
+        slots_of.setdefault(name, {})[slot] = value
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if name not in slots_of:
+            raise UserError(f"{where}: no optimizer state for {name}; resume from a checkpoint of the same recipe")
+        # A step counter that the optimizer keeps on the CPU stays there; the fused and capturable ones want the device.
+        on_device = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
+        optimizer.state[parameter] = {
+            slot: value.to(parameter.device if on_device or value.dim() else "cpu", copy=True)
+            for slot, value in slots_of[name].items()
+        }

@@ -1,0 +1,214 @@
+"""The only file that knows a CPU, CUDA and XLA apart.
+
+Everything else asks a `Device` for what it needs: where tensors go, how a step ends, what the optimizer may do. On XLA
+the trainer runs SPMD: one process, one mesh over all chips, the batch sharded over the mesh's `data` axis, weights
+replicated, and the plain single-device loss. On CUDA and the CPU there is one process a rank (`torchrun`), each with its
+slice of the global batch and gathered features.
+"""
+
+import contextlib
+import os
+import resource
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.distributed
+
+from clipkit.errors import UserError
+
+DeviceName = Literal["auto", "cpu", "gpu", "tpu"]
+Precision = Literal["auto", "float32", "bfloat16"]
+
+
+@dataclass(frozen=True)
+class Device:
+    """Where a run computes. `rank` and `world` are 0 and 1 unless `torchrun` started several processes."""
+
+    kind: Literal["cpu", "cuda", "xla"]
+    torch: torch.device
+    why: str
+    rank: int = 0
+    world: int = 1
+    mesh: Any = None
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes checkpoints, metrics and messages."""
+        return self.rank == 0
+
+    @property
+    def shards(self) -> int:
+        """Into how many equal parts a global batch is cut."""
+        return self.mesh.size() if self.mesh is not None else self.world
+
+    def batch(self, arrays: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
+        """Copy a host batch to the device; the first axis of every array is the batch.
+
+        CUDA copies from pinned memory without waiting. XLA shards the batch over the mesh.
+        """
+        tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        if self.kind == "cuda":
+            return {name: tensor.pin_memory().to(self.torch, non_blocking=True) for name, tensor in tensors.items()}
+        if self.kind == "xla":
+            import torch_xla.distributed.spmd as xs
+
+            placed = {name: tensor.to(self.torch) for name, tensor in tensors.items()}
+            for tensor in placed.values():
+                xs.mark_sharding(tensor, self.mesh, ("data",) + (None,) * (tensor.dim() - 1))
+            return placed
+        return tensors
+
+    def autocast(self, precision: Precision) -> contextlib.AbstractContextManager[Any]:
+        """bfloat16 arithmetic where asked for, or where `auto` finds hardware for it; float32 otherwise."""
+        if self.arithmetic(precision) == "float32":
+            return contextlib.nullcontext()
+        return torch.autocast(self.torch.type, dtype=torch.bfloat16)
+
+    def arithmetic(self, precision: Precision) -> Literal["float32", "bfloat16"]:
+        """What `precision` means here."""
+        if precision != "auto":
+            return precision
+        if self.kind == "cuda":
+            return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+        if self.kind == "xla":
+            return "bfloat16" if self.hardware() == "TPU" else "float32"
+        return "float32"
+
+    def hardware(self) -> str:
+        """The kind of chip behind the device, as its runtime calls it."""
+        if self.kind == "cuda":
+            return torch.cuda.get_device_name(self.torch)
+        if self.kind == "xla":
+            import torch_xla.runtime
+
+            return str(torch_xla.runtime.device_type())
+        return f"CPU, {torch.get_num_threads()} threads"
+
+    def optimizer_options(self, learning_rate: float) -> dict[str, Any]:
+        """AdamW's options that suit the device.
+
+        On XLA the learning rate and the step counter are tensors on the device: as Python numbers they would be
+        constants of the graph, and each step would compile a new one.
+        """
+        if self.kind == "xla":
+            return {"lr": torch.tensor(learning_rate, device=self.torch), "capturable": True, "foreach": False}
+        return {"lr": learning_rate, "fused": True}
+
+    def set_learning_rate(self, optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+        """Set the learning rate of all groups without a new graph."""
+        for group in optimizer.param_groups:
+            if isinstance(group["lr"], torch.Tensor):
+                group["lr"] = torch.tensor(learning_rate, device=self.torch)
+            else:
+                group["lr"] = learning_rate
+
+    def wrap(self, model: torch.nn.Module) -> torch.nn.Module:
+        """The model as the step calls it: gradients averaged over the ranks where there are several."""
+        if self.world == 1:
+            return model
+        ids = [self.torch.index] if self.kind == "cuda" else None
+        return torch.nn.parallel.DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+
+    def end_step(self) -> None:
+        """Tell a lazy device that the step is complete, so that it compiles and starts; others have started already."""
+        if self.kind == "xla":
+            import torch_xla
+
+            torch_xla.sync()
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        if self.world > 1:
+            torch.distributed.barrier()
+
+    def agree(self, value: bool) -> bool:
+        """The first rank's answer, on every rank: clocks differ, and all ranks must do the same."""
+        if self.world == 1:
+            return value
+        flag = torch.tensor([int(value)], device=self.torch)
+        torch.distributed.broadcast(flag, src=0)
+        return bool(flag.item())
+
+    def peak_memory(self) -> int:
+        """The most memory this process has held so far, in bytes: the device's own, or the process's on a CPU."""
+        if self.kind == "cuda":
+            return torch.cuda.max_memory_allocated(self.torch)
+        kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return kilobytes if sys.platform == "darwin" else kilobytes * 1024
+
+    def close(self) -> None:
+        """Leave the group of ranks."""
+        if self.world > 1 and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+def pick(name: str = "auto") -> Device:
+    """The device that `name` means on this machine: `auto` takes a GPU, then a TPU, then the CPU.
+
+    Joins the group of ranks when `torchrun` set one up. Raises UserError for a device that isn't here.
+    """
+    if name not in ("auto", "cpu", "gpu", "tpu"):
+        raise UserError(f"unknown device {name!r}: choose from auto, cpu, gpu, tpu")
+    if name == "tpu":
+        return pick_xla("asked for")
+    if name == "gpu" and not torch.cuda.is_available():
+        raise UserError(f"no GPU: {no_gpu_reason()}; use --device cpu, or run `clipkit doctor`")
+    if name == "gpu" or (name == "auto" and torch.cuda.is_available()):
+        return join_ranks("cuda", "asked for" if name == "gpu" else "a GPU is here")
+    if name == "auto" and has_tpu():
+        return pick_xla("a TPU is here")
+    why = "asked for" if name == "cpu" else f"no GPU ({no_gpu_reason()}) and no TPU"
+    return join_ranks("cpu", why)
+
+
+def no_gpu_reason() -> str:
+    """Why torch sees no GPU, in a few words."""
+    if torch.version.cuda is None:
+        return "this torch was built without CUDA"
+    return "torch sees no CUDA device"
+
+
+def has_tpu() -> bool:
+    """Whether XLA's runtime was told of a device, or a TPU's device file is here; nothing is imported to find out."""
+    from pathlib import Path
+
+    asked = os.environ.get("PJRT_DEVICE", "").upper() == "TPU"
+    return asked or any(Path("/dev").glob("accel[0-9]*"))
+
+
+def pick_xla(why: str) -> Device:
+    """One process over all XLA devices as a one-axis mesh."""
+    try:
+        import torch_xla
+        import torch_xla.distributed.spmd as xs
+        import torch_xla.runtime as xr
+    except ImportError as error:
+        raise UserError(
+            f"no TPU support here ({error}): make an environment of its own with pip install 'clipkit[tpu]'"
+        ) from error
+    os.environ.setdefault("PJRT_DEVICE", "TPU")
+    try:
+        xr.use_spmd()
+        count = xr.global_runtime_device_count()
+        mesh = xs.Mesh(np.arange(count), (count,), ("data",))
+        return Device("xla", torch_xla.device(), f"{why}: {count} × {os.environ['PJRT_DEVICE']}", mesh=mesh)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"XLA found no device ({reason}): on a TPU VM set PJRT_DEVICE=TPU, to try, CPU") from error
+
+
+def join_ranks(kind: Literal["cpu", "cuda"], why: str) -> Device:
+    """This process's place among those that `torchrun` started, or the only place there is."""
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    device = torch.device("cuda", local) if kind == "cuda" else torch.device("cpu")
+    if kind == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cuda.matmul.allow_tf32 = True
+    if world > 1 and not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("nccl" if kind == "cuda" else "gloo")
+    return Device(kind, device, why, rank, world)

@@ -1,0 +1,56 @@
+"""AdamW as CLIP uses it, and its learning rate as a function of samples seen.
+
+Counting in samples and not in steps keeps a schedule where it was when the batch size changes.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from clipkit.device import Device
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW (Loshchilov and Hutter, 2019). `grad_clip` is the largest norm of all gradients together."""
+
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.2
+    grad_clip: float = 1.0
+
+
+def make_optimizer(
+    model: torch.nn.Module, config: OptimizerConfig, learning_rate: float, device: Device
+) -> torch.optim.AdamW:
+    """AdamW with weight decay on matrices alone: not on biases, norms' gains, embeddings or the logit scale."""
+    decayed, free = [], []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            (decayed if is_decayed(name, parameter) else free).append(parameter)
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": free, "weight_decay": 0.0}]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        betas=(config.beta1, config.beta2),
+        eps=config.eps,
+        **device.optimizer_options(learning_rate),
+    )
+
+
+def is_decayed(name: str, parameter: torch.nn.Parameter) -> bool:
+    """Whether weight decay applies: to what multiplies activations, as in CLIP's own training."""
+    is_embedding = any(part in name for part in ("token_embedding", "positional_embedding", "pos_embed", "cls_token"))
+    return parameter.ndim >= 2 and not is_embedding
+
+
+def learning_rate_at(seen: int, *, peak: float, warmup: int, total: int, final: float = 0.0) -> float:
+    """The learning rate for the step that begins at `seen` samples of a stage of `total`.
+
+    Linear from 0 to `peak` over the first `warmup` samples, then half a cosine down to `final`.
+    """
+    if seen < warmup:
+        return peak * seen / warmup
+    share = (seen - warmup) / max(1, total - warmup)
+    return final + 0.5 * (peak - final) * (1 + math.cos(math.pi * min(1.0, share)))
