@@ -1,0 +1,153 @@
+"""What the classes are called, and in which sentences.
+
+Half of all wrong zero-shot numbers come from here: names in another order than the labels, or templates other than the
+paper's. So names and templates are resolved once, checked, and hashed into every result.
+"""
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from clipkit import embedded
+from clipkit.config import did_you_mean
+from clipkit.errors import UserError
+from clipkit.files import read_json, require_file
+
+
+@dataclass(frozen=True)
+class Classes:
+    """The classes of a task in label order."""
+
+    labels: tuple[str, ...]
+    """What stands in the data: a label's text, a folder's name, a wnid."""
+    names: tuple[tuple[str, ...], ...]
+    """What goes into the templates: one name or more; the class's embedding is the mean over all of its prompts."""
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def titles(self) -> tuple[str, ...]:
+        """What a person is shown: the name where there is one, the label where there are several."""
+        return tuple(
+            names[0] if len(names) == 1 else label for label, names in zip(self.labels, self.names, strict=True)
+        )
+
+
+@dataclass(frozen=True)
+class Templates:
+    """Sentences in which `{}` stands for the class name, and the name they were asked for by."""
+
+    name: str
+    sentences: tuple[str, ...]
+
+
+def templates(spec: str) -> Templates:
+    """`openai-80`, `openai-7`, `plain` (the bare name), a file (a JSON list, or a line each), or one literal template.
+
+    Raises UserError for an unknown name, with the nearest known ones, and for a sentence without `{}`.
+    """
+    known = {**embedded.prompt_templates(), "plain": ["{}"]}
+    if spec in known:
+        return Templates(spec, tuple(known[spec]))
+    path = Path(spec)
+    if "{}" in spec:
+        sentences, name = [spec], spec
+    elif path.suffix in (".json", ".txt") or path.is_file():
+        sentences, name = _template_file(require_file(path, "templates file")), path.stem
+    else:
+        raise UserError(
+            f"unknown templates {spec!r}: {did_you_mean(spec, known)}, or give a file or 'a photo of a {{}}'"
+        )
+    for sentence in sentences:
+        if sentence.count("{}") < 1:
+            raise UserError(f"template {sentence!r} in {name} has no {{}}: write {{}} where the class name goes")
+    if not sentences:
+        raise UserError(f"{path} holds no template: write one sentence with {{}} on each line")
+    return Templates(name, tuple(sentences))
+
+
+def _template_file(path: Path) -> list[str]:
+    if path.suffix == ".json":
+        listed = read_json(path)
+        if not (isinstance(listed, list) and all(isinstance(each, str) for each in listed)):
+            raise UserError(f'{path} isn\'t a JSON list of sentences: write ["a photo of a {{}}.", …]')
+        return listed
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} isn't UTF-8 text: give a text file with one template on each line") from error
+    return [line.strip() for line in lines if line.strip()]
+
+
+def fill(sentence: str, name: str) -> str:
+    """The template with the class name in it; other braces stay as they are."""
+    return sentence.replace("{}", name)
+
+
+def prompts(classes: Classes, sentences: Sequence[str]) -> list[list[str]]:
+    """For each class every name in every template."""
+    return [[fill(sentence, name) for name in names for sentence in sentences] for names in classes.names]
+
+
+def name_classes(labels: Sequence[str], where: Path, file: Path | None = None) -> Classes:
+    """Names for the labels of a data set, whose order is that of the label numbers.
+
+    Without a file: a wnid (`n01440764`) gets its ImageNet name as curated for CLIP, where all labels are wnids; any
+    other label is its own name. With a file, a JSON object from label to a name or a list of names: its keys, in its
+    order, are the classes, and may be more than occur in the data; or a JSON list of names in label order.
+    Raises UserError for a label without a name.
+    """
+    if file is not None:
+        return _named_by_file(labels, where, file)
+    imagenet = {entry["wnid"]: entry["name"] for entry in embedded.imagenet_classes()}
+    if labels and all(label in imagenet for label in labels):
+        return Classes(tuple(labels), tuple((imagenet[label],) for label in labels))
+    return Classes(tuple(labels), tuple((label,) for label in labels))
+
+
+def _named_by_file(labels: Sequence[str], where: Path, file: Path) -> Classes:
+    listed = read_json(file)
+    if isinstance(listed, list) and listed and all(isinstance(name, str) for name in listed):
+        if len(listed) != len(labels):
+            raise UserError(
+                f"{file} names {len(listed):,} classes, {where} has {len(labels):,}: give one for each label"
+            )
+        return Classes(tuple(labels), tuple((name,) for name in listed))
+    if not isinstance(listed, dict) or not listed:
+        raise UserError(
+            f'{file} isn\'t a list of names or an object: write {{"label": "name"}} or {{"label": ["name", …]}}'
+        )
+    named: dict[str, tuple[str, ...]] = {}
+    for label, value in listed.items():
+        names = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else ()
+        if not names or not all(isinstance(name, str) and name.strip() for name in names):
+            raise UserError(f"{file}: class {label!r} has no name: give it a text or a list of texts")
+        named[label] = names
+    for label in labels:
+        if label not in named:
+            raise UserError(f"{file} has no class {label!r}, which occurs in {where}: {nearest(label, list(named))}")
+    return Classes(tuple(named), tuple(named.values()))
+
+
+def names_by_class(parquet: Path, class_column: str, name_column: str) -> dict[str, list[str]]:
+    """For each value of one column the sorted different values of another: for `--classes`, classes of many names.
+
+    The ten emoji groups, each of all the emoji in it: `names_by_class(emoji_parquet("train"), "group", "label")`.
+    """
+    import pyarrow.parquet as pq
+
+    found: dict[str, set[str]] = {}
+    columns = pq.read_table(parquet, columns=[class_column, name_column])
+    for label, name in zip(columns[class_column].to_pylist(), columns[name_column].to_pylist(), strict=True):
+        if label is not None and name:
+            found.setdefault(str(label), set()).add(str(name))
+    return {label: sorted(found[label]) for label in sorted(found)}
+
+
+def nearest(word: str, known: Sequence[str]) -> str:
+    """The end of an error line: near misses, or a few examples where there are too many to list."""
+    if len(known) <= 12 or difflib.get_close_matches(word, known, n=1, cutoff=0.5):
+        return did_you_mean(word, known)
+    return f"it has {len(known):,}, among them {', '.join(repr(each) for each in sorted(known)[:3])}"

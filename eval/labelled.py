@@ -1,0 +1,228 @@
+"""Labelled images from where people have them: a TFDS directory, a folder for each class, or a parquet file.
+
+The three give the same thing: a list of keys and labels that is known at once, and the encoded images in that order.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from clipkit import embedded
+from clipkit.errors import UserError
+from clipkit.eval.classes import nearest
+from clipkit.files import read_json
+
+IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"))
+IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "img", "image_bytes", "bytes")
+EVALUATION_SPLITS = ("validation", "val", "test", "train")
+
+
+@dataclass(frozen=True)
+class LabelledImages:
+    """The images to classify. `labels_N` are places in `label_names`; `read()` yields the N encoded images in order."""
+
+    path: Path
+    name: str
+    """For results and file names: the data's name, its split where it has several, the label where it isn't `label`."""
+    keys: list[str]
+    labels_N: NDArray[np.int64]
+    label_names: tuple[str, ...]
+    named: bool
+    """False when the labels are bare numbers, for which no prompt can be made without a file of names."""
+    read: Callable[[], Iterator[bytes]]
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+
+def open_labelled(data: Path, *, label: str = "label", split: str | None = None) -> LabelledImages:
+    """Open labelled images of any of the three kinds.
+
+    Without `split` the first of validation, val, test, train that is there is taken; the result's name says which.
+    Raises UserError when `data` is none of the three, has no such split or label, or holds no image.
+    """
+    if data.is_file():
+        return from_parquet(data, label)
+    if not data.is_dir():
+        raise UserError(
+            f"data {data} doesn't exist: give a TFDS directory, a folder of class folders, or a parquet file"
+        )
+    if (data / "dataset_info.json").exists() or any(data.glob("*/dataset_info.json")):
+        return from_tfds(data, label, split)
+    if any(data.glob("*/*/dataset_info.json")):
+        return from_tfds(data, label, split)
+    return from_folder(data, split)
+
+
+def enumerate_labels(values: Sequence[Any]) -> tuple[NDArray[np.int64], tuple[str, ...], bool]:
+    """Labels as numbers, their names, and whether they are names at all.
+
+    Texts are sorted. Numbers keep their value, as they point into somebody's list of classes; so folders named 0 to 999
+    aren't put in the order 0, 1, 10, 100, which is how ImageNetV2 is scored wrongly.
+    """
+    if all(isinstance(value, int) or (isinstance(value, str) and value.isdecimal()) for value in values):
+        labels_N = np.array([int(value) for value in values], dtype=np.int64)
+        if labels_N.min() < 0:
+            raise UserError(f"label {labels_N.min()} is negative: unlabelled test images can't be scored")
+        return labels_N, *number_names(int(labels_N.max()) + 1)
+    names = sorted({str(value) for value in values})
+    place = {name: number for number, name in enumerate(names)}
+    return np.array([place[str(value)] for value in values], dtype=np.int64), tuple(names), True
+
+
+def number_names(count: int) -> tuple[tuple[str, ...], bool]:
+    """The names of classes that are known by number alone: a thousand of them are ImageNet-1K's in its order."""
+    if count == 1000:
+        return tuple(entry["wnid"] for entry in embedded.imagenet_classes()), True
+    return tuple(str(number) for number in range(count)), False
+
+
+def from_parquet(path: Path, label: str) -> LabelledImages:
+    """A row an image: a column of encoded bytes (or Hugging Face's `{bytes, path}`), and the column `label`."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        file = pq.ParquetFile(path)
+    except pa.ArrowInvalid as error:
+        raise UserError(
+            f"{path} isn't a parquet file: give one, a TFDS directory, or a folder of class folders"
+        ) from error
+    schema = file.schema_arrow
+    if label not in schema.names:
+        raise UserError(f"{path} has no column {label!r}: {nearest(label, schema.names)} (option --label)")
+    image = image_column(path, schema)
+    values = file.read(columns=[label])[label].to_pylist()
+    if not values:
+        raise UserError(f"{path} has no rows: nothing to classify")
+    if None in values:
+        raise UserError(f"{path} row {values.index(None)} has no {label!r}: leave out the rows without a label")
+    labels_N, names, named = enumerate_labels(values)
+
+    def read() -> Iterator[bytes]:
+        for batch in file.iter_batches(batch_size=256, columns=[image]):
+            for cell in batch.column(0).to_pylist():
+                yield (cell.get("bytes") if isinstance(cell, dict) else cell) or b""
+
+    keys = [str(row) for row in range(len(values))]
+    return LabelledImages(path, with_label(path.stem, label), keys, labels_N, names, named, read)
+
+
+def image_column(path: Path, schema: Any) -> str:
+    """The column that holds encoded images: one with a usual name, or else the only one of bytes."""
+    import pyarrow as pa
+
+    def holds_bytes(kind: Any) -> bool:
+        if pa.types.is_struct(kind):
+            return kind.get_field_index("bytes") >= 0
+        return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+
+    candidates = [field.name for field in schema if holds_bytes(field.type)]
+    for name in IMAGE_COLUMNS:
+        if name in candidates:
+            return name
+    if len(candidates) != 1:
+        found = f"it has {', '.join(candidates)}" if candidates else "it has no column of bytes"
+        raise UserError(f"{path} has no column of encoded images ({found}): name the column `image`")
+    return candidates[0]
+
+
+def with_label(name: str, label: str) -> str:
+    """A task's name: the label is part of it where it isn't the usual one."""
+    return name if label == "label" else f"{name}-{label}"
+
+
+def from_folder(path: Path, split: str | None) -> LabelledImages:
+    """A folder for each class, images of any depth inside; or such a set in a folder for each split."""
+    root, name = path, path.name
+    splits = [each for each in EVALUATION_SPLITS if (path / each).is_dir()]
+    if split is not None and not (path / split).is_dir():
+        raise UserError(
+            f"{path} has no split {split!r}: it has {', '.join(splits) or 'no split folders'} (option --split)"
+        )
+    if split is not None or splits:
+        chosen = split or splits[0]
+        root, name = path / chosen, f"{path.name}-{chosen}"
+    files: list[Path] = []
+    for folder in sorted(each for each in root.iterdir() if each.is_dir() and not each.name.startswith(".")):
+        files += sorted(each for each in folder.rglob("*") if each.suffix.lower() in IMAGE_SUFFIXES)
+    if not files:
+        raise UserError(
+            f"{root} holds no class folders with images: give CLASS/IMAGE.jpg, a TFDS directory, or a parquet file"
+        )
+    labels_N, names, named = enumerate_labels([file.relative_to(root).parts[0] for file in files])
+    keys = [file.relative_to(root).as_posix() for file in files]
+    return LabelledImages(path, name, keys, labels_N, names, named, lambda: (file.read_bytes() for file in files))
+
+
+def from_tfds(path: Path, label: str, split: str | None) -> LabelledImages:
+    """A TFDS directory: the image is `image` or `jpg`, the label a ClassLabel, a number or a text."""
+    from clipkit.dataset import open_dataset
+
+    dataset = open_dataset(path, split=split or default_split(path))
+    if not dataset.num_records:
+        raise UserError(f"{dataset.path} split {dataset.split} has no records: choose another with --split")
+    image = ""
+    values: list[Any] = []
+    for index in range(dataset.num_records):
+        example = dataset.example(index)
+        if label not in example or example[label] is None:
+            remedy = nearest(label, sorted(example))
+            raise UserError(f"{dataset.path} record {dataset.key(index)} has no {label!r}: {remedy} (option --label)")
+        image = image or next((name for name in IMAGE_COLUMNS if name in example), "")
+        values.append(text_of(example[label]))
+    if not image:
+        raise UserError(f"{dataset.path} has no image feature: it should be named image or jpg")
+    labels_N, names, named = enumerate_labels(values)
+    known = class_label_names(dataset.path, label)
+    if known is not None:
+        names, named = known
+        if labels_N.max() >= len(names):
+            raise UserError(
+                f"{dataset.path} has label {labels_N.max()}, but {len(names)} class names: mend its metadata"
+            )
+
+    def read() -> Iterator[bytes]:
+        for index in range(dataset.num_records):
+            yield dataset.example(index).get(image) or b""
+
+    keys = [dataset.key(index) for index in range(dataset.num_records)]
+    name = with_label(f"{dataset.name}-{dataset.split}", label)
+    return LabelledImages(path, name, keys, labels_N, names, named, read)
+
+
+def text_of(value: Any) -> int | str:
+    """A label as the record holds it: whole numbers stay numbers, bytes become text."""
+    if isinstance(value, list) and len(value) == 1:
+        value = value[0]
+    if isinstance(value, bytes):
+        return value.decode("utf-8", errors="replace")
+    return int(value) if isinstance(value, int | np.integer) else str(value)
+
+
+def default_split(path: Path) -> str:
+    """The split to evaluate on when none is asked for."""
+    infos = sorted(
+        [*path.glob("dataset_info.json"), *path.glob("*/dataset_info.json"), *path.glob("*/*/dataset_info.json")]
+    )
+    names = [entry.get("name", "") for entry in read_json(infos[0]).get("splits", [])]
+    return next((split for split in EVALUATION_SPLITS if split in names), names[0] if names else "train")
+
+
+def class_label_names(path: Path, label: str) -> tuple[tuple[str, ...], bool] | None:
+    """The class names of a TFDS ClassLabel, in label order, from `<label>.labels.txt` beside `features.json`.
+
+    None when the feature isn't a ClassLabel.
+    """
+    features = path / "features.json"
+    content = read_json(features) if features.exists() else {}
+    entry = content.get("featuresDict", {}).get("features", {}).get(label, {})
+    listed = path / f"{label}.labels.txt"
+    if listed.exists():
+        return tuple(line.strip() for line in listed.read_text(encoding="utf-8").split("\n") if line.strip()), True
+    count = entry.get("classLabel", {}).get("numClasses")
+    return None if count is None else number_names(int(count))

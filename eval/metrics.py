@@ -1,0 +1,94 @@
+"""Accuracy with its uncertainty, beside what guessing gives.
+
+A zero-shot number without an interval and a chance level can't be told from luck, so no function here returns one alone.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Z_95 = 1.959963984540054
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One number: `value` with its 95% interval `low`..`high` over `n` images, and the `chance` level of guessing."""
+
+    metric: str
+    value: float
+    low: float
+    high: float
+    n: int
+    chance: float
+
+
+def wilson(value: float, n: float) -> tuple[float, float]:
+    """The 95% score interval of a proportion seen in `n` independent trials (Wilson, 1927). `n` need not be whole.
+
+    Unlike value ± 1.96 standard errors it stays inside 0..1 and has a width at 0 and at 1.
+    """
+    if n <= 0:
+        return 0.0, 1.0
+    z2 = Z_95 * Z_95
+    centre = (value + z2 / (2 * n)) / (1 + z2 / n)
+    half = Z_95 / (1 + z2 / n) * math.sqrt(value * (1 - value) / n + z2 / (4 * n * n))
+    # The two ends are exact where nothing or everything is right; rounding must not push them past the value.
+    return max(0.0, min(value, centre - half)), min(1.0, max(value, centre + half))
+
+
+def mean_per_class_recall(correct_N: NDArray[np.bool_], labels_N: NDArray[np.int64]) -> tuple[float, float, float]:
+    """The recall of each class that occurs, averaged over the classes, with a 95% interval: (value, low, high).
+
+    The interval is for other images of the same classes. The variance of the mean of C recalls is the sum of
+    p(1-p)/n over the classes, by C². A class with two images or more gives its own unbiased term; a class with a single
+    image can't, and takes the variance at the mean recall. The interval is Wilson's at the number of trials that has
+    this variance, and never at more than the number it has when all classes are equally hard; so with one image in
+    each class it is exactly the interval of top-1.
+    """
+    classes, class_N = np.unique(labels_N, return_inverse=True)
+    n_C = np.bincount(class_N, minlength=len(classes)).astype(np.float64)
+    recall_C = np.bincount(class_N, weights=correct_N.astype(np.float64), minlength=len(classes)) / n_C
+    value = float(recall_C.mean())
+    pooled = value * (1 - value)
+    own_C = recall_C * (1 - recall_C) / np.maximum(n_C - 1, 1)
+    variance = float(np.where(n_C > 1, own_C, pooled).sum()) / len(classes) ** 2
+    trials = len(classes) ** 2 / float((1 / n_C).sum())
+    if variance > 0:
+        trials = min(trials, pooled / variance)
+    low, high = wilson(value, trials)
+    return value, low, high
+
+
+def measure(top_NK: NDArray[np.int64], labels_N: NDArray[np.int64], classes: int) -> list[Measure]:
+    """top-1, top-5 and mean per-class recall from the best guesses of each image, best first.
+
+    `top_NK` holds class numbers, K at least min(5, classes). With five classes or fewer top-5 is right by necessity and
+    is left out.
+    """
+    n = len(labels_N)
+    hit_NK = top_NK[:, :5] == labels_N[:, None]
+    measures = []
+    for k in (1, 5):
+        if k == 1 or classes > k:
+            value = float(hit_NK[:, :k].any(axis=1).mean())
+            measures.append(Measure(f"top{k}", value, *wilson(value, n), n, k / classes))
+    measures.append(
+        Measure("mean_per_class_recall", *mean_per_class_recall(hit_NK[:, 0], labels_N), n, 1 / classes),
+    )
+    return measures
+
+
+def largest_class(labels_N: NDArray[np.int64]) -> float:
+    """The share of the class with the most images: the top-1 of always guessing it."""
+    return float(np.bincount(labels_N).max() / len(labels_N))
+
+
+def confused(top_NK: NDArray[np.int64], labels_N: NDArray[np.int64], most: int = 12) -> list[tuple[int, int, int, int]]:
+    """The pairs of classes that are taken for another most often: (label, guess, times, images with this label)."""
+    wrong_N = top_NK[:, 0] != labels_N
+    pairs, times = np.unique(np.stack([labels_N[wrong_N], top_NK[wrong_N, 0]], axis=1), axis=0, return_counts=True)
+    count_C = np.bincount(labels_N)
+    order = np.lexsort((pairs[:, 1], pairs[:, 0], -times))[:most]
+    return [(int(pairs[i, 0]), int(pairs[i, 1]), int(times[i]), int(count_C[pairs[i, 0]])) for i in order]

@@ -1,0 +1,118 @@
+"""The numbers of a run: one JSON line each, that says what made it, so that two of them can be told to be comparable."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from clipkit.files import read_json_lines, write_beside
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+METRICS = {"top1": "top-1", "top5": "top-5", "mean_per_class_recall": "mean per-class recall"}
+
+
+@dataclass(frozen=True)
+class Result:
+    """One line of `results.jsonl`. `value`, `low`, `high` and `chance` are shares, 0 to 1; the interval is at 95%."""
+
+    metric: str
+    value: float
+    low: float
+    high: float
+    n: int
+    chance: float
+    classes: int
+    task: str
+    data: str
+    samples_seen: int
+    checkpoint: str
+    hashes: dict[str, str] = field(default_factory=dict)
+    """Of the class names, templates, split (image ids and labels) and preprocessing."""
+    templates: str = ""
+    """The name the templates were asked for by."""
+    unreadable: int = 0
+    """Images that can't be decoded; they aren't among the n."""
+    largest_class: float = 0.0
+    """The share of the commonest class: the top-1 of a model that always guesses it."""
+
+    @property
+    def identity(self) -> tuple[object, ...]:
+        """What makes two lines the same measurement: a repeated one replaces the older."""
+        return self.metric, self.task, self.checkpoint, tuple(sorted(self.hashes.items()))
+
+
+def digest(value: Any) -> str:
+    """A short hash (16 hex digits of SHA-256) of anything JSON can hold."""
+    canonical = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
+def read(run: Path) -> list[Result]:
+    """The results of a run in the order written; [] when there are none yet. Lines of other programs are left out."""
+    known = {each.name for each in dataclasses.fields(Result)}
+    needed = {each.name for each in dataclasses.fields(Result)[:11]}
+    return [
+        Result(**{name: value for name, value in line.items() if name in known})
+        for line in read_json_lines(run / "results.jsonl")
+        if isinstance(line, dict) and needed <= line.keys()
+    ]
+
+
+def write(run: Path, results: Iterable[Result]) -> Path:
+    """Add results to `results.jsonl`; a repeated measurement replaces its older line. The file is whole at all times."""
+    lines = {result.identity: result for result in [*read(run), *results]}
+    path = run / "results.jsonl"
+    with write_beside(path) as temporary:
+        text = "".join(json.dumps(dataclasses.asdict(result), ensure_ascii=False) + "\n" for result in lines.values())
+        temporary.write_text(text, encoding="utf-8")
+    return path
+
+
+def verdict(result: Result) -> str:
+    """What the number is worth, in words: "" when it is clearly better than guessing."""
+    if result.low <= result.chance <= result.high:
+        return "not distinguishable from chance"
+    if result.high < result.chance:
+        return "worse than chance: check the labels and the class names"
+    # Mean per-class recall gains nothing by guessing the commonest class, and top-5 is not comparable with its share.
+    if result.metric == "top1" and result.low <= result.largest_class:
+        return f"no better than always guessing the commonest class ({percent(result.largest_class)})"
+    return ""
+
+
+def percent(share: float) -> str:
+    """A share as a percentage: two digits below 1%, one above."""
+    return f"{share:.2%}" if share < 0.01 else f"{share:.1%}"
+
+
+def table(results: Sequence[Result]) -> "Table":
+    """The results as a table for the screen, each beside chance."""
+    from rich.table import Table
+
+    grid = Table(box=None, pad_edge=False, header_style="bold")
+    columns = ("task", "metric", "value", "95% interval", "chance", "images", "classes", "templates")
+    for name in columns:
+        right = name in ("value", "95% interval", "chance", "images", "classes")
+        grid.add_column(name, justify="right" if right else "left", no_wrap=name == "value")
+    remarks = any(verdict(result) for result in results)
+    if remarks:
+        grid.add_column("note")
+    for result in results:
+        remark = verdict(result)
+        cells = [
+            result.task,
+            METRICS.get(result.metric, result.metric),
+            percent(result.value),
+            f"{percent(result.low)} – {percent(result.high)}",
+            percent(result.chance),
+            f"{result.n:,}",
+            f"{result.classes:,}",
+            result.templates,
+        ]
+        grid.add_row(*cells, *([remark] if remarks else []), style="yellow" if remark else None)
+    return grid
