@@ -2,8 +2,8 @@
 
 Everything else asks a `Device` for what it needs: where tensors go, how a step ends, what the optimizer may do. On XLA
 the trainer runs SPMD: one process, one mesh over all chips, the batch sharded over the mesh's `data` axis, weights
-replicated, and the plain single-device loss. On CUDA and the CPU there is one process a rank (`torchrun`), each with its
-slice of the global batch and gathered features.
+replicated, and the plain single-device loss. On CUDA and the CPU there is one process a rank (`torchrun`), each with
+its slice of the global batch and gathered features.
 """
 
 import contextlib

@@ -45,12 +45,12 @@ def is_decayed(name: str, parameter: torch.nn.Parameter) -> bool:
     return parameter.ndim >= 2 and not is_embedding
 
 
-def learning_rate_at(seen: int, *, peak: float, warmup: int, total: int, final: float = 0.0) -> float:
-    """The learning rate for the step that begins at `seen` samples of a stage of `total`.
+def learning_rate_at(seen: int, batch: int, *, peak: float, warmup: int, total: int, final: float = 0.0) -> float:
+    """The learning rate of the step that takes a stage of `total` samples from `seen` to `seen + batch`.
 
-    Linear from 0 to `peak` over the first `warmup` samples, then half a cosine down to `final`.
+    Linear up to `peak`, which the step that completes `warmup` samples has, then half a cosine towards `final`.
     """
     if seen < warmup:
-        return peak * seen / warmup
+        return peak * min(1.0, (seen + batch) / warmup)
     share = (seen - warmup) / max(1, total - warmup)
     return final + 0.5 * (peak - final) * (1 + math.cos(math.pi * min(1.0, share)))

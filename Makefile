@@ -1,0 +1,62 @@
+# Needs Python 3.11 or newer with venv, and make; all else is installed into .venv (and .venv-xla for the TPU tests).
+PYTHON ?= python3
+VENV := .venv
+XLA := .venv-xla
+BIN := $(VENV)/bin
+UV := $(BIN)/uv
+# Libraries start a thread pool each, in every test process; on a few cores they only get in each other's way.
+TEST_ENV := CLIPKIT_XLA_PYTHON=$(CURDIR)/$(XLA)/bin/python
+
+.PHONY: help install demo test lint types bench clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo    train a first CLIP on embedded pictures and write its report (about ten minutes)"
+	@echo "make test    all tests"
+	@echo "make lint    ruff"
+	@echo "make types   mypy"
+	@echo "make bench   benchmarks against the peers"
+	@echo "make clean   remove the environments and caches"
+
+$(UV):
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+
+# The stamps are newer than what they were made from, so an install runs only when the pins change.
+$(VENV)/.demo: $(UV) setup.cfg constraints.txt
+	$(UV) pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[download,report]'
+	@touch $@
+
+$(VENV)/.dev: $(UV) setup.cfg constraints.txt
+	$(UV) pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[dev]'
+	@touch $@ $(VENV)/.demo
+
+$(XLA)/.xla: $(UV) setup.cfg constraints-tpu.txt
+	$(UV) venv --quiet --allow-existing --python $(PYTHON) $(XLA)
+	$(UV) pip install --quiet --python $(XLA)/bin/python --constraint constraints-tpu.txt --editable '.[tpu]'
+	@touch $@
+
+install: $(VENV)/.dev $(XLA)/.xla
+
+demo: $(VENV)/.demo
+	$(BIN)/clipkit demo
+
+test: $(VENV)/.dev $(XLA)/.xla
+	$(TEST_ENV) $(BIN)/python -m pytest --numprocesses auto --dist worksteal $(ARGS)
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# mypy can't see setup.cfg's mapping of packages to folders: it gets a tree of links that looks as installed.
+types: $(VENV)/.dev
+	rm -rf .typing && mkdir -p .typing/clipkit
+	ln -s $(CURDIR)/clipkit/* .typing/clipkit/
+	ln -s $(CURDIR)/tfrecord_tools $(CURDIR)/eval $(CURDIR)/train .typing/clipkit/
+	$(BIN)/mypy
+
+bench: $(VENV)/.dev
+	@for each in benchmarks/[a-z]*.py; do echo "== $$each"; $(BIN)/python $$each || exit 1; done
+
+clean:
+	rm -rf $(VENV) $(XLA) .typing .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist

@@ -1,0 +1,244 @@
+"""The command `clipkit`: each subcommand parses its arguments, imports its stage, and calls one function.
+
+Stages are imported inside the commands, so that `--help` loads neither torch nor anything else that is slow.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+
+from clipkit import __version__
+from clipkit.errors import InternalError, UserError
+from clipkit.files import disk_message
+
+Folder = click.Path(path_type=Path, file_okay=False)
+Anything = click.Path(path_type=Path)
+Command = Callable[..., None]
+
+
+class OneLineErrors(click.Group):
+    """A group whose commands end with one line and the right exit code where the user can mend something."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the subcommand; UserError exits with 2, InternalError with 1."""
+        try:
+            return super().invoke(ctx)
+        except UserError as error:
+            fail(str(error), 2)
+        except InternalError as error:
+            fail(str(error), 1)
+        except OSError as error:
+            message = disk_message(error, error.filename or "the output")
+            if message is None:
+                raise
+            fail(message, 2)
+
+
+def fail(message: str, code: int) -> NoReturn:
+    """End the command with one line on stderr."""
+    error = click.ClickException(" ".join(message.split()))
+    error.exit_code = code
+    raise error
+
+
+def print_json(value: Any) -> None:
+    """One line of JSON on stdout, for scripts."""
+    click.echo(json.dumps(value, ensure_ascii=False))
+
+
+as_json = click.option("--json", "as_json", is_flag=True, help="Print the summary as one line of JSON.")
+
+
+@click.group(cls=OneLineErrors, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__)
+def main() -> None:
+    """Train and evaluate CLIP models on a budget.
+
+    The stages in order: download, build-tfds, train, zeroshot, report. `clipkit demo` runs all of them on embedded
+    pictures in a few minutes.
+    """
+
+
+@main.command()
+@click.argument("urls", type=Anything)
+@click.argument("out", type=Folder)
+@click.option("--preset", metavar="NAME", help="Column names of a known set, such as laion400m.")
+@click.option("--url-column", metavar="NAME", help="Column with the image's URL.")
+@click.option("--caption-column", metavar="NAME", help="Column with the caption.")
+@click.option("--image-size", default=256, show_default=True, help="Shorter side of the stored images, in pixels.")
+@click.option("--quality", default=95, show_default=True, help="JPEG quality of images that are encoded again.")
+@click.option("--samples-per-shard", default=10_000, show_default=True, help="URLs in a shard.")
+@click.option("--processes", type=int, help="Processes that fetch. [default: one a core]")
+@click.option("--threads", default=32, show_default=True, help="Connections of each process.")
+@click.option("--timeout", default=10.0, show_default=True, help="Seconds to wait for a server.")
+@click.option("--retries", default=0, show_default=True, help="Further tries of a failed URL.")
+@as_json
+def download(urls: Path, out: Path, as_json: bool, **options: Any) -> None:
+    """Fetch the images of a table of URLS (parquet, CSV or TSV) into shards in OUT.
+
+    Running the same command again goes on where it was stopped. What failed is listed with its reason in
+    OUT/clipkit/failures.parquet.
+    """
+    from clipkit.tfrecord_tools.download import download as stage
+
+    summary = stage(urls, out, **options)
+    if as_json:
+        print_json(summary.to_json())
+    else:
+        click.echo(summary.text())
+
+
+@main.command()
+@click.argument("shards", type=Folder)
+@click.argument("out", type=Folder)
+@click.option("--name", required=True, help="Name of the dataset; it becomes OUT/NAME/1.0.0.")
+@click.option("--split", default="train", show_default=True, help="Name of the split.")
+@click.option("--workers", type=int, help="Processes that convert. [default: one a core]")
+@as_json
+def build_tfds(shards: Path, out: Path, as_json: bool, **options: Any) -> None:
+    """Turn image-text SHARDS (img2dataset's webdataset tars or tfrecords) into a TFDS dataset below OUT.
+
+    TensorFlow isn't needed to write it; `tfds.builder_from_directory` reads it.
+    """
+    from clipkit.tfrecord_tools.build import build_tfds as stage
+
+    summary = stage(shards, out, **options)
+    if as_json:
+        print_json(summary.to_json())
+    else:
+        click.echo(summary.text())
+
+
+@main.command()
+@click.option("--data", type=Folder, required=True, help="Dataset folder, as build-tfds makes it.")
+@click.option("--recipe", "recipe_name", required=True, metavar="NAME", help="See `clipkit recipes`.")
+@click.option("--out", type=Folder, required=True, help="Folder of the run.")
+@click.option("--device", default="auto", show_default=True, metavar="auto|cpu|gpu|tpu", help="Where to compute.")
+@click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Change the recipe; may be repeated.")
+@click.option("--resume", is_flag=True, help="Go on from the newest checkpoint in the run, if there is one.")
+@click.option("--init", type=Folder, help="Begin with the weights of this checkpoint.")
+@click.option("--workers", type=int, help="Loader workers. [default: by the number of cores]")
+@click.option("--eval-data", type=Anything, help="Zero-shot data to evaluate on while training.")
+@click.option("--eval-label", default="label", show_default=True, help="Label column of --eval-data.")
+@click.option("--eval-templates", default="openai-80", show_default=True, help="As zeroshot's --templates.")
+@as_json
+def train(
+    data: Path,
+    recipe_name: str,
+    out: Path,
+    device: str,
+    assignments: tuple[str, ...],
+    resume: bool,
+    init: Path | None,
+    workers: int | None,
+    eval_data: Path | None,
+    eval_label: str,
+    eval_templates: str,
+    as_json: bool,
+) -> None:
+    """Train a recipe's stages in one run: few tokens first, then all.
+
+    The run's folder gets checkpoints, metrics.jsonl and TensorBoard files. Under `torchrun` every process takes its
+    part of each batch.
+    """
+    from clipkit.config import set_values
+    from clipkit.eval.zeroshot import open_task
+    from clipkit.log import duration
+    from clipkit.train.loop import train as stage
+    from clipkit.train.recipes import find_recipe
+
+    recipe = set_values(find_recipe(recipe_name), assignments)
+    task = open_task(eval_data, label=eval_label, templates_name=eval_templates) if eval_data else None
+    summary = stage(recipe, data, out, device_name=device, resume=resume, init=init, workers=workers, task=task)
+    if as_json:
+        print_json(summary.to_json())
+    elif summary.finished:
+        click.echo(
+            f"{summary.samples_seen:,} samples seen in {duration(summary.seconds)}; "
+            f"try: clipkit zeroshot --ckpt {summary.run} --data DATA"
+        )
+    else:
+        click.echo(f"stopped at {summary.samples_seen:,} samples: run the same command with --resume to go on")
+
+
+@main.command()
+@click.argument("name", required=False)
+@click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Show the recipe with this changed.")
+def recipes(name: str | None, assignments: tuple[str, ...]) -> None:
+    """List the recipes, or print one (NAME) as JSON: its keys are what `train --set` takes."""
+    from clipkit.config import set_values, to_json
+    from clipkit.train.recipes import find_recipe
+    from clipkit.train.recipes import recipes as known
+
+    if name:
+        click.echo(json.dumps(to_json(set_values(find_recipe(name), assignments)), indent=2))
+        return
+    for each, make in known().items():
+        click.echo(f"{each:24}{(make.__doc__ or '').split('. ')[0].split(':')[0]}")
+
+
+@main.command()
+@click.option("--ckpt", type=Folder, required=True, help="A checkpoint's folder, or a run's (its newest).")
+@click.option("--data", type=Anything, required=True, help="TFDS folder, image folder, or parquet file.")
+@click.option("--templates", default="openai-80", show_default=True, help="A known name, a file, or 'a photo of a {}'.")
+@click.option("--label", default="label", show_default=True, help="Column with the label.")
+@click.option("--classes", type=Anything, help="JSON file that names the classes: {label: name or [names]}.")
+@click.option("--split", help="Split of the data. [default: the one it has, or validation]")
+@click.option("--name", "task_name", help="Name of the task in the results. [default: from the data]")
+@click.option("--batch-size", default=256, show_default=True, help="Images at once.")
+@click.option("--device", default="auto", show_default=True, metavar="auto|cpu|gpu|tpu", help="Where to compute.")
+@click.option("--out", type=Folder, help="Run that gets the results. [default: the checkpoint's]")
+@as_json
+def zeroshot(ckpt: Path, data: Path, as_json: bool, **options: Any) -> None:
+    """Classify images by prompts alone, and say how sure the numbers are.
+
+    A checkpoint describes itself, so no model name is asked for.
+    """
+    from clipkit.config import to_json
+    from clipkit.eval.results import table
+    from clipkit.eval.zeroshot import zeroshot as stage
+
+    found = stage(ckpt, data, **options)
+    if as_json:
+        for result in found:
+            print_json(to_json(result))
+    else:
+        from rich.console import Console
+
+        Console().print(table(found))
+
+
+@main.command()
+@click.argument("run", type=Folder)
+def report(run: Path) -> None:
+    """Write RUN/report.html: one page with the curves, the numbers, the pictures and the costs."""
+    from clipkit.eval.report import report as stage
+
+    click.echo(stage(run))
+
+
+@main.command()
+@click.option("--out", type=Folder, default="demo-run", show_default=True, help="Folder for all that the demo makes.")
+def demo(out: Path) -> None:
+    """Run the whole pipeline on embedded pictures: URLs, shards, dataset, CLIP, zero-shot numbers, report."""
+    from clipkit.demo import run_demo
+
+    run_demo(out)
+
+
+@main.command()
+@as_json
+def doctor(as_json: bool) -> None:
+    """Say what is installed, which device will be used and why, and which versions don't go together."""
+    from clipkit.doctor import examine, print_findings
+
+    findings = examine()
+    if as_json:
+        print_json(findings.to_json())
+    else:
+        print_findings(findings)
+    if findings.problems:
+        raise SystemExit(1)

@@ -1,0 +1,149 @@
+"""What is installed, which device will be used and why, and which versions are known not to go together.
+
+Nothing is imported to learn a version; torch alone is, in the end, to ask it for its devices.
+"""
+
+import importlib.metadata
+import platform
+from dataclasses import dataclass
+
+from clipkit.config import to_json
+from clipkit.errors import UserError
+
+CORE = (
+    "torch",
+    "torchvision",
+    "timm",
+    "numpy",
+    "pillow",
+    "simplejpeg",
+    "opencv-python-headless",
+    "tokenizers",
+    "ftfy",
+    "safetensors",
+    "protobuf",
+    "google-crc32c",
+    "webdataset",
+    "fsspec",
+    "pyarrow",
+    "tensorboard",
+    "click",
+    "rich",
+)
+EXTRAS = {
+    "download": ("img2dataset",),
+    "tfds": ("tensorflow", "tensorflow-datasets"),
+    "syntax": ("HanTa",),
+    "report": ("jinja2", "matplotlib"),
+    "tpu": ("torch_xla",),
+}
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What `clipkit doctor` found. A problem is something that will fail; a note is something to know."""
+
+    python: str
+    versions: dict[str, str | None]
+    device: str
+    problems: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    def to_json(self) -> dict[str, object]:
+        """The findings as JSON values."""
+        found: dict[str, object] = to_json(self)
+        return found
+
+
+def examine() -> Findings:
+    """Look at this environment. Raises nothing: what fails is a finding."""
+    names = [*CORE, *(name for extra in EXTRAS.values() for name in extra)]
+    versions = {name: version_of(name) for name in names}
+    problems = [f"{name} is missing: pip install clipkit" for name in CORE if versions[name] is None]
+    problems += clashes(versions)
+    notes = [
+        f"[{extra}] isn't installed ({', '.join(missing)}): pip install 'clipkit[{extra}]'"
+        for extra, packages in EXTRAS.items()
+        if (missing := [name for name in packages if versions[name] is None])
+    ]
+    if versions["tensorflow"]:
+        notes.append(
+            "tensorflow is installed: clipkit never imports it in a process that trains, and neither should you"
+        )
+    device = find_device(problems)
+    return Findings(platform.python_version(), versions, device, tuple(problems), tuple(notes))
+
+
+def version_of(package: str) -> str | None:
+    """The installed version, or None."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def clashes(versions: dict[str, str | None]) -> list[str]:
+    """Pairs of versions that are known not to work together."""
+    found = []
+    torch, vision, xla = versions["torch"], versions["torchvision"], versions["torch_xla"]
+    if torch and vision and (wanted := required_torch(vision)) and not same_release(torch, wanted):
+        found.append(f"torchvision {vision} needs torch {wanted}, but torch {torch} is here: install the pair together")
+    if torch and xla and not same_release(torch, xla):
+        found.append(f"torch_xla {xla} needs torch {xla}, but torch {torch} is here: use an environment of its own")
+    tensorflow, tensorflow_io = versions["tensorflow"], version_of("tensorflow-io")
+    if tensorflow and tensorflow_io and tuple(map(int, tensorflow.split(".")[:2])) >= (2, 17):
+        found.append(
+            f"tensorflow-io {tensorflow_io} doesn't load beside tensorflow {tensorflow}: remove it; clipkit reads and "
+            "writes TFRecords without it"
+        )
+    return found
+
+
+def required_torch(torchvision: str) -> str | None:
+    """The torch release that the installed torchvision asks for in its metadata."""
+    for line in importlib.metadata.requires("torchvision") or []:
+        if line.replace(" ", "").startswith("torch=="):
+            return line.replace(" ", "").removeprefix("torch==").split(";")[0]
+    return None
+
+
+def same_release(one: str, other: str) -> bool:
+    """Whether two versions agree but for a local part such as `+cpu`."""
+    return one.split("+")[0] == other.split("+")[0]
+
+
+def find_device(problems: list[str]) -> str:
+    """The device that `--device auto` takes, and why; a failure becomes a problem."""
+    try:
+        from clipkit.device import pick
+
+        device = pick("auto")
+        return f"{device.kind} ({device.hardware()}): {device.why}"
+    except UserError as error:
+        problems.append(str(error))
+    except (ImportError, OSError, RuntimeError) as error:
+        problems.append(f"torch doesn't load ({str(error).splitlines()[0]}): reinstall torch and torchvision together")
+    return "none"
+
+
+def print_findings(findings: Findings) -> None:
+    """The findings as a table for people."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console()
+    table = Table(title=f"clipkit on Python {findings.python}", title_justify="left")
+    table.add_column("package")
+    table.add_column("version")
+    for name, version in findings.versions.items():
+        table.add_row(name, version or "[dim]not installed[/dim]")
+    console.print(table)
+    console.print(Text.assemble(("device  ", "bold"), findings.device))
+    # Extras stand in square brackets, which rich would take for its own markup.
+    for note in findings.notes:
+        console.print(Text.assemble(("note    ", "yellow"), note))
+    for problem in findings.problems:
+        console.print(Text.assemble(("problem ", "red"), problem))
+    if not findings.problems:
+        console.print("[green]no problems found[/green]")

@@ -1,0 +1,352 @@
+"""The training loop, from a recipe and a dataset to a run's folder.
+
+It reads from top to bottom: check, find where to start, then for each stage build the model at the stage's sizes and
+take steps until its samples are seen. All that a resumed run needs is in the newest checkpoint: weights, optimizer
+state, samples seen. The order of the data and every random choice follow from (seed, samples seen), so a run that was
+killed ends with the weights of the unbroken one.
+"""
+
+import contextlib
+import itertools
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+
+from clipkit import __version__, checkpoint
+from clipkit.config import differences, to_json
+from clipkit.dataset import Dataset, open_dataset
+from clipkit.device import Device, pick
+from clipkit.errors import UserError
+from clipkit.eval.zeroshot import Task, evaluate
+from clipkit.files import lock, write_json
+from clipkit.log import MetricsWriter, NullWriter, Progress, Writer, forget_metrics_after
+from clipkit.model import CLIP, build, load_state
+from clipkit.tokenizer import Tokenizer
+from clipkit.train.data import Batch, batches
+from clipkit.train.optimizer import learning_rate_at, make_optimizer
+from clipkit.train.recipes import Recipe, Stage, check_recipe, loader_config, model_at, preprocess_at
+from clipkit.train.step import train_step
+
+
+@dataclass
+class Run:
+    """What the parts of the loop share, and where the run stands. `seconds` counts all its resumes together."""
+
+    recipe: Recipe
+    folder: Path
+    dataset: Dataset
+    device: Device
+    writer: Writer
+    task: Task | None
+    workers: int | None
+    samples_seen: int = 0
+    seconds: float = 0.0
+    bad_samples: int = 0
+    saved_at: float = 0.0
+    stop_asked: bool = False
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What `train` says at its end; `loss` is NaN when no step was taken."""
+
+    run: Path
+    checkpoint: Path | None
+    samples_seen: int
+    seconds: float
+    loss: float
+    finished: bool
+
+    def to_json(self) -> dict[str, Any]:
+        """The summary as JSON values."""
+        values = {"run": str(self.run), "checkpoint": str(self.checkpoint), "samples_seen": self.samples_seen}
+        return {**values, "seconds": self.seconds, "loss": self.loss, "finished": self.finished}
+
+
+def train(
+    recipe: Recipe,
+    data: Path,
+    folder: Path,
+    *,
+    device_name: str = "auto",
+    resume: bool = False,
+    init: Path | None = None,
+    workers: int | None = None,
+    task: Task | None = None,
+) -> Summary:
+    """Train `recipe` on the dataset folder `data`, into the run's folder.
+
+    `resume` goes on from the newest checkpoint in `folder`, where there is one. `init` takes the weights of another
+    checkpoint to begin with. `task` is evaluated at the recipe's cadence and at the end of each stage. SIGTERM and
+    Ctrl-C save a checkpoint and return. Raises UserError for whatever stands in the way before the first step, and when
+    the loss is no number any more.
+    """
+    # ---- Check what can be checked before any work ------------------------------------------------------------------
+    dataset = open_dataset(data)
+    device = pick(device_name)
+    check_recipe(recipe, dataset.num_records, device.shards)
+
+    with contextlib.ExitStack() as stack:
+        if device.is_first:
+            stack.enter_context(lock(folder))
+        stack.callback(device.close)
+
+        # ---- Where to start: own checkpoint, another checkpoint's weights, scratch ---------------------------------
+        own = checkpoint.latest(folder)
+        if own is not None and not resume:
+            raise UserError(f"{folder} holds a run of {int(own.name):,} samples: add --resume, or choose another --out")
+        device.barrier()
+        start = None
+        if own is not None:
+            start = checkpoint.load(own, with_optimizer=True)
+            refuse_another_recipe(start, recipe)
+        tensors = start.tensors if start else checkpoint.load(init).tensors if init else None
+
+        # ---- Open the run's files ----------------------------------------------------------------------------------
+        if device.is_first:
+            forget_metrics_after(folder, start.samples_seen if start else 0)
+            write_json(folder / "config.json", describe_run(recipe, dataset, device))
+        writer: Writer = MetricsWriter(folder) if device.is_first else NullWriter()
+        stack.callback(writer.close)
+        run = Run(recipe, folder, dataset, device, writer, task if device.is_first else None, workers)
+        if start:
+            run.samples_seen, run.seconds = start.samples_seen, float(start.state["seconds"])
+            run.bad_samples = int(start.state["bad_samples"])
+        stack.enter_context(stop_on_signal(run))
+
+        # ---- The stages: each begins with the weights of the one before, and a fresh optimizer ---------------------
+        loss, stage_start = math.nan, 0
+        for stage in recipe.stages:
+            stage_end = stage_start + stage.samples
+            if run.samples_seen < stage_end and not run.stop_asked:
+                model = build(model_at(recipe, stage), seed=recipe.seed)
+                if tensors is not None:
+                    load_state(model, tensors)
+                model.to(device.torch)
+                optimizer = make_optimizer(model, recipe.optimizer, stage.learning_rate, device)
+                if start and run.samples_seen > stage_start:
+                    checkpoint.restore_optimizer(model, optimizer, start.optimizer, start.path)
+                loss = run_stage(run, stage, stage_start, model, optimizer)
+                tensors = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+            stage_start = stage_end
+    finished = run.samples_seen >= stage_start
+    return Summary(folder, checkpoint.latest(folder), run.samples_seen, run.seconds, loss, finished)
+
+
+def run_stage(run: Run, stage: Stage, stage_start: int, model: CLIP, optimizer: torch.optim.Optimizer) -> float:
+    """Take a stage's steps from `run.samples_seen` to its end, or until a stop is asked for; returns the last loss."""
+    recipe, device, cadence = run.recipe, run.device, run.recipe.cadence
+    stage_end = stage_start + stage.samples
+    wrapped = device.wrap(model)
+    model.train()
+    loader = batches(
+        run.dataset,
+        loader_config(recipe, stage),
+        run.samples_seen,
+        stage_end,
+        rank=device.rank,
+        world=device.world,
+        workers=run.workers,
+    )
+    tokenizer, loss = Tokenizer(), math.nan
+    loss_sum, steps = torch.zeros((), device=device.torch), 0
+    run.saved_at = time.monotonic()
+    watch = Stopwatch(run.samples_seen)
+    start = run.samples_seen - stage_start
+    with contextlib.closing(loader), Progress(f"train {stage.name}", stage.samples, start=start) as progress:
+        for batch in watch.time_waiting(loader):
+            before, run.samples_seen = run.samples_seen, run.samples_seen + stage.batch_size
+            run.bad_samples += batch.bad
+            is_end = run.samples_seen >= stage_end
+
+            # ---- One step ------------------------------------------------------------------------------------------
+            learning_rate = learning_rate_at(
+                before - stage_start,
+                stage.batch_size,
+                peak=stage.learning_rate,
+                warmup=stage.warmup_samples,
+                total=stage.samples,
+            )
+            device.set_learning_rate(optimizer, learning_rate)
+            step_loss, grad_norm = train_step(wrapped, optimizer, device.batch(batch.arrays()), recipe, device)
+            loss_sum, steps = loss_sum + step_loss, steps + 1
+            stop = device.agree(run.stop_asked)
+
+            # ---- Log: the only place where the loop waits for the device -------------------------------------------
+            if is_end or stop or is_due(cadence.log_samples, before, run.samples_seen):
+                loss = loss_sum.item() / steps
+                loss_sum, steps = torch.zeros_like(loss_sum), 0
+                if not math.isfinite(loss):
+                    raise UserError(
+                        f"the loss became {loss} before {run.samples_seen:,} samples: lower the learning rate or set "
+                        "precision=float32, and add --resume to go on from the last checkpoint"
+                    )
+                run.seconds += watch.seconds
+                metrics = {
+                    "loss": loss,
+                    "lr": learning_rate,
+                    "logit_scale": model.scale().item(),
+                    "grad_norm": grad_norm.item(),
+                    "samples_per_s": watch.rate(run.samples_seen),
+                    "data_wait": watch.waiting_share,
+                    "bad_samples": run.bad_samples,
+                    "seconds": run.seconds,
+                }
+                run.writer.write({"samples_seen": run.samples_seen, "stage": stage.name, **metrics})
+                note = f"loss {loss:.3f} · waits for data {watch.waiting_share:.0%}"
+                progress.update(run.samples_seen - stage_start, note)
+                watch.restart(run.samples_seen)
+
+            # ---- Save and evaluate ---------------------------------------------------------------------------------
+            if is_end or stop or device.agree(is_checkpoint_due(run, before)):
+                save(run, stage, model, optimizer, step_loss)
+            if run.task and (is_end or is_due(cadence.evaluate_samples, before, run.samples_seen)):
+                with watch.paused():
+                    found = dict(evaluate(model, tokenizer, preprocess_at(recipe, stage), run.task, device))
+                model.train()
+                run.writer.write({"samples_seen": run.samples_seen, "stage": stage.name, **found})
+            if stop:
+                break
+    return loss
+
+
+def is_due(every: int | None, before: int, now: int) -> bool:
+    """Whether a multiple of `every` samples lies in (before, now]. None means never."""
+    return every is not None and now // every > before // every
+
+
+def is_checkpoint_due(run: Run, before: int) -> bool:
+    """Whether a checkpoint is due by samples or by minutes, whichever comes first."""
+    cadence = run.recipe.cadence
+    by_clock = cadence.checkpoint_minutes is not None and (
+        time.monotonic() - run.saved_at >= 60 * cadence.checkpoint_minutes
+    )
+    return by_clock or is_due(cadence.checkpoint_samples, before, run.samples_seen)
+
+
+def save(run: Run, stage: Stage, model: CLIP, optimizer: torch.optim.Optimizer, step_loss: torch.Tensor) -> None:
+    """Write the checkpoint of now. Raises UserError rather than save weights that are no numbers any more."""
+    run.saved_at = time.monotonic()
+    if not run.device.is_first:
+        return
+    if not torch.isfinite(step_loss).item():
+        raise UserError(f"the loss became {step_loss.item()} at {run.samples_seen:,} samples: lower the learning rate")
+    checkpoint.save(
+        checkpoint.place(run.folder, run.samples_seen),
+        tensors={name: tensor.detach().cpu() for name, tensor in model.state_dict().items()},
+        optimizer=checkpoint.optimizer_tensors(model, optimizer),
+        config=checkpoint.describe(model_at(run.recipe, stage), preprocess_at(run.recipe, stage), run.recipe),
+        state={
+            "samples_seen": run.samples_seen,
+            "stage": stage.name,
+            "seconds": run.seconds,
+            "bad_samples": run.bad_samples,
+        },
+    )
+    ends = frozenset(itertools.accumulate(stage.samples for stage in run.recipe.stages))
+    checkpoint.prune(run.folder, run.recipe.cadence.keep_checkpoints, always=ends)
+
+
+def refuse_another_recipe(start: checkpoint.Checkpoint, recipe: Recipe) -> None:
+    """Raises UserError when the checkpoint's run had another recipe: its schedule and its data order would not hold.
+
+    How often a run logs, saves and evaluates may differ.
+    """
+    theirs, ours = dict(start.config["recipe"]), to_json(recipe)
+    theirs.pop("cadence", None), ours.pop("cadence", None)
+    changed = differences(theirs, ours)
+    if changed:
+        more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
+        raise UserError(
+            f"{start.path} was made by another recipe ({changed[0]}{more}): "
+            "resume with the same recipe and --set, or begin a new run with --init"
+        )
+
+
+def describe_run(recipe: Recipe, dataset: Dataset, device: Device) -> dict[str, Any]:
+    """The `config.json` of a run's folder: what was trained, on what, where."""
+    return {
+        "clipkit": __version__,
+        "torch": torch.__version__,
+        "recipe": to_json(recipe),
+        "data": str(dataset.path.resolve()),
+        "dataset": {"name": dataset.name, "split": dataset.split, "records": dataset.num_records},
+        "device": {
+            "kind": device.kind,
+            "hardware": device.hardware(),
+            "devices": device.shards,
+            "arithmetic": device.arithmetic(recipe.precision),
+        },
+    }
+
+
+@contextlib.contextmanager
+def stop_on_signal(run: Run) -> Iterator[None]:
+    """SIGTERM and Ctrl-C ask for a checkpoint after the step under way; a second Ctrl-C interrupts at once."""
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        if run.stop_asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        run.stop_asked = True
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class Stopwatch:
+    """Times an interval between two log lines, and the share of it spent waiting for data."""
+
+    def __init__(self, samples_seen: int) -> None:
+        self.first = samples_seen
+        self.started = time.monotonic()
+        self.waited = 0.0
+
+    def time_waiting(self, loader: Iterator[Batch]) -> Iterator[Batch]:
+        """Pass batches on, adding up the time that each took to come."""
+        while True:
+            began = time.monotonic()
+            batch = next(loader, None)
+            self.waited += time.monotonic() - began
+            if batch is None:
+                return
+            yield batch
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave out of the interval what is no training."""
+        began = time.monotonic()
+        yield
+        self.started += time.monotonic() - began
+
+    def restart(self, samples_seen: int) -> None:
+        """Begin the next interval now."""
+        self.first, self.started, self.waited = samples_seen, time.monotonic(), 0.0
+
+    @property
+    def seconds(self) -> float:
+        """The interval's length so far."""
+        return max(time.monotonic() - self.started, 1e-9)
+
+    def rate(self, samples_seen: int) -> float:
+        """Samples a second over the interval."""
+        return (samples_seen - self.first) / self.seconds
+
+    @property
+    def waiting_share(self) -> float:
+        """Between 0, the device never waited, and 1."""
+        return min(1.0, self.waited / self.seconds)

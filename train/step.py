@@ -1,0 +1,105 @@
+"""One optimizer step: forward, contrastive loss, backward, clip, update.
+
+Nothing here reads a value from the device, so a step can be queued before the one ahead of it has finished.
+"""
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from clipkit.device import Device
+from clipkit.images import normalise
+from clipkit.loss import gather_features, info_nce, sigmoid_loss
+from clipkit.train.recipes import Recipe
+
+Tensors = dict[str, torch.Tensor]
+Features = tuple[torch.Tensor, ...]
+
+
+def train_step(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, batch: Tensors, recipe: Recipe, device: Device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Train on one batch (`image_BHWC` uint8, `ids_BT`, `caption_B`, perhaps `keep_BK`) on the device.
+
+    Returns the loss and the norm of all gradients before clipping, as scalars that stay on the device.
+    """
+
+    def features_of(part: Tensors) -> Features:
+        image_BCHW = normalise(part["image_BHWC"], recipe.mean, recipe.std)
+        with device.autocast(recipe.precision):
+            features: Features = model(image_BCHW, part["ids_BT"], part.get("keep_BK"))
+        return features
+
+    def loss_of(features: Features) -> torch.Tensor:
+        return contrastive_loss(features, batch["caption_B"], recipe, device)
+
+    if recipe.micro_batch is None or recipe.micro_batch >= len(batch["ids_BT"]):
+        loss = loss_of(features_of(batch))
+        loss.backward()  # type: ignore[no-untyped-call]  # torch's own stub
+    else:
+        loss = backward_in_micro_batches(model, features_of, loss_of, batch, recipe.micro_batch)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.optimizer.grad_clip)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    device.end_step()
+    return loss.detach(), norm.detach()
+
+
+def contrastive_loss(features: Features, caption_B: torch.Tensor, recipe: Recipe, device: Device) -> torch.Tensor:
+    """The recipe's loss over the global batch; each rank's share of it where there are several."""
+    image_BE, text_BE, logit_scale, *bias = features
+    offset = 0
+    all_text, all_image, all_caption = text_BE, image_BE, caption_B
+    if device.world > 1:
+        offset = device.rank * len(image_BE)
+        all_image, all_text = gather_features(image_BE), gather_features(text_BE)
+        all_caption = gather_features(caption_B)
+    if recipe.loss == "sigmoid":
+        return sigmoid_loss(image_BE, all_text, logit_scale, *bias)
+    return info_nce(image_BE, text_BE, logit_scale, all_image, all_text, offset, caption_B, all_caption)
+
+
+def backward_in_micro_batches(
+    model: torch.nn.Module,
+    features_of: Callable[[Tensors], Features],
+    loss_of: Callable[[Features], torch.Tensor],
+    batch: Tensors,
+    micro_batch: int,
+) -> torch.Tensor:
+    """The gradients of the whole batch in the memory of one micro-batch (GradCache; Gao et al., 2021).
+
+    First all features without a graph; then the loss on them, which gives each feature its gradient; then each
+    micro-batch once more, with those gradients carried into the towers. Every pair of the batch is a negative, which
+    summing the losses of micro-batches would not give.
+    """
+    size = len(batch["ids_BT"])
+    parts = [
+        {name: value[start : start + micro_batch] for name, value in batch.items()}
+        for start in range(0, size, micro_batch)
+    ]
+    with torch.no_grad():
+        computed = [features_of(part) for part in parts]
+    image_BE, text_BE = (torch.cat([features[side] for features in computed]) for side in (0, 1))
+    leaves = [tensor.detach().requires_grad_() for tensor in (image_BE, text_BE, *computed[0][2:])]
+    loss = loss_of(tuple(leaves))
+    gradients = torch.autograd.grad(loss, leaves)
+    for number, part in enumerate(parts):
+        rows = slice(number * micro_batch, number * micro_batch + len(part["ids_BT"]))
+        is_last = number == len(parts) - 1
+        with contextlib.nullcontext() if is_last else without_averaging(model):
+            image_features, text_features, *scalars = features_of(part)
+            # The scale and the bias have one gradient for the whole batch: the last part carries it.
+            outputs = [image_features, text_features, *scalars]
+            grads = [gradients[0][rows], gradients[1][rows]]
+            grads += [gradient if is_last else torch.zeros_like(gradient) for gradient in gradients[2:]]
+            torch.autograd.backward(outputs, grads)
+    return loss
+
+
+def without_averaging(model: torch.nn.Module) -> contextlib.AbstractContextManager[Any]:
+    """Let gradients add up on each rank; the ranks average them once, with the last micro-batch."""
+    if isinstance(model, torch.nn.parallel.DistributedDataParallel):
+        return model.no_sync()
+    return contextlib.nullcontext()
