@@ -1,0 +1,208 @@
+"""The model: an image tower and a text tower that meet in one space (Radford et al., 2021).
+
+`build` makes it with weights that are a function of the configuration and a seed alone; `load_state` puts the weights
+of a checkpoint in, fitting the position embeddings where the image size or the context length has changed.
+"""
+
+import contextlib
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from clipkit.errors import UserError
+from clipkit.image_tower import ConvStem, ImageTower
+from clipkit.model_config import ImageConfig, ModelConfig, TextConfig, check_choices, vit_b16, vit_b32, vit_l14, vit_l16
+from clipkit.pos_embed import resize_image_positions, resize_text_positions
+from clipkit.text_tower import TextTower
+
+__all__ = [
+    "CLIP",
+    "ImageConfig",
+    "ModelConfig",
+    "TextConfig",
+    "build",
+    "float32_maths",
+    "load_state",
+    "vit_b16",
+    "vit_b32",
+    "vit_l14",
+    "vit_l16",
+]
+
+LOG_SCALE_MAX = math.log(100.0)
+
+
+class CLIP(nn.Module):
+    """Two towers, their projections, and the temperature.
+
+    Static shapes, no value read back from the device, nothing that depends on the values: the same code runs on CPU,
+    CUDA and XLA. Under `torch.autocast` the towers run in its dtype; the projections, norms and everything that makes
+    logits stay in float32.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        check_choices(config, "model")
+        self.config = config
+        self.image = ImageTower(config.image)
+        self.text = TextTower(config.text)
+        self.image_projection = nn.Linear(self.image.width, config.embed_dim, bias=False)
+        self.text_projection = nn.Linear(config.text.width, config.embed_dim, bias=False)
+        self.logit_scale = nn.Parameter(torch.empty(()))
+        self.logit_bias = None if config.logit_bias_init is None else nn.Parameter(torch.empty(()))
+
+    def encode_image(self, image_BCHW: Tensor, keep_BK: Tensor | None = None, normalize: bool = True) -> Tensor:
+        """float[B, 3, S, S] normalised pixels -> float32[B, E]. `keep_BK` as for `ImageTower`."""
+        x_BD = self.image(image_BCHW, keep_BK)
+        with float32_maths(x_BD.device):
+            x_BE: Tensor = self.image_projection(x_BD.float())
+            return F.normalize(x_BE, dim=-1) if normalize else x_BE
+
+    def encode_text(self, ids_BT: Tensor, normalize: bool = True) -> Tensor:
+        """int[B, T] ids with start and end, zero padded -> float32[B, E]."""
+        x_BD = self.text(ids_BT)
+        with float32_maths(x_BD.device):
+            x_BE: Tensor = self.text_projection(x_BD.float())
+            return F.normalize(x_BE, dim=-1) if normalize else x_BE
+
+    def forward(
+        self, image_BCHW: Tensor, ids_BT: Tensor, keep_BK: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Unit vectors float32[B, E] of the images and of the texts, and the logit scale, a scalar of at most 100."""
+        return self.encode_image(image_BCHW, keep_BK), self.encode_text(ids_BT), self.clamped_logit_scale()
+
+    def clamped_logit_scale(self) -> Tensor:
+        """exp(logit_scale), at most 100.
+
+        OpenCLIP clamps the parameter after each optimizer step; here it is clamped when a training step first uses it,
+        which comes to the same numbers and leaves nothing to remember outside. (Clamping the value alone would stop
+        the gradient as soon as a step overshoots, and the temperature would stay at 100 for good.)
+        """
+        if self.training:
+            with torch.no_grad():
+                self.logit_scale.clamp_(max=LOG_SCALE_MAX)
+        return self.logit_scale.clamp(max=LOG_SCALE_MAX).exp()
+
+    def set_gradient_checkpointing(self, enabled: bool = True) -> None:
+        """Trade time for memory in training: keep each block's input alone, compute its inside again going back."""
+        self.image.checkpointing = enabled
+        self.text.checkpointing = enabled
+
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> None:
+        """Set every weight, from one CPU generator: the same seed gives the same weights on every device.
+
+        The text tower is CLIP's published initialisation. CLIP publishes none for the blocks of its image tower
+        (PyTorch's defaults of 2021 act there), so they get the text tower's rule: normal, with standard deviation
+        width^-0.5 for attention inputs, (2 width)^-0.5 for the first layer of the MLP, and width^-0.5 (2 depth)^-0.5
+        for what is added to the residual stream. Class token, image positions and projections: normal, width^-0.5.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in self.parameters():
+            parameter.fill_(torch.nan)
+
+        def normal(tensor: Tensor, std: float) -> None:
+            tensor.copy_(torch.empty(tensor.shape).normal_(0.0, std, generator=generator))
+
+        for module in self.modules():
+            if isinstance(module, nn.LayerNorm):
+                module.weight.fill_(1.0)
+            if isinstance(module, nn.LayerNorm | nn.Linear | nn.Conv2d) and module.bias is not None:
+                module.bias.zero_()
+
+        trunk = self.image.trunk
+        if isinstance(trunk.patch_embed, ConvStem):
+            for layer in trunk.patch_embed.layers:
+                if isinstance(layer, nn.Conv2d):
+                    normal(layer.weight, math.sqrt(2 / layer.weight[0].numel()))  # He et al., 2015
+        projection = trunk.patch_embed.proj.weight
+        normal(projection, (3 * projection[0].numel()) ** -0.5)  # the spread of PyTorch's default, as in CLIP
+        for token in (trunk.cls_token, trunk.reg_token):
+            if token is not None:
+                normal(token, self.image.width**-0.5)
+        if self.image.position == "sincos":
+            trunk.pos_embed.copy_(self.image.fixed_positions())
+        else:
+            normal(trunk.pos_embed, self.image.width**-0.5)
+        normal(self.text.token_embedding.weight, 0.02)
+        normal(self.text.pos_embed, 0.01)
+
+        towers: tuple[tuple[Any, int], ...] = (
+            (trunk.blocks, self.image.width),
+            (self.text.blocks, self.config.text.width),
+        )
+        for blocks, width in towers:
+            for block in blocks:
+                normal(block.attn.qkv.weight, width**-0.5)
+                normal(block.attn.proj.weight, (2 * width * len(blocks)) ** -0.5)
+                normal(block.mlp.fc1.weight, (2 * width) ** -0.5)
+                normal(block.mlp.fc2.weight, (2 * width * len(blocks)) ** -0.5)
+
+        normal(self.image_projection.weight, self.image.width**-0.5)
+        normal(self.text_projection.weight, self.config.text.width**-0.5)
+        self.logit_scale.fill_(math.log(self.config.logit_scale_init))
+        if self.logit_bias is not None and self.config.logit_bias_init is not None:
+            self.logit_bias.fill_(self.config.logit_bias_init)
+
+        for name, parameter in self.named_parameters():
+            if parameter.flatten()[0].isnan():
+                raise UserError(f"no rule to initialise {name}: set model.image.name to a plainer vit_* model")
+
+
+def float32_maths(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Switch autocast off on `device`: for what must be exact although the towers run in bfloat16."""
+    return torch.autocast(device.type, enabled=False)
+
+
+def build(config: ModelConfig, seed: int = 0) -> CLIP:
+    """A model on the CPU in float32, its weights a function of `config` and `seed` alone.
+
+    Raises UserError for a configuration that can't be built.
+    """
+    # On the meta device no default initialisation runs: it would cost seconds and move the global generator.
+    with torch.device("meta"):
+        model = CLIP(config)
+    model.to_empty(device="cpu")
+    model.init_weights(seed)
+    return model
+
+
+@torch.no_grad()
+def load_state(model: CLIP, tensors: Mapping[str, Tensor]) -> None:
+    """Copy a checkpoint's tensors into `model`, whatever device and dtype it is in.
+
+    Image positions of another grid are interpolated, text positions cut or interpolated (`clipkit.pos_embed`); a model
+    with fixed positions keeps its own. Anything else that doesn't fit is a UserError, and then nothing was copied.
+    """
+    state = model.state_dict()
+    fitted = fit_positions(model, tensors)
+    for name, tensor in state.items():
+        if name not in fitted:
+            raise UserError(f"the checkpoint has no {name}: use the architecture that its config.json names")
+        if fitted[name].shape != tensor.shape:
+            raise UserError(
+                f"{name} has shape {list(fitted[name].shape)} in the checkpoint and {list(tensor.shape)} in the model: "
+                "use the architecture that the checkpoint's config.json names"
+            )
+    surplus = sorted(set(fitted) - set(state))
+    if surplus:
+        raise UserError(f"the model has no {surplus[0]}: use the architecture that the checkpoint's config.json names")
+    for name, tensor in state.items():
+        tensor.copy_(fitted[name])
+
+
+def fit_positions(model: CLIP, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`tensors` with the two position embeddings as large as the model's."""
+    fitted = dict(tensors)
+    image_key, text_key = "image.trunk.pos_embed", "text.pos_embed"
+    if model.image.position == "sincos":
+        fitted[image_key] = model.image.fixed_positions()
+    elif image_key in fitted:
+        fitted[image_key] = resize_image_positions(fitted[image_key], model.image.grid, model.image.position_prefix)
+    if text_key in fitted:
+        fitted[text_key] = resize_text_positions(fitted[text_key], len(model.text.pos_embed))
+    return fitted

@@ -1,0 +1,111 @@
+"""What a model is made of, as plain data: it goes into every checkpoint and is all that is needed to build it again.
+
+Nothing here imports torch, so that recipes can be listed and changed at once. `clipkit.model.build` makes the model.
+"""
+
+import dataclasses
+import typing
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from clipkit.config import from_json
+from clipkit.errors import UserError
+
+Activation = Literal["gelu", "quick_gelu", "gelu_tanh"]
+Pooling = Literal["token", "average"]
+Position = Literal["learnable", "sincos"]
+Stem = Literal["patch", "conv"]
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageConfig:
+    """The image tower: a timm vision transformer by name, and what differs from it (None keeps timm's own number)."""
+
+    name: str = "vit_base_patch16_224"
+    image_size: int = 224
+    """Side of the square input in pixels, a multiple of the patch size."""
+    patch_size: int | None = None
+    width: int | None = None
+    depth: int | None = None
+    heads: int | None = None
+    mlp_ratio: float | None = None
+    pooling: Pooling = "token"
+    """`token`: the class token, normed. `average`: the mean of the patches without the class token, then the norm
+    (as in CLIPA and big_vision's `gap`)."""
+    class_token: bool = True
+    position: Position = "learnable"
+    """`sincos` is fixed: it is computed from the grid and never trained."""
+    pre_norm: bool = True
+    """A layer norm before the first block, and no bias in the patch embedding, as in CLIP."""
+    act: Activation = "gelu"
+    """OpenAI's own weights need `quick_gelu`."""
+    norm_eps: float = 1e-5
+    stem: Stem = "patch"
+    """`conv`: strided 3 x 3 convolutions in place of the one big patch projection (Xiao et al., 2021)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TextConfig:
+    """The text tower: a causal pre-norm transformer, pooled at the end token."""
+
+    context_length: int = 77
+    """The most text tokens, start and end included, that the position embedding has room for."""
+    vocab_size: int = 49408
+    width: int = 512
+    depth: int = 12
+    heads: int = 8
+    mlp_ratio: float = 4.0
+    act: Activation = "gelu"
+    norm_eps: float = 1e-5
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Two towers and the space in which they meet."""
+
+    embed_dim: int = 512
+    image: ImageConfig = ImageConfig()
+    text: TextConfig = TextConfig()
+    logit_scale_init: float = 1 / 0.07
+    """The factor itself, not its logarithm. SigLIP begins at 10."""
+    logit_bias_init: float | None = None
+    """None: no bias, as InfoNCE has no use for it. SigLIP begins at -10."""
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "ModelConfig":
+        """The inverse of `dataclasses.asdict`. Fields left out take their defaults; UserError on unknown ones."""
+        config = from_json(cls, values, "model")
+        check_choices(config, "model")
+        return config
+
+
+def check_choices(config: Any, where: str) -> None:
+    """UserError for a field whose value isn't among those its type lists, in `config` or in what it holds."""
+    for name, hint in typing.get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        if dataclasses.is_dataclass(value):
+            check_choices(value, f"{where}.{name}")
+        elif typing.get_origin(hint) is Literal and value not in typing.get_args(hint):
+            raise UserError(f"{where}.{name} {value!r}: choose from {', '.join(typing.get_args(hint))}")
+
+
+def vit_b32(act: Activation = "gelu") -> ModelConfig:
+    """CLIP's ViT-B/32 at 224 px."""
+    return ModelConfig(image=ImageConfig("vit_base_patch32_224", act=act), text=TextConfig(act=act))
+
+
+def vit_b16(act: Activation = "gelu") -> ModelConfig:
+    """CLIP's ViT-B/16 at 224 px."""
+    return ModelConfig(image=ImageConfig("vit_base_patch16_224", act=act), text=TextConfig(act=act))
+
+
+def vit_l16(act: Activation = "gelu") -> ModelConfig:
+    """ViT-L/16 at 224 px with the text tower of CLIP's ViT-L/14, as in CLIPA."""
+    text = TextConfig(width=768, heads=12, act=act)
+    return ModelConfig(embed_dim=768, image=ImageConfig("vit_large_patch16_224", act=act), text=text)
+
+
+def vit_l14(act: Activation = "gelu") -> ModelConfig:
+    """CLIP's ViT-L/14 at 224 px."""
+    text = TextConfig(width=768, heads=12, act=act)
+    return ModelConfig(embed_dim=768, image=ImageConfig("vit_large_patch14_224", act=act), text=text)

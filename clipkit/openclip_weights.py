@@ -1,0 +1,93 @@
+"""OpenCLIP's weights under our names, so that its models run here and ours can start from them.
+
+Takes the state dict of `open_clip.CLIP` and `open_clip.CustomTextCLIP` with a vision transformer, and OpenAI's own,
+which has the same names. ResNets and Hugging Face text towers have no counterpart here.
+"""
+
+import re
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from clipkit.errors import UserError
+from clipkit.model import CLIP, build, load_state
+from clipkit.model_config import ModelConfig
+
+# Numbers that OpenAI stores among the weights, and masks that can be computed.
+NOT_WEIGHTS = {"input_resolution", "context_length", "vocab_size", "attn_mask", "text.attn_mask"}
+
+RENAMES = (
+    (r"^visual\.conv1\.", "image.trunk.patch_embed.proj."),
+    (r"^visual\.class_embedding$", "image.trunk.cls_token"),
+    (r"^visual\.positional_embedding$", "image.trunk.pos_embed"),
+    (r"^visual\.ln_pre\.", "image.trunk.norm_pre."),
+    (r"^visual\.ln_post\.", "image.trunk.norm."),
+    (r"^visual\.proj$", "image_projection.weight"),
+    (r"^visual\.transformer\.resblocks\.", "image.trunk.blocks."),
+    (r"^(text\.)?transformer\.resblocks\.", "text.blocks."),
+    (r"^(text\.)?token_embedding\.", "text.token_embedding."),
+    (r"^(text\.)?positional_embedding$", "text.pos_embed"),
+    (r"^(text\.)?ln_final\.", "text.norm."),
+    (r"^(text\.)?text_projection$", "text_projection.weight"),
+)
+BLOCK_RENAMES = (
+    (".ln_1.", ".norm1."),
+    (".ln_2.", ".norm2."),
+    (".attn.in_proj_", ".attn.qkv."),
+    (".attn.out_proj.", ".attn.proj."),
+    (".mlp.c_fc.", ".mlp.fc1."),
+    (".mlp.c_proj.", ".mlp.fc2."),
+)
+
+
+def convert(state_dict: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """OpenCLIP's tensors as `load_state` takes them, float32. Raises UserError for a key that has no counterpart."""
+    tensors = {}
+    for key, tensor in state_dict.items():
+        if key in NOT_WEIGHTS:
+            continue
+        name = rename(key)
+        value = tensor.detach().float()
+        if name in ("image_projection.weight", "text_projection.weight"):
+            value = value.T  # OpenCLIP multiplies by the matrix, a linear layer by its transpose
+        elif name == "image.trunk.cls_token":
+            value = value[None, None]
+        elif name == "image.trunk.pos_embed":
+            value = value[None]
+        elif name.startswith("image.trunk.norm.") and config.image.pooling == "average":
+            name = name.replace(".norm.", ".fc_norm.")
+        elif name in ("logit_scale", "logit_bias"):
+            value = value.reshape(())
+        tensors[name] = value
+    if not config.image.pre_norm:
+        # Without the norm timm's patch projection has a bias, OpenCLIP's never has.
+        width = len(tensors["image.trunk.patch_embed.proj.weight"])
+        tensors["image.trunk.patch_embed.proj.bias"] = torch.zeros(width)
+    return tensors
+
+
+def rename(key: str) -> str:
+    """Our name for one of OpenCLIP's keys. Raises UserError when there is none."""
+    if key in ("logit_scale", "logit_bias"):
+        return key
+    for pattern, replacement in RENAMES:
+        name, found = re.subn(pattern, replacement, key)
+        if found:
+            for theirs, ours in BLOCK_RENAMES:
+                name = name.replace(theirs, ours)
+            return name
+    raise UserError(
+        f"{key} has no place in clipkit's model: take an OpenCLIP vision transformer with its own text tower"
+    )
+
+
+def load_openclip(config: ModelConfig, state_dict: Mapping[str, Tensor]) -> CLIP:
+    """A model of `config` with OpenCLIP's weights; positions are fitted as in `load_state`.
+
+    The activation isn't in the weights: OpenAI's, and OpenCLIP's models named `-quickgelu`, need `act="quick_gelu"`,
+    or the features are quietly wrong.
+    """
+    model = build(config)
+    load_state(model, convert(state_dict, config))
+    return model

@@ -1,0 +1,90 @@
+"""The text tower: a causal pre-norm transformer (Radford et al., 2021), with PyTorch's own fused attention."""
+
+import torch
+from timm.layers import Mlp, get_act_layer
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from clipkit.errors import UserError
+from clipkit.model_config import TextConfig
+
+
+class CausalAttention(nn.Module):
+    """Multi-head attention in which a token sees itself and those before it. [B, T, D] -> [B, T, D]."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        B, T, D = x_BTD.shape
+        qkv = self.qkv(x_BTD).reshape(B, T, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
+        q_BHTK, k_BHTK, v_BHTK = qkv.unbind(0)
+        x_BHTK = F.scaled_dot_product_attention(q_BHTK, k_BHTK, v_BHTK, is_causal=True)
+        out: Tensor = self.proj(x_BHTK.transpose(1, 2).reshape(B, T, D))
+        return out
+
+
+class TextBlock(nn.Module):
+    """One pre-norm block. Its parameters carry the names that timm gives to those of the image tower's blocks."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(config.width, eps=config.norm_eps)
+        self.attn = CausalAttention(config.width, config.heads)
+        self.norm2 = nn.LayerNorm(config.width, eps=config.norm_eps)
+        self.mlp = Mlp(config.width, int(config.width * config.mlp_ratio), act_layer=get_act_layer(config.act))
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        x_BTD = x_BTD + self.attn(self.norm1(x_BTD))
+        out: Tensor = x_BTD + self.mlp(self.norm2(x_BTD))
+        return out
+
+
+class TextTower(nn.Module):
+    """Token ids to one vector, read at the end token."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        if config.width % config.heads:
+            raise UserError(
+                f"model.text.width {config.width} isn't a multiple of its heads, {config.heads}: set either"
+            )
+        self.token_embedding = nn.Embedding(config.vocab_size, config.width)
+        self.pos_embed = nn.Parameter(torch.empty(config.context_length, config.width))
+        self.blocks = nn.ModuleList(TextBlock(config) for _ in range(config.depth))
+        self.norm = nn.LayerNorm(config.width, eps=config.norm_eps)
+        self.checkpointing = False
+
+    def forward(self, ids_BT: Tensor) -> Tensor:
+        """int[B, T] ids, T at most the context length -> [B, D].
+
+        The end token has the largest id of all, so it is found as the largest id of each row; padding comes after it
+        and, attention being causal, never reaches it.
+        """
+        T = ids_BT.shape[1]
+        if len(self.pos_embed) < T:
+            raise UserError(
+                f"{T} text tokens, but the model takes {len(self.pos_embed)}: set model.text.context_length"
+            )
+        x_BTD = self.token_embedding(ids_BT) + self.pos_embed[:T]
+        x_BTD = run_blocks(self.blocks, x_BTD, self.checkpointing and self.training)
+        end_B = ids_BT.argmax(dim=1)
+        x_BD = x_BTD.gather(1, end_B[:, None, None].expand(-1, 1, x_BTD.shape[-1]))[:, 0]
+        out: Tensor = self.norm(x_BD)
+        return out
+
+
+def run_blocks(blocks: nn.ModuleList | nn.Sequential, x_BND: Tensor, checkpointing: bool) -> Tensor:
+    """`x_BND` through the blocks in order; with `checkpointing` each block's inside is computed again in the backward
+    pass instead of being kept (Chen et al., 2016)."""
+    for block in blocks:
+        if checkpointing:
+            # No block draws random numbers, so there is no state to put back.
+            x_BND = checkpoint(block, x_BND, use_reentrant=False, preserve_rng_state=False)
+        else:
+            x_BND = block(x_BND)
+    return x_BND

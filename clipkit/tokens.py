@@ -1,0 +1,179 @@
+"""Fewer tokens: the eight ways of CLIPA (Li, Wang & Xie, "An Inverse Scaling Law for CLIP Training", NeurIPS 2023).
+
+Images: `resize` to fewer pixels, or keep `random` patches, one patch of each window of a `grid`, or one `block`.
+Texts: `truncate`, keep `random` tokens, a `block` of consecutive tokens, or nouns first (`syntax`).
+All choices are pure functions of one 64-bit key a sample (`clipkit.counter_rng`), whatever batch the sample is in; all
+shapes depend on the arguments alone.
+
+Where this differs from CLIPA's published code (2023), which has the text methods, `resize` and `random`:
+- kept tokens stay in order; its random text masking shuffles them;
+- a text block may start anywhere it fits; its code never picks the last start;
+- syntax picks tokens by the class of their word, earlier first. Its PyTorch code picks words, then truncates what they
+  encode to; its JAX code picks tokens, each tagged on its own, by a sort that isn't stable.
+The paper's `grid` keeps one patch of each 2 x 2 window; which one isn't published. Here it is drawn for each window, so
+that every patch is seen in the long run and neighbours stay about two patches apart.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from clipkit import counter_rng
+from clipkit.errors import UserError
+from clipkit.tokenizer import EOT, SOT
+
+ImageMethod = Literal["random", "grid", "block"]
+TextMethod = Literal["truncate", "random", "block", "syntax"]
+
+# Streams of random numbers, each for one use (see counter_rng).
+RANDOM_PATCHES, GRID_PATCHES, BLOCK_PATCHES, RANDOM_TOKENS, BLOCK_TOKENS = range(900, 905)
+
+Int64Array = npt.NDArray[np.int64]
+Int32Array = npt.NDArray[np.int32]
+
+
+def image_keep_indices(method: ImageMethod, grid: tuple[int, int], keep: int, keys_B: npt.ArrayLike) -> Int64Array:
+    """Which patches of a (rows, columns) grid stay: int64[B, keep], ascending, patch = row * columns + column.
+
+    `grid` splits the image in square windows and keeps one patch of each; windows at the right and lower edge may be
+    smaller. `keep` must be the number of windows of some size: a quarter of the patches, rounded up along each side,
+    for the paper's 2 x 2. `block` keeps the rectangle of `keep` patches that is nearest in shape to the image, anywhere
+    in it. Raises UserError when `keep` isn't possible, with the nearest numbers that are.
+    """
+    rows, columns = grid
+    if not 1 <= keep <= rows * columns:
+        raise UserError(f"can't keep {keep} of {rows * columns} patches: choose 1 to {rows * columns}")
+    match method:
+        case "random":
+            order_BN = counter_rng.uniform(keys_B, rows * columns, RANDOM_PATCHES).argsort(axis=1, kind="stable")
+            return np.sort(order_BN[:, :keep], axis=1).astype(np.int64)
+        case "grid":
+            return grid_indices(grid, window_size(grid, keep), keys_B)
+        case "block":
+            return block_indices(grid, block_shapes(grid, keep), keys_B)
+    raise UserError(f"unknown image token method {method!r}: choose resize, random, grid or block")
+
+
+def window_size(grid: tuple[int, int], keep: int) -> int:
+    """The side of the square windows of which there are `keep`. Raises UserError when no side gives that many."""
+    rows, columns = grid
+    counts = {math.ceil(rows / side) * math.ceil(columns / side): side for side in range(max(grid), 0, -1)}
+    if keep not in counts:
+        raise UserError(f"can't keep {keep} patches of {rows} x {columns} by grid: {nearest(keep, list(counts))}")
+    return counts[keep]
+
+
+def grid_indices(grid: tuple[int, int], side: int, keys_B: npt.ArrayLike) -> Int64Array:
+    """One random patch of each `side` x `side` window: int64[B, windows], ascending."""
+    rows, columns = grid
+    top_W, left_W = (axis.ravel() for axis in np.mgrid[0:rows:side, 0:columns:side])
+    height_W, width_W = np.minimum(side, rows - top_W), np.minimum(side, columns - left_W)
+    draw_B2W = counter_rng.uniform(keys_B, 2 * len(top_W), GRID_PATCHES).reshape(-1, 2, len(top_W))
+    row_BW = top_W + (draw_B2W[:, 0] * height_W).astype(np.int64)
+    column_BW = left_W + (draw_B2W[:, 1] * width_W).astype(np.int64)
+    return np.sort(row_BW * columns + column_BW, axis=1)
+
+
+def block_shapes(grid: tuple[int, int], keep: int) -> Int64Array:
+    """The (rows, columns) of `keep` patches nearest in shape to the grid: int64[S, 2]; S is 2 when a shape and the same
+    one lying are equally near. Raises UserError when no rectangle in the grid has that many patches."""
+    rows, columns = grid
+    areas = {height * width for height in range(1, rows + 1) for width in range(1, columns + 1)}
+    if keep not in areas:
+        raise UserError(f"can't keep {keep} patches of {rows} x {columns} as a block: {nearest(keep, list(areas))}")
+    heights = [height for height in range(1, rows + 1) if keep % height == 0 and keep // height <= columns]
+    shapes = [(height, keep // height) for height in heights]
+    elongation = [abs(math.log(height * columns / (width * rows))) for height, width in shapes]
+    best = min(elongation)
+    return np.array([shape for shape, value in zip(shapes, elongation, strict=True) if value < best + 1e-9], np.int64)
+
+
+def block_indices(grid: tuple[int, int], shapes_S2: Int64Array, keys_B: npt.ArrayLike) -> Int64Array:
+    """The patches of one rectangle at a random place: int64[B, height * width], ascending."""
+    rows, columns = grid
+    draw_B3 = counter_rng.uniform(keys_B, 3, BLOCK_PATCHES)
+    height_B, width_B = shapes_S2[(draw_B3[:, 0] * len(shapes_S2)).astype(np.int64)].T
+    top_B = (draw_B3[:, 1] * (rows - height_B + 1)).astype(np.int64)
+    left_B = (draw_B3[:, 2] * (columns - width_B + 1)).astype(np.int64)
+    step_K = np.arange(shapes_S2[0].prod())
+    row_BK = top_B[:, None] + step_K // width_B[:, None]
+    column_BK = left_B[:, None] + step_K % width_B[:, None]
+    return row_BK * columns + column_BK
+
+
+def nearest(wanted: int, possible: Sequence[int]) -> str:
+    """The end of an error line: the possible numbers around the one wanted."""
+    near = sorted(sorted(possible, key=lambda number: abs(number - wanted))[:3])
+    return f"choose {', '.join(map(str, near))}"
+
+
+def reduce_text(
+    method: TextMethod,
+    ids: Sequence[Sequence[int]],
+    context_length: int,
+    keys_B: npt.ArrayLike,
+    priorities: Sequence[Sequence[int]] | None = None,
+) -> Int32Array:
+    """Captions' ids, without start and end, to int32[B, context_length]: start, the ids kept, end, then zeros.
+
+    A caption that fits is kept whole by every method. `truncate` with any keys equals the tokenizer's own call.
+    `syntax` needs `priorities`, one for each id, the lowest kept first (`clipkit.syntax.token_priorities`).
+    """
+    if context_length < 3:
+        raise UserError(f"{context_length} text tokens leave no room between start and end: take 3 or more")
+    keys = np.atleast_1d(np.asarray(keys_B, np.uint64))
+    length_B = np.fromiter(map(len, ids), np.int64, len(ids))
+    ids_BL = padded(ids, length_B)
+    room = context_length - 2
+    B, L = ids_BL.shape
+    position_L = np.arange(L)
+    rank_BL: npt.NDArray[np.number]
+    match method:
+        case "truncate":
+            rank_BL = np.broadcast_to(position_L, (B, L))
+        case "random":
+            rank_BL = counter_rng.uniform(keys, L, RANDOM_TOKENS)
+        case "block":
+            starts_B = np.maximum(length_B - room, 0) + 1
+            start_B = (counter_rng.uniform(keys, 1, BLOCK_TOKENS)[:, 0] * starts_B).astype(np.int64)
+            rank_BL = np.where(position_L >= start_B[:, None], position_L, position_L + L)
+        case "syntax":
+            if priorities is None or [len(row) for row in priorities] != length_B.tolist():
+                raise ValueError("syntax needs one priority for each id")
+            rank_BL = padded(priorities, length_B) * L + position_L
+        case _:
+            raise UserError(f"unknown text token method {method!r}: choose truncate, random, block or syntax")
+    # Padding ranks last, so that it is kept only when nothing else is left.
+    rank_BL = np.where(position_L < length_B[:, None], rank_BL, np.inf)
+    kept_BR = np.sort(rank_BL.argsort(axis=1, kind="stable")[:, :room], axis=1)
+    count_B = np.minimum(length_B, room)
+    out_BT = np.zeros((B, context_length), np.int32)
+    out_BT[:, 0] = SOT
+    out_BT[:, 1 : 1 + kept_BR.shape[1]] = np.take_along_axis(ids_BL, kept_BR, axis=1)
+    out_BT[np.arange(B), count_B + 1] = EOT
+    return out_BT
+
+
+def padded(rows: Sequence[Sequence[int]], length_B: Int64Array) -> Int64Array:
+    """Rows of unequal length as int64[B, longest], zeros at the end."""
+    out_BL = np.zeros((len(rows), int(length_B.max(initial=0))), np.int64)
+    flat = np.fromiter((item for row in rows for item in row), np.int64, int(length_B.sum()))
+    out_BL[np.arange(out_BL.shape[1]) < length_B[:, None]] = flat
+    return out_BL
+
+
+def resize_images(image_BCHW: Tensor, size: int) -> Tensor:
+    """float[B, C, H, W] to [B, C, size, size], bilinear with antialiasing, as CLIPA resizes. The training loader makes
+    images small while it decodes them; this is for images that are tensors already."""
+    return F.interpolate(image_BCHW, size=(size, size), mode="bilinear", antialias=True, align_corners=False)
+
+
+def gather_tokens(x_BND: Tensor, keep_BK: Tensor) -> Tensor:
+    """The kept tokens of each sample: [B, N, D] and int64[B, K] -> [B, K, D]."""
+    return torch.gather(x_BND, 1, keep_BK[:, :, None].expand(-1, -1, x_BND.shape[2]))
