@@ -1,0 +1,56 @@
+import subprocess
+import sys
+
+import pytest
+
+from clipkit.log import MetricsWriter, NullWriter, Progress, duration, forget_metrics_after, read_metrics
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0, "0s"), (59.4, "59s"), (60, "1m 00s"), (3725, "1h 02m"), (280_000, "3d 5h")]
+)
+def test_durations_are_said_as_people_say_them(seconds, text):
+    assert duration(seconds) == text
+
+
+def test_progress_ends_with_one_plain_line_off_a_terminal(capsys):
+    with Progress("train", 100, "samples", start=20) as progress:
+        progress.update(100, "loss 1.0")
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("train: 100/100 samples · ")
+    assert err.endswith("/s · loss 1.0\n")
+
+
+def test_metrics_are_read_back_and_forgotten_after_a_checkpoint(tmp_path):
+    writer = MetricsWriter(tmp_path)
+    for seen in (16, 32, 48):
+        writer.write({"samples_seen": seen, "stage": "reduced", "loss": seen / 16})
+    writer.close()
+    forget_metrics_after(tmp_path, 32)
+    assert [line["loss"] for line in read_metrics(tmp_path)] == [1.0, 2.0]
+
+
+def test_tensorboard_reads_what_was_written_and_tensorflow_was_not_needed(tmp_path):
+    code = (
+        "import sys; from pathlib import Path; from clipkit.log import MetricsWriter\n"
+        f"writer = MetricsWriter(Path({str(tmp_path)!r}))\n"
+        "writer.write({'samples_seen': 16, 'stage': 'full', 'loss': 0.5}); writer.close()\n"
+        "assert 'tensorflow' not in sys.modules\n"
+        "from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader\n"
+        f"path = next((Path({str(tmp_path)!r}) / 'tensorboard').iterdir())\n"
+        "events = list(LegacyEventFileLoader(str(path)).Load())\n"
+        "assert events[0].file_version == 'brain.Event:2'\n"
+        "value = events[1].summary.value[0]\n"
+        "print(events[1].step, value.tag, value.simple_value)"
+    )
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "16 loss 0.5"
+
+
+def test_the_null_writer_writes_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    writer = NullWriter()
+    writer.write({"samples_seen": 1})
+    writer.close()
+    assert list(tmp_path.iterdir()) == []
