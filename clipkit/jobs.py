@@ -27,18 +27,24 @@ STOP_SECONDS = 5.0
 
 
 def run(
-    function: Callable[[T], R], items: Sequence[T], *, workers: int = 1, describe: Callable[[T], str] = str
+    function: Callable[[T], R],
+    items: Sequence[T],
+    *,
+    workers: int = 1,
+    describe: Callable[[T], str] = str,
+    isolate: bool = False,
 ) -> Iterator[tuple[int, R]]:
     """Yield `(index of the item, function(item))` in the order in which the items finish.
 
-    With `workers` of 0 or 1 everything runs in this process, in order. Otherwise `function`, the items and the results
+    With `workers` of 0 or 1 everything runs in this process, in order, unless `isolate` keeps `function` and what it
+    imports out of it. Otherwise `function`, the items and the results
     are pickled, so `function` must be importable (`functools.partial` of such a one is fine).
     An exception of `function` keeps its type and gets a note that names the item through `describe`.
     Raises UserError when a worker dies, naming the item it held; what other items have finished stays finished.
     Leaving the loop early, Ctrl-C included, stops the workers.
     """
-    workers = min(workers, len(items))
-    if workers <= 1:
+    workers = min(max(workers, 1), len(items))
+    if workers <= 1 and not isolate:
         return _run_here(function, items, describe)
     return _run_workers(function, items, workers, describe)
 

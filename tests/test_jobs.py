@@ -78,6 +78,12 @@ def test_workers_are_other_processes() -> None:
     assert os.getpid() not in {pid for _, pid in jobs.run(process_id, range(4), workers=2)}
 
 
+@pytest.mark.parametrize("items", [0, 1, 3])
+def test_isolated_work_is_never_in_this_process(items: int) -> None:
+    results = list(jobs.run(process_id, range(items), workers=1, isolate=True))
+    assert len(results) == items and os.getpid() not in {pid for _, pid in results}
+
+
 def test_partial_functions() -> None:
     assert dict(jobs.run(functools.partial(multiply, 10), [1, 2, 3], workers=2)) == {0: 10, 1: 20, 2: 30}
 
