@@ -53,7 +53,7 @@ as_json = click.option("--json", "as_json", is_flag=True, help="Print the summar
 
 
 @click.group(cls=OneLineErrors, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.version_option(__version__)
+@click.version_option(__version__, prog_name="clipkit")
 def main() -> None:
     """Train and evaluate CLIP models on a budget.
 
@@ -124,6 +124,7 @@ def build_tfds(shards: Path, out: Path, as_json: bool, **options: Any) -> None:
 @click.option("--eval-data", type=Anything, help="Zero-shot data to evaluate on while training.")
 @click.option("--eval-label", default="label", show_default=True, help="Label column of --eval-data.")
 @click.option("--eval-templates", default="openai-80", show_default=True, help="As zeroshot's --templates.")
+@click.option("--eval-classes", type=Anything, help="As zeroshot's --classes.")
 @as_json
 def train(
     data: Path,
@@ -137,6 +138,7 @@ def train(
     eval_data: Path | None,
     eval_label: str,
     eval_templates: str,
+    eval_classes: Path | None,
     as_json: bool,
 ) -> None:
     """Train a recipe's stages in one run: few tokens first, then all.
@@ -151,7 +153,9 @@ def train(
     from clipkit.train.recipes import find_recipe
 
     recipe = set_values(find_recipe(recipe_name), assignments)
-    task = open_task(eval_data, label=eval_label, templates_name=eval_templates) if eval_data else None
+    task = None
+    if eval_data:
+        task = open_task(eval_data, label=eval_label, templates_name=eval_templates, classes=eval_classes)
     summary = stage(recipe, data, out, device_name=device, resume=resume, init=init, workers=workers, task=task)
     if as_json:
         print_json(summary.to_json())

@@ -131,6 +131,7 @@ def train(
                 if tensors is not None:
                     load_state(model, tensors)
                 model.to(device.torch)
+                model.set_gradient_checkpointing(recipe.checkpoint_activations)
                 optimizer = make_optimizer(model, recipe.optimizer, stage.learning_rate, device)
                 if start and run.samples_seen > stage_start:
                     checkpoint.restore_optimizer(model, optimizer, start.optimizer, start.path)
@@ -193,7 +194,7 @@ def run_stage(run: Run, stage: Stage, stage_start: int, model: CLIP, optimizer: 
                 metrics = {
                     "loss": loss,
                     "lr": learning_rate,
-                    "logit_scale": model.scale().item(),
+                    "logit_scale": model.clamped_logit_scale().item(),
                     "grad_norm": grad_norm.item(),
                     "samples_per_s": watch.rate(run.samples_seen),
                     "data_wait": watch.waiting_share,

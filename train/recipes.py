@@ -193,6 +193,8 @@ def check_recipe(recipe: Recipe, records: int, shards: int) -> None:
             raise UserError(f"{where}: warmup_samples {stage.warmup_samples} is not within 0 and {stage.samples}")
         if stage.image_size % patch:
             raise UserError(f"{where}: image_size {stage.image_size} is no multiple of the patch size {patch}")
+        if recipe.loss == "sigmoid" and recipe.model.logit_bias_init is None:
+            raise UserError(f"{where}: the sigmoid loss needs a bias: set model.logit_bias_init=-10")
         if stage.context_length < 3:
             raise UserError(f"{where}: context_length {stage.context_length} leaves no token between start and end")
         patches = (stage.image_size // patch) ** 2

@@ -5,13 +5,14 @@ Nothing here reads a value from the device, so a step can be queued before the o
 
 import contextlib
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 
 from clipkit.device import Device
 from clipkit.images import normalise
-from clipkit.loss import gather_features, info_nce, sigmoid_loss
+from clipkit.loss import info_nce, sigmoid_loss
 from clipkit.train.recipes import Recipe
 
 Tensors = dict[str, torch.Tensor]
@@ -48,17 +49,13 @@ def train_step(
 
 
 def contrastive_loss(features: Features, caption_B: torch.Tensor, recipe: Recipe, device: Device) -> torch.Tensor:
-    """The recipe's loss over the global batch; each rank's share of it where there are several."""
-    image_BE, text_BE, logit_scale, *bias = features
-    offset = 0
-    all_text, all_image, all_caption = text_BE, image_BE, caption_B
-    if device.world > 1:
-        offset = device.rank * len(image_BE)
-        all_image, all_text = gather_features(image_BE), gather_features(text_BE)
-        all_caption = gather_features(caption_B)
+    """The recipe's loss of this process's rows against the global batch."""
+    image_BE, text_BE, logit_scale, *logit_bias = features
     if recipe.loss == "sigmoid":
-        return sigmoid_loss(image_BE, all_text, logit_scale, *bias)
-    return info_nce(image_BE, text_BE, logit_scale, all_image, all_text, offset, caption_B, all_caption)
+        loss = partial(sigmoid_loss, image_BE, text_BE, logit_scale, *logit_bias)
+    else:
+        loss = partial(info_nce, image_BE, text_BE, logit_scale)
+    return loss(caption_B=caption_B, same_caption=recipe.same_caption, gather=device.world > 1)
 
 
 def backward_in_micro_batches(

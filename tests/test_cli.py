@@ -1,0 +1,113 @@
+"""The command's face: its options (frozen, so that none appears or goes unnoticed), exit codes, and one-line errors."""
+
+import json
+
+import pytest
+from click.testing import CliRunner
+
+from clipkit import __version__
+from clipkit.cli import main
+
+OPTIONS = {
+    "build-tfds": "shards out --name --split --workers --json",
+    "demo": "--out",
+    "doctor": "--json",
+    "download": "urls out --preset --url-column --caption-column --image-size --quality --samples-per-shard "
+    "--processes --threads --timeout --retries --json",
+    "recipes": "name --set",
+    "report": "run",
+    "train": "--data --recipe --out --device --set --resume --init --workers --eval-data --eval-label --eval-templates "
+    "--eval-classes --json",
+    "zeroshot": "--ckpt --data --templates --label --classes --split --name --batch-size --device --out --json",
+}
+
+
+def run(*arguments):
+    return CliRunner().invoke(main, [str(each) for each in arguments])
+
+
+def one_error_line(result):
+    lines = [line for line in result.stderr.splitlines() if line.startswith("Error: ")]
+    assert len(lines) == 1, result.output
+    assert "Traceback" not in result.output
+    return lines[0]
+
+
+def test_the_options_are_these():
+    assert set(main.commands) == set(OPTIONS)
+    for name, command in main.commands.items():
+        found = [parameter.opts[0] for parameter in command.params]
+        assert " ".join(found) == OPTIONS[name], name
+
+
+@pytest.mark.parametrize("name", sorted(OPTIONS))
+def test_every_command_explains_itself(name):
+    result = run(name, "--help")
+    assert result.exit_code == 0
+    assert all(parameter.help for parameter in main.commands[name].params if parameter.opts[0].startswith("--"))
+
+
+def test_the_version_is_told():
+    result = run("--version")
+    assert result.exit_code == 0
+    assert result.output == f"clipkit, version {__version__}\n"
+
+
+def test_recipes_are_listed_and_shown():
+    listed = run("recipes")
+    assert listed.exit_code == 0
+    assert [line.split()[0] for line in listed.output.splitlines()] == ["emoji-demo", "debug", "clipa-b16-i50-t16"]
+    shown = run("recipes", "debug", "--set", "stages.0.samples=1600")
+    assert json.loads(shown.output)["stages"][0]["samples"] == 1600
+
+
+def test_clipa_b16_is_the_published_recipe():
+    recipe = json.loads(run("recipes", "clipa-b16-i50-t16").output)
+    reduced, full = recipe["stages"]
+    assert (reduced["image_size"], reduced["context_length"], reduced["batch_size"]) == (112, 16, 65_536)
+    assert reduced["samples"] == pytest.approx(6 * 407_000_000, rel=1e-3)
+    assert (reduced["learning_rate"], reduced["warmup_samples"]) == (2.048e-3, 782 * 65_536)
+    assert (full["image_size"], full["batch_size"], full["samples"]) == (224, 8_192, 131_072_000)
+    assert (full["learning_rate"], full["warmup_samples"]) == (2.56e-5, 3_072 * 8_192)
+    assert [stage["augmentation"]["crop_area"] for stage in recipe["stages"]] == [[0.4, 1.0], [0.4, 1.0]]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["train", "--data", "none", "--recipe", "debug", "--out", "run"], "none doesn't exist"),
+        (["train", "--data", ".", "--recipe", "debug", "--out", "run"], "dataset"),
+        (["train", "--data", ".", "--recipe", "debgu", "--out", "run"], "unknown recipe 'debgu': did you mean debug?"),
+        (["train", "--data", "DATASET", "--recipe", "debug", "--out", "run", "--set", "sede=1"], "did you mean seed?"),
+        (["train", "--data", "DATASET", "--recipe", "debug", "--out", "run", "--device", "npu"], "choose from auto"),
+        (
+            ["train", "--data", "DATASET", "--recipe", "debug", "--out", "run", "--set", "stages.0.samples=100"],
+            "samples 100 is no multiple of batch_size 16: set 96",
+        ),
+        (["train", "--data", "DATASET", "--recipe", "debug", "--out", "/proc/x"], "can't write /proc/x"),
+        (["recipes", "nothing"], "unknown recipe 'nothing'"),
+        (["zeroshot", "--ckpt", "none", "--data", "x.parquet"], "x.parquet doesn't exist"),
+        (["zeroshot", "--ckpt", "none", "--data", "HELDOUT"], "checkpoint none doesn't exist"),
+        (["zeroshot", "--ckpt", ".", "--data", "HELDOUT"], "no checkpoint in"),
+        (["zeroshot", "--ckpt", ".", "--data", "HELDOUT", "--label", "lable"], "label"),
+        (["zeroshot", "--ckpt", ".", "--data", "HELDOUT", "--templates", "openai-81"], "did you mean openai-80"),
+        (["report", "none"], "none doesn't exist"),
+        (["download", "none.parquet", "out"], "none.parquet doesn't exist"),
+        (["build-tfds", "none", "out", "--name", "x"], "none doesn't exist"),
+    ],
+)
+def test_a_mistake_gets_one_line_and_exit_code_2(arguments, says, pairs_dataset, tmp_path, monkeypatch):
+    from clipkit.embedded import emoji_parquet
+
+    monkeypatch.chdir(tmp_path)
+    real = {"DATASET": pairs_dataset, "HELDOUT": emoji_parquet("heldout")}
+    result = run(*(real.get(each, each) for each in arguments))
+    assert says in one_error_line(result)
+    assert result.exit_code == 2
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_an_unknown_option_is_clicks_own_error():
+    result = run("train", "--epochs", "3")
+    assert result.exit_code == 2
+    assert "No such option" in result.stderr

@@ -1,0 +1,58 @@
+"""The TPU path for real: XLA on the CPU, with one device and as a mesh of four, in the environment of the pinned pair.
+
+`make test` builds that environment and names its Python in CLIPKIT_XLA_PYTHON.
+"""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from clipkit.log import read_metrics
+from clipkit.train.loop import train
+from clipkit.train.recipes import debug
+
+# Runs the command in this very process and says how often XLA compiled.
+COUNT_COMPILATIONS = """
+import sys
+from clipkit.cli import main
+main(sys.argv[1:], standalone_mode=False)
+import torch_xla.debug.metrics as metrics
+print("compilations", metrics.metric_data("CompileTime")[0])
+"""
+
+
+@pytest.fixture(scope="module")
+def xla_python() -> str:
+    path = os.environ.get("CLIPKIT_XLA_PYTHON", "")
+    assert Path(path).is_file(), "CLIPKIT_XLA_PYTHON must name the Python of the XLA environment: run `make test`"
+    return path
+
+
+@pytest.fixture(scope="module")
+def cpu_losses(pairs_dataset, tmp_path_factory):
+    run = tmp_path_factory.mktemp("cpu")
+    train(debug(), pairs_dataset, run, device_name="cpu", workers=1)
+    return [line["loss"] for line in read_metrics(run)]
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+def test_training_on_xla_equals_training_on_the_cpu(xla_python, pairs_dataset, cpu_losses, tmp_path, devices):
+    command = [xla_python, "-c", COUNT_COMPILATIONS, "train", "--data", str(pairs_dataset), "--recipe", "debug"]
+    environment = os.environ | {"PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": str(devices)}
+    command += ["--device", "tpu", "--workers", "1", "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+
+    losses = [line["loss"] for line in read_metrics(tmp_path)]
+    assert len(losses) == 20
+    assert losses == pytest.approx(cpu_losses, abs=1e-4)
+
+    device = json.loads((tmp_path / "config.json").read_text())["device"]
+    assert (device["kind"], device["devices"]) == ("xla", devices)
+    # Shapes are static and nothing that changes is a constant of the graph: after the first steps of each of the two
+    # stages (with and without gradients' buffers; the initial weights) nothing is compiled again.
+    compilations = int(done.stdout.split("compilations")[-1])
+    assert compilations <= 12, f"{compilations} compilations for 20 steps: a graph changes from step to step"
