@@ -1,0 +1,54 @@
+"""What a dataset's columns hold, as TFDS's `features.json` tells it.
+
+Only what clipkit reads or writes is understood by name; a feature of another kind (a bounding box, a video) still has a
+place here, so that a dataset with such columns opens, and its values come as plain lists.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Kind = Literal["image", "text", "int", "float", "bool", "label", "other"]
+
+
+@dataclass(frozen=True)
+class Feature:
+    """One column. `optional`: the key may be absent from a record, which means a missing value."""
+
+    kind: Kind
+    optional: bool = False
+    is_list: bool = False
+    num_classes: int | None = None
+
+
+def parse_features(features_json: Mapping[str, Any]) -> dict[str, Feature]:
+    """Columns by name from the contents of a `features.json`. Raises KeyError or TypeError when it isn't one."""
+    content = features_json.get("content", features_json)
+    features = content["featuresDict"]["features"] if "featuresDict" in content else content["features"]
+    return {name: _parse(feature) for name, feature in features.items()}
+
+
+def _parse(feature: Mapping[str, Any]) -> Feature:
+    name = feature["pythonClassName"].rsplit(".", 1)[-1]
+    if name in ("Image", "Text"):
+        return Feature("image" if name == "Image" else "text")
+    if name == "ClassLabel":
+        return Feature("label", num_classes=int(feature["classLabel"]["numClasses"]))
+    if name == "Sequence":
+        item = _parse(feature["sequence"]["feature"])
+        return Feature(item.kind if not item.is_list else "other", is_list=True)
+    tensor = feature.get("tensor")
+    if tensor is None or tensor.get("encoding", "none") != "none":
+        return Feature("other", is_list=True)
+    shape = tensor.get("shape", {}).get("dimensions", [])
+    return Feature(_kind_of(tensor["dtype"]), bool(tensor.get("optional")), is_list=bool(shape))
+
+
+def _kind_of(dtype: str) -> Kind:
+    if dtype == "bool":
+        return "bool"
+    if dtype in ("string", "object"):
+        return "text"
+    if dtype.startswith(("int", "uint")):
+        return "int"
+    return "float" if dtype.startswith(("float", "bfloat")) else "other"

@@ -1,0 +1,134 @@
+"""The account of a dataset: what went into each shard, what came out, and what was left out and why.
+
+The manifest stands in `clipkit/manifest.json` beside TFDS's own files, which have no place for it. Its counts add up:
+in every source, every shard and every split, samples = records + all that was skipped.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+from clipkit.errors import UserError
+from clipkit.files import read_json, write_json
+
+CLIPKIT_FOLDER = "clipkit"
+
+
+@dataclass(frozen=True)
+class Source:
+    """One input file of a shard. `skipped` counts the samples left out by reason."""
+
+    file: str
+    bytes: int
+    samples: int
+    records: int
+    skipped: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One TFRecord file of a split. `crc32c` (8 hexadecimal digits) is that of the whole file."""
+
+    file: str
+    records: int
+    bytes: int
+    crc32c: str
+    sources: tuple[Source, ...] = ()
+    formats: dict[str, int] = field(default_factory=dict)
+    converted: dict[str, int] = field(default_factory=dict)
+    status: str = "done"
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        return cls(**{**values, "sources": tuple(Source(**source) for source in values["sources"])})
+
+
+@dataclass(frozen=True)
+class SplitManifest:
+    """All shards of one split, in the order of their numbers."""
+
+    shards: tuple[Shard, ...]
+
+    @property
+    def samples(self) -> int:
+        return sum(source.samples for shard in self.shards for source in shard.sources)
+
+    @property
+    def records(self) -> int:
+        return sum(shard.records for shard in self.shards)
+
+    @property
+    def bytes(self) -> int:
+        return sum(shard.bytes for shard in self.shards)
+
+    @property
+    def skipped(self) -> dict[str, int]:
+        return add_counts(source.skipped for shard in self.shards for source in shard.sources)
+
+    @property
+    def formats(self) -> dict[str, int]:
+        """Records by the format of their image as stored."""
+        return add_counts(shard.formats for shard in self.shards)
+
+    @property
+    def converted(self) -> dict[str, int]:
+        """Records whose image TFDS can't decode and which was therefore stored as JPEG, by the original format."""
+        return add_counts(shard.converted for shard in self.shards)
+
+
+def add_counts(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    """Counters added up, the names sorted."""
+    total: Counter[str] = Counter()
+    for count in counts:
+        total.update(count)
+    return dict(sorted(total.items()))
+
+
+def manifest_path(folder: Path) -> Path:
+    return folder / CLIPKIT_FOLDER / "manifest.json"
+
+
+def index_path(folder: Path, split: str) -> Path:
+    """Where the byte offsets of a split's records stand: uint64[records], shard after shard."""
+    return folder / CLIPKIT_FOLDER / f"index-{split}.npy"
+
+
+def write_manifest(folder: Path, splits: Mapping[str, SplitManifest]) -> None:
+    """Write the manifest of a dataset directory, sums first so that a reader sees them."""
+    write_json(
+        manifest_path(folder),
+        {
+            "format": 1,
+            "splits": {
+                name: {
+                    "samples": split.samples,
+                    "records": split.records,
+                    "bytes": split.bytes,
+                    "skipped": split.skipped,
+                    "formats": split.formats,
+                    "converted": split.converted,
+                    "shards": [asdict(shard) for shard in split.shards],
+                }
+                for name, split in splits.items()
+            },
+        },
+    )
+
+
+def read_manifest(folder: Path) -> dict[str, SplitManifest]:
+    """The splits of a dataset directory by name; {} where clipkit wrote no manifest."""
+    path = manifest_path(folder)
+    if not path.exists():
+        return {}
+    values = read_json(path)
+    try:
+        return {
+            name: SplitManifest(tuple(Shard.from_dict(shard) for shard in split["shards"]))
+            for name, split in values["splits"].items()
+        }
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{path} isn't a manifest that this clipkit knows ({error!r}): build the dataset anew"
+        ) from error
