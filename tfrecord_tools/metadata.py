@@ -1,0 +1,84 @@
+"""Write the two files by which TFDS knows a dataset, `dataset_info.json` and `features.json`, without TFDS.
+
+Missing values. A missing value is a key that isn't in the record. TFDS reads such a record in two ways:
+- `Scalar(dtype, optional=True)`, TFDS's own word for it. `as_dataset` gives the smallest value of the type (int64:
+  -2**63, float32: -3.4e38) or "" for text, and the column keeps its type and its scalar shape, so it can be batched.
+- `Sequence(dtype)` of length 0 or 1: tells a missing text from an empty one, but can't be batched, and each reader must
+  unpack it.
+clipkit writes the first, and only for columns in which a value is missing somewhere; the others are plain scalars.
+Whoever must tell "" from missing reads the record itself (`clipkit.dataset` gives None).
+A bool column with missing values is declared as int64, for TFDS would read the missing ones as False. Missing lists are
+read as empty ones. Floats are float32, as `tf.train.Example` has it.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from clipkit.features import Feature
+from clipkit.files import write_json
+from clipkit.manifest import SplitManifest
+
+VERSION = "1.0.0"
+FILE_TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
+
+_PACKAGE = "tensorflow_datasets.core.features"
+_DTYPES = {"int": "int64", "float": "float32", "bool": "bool"}
+
+
+def shard_name(name: str, split: str, number: int, count: int) -> str:
+    """The file name of one shard as TFDS's default template has it."""
+    return f"{name}-{split}.tfrecord-{number:05d}-of-{count:05d}"
+
+
+def write_metadata(
+    folder: Path, name: str, features: Mapping[str, Feature], splits: Mapping[str, SplitManifest]
+) -> None:
+    """Write both files; `dataset_info.json` last, since its presence says that the dataset is whole."""
+    write_json(folder / "features.json", features_json(features))
+    write_json(folder / "dataset_info.json", dataset_info_json(name, splits))
+
+
+def dataset_info_json(name: str, splits: Mapping[str, SplitManifest]) -> dict[str, Any]:
+    """The contents of `dataset_info.json`: TFDS's DatasetInfo message as JSON (64-bit numbers are strings there)."""
+    return {
+        "description": "Image-text pairs written by clipkit.",
+        "fileFormat": "tfrecord",
+        "name": name,
+        "splits": [
+            {
+                "filepathTemplate": FILE_TEMPLATE,
+                "name": split,
+                "numBytes": str(manifest.bytes),
+                "shardLengths": [str(shard.records) for shard in manifest.shards],
+            }
+            for split, manifest in sorted(splits.items())
+        ],
+        "version": VERSION,
+    }
+
+
+def features_json(features: Mapping[str, Feature]) -> dict[str, Any]:
+    """The contents of `features.json`: TFDS's Feature message of a FeaturesDict as JSON."""
+    return {
+        "pythonClassName": f"{_PACKAGE}.features_dict.FeaturesDict",
+        "featuresDict": {"features": {name: _feature(feature) for name, feature in sorted(features.items())}},
+    }
+
+
+def _feature(feature: Feature) -> dict[str, Any]:
+    if feature.is_list:
+        item = _feature(Feature(feature.kind))
+        return {
+            "pythonClassName": f"{_PACKAGE}.sequence_feature.Sequence",
+            "sequence": {"feature": item, "length": "-1"},
+        }
+    if feature.kind == "image":
+        shape = {"dimensions": ["-1", "-1", "3"]}
+        return {"pythonClassName": f"{_PACKAGE}.image_feature.Image", "image": {"shape": shape, "dtype": "uint8"}}
+    if feature.kind == "text" and not feature.optional:
+        return {"pythonClassName": f"{_PACKAGE}.text_feature.Text", "text": {}}
+    tensor: dict[str, Any] = {"shape": {}, "dtype": _DTYPES.get(feature.kind, "string"), "encoding": "none"}
+    if feature.optional:
+        tensor["optional"] = True
+    return {"pythonClassName": f"{_PACKAGE}.scalar.Scalar", "tensor": tensor}

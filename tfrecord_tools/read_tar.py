@@ -1,0 +1,160 @@
+"""Read the tars that img2dataset's webdataset writer leaves: KEY.jpg, KEY.txt and KEY.json, one after the other.
+
+The headers are parsed here because the standard library's `tarfile` and `webdataset` spend 300 to 400 µs on a sample
+of 34 KB, four times what the whole of a build may take; this reader spends about 40. It knows plain, GNU (long names)
+and POSIX (pax) archives, checks each header's checksum, and takes the end of the file for the end of the archive only
+where the archive says so: a tar that a killed download left must not pass for a small one.
+"""
+
+import json
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from clipkit.errors import UserError
+from clipkit.tfrecord_tools.sample import BAD_METADATA, BAD_TEXT, DROPPED_COLUMNS, NO_IMAGE, Sample
+
+IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif"})
+
+_BLOCK = 512
+_BUFFER_BYTES = 1 << 20
+
+
+def read_tar(path: Path) -> Iterator[Sample]:
+    """The samples of a tar in its order; members of one key must follow each other, as webdataset has it.
+
+    Members that are neither image, txt nor json are left out. Raises UserError naming the file and the byte when the
+    archive is cut off or damaged.
+    """
+    key: str | None = None
+    members: dict[str, bytes] = {}
+    for name, data in read_members(path):
+        folder, _, base = name.rpartition("/")
+        stem, dot, suffix = base.partition(".")
+        if not stem or not dot:
+            continue
+        stem = f"{folder}/{stem}" if folder else stem
+        suffix = suffix.lower()
+        if key is not None and (stem != key or suffix in members):
+            yield _sample(key, members)
+            members = {}
+        key = stem
+        members[suffix] = data
+    if key is not None:
+        yield _sample(key, members)
+
+
+def _sample(key: str, members: dict[str, bytes]) -> Sample:
+    image = next((data for suffix, data in members.items() if suffix in IMAGE_SUFFIXES), None)
+    try:
+        columns = json.loads(members["json"]) if "json" in members else {}
+        if not isinstance(columns, dict):
+            return Sample(key, image, None, {}, BAD_METADATA)
+    except ValueError:
+        return Sample(key, image, None, {}, BAD_METADATA)
+    try:
+        caption = _caption(members.get("txt"), columns)
+    except UnicodeDecodeError:
+        return Sample(key, image, None, {}, BAD_TEXT)
+    for name in DROPPED_COLUMNS:
+        columns.pop(name, None)
+    if "key" not in columns:
+        columns["key"] = key.rpartition("/")[2]
+    return Sample(key, image, caption, columns, NO_IMAGE if image is None else None)
+
+
+def _caption(text: bytes | None, columns: dict[str, Any]) -> str | None:
+    """The txt member, or the metadata's caption. A null caption there means "", though img2dataset may write "nan"."""
+    absent = "caption" not in columns
+    caption = columns.pop("caption", None)
+    if not absent and (caption is None or caption != caption):
+        return ""
+    if text is not None:
+        return text.decode("utf-8")
+    return None if absent else str(caption)
+
+
+def read_members(path: Path) -> Iterator[tuple[str, bytes]]:
+    """Name and contents of each regular file of an uncompressed tar, read once from front to back."""
+    with path.open("rb", buffering=_BUFFER_BYTES) as file:
+        offset = 0
+        name: str | None = None
+        size: int | None = None
+        while True:
+            header = file.read(_BLOCK)
+            if len(header) == _BLOCK and header[0] == 0 and not any(header):
+                return
+            _check_header(header, offset, path)
+            stored = _number(header[124:136], offset, path)
+            kind = header[156:157]
+            if kind in b"xL":
+                data = _contents(file, stored, offset, path)
+                if kind == b"L":
+                    name = data.rstrip(b"\0").decode("utf-8", "replace")
+                else:
+                    name, size = _pax(data, name, size)
+            else:
+                stored = stored if size is None else size
+                data = _contents(file, stored, offset, path)
+                if kind in b"0\x007":
+                    yield name or _name(header), data
+                if kind != b"g":
+                    name = size = None
+            offset += _BLOCK + stored + -stored % _BLOCK
+
+
+def _contents(file: BinaryIO, size: int, offset: int, path: Path) -> bytes:
+    padding = -size % _BLOCK
+    data = file.read(size)
+    if len(data) < size or len(file.read(padding)) < padding:
+        raise _damaged(path, offset, "it ends inside a member")
+    return data
+
+
+def _check_header(header: bytes, offset: int, path: Path) -> None:
+    if len(header) < _BLOCK:
+        raise _damaged(path, offset, "it ends without an end mark" if not header else "it ends inside a header")
+    # A header's checksum is the sum of its bytes, its own eight counted as spaces. Adler-32 holds 1 + that sum, modulo
+    # 65521, in its low half, thirty times faster than sum().
+    field = header[148:156]
+    wanted = _number(field, offset, path) - 8 * 32 + sum(field)
+    if (wanted + 1) % 65521 != zlib.adler32(header) & 0xFFFF:
+        raise _damaged(path, offset, "a header's checksum doesn't match")
+
+
+def _number(field: bytes, offset: int, path: Path) -> int:
+    if field[0] & 0x80:  # GNU's base 256, for sizes over 8 GiB
+        return int.from_bytes(field[1:], "big")
+    try:
+        return int(field.strip(b"\0 ") or b"0", 8)
+    except ValueError:
+        raise _damaged(path, offset, "a header holds no number where one belongs") from None
+
+
+def _name(header: bytes) -> str:
+    name = header[:100].split(b"\0", 1)[0]
+    if header[257:263] == b"ustar\0" and header[345]:
+        name = header[345:500].split(b"\0", 1)[0] + b"/" + name
+    return name.decode("utf-8", "replace")
+
+
+def _pax(data: bytes, name: str | None, size: int | None) -> tuple[str | None, int | None]:
+    """The path and size that a pax header sets; its records are "LENGTH KEY=VALUE\\n"."""
+    while b" path=" in data or b" size=" in data:
+        length, _, rest = data.partition(b" ")
+        end = int(length) - len(length) - 1
+        keyword, _, value = rest[:end].rstrip(b"\n").partition(b"=")
+        if keyword == b"path":
+            name = value.decode("utf-8", "replace")
+        elif keyword == b"size":
+            size = int(value)
+        data = rest[end:]
+    return name, size
+
+
+def _damaged(path: Path, offset: int, reason: str) -> UserError:
+    return UserError(
+        f"{path}: damaged tar at byte {offset}, {reason}: remove this shard and run clipkit download again, "
+        "then the same build-tfds command"
+    )
