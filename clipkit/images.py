@@ -1,0 +1,242 @@
+"""From encoded bytes to pixels: the one way that training and evaluation share.
+
+Images come from the open web, so the size is read from the header before anything is decoded, only formats of pictures
+are opened, and whatever can't be decoded ends as an `ImageError` that says why. JPEG goes through libjpeg-turbo
+(simplejpeg), which can decode at a half, a quarter or an eighth of the size for less; WebP through OpenCV where that
+gives Pillow's pixels; all else through Pillow. Pixels are uint8 until they are on the device.
+"""
+
+import io
+import struct
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+import simplejpeg
+from PIL import Image, ImageOps
+
+from clipkit.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+UInt8Array = npt.NDArray[np.uint8]
+ResizeMode = Literal["shortest", "squash"]
+Interpolation = Literal["bicubic", "bilinear"]
+
+MAX_PIXELS = 80_000_000
+# Pictures alone: Pillow would also start other programs (EPS) or read scientific files.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "ICO")
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+class ImageError(UserError):
+    """Bytes that can't be decoded as an image; the message says why, without naming the sample."""
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """How an image becomes pixels at evaluation: part of a checkpoint, for another way gives another accuracy."""
+
+    size: int = 224
+    mean: tuple[float, float, float] = CLIP_MEAN
+    std: tuple[float, float, float] = CLIP_STD
+    interpolation: Interpolation = "bicubic"
+    resize_mode: ResizeMode = "shortest"
+    """`shortest`: the shorter side to `size`, then the centre square. `squash`: both sides to `size`."""
+
+
+# ---- Decoding --------------------------------------------------------------------------------------------------------
+
+
+def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> UInt8Array:
+    """An encoded image as uint8[H, W, 3] RGB, upright (EXIF), on white where it is transparent, its first frame.
+
+    Raises ImageError for what isn't an image, is cut short, or has more than `max_pixels` pixels.
+    """
+    if size := plain_jpeg_size(data):
+        check_size(*size, max_pixels)
+        try:
+            return simplejpeg.decode_jpeg(data, strict=True)
+        except ValueError:
+            pass  # Pillow forgives more, and has the better words for what it doesn't
+    elif size := header_size(data):
+        check_size(*size, max_pixels)
+        if is_plain_webp(data):
+            image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
+            if image is not None:
+                return image.astype(np.uint8, copy=False)
+    return decode_with_pillow(data, max_pixels)
+
+
+def decode_scaled(data: bytes, min_height: int, min_width: int, max_pixels: int = MAX_PIXELS) -> UInt8Array:
+    """Like `decode`, but a JPEG may come at 1/2, 1/4 or 1/8 of its size, the smallest with at least these sides.
+
+    Libjpeg drops the highest frequencies before it goes to pixels; only these scales are faster than a full decoding.
+    """
+    if size := plain_jpeg_size(data):
+        height, width = size
+        scale = jpeg_scale(height, width, min_height, min_width)
+        if scale > 1:
+            check_size(height, width, max_pixels)
+            try:
+                return simplejpeg.decode_jpeg(
+                    data, min_height=-(-height // scale), min_width=-(-width // scale), min_factor=scale, strict=True
+                )
+            except ValueError:
+                pass
+    return decode(data, max_pixels)
+
+
+def jpeg_scale(height: int, width: int, min_height: int, min_width: int) -> int:
+    """8, 4, 2 or 1: the most that a JPEG may shrink in decoding and still have at least these sides."""
+    scale = 8
+    while scale > 1 and (-(-height // scale) < min_height or -(-width // scale) < min_width):
+        scale //= 2
+    return scale
+
+
+def plain_jpeg_size(data: bytes) -> tuple[int, int] | None:
+    """(height, width) of a JPEG that libjpeg-turbo alone does right: grey or colour, no EXIF block that may turn it."""
+    if data[:2] != b"\xff\xd8" or data.find(b"Exif\0", 0, 1 << 18) >= 0:
+        return None
+    try:
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(data, strict=False)
+    except (ValueError, KeyError):  # KeyError: a header without the frame's own, in simplejpeg 1.9
+        return None
+    return (height, width) if colours in ("YCbCr", "RGB", "Gray") else None
+
+
+def header_size(data: bytes) -> tuple[int, int] | None:
+    """(height, width) as the header of a JPEG, PNG, WebP or GIF says; None where it says nothing of the kind."""
+    try:
+        if data[:2] == b"\xff\xd8":
+            height, width, _, _ = simplejpeg.decode_jpeg_header(data, strict=False)
+            return height, width
+        if data[:8] == b"\x89PNG\r\n\x1a\n":
+            width, height = struct.unpack_from(">II", data, 16)
+            return height, width
+        if data[:4] == b"RIFF" and data[8:16] == b"WEBPVP8X":
+            width, height = (1 + int.from_bytes(data[at : at + 3], "little") for at in (24, 27))
+            return height, width
+        if data[:4] == b"RIFF" and data[8:16] == b"WEBPVP8L":
+            both = struct.unpack_from("<I", data, 21)[0]
+            return 1 + (both >> 14 & 0x3FFF), 1 + (both & 0x3FFF)
+        if data[:4] == b"RIFF" and data[8:16] == b"WEBPVP8 ":
+            width, height = struct.unpack_from("<HH", data, 26)
+            return height & 0x3FFF, width & 0x3FFF
+        if data[:4] == b"GIF8":
+            width, height = struct.unpack_from("<HH", data, 6)
+            return height, width
+    except (ValueError, KeyError, struct.error):
+        pass
+    return None
+
+
+def check_size(height: int, width: int, max_pixels: int) -> None:
+    """Raise ImageError for an image that is larger than anyone needs: decoding it could fill the memory."""
+    if height * width > max_pixels:
+        raise ImageError(f"{width} x {height} pixels are more than the {max_pixels:,} allowed")
+    if not height or not width:
+        raise ImageError("the image has no pixels")
+
+
+def is_plain_webp(data: bytes) -> bool:
+    """Whether this is a single WebP image without transparency, animation or EXIF."""
+    if data[:4] != b"RIFF" or data[8:12] != b"WEBP":
+        return False
+    match data[12:16]:
+        case b"VP8 ":
+            return True
+        case b"VP8L":
+            return len(data) > 24 and not data[24] & 0x10
+        case b"VP8X":
+            return not data[20] & 0x1A
+    return False
+
+
+def decode_with_pillow(data: bytes, max_pixels: int) -> UInt8Array:
+    """Any picture format, any mode. Raises ImageError."""
+    if not data:
+        raise ImageError("the image has no bytes")
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            check_size(image.height, image.width, max_pixels)
+            return to_rgb(ImageOps.exif_transpose(image))
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:  # Pillow's decoders raise nearly every built-in exception on broken bytes
+        raise ImageError(describe_failure(data, error)) from error
+
+
+def describe_failure(data: bytes, error: Exception) -> str:
+    """A short reason for a person: most "images" that aren't are web pages."""
+    start = data[:256].lstrip().lower()
+    if start.startswith((b"<!doctype html", b"<html", b"<head")):
+        return "not an image but an HTML page"
+    if isinstance(error, Image.UnidentifiedImageError):
+        return f"not an image (begins with {data[:8]!r})"
+    return f"the image is damaged ({' '.join(str(error).split()) or type(error).__name__})"
+
+
+def to_rgb(image: Image.Image) -> UInt8Array:
+    """uint8[H, W, 3] of any mode: 16 bits and floats scaled to 8, transparency laid on white."""
+    if image.mode.startswith(("I", "F")):
+        pixels = np.asarray(image).astype(np.float64)
+        if image.mode == "F":
+            pixels *= 255 if pixels.max(initial=0) <= 1 else 1
+        elif image.mode != "I" or pixels.max(initial=0) > 255:
+            pixels /= 257
+        grey = np.clip(np.rint(pixels), 0, 255).astype(np.uint8)
+        return np.repeat(grey[:, :, None], 3, axis=2)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return np.array(image.convert("RGB"))
+
+
+# ---- Evaluation ------------------------------------------------------------------------------------------------------
+
+
+def eval_transform(
+    image: UInt8Array, size: int, interpolation: Interpolation = "bicubic", resize_mode: ResizeMode = "shortest"
+) -> UInt8Array:
+    """uint8[size, size, 3] as OpenCLIP evaluates it, bit for bit: Pillow's antialiased resize, then the centre.
+
+    Raises UserError for an unknown interpolation or resize mode.
+    """
+    filters = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+    if interpolation not in filters or resize_mode not in ("shortest", "squash"):
+        raise UserError(
+            f"unknown preprocessing {interpolation!r}, {resize_mode!r}: choose bicubic or bilinear, shortest or squash"
+        )
+    height, width = image.shape[:2]
+    if resize_mode == "squash":
+        target = size, size
+    elif width <= height:
+        target = size, int(size * height / width)
+    else:
+        target = int(size * width / height), size
+    pixels = Image.fromarray(image)
+    if target != (width, height):
+        pixels = pixels.resize(target, filters[interpolation])
+    left, top = round((target[0] - size) / 2), round((target[1] - size) / 2)
+    return np.asarray(pixels)[top : top + size, left : left + size]
+
+
+def normalise(
+    image_BHWC: "torch.Tensor", mean: tuple[float, float, float], std: tuple[float, float, float]
+) -> "torch.Tensor":
+    """uint8 [B, H, W, 3] to float32 [B, 3, H, W], scaled to 0 … 1, less `mean`, by `std`; on the tensor's device.
+
+    Same values as torchvision's ToTensor and Normalize. The memory stays in NHWC order (channels last).
+    """
+    import torch
+
+    # Plain numbers, channel by channel: a tensor of means made here would be copied to the device and waited for.
+    channels = [(image_BHWC[..., c].float() / 255 - mean[c]) / std[c] for c in range(3)]
+    return torch.stack(channels, dim=-1).permute(0, 3, 1, 2)

@@ -1,0 +1,66 @@
+"""Training crops have torchvision's distribution, and those from a shrunk decoding show what the plain way shows."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_images import PIXELS, encoded, jpeg, picture
+
+from clipkit.train.crop import crop_box, random_resized_crop, random_resized_crop_of, scaled_crop
+
+
+@pytest.mark.parametrize("size", [48, 64, 112, 224])
+def test_fast_crop_equals_full_decoding_and_antialiased_bicubic(size: int) -> None:
+    errors = []
+    for seed in range(8):
+        data = jpeg(picture(256, 320, seed, roughness=1.3))
+        for area in (0.45, 0.7, 0.95):
+            draws = np.full(22, 0.5)
+            fast = random_resized_crop_of(data, size, (area, area), (1.0, 1.0), draws)
+            nominal = crop_box(256, 320, (area, area), (1.0, 1.0), draws)
+            (top, left, height, width), scale = scaled_crop(256, 320, nominal, size)
+            assert max(abs(a - b) for a, b in zip((top, left, height, width), nominal, strict=True)) <= scale / 2
+            box = (left, top, left + width, top + height)
+            plain = Image.open(io.BytesIO(data)).resize((size, size), Image.Resampling.BICUBIC, box=box)
+            errors.append(np.abs(fast.astype(float) - np.asarray(plain)).mean())
+    assert np.mean(errors) < 2.5
+
+
+def test_crop_box_distribution_equals_torchvision() -> None:
+    from torchvision.transforms import RandomResizedCrop
+
+    torch.manual_seed(0)
+    area, ratio = (0.4, 1.0), (3 / 4, 4 / 3)
+    image = torch.empty(3, 200, 300)
+    theirs = np.array([RandomResizedCrop.get_params(image, area, ratio) for _ in range(1500)])  # type: ignore[arg-type]
+    draws = np.random.default_rng(0).random((1500, 22))
+    ours = np.array([crop_box(200, 300, area, ratio, row) for row in draws])
+    for column in range(4):
+        spread = theirs[:, column].std()
+        assert abs(ours[:, column].mean() - theirs[:, column].mean()) < 0.1 * spread
+        assert abs(ours[:, column].std() - spread) < 0.1 * spread
+    assert (ours[:, :2] >= 0).all()
+    assert (ours[:, 0] + ours[:, 2]).max() <= 200
+    assert (ours[:, 1] + ours[:, 3]).max() <= 300
+
+
+def test_crop_that_never_fits_is_the_central_one() -> None:
+    assert crop_box(10, 100, (1.0, 1.0), (1.0, 1.0), np.full(22, 0.5)) == (0, 45, 10, 10)
+    assert crop_box(1, 1, (0.4, 1.0), (3 / 4, 4 / 3), np.full(22, 0.99)) == (0, 0, 1, 1)
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 500), (500, 1), (7, 9)])
+def test_tiny_and_thin_images_are_cropped(height: int, width: int) -> None:
+    pixels = np.full((height, width, 3), 77, np.uint8)
+    for data in (jpeg(pixels), encoded(Image.fromarray(pixels), "PNG")):
+        crop = random_resized_crop_of(data, 32, (0.4, 1.0), (3 / 4, 4 / 3), np.full(22, 0.7))
+        assert crop.shape == (32, 32, 3)
+        assert np.abs(crop.astype(int) - 77).max() <= 3
+
+
+def test_random_resized_crop_of_pixels() -> None:
+    crop = random_resized_crop(PIXELS, 24, (0.4, 1.0), (3 / 4, 4 / 3), np.random.default_rng(0).random(22))
+    assert crop.shape == (24, 24, 3)
+    assert crop.dtype == np.uint8

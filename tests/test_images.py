@@ -1,0 +1,202 @@
+"""Every kind of picture comes out right, bad ones say why, and the fast paths agree with the plain ones."""
+
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from clipkit.images import (
+    CLIP_MEAN,
+    CLIP_STD,
+    ImageError,
+    decode,
+    decode_scaled,
+    eval_transform,
+    normalise,
+)
+
+
+def picture(height: int = 64, width: int = 96, seed: int = 0, roughness: float = 1.6) -> np.ndarray:
+    """A natural-like image: noise whose amplitude falls with frequency, as photographs', plus hard edges."""
+    rng = np.random.default_rng(seed)
+    frequency = np.hypot(*np.meshgrid(np.fft.fftfreq(width), np.fft.fftfreq(height)))
+    spectrum = np.fft.fft2(rng.normal(size=(3, height, width))) / np.maximum(frequency, 1 / width) ** roughness
+    noise = np.fft.ifft2(spectrum).real
+    noise = noise.mean(0) * 0.8 + noise * 0.2
+    image = 128 + 48 * noise / noise.std()
+    for _ in range(4):
+        top, left = rng.integers(0, height), rng.integers(0, width)
+        image[:, top : top + height // 4, left : left + width // 4] += rng.normal(0, 40, (3, 1, 1))
+    return np.clip(image, 0, 255).astype(np.uint8).transpose(1, 2, 0)
+
+
+def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def jpeg(pixels: np.ndarray, quality: int = 95, **options: object) -> bytes:
+    return encoded(Image.fromarray(pixels), "JPEG", quality=quality, **options)
+
+
+PIXELS = picture()
+COLOUR = Image.fromarray(PIXELS)
+
+
+@pytest.mark.parametrize("subsampling", [0, 1, 2])
+@pytest.mark.parametrize("progressive", [False, True])
+def test_jpeg_equals_pillow(subsampling: int, progressive: bool) -> None:
+    data = jpeg(PIXELS, subsampling=subsampling, progressive=progressive)
+    np.testing.assert_array_equal(decode(data), np.asarray(Image.open(io.BytesIO(data))))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "BMP", "TIFF", "PPM"])
+def test_lossless_formats(kind: str) -> None:
+    np.testing.assert_array_equal(decode(encoded(COLOUR, kind)), PIXELS)
+
+
+@pytest.mark.parametrize("options", [{"lossless": True}, {"quality": 80}, {"quality": 80, "exif": b"Exif\0\0"}])
+def test_webp_equals_pillow(options: dict[str, object]) -> None:
+    data = encoded(COLOUR, "WEBP", **options)
+    np.testing.assert_array_equal(decode(data), np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+def test_grey(kind: str) -> None:
+    pixels = decode(encoded(COLOUR.convert("L"), kind))
+    assert pixels.shape == (64, 96, 3)
+    assert np.abs(pixels.astype(int) - np.asarray(COLOUR.convert("L"))[:, :, None]).mean() < 6
+
+
+def test_cmyk_jpeg() -> None:
+    pixels = decode(encoded(COLOUR.convert("CMYK"), "JPEG", quality=95))
+    assert np.abs(pixels.astype(int) - PIXELS).mean() < 6
+
+
+def test_sixteen_bits_are_scaled_and_not_clipped() -> None:
+    grey = np.linspace(0, 65535, 64 * 96).reshape(64, 96).astype(np.uint16)
+    for kind in ("PNG", "TIFF"):
+        pixels = decode(encoded(Image.fromarray(grey), kind))
+        np.testing.assert_array_equal(pixels[:, :, 0], np.rint(grey / 257).astype(np.uint8))
+
+
+def test_sixteen_bit_colour_png() -> None:
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in PIXELS.astype(np.uint16) * 257)
+    chunks = [
+        (b"IHDR", struct.pack(">IIBBBBB", 96, 64, 16, 2, 0, 0, 0)),
+        (b"IDAT", zlib.compress(rows)),
+        (b"IEND", b""),
+    ]
+    data = b"\x89PNG\r\n\x1a\n"
+    for name, body in chunks:
+        data += struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+    np.testing.assert_array_equal(decode(data), PIXELS)
+
+
+def test_transparency_is_laid_on_white() -> None:
+    alpha = np.zeros((64, 96, 1), np.uint8)
+    alpha[:, 48:] = 255
+    clear = Image.fromarray(np.concatenate([PIXELS, alpha], 2))
+    for kind, options in (("PNG", {}), ("WEBP", {"lossless": True}), ("TIFF", {})):
+        pixels = decode(encoded(clear, kind, **options))
+        np.testing.assert_array_equal(pixels[:, 48:], PIXELS[:, 48:])
+        assert (pixels[:, :48] == 255).all()
+
+
+def test_palette_with_transparency() -> None:
+    palette = Image.new("P", (4, 4), 1)
+    palette.putpalette([0, 0, 0, 200, 0, 0])
+    palette.putpixel((0, 0), 0)
+    pixels = decode(encoded(palette, "PNG", transparency=0))
+    assert pixels[0, 0].tolist() == [255, 255, 255]
+    assert pixels[1, 1].tolist() == [200, 0, 0]
+    greys = Image.fromarray(np.array([[0, 100]], np.uint8)).convert("LA")
+    greys.putalpha(Image.fromarray(np.array([[0, 255]], np.uint8)))
+    assert decode(encoded(greys, "PNG"))[0].tolist() == [[255] * 3, [100] * 3]
+
+
+def test_first_frame_of_an_animation() -> None:
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    for kind in ("GIF", "WEBP", "PNG"):
+        data = encoded(frames[0], kind, save_all=True, append_images=frames[1:], duration=10)
+        assert np.abs(decode(data).astype(int) - [255, 0, 0]).max() <= 8
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "WEBP", "PNG"])
+def test_exif_rotation(kind: str) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees clockwise to see it upright
+    turned = decode(encoded(COLOUR, kind, exif=exif))
+    plain = decode(encoded(COLOUR, kind))
+    np.testing.assert_array_equal(turned, np.rot90(plain, -1))
+    assert decode_scaled(encoded(COLOUR, kind, exif=exif), 10, 10).shape[0] > 90
+
+
+BAD = {
+    "empty": (b"", "no bytes"),
+    "text": (b"Sorry, gone.", "not an image"),
+    "page": (b"  <!DOCTYPE html><html><body>404</body></html>", "HTML page"),
+    "cut jpeg": (jpeg(PIXELS)[:-900], "damaged"),
+    "cut png": (encoded(COLOUR, "PNG")[:-900], "damaged"),
+    "cut webp": (encoded(COLOUR, "WEBP")[:-900], "damaged|not an image"),
+    "jpeg header": (jpeg(PIXELS)[:24], "damaged|not an image"),
+    "postscript": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n", "not an image"),
+}
+
+
+@pytest.mark.parametrize(("data", "reason"), BAD.values(), ids=BAD)
+def test_bad_bytes_say_why(data: bytes, reason: str) -> None:
+    for read in (decode, lambda data: decode_scaled(data, 8, 8)):
+        with pytest.raises(ImageError, match=reason) as caught:
+            read(data)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"])
+def test_too_many_pixels_are_refused_by_the_header(kind: str) -> None:
+    data = encoded(COLOUR, kind)
+    with pytest.raises(ImageError, match="96 x 64 pixels"):
+        decode(data, max_pixels=6000)
+    with pytest.raises(ImageError, match="96 x 64 pixels"):
+        decode_scaled(data, 1, 1, max_pixels=6000)
+    assert decode(data, max_pixels=6144).shape == (64, 96, 3)
+
+
+def test_a_decompression_bomb_costs_nothing() -> None:
+    header = struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0)
+    data = (
+        b"\x89PNG\r\n\x1a\n"
+        + struct.pack(">I", 13)
+        + b"IHDR"
+        + header
+        + struct.pack(">I", zlib.crc32(b"IHDR" + header))
+    )
+    with pytest.raises(ImageError, match="60000 x 60000"):
+        decode(data)
+
+
+@pytest.mark.parametrize(
+    ("side", "expected"), [(256, 256), (129, 256), (128, 128), (64, 64), (33, 64), (32, 32), (1, 32)]
+)
+def test_scaled_decoding_gives_the_smallest_that_is_enough(side: int, expected: int) -> None:
+    data = jpeg(picture(256, 320))
+    assert decode_scaled(data, side, side).shape == (expected, expected * 5 // 4, 3)
+
+
+@pytest.mark.parametrize(("height", "width"), [(64, 64), (64, 96), (97, 64), (300, 451), (20, 30), (13, 500)])
+@pytest.mark.parametrize("resize_mode", ["shortest", "squash"])
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+def test_evaluation_pixels_equal_openclip(height: int, width: int, resize_mode: str, interpolation: str) -> None:
+    from open_clip.transform import image_transform
+
+    image = picture(height, width)
+    transform = image_transform(64, is_train=False, resize_mode=resize_mode, interpolation=interpolation)
+    expected_CHW = transform(Image.fromarray(image))
+    pixels = eval_transform(image, 64, interpolation, resize_mode)  # type: ignore[arg-type]
+    found_BCHW = normalise(torch.from_numpy(pixels.copy())[None], CLIP_MEAN, CLIP_STD)
+    assert torch.equal(found_BCHW[0], expected_CHW)

@@ -1,0 +1,255 @@
+"""Training images: cut, turned and coloured at random, each choice a function of the sample's key.
+
+Geometry is done sample by sample, straight from the encoded bytes (`cut`). All colour changes of a sample are affine in
+(R, G, B), so they are composed into one 3 x 4 matrix, for a whole batch at once, and each image is touched once
+(`recolour`). Nothing here draws from a generator's state: `clipkit.counter_rng` gives the numbers.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+
+from clipkit.counter_rng import uniform
+from clipkit.errors import UserError
+from clipkit.images import UInt8Array, decode, decode_scaled, plain_jpeg_size
+from clipkit.train.crop import crop_resize, random_resized_crop_of
+
+# Streams of random numbers, each for one use (see counter_rng).
+GEOMETRY, COLOUR, ERASING = range(100, 103)
+GEOMETRY_DRAWS, COLOUR_DRAWS, ERASING_DRAWS = 23, 16, 8
+
+LUMA = (0.299, 0.587, 0.114)
+# Brightness and two colour axes (NTSC): saturation scales the colour plane, hue turns it.
+RGB_TO_YIQ = np.array([LUMA, (0.596, -0.274, -0.322), (0.211, -0.523, 0.312)])
+YIQ_TO_RGB = np.linalg.inv(RGB_TO_YIQ)
+
+FloatArray = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """What may happen to a training image. Everything is off by default: the central square, resized."""
+
+    crop_area: tuple[float, float] = (1.0, 1.0)
+    """Share of the image's area that a crop covers. Above 1 the image is shown smaller, in a border of `fill`."""
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """Aspect ratio (width by height) of a crop before it is made square, log-uniform."""
+    flip: float = 0.0
+    """Probability of a horizontal flip."""
+    rotation: float = 0.0
+    """Turn by up to this many degrees, either way."""
+    shear: float = 0.0
+    """Shear by up to this many degrees, either way."""
+    translation: float = 0.0
+    """Shift by up to this share of the image's sides, also beyond its edge."""
+    fill: int = 255
+    """Grey level of what lies outside the image."""
+    brightness: float = 0.0
+    """Factor from 1 - x to 1 + x, as contrast's and saturation's."""
+    contrast: float = 0.0
+    saturation: float = 0.0
+    hue: float = 0.0
+    """Turn of the colour circle by up to this share of it, either way; 0.5 is the whole circle."""
+    jitter: float = 1.0
+    """Probability of brightness, contrast, saturation and hue together."""
+    hue_jitter: float = 1.0
+    """Probability of the hue's part in it."""
+    grey: float = 0.0
+    """Probability of losing all colour."""
+    fixed: Literal["black", "white"] = "black"
+    """The colour that jitter leaves alone: `black` is the usual jitter of photographs (torchvision's, in random order,
+    without clipping in between); `white` keeps the paper of drawings white, brightness and contrast acting as one."""
+    permute_channels: float = 0.0
+    """Probability of a random order of red, green and blue."""
+    invert: float = 0.0
+    """Probability of the negative."""
+    erase: float = 0.0
+    """Probability of one rectangle (a sixth to two fifths of each side) in a random colour."""
+
+    @property
+    def is_affine(self) -> bool:
+        """Whether images are warped, instead of cut along their pixels."""
+        return bool(self.rotation or self.shear or self.translation or self.crop_area[1] > 1)
+
+    @property
+    def recolours(self) -> bool:
+        """Whether any colour may change."""
+        jitter = self.jitter and (self.brightness or self.contrast or self.saturation or self.hue)
+        return bool(jitter or self.grey or self.permute_channels or self.invert)
+
+    def check(self) -> None:
+        """Raise UserError for values that mean nothing."""
+        for name in ("crop_area", "crop_ratio"):
+            low, high = getattr(self, name)
+            if not 0 < low <= high:
+                raise UserError(f"augmentation {name}={low},{high}: give two positive numbers, the smaller first")
+        for name in ("flip", "jitter", "hue_jitter", "grey", "permute_channels", "invert", "erase"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"augmentation {name}={getattr(self, name)} is a probability: give 0 to 1")
+        if self.fixed not in ("black", "white"):
+            raise UserError(f"augmentation fixed={self.fixed!r}: choose black or white")
+
+
+# ---- Geometry --------------------------------------------------------------------------------------------------------
+
+
+def geometry_draws(keys_B: npt.ArrayLike) -> FloatArray:
+    """The random numbers for `cut`, one row a sample."""
+    return uniform(keys_B, GEOMETRY_DRAWS, GEOMETRY)
+
+
+def cut(data: bytes, size: int, augmentation: Augmentation, draws: FloatArray) -> UInt8Array:
+    """One encoded image as uint8[size, size, 3]. Raises ImageError. `draws` is a row of `geometry_draws`."""
+    flip = bool(draws[22] < augmentation.flip)
+    if augmentation.is_affine:
+        return warp(data, size, augmentation, draws, flip)
+    if augmentation.crop_area == (1.0, 1.0):
+        pixels = central(data, size)
+    else:
+        pixels = random_resized_crop_of(data, size, augmentation.crop_area, augmentation.crop_ratio, draws[:22])
+    return pixels[:, ::-1] if flip else pixels
+
+
+def central(data: bytes, size: int) -> UInt8Array:
+    """The central square of an encoded image."""
+    full = plain_jpeg_size(data)
+    image = decode_scaled(data, size, size) if full else decode(data)
+    height, width = image.shape[:2]
+    side = min(height, width)
+    return crop_resize(image, ((height - side) // 2, (width - side) // 2, side, side), size)
+
+
+def warp(data: bytes, size: int, augmentation: Augmentation, draws: FloatArray, flip: bool) -> UInt8Array:
+    """Crop, turn, shear and shift in one bilinear warp.
+
+    The crop's area and ratio are log-uniform; it is placed anywhere inside the image (or around it, where it is larger)
+    and shifted by up to `translation`, whichever reaches further.
+    """
+    image = decode_scaled(data, 2 * size, 2 * size)
+    height, width = image.shape[:2]
+    if min(height, width) > 3 * size:  # bilinear sampling would skip pixels
+        shrink = 2 * size / min(height, width)
+        target = max(1, round(width * shrink)), max(1, round(height * shrink))
+        image = cv2.resize(image, target, interpolation=cv2.INTER_AREA).astype(np.uint8, copy=False)
+        height, width = image.shape[:2]
+    across, down, angle, slant, right, below = (2 * draws[:6] - 1).tolist()
+    low, high = augmentation.crop_area
+    area = low * (high / low) ** ((across + 1) / 2)
+    narrow, wide = augmentation.crop_ratio
+    ratio = narrow * (wide / narrow) ** ((down + 1) / 2)
+
+    # Source pixels per output pixel along each axis, then turned and sheared about the centre.
+    step_x, step_y = (math.sqrt(area * form * height * width) / size for form in (ratio, 1 / ratio))
+    free_x, free_y = abs(width - step_x * size) / 2, abs(height - step_y * size) / 2
+    centre_x = (width - 1) / 2 + right * max(free_x, augmentation.translation * width)
+    centre_y = (height - 1) / 2 + below * max(free_y, augmentation.translation * height)
+    turn = math.radians(angle * augmentation.rotation)
+    shear = math.tan(math.radians(slant * augmentation.shear))
+    cosine, sine = math.cos(turn), math.sin(turn)
+    step_x = -step_x if flip else step_x
+    a, b = cosine * step_x, (cosine * shear - sine) * step_y
+    c, d = sine * step_x, (sine * shear + cosine) * step_y
+    middle = (size - 1) / 2
+    matrix = np.array([[a, b, centre_x - (a + b) * middle], [c, d, centre_y - (c + d) * middle]])
+    warped = cv2.warpAffine(
+        image,
+        matrix,
+        (size, size),
+        flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
+        borderMode=cv2.BORDER_CONSTANT,
+        borderValue=(augmentation.fill,) * 3,
+    )
+    return warped.astype(np.uint8, copy=False)
+
+
+# ---- Colour ----------------------------------------------------------------------------------------------------------
+
+
+def recolour(images_BHWC: UInt8Array, augmentation: Augmentation, keys_B: npt.ArrayLike) -> None:
+    """Change the colours of uint8 images in place, each by its key, and erase from them."""
+    if augmentation.recolours:
+        draws_BN = uniform(keys_B, COLOUR_DRAWS, COLOUR)
+        means_B3 = np.zeros((len(images_BHWC), 3))
+        if augmentation.contrast and augmentation.fixed == "black":
+            means_B3 = np.array([cv2.mean(image)[:3] for image in images_BHWC]).reshape(-1, 3)
+        for image, matrix in zip(images_BHWC, colour_matrices(augmentation, draws_BN, means_B3), strict=True):
+            cv2.transform(image, matrix, dst=image)
+    if augmentation.erase:
+        erase(images_BHWC, augmentation, uniform(keys_B, ERASING_DRAWS, ERASING))
+
+
+def colour_matrices(augmentation: Augmentation, draws_BN: FloatArray, means_B3: FloatArray) -> FloatArray:
+    """float64[B, 3, 4]: what becomes of (R, G, B, 1). `means_B3` are the images' mean colours."""
+    size = len(draws_BN)
+    jittered_B = draws_BN[:, 0] < augmentation.jitter
+    spread_B4 = 2 * draws_BN[:, 1:5] - 1
+    amounts = np.array([augmentation.brightness, augmentation.contrast, augmentation.saturation, augmentation.hue])
+    factor_B4 = np.maximum(spread_B4 * amounts + [1, 1, 1, 0], [0, 0, 0, -np.inf])
+    factor_B4[draws_BN[:, 5] >= augmentation.hue_jitter, 3] = 0
+    factor_B4[~jittered_B] = [1, 1, 1, 0]
+    grey_B = draws_BN[:, 6] < augmentation.grey
+
+    matrix_B34 = np.zeros((size, 3, 4))
+    if augmentation.fixed == "white":
+        saturation_B = np.where(grey_B, 0, factor_B4[:, 2])
+        colour_B33 = turn_and_saturate(saturation_B, factor_B4[:, 3])
+        permute(colour_B33, augmentation.permute_channels, draws_BN)
+        colour_B33 = colour_B33 * (factor_B4[:, 0] * factor_B4[:, 1])[:, None, None]
+        matrix_B34[:, :, :3] = colour_B33
+        matrix_B34[:, :, 3] = 255 * (1 - colour_B33.sum(axis=2))
+    else:
+        matrix_B34[:, :, :3] = np.eye(3)
+        steps_B4 = np.stack(
+            [
+                np.eye(3) * factor_B4[:, 0, None, None],
+                np.eye(3) * factor_B4[:, 1, None, None],
+                turn_and_saturate(factor_B4[:, 2], np.zeros(size)),
+                turn_and_saturate(np.ones(size), factor_B4[:, 3]),
+            ],
+            axis=1,
+        )
+        order_B4 = draws_BN[:, 7:11].argsort(axis=1)
+        for step in range(4):
+            which_B = order_B4[:, step]
+            now_B3 = np.einsum("bij,bj->bi", matrix_B34[:, :, :3], means_B3) + matrix_B34[:, :, 3]
+            matrix_B34 = steps_B4[np.arange(size), which_B] @ matrix_B34
+            # Contrast moves away from the mean brightness that the image has by now.
+            matrix_B34[:, :, 3] += ((which_B == 1) * (1 - factor_B4[:, 1]) * (now_B3 @ LUMA))[:, None]
+        matrix_B34[grey_B] = np.array([LUMA] * 3) @ matrix_B34[grey_B]
+        permute(matrix_B34, augmentation.permute_channels, draws_BN)
+    inverted_B = draws_BN[:, 15] < augmentation.invert
+    matrix_B34[inverted_B] *= -1
+    matrix_B34[inverted_B, :, 3] += 255
+    return matrix_B34
+
+
+def turn_and_saturate(saturation_B: FloatArray, hue_B: FloatArray) -> FloatArray:
+    """float64[B, 3, 3]: the colour plane scaled by `saturation` and turned by `hue` turns, brightness kept."""
+    cosine, sine = np.cos(2 * np.pi * hue_B) * saturation_B, np.sin(2 * np.pi * hue_B) * saturation_B
+    turn_B33 = np.zeros((len(hue_B), 3, 3))
+    turn_B33[:, 0, 0] = 1
+    turn_B33[:, 1, 1] = turn_B33[:, 2, 2] = cosine
+    turn_B33[:, 1, 2], turn_B33[:, 2, 1] = sine, -sine
+    product: FloatArray = YIQ_TO_RGB @ turn_B33 @ RGB_TO_YIQ
+    return product
+
+
+def permute(matrix_B3N: FloatArray, probability: float, draws_BN: FloatArray) -> None:
+    """Shuffle the rows of some matrices in place."""
+    for index in np.nonzero(draws_BN[:, 11] < probability)[0]:
+        matrix_B3N[index] = matrix_B3N[index][draws_BN[index, 12:15].argsort()]
+
+
+def erase(images_BHWC: UInt8Array, augmentation: Augmentation, draws_BN: FloatArray) -> None:
+    """Paint one rectangle over some images."""
+    height, width = images_BHWC.shape[1:3]
+    for index in np.nonzero(draws_BN[:, 0] < augmentation.erase)[0]:
+        _, tall, broad, top, left, *colour = draws_BN[index].tolist()
+        rows = int(height / 6 + tall * height * (0.4 - 1 / 6))
+        columns = int(width / 6 + broad * width * (0.4 - 1 / 6))
+        y, x = int(top * (height - rows + 1)), int(left * (width - columns + 1))
+        images_BHWC[index, y : y + rows, x : x + columns] = [int(256 * value) for value in colour]
