@@ -42,6 +42,21 @@ class DownloadSummary:
     failed: dict[str, int]
     empty_captions: int
     shards: int
+    out: Path
+
+    def to_json(self) -> dict[str, Any]:
+        """The counts, and the path as text."""
+        return {**asdict(self), "out": str(self.out)}
+
+    def text(self) -> str:
+        """Two or three lines for a person."""
+        lines = [f"{self.downloaded:,} of {self.rows:,} images ({self.downloaded / self.rows:.1%}) in {self.out}"]
+        if self.failed:
+            reasons = ", ".join(f"{reason} {number:,}" for reason, number in self.failed.items())
+            lines.append(f"failed: {reasons}; each row in {self.out / 'clipkit' / 'failures.parquet'}")
+        if self.empty_captions:
+            lines.append(f"rows without a caption: {self.empty_captions:,}; build-tfds leaves them out")
+        return "\n".join(lines)
 
 
 def download(
@@ -49,13 +64,13 @@ def download(
     out: Path,
     *,
     preset: str | None = None,
-    url_col: str | None = None,
-    caption_col: str | None = None,
+    url_column: str | None = None,
+    caption_column: str | None = None,
     keep_columns: Sequence[str] | None = None,
     image_size: int = 256,
     resize_mode: str = "keep_ratio",
     resize_only_if_bigger: bool = True,
-    encode_quality: int = 95,
+    quality: int = 95,
     min_image_size: int = 0,
     samples_per_shard: int = 10_000,
     processes: int | None = None,
@@ -79,11 +94,11 @@ def download(
             raise UserError(f"the {name} must be at least 1, not {value}")
     if resize_mode not in RESIZE_MODES:
         raise UserError(f"unknown resize mode {resize_mode!r}: choose one of {', '.join(RESIZE_MODES)}")
-    if not 1 <= encode_quality <= 100:
-        raise UserError(f"the JPEG quality must be from 1 to 100, not {encode_quality}")
+    if not 1 <= quality <= 100:
+        raise UserError(f"the JPEG quality must be from 1 to 100, not {quality}")
     if timeout <= 0 or retries < 0:
         raise UserError(f"the timeout must be above 0 s and retries at least 0, not {timeout} and {retries}")
-    columns = choose_columns(preset, url_col, caption_col, keep_columns)
+    columns = choose_columns(preset, url_column, caption_column, keep_columns)
     tables = find_tables(urls)
     if importlib.util.find_spec("img2dataset") is None:
         raise UserError("img2dataset isn't installed, and downloading is built on it: pip install 'clipkit[download]'")
@@ -91,7 +106,7 @@ def download(
         "image_size": image_size,
         "resize_mode": resize_mode,
         "resize_only_if_bigger": resize_only_if_bigger,
-        "encode_quality": encode_quality,
+        "quality": quality,
         "min_image_size": min_image_size,
         "samples_per_shard": samples_per_shard,
     }
@@ -143,9 +158,9 @@ def finish(plan: Plan, out: Path, fetched: int, urls: str) -> DownloadSummary:
     own = out / "clipkit"
     files = [shard_files(out, plan.name(shard)) for shard in plan.shards]
     if fetched == 0 and (own / "failures.parquet").exists() and (own / "download.json").exists():
-        return DownloadSummary(
-            **{name: read_json(own / "download.json")[name] for name in DownloadSummary.__annotations__}
-        )
+        told = read_json(own / "download.json")
+        counts = {each: told[each] for each in ("rows", "downloaded", "failed", "empty_captions", "shards")}
+        return DownloadSummary(**counts, out=out)
     (own / "download.json").unlink(missing_ok=True)
     failed = write_failures(own / "failures.parquet", (shard.parquet for shard in files))
     stats = [read_json(shard.stats) for shard in files]
@@ -155,12 +170,13 @@ def finish(plan: Plan, out: Path, fetched: int, urls: str) -> DownloadSummary:
         failed=dict(failed.most_common()),
         empty_captions=sum(shard["empty_captions"] for shard in stats),
         shards=len(files),
+        out=out,
     )
     if summary.rows != summary.downloaded + failed.total():
         raise InternalError(
             f"the counts of {out} don't add up ({summary}): report this, and download into another folder"
         )
-    write_json(own / "download.json", {**asdict(summary), "urls": urls, "output": asdict(plan.output)})
+    write_json(own / "download.json", {**summary.to_json(), "urls": urls, "output": asdict(plan.output)})
     return summary
 
 

@@ -39,14 +39,14 @@ class Plan:
 
 
 def choose_columns(
-    preset: str | None, url_col: str | None, caption_col: str | None, keep_columns: Sequence[str] | None
+    preset: str | None, url_column: str | None, caption_column: str | None, keep_columns: Sequence[str] | None
 ) -> Preset:
     """The column names: those given, else the preset's, else `url` and `caption`. Raises UserError."""
     if preset is not None and preset not in PRESETS:
         raise UserError(f"unknown preset {preset!r}: choose one of {', '.join(PRESETS)}, or name the columns")
     base = PRESETS[preset] if preset is not None else Preset("url", "caption")
     keep = base.keep if keep_columns is None else tuple(keep_columns)
-    return Preset(url_col or base.url, caption_col or base.caption, keep)
+    return Preset(url_column or base.url, caption_column or base.caption, keep)
 
 
 def check_columns(path: Path, schema: pa.Schema, columns: Preset, must_keep_all: bool) -> tuple[str, ...]:
@@ -79,7 +79,7 @@ def advice(names: Sequence[str]) -> str:
     presets = fitting_presets(names)
     if presets:
         return f"--preset {presets[0]} fits them"
-    return "name the columns with --url-col and --caption-col"
+    return "name the columns with --url-column and --caption-column"
 
 
 def is_text(kind: pa.DataType) -> bool:
@@ -111,7 +111,7 @@ def make_plan(
         raise UserError(
             f"the tables in {urls} differ in their columns ({keeps}): name those to keep, or download one by one"
         )
-    settings = {"url_col": columns.url, "caption_col": columns.caption, "keep_columns": list(keeps[0]), **images}
+    settings = {"url_column": columns.url, "caption_column": columns.caption, "keep_columns": list(keeps[0]), **images}
     copies = [own / "input" / f"{number:05d}.parquet" for number in range(len(tables))]
     fingerprints = [fingerprint(path) for path in tables]
     memory = own / "plan.json"

@@ -37,13 +37,13 @@ COPY_BYTES = 4 << 20
 class Output:
     """What the images become. All of it decides a shard's bytes, so a resumed download must not change it."""
 
-    url_col: str
-    caption_col: str
+    url_column: str
+    caption_column: str
     keep_columns: tuple[str, ...]
     image_size: int
     resize_mode: str
     resize_only_if_bigger: bool
-    encode_quality: int
+    quality: int
     min_image_size: int
     samples_per_shard: int
     shard_digits: int
@@ -95,11 +95,11 @@ def fetch_shard(
 
 def rows_for_img2dataset(shard: Shard, output: Output) -> pa.Table:
     """The rows of a shard with the columns named as img2dataset wants them; URL and caption as text."""
-    columns = [*output.keep_columns, output.caption_col, output.url_col]
+    columns = [*output.keep_columns, output.caption_column, output.url_column]
     rows = read_rows(Path(shard.rows_path), shard.start, shard.rows, list(dict.fromkeys(columns)))
     renamed = {name: rows[name] for name in output.keep_columns}
-    renamed["caption"] = rows[output.caption_col].cast(pa.string())
-    renamed["url"] = rows[output.url_col].cast(pa.string())
+    renamed["caption"] = rows[output.caption_column].cast(pa.string())
+    renamed["url"] = rows[output.url_column].cast(pa.string())
     return pa.table(renamed)
 
 
@@ -173,7 +173,7 @@ def is_truncated(data: bytes) -> bool:
 
     Decoders differ here: some OpenCV versions fill the missing part of a JPEG with grey and call it a success.
     """
-    if data.startswith(b"\xff\xd8"):
+    if data.startswith(b"\xff\xd8\xff"):
         return is_truncated_jpeg(data)
     if data.startswith(b"\x89PNG\r\n\x1a\n"):
         return is_truncated_png(data)
@@ -189,8 +189,6 @@ def is_truncated_jpeg(data: bytes) -> bool:
         marker = data[match.start() + 1]
         if marker == JPEG_END:
             return False
-        if position == 2 and match.start() != 2:
-            return False  # not built like a JPEG: the decoder is to say what it is
         length = int.from_bytes(data[match.end() : match.end() + 2], "big")
         position = match.end() + max(length, 2)
     return True
@@ -219,7 +217,7 @@ def downloader(folder: Path, columns: list[str], output: Output, threads: int, t
         image_size=output.image_size,
         resize_mode=output.resize_mode,
         resize_only_if_bigger=output.resize_only_if_bigger,
-        encode_quality=output.encode_quality,
+        encode_quality=output.quality,
         min_image_size=output.min_image_size,
     )
     return parts.downloader(

@@ -54,9 +54,15 @@ def read_schema(path: Path) -> pa.Schema:
         if suffix == ".parquet":
             return pq.read_schema(path)
         with open_text(path, None) as reader:
-            return reader.schema
+            schema = reader.schema
     except (pa.ArrowException, OSError, EOFError) as error:
         raise unreadable(path, suffix, error) from error
+    for field in schema:
+        if pa.types.is_binary(field.type):
+            raise UserError(
+                f"column {field.name!r} of {path} isn't UTF-8 text: convert the file, for example with iconv"
+            )
+    return schema
 
 
 def unreadable(path: Path, suffix: str, error: Exception) -> UserError:
@@ -147,7 +153,8 @@ def fingerprint(path: Path) -> str:
 def read_rows(path: Path, start: int, count: int, columns: list[str]) -> pa.Table:
     """Rows `start` to `start + count` of a parquet file, reading the row groups that hold them alone."""
     with pq.ParquetFile(path) as file:
-        groups, first, passed = [], 0, 0
+        first = passed = 0
+        groups: list[int] = []
         for group in range(file.num_row_groups):
             rows = file.metadata.row_group(group).num_rows
             if passed + rows > start and passed < start + count:
