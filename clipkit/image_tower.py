@@ -7,8 +7,8 @@ from typing import Any, cast
 
 import timm
 import torch
-from timm.layers import LayerNorm2d
-from timm.models.vision_transformer import VisionTransformer
+from timm.layers import LayerNorm2d, PatchEmbed
+from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from clipkit.errors import UserError
@@ -111,6 +111,16 @@ class ImageTower(nn.Module):
         return out
 
 
+def is_plain(trunk: nn.Module) -> bool:
+    """Whether this is timm's VisionTransformer of ordinary blocks, with absolute positions and ordinary patches."""
+    return (
+        isinstance(trunk, VisionTransformer)
+        and all(isinstance(block, Block) for block in trunk.blocks)
+        and isinstance(trunk.patch_embed, PatchEmbed | ConvStem)
+        and trunk.pos_embed is not None
+    )
+
+
 def make_trunk(config: ImageConfig) -> VisionTransformer:
     """timm's model for a configuration, its weights not yet set. UserError for what timm can't build."""
     known = timm.list_models("vit_*")
@@ -143,8 +153,9 @@ def make_trunk(config: ImageConfig) -> VisionTransformer:
             **overrides,
         )
     except (AssertionError, RuntimeError, TypeError, ValueError) as error:
-        raise UserError(f"timm can't build {config.name} as model.image asks ({error}): change it") from error
-    if not isinstance(trunk, VisionTransformer) or trunk.pos_embed is None:
+        reason = str(error) or type(error).__name__
+        raise UserError(f"timm can't build {config.name} as model.image asks ({reason}): change it") from error
+    if not is_plain(trunk):
         raise UserError(f"{config.name} isn't a plain vision transformer in timm: set another model.image.name")
     patch = trunk.patch_embed.patch_size[0]
     if config.image_size % patch:

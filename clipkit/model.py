@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from timm.layers import LayerScale
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -24,6 +25,7 @@ __all__ = [
     "ImageConfig",
     "ModelConfig",
     "TextConfig",
+    "allocate",
     "build",
     "float32_maths",
     "load_state",
@@ -85,6 +87,7 @@ class CLIP(nn.Module):
         if self.training:
             with torch.no_grad():
                 self.logit_scale.clamp_(max=LOG_SCALE_MAX)
+            return self.logit_scale.exp()
         return self.logit_scale.clamp(max=LOG_SCALE_MAX).exp()
 
     def set_gradient_checkpointing(self, enabled: bool = True) -> None:
@@ -113,6 +116,8 @@ class CLIP(nn.Module):
                 module.weight.fill_(1.0)
             if isinstance(module, nn.LayerNorm | nn.Linear | nn.Conv2d) and module.bias is not None:
                 module.bias.zero_()
+            if isinstance(module, LayerScale):
+                module.gamma.fill_(getattr(module, "init_values", 1e-5))
 
         trunk = self.image.trunk
         if isinstance(trunk.patch_embed, ConvStem):
@@ -163,12 +168,19 @@ def build(config: ModelConfig, seed: int = 0) -> CLIP:
 
     Raises UserError for a configuration that can't be built.
     """
-    # On the meta device no default initialisation runs: it would cost seconds and move the global generator.
-    with torch.device("meta"):
-        model = CLIP(config)
-    model.to_empty(device="cpu")
+    model = allocate(config)
     model.init_weights(seed)
     return model
+
+
+def allocate(config: ModelConfig) -> CLIP:
+    """A model whose weights hold nothing yet, for those who go on with `load_state`, which sets every one.
+
+    Nothing is initialised twice (seconds, for ViT-L), and torch's global generator isn't touched.
+    """
+    with torch.device("meta"):
+        model = CLIP(config)
+    return model.to_empty(device="cpu")
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from clipkit.errors import UserError
-from clipkit.model import CLIP, build, load_state
+from clipkit.model import CLIP, allocate, load_state
 from clipkit.model_config import ModelConfig
 
 # Numbers that OpenAI stores among the weights, and masks that can be computed.
@@ -88,6 +88,6 @@ def load_openclip(config: ModelConfig, state_dict: Mapping[str, Tensor]) -> CLIP
     The activation isn't in the weights: OpenAI's, and OpenCLIP's models named `-quickgelu`, need `act="quick_gelu"`,
     or the features are quietly wrong.
     """
-    model = build(config)
+    model = allocate(config)
     load_state(model, convert(state_dict, config))
     return model
