@@ -131,13 +131,19 @@ def serve(site: Mapping[str, Answer], port: int = 0) -> Iterator[str]:
         finally:
             loop.call_soon_threadsafe(loop.stop)
             thread.join()
-            server.close()
-            for transport in list(connections):
-                transport.abort()
-            # The transports close their sockets in the loop's next round.
-            loop.run_until_complete(asyncio.sleep(0))
+            loop.run_until_complete(_shut(server, connections))
     finally:
         loop.close()
+
+
+async def _shut(server: asyncio.Server, connections: set[asyncio.Transport]) -> None:
+    server.close()
+    # Connections accepted in the last moment have a task that makes their transport.
+    await asyncio.gather(*asyncio.all_tasks() - {asyncio.current_task()}, return_exceptions=True)
+    for transport in list(connections):
+        transport.abort()
+    # The transports close their sockets in the loop's next round.
+    await asyncio.sleep(0)
 
 
 @dataclass(frozen=True)

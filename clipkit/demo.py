@@ -1,0 +1,236 @@
+"""The whole pipeline on the embedded pairs: the very commands that a user would run, one after the other.
+
+Each command runs in a process of its own and goes on by itself where a killed run left it. What the demo adds is small:
+a server for the pictures while they are downloaded, the order, and an account of time and memory.
+"""
+
+import contextlib
+import errno
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from clipkit.embedded import emoji_parquet
+from clipkit.errors import InternalError, UserError
+from clipkit.files import read_json, read_json_lines, remove, require_writable, write_json
+from clipkit.log import duration
+
+BROKEN_SHARE = 0.03
+SEED = 0
+# Training captions are bare (`label: keywords`), and so are the prompts.
+TEMPLATES = "plain"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One command of the demo. `arguments` follow `clipkit`; `output` is there when the command has succeeded."""
+
+    name: str
+    arguments: tuple[str, ...]
+    output: Path
+
+    @property
+    def command(self) -> str:
+        """What a user would type."""
+        return shlex.join(["clipkit", *self.arguments])
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a stage took: wall clock, and the memory of its largest process."""
+
+    name: str
+    command: str
+    seconds: float
+    peak_memory_bytes: int
+
+
+def run_demo(out: Path, *, recipe: str = "emoji-demo", limit: int | None = None, settings: Sequence[str] = ()) -> None:
+    """Run download, build-tfds, train, zeroshot and report below `out`, print what came of it, and go on where a killed
+    demo stopped.
+
+    `limit` takes the first pairs alone; `settings` are `key=value` for the recipe. Raises UserError when a command
+    fails, or when `out` holds a demo of other pairs.
+    """
+    require_writable(out)
+    run = out / "run"
+    print(f"The demo works in {out}; stop it when you like, and run it again to go on.")
+    known = {cost.name: cost for cost in read_costs(out / "demo.json")}
+    fresh = False
+    for stage in stages(out, recipe, settings):
+        cost = known.get(stage.name)
+        if not fresh and cost is not None and cost.command == stage.command and stage.output.exists():
+            print(f"\n$ {stage.command}\n(done before, in {duration(cost.seconds)})", flush=True)
+            continue
+        fresh = True
+        print(f"\n$ {stage.command}", flush=True)
+        with serve_pictures(out, limit) if stage.name == "download" else contextlib.nullcontext():
+            known[stage.name] = run_stage(stage)
+        write_costs(out / "demo.json", known)
+        if run.exists():
+            write_costs(run / "demo.json", known)
+    print("\n" + closing(run, list(known.values())), flush=True)
+
+
+def stages(out: Path, recipe: str, settings: Sequence[str]) -> list[Stage]:
+    """The commands in order."""
+    shards, data, run, heldout = out / "shards", out / "data", out / "run", str(emoji_parquet("heldout"))
+    assignments = [word for setting in settings for word in ("--set", setting)]
+    download = ("--preset", "laion400m", "--image-size", "96", "--timeout", "2", "--samples-per-shard", "2200")
+    evaluate = ("--eval-data", heldout, "--eval-templates", TEMPLATES)
+    zeroshot = ("zeroshot", "--ckpt", str(run), "--data", heldout, "--templates", TEMPLATES)
+    return [
+        Stage(
+            "download",
+            ("download", str(out / "urls.parquet"), str(shards), *download),
+            shards / "clipkit" / "download.json",
+        ),
+        Stage(
+            "build-tfds",
+            ("build-tfds", str(shards), str(data), "--name", "emoji"),
+            data / "emoji" / "1.0.0" / "dataset_info.json",
+        ),
+        Stage(
+            "train",
+            ("train", "--data", str(data), "--recipe", recipe, *assignments, *evaluate, "--out", str(run), "--resume"),
+            run / "config.json",
+        ),
+        Stage("zeroshot", zeroshot, run / "results.jsonl"),
+        Stage("zeroshot of groups", (*zeroshot, "--label", "group"), run / "results.jsonl"),
+        Stage("report", ("report", str(run)), run / "report.html"),
+    ]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The server
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def serve_pictures(out: Path, limit: int | None) -> Iterator[None]:
+    """Serve the training pairs on loopback, with 3% broken, and write their URL table into `out` when it isn't there.
+
+    The port stands in the table, and a download goes on with the same table alone. So a second run takes the port of
+    the first; where another program has it by now, the download begins anew: it is the cheaper trouble.
+    """
+    import pyarrow.parquet as pq
+
+    from clipkit import image_server
+
+    pairs = pq.read_table(emoji_parquet("train")).slice(0, limit)
+    table = out / "urls.parquet"
+    site = image_server.emoji_site(pairs, image_server.broken_rows(len(pairs), BROKEN_SHARE, SEED))
+    with contextlib.ExitStack() as stack:
+        if table.exists():
+            urls = pq.read_table(table, columns=["URL"])["URL"].to_pylist()
+            if len(urls) != len(pairs):
+                raise UserError(f"{out} holds a demo of {len(urls):,} pairs, not {len(pairs):,}: choose another --out")
+            port = urlsplit(urls[0]).port or 0
+            try:
+                stack.enter_context(image_server.serve(site, port))
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE:
+                    raise
+                print(f"(port {port} of the last run is taken: the download begins anew)", flush=True)
+                remove(out / "shards")
+                remove(table)
+        if not table.exists():
+            base_url = stack.enter_context(image_server.serve(site))
+            image_server.write_url_table(table, base_url, pairs)
+        yield
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A command in a process of its own
+# ---------------------------------------------------------------------------------------------------------------------
+
+# A demo killed by SIGKILL can't stop its child, which would go on beside the next demo's. Linux ends the child for us:
+# PR_SET_PDEATHSIG (1) outlives exec, and is set here rather than between fork and exec, where threads make it unsafe.
+END_WITH_PARENT = """
+import ctypes, os, signal, sys
+if sys.platform == "linux":
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    if os.getppid() != int(sys.argv[1]):
+        sys.exit(1)
+os.execv(sys.executable, [sys.executable, *sys.argv[2:]])
+"""
+
+
+def run_stage(stage: Stage) -> Cost:
+    """Run a stage's command to its end. Raises UserError or InternalError, as its exit code says, when it fails."""
+    started = time.monotonic()
+    code, peak_memory_bytes = run_child(["-m", "clipkit", *stage.arguments])
+    if code != 0:
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        message = f"the demo's {stage.name} {how}: mend what it says above, and run the demo again to go on from there"
+        raise InternalError(message) if code == 1 else UserError(message)
+    return Cost(stage.name, stage.command, round(time.monotonic() - started, 1), peak_memory_bytes)
+
+
+def run_child(arguments: Sequence[str]) -> tuple[int, int]:
+    """Run Python with `arguments`; return its exit code and the peak memory in bytes of its largest process.
+
+    The child ends with this process. The server of the pictures is on loopback, which is no matter for a proxy.
+    """
+    sys.stdout.flush()
+    environment = {**os.environ, "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
+    child = subprocess.Popen([sys.executable, "-c", END_WITH_PARENT, str(os.getpid()), *arguments], env=environment)
+    try:
+        _, status, usage = os.wait4(child.pid, 0)
+    except KeyboardInterrupt:
+        # The terminal has told the child too; training saves a checkpoint before it goes.
+        _, status, _ = os.wait4(child.pid, 0)
+        child.returncode = os.waitstatus_to_exitcode(status)
+        raise
+    child.returncode = os.waitstatus_to_exitcode(status)
+    return child.returncode, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The account
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def write_costs(path: Path, costs: dict[str, Cost]) -> None:
+    """What the stages took, for the next demo and for the report."""
+    write_json(path, {"stages": [asdict(cost) for cost in costs.values()]})
+
+
+def read_costs(path: Path) -> list[Cost]:
+    """What an earlier demo's stages took; [] when there was none."""
+    return [Cost(**stage) for stage in read_json(path)["stages"]] if path.exists() else []
+
+
+def closing(run: Path, costs: Sequence[Cost]) -> str:
+    """The last words: numbers, costs, where the report is, and how to go on."""
+    lines = ["Zero-shot, on drawings in a style that training never saw:"]
+    for result in newest_results(run):
+        interval = f"{result['low']:.1%} to {result['high']:.1%}"
+        name = f"{result['task']} {result['metric']}"
+        lines.append(f"  {name:42}{result['value']:6.1%}   (95%: {interval}; chance {result['chance']:.2%})")
+    lines.append("What it took:")
+    lines += [f"  {c.name:42}{duration(c.seconds):>6}   {c.peak_memory_bytes / 1e9:.1f} GB" for c in costs]
+    total = sum(cost.seconds for cost in costs)
+    lines += [
+        f"  {'all':42}{duration(total):>6}   {max(cost.peak_memory_bytes for cost in costs) / 1e9:.1f} GB at the most",
+        f"The report: {run / 'report.html'}",
+        "Now your own data, for example LAION-400M's parquet files in the folder laion:",
+        "  clipkit download laion shards --preset laion400m",
+    ]
+    return "\n".join(lines)
+
+
+def newest_results(run: Path) -> list[dict[str, Any]]:
+    """The last result of each task and metric, in the order in which they first came."""
+    newest: dict[tuple[str, str], dict[str, Any]] = {}
+    for result in read_json_lines(run / "results.jsonl"):
+        newest[result["task"], result["metric"]] = result
+    return list(newest.values())
