@@ -7,6 +7,7 @@ standard library can't do.
 
 import contextlib
 import multiprocessing
+import os
 import pickle
 import signal
 import threading
@@ -30,23 +31,28 @@ def run(
     function: Callable[[T], R],
     items: Sequence[T],
     *,
-    workers: int = 1,
+    workers: int | None = 1,
     describe: Callable[[T], str] = str,
     isolate: bool = False,
 ) -> Iterator[tuple[int, R]]:
     """Yield `(index of the item, function(item))` in the order in which the items finish.
 
-    With `workers` of 0 or 1 everything runs in this process, in order, unless `isolate` keeps `function` and what it
+    `workers` of None takes every core that this process may use. With 0 or 1 everything runs in this process, in order, unless `isolate` keeps `function` and what it
     imports out of it. Otherwise `function`, the items and the results
     are pickled, so `function` must be importable (`functools.partial` of such a one is fine).
     An exception of `function` keeps its type and gets a note that names the item through `describe`.
     Raises UserError when a worker dies, naming the item it held; what other items have finished stays finished.
     Leaving the loop early, Ctrl-C included, stops the workers.
     """
-    workers = min(max(workers, 1), len(items))
+    workers = min(cores() if workers is None else max(workers, 1), len(items))
     if workers <= 1 and not isolate:
         return _run_here(function, items, describe)
     return _run_workers(function, items, workers, describe)
+
+
+def cores() -> int:
+    """How many cores this process may use: fewer than the machine has, in a container or under `taskset`."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _run_here(function: Callable[[T], R], items: Sequence[T], describe: Callable[[T], str]) -> Iterator[tuple[int, R]]:

@@ -60,8 +60,8 @@ def name(number: int) -> str:
     return f"shard {number:05d}"
 
 
-@pytest.mark.parametrize("workers", [0, 1, 2, 3])
-def test_every_item_once(workers: int) -> None:
+@pytest.mark.parametrize("workers", [None, 0, 1, 3])
+def test_every_item_once(workers: int | None) -> None:
     assert sorted(jobs.run(square, range(11), workers=workers)) == [(i, i * i) for i in range(11)]
 
 
@@ -129,6 +129,14 @@ def gone(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
     except (FileNotFoundError, ProcessLookupError):
         return True
+
+
+def test_cores_follow_the_affinity(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 5, 7}, raising=False)
+    assert jobs.cores() == 3
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(os, "cpu_count", lambda: None)
+    assert jobs.cores() == 1
 
 
 def test_leaving_early_stops_the_workers() -> None:

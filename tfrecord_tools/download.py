@@ -9,7 +9,6 @@ any `*.json` in OUT for a finished shard.
 import contextlib
 import fcntl
 import importlib.util
-import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -115,11 +114,11 @@ def download(
     with only_one(own), disk_errors(out):
         plan = make_plan(urls, tables, columns, keep_columns is not None, images, own)
         fetch = partial(fetch_shard, out=out, output=plan.output, threads=threads, timeout=timeout, retries=retries)
-        fetched = fetch_missing(plan, out, partial(fetch, work=own / "work"), processes or os.cpu_count() or 1)
+        fetched = fetch_missing(plan, out, partial(fetch, work=own / "work"), processes)
         return finish(plan, out, fetched, str(urls))
 
 
-def fetch_missing(plan: Plan, out: Path, fetch: Any, processes: int) -> int:
+def fetch_missing(plan: Plan, out: Path, fetch: Any, processes: int | None) -> int:
     """Fetch the shards that aren't done, with a line of progress; return how many there were."""
     clear_leftovers(out)
     totals: Counter[str] = Counter()
