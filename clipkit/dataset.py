@@ -45,6 +45,10 @@ class _Open:
     def __init__(self, path: Path) -> None:
         self.descriptor = os.open(path, os.O_RDONLY)
 
+    def read(self, length: int, offset: int) -> bytes:
+        # A method, so that the object outlives the call: with the bare descriptor in hand it could be closed before.
+        return os.pread(self.descriptor, length, offset)
+
     def __del__(self) -> None:
         if hasattr(self, "descriptor"):
             os.close(self.descriptor)
@@ -124,7 +128,7 @@ class Dataset:
         offsets = self.offsets(shard)
         start = int(offsets[number])
         end = int(offsets[number + 1]) if number + 1 < file.records else file.bytes
-        framed = os.pread(self._opened(shard).descriptor, end - start, start)
+        framed = self._opened(shard).read(end - start, start)
         return unframe(framed, start, self.path / file.file)
 
     def example(self, i: int) -> dict[str, Any]:

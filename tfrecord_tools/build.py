@@ -6,7 +6,7 @@ file's name, is known before the first record. Columns' kinds are not: each shar
 data are read once when the shards agree, as img2dataset's do, and no pass goes ahead to look.
 
 Files come in the order of trust: shards, each with its state in `clipkit/build-SPLIT/`; then the index, the list of
-skipped samples and the manifest; `dataset_info.json` last. A run that finds a state goes on from it, and a whole dataset
+skipped samples and the manifest; `dataset_info.json` last. A run that finds a state goes on from it; a whole dataset
 made from the same shards is left as it is.
 """
 
@@ -140,8 +140,10 @@ def _only_builder(folder: Path, work: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise UserError(f"another build-tfds is writing {folder}: wait for it, or choose another output") from error
-        for leftover in [*folder.glob(".*.tfrecord-*"), *work.glob(".*")]:
-            remove(leftover)
+        for place in (folder, folder / CLIPKIT_FOLDER, work):  # what killed runs were writing beside
+            for leftover in place.glob(".*"):
+                if leftover.name != ".lock":
+                    remove(leftover)
         yield
 
 

@@ -1,0 +1,409 @@
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from itertools import permutations
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from image_shards import pair, picture, write_tar, write_tars
+
+from clipkit import images
+from clipkit.dataset import open_dataset
+from clipkit.errors import UserError
+from clipkit.features import Feature
+from clipkit.manifest import read_manifest
+from clipkit.records import RecordWriter, encode_example, index_records
+from clipkit.tfrecord_tools import build
+from clipkit.tfrecord_tools.build import BuildProgress, build_tfds
+from clipkit.tfrecord_tools.schema import fit, unify
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """Every file below by its path, with a hash; lock files are left out, being empty marks."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != ".lock"
+    }
+
+
+def small_shards(monkeypatch, sources: int = 1) -> None:
+    """Make runs of `sources` image shards into one output shard each, which by size takes megabytes."""
+    monkeypatch.setattr(build, "_cut", lambda sizes, wanted: list(range(0, len(sizes), sources)))
+
+
+def test_all_good_samples_arrive_in_order_with_their_columns(tmp_path, monkeypatch):
+    small_shards(monkeypatch, 2)
+    write_tars(tmp_path / "shards", [3, 2, 0, 4, 1])
+    summary = build_tfds(tmp_path / "shards", tmp_path / "out", "pairs")
+    assert summary.path == tmp_path / "out" / "pairs" / "1.0.0"
+    assert (summary.shards, summary.samples, summary.records, summary.skipped, summary.built) == (3, 10, 10, {}, True)
+    dataset = open_dataset(tmp_path / "out")
+    assert [shard.records for shard in dataset.shards] == [5, 4, 1]
+    assert [dataset.example(i)["key"] for i in range(10)] == [f"{i:09d}" for i in range(10)]
+    assert dataset.example(7)["jpg"] == picture(7)
+    assert dataset.features == {
+        "jpg": Feature("image"),
+        "txt": Feature("text"),
+        "height": Feature("int"),
+        "width": Feature("int"),
+        "key": Feature("text"),
+        "url": Feature("text"),
+        "similarity": Feature("float"),
+    }
+    offsets = np.load(dataset.path / "clipkit" / "index-train.npy")
+    assert offsets.dtype == np.uint64
+    assert offsets.tolist() == [o for s in dataset.shards for o in index_records(dataset.path / s.file).tolist()]
+    info = json.loads((dataset.path / "dataset_info.json").read_text())
+    assert info["splits"][0]["shardLengths"] == ["5", "4", "1"]
+    assert int(info["splits"][0]["numBytes"]) == sum((dataset.path / s.file).stat().st_size for s in dataset.shards)
+    assert not list(dataset.path.rglob("build-*"))
+
+
+def test_what_cannot_be_used_is_counted_by_reason_and_named(tmp_path):
+    write_tar(
+        tmp_path / "shards" / "00000.tar",
+        [
+            pair(0),
+            pair(1, txt="  \n"),
+            pair(2, json={"caption": None}),
+            pair(3, jpg=b"<html>gone</html>"),
+            pair(4, jpg=b""),
+            pair(5, jpg=picture(5)[:-9]),
+            pair(6, jpg=None),
+            pair(7, txt=None, json=None),
+            pair(8, json=b"{"),
+            pair(9, txt=b"\xff"),
+            pair(10, jpg=b"II*\x00 and no more of a TIFF"),
+        ],
+    )
+    write_tar(tmp_path / "shards" / "00001.tar", [pair(11), pair(12, jpg=None)])
+    summary = build_tfds(tmp_path / "shards", tmp_path / "out", "pairs")
+    assert summary.skipped == {
+        "empty caption": 2,
+        "metadata is not JSON": 1,
+        "no caption": 1,
+        "no image": 2,
+        "not an image": 3,
+        "text is not UTF-8": 1,
+        "truncated image": 1,
+    }
+    assert (summary.samples, summary.records) == (13, 2)
+    manifest = read_manifest(summary.path)["train"]
+    for source in manifest.shards[0].sources:
+        assert source.samples == source.records + sum(source.skipped.values())
+    assert [source.samples for source in manifest.shards[0].sources] == [11, 2]
+    skipped = [json.loads(line) for line in (summary.path / "clipkit" / "skipped-train.jsonl").read_text().splitlines()]
+    assert len(skipped) == 11
+    assert skipped[-1] == {"source": "00001.tar", "key": "000000012", "reason": "no image"}
+
+
+def test_images_that_tfds_cannot_decode_become_jpegs(tmp_path):
+    formats = ("JPEG", "PNG", "WEBP", "GIF", "TIFF")
+    write_tar(tmp_path / "0.tar", [pair(i, jpg=picture(i, name, 64)) for i, name in enumerate(formats)])
+    summary = build_tfds(tmp_path / "0.tar", tmp_path / "out", "pairs")
+    assert (summary.formats, summary.converted) == ({"jpeg": 4, "png": 1}, {"gif": 1, "tiff": 1, "webp": 1})
+    dataset = open_dataset(tmp_path / "out")
+    for i, name in enumerate(formats):
+        stored = dataset.example(i)["jpg"]
+        if name in ("JPEG", "PNG"):
+            assert stored == picture(i, name, 64)
+        else:
+            assert stored.startswith(b"\xff\xd8")
+            difference = images.decode(stored).astype(int) - images.decode(picture(i, name, 64))
+            assert np.abs(difference).mean() < 2
+
+
+def test_kinds_are_unified_over_all_shards(tmp_path, monkeypatch):
+    small_shards(monkeypatch)
+    columns = [
+        [{"n": 1, "x": 1, "mixed": 1, "big": 1, "late": None, "deep": [1]}, {"n": None, "x": 2, "flag": True}],
+        [{"n": None, "x": 0.5, "mixed": "a", "big": 2**64, "deep": {"a": 1}}],
+        [{"n": 3, "x": None, "mixed": None, "late": float("nan"), "flag": False, "half": "\ud83d", "never": None}],
+    ]
+    number = iter(range(9))
+    for i, shard in enumerate(columns):
+        write_tar(tmp_path / "shards" / f"{i}.tar", [pair(next(number), json=extra) for extra in shard])
+    build_tfds(tmp_path / "shards", tmp_path / "out", "pairs")
+    dataset = open_dataset(tmp_path / "out")
+    names = ("n", "x", "mixed", "big", "deep", "flag", "half")
+    assert {name: dataset.features[name] for name in names} == {
+        "n": Feature("int", optional=True),
+        "x": Feature("float", optional=True),
+        "mixed": Feature("text", optional=True),
+        "big": Feature("text", optional=True),
+        "deep": Feature("text", optional=True),
+        "flag": Feature("int", optional=True),  # not bool: TFDS would read a missing one as False
+        "half": Feature("text", optional=True),
+    }
+    assert not {"late", "never"} & set(dataset.features)
+    values = [tuple(dataset.example(i)[name] for name in names) for i in range(4)]
+    assert values == [
+        (1, 1.0, "1", "1", "[1]", None, None),
+        (None, 2.0, None, None, None, 1, None),
+        (None, 0.5, "a", str(2**64), '{"a": 1}', None, None),
+        (3, None, None, None, None, 0, "?"),
+    ]
+
+
+VALUES = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=3), st.lists(st.integers()))
+
+
+@given(st.lists(st.dictionaries(st.sampled_from("abc"), VALUES), max_size=6), st.randoms())
+def test_kinds_do_not_depend_on_the_order_of_shards(records, random):
+    def kinds_of(records):
+        from clipkit.tfrecord_tools.schema import KindWidenedError
+
+        kinds: dict[str, str] = {}
+        while True:
+            try:
+                for record in records:
+                    encode_example(fit(record, kinds, {}))
+            except (KindWidenedError, UnicodeEncodeError) as error:
+                if isinstance(error, UnicodeEncodeError):
+                    return None
+                kinds = error.kinds
+            else:
+                return dict(sorted(kinds.items()))
+
+    whole = kinds_of(records)
+    shuffled = random.sample(records, len(records))
+    assert kinds_of(shuffled) == whole
+    if whole is not None:
+        half = len(records) // 2
+        assert unify([kinds_of(records[half:]), kinds_of(records[:half])]) == whole
+
+
+def test_unify_knows_the_order_of_kinds():
+    for kinds, expected in [
+        (("bool", "int"), "int"),
+        (("int", "bool", "float"), "float"),
+        (("float", "text"), "text"),
+        (("list of int", "list of nothing", "list of float"), "list of float"),
+        (("list of int", "int"), "text"),
+        (("list of text", "text"), "text"),
+    ]:
+        for order in permutations(kinds):
+            assert unify([{"a": kind} for kind in order]) == {"a": expected}
+
+
+def test_workers_change_nothing(tmp_path, monkeypatch):
+    small_shards(monkeypatch)
+    write_tars(tmp_path / "shards", [2, 3, 1])
+    one = build_tfds(tmp_path / "shards", tmp_path / "one", "pairs", workers=1)
+    seen: list[BuildProgress] = []
+    build_tfds(tmp_path / "shards", tmp_path / "two", "pairs", workers=2, progress=seen.append)
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+    assert [p.shards_done for p in seen] == [0, 1, 2, 3]
+    assert (seen[-1].records, seen[-1].bytes_done) == (one.records, seen[-1].bytes_total)
+
+
+# Each build is killed at one of its renames, just before or just after it, and done again. The shards differ in the
+# kind of one column, so that the second pass over them is killed too. A kill loses nothing of what the kernel holds, so
+# flushing, most of the time, is left out.
+KILLED = """
+import os, shutil, signal, sys
+from pathlib import Path
+from clipkit.tfrecord_tools import build
+from test_build import contents
+
+build._cut = lambda sizes, wanted: list(range(len(sizes)))
+os.fsync = lambda descriptor: None
+shards, out = Path(sys.argv[1]), Path(sys.argv[2])
+rename = Path.replace
+
+def run(kill_at=None, before=False):
+    done = 0
+    def counted(path, target):
+        nonlocal done
+        done += 1
+        if done == kill_at and before:
+            os.kill(os.getpid(), signal.SIGKILL)
+        result = rename(path, target)
+        if done == kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+    Path.replace = counted
+    summary = build.build_tfds(shards, out, "pairs")
+    Path.replace = rename
+    return summary, done
+
+whole, renames = run()
+assert renames > 14
+expected = contents(out)
+for kill_at in range(1, renames + 1):
+    for before in (True, False):
+        shutil.rmtree(out)
+        child = os.fork()
+        if not child:
+            run(kill_at, before)
+            os._exit(0)
+        assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+        summary, _ = run()
+        assert contents(out) == expected, (kill_at, before)
+        assert (summary.records, summary.skipped) == (whole.records, whole.skipped)
+print("the same")
+"""
+
+
+def test_killed_at_any_rename_the_same_command_ends_with_the_same_bytes(tmp_path):
+    write_tar(tmp_path / "shards" / "0.tar", [pair(0), pair(1, jpg=None)])
+    write_tar(tmp_path / "shards" / "1.tar", [pair(2, json={"width": 1.5})])
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", KILLED, str(tmp_path / "shards"), str(tmp_path / "out")],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout == "the same\n"
+
+
+def test_a_damaged_shard_stops_the_build_and_mended_it_goes_on(tmp_path, monkeypatch):
+    small_shards(monkeypatch)
+    tars = write_tars(tmp_path / "shards", [2, 2])
+    build_tfds(tmp_path / "shards", tmp_path / "expected", "pairs")
+    good = tars[1].read_bytes()
+    tars[1].write_bytes(good[:2000])
+    with pytest.raises(UserError, match=r"00001\.tar: damaged tar at byte"):
+        build_tfds(tmp_path / "shards", tmp_path / "out", "pairs")
+    version = tmp_path / "out" / "pairs" / "1.0.0"
+    assert [path.name for path in version.iterdir() if path.is_file()] == ["pairs-train.tfrecord-00000-of-00002"]
+    with pytest.raises(UserError, match="isn't finished"):
+        open_dataset(tmp_path / "out")
+    tars[1].write_bytes(good)
+    build_tfds(tmp_path / "shards", tmp_path / "out", "pairs")
+    assert contents(tmp_path / "out") == contents(tmp_path / "expected")
+
+
+def test_a_damaged_tfrecord_stops_the_build(tmp_path):
+    (tmp_path / "shards").mkdir()
+    path = tmp_path / "shards" / "00000.tfrecord"
+    with RecordWriter(path) as writer:
+        writer.write(encode_example({"jpg": picture(), "txt": "words"}))
+        second = writer.write(encode_example({"jpg": picture(), "txt": "words"}))
+    path.write_bytes(path.read_bytes()[:-3])
+    with pytest.raises(UserError, match=rf"00000\.tfrecord: the file ends inside a record, record at byte {second}"):
+        build_tfds(tmp_path / "shards", tmp_path / "out", "pairs")
+    assert not list((tmp_path / "out").rglob("*tfrecord*"))
+
+
+def test_built_already_is_left_alone(tmp_path):
+    write_tars(tmp_path / "shards", [2])
+    first = build_tfds(tmp_path / "shards", tmp_path / "out", "pairs")
+    times = {path: path.stat().st_mtime_ns for path in first.path.rglob("*") if path.is_file()}
+    second = build_tfds(tmp_path / "shards", tmp_path / "out", "pairs")
+    assert (second.built, second.records) == (False, first.records)
+    changed = {path for path, time in times.items() if path.stat().st_mtime_ns != time}
+    assert {path.name for path in changed} <= {".lock"}
+    write_tars(tmp_path / "shards", [2, 1])
+    with pytest.raises(UserError, match="already holds a split 'train' made from other shards"):
+        build_tfds(tmp_path / "shards", tmp_path / "out", "pairs")
+    next(first.path.glob("*tfrecord*")).unlink()
+    (tmp_path / "shards" / "00001.tar").unlink()
+    with pytest.raises(UserError, match="is missing"):
+        build_tfds(tmp_path / "shards", tmp_path / "out", "pairs")
+
+
+def test_an_unfinished_build_of_other_shards_is_not_mixed_in(tmp_path):
+    tars = write_tars(tmp_path / "shards", [2])
+    good = tars[0].read_bytes()
+    tars[0].write_bytes(good[:1000])
+    with pytest.raises(UserError, match="damaged"):
+        build_tfds(tmp_path / "shards", tmp_path / "out", "pairs")
+    tars[0].rename(tars[0].with_name("other.tar")).write_bytes(good)
+    with pytest.raises(UserError, match=r"begun from other shards.*remove .*build-train"):
+        build_tfds(tmp_path / "shards", tmp_path / "out", "pairs")
+
+
+def test_a_second_split_joins_and_one_that_does_not_fit_is_refused(tmp_path):
+    write_tar(tmp_path / "a.tar", [pair(0), pair(1)])
+    write_tar(tmp_path / "b.tar", [pair(2, json={"rating": 4})])
+    write_tar(tmp_path / "c.tar", [pair(3, json={"width": "wide"})])
+    build_tfds(tmp_path / "a.tar", tmp_path / "out", "pairs")
+    build_tfds(tmp_path / "b.tar", tmp_path / "out", "pairs", split="test")
+    train, test = open_dataset(tmp_path / "out"), open_dataset(tmp_path / "out", "test")
+    assert (len(train), len(test)) == (2, 1)
+    assert train.features == test.features
+    assert test.features["rating"] == Feature("int", optional=True)
+    assert [train.example(0)["rating"], test.example(0)["rating"]] == [None, 4]
+    with pytest.raises(UserError, match="column 'width' is text in these shards and int in the dataset's other splits"):
+        build_tfds(tmp_path / "c.tar", tmp_path / "out", "pairs", split="odd")
+    assert len(open_dataset(tmp_path / "out")) == 2
+
+
+def test_bad_arguments_get_one_line(tmp_path):
+    tars = write_tars(tmp_path / "shards", [1])
+    for arguments, message in [
+        ({"name": "my-data"}, "dataset name 'my-data'.*choose"),
+        ({"name": "pairs", "split": "a/b"}, "split 'a/b'"),
+        ({"name": "pairs", "shard_megabytes": 0}, "at least 1"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            build_tfds(tmp_path / "shards", tmp_path / "out", **arguments)
+    with pytest.raises(UserError, match="don't exist"):
+        build_tfds(tmp_path / "absent", tmp_path / "out", "pairs")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(UserError, match="a file stands where a folder is needed"):
+        build_tfds(tmp_path / "shards", tars[0], "pairs")
+
+
+def test_shards_without_one_good_sample_are_an_error(tmp_path):
+    write_tar(tmp_path / "shards" / "0.tar", [pair(0, jpg=None), pair(1, txt=" ")])
+    with pytest.raises(UserError, match=r"no sample of .* can be used .1 × empty caption, 1 × no image.*check"):
+        build_tfds(tmp_path / "shards", tmp_path / "out", "pairs")
+    with pytest.raises(UserError, match="isn't finished"):
+        open_dataset(tmp_path / "out")
+
+
+def test_another_dataset_of_the_name_is_not_overwritten(tmp_path):
+    write_tars(tmp_path / "shards", [1])
+    version = tmp_path / "out" / "pairs" / "1.0.0"
+    version.mkdir(parents=True)
+    (version / "dataset_info.json").write_text(json.dumps({"name": "pairs", "splits": [{"name": "train"}]}))
+    with pytest.raises(UserError, match="a dataset that clipkit didn't write"):
+        build_tfds(tmp_path / "shards", tmp_path / "out", "pairs")
+
+
+def test_two_builds_do_not_share_a_folder(tmp_path):
+    write_tars(tmp_path / "shards", [1])
+    folder = tmp_path / "out" / "pairs" / "1.0.0" / "clipkit"
+    folder.mkdir(parents=True)
+    with (folder / ".lock").open("wb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="another build-tfds is writing"):
+            build_tfds(tmp_path / "shards", tmp_path / "out", "pairs")
+    assert build_tfds(tmp_path / "shards", tmp_path / "out", "pairs").records == 1
+
+
+def test_a_full_disk_is_one_line_and_leaves_no_half_shard(tmp_path, monkeypatch):
+    write_tars(tmp_path / "shards", [3])
+    write = RecordWriter.write
+
+    def full(self, record):
+        if self.records == 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(self, record)
+
+    monkeypatch.setattr(RecordWriter, "write", full)
+    with pytest.raises(UserError, match="the disk is full"):
+        build_tfds(tmp_path / "shards", tmp_path / "out", "pairs")
+    assert not list((tmp_path / "out").rglob("*tfrecord*"))
+    monkeypatch.setattr(RecordWriter, "write", write)
+    assert build_tfds(tmp_path / "shards", tmp_path / "out", "pairs").records == 3
+
+
+def test_runs_of_neighbours_come_near_to_the_size_that_is_wanted():
+    assert build._cut([10] * 6, 20) == [0, 2, 4]
+    assert build._cut([100, 1, 1, 100], 50) == [0, 1, 3]
+    assert build._cut([5], 50) == [0]
+    starts = build._cut([337] * 1000, 1000)
+    assert 330 <= len(starts) <= 340
