@@ -37,9 +37,9 @@ def run(
 ) -> Iterator[tuple[int, R]]:
     """Yield `(index of the item, function(item))` in the order in which the items finish.
 
-    `workers` of None takes every core that this process may use. With 0 or 1 everything runs in this process, in order, unless `isolate` keeps `function` and what it
-    imports out of it. Otherwise `function`, the items and the results
-    are pickled, so `function` must be importable (`functools.partial` of such a one is fine).
+    `workers` of None takes every core that this process may use. With 0 or 1 everything runs in this process, in
+    order, unless `isolate` keeps `function` and what it imports out of it. Otherwise `function`, the items and the
+    results are pickled, so `function` must be importable (`functools.partial` of such a one is fine).
     An exception of `function` keeps its type and gets a note that names the item through `describe`.
     Raises UserError when a worker dies, naming the item it held; what other items have finished stays finished.
     Leaving the loop early, Ctrl-C included, stops the workers.
