@@ -1,9 +1,9 @@
 """Class embeddings from prompts: the zero-shot classifier.
 
-Each prompt's embedding is normalised, a class's are averaged, and the mean is normalised again (Radford et al., 2021), as
-`build_zero_shot_classifier` of OpenCLIP does. A thousand classes in 80 templates are 80,000 sentences, mostly short: they
-are tokenised once, sorted by length, and each batch is cut to its longest sentence. The text tower is causal and pooled
-at the end token, so what stands behind that token can't change the embedding.
+Each prompt's embedding is normalised, a class's are averaged, and the mean is normalised again (Radford et al., 2021),
+as `build_zero_shot_classifier` of OpenCLIP does. A thousand classes in 80 templates are 80,000 sentences, mostly short:
+they are tokenised once, sorted by length, and each batch is cut to its longest sentence. The text tower is causal and
+pooled at the end token, so what stands behind that token can't change the embedding.
 """
 
 from collections.abc import Iterator, Sequence
@@ -40,7 +40,7 @@ class Prompts:
 
 
 def tokenise(prompts: Sequence[Sequence[str]], tokenizer: Tokenizer, context_length: int) -> Prompts:
-    """Tokenise the prompts of each class; a sentence that several classes share, or one class repeats, is encoded once."""
+    """Tokenise the prompts of each class. A sentence that occurs more than once is encoded once."""
     place: dict[str, int] = {}
     pairs = [(place.setdefault(text, len(place)), number) for number, texts in enumerate(prompts) for text in texts]
     ids_PT = np.asarray(tokenizer(list(place), context_length), dtype=np.int32)
@@ -72,10 +72,10 @@ def batches(prompts: Prompts, device: Device) -> Iterator[slice]:
         start = stop
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def class_embeddings(model: "CLIP", prompts: Prompts, device: Device) -> torch.Tensor:
     """The classifier [C, E] in float32 on the device: row c is the unit embedding of class c."""
-    total, width = prompts.ids_PT.shape
+    width = prompts.ids_PT.shape[1]
     sum_CE: torch.Tensor | None = None
     for part in batches(prompts, device):
         ids_BT = prompts.ids_PT[part]

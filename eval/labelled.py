@@ -166,21 +166,24 @@ def from_tfds(path: Path, label: str, split: str | None) -> LabelledImages:
     dataset = open_dataset(path, split=split or default_split(path))
     if not dataset.num_records:
         raise UserError(f"{dataset.path} split {dataset.split} has no records: choose another with --split")
-    image = ""
+    columns = list(dataset.features)
+    if label not in columns:
+        raise UserError(f"{dataset.path} has no feature {label!r}: {nearest(label, columns)} (option --label)")
+    images = [name for name in columns if dataset.features[name].kind == "image"]
+    if not images:
+        raise UserError(f"{dataset.path} has no image feature among {', '.join(columns)}: give a dataset of images")
+    image = min(images, key=lambda name: name not in IMAGE_COLUMNS)
     values: list[Any] = []
     for index in range(dataset.num_records):
-        example = dataset.example(index)
-        if label not in example or example[label] is None:
-            remedy = nearest(label, sorted(example))
-            raise UserError(f"{dataset.path} record {dataset.key(index)} has no {label!r}: {remedy} (option --label)")
-        image = image or next((name for name in IMAGE_COLUMNS if name in example), "")
-        values.append(text_of(example[label]))
-    if not image:
-        raise UserError(f"{dataset.path} has no image feature: it should be named image or jpg")
+        value = dataset.example(index)[label]
+        if value is None:
+            raise UserError(f"{dataset.path} record {dataset.key(index)} has no {label!r}: leave such records out")
+        values.append(value if isinstance(value, int) else str(value))
     labels_N, names, named = enumerate_labels(values)
-    known = class_label_names(dataset.path, label)
-    if known is not None:
-        names, named = known
+    classes = dataset.features[label].num_classes
+    if classes is not None:
+        listed = dataset.label_names(label)
+        names, named = (tuple(listed), True) if listed else number_names(classes)
         if labels_N.max() >= len(names):
             raise UserError(
                 f"{dataset.path} has label {labels_N.max()}, but {len(names)} class names: mend its metadata"
@@ -195,15 +198,6 @@ def from_tfds(path: Path, label: str, split: str | None) -> LabelledImages:
     return LabelledImages(path, name, keys, labels_N, names, named, read)
 
 
-def text_of(value: Any) -> int | str:
-    """A label as the record holds it: whole numbers stay numbers, bytes become text."""
-    if isinstance(value, list) and len(value) == 1:
-        value = value[0]
-    if isinstance(value, bytes):
-        return value.decode("utf-8", errors="replace")
-    return int(value) if isinstance(value, int | np.integer) else str(value)
-
-
 def default_split(path: Path) -> str:
     """The split to evaluate on when none is asked for."""
     infos = sorted(
@@ -211,18 +205,3 @@ def default_split(path: Path) -> str:
     )
     names = [entry.get("name", "") for entry in read_json(infos[0]).get("splits", [])]
     return next((split for split in EVALUATION_SPLITS if split in names), names[0] if names else "train")
-
-
-def class_label_names(path: Path, label: str) -> tuple[tuple[str, ...], bool] | None:
-    """The class names of a TFDS ClassLabel, in label order, from `<label>.labels.txt` beside `features.json`.
-
-    None when the feature isn't a ClassLabel.
-    """
-    features = path / "features.json"
-    content = read_json(features) if features.exists() else {}
-    entry = content.get("featuresDict", {}).get("features", {}).get(label, {})
-    listed = path / f"{label}.labels.txt"
-    if listed.exists():
-        return tuple(line.strip() for line in listed.read_text(encoding="utf-8").split("\n") if line.strip()), True
-    count = entry.get("classLabel", {}).get("numClasses")
-    return None if count is None else number_names(int(count))

@@ -1,6 +1,6 @@
 """Accuracy with its uncertainty, beside what guessing gives.
 
-A zero-shot number without an interval and a chance level can't be told from luck, so no function here returns one alone.
+A zero-shot number without an interval and a chance level can't be told from luck, so none is given alone here.
 """
 
 import math

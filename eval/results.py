@@ -1,4 +1,4 @@
-"""The numbers of a run: one JSON line each, that says what made it, so that two of them can be told to be comparable."""
+"""The numbers of a run, a JSON line each, that say what made them: so two can be told to be comparable, or not."""
 
 import dataclasses
 import hashlib
@@ -64,7 +64,7 @@ def read(run: Path) -> list[Result]:
 
 
 def write(run: Path, results: Iterable[Result]) -> Path:
-    """Add results to `results.jsonl`; a repeated measurement replaces its older line. The file is whole at all times."""
+    """Add results to `results.jsonl`, whole at all times; a repeated measurement replaces its older line."""
     lines = {result.identity: result for result in [*read(run), *results]}
     path = run / "results.jsonl"
     with write_beside(path) as temporary:

@@ -157,7 +157,7 @@ def open_task(
     return task
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def classify(
     model: "CLIP",
     tokenizer: Tokenizer,
@@ -254,7 +254,7 @@ def zeroshot(
     device: str = "auto",
     out: Path | None = None,
 ) -> list[Result]:
-    """Classify the images of `data` with a checkpoint; write the numbers and the guesses into the run, and return the numbers.
+    """Classify the images of `data` with a checkpoint; write numbers and guesses into the run, and return the numbers.
 
     `checkpoint` is a checkpoint's folder or a run's (its newest then). The run is `out`, or the one that the checkpoint
     lies in; outside of a run nothing is written. In the run, `results.jsonl` gets a line for each metric and
@@ -281,9 +281,8 @@ def zeroshot(
     if cut := task.prompts(Tokenizer(), context).cut:
         say(f"{cut:,} prompts are longer than the {context} text tokens of the model and were cut")
     if task.unreadable:
-        say(
-            f"{len(task.unreadable):,} images can't be read and aren't counted, for example {next(iter(task.unreadable.values()))}"
-        )
+        reason = next(iter(task.unreadable.values()))
+        say(f"{len(task.unreadable):,} images can't be read and aren't counted, for example: {reason}")
     made_by = hashes(task, loaded.preprocess)
     found = [
         Result(

@@ -1,0 +1,302 @@
+"""The page that tells a run's whole story: one HTML file that needs no network and no other file."""
+
+import base64
+import dataclasses
+import random
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from clipkit.errors import UserError
+from clipkit.eval import predictions, report_data, results
+from clipkit.eval.report_charts import Band, Line, histogram, interval_strip, line_chart, share, short
+from clipkit.eval.report_data import DataFacts, StageCost
+from clipkit.eval.results import METRICS, Result, percent, verdict
+from clipkit.files import require_dir, write_beside
+from clipkit.log import duration
+
+SEED = 0
+TILES = 12
+MORE_RIGHT = 6
+CURVES = (
+    # metric, axis name with unit, is a share, begins at zero
+    ("loss", "loss (nats)", False, False),
+    ("lr", "learning rate", False, True),
+    ("logit_scale", "logit scale (1 / temperature)", False, True),
+    ("grad_norm", "gradient norm before clipping", False, True),
+    ("samples_per_s", "speed (samples/s)", False, True),
+    ("data_wait", "time spent waiting for data (%)", True, True),
+)
+
+
+def report(run: Path) -> Path:
+    """Write `report.html` into a run's folder and return its path. What the run doesn't have yet, the page says.
+
+    Raises UserError when `run` is no folder of a run, and when jinja2 (extra `report`) isn't installed.
+    """
+    require_dir(run, "run")
+    known = ("config.json", "metrics.jsonl", "results.jsonl", "checkpoints")
+    if not any((run / name).exists() for name in known):
+        raise UserError(f"{run} isn't a run: give the folder that clipkit train wrote (--out)")
+    try:
+        import jinja2
+    except ImportError as error:
+        raise UserError("the report needs jinja2: pip install 'clipkit[report]'") from error
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("clipkit.eval", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"percent": percent, "short": short, "share": share, "duration": duration, "count": count}
+    page = environment.get_template("report.html.j2").render(**contents(run))
+    path = run / "report.html"
+    with write_beside(path) as temporary:
+        temporary.write_text(page, encoding="utf-8")
+    return path
+
+
+def contents(run: Path) -> dict[str, Any]:
+    """Everything the template shows."""
+    config = report_data.read_config(run)
+    metrics = report_data.read_metrics(run)
+    found = results.read(run)
+    stages = report_data.stage_costs(config, metrics)
+    facts, missing = data_facts(config)
+    latest = newest(found)
+    return {
+        "run": run.resolve().name,
+        "config": config,
+        "recipe": (config.get("recipe") or {}).get("name", ""),
+        "parameters": parameters(config),
+        "metrics": metrics,
+        "seen": int(metrics[-1]["samples_seen"]) if metrics else 0,
+        "planned": sum(stage.samples for stage in stages),
+        "seconds": report_data.clock(metrics, int(metrics[-1]["samples_seen"])) if metrics else 0.0,
+        "final_loss": (report_data.series(metrics, "loss")[1] or [None])[-1],
+        "tasks": tasks(latest),
+        "results": latest,
+        "older": [result for result in found if result not in latest],
+        "rows": rows(latest),
+        "stages": stages,
+        "costs": costs(stages, metrics),
+        "pipeline": [stage for stage in report_data.pipeline(run) if stage["name"] != "report"],
+        "curves": curves(metrics, stages),
+        "over_training": over_training(metrics, stages, found),
+        "walls": walls(run),
+        "facts": facts,
+        "missing_facts": missing,
+        "data_charts": data_charts(facts, stages) if facts else [],
+        "metric_names": METRICS,
+        "seed": SEED,
+    }
+
+
+def count(number: float) -> str:
+    """A whole number with separators."""
+    return f"{number:,.0f}"
+
+
+def parameters(config: Mapping[str, Any]) -> int:
+    """The number of trained weights, 0 when the run has no recipe."""
+    recipe = config.get("recipe") or {}
+    stages = recipe.get("stages") or []
+    if not stages:
+        return 0
+    last = stages[-1]
+    return report_data.shape_of(recipe["model"], last["image_size"], last["context_length"])["parameters"]
+
+
+def newest(found: Sequence[Result]) -> list[Result]:
+    """Each task's results at its latest checkpoint; tasks with the most classes first."""
+    last = {task: max(each.samples_seen for each in found if each.task == task) for task in {r.task for r in found}}
+    kept = [result for result in found if result.samples_seen == last[result.task]]
+    return sorted(kept, key=lambda each: (-each.classes, each.task))
+
+
+def tasks(latest: Sequence[Result]) -> list[Result]:
+    """The headline number of each task: its top-1."""
+    return [result for result in latest if result.metric == "top1"]
+
+
+def rows(latest: Sequence[Result]) -> list[dict[str, Any]]:
+    """The results table: each number with its words and its picture on a scale that the task's numbers share."""
+    listed = []
+    for result in latest:
+        top = max([each.high for each in latest if each.task == result.task] + [result.chance]) * 1.05
+        strip = interval_strip(result.value, result.low, result.high, result.chance, min(1.0, top))
+        listed.append(
+            {"task": result.task, "order": len(listed), "result": result, "note": verdict(result), "strip": strip}
+        )
+    return listed
+
+
+def bands(stages: Sequence[StageCost]) -> list[Band]:
+    """The stages as far as they have come."""
+    return [Band(stage.name, stage.start, stage.start + stage.done) for stage in stages if stage.done]
+
+
+def curves(metrics: Sequence[Mapping[str, Any]], stages: Sequence[StageCost]) -> list[str]:
+    """The training curves that the run has logged."""
+    drawn = []
+    for name, title, is_share, from_zero in CURVES:
+        xs, ys = report_data.series(metrics, name)
+        if xs:
+            lines = [Line(name, xs, ys)]
+            drawn.append(line_chart(title, lines, bands=bands(stages), is_share=is_share, from_zero=from_zero))
+    return drawn
+
+
+def over_training(
+    metrics: Sequence[Mapping[str, Any]], stages: Sequence[StageCost], found: Sequence[Result]
+) -> list[str]:
+    """Zero-shot accuracy over samples seen, a chart a task: from the evaluations during training and the results."""
+    points: dict[str, dict[str, dict[float, float]]] = {}
+    for task, names in report_data.evaluations(metrics).items():
+        for name in names:
+            points.setdefault(task, {}).setdefault(name.rpartition("/")[2], {}).update(
+                zip(*report_data.series(metrics, name), strict=True)
+            )
+    for result in found:
+        points.setdefault(result.task, {}).setdefault(result.metric, {})[float(result.samples_seen)] = result.value
+    chance = {result.task: result.chance for result in found if result.metric == "top1"}
+    drawn = []
+    for task, by_metric in points.items():
+        lines = [
+            Line(
+                METRICS[metric], sorted(by_metric[metric]), [by_metric[metric][x] for x in sorted(by_metric[metric])], s
+            )
+            for metric, s in (("top1", "a"), ("top5", "b"))
+            if metric in by_metric
+        ]
+        # One point is no curve: the table has it.
+        if not lines or len(lines[0].xs) < 2:
+            continue
+        if task in chance:
+            ends = [lines[0].xs[0], lines[0].xs[-1]]
+            lines.append(Line("chance of top-1", ends, [chance[task]] * 2, "dashed"))
+        drawn.append(line_chart(f"{task} (%)", lines, bands=bands(stages), is_share=True, from_zero=True))
+    return drawn
+
+
+def walls(run: Path) -> list[dict[str, Any]]:
+    """A wall of pictures for each file of predictions: some taken blindly, then some more that were right."""
+    listed = []
+    for path in sorted(run.glob("predictions-*.parquet")):
+        every, about = predictions.read(path)
+        readable = [row for row in every if row["guesses"]]
+        pictured = [row for row in readable if row["image"]]
+        rng = random.Random(SEED)
+        blind = rng.sample(pictured, min(TILES, len(pictured)))
+        right = [row for row in pictured if row["correct"] and row not in blind]
+        more = rng.sample(right, min(MORE_RIGHT, len(right)))
+        listed.append(
+            {
+                "task": about.get("task", path.stem.removeprefix("predictions-")),
+                "about": about,
+                "blind": [tile(row) for row in blind],
+                "right": [tile(row) for row in more],
+                "blind_right": sum(row["correct"] for row in blind),
+                "n": len(readable),
+                "classes": len({row["label"] for row in every}),
+                "confused": confused(readable),
+                "problems": [row for row in every if row["problem"]][:5],
+                "unreadable": sum(bool(row["problem"]) for row in every),
+            }
+        )
+    return sorted(listed, key=lambda wall: -wall["classes"])
+
+
+def tile(row: Mapping[str, Any]) -> dict[str, Any]:
+    """One picture with its guesses for the wall."""
+    picture = base64.b64encode(row["image"]).decode()
+    guesses = list(zip(row["guesses"], row["probabilities"], strict=True))
+    return {**row, "image": f"data:image/webp;base64,{picture}", "guesses": guesses}
+
+
+def confused(readable: Sequence[Mapping[str, Any]], most: int = 10) -> list[tuple[str, str, int, int]]:
+    """Which class is taken for which most often: (label, guess, times, images with this label).
+
+    Where each class has an image or two, no pair can repeat; then there is nothing to list.
+    """
+    from clipkit.eval.metrics import confused as pairs_of
+
+    names = sorted({row["label"] for row in readable} | {row["guesses"][0] for row in readable})
+    place = {name: number for number, name in enumerate(names)}
+    labels_N = np.array([place[row["label"]] for row in readable], dtype=np.int64)
+    top_N1 = np.array([[place[row["guesses"][0]]] for row in readable], dtype=np.int64).reshape(-1, 1)
+    if not len(labels_N):
+        return []
+    pairs = pairs_of(top_N1, labels_N, most)
+    return [(names[label], names[guess], times, total) for label, guess, times, total in pairs if times > 1]
+
+
+def data_facts(config: Mapping[str, Any]) -> tuple[DataFacts | None, str]:
+    """The dataset's numbers, or why there are none."""
+    if not config.get("data"):
+        return None, "the run doesn't say which data it was trained on"
+    try:
+        return report_data.data_facts(Path(config["data"]), (config.get("dataset") or {}).get("split", "train")), ""
+    except UserError as error:
+        return None, str(error)
+
+
+def data_charts(facts: DataFacts, stages: Sequence[StageCost]) -> list[str]:
+    """Histograms of caption lengths, with what each stage cuts, and of image sizes."""
+    charts = []
+    if facts.lengths:
+        cuts = {stage.context_length: stage for stage in stages}
+        top = max(min(max(facts.lengths), 77), *cuts, 8) + 1
+        lengths = [min(length, top - 1) for length in facts.lengths]
+        step = 1 if top <= 50 else 2
+        edges = list(range(2, top + step, step))
+        counts, _ = np.histogram(lengths, bins=edges)
+        marks = [
+            (float(context + 1), f"{share(cut_share(facts, context))} longer than {context}")
+            for context in sorted(cuts)
+        ]
+        title = "captions by length (% of captions)"
+        charts.append(
+            histogram(title, counts.tolist(), edges, x_name="text tokens, start and end included", marks=marks)
+        )
+    if facts.sides and len(set(facts.sides)) > 1:
+        sizes, borders = np.histogram(facts.sides, bins=min(24, len(set(facts.sides))))
+        title = "images by size (% of images)"
+        charts.append(histogram(title, sizes.tolist(), borders.tolist(), x_name="shorter side, pixels"))
+    return charts
+
+
+def cut_share(facts: DataFacts, context_length: int) -> float:
+    """The share of captions that don't fit into so many tokens."""
+    return sum(length > context_length for length in facts.lengths) / max(1, len(facts.lengths))
+
+
+def costs(stages: Sequence[StageCost], metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Time, tokens and operations of all stages together."""
+    done = [dataclasses.asdict(stage) | {"total_flops": stage.flops * stage.done} for stage in stages]
+    memory = [line["peak_memory"] for line in metrics if isinstance(line.get("peak_memory"), int | float)]
+    seconds = sum(stage.seconds for stage in stages)
+    flops = sum(stage.flops * stage.done for stage in stages)
+    return {
+        "stages": done,
+        "seconds": seconds,
+        "samples": sum(stage.done for stage in stages),
+        "image_tokens": sum(stage.image_tokens * stage.done for stage in stages),
+        "text_tokens": sum(stage.text_tokens * stage.done for stage in stages),
+        "flops": flops,
+        "rate": flops / seconds if seconds else 0.0,
+        "peak_memory": max(memory, default=0),
+        "bad_samples": max((int(line.get("bad_samples", 0)) for line in metrics), default=0),
+        "wait": waiting(metrics),
+    }
+
+
+def waiting(metrics: Sequence[Mapping[str, Any]]) -> float | None:
+    """The share of all training time that was spent waiting for data."""
+    total = waited = 0.0
+    before = 0.0
+    for line in metrics:
+        if "seconds" in line and "data_wait" in line:
+            total += line["seconds"] - before
+            waited += (line["seconds"] - before) * line["data_wait"]
+            before = line["seconds"]
+    return waited / total if total > 0 else None

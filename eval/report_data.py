@@ -1,0 +1,269 @@
+"""What a run's folder and its dataset tell, as plain values for the page.
+
+Everything here copes with what isn't there yet: a run without metrics, results or a dataset in reach still has a report.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from clipkit.errors import UserError
+from clipkit.eval.results import METRICS
+from clipkit.files import read_json, read_json_lines
+
+SAMPLE = 20_000
+SIZES = 2_000
+SEED = 0
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """What one stage asks of each sample, and what it has cost so far. `flops` are for one sample, forward and back."""
+
+    name: str
+    start: int
+    samples: int
+    done: int
+    seconds: float
+    image_size: int
+    context_length: int
+    image_tokens: int
+    text_tokens: int
+    batch_size: int
+    flops: float
+
+
+@dataclass(frozen=True)
+class DataFacts:
+    """The dataset's own numbers. Lengths, sizes and repeats are of `read` captions taken at random."""
+
+    path: str
+    name: str
+    records: int
+    bytes: int
+    read: int
+    lengths: list[int]
+    """Tokens of each caption, start and end included."""
+    repeated: int
+    empty: int
+    sides: list[int]
+    """Shorter sides of the stored images in pixels."""
+    formats: dict[str, int]
+    skipped: dict[str, int]
+    downloads: dict[str, int]
+    """URLs by what became of them, when the shards' own account is in reach; `downloaded` are the good ones."""
+
+
+def read_config(run: Path) -> dict[str, Any]:
+    """The run's own description; {} when training hasn't begun."""
+    path = run / "config.json"
+    config = read_json(path) if path.exists() else {}
+    if not isinstance(config, dict):
+        raise UserError(f"{path} isn't a run's description: give a folder that clipkit train wrote")
+    return config
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """Metrics in order of samples seen; lines of the same moment (training, evaluation) are put together."""
+    merged: dict[int, dict[str, Any]] = {}
+    for line in read_json_lines(run / "metrics.jsonl"):
+        if isinstance(line, dict) and isinstance(line.get("samples_seen"), int):
+            merged.setdefault(line["samples_seen"], {}).update(line)
+    return [merged[seen] for seen in sorted(merged)]
+
+
+def series(metrics: Sequence[Mapping[str, Any]], name: str) -> tuple[list[float], list[float]]:
+    """Samples seen and values of one metric where it was logged as a number."""
+    points = [(line["samples_seen"], line[name]) for line in metrics if isinstance(line.get(name), int | float)]
+    finite = [(float(x), float(y)) for x, y in points if math.isfinite(y)]
+    return [x for x, _ in finite], [y for _, y in finite]
+
+
+def evaluations(metrics: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
+    """The tasks that were evaluated during training, with the names of their metrics."""
+    found: dict[str, list[str]] = {}
+    for line in metrics:
+        for name in line:
+            task, slash, metric = name.rpartition("/")
+            if slash and metric in METRICS and name not in found.setdefault(task, []):
+                found[task].append(name)
+    return found
+
+
+def stage_costs(config: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> list[StageCost]:
+    """The recipe's stages with what they have cost so far; [] when the run has no recipe."""
+    recipe = config.get("recipe") or {}
+    stages = recipe.get("stages") or []
+    seen = int(metrics[-1]["samples_seen"]) if metrics else 0
+    costs: list[StageCost] = []
+    start = 0
+    for stage in stages:
+        stop = start + int(stage["samples"])
+        image_tokens, text_tokens, flops = per_sample(recipe["model"], stage)
+        seconds = clock(metrics, min(stop, seen)) - clock(metrics, min(start, seen))
+        costs.append(
+            StageCost(
+                name=str(stage["name"]),
+                start=start,
+                samples=int(stage["samples"]),
+                done=max(0, min(seen, stop) - start),
+                seconds=max(0.0, seconds),
+                image_size=int(stage["image_size"]),
+                context_length=int(stage["context_length"]),
+                image_tokens=image_tokens,
+                text_tokens=text_tokens,
+                batch_size=int(stage["batch_size"]),
+                flops=flops,
+            )
+        )
+        start = stop
+    return costs
+
+
+def clock(metrics: Sequence[Mapping[str, Any]], samples: int) -> float:
+    """Seconds of training when `samples` were seen, from the last line logged by then."""
+    times = [float(line["seconds"]) for line in metrics if line["samples_seen"] <= samples and "seconds" in line]
+    return times[-1] if times else 0.0
+
+
+def per_sample(model: Mapping[str, Any], stage: Mapping[str, Any]) -> tuple[int, int, float]:
+    """Image tokens, text tokens and floating-point operations of one training sample in a stage.
+
+    Tokens are what enters the transformers, class token included. Operations: two for each weight of a matrix and
+    token, plus attention's own 4 N² D a layer, times three for the backward pass; nothing computed twice to save memory
+    is counted twice.
+    """
+    towers = shape_of(model, int(stage["image_size"]), int(stage["context_length"]))
+    patches = towers["patches"]
+    image_tokens = int(stage.get("image_keep") or patches) + towers["prefix"]
+    text_tokens = int(stage["context_length"])
+    forward = 2.0 * towers["patch_weights"] * patches
+    for tokens, tower in ((image_tokens, "image"), (text_tokens, "text")):
+        layers, width = towers[f"{tower}_depth"], towers[f"{tower}_width"]
+        forward += 2.0 * towers[f"{tower}_weights"] * tokens + 4.0 * tokens**2 * width * layers
+    return image_tokens, text_tokens, 3 * forward
+
+
+def shape_of(model: Mapping[str, Any], image_size: int, context_length: int) -> dict[str, int]:
+    """The sizes of a model's two towers, found by building it without memory for its weights."""
+    from dataclasses import replace
+
+    import torch
+
+    from clipkit.model import CLIP, ModelConfig
+
+    config = ModelConfig.from_dict(model)
+    config = replace(
+        config,
+        image=replace(config.image, image_size=image_size),
+        text=replace(config.text, context_length=context_length),
+    )
+    with torch.device("meta"):
+        clip = CLIP(config)
+
+    def weights(module: torch.nn.Module) -> int:
+        return sum(parameter.numel() for parameter in module.parameters() if parameter.dim() >= 2)
+
+    trunk = clip.image.trunk
+    return {
+        "parameters": sum(parameter.numel() for parameter in clip.parameters()),
+        "patches": int(trunk.patch_embed.num_patches),
+        "prefix": int(clip.image.prefix),
+        "patch_weights": weights(trunk.patch_embed),
+        "image_weights": weights(trunk.blocks),
+        "image_width": int(clip.image.width),
+        "image_depth": len(trunk.blocks),
+        "text_weights": weights(clip.text.blocks),
+        "text_width": config.text.width,
+        "text_depth": config.text.depth,
+    }
+
+
+def data_facts(path: Path, split: str) -> DataFacts:
+    """Read the dataset's metadata and a random sample of its records. Raises UserError when it isn't in reach."""
+    from clipkit.dataset import open_dataset
+    from clipkit.manifest import read_manifest
+    from clipkit.tokenizer import Tokenizer, clean
+
+    dataset = open_dataset(path, split=split)
+    total = dataset.num_records
+    chosen = np.sort(np.random.default_rng(SEED).permutation(total)[:SAMPLE])
+    column = next((name for name in ("txt", "caption", "text") if name in dataset.features), None)
+    captions: list[str] = []
+    sides: list[int] = []
+    for number, index in enumerate(chosen.tolist()):
+        example = dataset.example(index)
+        if column:
+            captions.append(example[column] or "")
+        side = shorter_side(example, number < SIZES)
+        if side is not None:
+            sides.append(side)
+    manifest = read_manifest(dataset.path).get(split)
+    sources = [(each.file, each.bytes) for shard in manifest.shards for each in shard.sources] if manifest else []
+    cleaned = [clean(caption) for caption in captions]
+    counts = Counter(caption for caption in cleaned if caption)
+    return DataFacts(
+        path=str(dataset.path),
+        name=dataset.name,
+        records=total,
+        bytes=sum(shard.bytes for shard in dataset.shards),
+        read=len(chosen),
+        lengths=[len(ids) + 2 for ids in Tokenizer().encode(captions)],
+        repeated=sum(count for count in counts.values() if count > 1),
+        empty=sum(not caption for caption in cleaned),
+        sides=sides,
+        formats=manifest.formats if manifest else {},
+        skipped=manifest.skipped if manifest else {},
+        downloads=downloads(dataset.path, sources),
+    )
+
+
+def shorter_side(example: Mapping[str, Any], look: bool) -> int | None:
+    """The shorter side of a record's image: from its columns, or else, where `look` says so, from the image's header."""
+    width, height = example.get("width"), example.get("height")
+    if isinstance(width, int) and isinstance(height, int) and min(width, height) > 0:
+        return min(width, height)
+    data = example.get("jpg") or example.get("image")
+    if not look or not isinstance(data, bytes):
+        return None
+    import io
+
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            return min(image.size)
+    except (OSError, ValueError):
+        return None
+
+
+def downloads(dataset: Path, sources: Sequence[tuple[str, int]]) -> dict[str, int]:
+    """URLs by what became of them, `downloaded` first, from the account that clipkit download leaves with its shards.
+
+    The shards are looked for near the dataset: a folder is theirs when it holds the files that the dataset was made of,
+    by name and size. {} when there is none, or the shards came from elsewhere.
+    """
+    for parent in list(dataset.resolve().parents)[:4]:
+        for account in sorted([*parent.glob("clipkit/download.json"), *parent.glob("*/clipkit/download.json")]):
+            folder = account.parent.parent
+            if sources and all(is_file_of(folder / name, size) for name, size in sources):
+                told = read_json(account)
+                return {"downloaded": int(told["downloaded"]), **{k: int(n) for k, n in told["failed"].items()}}
+    return {}
+
+
+def is_file_of(path: Path, size: int) -> bool:
+    """Whether there is a file of this size."""
+    return path.is_file() and path.stat().st_size == size
+
+
+def pipeline(run: Path) -> list[dict[str, Any]]:
+    """What each command of `clipkit demo` took: name, command, seconds, peak_memory_bytes; [] for other runs."""
+    path = run / "demo.json"
+    told = read_json(path) if path.exists() else {}
+    return [stage for stage in told.get("stages", []) if {"name", "seconds", "peak_memory_bytes"} <= stage.keys()]
