@@ -207,6 +207,16 @@ def test_finding_shards(tmp_path):
             find_shards(path)
 
 
+def test_a_download_that_is_not_finished_is_no_input(tmp_path):
+    tars = write_tars(tmp_path / "shards", [1])
+    (tmp_path / "shards" / "clipkit").mkdir()
+    (tmp_path / "shards" / "clipkit" / "plan.json").write_text("{}")
+    with pytest.raises(UserError, match=r"the download into .* isn't finished"):
+        find_shards(tmp_path / "shards")
+    (tmp_path / "shards" / "clipkit" / "download.json").write_text("{}")
+    assert find_shards(tmp_path / "shards") == tars
+
+
 def test_a_shard_that_is_gone_is_named(tmp_path):
     with pytest.raises(UserError, match=r"00007\.tar is gone"):
         list(read_shard(tmp_path / "00007.tar"))

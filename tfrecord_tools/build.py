@@ -14,8 +14,7 @@ import fcntl
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import cast
@@ -27,8 +26,10 @@ from clipkit.dataset import open_dataset
 from clipkit.errors import UserError
 from clipkit.features import Feature, Kind, parse_features
 from clipkit.files import read_json, remove, require_writable, write_beside, write_json
+from clipkit.log import Progress
 from clipkit.manifest import CLIPKIT_FOLDER, SplitManifest, index_path, read_manifest, write_manifest
 from clipkit.tfrecord_tools.build_shard import ShardJob, ShardState, build_shard, offsets_path, read_state
+from clipkit.tfrecord_tools.build_summary import BuildProgress, BuildSummary, progress_line, summarise
 from clipkit.tfrecord_tools.metadata import VERSION, shard_name, write_metadata
 from clipkit.tfrecord_tools.read_shards import find_shards
 from clipkit.tfrecord_tools.schema import EMPTY_LIST, LIST, unify
@@ -37,49 +38,21 @@ SHARD_MEGABYTES = 256
 IMAGE_COLUMN, CAPTION_COLUMN = "jpg", "txt"
 
 
-@dataclass(frozen=True)
-class BuildProgress:
-    """How far a build is. Bytes are those of the image shards; what an earlier run finished counts as done."""
-
-    bytes_done: int
-    bytes_total: int
-    shards_done: int
-    shards_total: int
-    records: int
-    skipped: int
-
-
-@dataclass(frozen=True)
-class BuildSummary:
-    """What a build made: samples = records + the sum of `skipped`. `built` is False when all was there already."""
-
-    path: Path
-    name: str
-    split: str
-    shards: int
-    samples: int
-    records: int
-    bytes: int
-    skipped: dict[str, int]
-    formats: dict[str, int]
-    converted: dict[str, int]
-    built: bool
-
-
 def build_tfds(
     shards: Path,
     out: Path,
     name: str,
     *,
     split: str = "train",
-    workers: int = 1,
+    workers: int | None = 1,
     shard_megabytes: int = SHARD_MEGABYTES,
     progress: Callable[[BuildProgress], None] | None = None,
 ) -> BuildSummary:
     """Make `out/name/1.0.0` from a folder of image shards, or from one, and go on where a killed run stopped.
 
     `shard_megabytes` is what an output shard should have; an image shard is never divided. A further split of another
-    call joins the dataset when its columns have the same kinds. The result does not depend on `workers`.
+    call joins the dataset when its columns have the same kinds. The result does not depend on `workers` (None: one a
+    core). `progress` takes the place of the progress line.
     Raises UserError for shards that are damaged, a name or split that TFDS doesn't allow, an output that holds other
     data, columns that don't go with those of another split, and when not one sample can be used.
     """
@@ -105,10 +78,12 @@ def build_tfds(
                 )
             open_dataset(folder, split)  # says so when a shard is missing
             remove(work)
-            return _summary(folder, name, split, splits[split], built=False)
+            return summarise(folder, name, split, splits[split], built=False)
         known = parse_features(read_json(folder / "features.json")) if whole else {}
         job_list = _plan(folder, work, name, split, sources, sizes, shard_megabytes)
-        states, kinds = _build_shards(job_list, _kinds_of(known), workers, progress)
+        with ExitStack() as stack:
+            tell = progress or progress_line(stack.enter_context(Progress("build-tfds", sum(sizes) // 1_000_000, "MB")))
+            states, kinds = _build_shards(job_list, _kinds_of(known), workers, tell)
         manifest = SplitManifest(tuple(state.shard for state in states))
         if not manifest.records:
             reasons = ", ".join(f"{count} × {reason}" for reason, count in manifest.skipped.items()) or "they are empty"
@@ -119,7 +94,7 @@ def build_tfds(
         write_manifest(folder, splits)
         write_metadata(folder, name, _features(states, kinds, known), splits)
         remove(work)
-    return _summary(folder, name, split, manifest, built=True)
+    return summarise(folder, name, split, manifest, built=True)
 
 
 def _check_names(name: str, split: str) -> None:
@@ -198,7 +173,7 @@ def _cut(sizes: list[int], wanted: int) -> list[int]:
 
 
 def _build_shards(
-    job_list: list[ShardJob], known: dict[str, str], workers: int, progress: Callable[[BuildProgress], None] | None
+    job_list: list[ShardJob], known: dict[str, str], workers: int | None, progress: Callable[[BuildProgress], None]
 ) -> tuple[list[ShardState], dict[str, str]]:
     """The states of all shards, and the kinds that all of them are written with."""
     states = {job.number: state for job in job_list if (state := read_state(job)) is not None}
@@ -222,8 +197,8 @@ def _run(
     job_list: list[ShardJob],
     kinds: dict[str, str],
     states: dict[int, ShardState],
-    workers: int,
-    progress: Callable[[BuildProgress], None] | None,
+    workers: int | None,
+    progress: Callable[[BuildProgress], None],
 ) -> None:
     """Build the shards that have no state yet and add theirs."""
     lacking = [job for job in job_list if job.number not in states]
@@ -239,19 +214,18 @@ def _kinds_met(state: ShardState) -> dict[str, str]:
 
 
 def _tell(
-    progress: Callable[[BuildProgress], None] | None, job_list: list[ShardJob], states: Mapping[int, ShardState]
+    progress: Callable[[BuildProgress], None], job_list: list[ShardJob], states: Mapping[int, ShardState]
 ) -> None:
-    if progress is not None:
-        progress(
-            BuildProgress(
-                bytes_done=sum(sum(job.sizes) for job in job_list if job.number in states),
-                bytes_total=sum(sum(job.sizes) for job in job_list),
-                shards_done=len(states),
-                shards_total=len(job_list),
-                records=sum(state.shard.records for state in states.values()),
-                skipped=sum(len(state.skipped) for state in states.values()),
-            )
+    progress(
+        BuildProgress(
+            bytes_done=sum(sum(job.sizes) for job in job_list if job.number in states),
+            bytes_total=sum(sum(job.sizes) for job in job_list),
+            shards_done=len(states),
+            shards_total=len(job_list),
+            records=sum(state.shard.records for state in states.values()),
+            skipped=sum(len(state.skipped) for state in states.values()),
         )
+    )
 
 
 def _kinds_of(features: Mapping[str, Feature]) -> dict[str, str]:
@@ -300,19 +274,3 @@ def _write_skipped(folder: Path, split: str, states: list[ShardState]) -> None:
         for state in states:
             for source, key, reason in state.skipped:
                 file.write(json.dumps({"source": source, "key": key, "reason": reason}, ensure_ascii=False) + "\n")
-
-
-def _summary(folder: Path, name: str, split: str, manifest: SplitManifest, built: bool) -> BuildSummary:
-    return BuildSummary(
-        path=folder,
-        name=name,
-        split=split,
-        shards=len(manifest.shards),
-        samples=manifest.samples,
-        records=manifest.records,
-        bytes=manifest.bytes,
-        skipped=manifest.skipped,
-        formats=manifest.formats,
-        converted=manifest.converted,
-        built=built,
-    )

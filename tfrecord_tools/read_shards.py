@@ -18,13 +18,19 @@ READERS: dict[str, Callable[[Path], Iterator[Sample]]] = {
 
 
 def find_shards(path: Path) -> list[Path]:
-    """The shards of a folder by name, all of one kind, or the one file `path`. Raises UserError when there are none."""
+    """The shards of a folder by name, all of one kind, or the one file `path`.
+
+    Raises UserError when there are none, and for a folder that `clipkit download` hasn't finished: the rest would be
+    lost without a word.
+    """
     if path.is_file():
         if path.suffix not in READERS:
             raise UserError(f"{path} isn't an image shard: clipkit reads {', '.join(READERS)} files")
         return [path]
     if not path.is_dir():
         raise UserError(f"shards {path} don't exist: check the path, or make them with clipkit download")
+    if (path / "clipkit" / "plan.json").exists() and not (path / "clipkit" / "download.json").exists():
+        raise UserError(f"the download into {path} isn't finished: run the same clipkit download command to its end")
     files = sorted(file for file in path.iterdir() if file.suffix in READERS and not file.name.startswith("."))
     kinds = sorted({file.suffix for file in files})
     if not files:
