@@ -61,7 +61,7 @@ def image_keep_indices(method: ImageMethod, grid: tuple[int, int], keep: int, ke
 
 def random_indices(count: int, keep: int, keys_B: npt.ArrayLike) -> Int64Array:
     """`keep` of `count` (at most 65,536) numbers, every subset equally likely: int64[B, keep], ascending."""
-    # Each number rides in the low bits of its own random word; numpy finds the smallest words far faster than an argsort.
+    # Each number rides in the low bits of a random word: numpy finds the smallest words far faster than it argsorts.
     low = np.uint64(0xFFFF)
     word_BN = (counter_rng.bits(keys_B, count, RANDOM_PATCHES) & ~low) | np.arange(count, dtype=np.uint64)
     word_BN.partition(keep - 1, axis=1)
