@@ -8,6 +8,7 @@ gives Pillow's pixels; all else through Pillow. Pixels are uint8 until they are 
 
 import io
 import struct
+import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -58,19 +59,7 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> UInt8Array:
 
     Raises ImageError for what isn't an image, is cut short, or has more than `max_pixels` pixels.
     """
-    if size := plain_jpeg_size(data):
-        check_size(*size, max_pixels)
-        try:
-            return simplejpeg.decode_jpeg(data, strict=True)
-        except ValueError:
-            pass  # Pillow forgives more, and has the better words for what it doesn't
-    elif size := header_size(data):
-        check_size(*size, max_pixels)
-        if is_plain_webp(data):
-            image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
-            if image is not None:
-                return image.astype(np.uint8, copy=False)
-    return decode_with_pillow(data, max_pixels)
+    return decode_scaled(data, sys.maxsize, sys.maxsize, max_pixels)
 
 
 def decode_scaled(data: bytes, min_height: int, min_width: int, max_pixels: int = MAX_PIXELS) -> UInt8Array:
@@ -80,16 +69,20 @@ def decode_scaled(data: bytes, min_height: int, min_width: int, max_pixels: int 
     """
     if size := plain_jpeg_size(data):
         height, width = size
+        check_size(height, width, max_pixels)
         scale = jpeg_scale(height, width, min_height, min_width)
-        if scale > 1:
-            check_size(height, width, max_pixels)
-            try:
-                return simplejpeg.decode_jpeg(
-                    data, min_height=-(-height // scale), min_width=-(-width // scale), min_factor=scale, strict=True
-                )
-            except ValueError:
-                pass
-    return decode(data, max_pixels)
+        rows, columns = (-(-height // scale), -(-width // scale)) if scale > 1 else (0, 0)
+        try:
+            return simplejpeg.decode_jpeg(data, min_height=rows, min_width=columns, min_factor=scale, strict=True)
+        except ValueError:
+            pass  # Pillow forgives more, and has the better words for what it doesn't
+    elif size := header_size(data):
+        check_size(*size, max_pixels)
+        if is_plain_webp(data):
+            image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
+            if image is not None:
+                return image.astype(np.uint8, copy=False)
+    return decode_with_pillow(data, max_pixels)
 
 
 def jpeg_scale(height: int, width: int, min_height: int, min_width: int) -> int:

@@ -77,8 +77,11 @@ class Tokenizer:
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of each caption, cleaned, without start and end, not truncated."""
-        cleaned = [clean(text) for text in texts]
-        encodings = self.fast.encode_batch_fast(cleaned, add_special_tokens=False)
+        return self.encode_cleaned([clean(text) for text in texts])
+
+    def encode_cleaned(self, cleaned: Sequence[str]) -> list[list[int]]:
+        """The same for captions that went through `clean` already."""
+        encodings = self.fast.encode_batch_fast(list(cleaned), add_special_tokens=False)
         ids = [encoding.ids for encoding in encodings]
         for index, text in enumerate(cleaned):
             if "<" in text and any(literal in text for literal in SPECIAL):

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from clipkit.counter_rng import uniform
 from clipkit.errors import UserError
-from clipkit.images import UInt8Array, decode, decode_scaled, plain_jpeg_size
+from clipkit.images import UInt8Array, decode_scaled
 from clipkit.train.crop import crop_resize, random_resized_crop_of
 
 # Streams of random numbers, each for one use (see counter_rng).
@@ -116,8 +116,7 @@ def cut(data: bytes, size: int, augmentation: Augmentation, draws: FloatArray) -
 
 def central(data: bytes, size: int) -> UInt8Array:
     """The central square of an encoded image."""
-    full = plain_jpeg_size(data)
-    image = decode_scaled(data, size, size) if full else decode(data)
+    image = decode_scaled(data, size, size)
     height, width = image.shape[:2]
     side = min(height, width)
     return crop_resize(image, ((height - side) // 2, (width - side) // 2, side, side), size)

@@ -1,0 +1,325 @@
+"""The loader: batches whose every byte is a function of (dataset, configuration, samples seen).
+
+The number of workers, ranks and batches made ahead changes when a batch is ready, never what is in it: the order is a
+pure function (`clipkit.train.order`), every random choice belongs to a sample's position (`clipkit.counter_rng`), and
+what a worker makes is put where the position says. Going on from any position therefore costs nothing and needs no
+state but the number of samples seen.
+"""
+
+import contextlib
+import sys
+import weakref
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as StillRunning
+from dataclasses import dataclass, field
+from typing import Literal
+
+import cv2
+import numpy as np
+
+from clipkit.counter_rng import UInt64Array, sample_keys
+from clipkit.errors import UserError
+from clipkit.images import UInt8Array
+from clipkit.tokenizer import Tokenizer
+from clipkit.tokens import image_keep_indices, reduce_text
+from clipkit.train.augment import Augmentation
+from clipkit.train.order import Int64Array, record_indices
+from clipkit.train.samples import Job, Made, SampleMaker, Source
+from clipkit.train.workers import Buffers, Chunk, Hands, Pool, ProcessHands, ThreadHands
+
+# More threads than this wait for the interpreter's lock more than they gain; from there on workers are processes.
+MAX_THREADS = 2
+SMALLEST_CHUNK, LARGEST_CHUNK = 16, 128
+# The order is worked out for so many positions at once: a short stretch costs as much as this.
+ORDER_SPAN = 4096
+STALL_SECONDS = 30.0
+# The share of bad records is judged as if at least so many samples had been seen, so that one of ten stops nothing.
+BAD_BASE = 1000
+REMEMBERED_BAD = 1000
+
+
+@dataclass(frozen=True)
+class LoaderConfig:
+    """Everything that decides what is in a batch."""
+
+    image_size: int
+    context_length: int
+    batch_size: int
+    """Samples in a batch of all ranks together."""
+    augmentation: Augmentation = field(default_factory=Augmentation)
+    text_reduction: Literal["truncate", "random", "block", "syntax"] = "truncate"
+    image_reduction: Literal["random", "grid", "block"] | None = None
+    image_keep: int | None = None
+    """Patches that stay of the `grid` (rows, columns), where not all do."""
+    grid: tuple[int, int] | None = None
+    seed: int = 0
+    block_size: int = 64
+    """Records that the shuffle keeps together on disk (`clipkit.train.order`)."""
+    image_field: str = "jpg"
+    text_field: str = "txt"
+    max_bad: float = 0.01
+    """Share of the records that may be broken before the run stops."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One rank's share of a global batch; every array's first axis is the sample."""
+
+    image_BHWC: UInt8Array
+    ids_BT: np.ndarray
+    """int32, start and end included, zero padded."""
+    keep_BK: Int64Array | None
+    """Patches that stay, ascending; None when all do."""
+    caption_B: Int64Array
+    """A hash of the cleaned caption: equal for equal captions."""
+    positions_B: UInt64Array
+    """Samples seen before each sample."""
+    records_B: Int64Array
+    """The dataset's record behind each sample."""
+    bad: int = 0
+    """Records that couldn't be used and were replaced."""
+    keys: list[str] | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Processor seconds by phase: read, image, colour, text."""
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """What goes to the device, by name."""
+        arrays = {"image_BHWC": self.image_BHWC, "ids_BT": self.ids_BT, "caption_B": self.caption_B}
+        if self.keep_BK is not None:
+            arrays["keep_BK"] = self.keep_BK
+        return arrays
+
+
+def batches(
+    dataset: Source,
+    config: LoaderConfig,
+    start: int = 0,
+    stop: int | None = None,
+    *,
+    rank: int = 0,
+    world: int = 1,
+    workers: int = 2,
+    processes: bool | None = None,
+    prefetch: int = 2,
+    keys: bool = False,
+    warn: Callable[[str], None] | None = None,
+) -> Generator[Batch, None, None]:
+    """Batches from `start` samples seen up to `stop` (for ever when None): this rank's contiguous share of each.
+
+    `stop - start` must be a multiple of the batch size, for shapes are static. `workers` 0 makes each batch when it is
+    asked for; else so many make up to `prefetch` batches ahead, as threads, or as `processes` (chosen by their number
+    when None). `keys` fills `Batch.keys`. `warn` gets one line for each broken record, dead or stalled worker (default:
+    stderr). Closing the generator ends all workers.
+
+    Raises UserError at once for a configuration that can't be, and later when a shard is gone or when more than
+    `max_bad` of the records are broken.
+    """
+    check(dataset, config, start, stop, world)
+    job = Job(
+        dataset,
+        config.image_field,
+        config.text_field,
+        config.image_size,
+        config.augmentation,
+        config.seed,
+        config.block_size,
+        syntax=config.text_reduction == "syntax",
+    )
+    if processes is None:
+        processes = workers > MAX_THREADS
+    loader = Loader(job, config, workers, processes and workers > 0, prefetch if workers else 0, warn or warn_on_stderr)
+    loader.keys = keys
+    return loader.run(start, stop, rank, world)
+
+
+def check(dataset: Source, config: LoaderConfig, start: int, stop: int | None, world: int) -> None:
+    """Raise UserError for what can't be."""
+    config.augmentation.check()
+    if dataset.num_records < 1:
+        raise UserError(f"{dataset!r} has no records: build it from shards that have some")
+    if config.batch_size < 1 or config.batch_size % world:
+        raise UserError(
+            f"a batch of {config.batch_size} can't be shared by {world} devices: choose a multiple of {world}"
+        )
+    if stop is not None and (stop < start or (stop - start) % config.batch_size):
+        raise UserError(f"{stop - start:,} samples aren't a whole number of batches of {config.batch_size}: round them")
+    if config.block_size < 1:
+        raise UserError(f"block_size is {config.block_size}: choose 1 (a full shuffle) or more")
+    if config.image_keep is not None and (config.image_reduction is None or config.grid is None):
+        raise UserError("image_keep needs image_reduction (random, grid or block)")
+    one = np.zeros(1, np.uint64)
+    reduce_text(config.text_reduction, [[1]], config.context_length, one, [[0]])
+    keep_indices(config, one)
+
+
+def keep_indices(config: LoaderConfig, keys_B: UInt64Array) -> Int64Array | None:
+    """The patches that stay of each image, or None when all do."""
+    if config.image_reduction is None or config.grid is None or config.image_keep is None:
+        return None
+    return image_keep_indices(config.image_reduction, config.grid, config.image_keep, keys_B)
+
+
+def warn_on_stderr(message: str) -> None:
+    """Print a warning."""
+    print(f"Warning: {message}", file=sys.stderr)
+
+
+@dataclass
+class Pending:
+    """A batch in the making."""
+
+    positions_B: UInt64Array
+    buffer: UInt8Array
+    slot: int | None
+    """The shared buffer it lies in; None for memory of its own."""
+    parts: list[Future[Made]]
+
+
+class Loader:
+    """The state of one run of `batches`: workers, buffers, and the count of bad records."""
+
+    def __init__(
+        self, job: Job, config: LoaderConfig, workers: int, processes: bool, prefetch: int, warn: Callable[[str], None]
+    ) -> None:
+        self.job, self.config, self.warn = job, config, warn
+        self.workers, self.processes, self.prefetch = workers, processes, prefetch
+        self.keys = False
+        self.seen = self.bad = 0
+        self.told: dict[str, str] = {}
+
+    def run(self, start: int, stop: int | None, rank: int, world: int) -> Generator[Batch, None, None]:
+        """The generator behind `batches`."""
+        share = self.config.batch_size // world
+        shape = (share, self.config.image_size, self.config.image_size, 3)
+        slots = self.prefetch + 3  # one being filled, one in use, and one that the loop variable still names
+        self.free = deque(range(slots))
+        with contextlib.ExitStack() as ends:
+            ends.callback(cv2.setNumThreads, cv2.getNumThreads())
+            cv2.setNumThreads(0)  # each worker is one core's share; put back at the end
+            self.buffers = Buffers(slots, shape) if self.processes else None
+            if self.buffers is not None:
+                ends.callback(self.buffers.close)
+            self.pool = Pool(self.make_hands(slots))
+            ends.callback(self.pool.close)
+            inline = None if self.workers else ThreadHands(SampleMaker(self.job))
+            pending: deque[Pending] = deque()
+            for positions_B, records_B in self.order(start, stop, rank, share):
+                pending.append(self.begin(positions_B, records_B, shape, inline))
+                if len(pending) > self.prefetch:
+                    yield self.finish(pending.popleft())
+            while pending:
+                yield self.finish(pending.popleft())
+
+    def make_hands(self, slots: int) -> list[Hands]:
+        """One pair of hands a worker."""
+        if self.buffers is not None:
+            return [ProcessHands(self.job, self.buffers, slots, self.warn) for _ in range(self.workers)]
+        tokenizer = Tokenizer() if self.workers else None
+        return [ThreadHands(SampleMaker(self.job, tokenizer)) for _ in range(self.workers)]
+
+    def order(self, start: int, stop: int | None, rank: int, share: int) -> Iterator[tuple[UInt64Array, Int64Array]]:
+        """Positions and records of this rank's share of each batch."""
+        size = self.config.batch_size
+        at_once = max(1, ORDER_SPAN // share)
+        while stop is None or start < stop:
+            count = at_once if stop is None else min(at_once, (stop - start) // size)
+            firsts = np.arange(start, start + count * size, size, dtype=np.uint64) + np.uint64(rank * share)
+            positions_NB = firsts[:, None] + np.arange(share, dtype=np.uint64)
+            indices = record_indices(
+                positions_NB.ravel(), self.job.source.num_records, self.config.seed, self.config.block_size
+            )
+            yield from zip(positions_NB, indices.reshape(positions_NB.shape), strict=True)
+            start += count * size
+
+    def begin(
+        self, positions_B: UInt64Array, records_B: Int64Array, shape: tuple[int, ...], inline: ThreadHands | None
+    ) -> Pending:
+        """Hand a batch to the workers, in chunks that keep all of them busy."""
+        slot = None
+        if self.buffers is not None:
+            slot = self.free.popleft()
+            buffer = self.buffers.array(slot)
+        else:
+            buffer = np.empty(shape, np.uint8)
+        size = -(-len(positions_B) // (2 * max(1, self.workers)))
+        size = min(max(size, SMALLEST_CHUNK), LARGEST_CHUNK)
+        parts: list[Future[Made]] = []
+        for first in range(0, len(positions_B), size):
+            rows = slice(first, first + size)
+            chunk = Chunk(positions_B[rows], records_B[rows], slot or 0, first, buffer[rows])
+            if inline is None:
+                parts.append(self.pool.submit(chunk))
+            else:
+                parts.append(Future())
+                parts[-1].set_result(inline.make(chunk))
+        return Pending(positions_B, buffer, slot, parts)
+
+    def finish(self, pending: Pending) -> Batch:
+        """Wait for a batch's chunks and put them together."""
+        made = [self.wait(part, pending) for part in pending.parts]
+        self.judge([entry for part in made for entry in part.bad], len(pending.positions_B))
+        keys_B = sample_keys(self.config.seed, pending.positions_B)
+        ids = [row for part in made for row in part.ids]
+        priorities = [row for part in made for row in part.priorities or []] or None
+        records_B = np.concatenate([part.records_B for part in made])
+        seconds: dict[str, float] = {}
+        for part in made:
+            for phase, value in part.seconds.items():
+                seconds[phase] = seconds.get(phase, 0.0) + value
+        return Batch(
+            self.hand_over(pending),
+            reduce_text(self.config.text_reduction, ids, self.config.context_length, keys_B, priorities),
+            keep_indices(self.config, keys_B),
+            np.concatenate([part.caption_B for part in made]),
+            pending.positions_B,
+            records_B,
+            sum(len(part.bad) for part in made),
+            [self.job.source.key(record) for record in records_B.tolist()] if self.keys else None,
+            seconds,
+        )
+
+    def hand_over(self, pending: Pending) -> UInt8Array:
+        """The batch's pixels for the trainer.
+
+        A shared buffer is used again once the trainer has let go of it. Were that the last free one, the trainer gets a
+        copy, so that it may keep as many batches as it likes.
+        """
+        if pending.slot is None:
+            return pending.buffer
+        if not self.free:
+            self.free.append(pending.slot)
+            return pending.buffer.copy()
+        weakref.finalize(pending.buffer.base, self.free.append, pending.slot).atexit = False
+        return pending.buffer
+
+    def wait(self, part: Future[Made], pending: Pending) -> Made:
+        """A chunk's result; says so when it takes unusually long."""
+        waited = 0.0
+        while True:
+            try:
+                return part.result(timeout=STALL_SECONDS)
+            except StillRunning:
+                if part.done():
+                    raise
+                waited += STALL_SECONDS
+                position = int(pending.positions_B[0])
+                self.warn(
+                    f"the loader has waited {waited:.0f} s for samples from {position:,} on: is the disk reachable?"
+                )
+
+    def judge(self, bad: Sequence[tuple[str, str]], seen: int) -> None:
+        """Count bad records and name each once. Raises UserError when they are too many."""
+        self.seen += seen
+        self.bad += len(bad)
+        for key, reason in bad:
+            if key not in self.told and len(self.told) < REMEMBERED_BAD:
+                self.told[key] = reason
+                self.warn(f"{key} is replaced by its neighbour: {reason}")
+        if self.bad > self.config.max_bad * max(self.seen, BAD_BASE):
+            examples = "; ".join(f"{key} ({reason})" for key, reason in list(self.told.items())[:3])
+            raise UserError(
+                f"{self.bad:,} of {self.seen + self.bad:,} records are broken, more than {self.config.max_bad:.0%}, "
+                f"among them {examples}: build the dataset anew"
+            )
