@@ -146,10 +146,10 @@ def place(run: Path, samples_seen: int) -> Path:
 
 
 def prune(run: Path, keep: int, always: frozenset[int] = frozenset()) -> None:
-    """Remove all but the newest `keep` checkpoints; those of the samples seen in `always` (ends of stages) stay too."""
-    removable = [path for path in checkpoints(run) if int(path.name) not in always]
-    for path in removable[: max(0, len(removable) - keep)]:
-        remove(path)
+    """Remove all but the newest `keep` (at least 1) checkpoints; those at `always` (the ends of stages) stay too."""
+    for path in checkpoints(run)[:-keep]:
+        if int(path.name) not in always:
+            remove(path)
 
 
 def build_model(checkpoint: Checkpoint) -> "CLIP":

@@ -125,6 +125,13 @@ class Device:
         if self.world > 1:
             torch.distributed.barrier()
 
+    def mean(self, value: torch.Tensor) -> torch.Tensor:
+        """The mean over the ranks of a scalar on the device."""
+        if self.world > 1:
+            torch.distributed.all_reduce(value)
+            value /= self.world
+        return value
+
     def agree(self, value: bool) -> bool:
         """The first rank's answer, on every rank: clocks differ, and all ranks must do the same."""
         if self.world == 1:

@@ -71,11 +71,11 @@ class CLIP(nn.Module):
             x_BE: Tensor = self.text_projection(x_BD.float())
             return F.normalize(x_BE, dim=-1) if normalize else x_BE
 
-    def forward(
-        self, image_BCHW: Tensor, ids_BT: Tensor, keep_BK: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Unit vectors float32[B, E] of the images and of the texts, and the logit scale, a scalar of at most 100."""
-        return self.encode_image(image_BCHW, keep_BK), self.encode_text(ids_BT), self.clamped_logit_scale()
+    def forward(self, image_BCHW: Tensor, ids_BT: Tensor, keep_BK: Tensor | None = None) -> tuple[Tensor, ...]:
+        """Unit vectors float32[B, E] of the images and of the texts, the logit scale (a scalar of at most 100), and the
+        logit bias where the model has one. All that a loss needs comes out of here, as data parallelism wants it."""
+        features = self.encode_image(image_BCHW, keep_BK), self.encode_text(ids_BT), self.clamped_logit_scale()
+        return features if self.logit_bias is None else (*features, self.logit_bias * 1)
 
     def clamped_logit_scale(self) -> Tensor:
         """exp(logit_scale), at most 100.

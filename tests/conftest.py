@@ -2,12 +2,16 @@
 
 import io
 import json
+import os
 import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+
+# Tests run side by side, one a core: more threads in each would only wait for each other. Child processes inherit it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 COLOURS = {"red": (200, 30, 30), "green": (30, 160, 60), "blue": (40, 60, 200), "yellow": (220, 200, 40)}
 

@@ -157,7 +157,7 @@ def run_stage(run: Run, stage: Stage, stage_start: int, model: CLIP, optimizer: 
         world=device.world,
         workers=run.workers,
     )
-    tokenizer, loss = Tokenizer(), math.nan
+    loss = math.nan
     loss_sum, steps = torch.zeros((), device=device.torch), 0
     run.saved_at = time.monotonic()
     watch = Stopwatch(run.samples_seen)
@@ -183,7 +183,7 @@ def run_stage(run: Run, stage: Stage, stage_start: int, model: CLIP, optimizer: 
 
             # ---- Log: the only place where the loop waits for the device -------------------------------------------
             if is_end or stop or is_due(cadence.log_samples, before, run.samples_seen):
-                loss = loss_sum.item() / steps
+                loss = device.mean(loss_sum).item() / steps
                 loss_sum, steps = torch.zeros_like(loss_sum), 0
                 if not math.isfinite(loss):
                     raise UserError(
@@ -211,7 +211,7 @@ def run_stage(run: Run, stage: Stage, stage_start: int, model: CLIP, optimizer: 
                 save(run, stage, model, optimizer, step_loss)
             if run.task and (is_end or is_due(cadence.evaluate_samples, before, run.samples_seen)):
                 with watch.paused():
-                    found = dict(evaluate(model, tokenizer, preprocess_at(recipe, stage), run.task, device))
+                    found = dict(evaluate(model, Tokenizer(), preprocess_at(recipe, stage), run.task, device))
                 model.train()
                 run.writer.write({"samples_seen": run.samples_seen, "stage": stage.name, **found})
             if stop:

@@ -133,6 +133,38 @@ def clipa_b16_i50_t16() -> Recipe:
     )
 
 
+def emoji_demo() -> Recipe:
+    """A first CLIP from 8,548 drawings in minutes on two CPU cores: 9 image tokens, then 16.
+
+    Towers of 0.4 million weights beside the token embedding; a convolutional stem, without which so few drawings
+    teach a transformer little. Colours and shapes are shaken hard, because the drawings to be recognised are in
+    a style that training never saw.
+    """
+    image = ImageConfig(
+        "vit_tiny_patch16_224", image_size=48, patch_size=16, width=128, depth=1, heads=2, pooling="average",
+        class_token=False, pre_norm=False, stem="conv",
+    )  # fmt: skip
+    drawings = Augmentation(
+        crop_area=(0.6, 1.3), crop_ratio=(1 / 1.2, 1.2), rotation=12.0, translation=0.08,
+        brightness=0.3, contrast=0.3, saturation=0.4, grey=0.1, fixed="white",
+    )  # fmt: skip
+    batch = 256
+    reduced = Stage(
+        name="reduced", samples=1_600 * batch, batch_size=batch, learning_rate=2e-3, warmup_samples=80 * batch,
+        image_size=48, context_length=16, text_reduction="random", augmentation=drawings,
+    )  # fmt: skip
+    return Recipe(
+        name="emoji-demo",
+        model=ModelConfig(embed_dim=128, image=image, text=TextConfig(context_length=16, width=64, depth=1, heads=1)),
+        stages=(reduced,),
+        optimizer=OptimizerConfig(beta2=0.98, weight_decay=0.1),
+        mean=(0.70, 0.68, 0.63),
+        std=(0.35, 0.34, 0.37),
+        block_size=16,
+        cadence=Cadence(log_samples=10 * batch, checkpoint_samples=100 * batch, evaluate_samples=200 * batch),
+    )
+
+
 def debug() -> Recipe:
     """Twenty steps on towers of a few thousand weights: seconds on any device, every part of the trainer in use."""
     image = ImageConfig(
@@ -202,12 +234,9 @@ def check_recipe(recipe: Recipe, records: int, shards: int) -> None:
             raise UserError(
                 f"{where}: image_keep {stage.image_keep} needs an image_reduction and at most {patches} patches"
             )
-        if recipe.micro_batch is not None and (
-            recipe.micro_batch < 1 or stage.batch_size // shards % recipe.micro_batch
-        ):
-            raise UserError(
-                f"{where}: micro_batch {recipe.micro_batch} doesn't divide a device's share of {stage.batch_size // shards}"
-            )
+        share = stage.batch_size // shards
+        if recipe.micro_batch is not None and (recipe.micro_batch < 1 or share % recipe.micro_batch):
+            raise UserError(f"{where}: micro_batch {recipe.micro_batch} doesn't divide a device's share of {share}")
 
 
 def model_at(recipe: Recipe, stage: Stage) -> ModelConfig:
