@@ -8,7 +8,7 @@ pooled at the end token, so what stands behind that token can't change the embed
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import torch
@@ -20,6 +20,8 @@ from clipkit.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from clipkit.model import CLIP
+
+Number = TypeVar("Number", bound=np.generic)
 
 TOKENS_PER_BATCH = 8192
 
@@ -98,6 +100,6 @@ def class_embeddings(model: "CLIP", prompts: Prompts, device: Device) -> torch.T
     return F.normalize(sum_CE, dim=-1)
 
 
-def pad_rows(array: NDArray[np.int32], rows: int) -> NDArray[np.int32]:
+def pad_rows(array: NDArray[Number], rows: int) -> NDArray[Number]:
     """Repeat the last row until there are `rows`."""
     return np.concatenate([array, np.repeat(array[-1:], rows - len(array), axis=0)]) if len(array) < rows else array

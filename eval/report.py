@@ -72,7 +72,6 @@ def contents(run: Path) -> dict[str, Any]:
         "seen": int(metrics[-1]["samples_seen"]) if metrics else 0,
         "planned": sum(stage.samples for stage in stages),
         "seconds": report_data.clock(metrics, int(metrics[-1]["samples_seen"])) if metrics else 0.0,
-        "final_loss": (report_data.series(metrics, "loss")[1] or [None])[-1],
         "tasks": tasks(latest),
         "results": latest,
         "older": [result for result in found if result not in latest],
@@ -120,7 +119,7 @@ def tasks(latest: Sequence[Result]) -> list[Result]:
 
 def rows(latest: Sequence[Result]) -> list[dict[str, Any]]:
     """The results table: each number with its words and its picture on a scale that the task's numbers share."""
-    listed = []
+    listed: list[dict[str, Any]] = []
     for result in latest:
         top = max([each.high for each in latest if each.task == result.task] + [result.chance]) * 1.05
         strip = interval_strip(result.value, result.low, result.high, result.chance, min(1.0, top))

@@ -1,6 +1,6 @@
 """What a run's folder and its dataset tell, as plain values for the page.
 
-Everything here copes with what isn't there yet: a run without metrics, results or a dataset in reach still has a report.
+Everything here copes with what isn't there yet: a run without metrics, results or its dataset still has a report.
 """
 
 import math
@@ -224,7 +224,7 @@ def data_facts(path: Path, split: str) -> DataFacts:
 
 
 def shorter_side(example: Mapping[str, Any], look: bool) -> int | None:
-    """The shorter side of a record's image: from its columns, or else, where `look` says so, from the image's header."""
+    """The shorter side of a record's image: from its columns, or else, where `look` says so, from the header."""
     width, height = example.get("width"), example.get("height")
     if isinstance(width, int) and isinstance(height, int) and min(width, height) > 0:
         return min(width, height)
