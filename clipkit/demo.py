@@ -224,6 +224,9 @@ def closing(run: Path, costs: Sequence[Cost]) -> str:
         f"The report: {run / 'report.html'}",
         "Now your own data, for example LAION-400M's parquet files in the folder laion:",
         "  clipkit download laion shards --preset laion400m",
+        "  clipkit build-tfds shards data --name laion400m",
+        "  clipkit train --data data --recipe clipa-b16-i50-t16 --out runs/b16",
+        "  clipkit zeroshot --ckpt runs/b16 --data IMAGENET",
     ]
     return "\n".join(lines)
 

@@ -13,9 +13,11 @@ import pytest
 
 from clipkit import demo
 from clipkit.cli import main
+from clipkit.dataset import open_dataset
 from clipkit.errors import InternalError, UserError
 from clipkit.files import read_json
 
+run_child = demo.run_child
 Fake = Callable[[list[str]], tuple[int, int]]
 
 
@@ -89,6 +91,19 @@ def test_failing_command_is_one_line_and_resumable(
     monkeypatch.setattr(demo, "run_child", good)
     demo.run_demo(tmp_path, limit=40)
     assert ran == ALL
+
+
+def test_the_first_two_commands_for_real(tmp_path: Path, ran: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Served, downloaded and built by child processes; of 150 URLs 4 are broken, in four of the five ways."""
+    fake: Fake = demo.run_child
+    monkeypatch.setattr(demo, "run_child", lambda a: run_child(a) if a[2] in ("download", "build-tfds") else fake(a))
+    demo.run_demo(tmp_path, limit=150)
+    told = read_json(tmp_path / "shards" / "clipkit" / "download.json")
+    assert (told["rows"], told["downloaded"]) == (150, 146)
+    assert told["failed"] == {"http-4xx": 1, "truncated": 1, "not-an-image": 1, "empty": 1}
+    assert open_dataset(tmp_path / "data").num_records == 146
+    assert all(cost["peak_memory_bytes"] > 30e6 for cost in read_json(tmp_path / "demo.json")["stages"][:2])
+    assert ran == ALL[2:]
 
 
 def test_second_run_serves_on_the_port_of_the_first(tmp_path: Path) -> None:

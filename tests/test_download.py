@@ -25,10 +25,11 @@ from clipkit import jobs
 from clipkit.errors import UserError
 from clipkit.image_server import Answer, serve
 from clipkit.tfrecord_tools import download as download_module
-from clipkit.tfrecord_tools import fetch, url_table
+from clipkit.tfrecord_tools import url_table
 from clipkit.tfrecord_tools.download import DownloadSummary, download
 from clipkit.tfrecord_tools.failures import REASONS, classify
 from clipkit.tfrecord_tools.presets import fitting_presets
+from clipkit.tfrecord_tools.truncation import is_truncated
 
 
 def encoded(kind: str, mode: str = "RGB", seed: int = 0, **options: object) -> bytes:
@@ -357,6 +358,18 @@ def test_changed_table_or_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         download(urls, tmp_path / "out")
 
 
+def test_summary_is_withdrawn_while_shards_are_missing(
+    finished: tuple[Path, Path, DownloadSummary], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    urls, whole, _ = finished
+    shutil.copytree(whole, tmp_path / "out")
+    (tmp_path / "out" / "00001_stats.json").unlink()
+    monkeypatch.setattr(jobs, "run", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        download(urls, tmp_path / "out", preset="laion400m", **OPTIONS)
+    assert not (tmp_path / "out" / "clipkit" / "download.json").exists()
+
+
 def test_img2dataset_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(download_module.importlib.util, "find_spec", lambda _: None)
     with pytest.raises(UserError, match=r"pip install 'clipkit\[download\]'"):
@@ -471,19 +484,19 @@ def test_reasons(message: str, reason: str) -> None:
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9, 0.999])
 def test_every_cut_is_noticed(kind: str, share: float) -> None:
     data = encoded(kind)
-    assert not fetch.is_truncated(data)
-    assert fetch.is_truncated(data[: max(20, int(len(data) * share) - 1)])
+    assert not is_truncated(data)
+    assert is_truncated(data[: max(20, int(len(data) * share) - 1)])
 
 
 def test_jpeg_oddities() -> None:
     thumbnail = encoded("JPEG", seed=1)
     exif = b"\xff\xe1" + (len(thumbnail) + 2).to_bytes(2, "big") + thumbnail
     with_thumbnail = JPEG[:2] + exif + JPEG[2:]
-    assert not fetch.is_truncated(with_thumbnail)
-    assert fetch.is_truncated(with_thumbnail[: len(exif) + 600])  # the thumbnail's end marker is whole, the image isn't
-    assert not fetch.is_truncated(JPEG + bytes(100))  # padding behind the end
-    assert not fetch.is_truncated(encoded("JPEG", progressive=True, restart_marker_blocks=1))
-    assert not fetch.is_truncated(b"GIF89a") and not fetch.is_truncated(b"\xff\xd8 text")
+    assert not is_truncated(with_thumbnail)
+    assert is_truncated(with_thumbnail[: len(exif) + 600])  # the thumbnail's end marker is whole, the image isn't
+    assert not is_truncated(JPEG + bytes(100))  # padding behind the end
+    assert not is_truncated(encoded("JPEG", progressive=True, restart_marker_blocks=1))
+    assert not is_truncated(b"GIF89a") and not is_truncated(b"\xff\xd8 text")
 
 
 def test_presets() -> None:

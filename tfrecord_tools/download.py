@@ -131,6 +131,8 @@ def fetch_missing(plan: Plan, out: Path, fetch: Any, processes: int | None) -> i
             count(totals, stats)
     if not missing:
         return 0
+    # It says that all is there, which building relies on.
+    (out / "clipkit" / "download.json").unlink(missing_ok=True)
     with Progress("download", plan.rows, "rows", start=totals.total()) as progress:
         progress.update(totals.total(), note(totals))
         work = jobs.run(fetch, missing, workers=processes, describe=lambda s: f"shard {plan.name(s)}", isolate=True)
@@ -160,7 +162,6 @@ def finish(plan: Plan, out: Path, fetched: int, urls: str) -> DownloadSummary:
         told = read_json(own / "download.json")
         counts = {each: told[each] for each in ("rows", "downloaded", "failed", "empty_captions", "shards")}
         return DownloadSummary(**counts, out=out)
-    (own / "download.json").unlink(missing_ok=True)
     failed = write_failures(own / "failures.parquet", (shard.parquet for shard in files))
     stats = [read_json(shard.stats) for shard in files]
     summary = DownloadSummary(

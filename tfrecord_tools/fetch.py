@@ -8,7 +8,6 @@ is refused, and the only URLs opened are http and https.
 import importlib.abc
 import multiprocessing
 import os
-import re
 import ssl
 import sys
 import tarfile
@@ -28,6 +27,7 @@ import pyarrow.parquet as pq
 from clipkit.errors import InternalError
 from clipkit.files import disk_errors, remove, write_beside, write_json
 from clipkit.tfrecord_tools.failures import EMPTY, TRUNCATED, read_failures
+from clipkit.tfrecord_tools.truncation import is_truncated
 from clipkit.tfrecord_tools.url_table import read_rows
 
 COPY_BYTES = 4 << 20
@@ -157,51 +157,6 @@ def copy_bytes(old: BinaryIO, new: BinaryIO, start: int, count: int) -> None:
             raise InternalError(f"a tar ended {count} bytes early: run the same command again")
         new.write(block)
         count -= len(block)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Is the image whole?
-# ---------------------------------------------------------------------------------------------------------------------
-
-# In JPEG's entropy-coded data a 0xFF byte is followed by 0 or by a restart marker; anything else is the next marker.
-JPEG_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
-JPEG_END = 0xD9
-
-
-def is_truncated(data: bytes) -> bool:
-    """Whether a JPEG, PNG or WebP file ends before its own end marker or length says.
-
-    Decoders differ here: some OpenCV versions fill the missing part of a JPEG with grey and call it a success.
-    """
-    if data.startswith(b"\xff\xd8\xff"):
-        return is_truncated_jpeg(data)
-    if data.startswith(b"\x89PNG\r\n\x1a\n"):
-        return is_truncated_png(data)
-    if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
-        return len(data) < 8 + int.from_bytes(data[4:8], "little")
-    return False
-
-
-def is_truncated_jpeg(data: bytes) -> bool:
-    """Walk the segments (ITU-T T.81, annex B) to the end marker. A thumbnail's own end marker lies inside a segment."""
-    position = 2
-    while match := JPEG_MARKER.search(data, position):
-        marker = data[match.start() + 1]
-        if marker == JPEG_END:
-            return False
-        length = int.from_bytes(data[match.end() : match.end() + 2], "big")
-        position = match.end() + max(length, 2)
-    return True
-
-
-def is_truncated_png(data: bytes) -> bool:
-    """Walk the chunks (length, type, data, CRC) to IEND."""
-    position = 8
-    while position + 8 <= len(data):
-        if data[position + 4 : position + 8] == b"IEND":
-            return False
-        position += 12 + int.from_bytes(data[position : position + 4], "big")
-    return True
 
 
 # ---------------------------------------------------------------------------------------------------------------------

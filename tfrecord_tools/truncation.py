@@ -1,0 +1,46 @@
+"""Is an image file whole? Asked of the bytes, because decoders differ.
+
+Some versions of OpenCV fill the missing part of a JPEG with grey and call it a success; a model would learn the grey.
+"""
+
+import re
+
+# In JPEG's entropy-coded data a 0xFF byte is followed by 0 or by a restart marker; anything else is the next marker.
+JPEG_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
+JPEG_END = 0xD9
+
+
+def is_truncated(data: bytes) -> bool:
+    """Whether a JPEG, PNG or WebP file ends before its own end marker or length says.
+
+    Of any other format the decoder is to judge.
+    """
+    if data.startswith(b"\xff\xd8\xff"):
+        return is_truncated_jpeg(data)
+    if data.startswith(b"\x89PNG\r\n\x1a\n"):
+        return is_truncated_png(data)
+    if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
+        return len(data) < 8 + int.from_bytes(data[4:8], "little")
+    return False
+
+
+def is_truncated_jpeg(data: bytes) -> bool:
+    """Walk the segments (ITU-T T.81, annex B) to the end marker. A thumbnail's own end marker lies inside a segment."""
+    position = 2
+    while match := JPEG_MARKER.search(data, position):
+        marker = data[match.start() + 1]
+        if marker == JPEG_END:
+            return False
+        length = int.from_bytes(data[match.end() : match.end() + 2], "big")
+        position = match.end() + max(length, 2)
+    return True
+
+
+def is_truncated_png(data: bytes) -> bool:
+    """Walk the chunks (length, type, data, CRC) to IEND."""
+    position = 8
+    while position + 8 <= len(data):
+        if data[position + 4 : position + 8] == b"IEND":
+            return False
+        position += 12 + int.from_bytes(data[position : position + 4], "big")
+    return True
