@@ -3,7 +3,7 @@
 import difflib
 import math
 from functools import partial
-from typing import Any, cast
+from typing import Any, TypeGuard, cast
 
 import timm
 import torch
@@ -111,7 +111,7 @@ class ImageTower(nn.Module):
         return out
 
 
-def is_plain(trunk: nn.Module) -> bool:
+def is_plain(trunk: nn.Module) -> TypeGuard[VisionTransformer]:
     """Whether this is timm's VisionTransformer of ordinary blocks, with absolute positions and ordinary patches."""
     return (
         isinstance(trunk, VisionTransformer)
