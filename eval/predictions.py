@@ -15,7 +15,8 @@ from clipkit.errors import UserError
 from clipkit.files import write_beside
 
 if TYPE_CHECKING:
-    from clipkit.eval.zeroshot import Guesses, Task
+    from clipkit.eval.task import Task
+    from clipkit.eval.zeroshot import Guesses
 
 SEED = 0
 PICTURES = 400

@@ -285,17 +285,5 @@ def costs(stages: Sequence[StageCost], metrics: Sequence[Mapping[str, Any]]) -> 
         "rate": flops / seconds if seconds else 0.0,
         "peak_memory": max(memory, default=0),
         "bad_samples": max((int(line.get("bad_samples", 0)) for line in metrics), default=0),
-        "wait": waiting(metrics),
+        "wait": report_data.waiting(metrics),
     }
-
-
-def waiting(metrics: Sequence[Mapping[str, Any]]) -> float | None:
-    """The share of all training time that was spent waiting for data."""
-    total = waited = 0.0
-    before = 0.0
-    for line in metrics:
-        if "seconds" in line and "data_wait" in line:
-            total += line["seconds"] - before
-            waited += (line["seconds"] - before) * line["data_wait"]
-            before = line["seconds"]
-    return waited / total if total > 0 else None

@@ -267,3 +267,15 @@ def pipeline(run: Path) -> list[dict[str, Any]]:
     path = run / "demo.json"
     told = read_json(path) if path.exists() else {}
     return [stage for stage in told.get("stages", []) if {"name", "seconds", "peak_memory_bytes"} <= stage.keys()]
+
+
+def waiting(metrics: Sequence[Mapping[str, Any]]) -> float | None:
+    """The share of all training time that was spent waiting for data."""
+    total = waited = 0.0
+    before = 0.0
+    for line in metrics:
+        if "seconds" in line and "data_wait" in line:
+            total += line["seconds"] - before
+            waited += (line["seconds"] - before) * line["data_wait"]
+            before = line["seconds"]
+    return waited / total if total > 0 else None

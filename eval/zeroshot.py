@@ -2,11 +2,8 @@
 
 import re
 import sys
-from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from os import cpu_count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,28 +15,16 @@ from clipkit import checkpoint as checkpoints
 from clipkit.device import Device, pick
 from clipkit.errors import UserError
 from clipkit.eval import predictions, results
-from clipkit.eval.classes import Classes, Templates, name_classes, prompts, templates
-from clipkit.eval.classifier import Prompts, class_embeddings, pad_rows, tokenise
-from clipkit.eval.labelled import LabelledImages, open_labelled
+from clipkit.eval.classifier import class_embeddings, pad_rows
 from clipkit.eval.metrics import Measure, largest_class, measure
-from clipkit.eval.results import Result, digest
-from clipkit.images import Preprocess, decode, eval_transform, normalise
+from clipkit.eval.results import Result
+from clipkit.eval.task import Task, hashes, open_task
+from clipkit.images import Preprocess, normalise
 from clipkit.log import Progress
 from clipkit.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from clipkit.model import CLIP
-
-KEEP_PIXELS_BYTES = 1 << 30
-UNREADABLE_SHARE = 0.01
-
-
-@dataclass(frozen=True, eq=False)
-class Pixels:
-    """Some of a task's images as the model's input before normalising. `index_B` are their places in the task."""
-
-    index_B: NDArray[np.int64]
-    image_BHWC: NDArray[np.uint8]
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,112 +34,6 @@ class Guesses:
     index_N: NDArray[np.int64]
     top_NK: NDArray[np.int64]
     probability_NK: NDArray[np.float32]
-
-
-class Task:
-    """What is to be classified into what. It keeps what is costly to make again while training goes on: the tokenised
-    prompts and, up to 1 GiB, the decoded images, both for the latest preprocessing alone.
-    """
-
-    def __init__(self, images: LabelledImages, classes: Classes, sentences: Templates) -> None:
-        self.images, self.classes, self.templates = images, classes, sentences
-        self.name = images.name
-        place = {label: number for number, label in enumerate(classes.labels)}
-        number_L = np.array([place[label] for label in images.label_names], dtype=np.int64)
-        self.labels_N = number_L[images.labels_N]
-        self.unreadable: dict[int, str] = {}
-        self._prompts: tuple[int, Prompts] | None = None
-        self._pixels: tuple[Preprocess, list[Pixels]] | None = None
-
-    def prompts(self, tokenizer: Tokenizer, context_length: int) -> Prompts:
-        """The prompts for this context length."""
-        if self._prompts is None or self._prompts[0] != context_length:
-            texts = prompts(self.classes, self.templates.sentences)
-            self._prompts = context_length, tokenise(texts, tokenizer, context_length)
-        return self._prompts[1]
-
-    def pixels(
-        self, preprocess: Preprocess, batch_size: int, also: Callable[[int, bytes], None] | None = None
-    ) -> Iterator[Pixels]:
-        """The images, decoded on all cores a little ahead of the model; `also` is shown each place and encoded image.
-
-        An image that can't be decoded is noted in `unreadable`. Raises UserError when those are more than 1%.
-        """
-        if self._pixels is not None and self._pixels[0] == preprocess and also is None:
-            yield from self._pixels[1]
-            return
-        self.unreadable, self._pixels = {}, None
-        keep = len(self.images) * preprocess.size**2 * 3 <= KEEP_PIXELS_BYTES
-        kept: list[Pixels] = []
-        with ThreadPoolExecutor(min(16, cpu_count() or 1)) as pool:
-            waiting: deque[tuple[int, Future[NDArray[np.uint8]]]] = deque()
-            done: list[tuple[int, NDArray[np.uint8]]] = []
-            for place, data in enumerate(self.images.read()):
-                if also is not None:
-                    also(place, data)
-                waiting.append((place, pool.submit(model_input, data, preprocess)))
-                if len(waiting) > batch_size:
-                    self._take(waiting.popleft(), done)
-                if len(done) == batch_size:
-                    kept.append(stack(done))
-                    yield kept[-1] if keep else kept.pop()
-                    done = []
-            while waiting:
-                self._take(waiting.popleft(), done)
-            for start in range(0, len(done), batch_size):
-                kept.append(stack(done[start : start + batch_size]))
-                yield kept[-1] if keep else kept.pop()
-        if keep:
-            self._pixels = preprocess, kept
-
-    def _take(self, job: "tuple[int, Future[NDArray[np.uint8]]]", done: list[tuple[int, NDArray[np.uint8]]]) -> None:
-        place, future = job
-        try:
-            done.append((place, future.result()))
-        except UserError as error:
-            self.unreadable[place] = str(error)
-            count, total = len(self.unreadable), len(self.images)
-            if count > UNREADABLE_SHARE * total:
-                raise UserError(
-                    f"{self.images.path}: {count:,} of {total:,} images can't be read, the last one "
-                    f"{self.images.keys[place]} ({error}): mend or remove them"
-                ) from error
-
-
-def stack(images: list[tuple[int, NDArray[np.uint8]]]) -> Pixels:
-    """One batch of single images."""
-    return Pixels(np.array([place for place, _ in images], dtype=np.int64), np.stack([image for _, image in images]))
-
-
-def model_input(data: bytes, preprocess: Preprocess) -> NDArray[np.uint8]:
-    """An encoded image as uint8 [size, size, 3]. Raises ImageError when it isn't an image."""
-    return eval_transform(
-        decode(data), preprocess.size, interpolation=preprocess.interpolation, resize_mode=preprocess.resize_mode
-    )
-
-
-def open_task(
-    data: Path,
-    *,
-    label: str = "label",
-    templates_name: str = "openai-80",
-    classes: Path | None = None,
-    split: str | None = None,
-    name: str | None = None,
-) -> Task:
-    """Find the labelled images, their class names and the templates. No image is decoded yet.
-
-    Raises UserError when the labels are bare numbers and no file of names is given.
-    """
-    sentences = templates(templates_name)
-    images = open_labelled(data, label=label, split=split)
-    if not images.named and classes is None:
-        raise UserError(
-            f"{data}: the labels are numbers, which can't be written into a prompt: give names with --classes"
-        )
-    task = Task(images, name_classes(images.label_names, data, classes), sentences)
-    task.name = name or images.name
-    return task
 
 
 @torch.no_grad()
@@ -226,19 +105,6 @@ def evaluate(
 def measures(task: Task, guesses: Guesses) -> list[Measure]:
     """The task's metrics, each with interval and chance."""
     return measure(guesses.top_NK, task.labels_N[guesses.index_N], len(task.classes))
-
-
-def hashes(task: Task, preprocess: Preprocess) -> dict[str, str]:
-    """What made a number. Two numbers with equal hashes are comparable."""
-    names = [[label, *names] for label, names in zip(task.classes.labels, task.classes.names, strict=True)]
-    labels = [task.images.label_names[number] for number in task.images.labels_N.tolist()]
-    shown = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(preprocess).items()}
-    return {
-        "classes": digest(names),
-        "templates": digest(task.templates.sentences),
-        "split": digest([task.images.keys, labels]),
-        "preprocessing": digest(shown),
-    }
 
 
 def zeroshot(

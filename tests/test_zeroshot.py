@@ -23,7 +23,8 @@ from clipkit.eval import predictions, results
 from clipkit.eval.classes import Classes, name_classes, names_by_class, prompts, templates
 from clipkit.eval.classifier import class_embeddings, tokenise
 from clipkit.eval.labelled import open_labelled
-from clipkit.eval.zeroshot import Task, classify, evaluate, measures, open_task, zeroshot
+from clipkit.eval.task import Task, open_task
+from clipkit.eval.zeroshot import classify, evaluate, measures, zeroshot
 from clipkit.images import Preprocess
 from clipkit.model import CLIP, ImageConfig, ModelConfig, TextConfig, build
 from clipkit.records import RecordWriter, encode_example
