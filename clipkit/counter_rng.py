@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 GOLDEN = 0x9E3779B97F4A7C15
 MASK = 0xFFFFFFFFFFFFFFFF
+SEEDS = 0xD1B54A32D192ED03  # any odd number
 
 UInt64Array = npt.NDArray[np.uint64]
 Float64Array = npt.NDArray[np.float64]
@@ -39,7 +40,7 @@ def sample_keys(seed: int, positions_B: npt.ArrayLike) -> UInt64Array:
 
     Equal positions of two seeds give unrelated keys. Negative seeds are taken modulo 2**64.
     """
-    base = np.uint64(mix_int(seed + GOLDEN))
+    base = np.uint64(mix_int(mix_int(seed) ^ SEEDS))  # twice, so that no small seed meets a small position
     positions = np.atleast_1d(np.asarray(positions_B)).astype(np.uint64)
     return mix(mix(positions * np.uint64(GOLDEN)) ^ base)
 
@@ -57,4 +58,4 @@ def bits(keys_B: npt.ArrayLike, n: int, stream: int) -> UInt64Array:
 
 def uniform(keys_B: npt.ArrayLike, n: int, stream: int) -> Float64Array:
     """float64[B, n], uniform in [0, 1) with 53 random bits. `stream` as in `bits`."""
-    return (bits(keys_B, n, stream) >> np.uint64(11)) * 2.0**-53
+    return (bits(keys_B, n, stream) >> np.uint64(11)).astype(np.float64) * 2.0**-53

@@ -31,7 +31,7 @@ def picture(height: int = 64, width: int = 96, seed: int = 0, roughness: float =
     for _ in range(4):
         top, left = rng.integers(0, height), rng.integers(0, width)
         image[:, top : top + height // 4, left : left + width // 4] += rng.normal(0, 40, (3, 1, 1))
-    return np.clip(image, 0, 255).astype(np.uint8).transpose(1, 2, 0)
+    return np.ascontiguousarray(np.clip(image, 0, 255).astype(np.uint8).transpose(1, 2, 0))
 
 
 def encoded(image: Image.Image, kind: str, **options: object) -> bytes:

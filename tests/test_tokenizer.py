@@ -17,16 +17,19 @@ from clipkit.errors import UserError
 from clipkit.tokenizer import EOT, SOT, VOCAB_SIZE, Tokenizer, clean
 
 PIECES = [
-    "“curly”", "it’s", "don't", "WE'LL", "I'M", "you'Ve", "'ſ", "they'd've", "``x´´", "<b>bold</b>", "&amp;", "&amp;amp;",
-    "&amp;amp;lt;", "&lt;br&gt;", "&nbsp;", "&#39;s", "&#x27;", "&copy", "&notit;", "&NTILDE;", "&#0;", "&#xD800;", "& ",
-    "AT&T", "\x00", "\x07bell", "\x1b[31mred\x1b[0m", "\x1c", "\x1f", "\x7f", "\x85", "\x0b", "\x0c", "\r\n", "\r", "\n\n",
-    "\t", "\u2028", "\u3000", "\u200b", "\u200d", "\ufeff", "\u00ad", "\u202e", "schÃ¶n", "â€œquotedâ€", "voilÃ le", "ï¿½",
-    "ＬＯＵＤ", "ﬁne ﬂower", "ß", "İstanbul", "ıI", "K", "ſ", "ǅ", "Ω", "é", "e\u0301", "ñandú", "Ελλάδα", "Москва", "עברית",
-    "العربية", "हिन्दी", "ไทย", "日本語のテキスト", "中文，标点。", "한국어", "ｶﾀｶﾅ", "٣٤", "½", "Ⅷ", "x²", "1234567890", "3.14", "10,000",
-    "😀", "👨‍👩‍👧‍👦", "🏳️‍🌈", "👍🏽", "🇨🇭", "✨✨✨", "♥", "™", "—", "…", "...", "!!!", "???", "#tag", "@user", "http://a.b/c?d=e&f=g",
-    "<start_of_text>", "<end_of_text>", "<END_OF_TEXT>", "<ſtart_of_text>", "!<end_of_text>", "<start_of_text", "<|endoftext|>",
-    "<|startoftext|>", "</w>", "cat</w>", "Ġ", "\\n", "\\u00e9", "a_b-c", "IMG_2034.JPG", "aaaaaaaaaaaaaaaaaaaaaaaa",
-    "supercalifragilisticexpialidocious", "x" * 300, "", " ",
+    "“curly”", "it’s", "don't", "WE'LL", "I'M", "you'Ve", "'ſ", "they'd've", "``x´´", "<b>bold</b>",
+    "&amp;", "&amp;amp;", "&amp;amp;lt;", "&lt;br&gt;", "&nbsp;", "&#39;s", "&#x27;", "&copy", "&notit;",
+    "&NTILDE;", "&#0;", "&#xD800;", "& ", "AT&T", "\x00", "\x07bell", "\x1b[31mred\x1b[0m", "\x1c",
+    "\x1f", "\x7f", "\x85", "\x0b", "\x0c", "\r\n", "\r", "\n\n", "\t", "\u2028", "\u3000", "\u200b",
+    "\u200d", "\ufeff", "\u00ad", "\u202e", "schÃ¶n", "â€œquotedâ€", "voilÃ le", "ï¿½", "ＬＯＵＤ",
+    "ﬁne ﬂower", "ß", "İstanbul", "ıI", "K", "ſ", "ǅ", "Ω", "é", "e\u0301", "ñandú", "Ελλάδα", "Москва",
+    "עברית", "العربية", "हिन्दी", "ไทย", "日本語のテキスト", "中文，标点。", "한국어", "ｶﾀｶﾅ", "٣٤",
+    "½", "Ⅷ", "x²", "1234567890", "3.14", "10,000", "😀", "👨‍👩‍👧‍👦", "🏳️‍🌈", "👍🏽", "🇨🇭",
+    "✨✨✨", "♥", "™", "—", "…", "...", "!!!", "???", "#tag", "@user", "http://a.b/c?d=e&f=g",
+    "<start_of_text>", "<end_of_text>", "<END_OF_TEXT>", "<ſtart_of_text>", "!<end_of_text>",
+    "<start_of_text", "<|endoftext|>", "<|startoftext|>", "</w>", "cat</w>", "Ġ", "\\n", "\\u00e9",
+    "a_b-c", "IMG_2034.JPG", "aaaaaaaaaaaaaaaaaaaaaaaa", "supercalifragilisticexpialidocious", "x" * 300,
+    "", " ",
 ]  # fmt: skip
 
 

@@ -169,7 +169,7 @@ def warp(data: bytes, size: int, augmentation: Augmentation, draws: FloatArray, 
 
 
 def recolour(images_BHWC: UInt8Array, augmentation: Augmentation, keys_B: npt.ArrayLike) -> None:
-    """Change the colours of uint8 images in place, each by its key, and erase from them."""
+    """Change the colours of contiguous uint8 images in place, each by its key, and erase from them."""
     if augmentation.recolours:
         draws_BN = uniform(keys_B, COLOUR_DRAWS, COLOUR)
         means_B3 = np.zeros((len(images_BHWC), 3))

@@ -51,7 +51,7 @@ def random_resized_crop(
     image: UInt8Array, size: int, area: tuple[float, float], ratio: tuple[float, float], uniforms: npt.ArrayLike
 ) -> UInt8Array:
     """A random crop of a decoded image as uint8[size, size, 3]; arguments as in `crop_box`."""
-    return crop_resize(image, crop_box(*image.shape[:2], area, ratio, uniforms), size)
+    return crop_resize(image, crop_box(image.shape[0], image.shape[1], area, ratio, uniforms), size)
 
 
 def random_resized_crop_of(

@@ -8,7 +8,7 @@ import hashlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +16,7 @@ import numpy.typing as npt
 from clipkit.counter_rng import UInt64Array, sample_keys
 from clipkit.errors import UserError
 from clipkit.images import ImageError, UInt8Array
-from clipkit.records import RecordError
+from clipkit.records import RecordError, decode_example
 from clipkit.tokenizer import Tokenizer, clean
 from clipkit.train.augment import Augmentation, cut, geometry_draws, recolour
 
@@ -30,12 +30,15 @@ Priorities = Callable[[Sequence[Sequence[int]]], list[list[int]]]
 
 
 class Source(Protocol):
-    """What the loader reads from: `clipkit.dataset.Dataset`, or anything with its records. It must pickle."""
+    """What the loader reads from, `clipkit.dataset.Dataset` or what does as it does: numbered tf.train.Example records.
+
+    It must pickle, for worker processes. `read` raises RecordError for a damaged record, UserError for a lost shard.
+    """
 
     @property
     def num_records(self) -> int: ...
 
-    def example(self, i: int) -> dict[str, Any]: ...
+    def read(self, i: int) -> bytes: ...
 
     def key(self, i: int) -> str: ...
 
@@ -110,8 +113,9 @@ class SampleMaker:
                 texts.append(text)
                 break
             else:
+                count, (key, reason) = len(self.candidates(record)), bad[-1]
                 raise UserError(
-                    f"{MAX_TRIES} records next to each other can't be used, the last one {bad[-1][0]} ({bad[-1][1]}): "
+                    f"{count} records next to each other can't be used, the last one {key} ({reason}): "
                     "build the dataset anew"
                 )
         recolour(image_BHWC, self.job.augmentation, keys_B)
@@ -129,16 +133,20 @@ class SampleMaker:
         return [first + (record - first + step) % length for step in range(min(MAX_TRIES, length))]
 
     def read(self, record: int) -> tuple[bytes, str]:
-        """The image's bytes and the caption, cleaned. Raises ImageError where there is none of either."""
-        example = self.job.source.example(record)
-        data, text = example.get(self.job.image_field), example.get(self.job.text_field)
-        if not isinstance(data, bytes):
-            raise ImageError(f"the record has no image in {self.job.image_field!r}")
-        if isinstance(text, bytes):
-            text = text.decode("utf-8", errors="replace")
-        if not isinstance(text, str) or (text not in self.captions and not clean(text)):
-            raise ImageError(f"the caption in {self.job.text_field!r} is empty")
-        return data, text
+        """The image's bytes and the caption. Raises RecordError or ImageError where one of them can't be had."""
+        image_field, text_field = self.job.image_field, self.job.text_field
+        try:
+            # Of a record's dozen columns these two alone are unpacked.
+            columns = decode_example(self.job.source.read(record), (image_field, text_field))
+        except ValueError as error:
+            raise ImageError(f"the record is {error}") from error
+        data, text = columns.get(image_field) or [None], columns.get(text_field) or [b""]
+        if not isinstance(data[0], bytes):
+            raise ImageError(f"the record has no image in {image_field!r}")
+        caption = text[0].decode("utf-8", errors="replace") if isinstance(text[0], bytes) else ""
+        if caption not in self.captions and not clean(caption):
+            raise ImageError(f"the caption in {text_field!r} is empty")
+        return data[0], caption
 
     def encode(self, texts: list[str]) -> tuple[list[list[int]], Int64Array]:
         """Ids and hashes of the captions."""

@@ -111,9 +111,10 @@ class ProcessHands:
         with self.lock:
             if self.stopped:
                 return
-            environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
+            path = os.pathsep.join(folder or os.getcwd() for folder in sys.path)  # noqa: PTH109  # where we import from
+            environment = {**os.environ, "PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
             self.process = subprocess.Popen(
-                [sys.executable, "-c", "from clipkit.train.workers import serve; serve()"],
+                [sys.executable, "-P", "-c", "from clipkit.train.workers import serve; serve()"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 pass_fds=(self.file,),
@@ -213,10 +214,17 @@ def serve() -> None:
     orders, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever a library prints must not get among the answers
     try:
-        job, file, slots, shape = receive(orders)
-        memory = mmap.mmap(file, max(1, slots * int(np.prod(shape))))
-        buffers = [buffer_array(memory, slot, shape) for slot in range(slots)]
-        maker = SampleMaker(job)
+        try:
+            job, file, slots, shape = receive(orders)
+            memory = mmap.mmap(file, max(1, slots * int(np.prod(shape))))
+            buffers = [buffer_array(memory, slot, shape) for slot in range(slots)]
+            maker = SampleMaker(job)
+        except EOFError:
+            return
+        except Exception as error:
+            receive(orders)
+            send(answers, pickle.dumps(portable(error), protocol=5))
+            return
         while True:
             positions_B, records_B, slot, first = receive(orders)
             try:
