@@ -4,7 +4,6 @@ Stages are imported inside the commands, so that `--help` loads neither torch no
 """
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -16,7 +15,9 @@ from clipkit.files import disk_message
 
 Folder = click.Path(path_type=Path, file_okay=False)
 Anything = click.Path(path_type=Path)
-Command = Callable[..., None]
+
+# The exit code of a command that a signal ended in good order: what a shell reports for SIGTERM.
+STOPPED = 143
 
 
 class OneLineErrors(click.Group):
@@ -39,9 +40,8 @@ class OneLineErrors(click.Group):
 
 def fail(message: str, code: int) -> NoReturn:
     """End the command with one line on stderr."""
-    error = click.ClickException(" ".join(message.split()))
-    error.exit_code = code
-    raise error
+    click.echo(f"Error: {' '.join(message.split())}", err=True)
+    raise SystemExit(code)
 
 
 def print_json(value: Any) -> None:
@@ -165,7 +165,11 @@ def train(
             f"try: clipkit zeroshot --ckpt {summary.run} --data DATA"
         )
     else:
-        click.echo(f"stopped at {summary.samples_seen:,} samples: run the same command with --resume to go on")
+        click.echo(
+            f"stopped at {summary.samples_seen:,} samples: run the same command with --resume to go on", err=True
+        )
+    if not summary.finished:
+        raise SystemExit(STOPPED)
 
 
 @main.command()
@@ -190,6 +194,7 @@ def recipes(name: str | None, assignments: tuple[str, ...]) -> None:
 @click.option("--templates", default="openai-80", show_default=True, help="A known name, a file, or 'a photo of a {}'.")
 @click.option("--label", default="label", show_default=True, help="Column with the label.")
 @click.option("--classes", type=Anything, help="JSON file that names the classes: {label: name or [names]}.")
+@click.option("--pooling", default="mean", show_default=True, help="How several names make one class: mean or sum.")
 @click.option("--split", help="Split of the data. [default: the one it has, or validation]")
 @click.option("--name", "task_name", help="Name of the task in the results. [default: from the data]")
 @click.option("--batch-size", default=256, show_default=True, help="Images at once.")

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from clipkit.embedded import emoji_parquet
+from clipkit.embedded import emoji_groups, emoji_parquet
 from clipkit.errors import InternalError, UserError
 from clipkit.files import read_json, read_json_lines, remove, require_writable, write_json
 from clipkit.log import duration
@@ -87,6 +87,8 @@ def stages(out: Path, recipe: str, settings: Sequence[str]) -> list[Stage]:
     download = ("--preset", "laion400m", "--image-size", "96", "--timeout", "2", "--samples-per-shard", "2200")
     evaluate = ("--eval-data", heldout, "--eval-templates", TEMPLATES)
     zeroshot = ("zeroshot", "--ckpt", str(run), "--data", heldout, "--templates", TEMPLATES)
+    # A group is a union of unlike things, so each of its labels is asked for, and their probabilities are added.
+    groups = ("--label", "group", "--classes", str(emoji_groups()), "--pooling", "sum")
     return [
         Stage(
             "download",
@@ -104,7 +106,7 @@ def stages(out: Path, recipe: str, settings: Sequence[str]) -> list[Stage]:
             run / "config.json",
         ),
         Stage("zeroshot", zeroshot, run / "results.jsonl"),
-        Stage("zeroshot of groups", (*zeroshot, "--label", "group"), run / "results.jsonl"),
+        Stage("zeroshot of groups", (*zeroshot, *groups), run / "results.jsonl"),
         Stage("report", ("report", str(run)), run / "report.html"),
     ]
 

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 import torch.distributed
 
+from clipkit import jobs
 from clipkit.errors import UserError
 
 DeviceName = Literal["auto", "cpu", "gpu", "tpu"]
@@ -29,7 +30,7 @@ class Device:
     """Where a run computes. `rank` and `world` are 0 and 1 unless `torchrun` started several processes."""
 
     kind: Literal["cpu", "cuda", "xla"]
-    torch: torch.device
+    torch_device: torch.device
     why: str
     rank: int = 0
     world: int = 1
@@ -43,7 +44,7 @@ class Device:
     @property
     def shards(self) -> int:
         """Into how many equal parts a global batch is cut."""
-        return self.mesh.size() if self.mesh is not None else self.world
+        return int(self.mesh.size()) if self.mesh is not None else self.world
 
     def batch(self, arrays: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
         """Copy a host batch to the device; the first axis of every array is the batch.
@@ -52,11 +53,12 @@ class Device:
         """
         tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
         if self.kind == "cuda":
-            return {name: tensor.pin_memory().to(self.torch, non_blocking=True) for name, tensor in tensors.items()}
+            pinned = {name: tensor.pin_memory() for name, tensor in tensors.items()}
+            return {name: tensor.to(self.torch_device, non_blocking=True) for name, tensor in pinned.items()}
         if self.kind == "xla":
             import torch_xla.distributed.spmd as xs
 
-            placed = {name: tensor.to(self.torch) for name, tensor in tensors.items()}
+            placed = {name: tensor.to(self.torch_device) for name, tensor in tensors.items()}
             for tensor in placed.values():
                 xs.mark_sharding(tensor, self.mesh, ("data",) + (None,) * (tensor.dim() - 1))
             return placed
@@ -66,7 +68,7 @@ class Device:
         """bfloat16 arithmetic where asked for, or where `auto` finds hardware for it; float32 otherwise."""
         if self.arithmetic(precision) == "float32":
             return contextlib.nullcontext()
-        return torch.autocast(self.torch.type, dtype=torch.bfloat16)
+        return torch.autocast(self.torch_device.type, dtype=torch.bfloat16)
 
     def arithmetic(self, precision: Precision) -> Literal["float32", "bfloat16"]:
         """What `precision` means here."""
@@ -81,7 +83,7 @@ class Device:
     def hardware(self) -> str:
         """The kind of chip behind the device, as its runtime calls it."""
         if self.kind == "cuda":
-            return torch.cuda.get_device_name(self.torch)
+            return torch.cuda.get_device_name(self.torch_device)
         if self.kind == "xla":
             import torch_xla.runtime
 
@@ -95,14 +97,14 @@ class Device:
         constants of the graph, and each step would compile a new one.
         """
         if self.kind == "xla":
-            return {"lr": torch.tensor(learning_rate, device=self.torch), "capturable": True, "foreach": False}
+            return {"lr": torch.tensor(learning_rate, device=self.torch_device), "capturable": True, "foreach": False}
         return {"lr": learning_rate, "fused": True}
 
     def set_learning_rate(self, optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
         """Set the learning rate of all groups without a new graph."""
         for group in optimizer.param_groups:
             if isinstance(group["lr"], torch.Tensor):
-                group["lr"] = torch.tensor(learning_rate, device=self.torch)
+                group["lr"] = torch.tensor(learning_rate, device=self.torch_device)
             else:
                 group["lr"] = learning_rate
 
@@ -110,7 +112,7 @@ class Device:
         """The model as the step calls it: gradients averaged over the ranks where there are several."""
         if self.world == 1:
             return model
-        ids = [self.torch.index] if self.kind == "cuda" else None
+        ids = [self.torch_device.index] if self.kind == "cuda" else None
         return torch.nn.parallel.DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
 
     def end_step(self) -> None:
@@ -136,14 +138,19 @@ class Device:
         """The first rank's answer, on every rank: clocks differ, and all ranks must do the same."""
         if self.world == 1:
             return value
-        flag = torch.tensor([int(value)], device=self.torch)
+        flag = torch.tensor([int(value)], device=self.torch_device)
         torch.distributed.broadcast(flag, src=0)
         return bool(flag.item())
+
+    def loader_workers(self) -> int:
+        """Loader workers for this process: all cores but one where a chip computes, half where the cores do."""
+        cores = jobs.cores()
+        return max(1, cores // 2 if self.kind == "cpu" else cores // self.world - 1)
 
     def peak_memory(self) -> int:
         """The most memory this process has held so far, in bytes: the device's own, or the process's on a CPU."""
         if self.kind == "cuda":
-            return torch.cuda.max_memory_allocated(self.torch)
+            return torch.cuda.max_memory_allocated(self.torch_device)
         kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return kilobytes if sys.platform == "darwin" else kilobytes * 1024
 

@@ -19,6 +19,11 @@ def emoji_parquet(split: Literal["train", "heldout"]) -> Path:
     return folder("emoji") / f"emoji-{split}.parquet"
 
 
+def emoji_groups() -> Path:
+    """The ten Unicode groups, each with the labels that it has in the training pairs: class names in JSON."""
+    return folder("emoji") / "emoji-groups.json"
+
+
 def clip_merges() -> Path:
     """The gzipped byte-pair merges of CLIP's tokenizer (49,408 ids)."""
     return folder("clip") / "bpe_simple_vocab_16e6.txt.gz"

@@ -30,7 +30,7 @@ def load_tagger() -> Tagger:
     Raises UserError when HanTa isn't installed.
     """
     try:
-        from HanTa.HanoverTagger import HanoverTagger  # type: ignore[import-untyped]
+        from HanTa.HanoverTagger import HanoverTagger
     except ImportError as error:
         raise UserError('syntax masking needs the package HanTa: pip install "clipkit[syntax]"') from error
     tagger = HanoverTagger("morphmodel_en.pgz")

@@ -8,11 +8,14 @@ import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, cast, get_args
 
 from clipkit import embedded
 from clipkit.config import did_you_mean
 from clipkit.errors import UserError
 from clipkit.files import read_json, require_file
+
+Pooling = Literal["mean", "sum"]
 
 
 @dataclass(frozen=True)
@@ -22,10 +25,26 @@ class Classes:
     labels: tuple[str, ...]
     """What stands in the data: a label's text, a folder's name, a wnid."""
     names: tuple[tuple[str, ...], ...]
-    """What goes into the templates: one name or more; the class's embedding is the mean over all of its prompts."""
+    """What goes into the templates: one name or more."""
+    pooling: Pooling = "mean"
+    """How several names make one class. `mean`: one embedding, the mean over the prompts of all names. `sum`: each name
+    is a class of its own, and the class's probability is the sum over its names (as the hierarchical label sets of
+    Novack et al., "CHiLS", 2023): for classes that are unions of unlike things."""
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def rows(self) -> tuple[tuple[str, ...], ...]:
+        """The names behind each embedding of the classifier."""
+        return self.names if self.pooling == "mean" else tuple((name,) for names in self.names for name in names)
+
+    @property
+    def class_of_rows(self) -> tuple[int, ...]:
+        """The class that each embedding of the classifier stands for."""
+        if self.pooling == "mean":
+            return tuple(range(len(self)))
+        return tuple(number for number, names in enumerate(self.names) for _ in names)
 
     @property
     def titles(self) -> tuple[str, ...]:
@@ -87,8 +106,8 @@ def fill(sentence: str, name: str) -> str:
 
 
 def prompts(classes: Classes, sentences: Sequence[str]) -> list[list[str]]:
-    """For each class every name in every template."""
-    return [[fill(sentence, name) for name in names for sentence in sentences] for names in classes.names]
+    """For each embedding of the classifier every name in every template."""
+    return [[fill(sentence, name) for name in names for sentence in sentences] for names in classes.rows]
 
 
 def name_classes(labels: Sequence[str], where: Path, file: Path | None = None) -> Classes:
@@ -129,6 +148,13 @@ def _named_by_file(labels: Sequence[str], where: Path, file: Path) -> Classes:
         if label not in named:
             raise UserError(f"{file} has no class {label!r}, which occurs in {where}: {nearest(label, list(named))}")
     return Classes(tuple(named), tuple(named.values()))
+
+
+def check_pooling(text: str) -> Pooling:
+    """`mean` or `sum`. Raises UserError for anything else."""
+    if text not in get_args(Pooling):
+        raise UserError(f"unknown pooling {text!r} of a class's names: choose mean or sum")
+    return cast(Pooling, text)
 
 
 def names_by_class(parquet: Path, class_column: str, name_column: str) -> dict[str, list[str]]:

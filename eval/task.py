@@ -3,7 +3,7 @@
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import cpu_count
 from pathlib import Path
 
@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from clipkit.errors import UserError
-from clipkit.eval.classes import Classes, Templates, name_classes, prompts, templates
+from clipkit.eval.classes import Classes, Templates, check_pooling, name_classes, prompts, templates
 from clipkit.eval.classifier import Prompts, tokenise
 from clipkit.eval.labelled import LabelledImages, open_labelled
 from clipkit.eval.results import digest
@@ -118,6 +118,7 @@ def open_task(
     label: str = "label",
     templates_name: str = "openai-80",
     classes: Path | None = None,
+    pooling: str = "mean",
     split: str | None = None,
     name: str | None = None,
 ) -> Task:
@@ -131,7 +132,8 @@ def open_task(
         raise UserError(
             f"{data}: the labels are numbers, which can't be written into a prompt: give names with --classes"
         )
-    task = Task(images, name_classes(images.label_names, data, classes), sentences)
+    named = name_classes(images.label_names, data, classes)
+    task = Task(images, replace(named, pooling=check_pooling(pooling)), sentences)
     task.name = name or images.name
     return task
 
@@ -139,6 +141,8 @@ def open_task(
 def hashes(task: Task, preprocess: Preprocess) -> dict[str, str]:
     """What made a number. Two numbers with equal hashes are comparable."""
     names = [[label, *names] for label, names in zip(task.classes.labels, task.classes.names, strict=True)]
+    if task.classes.pooling != "mean":
+        names.append(["pooling", task.classes.pooling])
     labels = [task.images.label_names[number] for number in task.images.labels_N.tolist()]
     shown = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(preprocess).items()}
     return {

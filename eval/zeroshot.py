@@ -56,7 +56,8 @@ def classify(
     training = model.training
     model.eval()
     try:
-        text_CE = class_embeddings(model, task.prompts(tokenizer, context_length or text_length(model)), device)
+        text_RE = class_embeddings(model, task.prompts(tokenizer, context_length or text_length(model)), device)
+        class_R = torch.tensor(task.classes.class_of_rows, device=text_RE.device)
         scale = model.logit_scale.exp().clamp(max=100.0)
         places, tops, probabilities = [], [], []
         for pixels in task.pixels(preprocess, batch_size, also):
@@ -65,7 +66,8 @@ def classify(
             image_BHWC = device.batch({"image": image})["image"]
             with device.autocast("auto"):
                 image_BE = model.encode_image(normalise(image_BHWC, preprocess.mean, preprocess.std))
-            share_BC = (scale * image_BE.float() @ text_CE.T).softmax(dim=-1)
+            share_BR = (scale * image_BE.float() @ text_RE.T).softmax(dim=-1)
+            share_BC = share_BR.new_zeros(len(share_BR), len(task.classes)).index_add_(1, class_R, share_BR)
             probability_BK, top_BK = share_BC.topk(min(5, len(task.classes)))
             device.end_step()
             places.append(pixels.index_B)
@@ -114,6 +116,7 @@ def zeroshot(
     label: str = "label",
     templates: str = "openai-80",
     classes: Path | None = None,
+    pooling: str = "mean",
     split: str | None = None,
     task_name: str | None = None,
     batch_size: int = 256,
@@ -126,11 +129,13 @@ def zeroshot(
     lies in; outside of a run nothing is written. In the run, `results.jsonl` gets a line for each metric and
     `predictions-<task>.parquet` the guesses. Raises UserError for whatever is wrong with the input.
     """
-    task = open_task(data, label=label, templates_name=templates, classes=classes, split=split, name=task_name)
+    task = open_task(
+        data, label=label, templates_name=templates, classes=classes, pooling=pooling, split=split, name=task_name
+    )
     loaded = checkpoints.load(checkpoint)
     run = out or run_of(loaded.path)
     where = pick(device)
-    model = checkpoints.build_model(loaded).to(where.torch)
+    model = checkpoints.build_model(loaded).to(where.torch_device)
     thumbnails = predictions.Thumbnails(len(task.images))
     with Progress(f"zeroshot {task.name}", len(task.images), "images") as progress:
         guesses = classify(

@@ -16,7 +16,8 @@ from PIL import Image
 def picture(number: int = 0, image_format: str = "JPEG", size: int = 16) -> bytes:
     """An encoded image with smooth colours of its own for each number."""
     ramp = np.linspace(0, 200, size, dtype=np.uint8)
-    image = np.stack([np.tile(ramp, (size, 1)), np.tile(ramp[:, None], (1, size)), np.full((size, size), number % 256)], 2)
+    across, down = np.tile(ramp, (size, 1)), np.tile(ramp[:, None], (1, size))
+    image = np.stack([across, down, np.full((size, size), number % 256)], 2)
     buffer = io.BytesIO()
     Image.fromarray(image.astype(np.uint8)).save(buffer, image_format)
     return buffer.getvalue()
@@ -50,8 +51,9 @@ def write_tar(path: Path, samples: Sequence[Mapping[str, Any]]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     with webdataset.TarWriter(str(path)) as writer:
         for sample in samples:
-            encoded = {k: json.dumps(v, indent=4) if k == "json" and isinstance(v, dict) else v for k, v in sample.items()}
-            writer.write(encoded)
+            columns = sample.get("json")
+            as_text = {"json": json.dumps(columns, indent=4)} if isinstance(columns, dict) else {}
+            writer.write({**sample, **as_text})
     return path
 
 

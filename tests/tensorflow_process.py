@@ -28,7 +28,7 @@ for line in sys.stdin:
 
 
 def with_tensorflow(script: str, *arguments: object) -> object:
-    """Run `script` beside TensorFlow with the list `arguments` (as str) and return what it assigns to `result` (JSON)."""
+    """Run `script` beside TensorFlow with `arguments` (a list of str); return what it assigns to `result` (JSON)."""
     process, answers = _server()
     assert process.stdin is not None
     process.stdin.write(json.dumps([script, [str(argument) for argument in arguments]]) + "\n")

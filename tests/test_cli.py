@@ -18,7 +18,8 @@ OPTIONS = {
     "report": "run",
     "train": "--data --recipe --out --device --set --resume --init --workers --eval-data --eval-label --eval-templates "
     "--eval-classes --json",
-    "zeroshot": "--ckpt --data --templates --label --classes --split --name --batch-size --device --out --json",
+    "zeroshot": "--ckpt --data --templates --label --classes --pooling --split --name "
+    "--batch-size --device --out --json",
 }
 
 

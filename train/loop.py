@@ -130,7 +130,7 @@ def train(
                 model = build(model_at(recipe, stage), seed=recipe.seed)
                 if tensors is not None:
                     load_state(model, tensors)
-                model.to(device.torch)
+                model.to(device.torch_device)
                 model.set_gradient_checkpointing(recipe.checkpoint_activations)
                 optimizer = make_optimizer(model, recipe.optimizer, stage.learning_rate, device)
                 if start and run.samples_seen > stage_start:
@@ -155,10 +155,10 @@ def run_stage(run: Run, stage: Stage, stage_start: int, model: CLIP, optimizer: 
         stage_end,
         rank=device.rank,
         world=device.world,
-        workers=run.workers,
+        workers=device.loader_workers() if run.workers is None else run.workers,
     )
     loss = math.nan
-    loss_sum, steps = torch.zeros((), device=device.torch), 0
+    loss_sum, steps = torch.zeros((), device=device.torch_device), 0
     run.saved_at = time.monotonic()
     watch = Stopwatch(run.samples_seen)
     start = run.samples_seen - stage_start

@@ -26,7 +26,8 @@ def make_optimizer(
     model: torch.nn.Module, config: OptimizerConfig, learning_rate: float, device: Device
 ) -> torch.optim.AdamW:
     """AdamW with weight decay on matrices alone: not on biases, norms' gains, embeddings or the logit scale."""
-    decayed, free = [], []
+    decayed: list[torch.nn.Parameter] = []
+    free: list[torch.nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             (decayed if is_decayed(name, parameter) else free).append(parameter)

@@ -150,13 +150,17 @@ def emoji_demo() -> Recipe:
     )  # fmt: skip
     batch = 256
     reduced = Stage(
-        name="reduced", samples=1_600 * batch, batch_size=batch, learning_rate=2e-3, warmup_samples=80 * batch,
-        image_size=48, context_length=16, text_reduction="random", augmentation=drawings,
+        name="reduced", samples=1_200 * batch, batch_size=batch, learning_rate=2e-3, warmup_samples=60 * batch,
+        image_size=48, context_length=8, augmentation=drawings,
+    )  # fmt: skip
+    full = replace(
+        reduced, name="full", samples=160 * batch, learning_rate=5e-4, warmup_samples=10 * batch, image_size=64,
+        context_length=16,
     )  # fmt: skip
     return Recipe(
         name="emoji-demo",
         model=ModelConfig(embed_dim=128, image=image, text=TextConfig(context_length=16, width=64, depth=1, heads=1)),
-        stages=(reduced,),
+        stages=(reduced, full),
         optimizer=OptimizerConfig(beta2=0.98, weight_decay=0.1),
         mean=(0.70, 0.68, 0.63),
         std=(0.35, 0.34, 0.37),

@@ -38,7 +38,7 @@ def train_step(
 
     if recipe.micro_batch is None or recipe.micro_batch >= len(batch["ids_BT"]):
         loss = loss_of(features_of(batch))
-        loss.backward()  # type: ignore[no-untyped-call]  # torch's own stub
+        loss.backward()
     else:
         loss = backward_in_micro_batches(model, features_of, loss_of, batch, recipe.micro_batch)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.optimizer.grad_clip)
