@@ -20,7 +20,7 @@ from clipkit.dataset import Dataset, open_dataset
 from clipkit.errors import UserError
 from clipkit.records import RecordError, encode_example
 from clipkit.tokenizer import SOT, Tokenizer
-from clipkit.train import data
+from clipkit.train import data, samples
 from clipkit.train import workers as worker_module
 from clipkit.train.augment import Augmentation
 from clipkit.train.data import Batch, LoaderConfig, batches
@@ -150,6 +150,22 @@ def test_batches_may_be_kept(dataset: Dataset, plain: list[list[Any]]) -> None:
     """Shared buffers are used again only when the trainer has let go of them."""
     kept = list(batches(dataset, CONFIG, 0, 144, workers=1, processes=True, prefetch=1, keys=True))
     assert [digest(batch) for batch in kept] == plain
+
+
+def test_small_datasets_are_decoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = LoaderConfig(image_size=16, context_length=8, batch_size=8, augmentation=Augmentation(rotation=10.0))
+    reads: list[int] = []
+
+    class Counted(Pairs):
+        def read(self, i: int) -> bytes:
+            reads.append(i)
+            return super().read(i)
+
+    kept = digests(batches(Counted(16), config, 0, 48, workers=1))
+    assert sorted(reads) == list(range(16))
+    monkeypatch.setattr(samples, "KEPT_BYTES", 100)
+    assert digests(batches(Counted(16), config, 0, 48, workers=1)) == kept
+    assert len(reads) == 16 + 48
 
 
 def test_syntax_reduction() -> None:

@@ -102,11 +102,15 @@ def geometry_draws(keys_B: npt.ArrayLike) -> FloatArray:
     return uniform(keys_B, GEOMETRY_DRAWS, GEOMETRY)
 
 
-def cut(data: bytes, size: int, augmentation: Augmentation, draws: FloatArray) -> UInt8Array:
-    """One encoded image as uint8[size, size, 3]. Raises ImageError. `draws` is a row of `geometry_draws`."""
+def cut(data: bytes | UInt8Array, size: int, augmentation: Augmentation, draws: FloatArray) -> UInt8Array:
+    """One encoded image as uint8[size, size, 3]. Raises ImageError. `draws` is a row of `geometry_draws`.
+
+    An affine augmentation also takes what `warpable` made of the bytes.
+    """
     flip = bool(draws[22] < augmentation.flip)
-    if augmentation.is_affine:
-        return warp(data, size, augmentation, draws, flip)
+    if augmentation.is_affine or not isinstance(data, bytes):
+        image = warpable(data, size) if isinstance(data, bytes) else data
+        return warp(image, size, augmentation, draws, flip)
     if augmentation.crop_area == (1.0, 1.0):
         pixels = central(data, size)
     else:
@@ -122,19 +126,24 @@ def central(data: bytes, size: int) -> UInt8Array:
     return crop_resize(image, ((height - side) // 2, (width - side) // 2, side, side), size)
 
 
-def warp(data: bytes, size: int, augmentation: Augmentation, draws: FloatArray, flip: bool) -> UInt8Array:
-    """Crop, turn, shear and shift in one bilinear warp.
-
-    The crop's area and ratio are log-uniform; it is placed anywhere inside the image (or around it, where it is larger)
-    and shifted by up to `translation`, whichever reaches further.
-    """
+def warpable(data: bytes, size: int) -> UInt8Array:
+    """An image decoded for `warp`, which takes the same pixels each time: two to three times the size of the output."""
     image = decode_scaled(data, 2 * size, 2 * size)
     height, width = image.shape[:2]
     if min(height, width) > 3 * size:  # bilinear sampling would skip pixels
         shrink = 2 * size / min(height, width)
         target = max(1, round(width * shrink)), max(1, round(height * shrink))
         image = cv2.resize(image, target, interpolation=cv2.INTER_AREA).astype(np.uint8, copy=False)
-        height, width = image.shape[:2]
+    return image
+
+
+def warp(image: UInt8Array, size: int, augmentation: Augmentation, draws: FloatArray, flip: bool) -> UInt8Array:
+    """Crop, turn, shear and shift in one bilinear warp.
+
+    The crop's area and ratio are log-uniform; it is placed anywhere inside the image (or around it, where it is larger)
+    and shifted by up to `translation`, whichever reaches further.
+    """
+    height, width = image.shape[:2]
     across, down, angle, slant, right, below = (2 * draws[:6] - 1).tolist()
     low, high = augmentation.crop_area
     area = low * (high / low) ** ((across + 1) / 2)

@@ -13,8 +13,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as StillRunning
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass
 
 import cv2
 import numpy as np
@@ -23,10 +22,10 @@ from clipkit.counter_rng import UInt64Array, sample_keys
 from clipkit.errors import UserError
 from clipkit.images import UInt8Array
 from clipkit.tokenizer import Tokenizer
-from clipkit.tokens import image_keep_indices, reduce_text
-from clipkit.train.augment import Augmentation
+from clipkit.tokens import reduce_text
+from clipkit.train.batch import Batch, LoaderConfig, check, keep_indices
 from clipkit.train.order import Int64Array, record_indices
-from clipkit.train.samples import Job, Made, SampleMaker, Source
+from clipkit.train.samples import Job, Kept, Made, SampleMaker, Source
 from clipkit.train.workers import Buffers, Chunk, Hands, Pool, ProcessHands, ThreadHands
 
 # More threads than this wait for the interpreter's lock more than they gain; from there on workers are processes.
@@ -38,58 +37,6 @@ STALL_SECONDS = 30.0
 # The share of bad records is judged as if at least so many samples had been seen, so that one of ten stops nothing.
 BAD_BASE = 1000
 REMEMBERED_BAD = 1000
-
-
-@dataclass(frozen=True)
-class LoaderConfig:
-    """Everything that decides what is in a batch."""
-
-    image_size: int
-    context_length: int
-    batch_size: int
-    """Samples in a batch of all ranks together."""
-    augmentation: Augmentation = field(default_factory=Augmentation)
-    text_reduction: Literal["truncate", "random", "block", "syntax"] = "truncate"
-    image_reduction: Literal["random", "grid", "block"] | None = None
-    image_keep: int | None = None
-    """Patches that stay of the `grid` (rows, columns), where not all do."""
-    grid: tuple[int, int] | None = None
-    seed: int = 0
-    block_size: int = 64
-    """Records that the shuffle keeps together on disk (`clipkit.train.order`)."""
-    image_field: str = "jpg"
-    text_field: str = "txt"
-    max_bad: float = 0.01
-    """Share of the records that may be broken before the run stops."""
-
-
-@dataclass(frozen=True)
-class Batch:
-    """One rank's share of a global batch; every array's first axis is the sample."""
-
-    image_BHWC: UInt8Array
-    ids_BT: np.ndarray
-    """int32, start and end included, zero padded."""
-    keep_BK: Int64Array | None
-    """Patches that stay, ascending; None when all do."""
-    caption_B: Int64Array
-    """A hash of the cleaned caption: equal for equal captions."""
-    positions_B: UInt64Array
-    """Samples seen before each sample."""
-    records_B: Int64Array
-    """The dataset's record behind each sample."""
-    bad: int = 0
-    """Records that couldn't be used and were replaced."""
-    keys: list[str] | None = None
-    seconds: dict[str, float] = field(default_factory=dict)
-    """Processor seconds by phase: read, image, colour, text."""
-
-    def arrays(self) -> dict[str, np.ndarray]:
-        """What goes to the device, by name."""
-        arrays = {"image_BHWC": self.image_BHWC, "ids_BT": self.ids_BT, "caption_B": self.caption_B}
-        if self.keep_BK is not None:
-            arrays["keep_BK"] = self.keep_BK
-        return arrays
 
 
 def batches(
@@ -134,33 +81,6 @@ def batches(
     return loader.run(start, stop, rank, world)
 
 
-def check(dataset: Source, config: LoaderConfig, start: int, stop: int | None, world: int) -> None:
-    """Raise UserError for what can't be."""
-    config.augmentation.check()
-    if dataset.num_records < 1:
-        raise UserError(f"{dataset!r} has no records: build it from shards that have some")
-    if config.batch_size < 1 or config.batch_size % world:
-        raise UserError(
-            f"a batch of {config.batch_size} can't be shared by {world} devices: choose a multiple of {world}"
-        )
-    if stop is not None and (stop < start or (stop - start) % config.batch_size):
-        raise UserError(f"{stop - start:,} samples aren't a whole number of batches of {config.batch_size}: round them")
-    if config.block_size < 1:
-        raise UserError(f"block_size is {config.block_size}: choose 1 (a full shuffle) or more")
-    if config.image_keep is not None and (config.image_reduction is None or config.grid is None):
-        raise UserError("image_keep needs image_reduction (random, grid or block)")
-    one = np.zeros(1, np.uint64)
-    reduce_text(config.text_reduction, [[1]], config.context_length, one, [[0]])
-    keep_indices(config, one)
-
-
-def keep_indices(config: LoaderConfig, keys_B: UInt64Array) -> Int64Array | None:
-    """The patches that stay of each image, or None when all do."""
-    if config.image_reduction is None or config.grid is None or config.image_keep is None:
-        return None
-    return image_keep_indices(config.image_reduction, config.grid, config.image_keep, keys_B)
-
-
 def warn_on_stderr(message: str) -> None:
     """Print a warning."""
     print(f"Warning: {message}", file=sys.stderr)
@@ -203,7 +123,7 @@ class Loader:
                 ends.callback(self.buffers.close)
             self.pool = Pool(self.make_hands(slots))
             ends.callback(self.pool.close)
-            inline = None if self.workers else ThreadHands(SampleMaker(self.job))
+            inline = None if self.workers else ThreadHands(SampleMaker(self.job, kept=Kept()))
             pending: deque[Pending] = deque()
             for positions_B, records_B in self.order(start, stop, rank, share):
                 pending.append(self.begin(positions_B, records_B, shape, inline))
@@ -216,8 +136,10 @@ class Loader:
         """One pair of hands a worker."""
         if self.buffers is not None:
             return [ProcessHands(self.job, self.buffers, slots, self.warn) for _ in range(self.workers)]
-        tokenizer = Tokenizer() if self.workers else None
-        return [ThreadHands(SampleMaker(self.job, tokenizer)) for _ in range(self.workers)]
+        if not self.workers:
+            return []
+        tokenizer, kept = Tokenizer(), Kept()
+        return [ThreadHands(SampleMaker(self.job, tokenizer, kept)) for _ in range(self.workers)]
 
     def order(self, start: int, stop: int | None, rank: int, share: int) -> Iterator[tuple[UInt64Array, Int64Array]]:
         """Positions and records of this rank's share of each batch."""

@@ -18,12 +18,14 @@ from clipkit.errors import UserError
 from clipkit.images import ImageError, UInt8Array
 from clipkit.records import RecordError, decode_example
 from clipkit.tokenizer import Tokenizer, clean
-from clipkit.train.augment import Augmentation, cut, geometry_draws, recolour
+from clipkit.train.augment import Augmentation, cut, geometry_draws, recolour, warpable
 
 # A broken record is replaced by one of the next ones of its block; a block this broken is a broken dataset.
 MAX_TRIES = 16
 # Captions that come back each epoch are encoded once; a full cache is emptied, which web-scale data never notices.
 CACHED_CAPTIONS = 20_000
+# A dataset whose images, decoded, fit into so many bytes is decoded once; one that doesn't is never kept in part.
+KEPT_BYTES = 400_000_000
 
 Int64Array = npt.NDArray[np.int64]
 Priorities = Callable[[Sequence[Sequence[int]]], list[list[int]]]
@@ -75,12 +77,19 @@ class Made:
     """Processor seconds of this thread by phase: read, image, colour, text."""
 
 
-class SampleMaker:
-    """Makes chunks of samples; one a worker, as it keeps a cache."""
+Kept = dict[int, tuple[UInt8Array, str]]
 
-    def __init__(self, job: Job, tokenizer: Tokenizer | None = None) -> None:
+
+class SampleMaker:
+    """Makes chunks of samples; one a worker, as it keeps a cache of captions.
+
+    `kept` is where small datasets stay decoded: threads share one, and None (a worker process) keeps nothing.
+    """
+
+    def __init__(self, job: Job, tokenizer: Tokenizer | None = None, kept: Kept | None = None) -> None:
         self.job = job
         self.tokenizer = tokenizer or Tokenizer()
+        self.kept = kept if job.augmentation.is_affine else None
         self.captions: dict[str, tuple[list[int], int]] = {}
         self.tag: Priorities | None = None
         if job.syntax:
@@ -102,7 +111,7 @@ class SampleMaker:
         for index, record in enumerate(records_B.tolist()):
             for candidate in self.candidates(record):
                 try:
-                    data, text = self.read(candidate)
+                    data, text = self.fetch(candidate)
                     clock.lap("read")
                     image_BHWC[index] = cut(data, self.job.image_size, self.job.augmentation, draws_BN[index])
                     clock.lap("image")
@@ -131,6 +140,20 @@ class SampleMaker:
         first = record // size * size
         length = min(size, self.job.source.num_records - first)
         return [first + (record - first + step) % length for step in range(min(MAX_TRIES, length))]
+
+    def fetch(self, record: int) -> tuple[bytes | UInt8Array, str]:
+        """The image and the caption: what was kept, or read anew. Raises as `read`, and ImageError."""
+        if self.kept is None:
+            return self.read(record)
+        found = self.kept.get(record)
+        if found is None:
+            data, text = self.read(record)
+            image = warpable(data, self.job.image_size)
+            if image.nbytes * self.job.source.num_records > KEPT_BYTES:
+                self.kept = None
+                return data, text
+            found = self.kept[record] = image, text
+        return found
 
     def read(self, record: int) -> tuple[bytes, str]:
         """The image's bytes and the caption. Raises RecordError or ImageError where one of them can't be had."""
