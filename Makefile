@@ -4,7 +4,8 @@ VENV := .venv
 XLA := .venv-xla
 BIN := $(VENV)/bin
 UV := $(BIN)/uv
-# Libraries start a thread pool each, in every test process; on a few cores they only get in each other's way.
+# Where this is set, every process compiles torch's, timm's and TensorFlow's sources anew: 20 s each time.
+unexport PYTHONDONTWRITEBYTECODE
 TEST_ENV := CLIPKIT_XLA_PYTHON=$(CURDIR)/$(XLA)/bin/python
 
 .PHONY: help install demo test lint types bench clean

@@ -57,7 +57,7 @@ class Progress:
         now = time.monotonic()
         if self.live is not None and self.task is not None:
             self.live.update(self.task, completed=done, text=self.text())
-        elif now - self.printed >= PLAIN_LINE_SECONDS:
+        elif now - self.printed >= PLAIN_LINE_SECONDS and done != self.total:
             self.printed = now
             print(f"{self.label}: {self.text()}{self.remaining(now)}", file=sys.stderr, flush=True)
 

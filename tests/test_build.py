@@ -379,7 +379,7 @@ def test_two_builds_do_not_share_a_folder(tmp_path):
     folder.mkdir(parents=True)
     with (folder / ".lock").open("wb") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(UserError, match="another build-tfds is writing"):
+        with pytest.raises(UserError, match="is being written by another clipkit"):
             build_tfds(tmp_path / "shards", tmp_path / "out", "pairs")
     assert build_tfds(tmp_path / "shards", tmp_path / "out", "pairs").records == 1
 

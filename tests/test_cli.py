@@ -79,7 +79,7 @@ def test_clipa_b16_is_the_published_recipe():
         (["train", "--data", "none", "--recipe", "debug", "--out", "run"], "none doesn't exist"),
         (["train", "--data", ".", "--recipe", "debug", "--out", "run"], "dataset"),
         (["train", "--data", ".", "--recipe", "debgu", "--out", "run"], "unknown recipe 'debgu': did you mean debug?"),
-        (["train", "--data", "DATASET", "--recipe", "debug", "--out", "run", "--set", "sede=1"], "did you mean seed?"),
+        (["train", "--data", "DATASET", "--recipe", "debug", "--out", "run", "--set", "sede=1"], "did you mean seed"),
         (["train", "--data", "DATASET", "--recipe", "debug", "--out", "run", "--device", "npu"], "choose from auto"),
         (
             ["train", "--data", "DATASET", "--recipe", "debug", "--out", "run", "--set", "stages.0.samples=100"],

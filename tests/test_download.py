@@ -23,6 +23,7 @@ from PIL import Image
 
 from clipkit import jobs
 from clipkit.errors import UserError
+from clipkit.files import lock
 from clipkit.image_server import Answer, serve
 from clipkit.tfrecord_tools import download as download_module
 from clipkit.tfrecord_tools import url_table
@@ -164,9 +165,9 @@ def test_finished_download_does_nothing(
 ) -> None:
     urls, out, summary = finished
     monkeypatch.setattr(jobs, "run", None)
-    before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.name != "lock"}
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.name != ".lock"}
     assert download(urls, out, preset="laion400m", **OPTIONS) == summary
-    assert {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.name != "lock"} == before
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.name != ".lock"} == before
 
 
 def test_damaged_and_missing_shards_are_made_again(
@@ -337,8 +338,8 @@ def test_output_that_cannot_be_used(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="isn't from clipkit: choose an empty output"):
         download(urls, tmp_path / "strange")
     with (
-        download_module.only_one(tmp_path / "busy" / "clipkit"),
-        pytest.raises(UserError, match="another download is writing to"),
+        lock(tmp_path / "busy" / "clipkit"),
+        pytest.raises(UserError, match="is being written by another clipkit"),
     ):
         download(urls, tmp_path / "busy")
 

@@ -22,6 +22,15 @@ def test_progress_ends_with_one_plain_line_off_a_terminal(capsys):
     assert err.endswith("/s · loss 1.0\n")
 
 
+def test_the_last_plain_line_comes_once(capsys, monkeypatch):
+    monkeypatch.setattr("clipkit.log.PLAIN_LINE_SECONDS", 0.0)
+    with Progress("build", 2, "shards") as progress:
+        progress.update(1)
+        progress.update(2)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(" · ")[0] for line in lines] == ["build: 1/2 shards", "build: 2/2 shards"]
+
+
 def test_metrics_are_read_back_and_forgotten_after_a_checkpoint(tmp_path):
     writer = MetricsWriter(tmp_path)
     for seen in (16, 32, 48):

@@ -10,11 +10,10 @@ skipped samples and the manifest; `dataset_info.json` last. A run that finds a s
 made from the same shards is left as it is.
 """
 
-import fcntl
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import cast
@@ -25,7 +24,7 @@ from clipkit import jobs
 from clipkit.dataset import open_dataset
 from clipkit.errors import UserError
 from clipkit.features import Feature, Kind, parse_features
-from clipkit.files import read_json, remove, require_writable, write_beside, write_json
+from clipkit.files import lock, read_json, remove, write_beside, write_json
 from clipkit.log import Progress
 from clipkit.manifest import CLIPKIT_FOLDER, SplitManifest, index_path, read_manifest, write_manifest
 from clipkit.tfrecord_tools.build_shard import ShardJob, ShardState, build_shard, offsets_path, read_state
@@ -62,9 +61,10 @@ def build_tfds(
     folder = Path(out) / name / VERSION
     sources = find_shards(Path(shards))
     sizes = [source.stat().st_size for source in sources]
-    require_writable(folder / CLIPKIT_FOLDER)
     work = folder / CLIPKIT_FOLDER / f"build-{split}"
-    with _only_builder(folder, work):
+    with lock(folder / CLIPKIT_FOLDER):
+        work.mkdir(exist_ok=True)
+        _clear_leftovers(folder, folder / CLIPKIT_FOLDER, work)
         splits = read_manifest(folder)
         whole = _whole_splits(folder)
         splits = {part: manifest for part, manifest in splits.items() if part in whole}
@@ -106,20 +106,12 @@ def _check_names(name: str, split: str) -> None:
         raise UserError(f"split {split!r}: give a letter, then letters, digits and _ alone, such as train or test")
 
 
-@contextmanager
-def _only_builder(folder: Path, work: Path) -> Iterator[None]:
-    """Keep a second build out of the same folder. The lock goes with the process, however that ends."""
-    work.mkdir(parents=True, exist_ok=True)
-    with (folder / CLIPKIT_FOLDER / ".lock").open("wb") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"another build-tfds is writing {folder}: wait for it, or choose another output") from error
-        for place in (folder, folder / CLIPKIT_FOLDER, work):  # what killed runs were writing beside
-            for leftover in place.glob(".*"):
-                if leftover.name != ".lock":
-                    remove(leftover)
-        yield
+def _clear_leftovers(*folders: Path) -> None:
+    """Remove what killed runs were writing beside."""
+    for folder in folders:
+        for leftover in folder.glob(".*"):
+            if leftover.name != ".lock":
+                remove(leftover)
 
 
 def _whole_splits(folder: Path) -> set[str]:

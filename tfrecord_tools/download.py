@@ -6,11 +6,9 @@ goes on when the same command runs again. What clipkit writes for itself lies in
 any `*.json` in OUT for a finished shard.
 """
 
-import contextlib
-import fcntl
 import importlib.util
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -18,7 +16,7 @@ from typing import Any
 
 from clipkit import jobs
 from clipkit.errors import InternalError, UserError
-from clipkit.files import disk_errors, read_json, remove, require_writable, write_json
+from clipkit.files import disk_errors, lock, read_json, remove, require_writable, write_json
 from clipkit.log import Progress
 from clipkit.tfrecord_tools.download_plan import Plan, choose_columns, make_plan
 from clipkit.tfrecord_tools.failures import write_failures
@@ -111,7 +109,7 @@ def download(
     }
     own = out / "clipkit"
     require_writable(out)
-    with only_one(own), disk_errors(out):
+    with lock(own), disk_errors(out):
         plan = make_plan(urls, tables, columns, keep_columns is not None, images, own)
         fetch = partial(fetch_shard, out=out, output=plan.output, threads=threads, timeout=timeout, retries=retries)
         fetched = fetch_missing(plan, out, partial(fetch, work=own / "work"), processes)
@@ -202,17 +200,3 @@ def note(totals: Counter[str]) -> str:
     share = f"{totals['ok'] / totals.total():.1%} ok"
     errors = [f"{reason} {number:,}" for reason, number in totals.most_common() if reason != "ok" and number]
     return ", ".join([share, *errors[:3]])
-
-
-@contextlib.contextmanager
-def only_one(own: Path) -> Iterator[None]:
-    """Hold the output's lock. Raises UserError when another process does; the lock of a killed one is gone with it."""
-    own.mkdir(parents=True, exist_ok=True)
-    with (own / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"another download is writing to {own.parent}: wait for it, or choose another output"
-            ) from None
-        yield

@@ -200,6 +200,7 @@ def run_stage(run: Run, stage: Stage, stage_start: int, model: CLIP, optimizer: 
                     "data_wait": watch.waiting_share,
                     "bad_samples": run.bad_samples,
                     "seconds": run.seconds,
+                    "peak_memory": device.peak_memory(),
                 }
                 run.writer.write({"samples_seen": run.samples_seen, "stage": stage.name, **metrics})
                 note = f"loss {loss:.3f} · waits for data {watch.waiting_share:.0%}"
