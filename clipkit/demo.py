@@ -87,7 +87,7 @@ def stages(out: Path, recipe: str, settings: Sequence[str]) -> list[Stage]:
     download = ("--preset", "laion400m", "--image-size", "96", "--timeout", "2", "--samples-per-shard", "2200")
     evaluate = ("--eval-data", heldout, "--eval-templates", TEMPLATES)
     zeroshot = ("zeroshot", "--ckpt", str(run), "--data", heldout, "--templates", TEMPLATES)
-    # A group is a union of unlike things, so each of its labels is asked for, and their probabilities are added.
+    # A group is a union of unlike things, so each caption it has in training is asked for, and probabilities are added.
     groups = ("--label", "group", "--classes", str(emoji_groups()), "--pooling", "sum")
     return [
         Stage(

@@ -20,7 +20,7 @@ def emoji_parquet(split: Literal["train", "heldout"]) -> Path:
 
 
 def emoji_groups() -> Path:
-    """The ten Unicode groups, each with the labels that it has in the training pairs: class names in JSON."""
+    """The ten Unicode groups, each described by the captions that it has in the training pairs: class names in JSON."""
     return folder("emoji") / "emoji-groups.json"
 
 

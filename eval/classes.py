@@ -160,7 +160,7 @@ def check_pooling(text: str) -> Pooling:
 def names_by_class(parquet: Path, class_column: str, name_column: str) -> dict[str, list[str]]:
     """For each value of one column the sorted different values of another: for `--classes`, classes of many names.
 
-    The ten emoji groups, each of all the emoji in it: `names_by_class(emoji_parquet("train"), "group", "label")`.
+    The ten emoji groups, each of all that is in it: `names_by_class(emoji_parquet("train"), "group", "caption")`.
     """
     import pyarrow.parquet as pq
 

@@ -18,7 +18,7 @@ def test_the_demos_pairs_are_what_their_readme_says():
 
 def test_the_groups_are_those_of_the_training_pairs():
     groups = json.loads(embedded.emoji_groups().read_text(encoding="utf-8"))
-    assert groups == names_by_class(embedded.emoji_parquet("train"), "group", "label")
+    assert groups == names_by_class(embedded.emoji_parquet("train"), "group", "caption")
     assert len(groups) == 10
 
 

@@ -150,11 +150,11 @@ def emoji_demo() -> Recipe:
     )  # fmt: skip
     batch = 256
     reduced = Stage(
-        name="reduced", samples=1_400 * batch, batch_size=batch, learning_rate=2e-3, warmup_samples=70 * batch,
+        name="reduced", samples=1_200 * batch, batch_size=batch, learning_rate=2e-3, warmup_samples=60 * batch,
         image_size=48, context_length=8, augmentation=drawings,
     )  # fmt: skip
     full = replace(
-        reduced, name="full", samples=120 * batch, learning_rate=5e-4, warmup_samples=10 * batch, image_size=64,
+        reduced, name="full", samples=240 * batch, learning_rate=1e-3, warmup_samples=20 * batch, image_size=64,
         context_length=16,
     )  # fmt: skip
     return Recipe(
