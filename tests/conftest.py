@@ -8,12 +8,23 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, settings
 from PIL import Image
 
 # Tests run side by side, one a core: more threads in each would only wait for each other. Child processes inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# A slow machine is no failure.
+settings.register_profile("clipkit", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("clipkit")
+
 COLOURS = {"red": (200, 30, 30), "green": (30, 160, 60), "blue": (40, 60, 200), "yellow": (220, 200, 40)}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest tests first, so that no core is left alone with them at the end."""
+    longest = ("test_xla", "test_demo", "test_loop")
+    items.sort(key=lambda item: item.path.stem not in longest)
 
 
 def picture(number: int, colour: tuple[int, int, int], size: int = 40) -> bytes:

@@ -94,7 +94,7 @@ def test_clipa_b16_is_the_published_recipe():
         (["zeroshot", "--ckpt", ".", "--data", "HELDOUT", "--templates", "openai-81"], "did you mean openai-80"),
         (["report", "none"], "none doesn't exist"),
         (["download", "none.parquet", "out"], "none.parquet doesn't exist"),
-        (["build-tfds", "none", "out", "--name", "x"], "none doesn't exist"),
+        (["build-tfds", "none", "out", "--name", "x"], "shards none don't exist"),
     ],
 )
 def test_a_mistake_gets_one_line_and_exit_code_2(arguments, says, pairs_dataset, tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """The demo's commands are those of the command line, it goes on where it was stopped, and leaves no child behind."""
 
+import contextlib
 import signal
 import socket
 import subprocess
@@ -11,11 +12,11 @@ import click
 import pyarrow.parquet as pq
 import pytest
 
-from clipkit import demo
+from clipkit import checkpoint, demo
 from clipkit.cli import main
 from clipkit.dataset import open_dataset
 from clipkit.errors import InternalError, UserError
-from clipkit.files import read_json
+from clipkit.files import read_json, read_json_lines
 
 run_child = demo.run_child
 Fake = Callable[[list[str]], tuple[int, int]]
@@ -135,7 +136,7 @@ def test_child_tells_its_exit_code_and_memory() -> None:
 
 PARENT = """
 import signal
-from clipkit import demo
+from clipkit import checkpoint, demo
 demo.run_child(["-c", "import signal; print('ready', flush=True); signal.pause()"])
 """
 
@@ -160,3 +161,63 @@ def test_output_that_cannot_be_written(tmp_path: Path) -> None:
 def test_importing_the_demo_is_light() -> None:
     script = "import sys, clipkit.demo; print([m for m in ('numpy', 'torch', 'pyarrow') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout == "[]\n"
+
+
+TINY = """
+import sys
+from pathlib import Path
+from clipkit import checkpoint, demo
+demo.run_demo(Path(sys.argv[1]), recipe="debug", limit=120)
+"""
+
+
+def tiny_demo(out: Path, stop_when: Callable[[str], bool] = lambda text: False) -> tuple[int, str]:
+    """Run a whole demo of 120 pairs, and SIGKILL it as soon as `stop_when` holds of what it has printed."""
+    out.mkdir(exist_ok=True)
+    log = out.with_suffix(".log")
+    with log.open("wb") as file:
+        process = subprocess.Popen([sys.executable, "-u", "-c", TINY, str(out)], stdout=file, stderr=file)
+        while process.poll() is None:
+            if stop_when(log.read_text()):
+                process.kill()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(0.02)
+    return process.returncode, log.read_text()
+
+
+def outcome(out: Path) -> dict[str, object]:
+    """What a demo ends with that must not depend on where it was killed."""
+    results = [
+        (line["task"], line["metric"], line["value"], line["n"])
+        for line in read_json_lines(out / "run" / "results.jsonl")
+    ]
+    download = read_json(out / "shards" / "clipkit" / "download.json")
+    return {
+        "rows": (download["rows"], download["downloaded"], download["failed"]),
+        "records": open_dataset(out / "data").num_records,
+        "weights": (checkpoint.find(out / "run") / "model.safetensors").read_bytes(),
+        "results": sorted(results),
+        "pictures": read_json_lines(out / "run" / "metrics.jsonl")[-1]["samples_seen"],
+    }
+
+
+def test_killed_in_each_stage_the_demo_ends_the_same(tmp_path: Path) -> None:
+    """SIGKILL in every stage, for real, then once more to the end: as many records, the same weights and numbers."""
+    code, text = tiny_demo(tmp_path / "unbroken")
+    assert code == 0, text
+    out = tmp_path / "killed"
+    moments: list[Callable[[str], bool]] = [
+        lambda text: (out / "shards" / "clipkit" / "plan.json").exists(),
+        lambda text: (out / "data" / "emoji" / "1.0.0" / "clipkit").exists(),
+        lambda text: checkpoint.latest(out / "run") is not None,
+        lambda text: "$ clipkit zeroshot" in text,
+        lambda text: "--label group" in text,
+        lambda text: "$ clipkit report" in text,
+    ]
+    for moment in moments:
+        code, text = tiny_demo(out, moment)
+        assert code == -signal.SIGKILL, text
+    code, text = tiny_demo(out)
+    assert code == 0, text
+    assert outcome(out) == outcome(tmp_path / "unbroken")
+    assert (out / "run" / "report.html").stat().st_size > 10_000

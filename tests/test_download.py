@@ -165,9 +165,13 @@ def test_finished_download_does_nothing(
 ) -> None:
     urls, out, summary = finished
     monkeypatch.setattr(jobs, "run", None)
-    before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.name != ".lock"}
+
+    def changes() -> dict[Path, int]:
+        return {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file() and path.name != ".lock"}
+
+    before = changes()
     assert download(urls, out, preset="laion400m", **OPTIONS) == summary
-    assert {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.name != ".lock"} == before
+    assert changes() == before
 
 
 def test_damaged_and_missing_shards_are_made_again(
