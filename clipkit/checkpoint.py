@@ -9,6 +9,7 @@
 It is written beside and renamed, so a folder with a checkpoint's name is a whole checkpoint. No pickle is involved.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,12 +88,23 @@ def save(
     with write_beside(folder) as temporary:
         remove(temporary)
         temporary.mkdir()
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary / "model.safetensors")
+        write_tensors(temporary / "model.safetensors", tensors)
         if optimizer is not None:
-            save_file(dict(optimizer), temporary / "optimizer.safetensors")
+            write_tensors(temporary / "optimizer.safetensors", optimizer)
         write_json(temporary / "config.json", config)
         write_json(temporary / "state.json", state)
     return folder
+
+
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Write a safetensors file. Raises OSError as any other writing does: safetensors tells of it in words alone."""
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), str(error), str(path)) from error
 
 
 def load(path: Path, *, with_optimizer: bool = False) -> Checkpoint:

@@ -5,7 +5,12 @@ Nothing is imported to learn a version; torch alone is, in the end, to ask it fo
 
 import importlib.metadata
 import platform
+import subprocess
+import sys
 from dataclasses import dataclass
+
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 from clipkit.config import to_json
 from clipkit.errors import UserError
@@ -86,7 +91,8 @@ def clashes(versions: dict[str, str | None]) -> list[str]:
     """Pairs of versions that are known not to work together."""
     found = []
     torch, vision, xla = versions["torch"], versions["torchvision"], versions["torch_xla"]
-    if torch and vision and (wanted := required_torch(vision)) and not same_release(torch, wanted):
+    wanted = wanted_torch()
+    if torch and vision and wanted and not wanted.contains(torch, prereleases=True):
         found.append(f"torchvision {vision} needs torch {wanted}, but torch {torch} is here: install the pair together")
     if torch and xla and not same_release(torch, xla):
         found.append(f"torch_xla {xla} needs torch {xla}, but torch {torch} is here: use an environment of its own")
@@ -99,11 +105,12 @@ def clashes(versions: dict[str, str | None]) -> list[str]:
     return found
 
 
-def required_torch(torchvision: str) -> str | None:
-    """The torch release that the installed torchvision asks for in its metadata."""
+def wanted_torch() -> SpecifierSet | None:
+    """The releases of torch that the installed torchvision asks for."""
     for line in importlib.metadata.requires("torchvision") or []:
-        if line.replace(" ", "").startswith("torch=="):
-            return line.replace(" ", "").removeprefix("torch==").split(";")[0]
+        requirement = Requirement(line)
+        if requirement.name == "torch":
+            return requirement.specifier
     return None
 
 
@@ -114,6 +121,9 @@ def same_release(one: str, other: str) -> bool:
 
 def find_device(problems: list[str]) -> str:
     """The device that `--device auto` takes, and why; a failure becomes a problem."""
+    # In a process of its own, because a torchvision that doesn't fit ends the process without an exception.
+    if subprocess.run([sys.executable, "-c", "import torchvision"], capture_output=True).returncode:
+        problems.append("torchvision doesn't load beside this torch: install the pair together, from one index")
     try:
         from clipkit.device import pick
 

@@ -6,13 +6,16 @@ many side by side as fit.
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 
 WIDTH, HEIGHT = 360, 214
 LEFT, RIGHT, TOP, BOTTOM = 46, 10, 30, 34
 POINTS = 240
+
+Scale = Callable[[float], float]
+Show = Callable[[float], str]
 
 
 @dataclass(frozen=True)
@@ -124,13 +127,13 @@ def line_chart(
     return frame(title, "".join(parts), said, legend)
 
 
-def reading(lines: Sequence[Line], x: float, show: "type[str] | object") -> str:
+def reading(lines: Sequence[Line], x: float, show: Show) -> str:
     """The values of all lines at the point nearest to x."""
     texts = []
     for line in lines:
         if line.style != "dashed":
-            nearest = min(range(len(line.xs)), key=lambda i, line=line: abs(line.xs[i] - x))  # type: ignore[misc]
-            value = show(line.ys[nearest])  # type: ignore[operator]
+            _, nearest_y = min(zip(line.xs, line.ys, strict=True), key=lambda point: abs(point[0] - x))
+            value = show(nearest_y)
             texts.append(f"{line.name} {value}" if len(lines) > 1 else value)
     return ", ".join(texts)
 
@@ -154,7 +157,7 @@ def empty_chart(title: str, why: str) -> str:
     return frame(title, f'<text class="tick" x="{WIDTH / 2}" y="{middle}" text-anchor="middle">{escape(why)}</text>')
 
 
-def y_axis(low: float, high: float, py, show) -> list[str]:  # type: ignore[no-untyped-def]
+def y_axis(low: float, high: float, py: Scale, show: Show) -> list[str]:
     """Grid lines with their values at the left."""
     parts = []
     for tick in ticks(low, high, 4):
@@ -164,7 +167,7 @@ def y_axis(low: float, high: float, py, show) -> list[str]:  # type: ignore[no-u
     return parts
 
 
-def x_axis(low: float, high: float, px, name: str) -> list[str]:  # type: ignore[no-untyped-def]
+def x_axis(low: float, high: float, px: Scale, name: str) -> list[str]:
     """Values below the axis and its name below those."""
     base = HEIGHT - BOTTOM
     parts = [f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{base}" y2="{base}"/>']

@@ -3,6 +3,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from clipkit import checkpoint
@@ -56,6 +57,17 @@ def test_a_failed_save_leaves_no_checkpoint(tmp_path):
     with pytest.raises(TypeError):
         saved(tmp_path, state={"samples_seen": object()})
     assert checkpoint.latest(tmp_path) is None
+    assert list((tmp_path / "checkpoints").iterdir()) == []
+
+
+def test_a_full_disk_is_one_line_and_leaves_no_checkpoint(tmp_path, monkeypatch):
+    def full(tensors, path):
+        # What safetensors 0.8 raised on a full file system.
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(UserError, match=r"the disk is full while writing .*000000000032: free some space"):
+        saved(tmp_path)
     assert list((tmp_path / "checkpoints").iterdir()) == []
 
 
