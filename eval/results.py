@@ -91,28 +91,23 @@ def percent(share: float) -> str:
 
 
 def table(results: Sequence[Result]) -> "Table":
-    """The results as a table for the screen, each beside chance."""
+    """The results of one task as a table for the screen, each beside chance."""
     from rich.table import Table
 
-    grid = Table(box=None, pad_edge=False, header_style="bold")
-    columns = ("task", "metric", "value", "95% interval", "chance", "images", "classes", "templates")
-    for name in columns:
-        right = name in ("value", "95% interval", "chance", "images", "classes")
-        grid.add_column(name, justify="right" if right else "left", no_wrap=name == "value")
-    remarks = any(verdict(result) for result in results)
-    if remarks:
-        grid.add_column("note")
+    one = results[0]
+    title = f"{one.task}: {one.n:,} images, {one.classes:,} classes, templates {one.templates}"
+    grid = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    for name in ("metric", "value", "95% interval", "chance"):
+        grid.add_column(name, justify="left" if name == "metric" else "right", no_wrap=True)
+    grid.add_column("")
     for result in results:
         remark = verdict(result)
         cells = [
-            result.task,
             METRICS.get(result.metric, result.metric),
             percent(result.value),
             f"{percent(result.low)} – {percent(result.high)}",
             percent(result.chance),
-            f"{result.n:,}",
-            f"{result.classes:,}",
-            result.templates,
+            remark,
         ]
-        grid.add_row(*cells, *([remark] if remarks else []), style="yellow" if remark else None)
+        grid.add_row(*cells, style="yellow" if remark else None)
     return grid
