@@ -6,6 +6,7 @@ BIN := $(VENV)/bin
 UV := $(BIN)/uv
 # Where this is set, every process compiles torch's, timm's and TensorFlow's sources anew: 20 s each time.
 unexport PYTHONDONTWRITEBYTECODE
+BROWSER := $(firstword $(foreach each,chromium chromium-browser google-chrome google-chrome-stable chrome,$(shell command -v $(each))))
 TEST_ENV := CLIPKIT_XLA_PYTHON=$(CURDIR)/$(XLA)/bin/python
 
 .PHONY: help install demo test lint types bench clean
@@ -21,7 +22,7 @@ help:
 
 $(UV):
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt uv
 
 # The stamps are newer than what they were made from, so an install runs only when the pins change.
 $(VENV)/.demo: $(UV) setup.cfg constraints.txt
@@ -43,7 +44,8 @@ demo: $(VENV)/.demo
 	$(BIN)/clipkit demo
 
 test: $(VENV)/.dev $(XLA)/.xla
-	$(TEST_ENV) $(BIN)/python -m pytest --numprocesses auto --dist worksteal $(ARGS)
+	@$(if $(BROWSER),,echo "No Chromium here: the tests that look at the report in a browser are left out.")
+	$(TEST_ENV) $(BIN)/python -m pytest --numprocesses auto --dist worksteal $(if $(BROWSER),,-m "not browser") $(ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

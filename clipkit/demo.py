@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 
 from clipkit.embedded import emoji_groups, emoji_parquet
 from clipkit.errors import InternalError, UserError
-from clipkit.files import read_json, read_json_lines, remove, require_writable, write_json
+from clipkit.files import lock, read_json, read_json_lines, remove, write_json
 from clipkit.log import duration
 
 BROKEN_SHARE = 0.03
@@ -60,17 +60,25 @@ def run_demo(out: Path, *, recipe: str = "emoji-demo", limit: int | None = None,
     `limit` takes the first pairs alone; `settings` are `key=value` for the recipe. Raises UserError when a command
     fails, or when `out` holds a demo of other pairs.
     """
-    require_writable(out)
+    with lock(out):
+        run_stages(out, stages(out, recipe, settings), limit)
+
+
+def run_stages(out: Path, stages: Sequence[Stage], limit: int | None) -> None:
+    """Run the stages that aren't done, and say at the end what came of all."""
     run = out / "run"
     print(f"The demo works in {out}; stop it when you like, and run it again to go on.")
-    known = {cost.name: cost for cost in read_costs(out / "demo.json")}
-    fresh = False
-    for stage in stages(out, recipe, settings):
-        cost = known.get(stage.name)
-        if not fresh and cost is not None and cost.command == stage.command and stage.output.exists():
+    before = {cost.name: cost for cost in read_costs(out / "demo.json")}
+    known: dict[str, Cost] = {}
+    for stage in stages:
+        cost = before.get(stage.name)
+        if cost is not None and is_done(stage, cost):
             print(f"\n$ {stage.command}\n(done before, in {duration(cost.seconds)})", flush=True)
+            known[stage.name] = cost
             continue
-        fresh = True
+        # What follows a stage that runs is made from what it makes: no later one counts as done any more.
+        before = {}
+        write_costs(out / "demo.json", known)
         print(f"\n$ {stage.command}", flush=True)
         with serve_pictures(out, limit) if stage.name == "download" else contextlib.nullcontext():
             known[stage.name] = run_stage(stage)
@@ -78,6 +86,11 @@ def run_demo(out: Path, *, recipe: str = "emoji-demo", limit: int | None = None,
         if run.exists():
             write_costs(run / "demo.json", known)
     print("\n" + closing(run, list(known.values())), flush=True)
+
+
+def is_done(stage: Stage, cost: Cost) -> bool:
+    """Whether this very command has succeeded and its output is still there."""
+    return cost.command == stage.command and stage.output.exists()
 
 
 def stages(out: Path, recipe: str, settings: Sequence[str]) -> list[Stage]:
@@ -183,7 +196,8 @@ def run_child(arguments: Sequence[str]) -> tuple[int, int]:
     The child ends with this process. The server of the pictures is on loopback, which is no matter for a proxy.
     """
     sys.stdout.flush()
-    environment = {**os.environ, "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
+    # `python -m` would look for modules in the current folder first, which `clipkit` doesn't: a user's own timm/ say.
+    environment = {**os.environ, "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1", "PYTHONSAFEPATH": "1"}
     child = subprocess.Popen([sys.executable, "-c", END_WITH_PARENT, str(os.getpid()), *arguments], env=environment)
     try:
         _, status, usage = os.wait4(child.pid, 0)

@@ -31,6 +31,7 @@ CORE = (
     "webdataset",
     "fsspec",
     "pyarrow",
+    "packaging",
     "tensorboard",
     "click",
     "rich",
@@ -39,7 +40,7 @@ EXTRAS = {
     "download": ("img2dataset",),
     "tfds": ("tensorflow", "tensorflow-datasets"),
     "syntax": ("HanTa",),
-    "report": ("jinja2", "matplotlib"),
+    "report": ("jinja2",),
     "tpu": ("torch_xla",),
 }
 

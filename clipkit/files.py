@@ -95,11 +95,21 @@ def read_json(path: Path) -> Any:
 
 
 def append_json_line(path: Path, value: Any) -> None:
-    """Append one JSON line in a single write, so that a killed process leaves whole lines."""
+    """Append one JSON line in a single write, so that a killed process leaves whole lines.
+
+    A torn line that a full disk left at the end is closed first, so that it can't swallow this one.
+    """
+    line = (json.dumps(value, ensure_ascii=False) + "\n").encode()
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("ab", buffering=0) as file:
-            file.write((json.dumps(value, ensure_ascii=False) + "\n").encode())
+        with path.open("ab+", buffering=0) as file:
+            end = file.seek(0, os.SEEK_END)
+            if end:
+                file.seek(end - 1)
+                if file.read(1) != b"\n":
+                    line = b"\n" + line
+            if file.write(line) != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
 
 def read_json_lines(path: Path) -> list[Any]:

@@ -22,7 +22,10 @@ COLOURS = {"red": (200, 30, 30), "green": (30, 160, 60), "blue": (40, 60, 200), 
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest tests first, so that no core is left alone with them at the end."""
+    """Mark what needs a browser; put the longest tests first, so that no core is left alone with them at the end."""
+    for item in items:
+        if "browser" in getattr(item, "fixturenames", ()):
+            item.add_marker("browser")
     longest = ("test_xla", "test_demo", "test_loop")
     items.sort(key=lambda item: item.path.stem not in longest)
 

@@ -167,7 +167,7 @@ TINY = """
 import sys
 from pathlib import Path
 from clipkit import checkpoint, demo
-demo.run_demo(Path(sys.argv[1]), recipe="debug", limit=120)
+demo.run_demo(Path(sys.argv[1]), recipe="debug", limit=120, settings=["stages.0.samples=1600"])
 """
 
 
@@ -206,17 +206,18 @@ def test_killed_in_each_stage_the_demo_ends_the_same(tmp_path: Path) -> None:
     code, text = tiny_demo(tmp_path / "unbroken")
     assert code == 0, text
     out = tmp_path / "killed"
-    moments: list[Callable[[str], bool]] = [
-        lambda text: (out / "shards" / "clipkit" / "plan.json").exists(),
-        lambda text: (out / "data" / "emoji" / "1.0.0" / "clipkit").exists(),
-        lambda text: checkpoint.latest(out / "run") is not None,
-        lambda text: "$ clipkit zeroshot" in text,
-        lambda text: "--label group" in text,
-        lambda text: "$ clipkit report" in text,
-    ]
-    for moment in moments:
+    moments: dict[str, Callable[[str], bool]] = {
+        "download": lambda text: (out / "shards" / "clipkit" / "plan.json").exists(),
+        "build-tfds": lambda text: (out / "data" / "emoji" / "1.0.0" / "clipkit").exists(),
+        "train": lambda text: checkpoint.latest(out / "run") is not None,
+        "zeroshot": lambda text: "$ clipkit zeroshot" in text,
+        "zeroshot of groups": lambda text: "--label group" in text,
+        "report": lambda text: "$ clipkit report" in text,
+    }
+    for stage, moment in moments.items():
         code, text = tiny_demo(out, moment)
         assert code == -signal.SIGKILL, text
+        assert stage not in [cost.name for cost in demo.read_costs(out / "demo.json")]
     code, text = tiny_demo(out)
     assert code == 0, text
     assert outcome(out) == outcome(tmp_path / "unbroken")

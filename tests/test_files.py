@@ -76,6 +76,8 @@ def test_a_torn_last_line_is_left_out(tmp_path):
     with path.open("a") as file:
         file.write('{"a": ')
     assert read_json_lines(path) == [{"a": 1}, {"a": 2}]
+    append_json_line(path, {"a": 3})
+    assert read_json_lines(path) == [{"a": 1}, {"a": 2}, {"a": 3}]
 
 
 def test_paths_of_the_wrong_kind_are_named(tmp_path):
