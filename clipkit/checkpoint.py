@@ -159,7 +159,7 @@ def place(run: Path, samples_seen: int) -> Path:
 
 def prune(run: Path, keep: int, always: frozenset[int] = frozenset()) -> None:
     """Remove all but the newest `keep` (at least 1) checkpoints; those at `always` (the ends of stages) stay too."""
-    for path in checkpoints(run)[:-keep]:
+    for path in checkpoints(run)[: -max(1, keep)]:
         if int(path.name) not in always:
             remove(path)
 
@@ -177,7 +177,7 @@ def build_model(checkpoint: Checkpoint) -> "CLIP":
 
 
 def optimizer_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """The optimizer's state as named tensors: `exp_avg/visual.conv.weight` and so on, on the CPU."""
+    """The optimizer's state as named tensors: `exp_avg/text.pos_embed` and so on, on the CPU."""
     return {
         f"{slot}/{name}": value.detach().to("cpu", copy=True)
         for name, parameter in model.named_parameters()

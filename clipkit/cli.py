@@ -15,6 +15,7 @@ from clipkit.files import disk_message
 
 Folder = click.Path(path_type=Path, file_okay=False)
 Anything = click.Path(path_type=Path)
+Count = click.IntRange(min=1)
 
 # The exit code of a command that a signal ended in good order: what a shell reports for SIGTERM.
 STOPPED = 143
@@ -68,13 +69,17 @@ def main() -> None:
 @click.option("--preset", metavar="NAME", help="Column names of a known set, such as laion400m.")
 @click.option("--url-column", metavar="NAME", help="Column with the image's URL.")
 @click.option("--caption-column", metavar="NAME", help="Column with the caption.")
-@click.option("--image-size", default=256, show_default=True, help="Shorter side of the stored images, in pixels.")
+@click.option(
+    "--image-size", type=Count, default=256, show_default=True, help="Shorter side of the stored images, in pixels."
+)
 @click.option("--quality", default=95, show_default=True, help="JPEG quality of images that are encoded again.")
-@click.option("--samples-per-shard", default=10_000, show_default=True, help="URLs in a shard.")
-@click.option("--processes", type=int, help="Processes that fetch. [default: one a core]")
-@click.option("--threads", default=32, show_default=True, help="Connections of each process.")
+@click.option("--samples-per-shard", type=Count, default=10_000, show_default=True, help="URLs in a shard.")
+@click.option("--processes", type=Count, help="Processes that fetch. [default: one a core]")
+@click.option("--threads", type=Count, default=32, show_default=True, help="Connections of each process.")
 @click.option("--timeout", default=10.0, show_default=True, help="Seconds to wait for a server.")
-@click.option("--retries", default=0, show_default=True, help="Further tries of a failed URL.")
+@click.option(
+    "--retries", type=click.IntRange(min=0), default=0, show_default=True, help="Further tries of a failed URL."
+)
 @as_json
 def download(urls: Path, out: Path, as_json: bool, **options: Any) -> None:
     """Fetch the images of a table of URLS (parquet, CSV or TSV) into shards in OUT.
@@ -96,7 +101,7 @@ def download(urls: Path, out: Path, as_json: bool, **options: Any) -> None:
 @click.argument("out", type=Folder)
 @click.option("--name", required=True, help="Name of the dataset; it becomes OUT/NAME/1.0.0.")
 @click.option("--split", default="train", show_default=True, help="Name of the split.")
-@click.option("--workers", type=int, help="Processes that convert. [default: one a core]")
+@click.option("--workers", type=Count, help="Processes that convert. [default: one a core]")
 @as_json
 def build_tfds(shards: Path, out: Path, as_json: bool, **options: Any) -> None:
     """Turn image-text SHARDS (img2dataset's webdataset tars or tfrecords) into a TFDS dataset below OUT.
@@ -120,7 +125,7 @@ def build_tfds(shards: Path, out: Path, as_json: bool, **options: Any) -> None:
 @click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Change the recipe; may be repeated.")
 @click.option("--resume", is_flag=True, help="Go on from the newest checkpoint in the run, if there is one.")
 @click.option("--init", type=Folder, help="Begin with the weights of this checkpoint.")
-@click.option("--workers", type=int, help="Loader workers. [default: by the number of cores]")
+@click.option("--workers", type=click.IntRange(min=0), help="Loader workers. [default: by the number of cores]")
 @click.option("--eval-data", type=Anything, help="Zero-shot data to evaluate on while training.")
 @click.option("--eval-label", default="label", show_default=True, help="Label column of --eval-data.")
 @click.option("--eval-templates", default="openai-80", show_default=True, help="As zeroshot's --templates.")
@@ -157,7 +162,9 @@ def train(
     if eval_data:
         task = open_task(eval_data, label=eval_label, templates_name=eval_templates, classes=eval_classes)
     summary = stage(recipe, data, out, device_name=device, resume=resume, init=init, workers=workers, task=task)
-    if as_json:
+    if not summary.speaks:
+        pass
+    elif as_json:
         print_json(summary.to_json())
     elif summary.finished:
         click.echo(
@@ -197,7 +204,7 @@ def recipes(name: str | None, assignments: tuple[str, ...]) -> None:
 @click.option("--pooling", default="mean", show_default=True, help="How several names make one class: mean or sum.")
 @click.option("--split", help="Split of the data. [default: the one it has, or validation]")
 @click.option("--name", "task_name", help="Name of the task in the results. [default: from the data]")
-@click.option("--batch-size", default=256, show_default=True, help="Images at once.")
+@click.option("--batch-size", type=Count, default=256, show_default=True, help="Images at once.")
 @click.option("--device", default="auto", show_default=True, metavar="auto|cpu|gpu|tpu", help="Where to compute.")
 @click.option("--out", type=Folder, help="Run that gets the results. [default: the checkpoint's]")
 @as_json

@@ -7,19 +7,26 @@ its slice of the global batch and gathered features.
 """
 
 import contextlib
+import importlib.util
 import os
 import resource
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.distributed
+from torch.utils.checkpoint import checkpoint
 
 from clipkit import jobs
 from clipkit.errors import UserError
+
+GOOGLE_PCI_VENDOR = "0x1ae0"
 
 DeviceName = Literal["auto", "cpu", "gpu", "tpu"]
 Precision = Literal["auto", "float32", "bfloat16"]
@@ -35,6 +42,8 @@ class Device:
     rank: int = 0
     world: int = 1
     mesh: Any = None
+    control: Any = None
+    """A group of the ranks over the CPU, for what is no tensor: its waiting costs the chips nothing."""
 
     @property
     def is_first(self) -> bool:
@@ -63,6 +72,18 @@ class Device:
                 xs.mark_sharding(tensor, self.mesh, ("data",) + (None,) * (tensor.dim() - 1))
             return placed
         return tensors
+
+    def recompute(self) -> Callable[..., torch.Tensor]:
+        """How activations are computed again in the backward pass. None of our blocks draws random numbers.
+
+        XLA would see that the second computation is the first and keep its result; torch_xla's own function stands a
+        barrier between them.
+        """
+        if self.kind == "xla":
+            from torch_xla.utils.checkpoint import checkpoint as xla_checkpoint
+
+            return partial(xla_checkpoint, preserve_rng_state=False)
+        return partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
 
     def autocast(self, precision: Precision) -> contextlib.AbstractContextManager[Any]:
         """bfloat16 arithmetic where asked for, or where `auto` finds hardware for it; float32 otherwise."""
@@ -125,7 +146,7 @@ class Device:
     def barrier(self) -> None:
         """Wait until every rank is here."""
         if self.world > 1:
-            torch.distributed.barrier()
+            torch.distributed.barrier(group=self.control)
 
     def mean(self, value: torch.Tensor) -> torch.Tensor:
         """The mean over the ranks of a scalar on the device."""
@@ -134,21 +155,21 @@ class Device:
             value /= self.world
         return value
 
-    def agree(self, value: bool) -> bool:
-        """The first rank's answer, on every rank: clocks differ, and all ranks must do the same."""
+    def agree(self, *flags: bool) -> list[bool]:
+        """For each flag whether any rank raises it: all ranks must do the same, and clocks and signals differ."""
         if self.world == 1:
-            return value
-        flag = torch.tensor([int(value)], device=self.torch_device)
-        torch.distributed.broadcast(flag, src=0)
-        return bool(flag.item())
+            return list(flags)
+        raised = torch.tensor([int(flag) for flag in flags])
+        torch.distributed.all_reduce(raised, torch.distributed.ReduceOp.MAX, group=self.control)
+        return [bool(flag) for flag in raised.tolist()]
 
     def loader_workers(self) -> int:
-        """Loader workers for this process: all cores but one where a chip computes, half where the cores do."""
-        cores = jobs.cores()
-        return max(1, cores // 2 if self.kind == "cpu" else cores // self.world - 1)
+        """Loader workers for this process: half of its share of the cores where they compute too, else all but one."""
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        return max(1, (jobs.cores() // 2 if self.kind == "cpu" else jobs.cores() - here) // here)
 
     def peak_memory(self) -> int:
-        """The most memory this process has held so far, in bytes: the device's own, or the process's on a CPU."""
+        """The most memory held so far, in bytes: of the GPU on CUDA, elsewhere of this process."""
         if self.kind == "cuda":
             return torch.cuda.max_memory_allocated(self.torch_device)
         kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -187,11 +208,16 @@ def no_gpu_reason() -> str:
 
 
 def has_tpu() -> bool:
-    """Whether XLA's runtime was told of a device, or a TPU's device file is here; nothing is imported to find out."""
-    from pathlib import Path
+    """Whether XLA's runtime was told of a TPU, or one of Google's chips is on the bus; nothing is imported to see."""
+    if os.environ.get("PJRT_DEVICE", "").upper() == "TPU":
+        return True
+    vendors = Path("/sys/bus/pci/devices").glob("*/vendor")
+    return any(vendor.read_text().strip() == GOOGLE_PCI_VENDOR for vendor in vendors) and torch_xla_is_here()
 
-    asked = os.environ.get("PJRT_DEVICE", "").upper() == "TPU"
-    return asked or any(Path("/dev").glob("accel[0-9]*"))
+
+def torch_xla_is_here() -> bool:
+    """Whether torch_xla can be imported. Google's virtual machines have other chips of its on the bus as well."""
+    return importlib.util.find_spec("torch_xla") is not None
 
 
 def pick_xla(why: str) -> Device:
@@ -205,8 +231,12 @@ def pick_xla(why: str) -> Device:
             f"no TPU support here ({error}): make an environment of its own with pip install 'clipkit[tpu]'"
         ) from error
     os.environ.setdefault("PJRT_DEVICE", "TPU")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("one process drives all chips of a TPU host: start it without torchrun")
     try:
         xr.use_spmd()
+        if xr.process_count() > 1:
+            raise UserError("clipkit trains on the chips of one TPU host: start it on a slice of a single host")
         count = xr.global_runtime_device_count()
         mesh = xs.Mesh(np.arange(count), (count,), ("data",))
         return Device("xla", torch_xla.device(), f"{why}: {count} × {os.environ['PJRT_DEVICE']}", mesh=mesh)
@@ -222,7 +252,10 @@ def join_ranks(kind: Literal["cpu", "cuda"], why: str) -> Device:
     device = torch.device("cuda", local) if kind == "cuda" else torch.device("cpu")
     if kind == "cuda":
         torch.cuda.set_device(device)
-        torch.backends.cuda.matmul.allow_tf32 = True
-    if world > 1 and not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("nccl" if kind == "cuda" else "gloo")
-    return Device(kind, device, why, rank, world)
+    control = None
+    if world > 1:
+        if not torch.distributed.is_initialized():
+            torch.distributed.init_process_group("nccl" if kind == "cuda" else "gloo")
+        # The others wait here while the first rank evaluates or saves.
+        control = torch.distributed.new_group(backend="gloo", timeout=timedelta(hours=12))
+    return Device(kind, device, why, rank, world, control=control)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from clipkit.errors import UserError
 from clipkit.model_config import ImageConfig
 from clipkit.pos_embed import sincos_2d
-from clipkit.text_tower import run_blocks
+from clipkit.text_tower import Recompute, run_blocks
 from clipkit.tokens import gather_tokens
 
 
@@ -79,7 +79,7 @@ class ImageTower(nn.Module):
         self.prefix: int = self.trunk.num_prefix_tokens
         self.position_prefix: int = self.trunk.pos_embed.shape[1] - self.grid[0] * self.grid[1]
         """How many positions belong to the tokens before the patches: 1 for a class token, or 0."""
-        self.checkpointing = False
+        self.recompute: Recompute | None = None
         self.position = config.position
         if config.position == "sincos":
             self.trunk.pos_embed.requires_grad_(False)
@@ -104,7 +104,7 @@ class ImageTower(nn.Module):
             x_BKD = gather_tokens(x_BND[:, self.prefix :], keep_BK)
             x_BND = torch.cat([x_BND[:, : self.prefix], x_BKD], dim=1)
         x_BND = self.trunk.norm_pre(x_BND)
-        x_BND = run_blocks(self.trunk.blocks, x_BND, self.checkpointing and self.training)
+        x_BND = run_blocks(self.trunk.blocks, x_BND, self.recompute if self.training else None)
         # Of `norm` and `fc_norm` one is the identity: timm norms the class token before pooling, an average after it.
         x_BD = x_BND[:, 0] if self.pooling == "token" else x_BND[:, self.prefix :].mean(dim=1)
         out: Tensor = self.trunk.fc_norm(self.trunk.norm(x_BD))
@@ -152,7 +152,7 @@ def make_trunk(config: ImageConfig) -> VisionTransformer:
             weight_init="skip",
             **overrides,
         )
-    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+    except (AssertionError, RuntimeError, TypeError, ValueError, ZeroDivisionError) as error:
         reason = str(error) or type(error).__name__
         raise UserError(f"timm can't build {config.name} as model.image asks ({reason}): change it") from error
     if not is_plain(trunk):

@@ -22,20 +22,24 @@ PLAIN_LINE_SECONDS = 10.0
 class Progress:
     """One live line: what, how far, the rate, the time left, and a note (failures, what it waits for).
 
-    On a terminal the line redraws itself; elsewhere a plain line is printed at most every ten seconds.
+    On a terminal the line redraws itself; elsewhere a plain line is printed at most every ten seconds. A `quiet` one
+    says nothing: one of several ranks speaks.
     """
 
-    def __init__(self, label: str, total: int | None, unit: str = "samples", start: int = 0) -> None:
+    def __init__(
+        self, label: str, total: int | None, unit: str = "samples", start: int = 0, quiet: bool = False
+    ) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
         self.label, self.total, self.unit = label, total, unit
         self.first, self.done, self.note = start, start, ""
         self.started = self.printed = time.monotonic()
+        self.quiet = quiet
         self.console = Console(stderr=True)
         self.live: Progress | None = None
         self.task: TaskID | None = None
-        if self.console.is_terminal:
+        if self.console.is_terminal and not quiet:
             self.live = Progress(
                 TextColumn("[bold]{task.description}"),
                 BarColumn(bar_width=24),
@@ -57,7 +61,7 @@ class Progress:
         now = time.monotonic()
         if self.live is not None and self.task is not None:
             self.live.update(self.task, completed=done, text=self.text())
-        elif now - self.printed >= PLAIN_LINE_SECONDS and done != self.total:
+        elif not self.quiet and now - self.printed >= PLAIN_LINE_SECONDS and done != self.total:
             self.printed = now
             print(f"{self.label}: {self.text()}{self.remaining(now)}", file=sys.stderr, flush=True)
 
@@ -80,7 +84,7 @@ class Progress:
     ) -> None:
         if self.live is not None:
             self.live.stop()
-        elif kind is None:
+        elif kind is None and not self.quiet:
             print(f"{self.label}: {self.text()}", file=sys.stderr, flush=True)
 
 
@@ -123,7 +127,10 @@ class MetricsWriter:
     trains. Its event file is a TFRecord file of `Event` messages, so clipkit's record writer writes it.
     """
 
-    def __init__(self, run: Path) -> None:
+    def __init__(self, run: Path, samples_seen: int = 0) -> None:
+        """Go on with a run that stands at `samples_seen`."""
+        from tensorboard.compat.proto.event_pb2 import SessionLog
+
         from clipkit.records import RecordWriter
 
         self.path = run / "metrics.jsonl"
@@ -131,6 +138,8 @@ class MetricsWriter:
         folder.mkdir(parents=True, exist_ok=True)
         self.records = RecordWriter(folder / f"events.out.tfevents.{time.time_ns()}.clipkit")
         self.event(file_version="brain.Event:2")
+        # It makes TensorBoard forget what a killed run wrote beyond its last checkpoint.
+        self.event(step=samples_seen, session_log=SessionLog(status=SessionLog.START))
 
     def write(self, values: dict[str, float | int | str]) -> None:
         """Append one line; every number but `samples_seen` becomes a TensorBoard scalar under its name."""

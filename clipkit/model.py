@@ -18,7 +18,7 @@ from clipkit.errors import UserError
 from clipkit.image_tower import ConvStem, ImageTower
 from clipkit.model_config import ImageConfig, ModelConfig, TextConfig, check_choices, vit_b16, vit_b32, vit_l14, vit_l16
 from clipkit.pos_embed import resize_image_positions, resize_text_positions
-from clipkit.text_tower import TextTower
+from clipkit.text_tower import Recompute, TextTower
 
 __all__ = [
     "CLIP",
@@ -90,10 +90,13 @@ class CLIP(nn.Module):
             return self.logit_scale.exp()
         return self.logit_scale.clamp(max=LOG_SCALE_MAX).exp()
 
-    def set_gradient_checkpointing(self, enabled: bool = True) -> None:
-        """Trade time for memory in training: keep each block's input alone, compute its inside again going back."""
-        self.image.checkpointing = enabled
-        self.text.checkpointing = enabled
+    def recompute_activations(self, recompute: Recompute | None) -> None:
+        """Trade time for memory in training: keep each block's input alone, compute its inside again going back.
+
+        `recompute` is how (`Device.recompute`); None keeps all activations.
+        """
+        self.image.recompute = recompute
+        self.text.recompute = recompute
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:

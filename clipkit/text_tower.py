@@ -1,13 +1,17 @@
 """The text tower: a causal pre-norm transformer (Radford et al., 2021), with PyTorch's own fused attention."""
 
+from collections.abc import Callable
+
 import torch
 from timm.layers import Mlp, get_act_layer
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from clipkit.errors import UserError
 from clipkit.model_config import TextConfig
+
+Recompute = Callable[..., Tensor]
+"""Calls a function so that its activations are computed again in the backward pass: `recompute(function, x)`."""
 
 
 class CausalAttention(nn.Module):
@@ -49,7 +53,7 @@ class TextTower(nn.Module):
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
-        if config.width % config.heads:
+        if config.heads < 1 or config.width % config.heads:
             raise UserError(
                 f"model.text.width {config.width} isn't a multiple of its heads, {config.heads}: set either"
             )
@@ -57,7 +61,7 @@ class TextTower(nn.Module):
         self.pos_embed = nn.Parameter(torch.empty(config.context_length, config.width))
         self.blocks = nn.ModuleList(TextBlock(config) for _ in range(config.depth))
         self.norm = nn.LayerNorm(config.width, eps=config.norm_eps)
-        self.checkpointing = False
+        self.recompute: Recompute | None = None
 
     def forward(self, ids_BT: Tensor) -> Tensor:
         """int[B, T] ids, T at most the context length -> [B, D].
@@ -71,20 +75,17 @@ class TextTower(nn.Module):
                 f"{T} text tokens, but the model takes {len(self.pos_embed)}: set model.text.context_length"
             )
         x_BTD = self.token_embedding(ids_BT) + self.pos_embed[:T]
-        x_BTD = run_blocks(self.blocks, x_BTD, self.checkpointing and self.training)
+        x_BTD = run_blocks(self.blocks, x_BTD, self.recompute if self.training else None)
         end_B = ids_BT.argmax(dim=1)
         x_BD = x_BTD.gather(1, end_B[:, None, None].expand(-1, 1, x_BTD.shape[-1]))[:, 0]
         out: Tensor = self.norm(x_BD)
         return out
 
 
-def run_blocks(blocks: nn.ModuleList | nn.Sequential, x_BND: Tensor, checkpointing: bool) -> Tensor:
-    """`x_BND` through the blocks in order; with `checkpointing` each block's inside is computed again in the backward
-    pass instead of being kept (Chen et al., 2016)."""
+def run_blocks(blocks: nn.ModuleList | nn.Sequential, x_BND: Tensor, recompute: Recompute | None) -> Tensor:
+    """`x_BND` through the blocks in order; with `recompute` each block's inside is computed again in the backward pass
+    instead of being kept (Chen et al., 2016)."""
     for block in blocks:
-        if checkpointing:
-            # No block draws random numbers, so there is no state to put back.
-            x_BND = checkpoint(block, x_BND, use_reentrant=False, preserve_rng_state=False)
-        else:
-            x_BND = block(x_BND)
+        # XLA's way of it wants a bound method, to find the weights behind it.
+        x_BND = block(x_BND) if recompute is None else recompute(block.forward, x_BND)
     return x_BND

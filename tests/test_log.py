@@ -31,6 +31,12 @@ def test_the_last_plain_line_comes_once(capsys, monkeypatch):
     assert [line.split(" · ")[0] for line in lines] == ["build: 1/2 shards", "build: 2/2 shards"]
 
 
+def test_a_quiet_progress_says_nothing(capsys):
+    with Progress("train", 2, quiet=True) as progress:
+        progress.update(2)
+    assert capsys.readouterr() == ("", "")
+
+
 def test_metrics_are_read_back_and_forgotten_after_a_checkpoint(tmp_path):
     writer = MetricsWriter(tmp_path)
     for seen in (16, 32, 48):
@@ -52,8 +58,9 @@ def test_tensorboard_reads_what_was_written_and_tensorflow_was_not_needed(tmp_pa
         f"path = next((Path({str(tmp_path)!r}) / 'tensorboard').iterdir())\n"
         "events = list(LegacyEventFileLoader(str(path)).Load())\n"
         "assert events[0].file_version == 'brain.Event:2'\n"
-        "value = events[1].summary.value[0]\n"
-        "print(events[1].step, value.tag, value.simple_value)"
+        "assert events[1].session_log.status == events[1].session_log.START\n"
+        "value = events[2].summary.value[0]\n"
+        "print(events[2].step, value.tag, value.simple_value)"
     )
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "16 loss 0.5"

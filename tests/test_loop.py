@@ -10,12 +10,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import pairs, write_tar
 from safetensors.torch import load_file
 
 from clipkit import checkpoint
 from clipkit.config import set_values
 from clipkit.errors import UserError
 from clipkit.log import read_metrics
+from clipkit.tfrecord_tools.build import build_tfds
 from clipkit.train import loop
 from clipkit.train.loop import is_due, train
 from clipkit.train.recipes import debug
@@ -173,9 +175,57 @@ def test_another_recipe_is_not_resumed(unbroken, pairs_dataset):
         train(other, pairs_dataset, unbroken, device_name="cpu", resume=True)
 
 
+def test_another_dataset_is_not_resumed(unbroken, tmp_path):
+    """The order of the data depends on their number: a dataset that was built again is another one."""
+    (tmp_path / "shards").mkdir()
+    write_tar(tmp_path / "shards" / "00000.tar", pairs(90))
+    other = build_tfds(tmp_path / "shards", tmp_path / "data", "colours").path
+    with pytest.raises(UserError, match=re.escape("another dataset (records: 96 -> 90)")):
+        train(debug(), other, unbroken, device_name="cpu", resume=True)
+
+
+def test_an_evaluation_is_never_lost_to_a_kill(pairs_dataset, tmp_path, monkeypatch):
+    """Killed between evaluating and saving, a run evaluates again; killed before, it still evaluates."""
+    taken = []
+
+    def evaluation(*arguments):
+        taken.append(None)
+        if len(taken) == 2:
+            raise KilledError
+        yield "colours/top1", 0.5
+
+    monkeypatch.setattr(loop, "evaluate", evaluation)
+    recipe = set_values(debug(), ["cadence.evaluate_samples=64"])
+    with pytest.raises(KilledError):
+        train(recipe, pairs_dataset, tmp_path, device_name="cpu", workers=1, task=object())
+    train(recipe, pairs_dataset, tmp_path, device_name="cpu", workers=1, task=object(), resume=True)
+    evaluated = [line["samples_seen"] for line in read_metrics(tmp_path) if "colours/top1" in line]
+    assert evaluated == [64, 128, 192, 256, 320]
+
+
+def test_weights_that_a_step_ruined_are_not_saved(pairs_dataset, tmp_path, monkeypatch):
+    """The loss was still a number, and the gradient was none."""
+    real = loop.train_step
+
+    def ruined(*arguments):
+        loss, norm = real(*arguments)
+        return loss, norm * float("nan")
+
+    monkeypatch.setattr(loop, "train_step", ruined)
+    with pytest.raises(UserError, match="the loss or its gradient is no number"):
+        train(debug(), pairs_dataset, tmp_path, device_name="cpu", workers=1)
+    assert checkpoint.latest(tmp_path) is None
+
+
+def test_activations_computed_again_change_nothing(unbroken, pairs_dataset, tmp_path):
+    recipe = set_values(debug(), ["checkpoint_activations=true"])
+    train(recipe, pairs_dataset, tmp_path, device_name="cpu", workers=1)
+    assert losses(tmp_path) == pytest.approx(losses(unbroken), abs=2e-5)
+
+
 def test_a_loss_that_is_no_number_stops_the_run(pairs_dataset, tmp_path):
     recipe = set_values(debug(), ["stages.0.learning_rate=1e30", "optimizer.grad_clip=1e30"])
-    with pytest.raises(UserError, match=r"the loss became (nan|inf) before \d+ samples: lower the learning rate"):
+    with pytest.raises(UserError, match=r"(the loss became \w+|no number) before [\d,]+ samples: begin .* a lower learning rate"):
         train(recipe, pairs_dataset, tmp_path, device_name="cpu", workers=1)
 
 

@@ -1,15 +1,30 @@
+from dataclasses import dataclass, replace
+
 import pytest
 
 from clipkit.config import from_json, set_values, to_json
+from clipkit.device import Device, pick
 from clipkit.errors import UserError
-from clipkit.train.recipes import Recipe, check_recipe, loader_config, model_at, recipes
+from clipkit.model import vit_b32, vit_l14
+from clipkit.train.recipes import Recipe, check_recipe, loader_config, model_at, patch_grid, recipes
+
+
+@dataclass(frozen=True)
+class Records:
+    """As much of a dataset as a recipe's check looks at."""
+
+    num_records: int = 1000
+
+
+def check(recipe: Recipe, dataset: Records = Records(), device: Device | None = None) -> None:
+    check_recipe(recipe, dataset, device or pick("cpu"))
 
 
 @pytest.mark.parametrize("name", recipes())
 def test_every_recipe_passes_its_own_check_and_survives_json(name):
     recipe = recipes()[name]()
     assert recipe.name == name
-    check_recipe(recipe, records=1000, shards=1)
+    check(recipe)
     assert from_json(Recipe, to_json(recipe)) == recipe
 
 
@@ -19,28 +34,51 @@ def test_every_recipe_passes_its_own_check_and_survives_json(name):
         ("stages.0.batch_size=1", "batch_size 1"),
         ("stages.0.samples=17", "samples 17 is no multiple of batch_size 16: set 16"),
         ("stages.1.warmup_samples=10000", "warmup_samples 10000"),
-        ("stages.0.image_size=33", "image_size 33 is no multiple of the patch size 8"),
-        ("stages.0.context_length=2", "no token between start and end"),
-        ("stages.0.image_keep=17", "at most 16 patches"),
-        ("stages.0.image_reduction=none", "needs an image_reduction"),
+        ("stages.0.image_size=33", "stage reduced: .*33"),
+        ("stages.0.image_size=0", "image_size is 0: set a positive number"),
+        ("stages.0.learning_rate=-1", "learning_rate is -1.0: set a positive number"),
+        ("stages.0.learning_rate=nan", "learning_rate is nan: set a positive number"),
+        ("stages.0.context_length=2", "stage reduced: .*2"),
+        ("stages.0.image_keep=17", "stage reduced: .*17"),
+        ("stages.0.image_reduction=none", "image_keep and image_reduction go together"),
+        ("stages.1.image_reduction=grid", "stage full: image_keep and image_reduction go together"),
+        ("stages.1.augmentation.flip=2", "stage full: .*flip"),
         ("micro_batch=3", "micro_batch 3"),
-        ("loss=sigmoid", "needs a bias"),
+        ("loss=sigmoid", "go together"),
+        ("model.logit_bias_init=-10", "go together"),
+        ("model.image.heads=0", "stage reduced: "),
+        ("model.image.patch_size=0", "stage reduced: "),
+        ("model.text.heads=0", "stage reduced: "),
+        ("cadence.log_samples=0", "log_samples is 0: set a positive number"),
+        ("cadence.keep_checkpoints=-1", "keep_checkpoints is -1: set a positive number"),
+        ("block_size=0", "block_size is 0"),
     ],
 )
 def test_what_would_fail_later_is_refused_now(setting, says):
     recipe = set_values(recipes()["debug"](), [setting])
     with pytest.raises(UserError, match=says):
-        check_recipe(recipe, records=1000, shards=1)
+        check(recipe)
 
 
 def test_a_batch_must_divide_over_the_devices():
     with pytest.raises(UserError, match="doesn't divide over 3 devices"):
-        check_recipe(recipes()["debug"](), records=1000, shards=3)
+        check(recipes()["debug"](), device=replace(pick("cpu"), world=3))
 
 
 def test_an_empty_dataset_is_refused():
     with pytest.raises(UserError, match="no records"):
-        check_recipe(recipes()["debug"](), records=0, shards=1)
+        check(recipes()["debug"](), Records(0))
+
+
+def test_the_patches_are_the_towers_own():
+    """A name of timm's says the patch size, where the recipe doesn't."""
+    recipe = recipes()["clipa-b16-i50-t16"]()
+    stage = recipe.stages[1]
+    assert patch_grid(recipe, stage) == (14, 14)
+    assert patch_grid(replace(recipe, model=vit_l14()), stage) == (16, 16)
+    assert patch_grid(replace(recipe, model=vit_b32()), stage) == (7, 7)
+    kept = replace(stage, image_size=84, image_reduction="grid", image_keep=9)
+    check(replace(recipe, model=vit_l14(), stages=(kept,)))
 
 
 def test_a_stage_says_the_sizes_of_its_model_and_loader():

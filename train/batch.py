@@ -1,14 +1,13 @@
 """What a batch is, and everything that decides what is in it."""
 
 from dataclasses import dataclass, field
-from typing import Literal
 
 import numpy as np
 
 from clipkit.counter_rng import UInt64Array
 from clipkit.errors import UserError
 from clipkit.images import UInt8Array
-from clipkit.tokens import image_keep_indices, reduce_text
+from clipkit.tokens import ImageMethod, TextMethod, image_keep_indices, reduce_text
 from clipkit.train.augment import Augmentation
 from clipkit.train.order import Int64Array
 from clipkit.train.samples import Source
@@ -23,8 +22,8 @@ class LoaderConfig:
     batch_size: int
     """Samples in a batch of all ranks together."""
     augmentation: Augmentation = field(default_factory=Augmentation)
-    text_reduction: Literal["truncate", "random", "block", "syntax"] = "truncate"
-    image_reduction: Literal["random", "grid", "block"] | None = None
+    text_reduction: TextMethod = "truncate"
+    image_reduction: ImageMethod | None = None
     image_keep: int | None = None
     """Patches that stay of the `grid` (rows, columns), where not all do."""
     grid: tuple[int, int] | None = None

@@ -26,7 +26,7 @@ from clipkit.dataset import Dataset, open_dataset
 from clipkit.device import Device, pick
 from clipkit.errors import UserError
 from clipkit.eval.zeroshot import Task, evaluate
-from clipkit.files import lock, write_json
+from clipkit.files import lock, remove, write_json
 from clipkit.log import MetricsWriter, NullWriter, Progress, Writer, forget_metrics_after
 from clipkit.model import CLIP, build, load_state
 from clipkit.tokenizer import Tokenizer
@@ -52,6 +52,9 @@ class Run:
     bad_samples: int = 0
     saved_at: float = 0.0
     stop_asked: bool = False
+    """This process got a signal."""
+    stopped: bool = False
+    """All ranks have agreed to stop."""
 
 
 @dataclass(frozen=True)
@@ -64,11 +67,19 @@ class Summary:
     seconds: float
     loss: float
     finished: bool
+    speaks: bool
+    """Whether this is the first rank, which tells of the run."""
 
     def to_json(self) -> dict[str, Any]:
         """The summary as JSON values."""
-        values = {"run": str(self.run), "checkpoint": str(self.checkpoint), "samples_seen": self.samples_seen}
-        return {**values, "seconds": self.seconds, "loss": self.loss, "finished": self.finished}
+        return {
+            "run": str(self.run),
+            "checkpoint": str(self.checkpoint) if self.checkpoint else None,
+            "samples_seen": self.samples_seen,
+            "seconds": self.seconds,
+            "loss": self.loss if math.isfinite(self.loss) else None,
+            "finished": self.finished,
+        }
 
 
 def train(
@@ -92,12 +103,14 @@ def train(
     # ---- Check what can be checked before any work ------------------------------------------------------------------
     dataset = open_dataset(data)
     device = pick(device_name)
-    check_recipe(recipe, dataset.num_records, device.shards)
+    check_recipe(recipe, dataset, device)
 
     with contextlib.ExitStack() as stack:
         if device.is_first:
             stack.enter_context(lock(folder))
-        stack.callback(device.close)
+            remove_leftovers(folder)
+        # After an error the other ranks may wait in a collective: leaving in good order would wait with them.
+        stack.push(lambda kind, *_: device.close() if kind is None else None)
 
         # ---- Where to start: own checkpoint, another checkpoint's weights, scratch ---------------------------------
         own = checkpoint.latest(folder)
@@ -107,14 +120,14 @@ def train(
         start = None
         if own is not None:
             start = checkpoint.load(own, with_optimizer=True)
-            refuse_another_recipe(start, recipe)
+            refuse_another_run(start, recipe, dataset)
         tensors = start.tensors if start else checkpoint.load(init).tensors if init else None
 
         # ---- Open the run's files ----------------------------------------------------------------------------------
         if device.is_first:
             forget_metrics_after(folder, start.samples_seen if start else 0)
             write_json(folder / "config.json", describe_run(recipe, dataset, device))
-        writer: Writer = MetricsWriter(folder) if device.is_first else NullWriter()
+        writer: Writer = MetricsWriter(folder, start.samples_seen if start else 0) if device.is_first else NullWriter()
         stack.callback(writer.close)
         run = Run(recipe, folder, dataset, device, writer, task if device.is_first else None, workers)
         if start:
@@ -126,12 +139,12 @@ def train(
         loss, stage_start = math.nan, 0
         for stage in recipe.stages:
             stage_end = stage_start + stage.samples
-            if run.samples_seen < stage_end and not run.stop_asked:
+            if run.samples_seen < stage_end and not run.stopped:
                 model = build(model_at(recipe, stage), seed=recipe.seed)
                 if tensors is not None:
                     load_state(model, tensors)
                 model.to(device.torch_device)
-                model.set_gradient_checkpointing(recipe.checkpoint_activations)
+                model.recompute_activations(device.recompute() if recipe.checkpoint_activations else None)
                 optimizer = make_optimizer(model, recipe.optimizer, stage.learning_rate, device)
                 if start and run.samples_seen > stage_start:
                     checkpoint.restore_optimizer(model, optimizer, start.optimizer, start.path)
@@ -139,7 +152,7 @@ def train(
                 tensors = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
             stage_start = stage_end
     finished = run.samples_seen >= stage_start
-    return Summary(folder, checkpoint.latest(folder), run.samples_seen, run.seconds, loss, finished)
+    return Summary(folder, checkpoint.latest(folder), run.samples_seen, run.seconds, loss, finished, device.is_first)
 
 
 def run_stage(run: Run, stage: Stage, stage_start: int, model: CLIP, optimizer: torch.optim.Optimizer) -> float:
@@ -162,7 +175,7 @@ def run_stage(run: Run, stage: Stage, stage_start: int, model: CLIP, optimizer: 
     run.saved_at = time.monotonic()
     watch = Stopwatch(run.samples_seen)
     start = run.samples_seen - stage_start
-    with contextlib.closing(loader), Progress(f"train {stage.name}", stage.samples, start=start) as progress:
+    with contextlib.closing(loader), progress_line(run, f"train {stage.name}", stage.samples, start) as progress:
         for batch in watch.time_waiting(loader):
             before, run.samples_seen = run.samples_seen, run.samples_seen + stage.batch_size
             run.bad_samples += batch.bad
@@ -179,22 +192,19 @@ def run_stage(run: Run, stage: Stage, stage_start: int, model: CLIP, optimizer: 
             device.set_learning_rate(optimizer, learning_rate)
             step_loss, grad_norm = train_step(wrapped, optimizer, device.batch(batch.arrays()), recipe, device)
             loss_sum, steps = loss_sum + step_loss, steps + 1
-            stop = device.agree(run.stop_asked)
+            run.stopped, must_save = device.agree(run.stop_asked, is_checkpoint_due(run, before))
 
-            # ---- Log: the only place where the loop waits for the device -------------------------------------------
-            if is_end or stop or is_due(cadence.log_samples, before, run.samples_seen):
+            # ---- Log: the only place where the loop waits for the device ---------------------------------------------
+            if is_end or run.stopped or is_due(cadence.log_samples, before, run.samples_seen):
                 loss = device.mean(loss_sum).item() / steps
                 loss_sum, steps = torch.zeros_like(loss_sum), 0
                 if not math.isfinite(loss):
-                    raise UserError(
-                        f"the loss became {loss} before {run.samples_seen:,} samples: lower the learning rate or set "
-                        "precision=float32, and add --resume to go on from the last checkpoint"
-                    )
+                    raise UserError(broken(run, f"the loss became {loss}"))
                 run.seconds += watch.seconds
                 metrics = {
                     "loss": loss,
                     "lr": learning_rate,
-                    "logit_scale": model.clamped_logit_scale().item(),
+                    "logit_scale": model.logit_scale.detach().exp().clamp(max=100.0).item(),
                     "grad_norm": grad_norm.item(),
                     "samples_per_s": watch.rate(run.samples_seen),
                     "data_wait": watch.waiting_share,
@@ -207,15 +217,17 @@ def run_stage(run: Run, stage: Stage, stage_start: int, model: CLIP, optimizer: 
                 progress.update(run.samples_seen - stage_start, note)
                 watch.restart(run.samples_seen)
 
-            # ---- Save and evaluate ---------------------------------------------------------------------------------
-            if is_end or stop or device.agree(is_checkpoint_due(run, before)):
-                save(run, stage, model, optimizer, step_loss)
-            if run.task and (is_end or is_due(cadence.evaluate_samples, before, run.samples_seen)):
-                with watch.paused():
-                    found = dict(evaluate(model, Tokenizer(), preprocess_at(recipe, stage), run.task, device))
-                model.train()
-                run.writer.write({"samples_seen": run.samples_seen, "stage": stage.name, **found})
-            if stop:
+            # ---- Evaluate, then save: a run that is killed in between evaluates again --------------------------------
+            with watch.paused():
+                must_evaluate = is_end or is_due(cadence.evaluate_samples, before, run.samples_seen)
+                if run.task and must_evaluate and (is_end or not run.stopped):
+                    found = evaluate(model, Tokenizer(), preprocess_at(recipe, stage), run.task, device)
+                    run.writer.write({"samples_seen": run.samples_seen, "stage": stage.name, **dict(found)})
+                if is_end or run.stopped or must_save:
+                    save(run, stage, model, optimizer, step_loss + grad_norm)
+                if is_end or run.stopped or must_save or must_evaluate:
+                    device.barrier()
+            if run.stopped:
                 break
     return loss
 
@@ -234,13 +246,15 @@ def is_checkpoint_due(run: Run, before: int) -> bool:
     return by_clock or is_due(cadence.checkpoint_samples, before, run.samples_seen)
 
 
-def save(run: Run, stage: Stage, model: CLIP, optimizer: torch.optim.Optimizer, step_loss: torch.Tensor) -> None:
-    """Write the checkpoint of now. Raises UserError rather than save weights that are no numbers any more."""
+def save(run: Run, stage: Stage, model: CLIP, optimizer: torch.optim.Optimizer, health: torch.Tensor) -> None:
+    """Write the checkpoint of now. `health` is a scalar that isn't finite when the last step has ruined the weights:
+    then UserError is raised, and nothing is saved.
+    """
     run.saved_at = time.monotonic()
     if not run.device.is_first:
         return
-    if not torch.isfinite(step_loss).item():
-        raise UserError(f"the loss became {step_loss.item()} at {run.samples_seen:,} samples: lower the learning rate")
+    if not torch.isfinite(health).item():
+        raise UserError(broken(run, "the loss or its gradient is no number"))
     checkpoint.save(
         checkpoint.place(run.folder, run.samples_seen),
         tensors={name: tensor.detach().cpu() for name, tensor in model.state_dict().items()},
@@ -251,14 +265,33 @@ def save(run: Run, stage: Stage, model: CLIP, optimizer: torch.optim.Optimizer, 
             "stage": stage.name,
             "seconds": run.seconds,
             "bad_samples": run.bad_samples,
+            "dataset": describe_dataset(run.dataset),
         },
     )
     ends = frozenset(itertools.accumulate(stage.samples for stage in run.recipe.stages))
     checkpoint.prune(run.folder, run.recipe.cadence.keep_checkpoints, always=ends)
 
 
-def refuse_another_recipe(start: checkpoint.Checkpoint, recipe: Recipe) -> None:
-    """Raises UserError when the checkpoint's run had another recipe: its schedule and its data order would not hold.
+def broken(run: Run, what: str) -> str:
+    """The error line for a run whose numbers are none any more."""
+    good = checkpoint.latest(run.folder)
+    again = f"begin a new run with --init {good} and" if good else "begin again with"
+    return f"{what} before {run.samples_seen:,} samples: {again} a lower learning rate or --set precision=float32"
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove the checkpoints that killed runs were writing."""
+    for leftover in (folder / "checkpoints").glob(".*"):
+        remove(leftover)
+
+
+def progress_line(run: Run, label: str, total: int, start: int) -> Progress:
+    """The first rank's line of progress; the other ranks draw none."""
+    return Progress(label, total, start=start, quiet=not run.device.is_first)
+
+
+def refuse_another_run(start: checkpoint.Checkpoint, recipe: Recipe, dataset: Dataset) -> None:
+    """Raises UserError when the checkpoint's run had another recipe or dataset: its schedule and order would not hold.
 
     How often a run logs, saves and evaluates may differ.
     """
@@ -271,6 +304,17 @@ def refuse_another_recipe(start: checkpoint.Checkpoint, recipe: Recipe) -> None:
             f"{start.path} was made by another recipe ({changed[0]}{more}): "
             "resume with the same recipe and --set, or begin a new run with --init"
         )
+    changed = differences(start.state["dataset"], describe_dataset(dataset))
+    if changed:
+        raise UserError(
+            f"{start.path} was trained on another dataset ({changed[0]}): "
+            "resume with the same --data, or begin a new run with --init"
+        )
+
+
+def describe_dataset(dataset: Dataset) -> dict[str, Any]:
+    """What decides the order of the data, beside the seed."""
+    return {"name": dataset.name, "split": dataset.split, "records": dataset.num_records}
 
 
 def describe_run(recipe: Recipe, dataset: Dataset, device: Device) -> dict[str, Any]:
@@ -280,7 +324,7 @@ def describe_run(recipe: Recipe, dataset: Dataset, device: Device) -> dict[str, 
         "torch": torch.__version__,
         "recipe": to_json(recipe),
         "data": str(dataset.path.resolve()),
-        "dataset": {"name": dataset.name, "split": dataset.split, "records": dataset.num_records},
+        "dataset": describe_dataset(dataset),
         "device": {
             "kind": device.kind,
             "hardware": device.hardware(),

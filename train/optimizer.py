@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from clipkit.device import Device
+from clipkit.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -32,12 +33,15 @@ def make_optimizer(
         if parameter.requires_grad:
             (decayed if is_decayed(name, parameter) else free).append(parameter)
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": free, "weight_decay": 0.0}]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        betas=(config.beta1, config.beta2),
-        eps=config.eps,
-        **device.optimizer_options(learning_rate),
-    )
+    try:
+        return torch.optim.AdamW(
+            [group for group in groups if group["params"]],
+            betas=(config.beta1, config.beta2),
+            eps=config.eps,
+            **device.optimizer_options(learning_rate),
+        )
+    except ValueError as error:
+        raise UserError(f"the recipe's optimizer can't be: {error}") from error
 
 
 def is_decayed(name: str, parameter: torch.nn.Parameter) -> bool:

@@ -5,24 +5,24 @@ changes it by `--set key=value`. Lengths are samples seen. CLIPA's plan is the s
 image and text tokens, then briefly on all ("An Inverse Scaling Law for CLIP Training", NeurIPS 2023).
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+import torch
+
 from clipkit.config import did_you_mean
-from clipkit.device import Precision
+from clipkit.dataset import Dataset
+from clipkit.device import Device, Precision
 from clipkit.errors import UserError
-from clipkit.images import Preprocess
-from clipkit.model_config import ImageConfig, ModelConfig, TextConfig, vit_b16
+from clipkit.images import CLIP_MEAN, CLIP_STD, Preprocess
+from clipkit.model import CLIP, ImageConfig, ModelConfig, TextConfig, vit_b16
+from clipkit.tokens import ImageMethod, TextMethod
 from clipkit.train.augment import Augmentation
-from clipkit.train.data import LoaderConfig
+from clipkit.train.batch import LoaderConfig
+from clipkit.train.batch import check as check_loader
 from clipkit.train.optimizer import OptimizerConfig
-
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-
-TextReduction = Literal["truncate", "random", "block", "syntax"]
-ImageReduction = Literal["random", "grid", "block"]
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,8 @@ class Stage:
     """Side of the square input in pixels; a smaller image is the best way to fewer image tokens."""
     context_length: int
     """Text tokens, start and end included."""
-    text_reduction: TextReduction = "truncate"
-    image_reduction: ImageReduction | None = None
+    text_reduction: TextMethod = "truncate"
+    image_reduction: ImageMethod | None = None
     """How patches are chosen when `image_keep` says to keep only some of them."""
     image_keep: int | None = None
     position: Literal["learnable", "sincos"] | None = None
@@ -83,6 +83,8 @@ class Recipe:
     std: tuple[float, float, float] = CLIP_STD
     block_size: int = 256
     """Records read in one go by the shuffle (`clipkit.train.order`)."""
+    max_bad: float = 0.01
+    """Share of the records that may be broken before the run stops."""
     seed: int = 0
     cadence: Cadence = field(default_factory=Cadence)
 
@@ -208,39 +210,43 @@ def recipes() -> dict[str, Callable[[], Recipe]]:
     return {"emoji-demo": emoji_demo, "debug": debug, "clipa-b16-i50-t16": clipa_b16_i50_t16}
 
 
-def check_recipe(recipe: Recipe, records: int, shards: int) -> None:
-    """Refuse what would fail only hours later. Raises UserError that names the stage and the field.
-
-    `shards` is the number of equal parts, one a device, that a batch is cut into.
-    """
-    if records < 1:
-        raise UserError("the dataset has no records: build it again from shards that hold some")
+def check_recipe(recipe: Recipe, dataset: Dataset, device: Device) -> None:
+    """Refuse what would fail only hours later. Raises UserError that names the stage and the field."""
+    shards = device.shards
+    if (recipe.loss == "sigmoid") != (recipe.model.logit_bias_init is not None):
+        raise UserError("loss=sigmoid and a bias go together: set model.logit_bias_init=-10 with it, or neither")
+    if recipe.micro_batch is not None and device.mesh is not None:
+        raise UserError("micro_batch isn't for TPUs yet: unset it, and set checkpoint_activations=true to save memory")
+    check_positive(f"recipe {recipe.name}: cadence", vars(recipe.cadence))
     for stage in recipe.stages:
         where = f"recipe {recipe.name}, stage {stage.name}"
-        patch = recipe.model.image.patch_size or 16
+        sizes = ("batch_size", "samples", "image_size", "learning_rate")
+        check_positive(where, {name: getattr(stage, name) for name in sizes})
         if stage.batch_size < 2 or stage.batch_size % shards:
             raise UserError(f"{where}: batch_size {stage.batch_size} doesn't divide over {shards} devices")
-        if stage.samples < 1 or stage.samples % stage.batch_size:
+        if stage.samples % stage.batch_size:
             near = max(1, round(stage.samples / stage.batch_size)) * stage.batch_size
             raise UserError(
                 f"{where}: samples {stage.samples} is no multiple of batch_size {stage.batch_size}: set {near}"
             )
         if not 0 <= stage.warmup_samples <= stage.samples:
             raise UserError(f"{where}: warmup_samples {stage.warmup_samples} is not within 0 and {stage.samples}")
-        if stage.image_size % patch:
-            raise UserError(f"{where}: image_size {stage.image_size} is no multiple of the patch size {patch}")
-        if recipe.loss == "sigmoid" and recipe.model.logit_bias_init is None:
-            raise UserError(f"{where}: the sigmoid loss needs a bias: set model.logit_bias_init=-10")
-        if stage.context_length < 3:
-            raise UserError(f"{where}: context_length {stage.context_length} leaves no token between start and end")
-        patches = (stage.image_size // patch) ** 2
-        if stage.image_keep is not None and not (stage.image_reduction and 1 <= stage.image_keep <= patches):
-            raise UserError(
-                f"{where}: image_keep {stage.image_keep} needs an image_reduction and at most {patches} patches"
-            )
+        if (stage.image_keep is None) != (stage.image_reduction is None):
+            raise UserError(f"{where}: image_keep and image_reduction go together: set both or neither")
         share = stage.batch_size // shards
         if recipe.micro_batch is not None and (recipe.micro_batch < 1 or share % recipe.micro_batch):
             raise UserError(f"{where}: micro_batch {recipe.micro_batch} doesn't divide a device's share of {share}")
+        try:
+            check_loader(dataset, loader_config(recipe, stage), 0, stage.samples, device.world)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from error
+
+
+def check_positive(where: str, values: Mapping[str, float | None]) -> None:
+    """Raise UserError that names the first of `values` which isn't a positive number; None is no value."""
+    for name, value in values.items():
+        if value is not None and not (math.isfinite(value) and value > 0):
+            raise UserError(f"{where}: {name} is {value}: set a positive number")
 
 
 def model_at(recipe: Recipe, stage: Stage) -> ModelConfig:
@@ -255,9 +261,15 @@ def preprocess_at(recipe: Recipe, stage: Stage) -> Preprocess:
     return Preprocess(size=stage.image_size, mean=recipe.mean, std=recipe.std)
 
 
+def patch_grid(recipe: Recipe, stage: Stage) -> tuple[int, int]:
+    """Rows and columns of patches in a stage. Raises UserError for a model that can't be built."""
+    # The tower itself knows best; on the meta device it takes no memory.
+    with torch.device("meta"):
+        return CLIP(model_at(recipe, stage)).image.grid
+
+
 def loader_config(recipe: Recipe, stage: Stage) -> LoaderConfig:
     """What the loader needs to know of a stage."""
-    side = stage.image_size // (recipe.model.image.patch_size or 16)
     return LoaderConfig(
         image_size=stage.image_size,
         augmentation=stage.augmentation,
@@ -265,8 +277,9 @@ def loader_config(recipe: Recipe, stage: Stage) -> LoaderConfig:
         text_reduction=stage.text_reduction,
         image_reduction=stage.image_reduction,
         image_keep=stage.image_keep,
-        grid=(side, side),
+        grid=patch_grid(recipe, stage),
         batch_size=stage.batch_size,
         seed=recipe.seed,
         block_size=recipe.block_size,
+        max_bad=recipe.max_bad,
     )

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import cv2
 import numpy as np
 import numpy.typing as npt
 
@@ -115,7 +116,7 @@ class SampleMaker:
                     clock.lap("read")
                     image_BHWC[index] = cut(data, self.job.image_size, self.job.augmentation, draws_BN[index])
                     clock.lap("image")
-                except (ImageError, RecordError) as error:
+                except (ImageError, RecordError, cv2.error) as error:
                     bad.append((self.job.source.key(candidate), str(error)))
                     continue
                 used_B[index] = candidate
