@@ -225,7 +225,8 @@ def test_activations_computed_again_change_nothing(unbroken, pairs_dataset, tmp_
 
 def test_a_loss_that_is_no_number_stops_the_run(pairs_dataset, tmp_path):
     recipe = set_values(debug(), ["stages.0.learning_rate=1e30", "optimizer.grad_clip=1e30"])
-    with pytest.raises(UserError, match=r"(the loss became \w+|no number) before [\d,]+ samples: begin .* a lower learning rate"):
+    says = r"(the loss became \w+|no number) before [\d,]+ samples: begin .* a lower learning rate"
+    with pytest.raises(UserError, match=says):
         train(recipe, pairs_dataset, tmp_path, device_name="cpu", workers=1)
 
 
