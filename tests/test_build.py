@@ -109,6 +109,15 @@ def test_what_cannot_be_used_is_counted_by_reason_and_named(tmp_path):
     assert skipped[-1] == {"source": "00001.tar", "key": "000000012", "reason": "no image"}
 
 
+def test_a_truncated_image_with_a_whole_thumbnail_is_truncated(tmp_path):
+    image, thumbnail = picture(1, size=64), picture(2)
+    exif = b"\xff\xe1" + (len(thumbnail) + 2).to_bytes(2, "big") + thumbnail
+    image = image[:2] + exif + image[2:]
+    write_tar(tmp_path / "0.tar", [pair(0, jpg=image), pair(1, jpg=image[:-9]), pair(2, jpg=picture(2, "PNG")[:-9])])
+    summary = build_tfds(tmp_path / "0.tar", tmp_path / "out", "pairs")
+    assert (summary.records, summary.skipped) == (1, {"truncated image": 2})
+
+
 def test_images_that_tfds_cannot_decode_become_jpegs(tmp_path):
     formats = ("JPEG", "PNG", "WEBP", "GIF", "TIFF")
     write_tar(tmp_path / "0.tar", [pair(i, jpg=picture(i, name, 64)) for i, name in enumerate(formats)])
@@ -371,6 +380,32 @@ def test_another_dataset_of_the_name_is_not_overwritten(tmp_path):
     (version / "dataset_info.json").write_text(json.dumps({"name": "pairs", "splits": [{"name": "train"}]}))
     with pytest.raises(UserError, match="a dataset that clipkit didn't write"):
         build_tfds(tmp_path / "shards", tmp_path / "out", "pairs")
+
+
+# As TFDS leaves it, and as Hugging Face's save_to_disk does.
+@pytest.mark.parametrize("splits", [[{"name": "train"}], {"train": {"name": "train"}}, {}, None])
+def test_a_refused_dataset_stays_as_it_is(tmp_path, splits):
+    write_tars(tmp_path / "shards", [1])
+    version = tmp_path / "out" / "pairs" / "1.0.0"
+    version.mkdir(parents=True)
+    (version / "dataset_info.json").write_text(json.dumps({"splits": splits}))
+    (version / ".notes.txt.12").write_text("mine")
+    before = contents(version)
+    with pytest.raises(UserError, match="a dataset that clipkit didn't write"):
+        build_tfds(tmp_path / "shards", tmp_path / "out", "pairs")
+    assert contents(version) == before
+
+
+def test_what_killed_runs_left_is_removed_and_nothing_else(tmp_path):
+    write_tars(tmp_path / "shards", [1])
+    version = tmp_path / "out" / "pairs" / "1.0.0"
+    version.mkdir(parents=True)
+    for name in (".gitignore", ".snapshot", ".features.json.4711"):
+        (version / name).write_text("")
+    (version / "clipkit").mkdir()
+    (version / "clipkit" / ".index-train.npy.4711").write_text("half")
+    build_tfds(tmp_path / "shards", tmp_path / "out", "pairs")
+    assert {path.name for path in version.rglob(".*")} == {".gitignore", ".snapshot", ".lock"}
 
 
 def test_two_builds_do_not_share_a_folder(tmp_path):

@@ -54,7 +54,6 @@ ROWS: list[tuple[str, str | None, Answer, str | None]] = [
     ("/empty.jpg", "empty", Answer(b""), "empty"),
     ("/gone.jpg", "gone", Answer(b"", status=HTTPStatus.GONE), "http-4xx"),
     ("/down.jpg", "down", Answer(b"", status=HTTPStatus.SERVICE_UNAVAILABLE), "http-5xx"),
-    ("/silent.jpg", "silent", Answer(None), "timeout"),
 ]
 OTHER_URLS = [
     ("file:///etc/passwd", "a file", "bad-url"),
@@ -64,7 +63,7 @@ OTHER_URLS = [
 ]
 COUNT = len(ROWS) + len(OTHER_URLS)
 FAILED = sum(row[3] is not None for row in ROWS) + len(OTHER_URLS)
-OPTIONS = {"image_size": 32, "samples_per_shard": 6, "processes": 1, "threads": 8, "timeout": 2.0}
+OPTIONS = {"image_size": 32, "samples_per_shard": 6, "processes": 1, "threads": 8, "timeout": 60.0}
 
 
 def table(base_url: str) -> pa.Table:
@@ -118,7 +117,7 @@ def test_counts_add_up(finished: tuple[Path, Path, DownloadSummary]) -> None:
     told = json.loads((out / "clipkit" / "download.json").read_text())
     assert told["rows"] == told["downloaded"] + sum(told["failed"].values()) == COUNT
     stats = [json.loads(path.read_text()) for path in sorted(out.glob("*.json"))]
-    assert [each["count"] for each in stats] == [6, 6, 4]
+    assert [each["count"] for each in stats] == [6, 6, 3]
     assert sum(each["successes"] for each in stats) == COUNT - FAILED
 
 
@@ -194,6 +193,13 @@ def test_damaged_and_missing_shards_are_made_again(
     assert not list(out.glob(".*")) and not (out / "clipkit" / "work").exists()
 
 
+def test_a_server_that_says_nothing_is_a_timeout(tmp_path: Path) -> None:
+    with serve({"/silent.jpg": Answer(None)}) as base_url:
+        urls = write_urls(tmp_path / "u.parquet", url=[f"{base_url}/silent.jpg"], caption=["silent"])
+        summary = download(urls, tmp_path / "out", **{**OPTIONS, "timeout": 0.2})
+    assert (summary.downloaded, summary.failed) == (0, {"timeout": 1})
+
+
 def port_of(urls: Path) -> int:
     return int(pq.read_table(urls)["URL"][0].as_py().split(":")[2].split("/")[0])
 
@@ -222,6 +228,8 @@ def test_killed_download_goes_on(tmp_path: Path) -> None:
             [sys.executable, tmp_path / "killed.py", urls, out], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
         ) as process:
             while not (out / "00001_stats.json").exists():
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(0.02)
                 assert process.poll() is None
             process.send_signal(signal.SIGKILL)
             assert process.stdout is not None
@@ -229,7 +237,7 @@ def test_killed_download_goes_on(tmp_path: Path) -> None:
     assert sorted(path.name for path in out.glob("*.tar")) == ["00000.tar", "00001.tar"]
     first = (out / "00000.tar").stat().st_mtime_ns
     with serve(good, port):
-        summary = download(urls, out, image_size=32, samples_per_shard=2, processes=1, threads=2)
+        summary = download(urls, out, image_size=32, samples_per_shard=2, processes=1, threads=2, timeout=60)
     assert (summary.rows, summary.downloaded, summary.failed, summary.shards) == (6, 6, {}, 3)
     assert (out / "00000.tar").stat().st_mtime_ns == first
     assert [sample["txt"].decode() for sample in members(out).values()] == [f"caption, {number}" for number in range(6)]
@@ -253,7 +261,7 @@ output = fetch.Output("URL", "TEXT", (), 32, "keep_ratio", True, 95, 0, 4, 5)
 shard = fetch.Shard(0, sys.argv[1], 0, 4)
 out = Path(sys.argv[2])
 try:
-    fetch.fetch_shard(shard, out=out, work=out / "work", output=output, threads=2, timeout=5, retries=0)
+    fetch.fetch_shard(shard, out=out, work=out / "work", output=output, threads=2, timeout=60, retries=0)
 except UserError as error:
     print(error)
 """
@@ -267,7 +275,9 @@ def test_full_disk_is_one_line(tmp_path: Path) -> None:
         command = [sys.executable, tmp_path / "full.py", tmp_path / "urls.parquet", tmp_path / "out"]
         run = subprocess.run(command, capture_output=True, text=True)
     assert f"the disk is full while writing {tmp_path / 'out'}: free some space" in run.stdout
+    assert "Traceback" not in run.stderr
     assert not list((tmp_path / "out").glob("*.*"))
+    assert not list((tmp_path / "out" / "work").iterdir())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -320,6 +330,34 @@ def test_tables_that_cannot_be_read(tmp_path: Path, name: str, content: bytes | 
         (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=message):
         download(tmp_path / name, tmp_path / "out")
+
+
+def damaged_parquet(path: Path) -> Path:
+    """A table whose metadata is whole and whose first page can't be unpacked."""
+    pq.write_table(pa.table({"url": ["http://127.0.0.1:1/a.jpg"] * 50, "caption": ["a"] * 50}), path)
+    content = bytearray(path.read_bytes())
+    content[30:60] = bytes(30)
+    path.write_bytes(content)
+    return path
+
+
+def test_tables_that_are_damaged_further_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = damaged_parquet(tmp_path / "page.parquet")
+    with pytest.raises(UserError, match=r"page\.parquet can't be read as parquet") as caught:
+        url_table.read_rows(path, 0, 50, ["url", "caption"])
+    assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match=r"gone\.parquet can't be read as parquet"):
+        url_table.read_rows(tmp_path / "gone.parquet", 0, 1, ["url"])
+    monkeypatch.setattr(url_table, "TEXT_BLOCK_BYTES", 1 << 16)
+    noise = np.random.default_rng(0).integers(0, 10**12, 200_000).tolist()
+    content = bytearray(gzip.compress("\n".join(["url,caption", *(f"u,{n}" for n in noise)]).encode()))
+    content[-200_000:-100_000] = bytes(100_000)
+    (tmp_path / "late.csv.gz").write_bytes(content)
+    url_table.read_schema(tmp_path / "late.csv.gz")  # the damage lies beyond what this reads
+    with pytest.raises(UserError, match=r"late\.csv\.gz can't be read as csv\.gz") as caught:
+        url_table.count_rows(tmp_path / "late.csv.gz", tmp_path / "copy.parquet", ("url", "caption"))
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.glob("*copy*"))
 
 
 def test_empty_tables_and_folders(tmp_path: Path) -> None:
@@ -499,7 +537,8 @@ def test_jpeg_oddities() -> None:
     with_thumbnail = JPEG[:2] + exif + JPEG[2:]
     assert not is_truncated(with_thumbnail)
     assert is_truncated(with_thumbnail[: len(exif) + 600])  # the thumbnail's end marker is whole, the image isn't
-    assert not is_truncated(JPEG + bytes(100))  # padding behind the end
+    assert not is_truncated(JPEG + bytes(100)) and not is_truncated(encoded("PNG") + bytes(100))  # padding behind
+    assert not is_truncated(with_thumbnail + b"a camera's own data")
     assert not is_truncated(encoded("JPEG", progressive=True, restart_marker_blocks=1))
     assert not is_truncated(b"GIF89a") and not is_truncated(b"\xff\xd8 text")
 
