@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from clipkit.model import CLIP, ModelConfig
 
 FORMAT = 1
+TOKENIZER = "clip-bpe"
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def describe(model: "ModelConfig", preprocess: "Preprocess", recipe: Any) -> dic
         "clipkit": __version__,
         "model": to_json(model),
         "preprocess": to_json(preprocess),
-        "tokenizer": "clip-bpe",
+        "tokenizer": TOKENIZER,
         "recipe": to_json(recipe),
     }
 
@@ -116,6 +117,8 @@ def load(path: Path, *, with_optimizer: bool = False) -> Checkpoint:
     config, state = read_json(folder / "config.json"), read_json(folder / "state.json")
     if config.get("format", 0) > FORMAT:
         raise UserError(f"checkpoint {folder} has format {config['format']}, newer than this clipkit: update clipkit")
+    if config.get("tokenizer") != TOKENIZER:
+        raise UserError(f"checkpoint {folder} wants the tokenizer {config.get('tokenizer')!r}: update clipkit")
     optimizer = read_tensors(folder / "optimizer.safetensors") if with_optimizer else {}
     return Checkpoint(folder, config, state, read_tensors(folder / "model.safetensors"), optimizer)
 

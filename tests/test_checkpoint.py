@@ -111,6 +111,12 @@ def test_a_checkpoint_of_a_newer_format_is_refused(tmp_path):
         checkpoint.load(path)
 
 
+def test_another_tokenizer_is_refused(tmp_path):
+    path = saved(tmp_path, config=CONFIG | {"tokenizer": "wordpiece"})
+    with pytest.raises(UserError, match="wants the tokenizer 'wordpiece'"):
+        checkpoint.load(path)
+
+
 def test_weights_of_another_architecture_are_named(tmp_path):
     path = saved(tmp_path)
     config = json.loads((path / "config.json").read_text())
