@@ -81,16 +81,18 @@ def fetch_shard(
     name = f"{shard.number:0{output.shard_digits}d}"
     folder = work / f"{name}.{os.getpid()}"
     remove(folder)
-    with disk_errors(out):
-        folder.mkdir(parents=True)
-        rows_file = folder / "rows.feather"
-        rows = rows_for_img2dataset(shard, output)
-        with pa.ipc.new_file(rows_file, rows.schema) as writer:
-            writer.write_table(rows)
-        download = downloader(folder, rows.column_names, output, threads, timeout, retries)
-        download.download_shard((shard.number, str(rows_file)))
-        publish(shard_files(folder, name), shard_files(out, name), shard, rows, started)
-    remove(folder)
+    try:
+        with disk_errors(out):
+            folder.mkdir(parents=True)
+            rows_file = folder / "rows.feather"
+            rows = rows_for_img2dataset(shard, output)
+            with pa.ipc.new_file(rows_file, rows.schema) as writer:
+                writer.write_table(rows)
+            download = downloader(folder, rows.column_names, output, threads, timeout, retries)
+            download.download_shard((shard.number, str(rows_file)))
+            publish(shard_files(folder, name), shard_files(out, name), shard, rows, started)
+    finally:
+        remove(folder)
 
 
 def rows_for_img2dataset(shard: Shard, output: Output) -> pa.Table:
@@ -245,7 +247,7 @@ def import_img2dataset() -> Parts:
             return super().__call__(img_stream, blurring_bbox_list)
 
     class StrictWriter(WebDatasetSampleWriter):
-        """Keeps the first error, such as a full disk: img2dataset prints those of single samples and goes on."""
+        """Keeps the first error, such as a full disk, for the end: img2dataset prints a trace for each and goes on."""
 
         error: Exception | None = None
 
@@ -254,11 +256,11 @@ def import_img2dataset() -> Parts:
             self.tarwriter.mtime = 0  # the time of download is no part of the data
 
         def write(self, *arguments: Any) -> None:
-            try:
-                super().write(*arguments)
-            except Exception as error:
-                self.error = self.error or error
-                raise
+            if self.error is None:
+                try:
+                    super().write(*arguments)
+                except Exception as error:
+                    self.error = error
 
         def close(self) -> None:
             super().close()

@@ -99,7 +99,7 @@ def count_rows(path: Path, copy: Path, text_columns: Sequence[str]) -> int:
     suffix = table_suffix(path)
     try:
         return pq.read_metadata(path).num_rows if suffix == ".parquet" else copy_text(path, copy, text_columns)
-    except (pa.ArrowException, EOFError) as error:
+    except (pa.ArrowException, OSError, EOFError) as error:
         raise unreadable(path, suffix, error) from error
 
 
@@ -151,7 +151,17 @@ def fingerprint(path: Path) -> str:
 
 
 def read_rows(path: Path, start: int, count: int, columns: list[str]) -> pa.Table:
-    """Rows `start` to `start + count` of a parquet file, reading the row groups that hold them alone."""
+    """Rows `start` to `start + count` of a parquet file, reading the row groups that hold them alone.
+
+    Raises UserError when the file is gone or damaged.
+    """
+    try:
+        return _read_rows(path, start, count, columns)
+    except (pa.ArrowException, OSError, EOFError) as error:
+        raise unreadable(path, ".parquet", error) from error
+
+
+def _read_rows(path: Path, start: int, count: int, columns: list[str]) -> pa.Table:
     with pq.ParquetFile(path) as file:
         first = passed = 0
         groups: list[int] = []
