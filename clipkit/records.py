@@ -12,7 +12,6 @@ a pool of their own, so that TensorFlow, which registers the same names in the d
 import os
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from mmap import mmap
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -110,14 +109,6 @@ def read_records(path: Path, check: bool = True) -> Iterator[bytes]:
                 raise RecordError(path, offset, "the file ends inside a record")
             yield _checked(framed[:length], framed[length:], offset, path) if check else framed[:length]
             offset += HEADER_BYTES + length + FOOTER_BYTES
-
-
-def read_record(buffer: bytes | mmap, offset: int, path: Path | str) -> bytes:
-    """The record at byte `offset` of a file's contents, CRC checked. `path` is for the RecordError alone."""
-    length = _record_length(buffer[offset : offset + HEADER_BYTES], offset, len(buffer), path)
-    start = offset + HEADER_BYTES
-    end = start + length
-    return _checked(buffer[start:end], buffer[end : end + FOOTER_BYTES], offset, path)
 
 
 def unframe(framed: bytes, offset: int, path: Path | str) -> bytes:

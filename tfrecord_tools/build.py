@@ -34,6 +34,7 @@ from clipkit.tfrecord_tools.read_shards import find_shards
 from clipkit.tfrecord_tools.schema import EMPTY_LIST, LIST, unify
 
 SHARD_MEGABYTES = 256
+WRITTEN_BESIDE = re.compile(r"\..+\.\d+")  # the temporary names of `write_beside`
 IMAGE_COLUMN, CAPTION_COLUMN = "jpg", "txt"
 
 
@@ -63,19 +64,19 @@ def build_tfds(
     sizes = [source.stat().st_size for source in sources]
     work = folder / CLIPKIT_FOLDER / f"build-{split}"
     with lock(folder / CLIPKIT_FOLDER):
-        work.mkdir(exist_ok=True)
-        _clear_leftovers(folder, folder / CLIPKIT_FOLDER, work)
         splits = read_manifest(folder)
         whole = _whole_splits(folder)
         splits = {part: manifest for part, manifest in splits.items() if part in whole}
         if whole - set(splits):
-            raise UserError(f"{folder} holds a dataset that clipkit didn't write: choose another output or --name")
+            raise _foreign(folder)
+        wanted = [(source.name, size) for source, size in zip(sources, sizes, strict=True)]
+        if split in splits and _sources_of(splits[split]) != wanted:
+            raise UserError(
+                f"{folder} already holds a split {split!r} made from other shards: "
+                "remove it, or choose another output or --name"
+            )
+        _clear_leftovers(folder, folder / CLIPKIT_FOLDER, work)
         if split in splits:
-            if _sources_of(splits[split]) != [(s.name, size) for s, size in zip(sources, sizes, strict=True)]:
-                raise UserError(
-                    f"{folder} already holds a split {split!r} made from other shards: "
-                    "remove it, or choose another output or --name"
-                )
             open_dataset(folder, split)  # says so when a shard is missing
             remove(work)
             return summarise(folder, name, split, splits[split], built=False)
@@ -107,16 +108,30 @@ def _check_names(name: str, split: str) -> None:
 
 
 def _clear_leftovers(*folders: Path) -> None:
-    """Remove what killed runs were writing beside."""
+    """Remove what killed runs were writing beside, and no other hidden file."""
     for folder in folders:
         for leftover in folder.glob(".*"):
-            if leftover.name != ".lock":
+            if WRITTEN_BESIDE.fullmatch(leftover.name):
                 remove(leftover)
 
 
 def _whole_splits(folder: Path) -> set[str]:
+    """The splits that `dataset_info.json` names. Raises UserError when another program wrote it.
+
+    Hugging Face's `save_to_disk` writes a file of this name too, with splits of another form or none.
+    """
     path = folder / "dataset_info.json"
-    return {str(part.get("name")) for part in read_json(path).get("splits", [])} if path.exists() else set()
+    if not path.exists():
+        return set()
+    info = read_json(path)
+    splits = info.get("splits") if isinstance(info, dict) else None
+    if not isinstance(splits, list) or not all(isinstance(part, dict) for part in splits):
+        raise _foreign(folder)
+    return {str(part.get("name")) for part in splits}
+
+
+def _foreign(folder: Path) -> UserError:
+    return UserError(f"{folder} holds a dataset that clipkit didn't write: choose another output or --name")
 
 
 def _sources_of(manifest: SplitManifest) -> list[tuple[str, int]]:

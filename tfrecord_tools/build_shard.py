@@ -24,9 +24,9 @@ from clipkit.tfrecord_tools.sample import (
     Sample,
     caption_problem,
     image_format,
-    is_cut_off,
 )
 from clipkit.tfrecord_tools.schema import KindWidenedError, fit
+from clipkit.tfrecord_tools.truncation import is_truncated
 
 # TensorFlow's decode_image gives four dimensions for WebP and GIF and knows no TIFF or AVIF, so TFDS's Image feature
 # fails on them.
@@ -145,7 +145,7 @@ def _take(sample: Sample) -> tuple[bytes, str, str | None]:
     kind = image_format(image)
     if kind is None:
         return b"", "", NOT_AN_IMAGE
-    if is_cut_off(image, kind):
+    if is_truncated(image):
         return b"", "", TRUNCATED_IMAGE
     if kind not in _TFDS_FORMATS:
         try:

@@ -93,7 +93,10 @@ def read_members(path: Path) -> Iterator[tuple[str, bytes]]:
                 if kind == b"L":
                     name = data.rstrip(b"\0").decode("utf-8", "replace")
                 else:
-                    name, size = _pax(data, name, size)
+                    try:
+                        name, size = _pax(data, name, size)
+                    except ValueError:
+                        raise _damaged(path, offset, "a pax header isn't well formed") from None
             else:
                 stored = stored if size is None else size
                 data = _contents(file, stored, offset, path)
@@ -140,15 +143,19 @@ def _name(header: bytes) -> str:
 
 
 def _pax(data: bytes, name: str | None, size: int | None) -> tuple[str | None, int | None]:
-    """The path and size that a pax header sets; its records are "LENGTH KEY=VALUE\\n"."""
+    """The path and size that a pax header sets; its records are "LENGTH KEY=VALUE\\n". ValueError when they aren't."""
     while b" path=" in data or b" size=" in data:
         length, _, rest = data.partition(b" ")
         end = int(length) - len(length) - 1
+        if end < 1 or rest[end - 1 : end] != b"\n":
+            raise ValueError(f"a record of {end} bytes")
         keyword, _, value = rest[:end].rstrip(b"\n").partition(b"=")
         if keyword == b"path":
             name = value.decode("utf-8", "replace")
         elif keyword == b"size":
             size = int(value)
+            if size < 0:
+                raise ValueError(f"a size of {size}")
         data = rest[end:]
     return name, size
 

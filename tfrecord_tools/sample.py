@@ -48,10 +48,3 @@ def image_format(data: bytes) -> str | None:
     if data[4:8] == b"ftyp" and data[8:12] in (b"avif", b"avis"):
         return "avif"
     return None
-
-
-def is_cut_off(data: bytes, kind: str) -> bool:
-    """Whether a JPEG or PNG lacks its end. Decoders fill the rest with grey or fail, TensorFlow's fails."""
-    if kind == "jpeg":
-        return data.rfind(b"\xff\xd9") < 0
-    return kind == "png" and data.rfind(b"IEND") < 0
