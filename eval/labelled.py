@@ -51,11 +51,11 @@ def open_labelled(data: Path, *, label: str = "label", split: str | None = None)
         raise UserError(
             f"data {data} doesn't exist: give a TFDS directory, a folder of class folders, or a parquet file"
         )
-    if (data / "dataset_info.json").exists() or any(data.glob("*/dataset_info.json")):
-        return from_tfds(data, label, split)
-    if any(data.glob("*/*/dataset_info.json")):
-        return from_tfds(data, label, split)
-    return from_folder(data, split)
+    splits = tfds_splits(data)
+    if splits is None:
+        return from_folder(data, split)
+    first = splits[0] if splits else "train"
+    return from_tfds(data, label, split or next((each for each in EVALUATION_SPLITS if each in splits), first))
 
 
 def enumerate_labels(values: Sequence[Any]) -> tuple[NDArray[np.int64], tuple[str, ...], bool]:
@@ -88,15 +88,16 @@ def from_parquet(path: Path, label: str) -> LabelledImages:
 
     try:
         file = pq.ParquetFile(path)
-    except pa.ArrowInvalid as error:
-        raise UserError(
-            f"{path} isn't a parquet file: give one, a TFDS directory, or a folder of class folders"
-        ) from error
+    except (pa.ArrowException, OSError, EOFError) as error:
+        raise unreadable(path, error) from error
     schema = file.schema_arrow
     if label not in schema.names:
         raise UserError(f"{path} has no column {label!r}: {nearest(label, schema.names)} (option --label)")
     image = image_column(path, schema)
-    values = file.read(columns=[label])[label].to_pylist()
+    try:
+        values = file.read(columns=[label])[label].to_pylist()
+    except (pa.ArrowException, OSError, EOFError) as error:
+        raise unreadable(path, error) from error
     if not values:
         raise UserError(f"{path} has no rows: nothing to classify")
     if None in values:
@@ -104,12 +105,24 @@ def from_parquet(path: Path, label: str) -> LabelledImages:
     labels_N, names, named = enumerate_labels(values)
 
     def read() -> Iterator[bytes]:
-        for batch in file.iter_batches(batch_size=256, columns=[image]):
-            for cell in batch.column(0).to_pylist():
-                yield (cell.get("bytes") if isinstance(cell, dict) else cell) or b""
+        try:
+            for batch in file.iter_batches(batch_size=256, columns=[image]):
+                for cell in batch.column(0).to_pylist():
+                    yield (cell.get("bytes") if isinstance(cell, dict) else cell) or b""
+        except (pa.ArrowException, OSError, EOFError) as error:
+            raise unreadable(path, error) from error
 
     keys = [str(row) for row in range(len(values))]
     return LabelledImages(path, with_label(path.stem, label), keys, labels_N, names, named, read)
+
+
+def unreadable(path: Path, error: Exception) -> UserError:
+    """The one line for a file that the parquet reader refuses."""
+    reason = str(error).partition("\n")[0]
+    return UserError(
+        f"{path} isn't a parquet file that can be read ({reason}): get it again if it is damaged, "
+        "or give a TFDS directory or a folder of class folders"
+    )
 
 
 def image_column(path: Path, schema: Any) -> str:
@@ -137,9 +150,13 @@ def with_label(name: str, label: str) -> str:
 
 
 def from_folder(path: Path, split: str | None) -> LabelledImages:
-    """A folder for each class, images of any depth inside; or such a set in a folder for each split."""
+    """A folder for each class, images of any depth inside; or such a set in a folder for each split.
+
+    A class may be called `test`: folders are splits when all of them have a split's name.
+    """
     root, name = path, path.name
-    splits = [each for each in EVALUATION_SPLITS if (path / each).is_dir()]
+    folders = {each.name for each in path.iterdir() if each.is_dir() and not each.name.startswith(".")}
+    splits = [each for each in EVALUATION_SPLITS if each in folders] if folders <= set(EVALUATION_SPLITS) else []
     if split is not None and not (path / split).is_dir():
         raise UserError(
             f"{path} has no split {split!r}: it has {', '.join(splits) or 'no split folders'} (option --split)"
@@ -159,11 +176,11 @@ def from_folder(path: Path, split: str | None) -> LabelledImages:
     return LabelledImages(path, name, keys, labels_N, names, named, lambda: (file.read_bytes() for file in files))
 
 
-def from_tfds(path: Path, label: str, split: str | None) -> LabelledImages:
+def from_tfds(path: Path, label: str, split: str) -> LabelledImages:
     """A TFDS directory: the image is `image` or `jpg`, the label a ClassLabel, a number or a text."""
     from clipkit.dataset import open_dataset
 
-    dataset = open_dataset(path, split=split or default_split(path))
+    dataset = open_dataset(path, split=split)
     if not dataset.num_records:
         raise UserError(f"{dataset.path} split {dataset.split} has no records: choose another with --split")
     columns = list(dataset.features)
@@ -198,10 +215,15 @@ def from_tfds(path: Path, label: str, split: str | None) -> LabelledImages:
     return LabelledImages(path, name, keys, labels_N, names, named, read)
 
 
-def default_split(path: Path) -> str:
-    """The split to evaluate on when none is asked for."""
-    infos = sorted(
-        [*path.glob("dataset_info.json"), *path.glob("*/dataset_info.json"), *path.glob("*/*/dataset_info.json")]
-    )
-    names = [entry.get("name", "") for entry in read_json(infos[0]).get("splits", [])]
-    return next((split for split in EVALUATION_SPLITS if split in names), names[0] if names else "train")
+def tfds_splits(path: Path) -> list[str] | None:
+    """The splits of the TFDS dataset at `path` or up to two folders below, or None when there is no such dataset.
+
+    Hugging Face's `save_to_disk` writes a `dataset_info.json` too, whose splits are an object, null or absent.
+    """
+    for depth in ("", "*/", "*/*/"):
+        for file in sorted(path.glob(f"{depth}dataset_info.json")):
+            info = read_json(file)
+            splits = info.get("splits") if isinstance(info, dict) else None
+            if isinstance(splits, list) and all(isinstance(entry, dict) for entry in splits):
+                return [str(entry.get("name", "")) for entry in splits]
+    return None

@@ -11,7 +11,7 @@ import numpy as np
 
 from clipkit.errors import UserError
 from clipkit.eval import predictions, report_data, results
-from clipkit.eval.report_charts import Band, Line, histogram, interval_strip, line_chart, share, short
+from clipkit.eval.report_charts import Band, Line, histogram, interval_strip, line_chart, share, short, size
 from clipkit.eval.report_data import DataFacts, StageCost
 from clipkit.eval.results import METRICS, Result, percent, verdict
 from clipkit.files import require_dir, write_beside
@@ -47,7 +47,8 @@ def report(run: Path) -> Path:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("clipkit.eval", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"percent": percent, "short": short, "share": share, "duration": duration, "count": count}
+    environment.filters |= {"percent": percent, "short": short, "size": size, "share": share}
+    environment.filters |= {"duration": duration, "count": count}
     page = environment.get_template("report.html.j2").render(**contents(run))
     path = run / "report.html"
     with write_beside(path) as temporary:
@@ -196,7 +197,7 @@ def walls(run: Path) -> list[dict[str, Any]]:
                 "right": [tile(row) for row in more],
                 "blind_right": sum(row["correct"] for row in blind),
                 "n": len(readable),
-                "classes": len({row["label"] for row in every}),
+                "classes": about.get("classes") or len({row["label"] for row in every}),
                 "confused": confused(readable),
                 "problems": [row for row in every if row["problem"]][:5],
                 "unreadable": sum(bool(row["problem"]) for row in every),

@@ -51,6 +51,14 @@ def short(value: float) -> str:
     return f"{value:.3g}"
 
 
+def size(count: float) -> str:
+    """A number of bytes: 950 B, 12.8 kB, 3.2 GB."""
+    for limit, unit in ((1e15, "PB"), (1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if count >= limit * 0.9995:
+            return f"{count / limit:.3g} {unit}"
+    return f"{count:.3g} B"
+
+
 def share(value: float) -> str:
     """A share as a percentage."""
     return f"{value * 100:.3g}%"

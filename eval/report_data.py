@@ -192,11 +192,11 @@ def data_facts(path: Path, split: str) -> DataFacts:
 
     dataset = open_dataset(path, split=split)
     total = dataset.num_records
-    chosen = np.sort(np.random.default_rng(SEED).permutation(total)[:SAMPLE])
+    chosen = sample_places(total)
     column = next((name for name in ("txt", "caption", "text") if name in dataset.features), None)
     captions: list[str] = []
     sides: list[int] = []
-    for number, index in enumerate(chosen.tolist()):
+    for number, index in enumerate(chosen):
         example = dataset.example(index)
         if column:
             captions.append(example[column] or "")
@@ -221,6 +221,13 @@ def data_facts(path: Path, split: str) -> DataFacts:
         skipped=manifest.skipped if manifest else {},
         downloads=downloads(dataset.path, sources),
     )
+
+
+def sample_places(total: int) -> list[int]:
+    """Up to SAMPLE of the places 0..total-1 in order, drawn at random; memory doesn't grow with `total`."""
+    rng = np.random.default_rng(SEED)
+    chosen: list[int] = np.sort(rng.choice(total, min(SAMPLE, total), replace=False, shuffle=False)).tolist()
+    return chosen
 
 
 def shorter_side(example: Mapping[str, Any], look: bool) -> int | None:

@@ -1,14 +1,16 @@
 """The numbers of a run, a JSON line each, that say what made them: so two can be told to be comparable, or not."""
 
+import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clipkit.files import read_json_lines, write_beside
+from clipkit.files import disk_errors, read_json_lines, write_beside
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -64,13 +66,27 @@ def read(run: Path) -> list[Result]:
 
 
 def write(run: Path, results: Iterable[Result]) -> Path:
-    """Add results to `results.jsonl`, whole at all times; a repeated measurement replaces its older line."""
-    lines = {result.identity: result for result in [*read(run), *results]}
+    """Add results to `results.jsonl`, whole at all times; a repeated measurement replaces its older line.
+
+    Several processes may write into one run: each waits for its turn.
+    """
     path = run / "results.jsonl"
-    with write_beside(path) as temporary:
+    with turn(run), write_beside(path) as temporary:
+        lines = {result.identity: result for result in [*read(run), *results]}
         text = "".join(json.dumps(dataclasses.asdict(result), ensure_ascii=False) + "\n" for result in lines.values())
         temporary.write_text(text, encoding="utf-8")
     return path
+
+
+@contextlib.contextmanager
+def turn(run: Path) -> Iterator[None]:
+    """Wait until no other process writes the run's results; the kernel lets go when we die."""
+    with disk_errors(run):
+        run.mkdir(parents=True, exist_ok=True)
+        file = (run / ".results.lock").open("a")
+    with file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def verdict(result: Result) -> str:

@@ -19,6 +19,7 @@ from clipkit.eval.classifier import class_embeddings, pad_rows
 from clipkit.eval.metrics import Measure, largest_class, measure
 from clipkit.eval.results import Result
 from clipkit.eval.task import Task, hashes, open_task
+from clipkit.files import require_writable
 from clipkit.images import Preprocess, normalise
 from clipkit.log import Progress
 from clipkit.tokenizer import Tokenizer
@@ -134,6 +135,8 @@ def zeroshot(
     )
     loaded = checkpoints.load(checkpoint)
     run = out or run_of(loaded.path)
+    if run is not None:
+        require_writable(run)
     where = pick(device)
     model = checkpoints.build_model(loaded).to(where.torch_device)
     thumbnails = predictions.Thumbnails(len(task.images))
@@ -173,12 +176,13 @@ def zeroshot(
     if run is None:
         say(f"{loaded.path} lies in no run: the numbers aren't written anywhere; give --out to keep them")
         return found
+    results.write(run, found)  # before the guesses, which may find no room
+    about = {"task": task.name, "samples_seen": loaded.samples_seen, "classes": len(task.classes)}
     predictions.write(
         run / f"predictions-{file_name(task.name)}.parquet",
         predictions.rows(task, guesses, thumbnails.images),
-        about={"task": task.name, "samples_seen": loaded.samples_seen, "templates": task.templates.name},
+        about={**about, "templates": task.templates.name},
     )
-    results.write(run, found)
     return found
 
 

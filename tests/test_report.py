@@ -21,7 +21,7 @@ from clipkit.config import to_json
 from clipkit.errors import UserError
 from clipkit.eval import predictions, report_charts, report_data, results
 from clipkit.eval.metrics import wilson
-from clipkit.eval.report import report
+from clipkit.eval.report import report, walls
 from clipkit.eval.results import Result
 from clipkit.model_config import ImageConfig, ModelConfig, TextConfig
 
@@ -301,6 +301,27 @@ def test_ticks_are_round_and_inside(low: float, high: float, expected: list[floa
 def test_short_numbers() -> None:
     shown = [report_charts.short(value) for value in (0, 0.0002, 0.5, 12, 999.9, 12_800, 3.2e6, 1.28e10, 999_999)]
     assert shown == ["0", "2e-4", "0.5", "12", "1k", "12.8k", "3.2M", "12.8B", "1M"]
+
+
+def test_sizes_of_data() -> None:
+    shown = [report_charts.size(value) for value in (0, 34_567 / 4, 950, 3.2e6, 3.2e9, 999_999_999, 1.5e12, 2e15)]
+    assert shown == ["0 B", "8.64 kB", "950 B", "3.2 MB", "3.2 GB", "1 GB", "1.5 TB", "2 PB"]
+
+
+def test_a_sample_of_a_great_many_records_takes_no_room_for_each() -> None:
+    places = report_data.sample_places(10**13)
+    assert len(places) == report_data.SAMPLE
+    assert places == sorted(set(places)) == report_data.sample_places(10**13)
+    assert (report_data.sample_places(4), report_data.sample_places(0)) == ([0, 1, 2, 3], [])
+
+
+def test_the_wall_counts_the_classes_of_the_task(tmp_path: Path) -> None:
+    """Not those that occur: of many classes a small data set has a few."""
+    row = {"key": "0", "label": "a", "correct": False, "guesses": ["b"], "image": None, "probabilities": [0.4]}
+    for name, about in (("new", {"classes": 1000}), ("old", {})):
+        (tmp_path / name).mkdir()
+        predictions.write(tmp_path / name / "predictions-x.parquet", [row | {"problem": None}], {"task": "x"} | about)
+    assert [walls(tmp_path / name)[0]["classes"] for name in ("new", "old")] == [1000, 1]
 
 
 def test_metrics_of_one_moment_are_one_point(tmp_path: Path) -> None:

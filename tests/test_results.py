@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -69,7 +70,15 @@ def test_a_failed_write_keeps_the_old_file(tmp_path: Path) -> None:
     with pytest.raises(TypeError):
         results.write(tmp_path, [result(0.6, data=object())])
     assert [each.value for each in results.read(tmp_path)] == [0.5]
-    assert [path.name for path in tmp_path.iterdir()] == ["results.jsonl"]
+    assert {path.name for path in tmp_path.iterdir()} == {"results.jsonl", ".results.lock"}
+
+
+def test_two_writers_lose_nothing(tmp_path: Path) -> None:
+    """Each opens the lock for itself, so threads stand for processes."""
+    tasks = [f"task {number}" for number in range(16)]
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda task: results.write(tmp_path, [result(task=task)]), tasks))
+    assert {each.task for each in results.read(tmp_path)} == set(tasks)
 
 
 @pytest.mark.parametrize(

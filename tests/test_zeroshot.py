@@ -225,6 +225,14 @@ def test_names_of_tasks_say_which_split_and_label(emoji: Path, tmp_path: Path) -
     assert open_labelled(tmp_path / "net").name == "net-val"
 
 
+def test_classes_may_be_called_as_splits_are(tmp_path: Path) -> None:
+    for name in ("exam", "test", "train"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.png").write_bytes(png())
+    images = open_labelled(tmp_path)
+    assert (images.name, images.label_names) == (tmp_path.name, ("exam", "test", "train"))
+
+
 def test_wnids_get_imagenets_names(tmp_path: Path) -> None:
     for wnid in ("n01443537", "n01440764"):
         (tmp_path / wnid).mkdir()
@@ -318,7 +326,7 @@ def test_numbers_and_guesses_are_written_into_the_run(
     assert found[0].samples_seen == 64
     assert found[0].chance == pytest.approx(1 / found[0].classes)
     rows, about = predictions.read(run / "predictions-emoji.parquet")
-    assert about["task"] == "emoji"
+    assert (about["task"], about["classes"]) == ("emoji", found[0].classes)
     assert len(rows) == PAIRS
     assert np.mean([row["correct"] for row in rows]) == pytest.approx(found[0].value)
     assert all(row["correct"] == (row["guesses"][0] == row["label"]) for row in rows)
@@ -341,6 +349,27 @@ def test_outside_of_a_run_nothing_is_written(
     assert not (tmp_path / "results.jsonl").exists()
     zeroshot(alone, emoji, templates="plain", device="cpu", out=tmp_path / "kept")
     assert results.read(tmp_path / "kept")[0].checkpoint == str(alone)
+
+
+def test_an_unwritable_run_is_found_out_before_the_work(
+    run: Path, emoji: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("clipkit.eval.zeroshot.classify", None)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"can't write .*file: a file stands where a folder is needed"):
+        zeroshot(run, emoji, templates="plain", device="cpu", out=tmp_path / "file")
+
+
+def test_numbers_are_kept_where_the_guesses_find_no_room(
+    run: Path, emoji: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise UserError("the disk is full")
+
+    monkeypatch.setattr(predictions, "write", full)
+    with pytest.raises(UserError, match="the disk is full"):
+        zeroshot(run, emoji, templates="plain", device="cpu")
+    assert len(results.read(run)) == 3
 
 
 def test_an_image_that_is_none_is_told_and_left_out(
@@ -425,6 +454,30 @@ def test_data_that_is_none_of_the_three(tmp_path: Path, emoji: Path) -> None:
         open_task(as_tfds(emoji, tmp_path / "tfds", class_label=True), split="train")
     with pytest.raises(UserError, match="has no feature 'lable': did you mean label"):
         open_task(tmp_path / "tfds", label="lable")
+
+
+@pytest.mark.parametrize("column", ["image", "label"])
+def test_a_damaged_page_gets_one_line(tmp_path: Path, column: str) -> None:
+    path = write_parquet(tmp_path / "d.parquet", image=[png()] * 20, label=["a", "b"] * 10)
+    place = pq.read_metadata(path).row_group(0).column(["image", "label"].index(column)).dictionary_page_offset
+    content = bytearray(path.read_bytes())
+    content[place : place + 20] = bytes(20)
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"d\.parquet isn't a parquet file that can be read") as caught:
+        list(open_labelled(path).read())
+    assert "\n" not in str(caught.value)
+
+
+# What Hugging Face's save_to_disk writes, which has a dataset_info.json too.
+@pytest.mark.parametrize("info", [{"splits": {"test": {"name": "test"}}}, {"splits": None}, {"features": {}}, []])
+@pytest.mark.parametrize("folder", ["", "test"])
+def test_a_hugging_face_folder_is_no_tfds_dataset(tmp_path: Path, info: object, folder: str) -> None:
+    (tmp_path / folder).mkdir(exist_ok=True)
+    (tmp_path / folder / "dataset_info.json").write_text(json.dumps(info), encoding="utf-8")
+    (tmp_path / folder / "data-00000-of-00001.arrow").write_bytes(b"")
+    with pytest.raises(UserError, match="holds no class folders with images") as caught:
+        open_task(tmp_path)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
