@@ -119,7 +119,7 @@ def main() -> None:
     draw_image(image_axes[1], small_HWC, side // 2, np.arange(KEEP), 48, "resize", "48 px")
     notes = {"random": "any 36 patches", "grid": "one patch of each 2 × 2", "block": "one rectangle"}
     for ax, (method, note) in zip(image_axes[2:], notes.items(), strict=True):
-        kept = image_keep_indices(method, (side, side), KEEP, KEYS)[0]  # type: ignore[arg-type]
+        kept = image_keep_indices(method, (side, side), KEEP, KEYS)[0]
         draw_image(ax, image_HWC, side, kept, 96, method, note)
 
     methods: list[tuple[TextMethod, str]] = [

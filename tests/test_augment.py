@@ -113,7 +113,7 @@ def test_jitter_equals_torchvision(name: str, sign: float) -> None:
     image = mid_tones()
     draws = np.full((1, 16), 0.5)
     draws[0, 1:5] = sign
-    augmentation = Augmentation(**{name: 0.3})  # type: ignore[arg-type]
+    augmentation = Augmentation(**{name: 0.3})
     matrix = colour_matrices(augmentation, draws, image.reshape(1, -1, 3).mean(1))[0]
     adjust = getattr(functional, f"adjust_{name}")
     expected = np.asarray(adjust(Image.fromarray(image), 1 + 0.3 * (2 * sign - 1)))
@@ -207,7 +207,7 @@ def test_erase_paints_one_rectangle() -> None:
 )
 def test_values_that_mean_nothing_are_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(UserError, match=next(iter(wrong))):
-        Augmentation(**wrong).check()  # type: ignore[arg-type]
+        Augmentation(**wrong).check()
 
 
 def test_jpeg_and_png_of_the_same_pixels_look_alike() -> None:

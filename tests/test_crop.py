@@ -34,7 +34,7 @@ def test_crop_box_distribution_equals_torchvision() -> None:
     torch.manual_seed(0)
     area, ratio = (0.4, 1.0), (3 / 4, 4 / 3)
     image = torch.empty(3, 200, 300)
-    theirs = np.array([RandomResizedCrop.get_params(image, area, ratio) for _ in range(1500)])  # type: ignore[arg-type]
+    theirs = np.array([RandomResizedCrop.get_params(image, area, ratio) for _ in range(1500)])
     draws = np.random.default_rng(0).random((1500, 22))
     ours = np.array([crop_box(200, 300, area, ratio, row) for row in draws])
     for column in range(4):

@@ -98,7 +98,7 @@ def members(out: Path) -> dict[str, dict[str, bytes]]:
         with tarfile.open(shard) as tar:
             for member in tar:
                 key, _, suffix = member.name.partition(".")
-                samples.setdefault(key, {})[suffix] = tar.extractfile(member).read()  # type: ignore[union-attr]
+                samples.setdefault(key, {})[suffix] = tar.extractfile(member).read()
     return samples
 
 
@@ -432,7 +432,7 @@ def test_img2dataset_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 )
 def test_settings_out_of_range(tmp_path: Path, options: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        download(write_urls(tmp_path / "u.parquet"), tmp_path / "out", **options)  # type: ignore[arg-type]
+        download(write_urls(tmp_path / "u.parquet"), tmp_path / "out", **options)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

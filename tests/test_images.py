@@ -197,6 +197,6 @@ def test_evaluation_pixels_equal_openclip(height: int, width: int, resize_mode: 
     image = picture(height, width)
     transform = image_transform(64, is_train=False, resize_mode=resize_mode, interpolation=interpolation)
     expected_CHW = transform(Image.fromarray(image))
-    pixels = eval_transform(image, 64, interpolation, resize_mode)  # type: ignore[arg-type]
+    pixels = eval_transform(image, 64, interpolation, resize_mode)
     found_BCHW = normalise(torch.from_numpy(pixels.copy())[None], CLIP_MEAN, CLIP_STD)
     assert torch.equal(found_BCHW[0], expected_CHW)

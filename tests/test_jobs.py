@@ -109,7 +109,7 @@ def test_cores_follow_the_affinity(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_leaving_early_stops_the_workers() -> None:
     results = jobs.run(process_id, range(50), workers=2)
     pids = {next(results)[1] for _ in range(4)}
-    results.close()  # type: ignore[attr-defined]
+    results.close()
     assert all(gone(pid) for pid in pids)
 
 

@@ -22,7 +22,7 @@ def features(count: int = 8, width: int = 6) -> tuple[Tensor, Tensor, Tensor, Te
     generator = torch.Generator().manual_seed(7)
     image_BE, text_BE = F.normalize(torch.randn(2, count, width, generator=generator), dim=-1).unbind()
     leaves = image_BE.clone(), text_BE.clone(), torch.tensor(9.0), torch.tensor(-3.0)
-    return tuple(leaf.requires_grad_() for leaf in leaves)  # type: ignore[return-value]
+    return tuple(leaf.requires_grad_() for leaf in leaves)
 
 
 def assert_same_with_gradients(
@@ -140,7 +140,7 @@ def test_wrong_arguments() -> None:
     with pytest.raises(ValueError, match="needs caption_B"):
         info_nce(*leaves[:3], same_caption="ignore")
     with pytest.raises(ValueError, match="negative, ignore or positive"):
-        info_nce(*leaves[:3], caption_B=CAPTION_B, same_caption="neutral")  # type: ignore[arg-type]
+        info_nce(*leaves[:3], caption_B=CAPTION_B, same_caption="neutral")
 
 
 # One of two processes: its half of the batch goes in, its loss and its gradients come out.
@@ -187,9 +187,9 @@ def halves(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, list[Tens
 @pytest.mark.parametrize("loss", [info_nce, sigmoid_loss])
 def test_two_processes_equal_one(halves: list[dict[str, list[Tensor]]], loss: object, same_caption: str) -> None:
     """The mean of both losses is the loss of the whole batch, and so for the gradients after DDP's averaging."""
-    name = loss.__name__  # type: ignore[attr-defined]
+    name = loss.__name__
     leaves = features()[: 3 if name == "info_nce" else 4]
-    whole = loss(*leaves, caption_B=CAPTION_B, same_caption=same_caption)  # type: ignore[operator]
+    whole = loss(*leaves, caption_B=CAPTION_B, same_caption=same_caption)
     gradients = torch.autograd.grad(whole, leaves)
     (first, *first_gradients), (second, *second_gradients) = (half[f"{name} {same_caption}"] for half in halves)
     torch.testing.assert_close((first + second) / 2, whole.detach())

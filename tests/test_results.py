@@ -20,7 +20,7 @@ def result(value: float = 0.5, *, n: int = 1000, chance: float = 0.001, **change
     made = Result(
         "top1", value, low, high, n, chance, 1000, "emoji", "emoji.parquet", 100, "checkpoints/000000000100", HASHES
     )
-    return dataclasses.replace(made, **changes)  # type: ignore[arg-type]
+    return dataclasses.replace(made, **changes)
 
 
 def test_lines_hold_what_the_design_asks_for(tmp_path: Path) -> None:

@@ -98,7 +98,7 @@ def test_each_word_is_tagged_once_until_the_cache_is_full(
     tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[str] = []
-    stub = Syntax(tokenizer, tagger=lambda word: asked.append(word) or NOUN)  # type: ignore[func-returns-value]
+    stub = Syntax(tokenizer, tagger=lambda word: asked.append(word) or NOUN)
     ids = tokenizer.encode(["red dog", "dog red café", "café"])
     stub.priorities(ids)
     stub.priorities(ids)

@@ -64,20 +64,20 @@ def tokenizer() -> Tokenizer:
 
 
 @pytest.fixture(scope="module")
-def peer():  # type: ignore[no-untyped-def]
+def peer():
     from open_clip.tokenizer import SimpleTokenizer
 
     return SimpleTokenizer()
 
 
-def test_ids_equal_openclip(tokenizer: Tokenizer, peer) -> None:  # type: ignore[no-untyped-def]
+def test_ids_equal_openclip(tokenizer: Tokenizer, peer) -> None:
     captions = varied_captions(int(os.environ.get("CLIPKIT_TOKENIZER_CAPTIONS", "12000")), seed=0)
     for caption, ids in zip(captions, tokenizer.encode(captions), strict=True):
         assert ids == peer.encode(caption), repr(caption)
 
 
 @pytest.mark.parametrize("context_length", [8, 16, 77])
-def test_padding_and_truncation_equal_openclip(tokenizer: Tokenizer, peer, context_length: int) -> None:  # type: ignore[no-untyped-def]
+def test_padding_and_truncation_equal_openclip(tokenizer: Tokenizer, peer, context_length: int) -> None:
     captions = varied_captions(300, seed=1)
     ids_BT = tokenizer(captions, context_length)
     assert ids_BT.dtype == np.int32
@@ -99,7 +99,7 @@ def test_vocabulary(tokenizer: Tokenizer) -> None:
     assert tokenizer([], 4).shape == (0, 4)
 
 
-def test_foreign_merges_are_refused(tmp_path) -> None:  # type: ignore[no-untyped-def]
+def test_foreign_merges_are_refused(tmp_path) -> None:
     broken = tmp_path / "merges.txt.gz"
     broken.write_bytes(clip_merges().read_bytes()[:1000])
     with pytest.raises(UserError, match=r"merges\.txt\.gz"):

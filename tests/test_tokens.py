@@ -104,7 +104,7 @@ def test_every_patch_has_its_turn(method: str, keep: int) -> None:
 )
 def test_numbers_of_patches_that_cannot_be(method: str, keep: int, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        image_keep_indices(method, (7, 7), keep, keys(1))  # type: ignore[arg-type]
+        image_keep_indices(method, (7, 7), keep, keys(1))
 
 
 @pytest.mark.parametrize("method", TEXT_METHODS)
@@ -177,7 +177,7 @@ def test_text_methods_refuse_what_they_cannot_do() -> None:
     with pytest.raises(UserError, match="2 text tokens leave no room"):
         reduce_text("truncate", [[1]], 2, keys(1))
     with pytest.raises(UserError, match="unknown text token method 'nouns'"):
-        reduce_text("nouns", [[1]], 8, keys(1))  # type: ignore[arg-type]
+        reduce_text("nouns", [[1]], 8, keys(1))
     for priorities in (None, [[1]], [[1, 2], []]):
         with pytest.raises(ValueError, match="one priority for each id"):
             reduce_text("syntax", [[1, 2]], 8, keys(1), priorities)
