@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from clipkit.device import Device
+from clipkit.device import Device, Precision
 from clipkit.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def batches(prompts: Prompts, device: Device) -> Iterator[slice]:
 
 
 @torch.no_grad()
-def class_embeddings(model: "CLIP", prompts: Prompts, device: Device) -> torch.Tensor:
+def class_embeddings(model: "CLIP", prompts: Prompts, device: Device, precision: Precision = "auto") -> torch.Tensor:
     """The classifier [C, E] in float32 on the device: row c is the unit embedding of class c."""
     width = prompts.ids_PT.shape[1]
     sum_CE: torch.Tensor | None = None
@@ -85,7 +85,7 @@ def class_embeddings(model: "CLIP", prompts: Prompts, device: Device) -> torch.T
             ids_BT = pad_rows(ids_BT, -(-max(1, TOKENS_PER_BATCH // width) // device.shards) * device.shards)
         else:
             ids_BT = np.ascontiguousarray(ids_BT[:, : prompts.length_P[part].max()])
-        with device.autocast("auto"):
+        with device.autocast(precision):
             text_BE = model.encode_text(device.batch({"ids": ids_BT})["ids"], normalize=False)
         text_BE = F.normalize(text_BE.float(), dim=-1)
         first, last = np.searchsorted(prompts.prompt_Q, [part.start, part.stop])

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from clipkit import checkpoint as checkpoints
-from clipkit.device import Device, pick
+from clipkit.device import Device, Precision, pick
 from clipkit.errors import UserError
 from clipkit.eval import predictions, results
 from clipkit.eval.classifier import class_embeddings, pad_rows
@@ -46,18 +46,21 @@ def classify(
     device: Device,
     *,
     context_length: int | None = None,
+    precision: Precision = "auto",
     batch_size: int = 256,
     also: Callable[[int, bytes], None] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Guesses:
     """Guess the class of every image. The model's mode (train or eval) is put back afterwards.
 
-    `context_length` is the model's own unless given. Raises UserError when the model gives NaN.
+    `context_length` is the model's own unless given; `precision` is the arithmetic of the towers. Raises UserError when
+    the model gives NaN.
     """
     training = model.training
     model.eval()
     try:
-        text_RE = class_embeddings(model, task.prompts(tokenizer, context_length or text_length(model)), device)
+        asked = task.prompts(tokenizer, context_length or text_length(model))
+        text_RE = class_embeddings(model, asked, device, precision)
         class_R = torch.tensor(task.classes.class_of_rows, device=text_RE.device)
         scale = model.logit_scale.exp().clamp(max=100.0)
         places, tops, probabilities = [], [], []
@@ -65,7 +68,7 @@ def classify(
             rows = len(pixels.index_B)
             image = pixels.image_BHWC if device.kind != "xla" else pad_rows(pixels.image_BHWC, batch_size)
             image_BHWC = device.batch({"image": image})["image"]
-            with device.autocast("auto"):
+            with device.autocast(precision):
                 image_BE = model.encode_image(normalise(image_BHWC, preprocess.mean, preprocess.std))
             share_BR = (scale * image_BE.float() @ text_RE.T).softmax(dim=-1)
             share_BC = share_BR.new_zeros(len(share_BR), len(task.classes)).index_add_(1, class_R, share_BR)
@@ -97,10 +100,20 @@ def evaluate(
     device: Device,
     *,
     context_length: int | None = None,
+    precision: Precision = "auto",
     batch_size: int = 256,
 ) -> Iterator[tuple[str, float]]:
     """Yield `(task/metric, value)` for a model in training: `emoji-heldout/top1` and so on."""
-    guesses = classify(model, tokenizer, preprocess, task, device, context_length=context_length, batch_size=batch_size)
+    guesses = classify(
+        model,
+        tokenizer,
+        preprocess,
+        task,
+        device,
+        context_length=context_length,
+        precision=precision,
+        batch_size=batch_size,
+    )
     for each in measures(task, guesses):
         yield f"{task.name}/{each.metric}", each.value
 
@@ -147,6 +160,7 @@ def zeroshot(
             loaded.preprocess,
             task,
             where,
+            precision=loaded.config["recipe"].get("precision", "auto"),
             batch_size=batch_size,
             also=thumbnails.take,
             progress=progress.update,

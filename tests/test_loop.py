@@ -188,7 +188,8 @@ def test_an_evaluation_is_never_lost_to_a_kill(pairs_dataset, tmp_path, monkeypa
     """Killed between evaluating and saving, a run evaluates again; killed before, it still evaluates."""
     taken = []
 
-    def evaluation(*arguments):
+    def evaluation(*arguments, precision):
+        assert precision == "float32"
         taken.append(None)
         if len(taken) == 2:
             raise KilledError

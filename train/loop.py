@@ -221,7 +221,8 @@ def run_stage(run: Run, stage: Stage, stage_start: int, model: CLIP, optimizer: 
             with watch.paused():
                 must_evaluate = is_end or is_due(cadence.evaluate_samples, before, run.samples_seen)
                 if run.task and must_evaluate and (is_end or not run.stopped):
-                    found = evaluate(model, Tokenizer(), preprocess_at(recipe, stage), run.task, device)
+                    prepared = preprocess_at(recipe, stage)
+                    found = evaluate(model, Tokenizer(), prepared, run.task, device, precision=recipe.precision)
                     run.writer.write({"samples_seen": run.samples_seen, "stage": stage.name, **dict(found)})
                 if is_end or run.stopped or must_save:
                     save(run, stage, model, optimizer, step_loss + grad_norm)
