@@ -42,13 +42,13 @@ def _set(config: Any, path: list[str], text: str, key: str) -> Any:
         return (*config[:place], changed, *config[place + 1 :])
     if config is None:
         raise UserError(f"--set {key}: what stands before {head!r} is not set in this recipe")
-    if not dataclasses.is_dataclass(config):
+    if not dataclasses.is_dataclass(config) or isinstance(config, type):
         raise UserError(f"--set {key}: {head!r} goes too deep; what stands before it is a plain value")
     hints = typing.get_type_hints(type(config))
     if head not in hints:
         raise UserError(f"--set {key}: unknown key {head!r}; {did_you_mean(head, hints)}")
     value = _set(getattr(config, head), rest, text, key) if rest else parse(text, hints[head], key)
-    return dataclasses.replace(config, **{head: value})  # type: ignore[type-var]  # the instance check is above
+    return dataclasses.replace(config, **{head: value})
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -203,8 +203,8 @@ def encode_example(columns: Mapping[str, Value]) -> bytes:
         kind = type(value)
         if kind is bytes:
             feature[name].bytes_list.value.append(value)
-        elif kind is str:
-            feature[name].bytes_list.value.append(value.encode())  # type: ignore[union-attr]
+        elif isinstance(value, str):
+            feature[name].bytes_list.value.append(value.encode())
         elif kind is int:
             feature[name].int64_list.value.append(value)
         elif kind is float:

@@ -45,7 +45,6 @@ def classify(
     task: Task,
     device: Device,
     *,
-    context_length: int | None = None,
     precision: Precision = "auto",
     batch_size: int = 256,
     also: Callable[[int, bytes], None] | None = None,
@@ -53,13 +52,12 @@ def classify(
 ) -> Guesses:
     """Guess the class of every image. The model's mode (train or eval) is put back afterwards.
 
-    `context_length` is the model's own unless given; `precision` is the arithmetic of the towers. Raises UserError when
-    the model gives NaN.
+    `precision` is the arithmetic of the towers. Raises UserError when the model gives NaN.
     """
     training = model.training
     model.eval()
     try:
-        asked = task.prompts(tokenizer, context_length or text_length(model))
+        asked = task.prompts(tokenizer, text_length(model))
         text_RE = class_embeddings(model, asked, device, precision)
         class_R = torch.tensor(task.classes.class_of_rows, device=text_RE.device)
         scale = model.logit_scale.exp().clamp(max=100.0)
@@ -99,7 +97,6 @@ def evaluate(
     task: Task,
     device: Device,
     *,
-    context_length: int | None = None,
     precision: Precision = "auto",
     batch_size: int = 256,
 ) -> Iterator[tuple[str, float]]:
@@ -110,7 +107,6 @@ def evaluate(
         preprocess,
         task,
         device,
-        context_length=context_length,
         precision=precision,
         batch_size=batch_size,
     )

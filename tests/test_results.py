@@ -1,6 +1,7 @@
 """Results replace their own older line and no other; the words beside a number are true."""
 
 import dataclasses
+import io
 import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -97,9 +98,8 @@ def test_verdict(made: Result, says: str) -> None:
 
 
 def test_table_shows_value_interval_chance_and_the_warning() -> None:
-    console = Console(width=160, record=True, file=Path("/dev/null").open("w", encoding="utf-8"))  # noqa: SIM115
+    console = Console(width=160, record=True, file=io.StringIO())
     console.print(results.table([result(0.0712), result(0.001, metric="top5", chance=0.005)]))
-    console.file.close()
     text = console.export_text()
     for shown in ("7.1%", "5.7% – 8.9%", "0.10%", "0.50%", "not distinguishable from chance", "top-5"):
         assert shown in text

@@ -19,6 +19,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
+from pathlib import Path
 from typing import IO, Any, Protocol
 
 import numpy as np
@@ -111,7 +112,7 @@ class ProcessHands:
         with self.lock:
             if self.stopped:
                 return
-            path = os.pathsep.join(folder or os.getcwd() for folder in sys.path)  # noqa: PTH109  # where we import from
+            path = os.pathsep.join(folder or str(Path.cwd()) for folder in sys.path)
             environment = {**os.environ, "PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
             self.process = subprocess.Popen(
                 [sys.executable, "-P", "-c", "from clipkit.train.workers import serve; serve()"],
