@@ -5,52 +5,15 @@ Stages are imported inside the commands, so that `--help` loads neither torch no
 
 import json
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import click
 
-from clipkit import __version__
-from clipkit.errors import InternalError, UserError
-from clipkit.files import disk_message
-
-Folder = click.Path(path_type=Path, file_okay=False)
-Anything = click.Path(path_type=Path)
-Count = click.IntRange(min=1)
+from clipkit import __version__, cli_data
+from clipkit.cli_options import Anything, Count, Folder, OneLineErrors, as_json, print_json
 
 # The exit code of a command that a signal ended in good order: what a shell reports for SIGTERM.
 STOPPED = 143
-
-
-class OneLineErrors(click.Group):
-    """A group whose commands end with one line and the right exit code where the user can mend something."""
-
-    def invoke(self, ctx: click.Context) -> Any:
-        """Run the subcommand; UserError exits with 2, InternalError with 1."""
-        try:
-            return super().invoke(ctx)
-        except UserError as error:
-            fail(str(error), 2)
-        except InternalError as error:
-            fail(str(error), 1)
-        except OSError as error:
-            message = disk_message(error, error.filename or "the output")
-            if message is None:
-                raise
-            fail(message, 2)
-
-
-def fail(message: str, code: int) -> NoReturn:
-    """End the command with one line on stderr."""
-    click.echo(f"Error: {' '.join(message.split())}", err=True)
-    raise SystemExit(code)
-
-
-def print_json(value: Any) -> None:
-    """One line of JSON on stdout, for scripts."""
-    click.echo(json.dumps(value, ensure_ascii=False))
-
-
-as_json = click.option("--json", "as_json", is_flag=True, help="Print the summary as one line of JSON.")
 
 
 @click.group(cls=OneLineErrors, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -63,58 +26,8 @@ def main() -> None:
     """
 
 
-@main.command()
-@click.argument("urls", type=Anything)
-@click.argument("out", type=Folder)
-@click.option("--preset", metavar="NAME", help="Column names of a known set, such as laion400m.")
-@click.option("--url-column", metavar="NAME", help="Column with the image's URL.")
-@click.option("--caption-column", metavar="NAME", help="Column with the caption.")
-@click.option(
-    "--image-size", type=Count, default=256, show_default=True, help="Shorter side of the stored images, in pixels."
-)
-@click.option("--quality", default=95, show_default=True, help="JPEG quality of images that are encoded again.")
-@click.option("--samples-per-shard", type=Count, default=10_000, show_default=True, help="URLs in a shard.")
-@click.option("--processes", type=Count, help="Processes that fetch. [default: one a core]")
-@click.option("--threads", type=Count, default=32, show_default=True, help="Connections of each process.")
-@click.option("--timeout", default=10.0, show_default=True, help="Seconds to wait for a server.")
-@click.option(
-    "--retries", type=click.IntRange(min=0), default=0, show_default=True, help="Further tries of a failed URL."
-)
-@as_json
-def download(urls: Path, out: Path, as_json: bool, **options: Any) -> None:
-    """Fetch the images of a table of URLS (parquet, CSV or TSV) into shards in OUT.
-
-    Running the same command again goes on where it was stopped. What failed is listed with its reason in
-    OUT/clipkit/failures.parquet.
-    """
-    from clipkit.tfrecord_tools.download import download as stage
-
-    summary = stage(urls, out, **options)
-    if as_json:
-        print_json(summary.to_json())
-    else:
-        click.echo(summary.text())
-
-
-@main.command()
-@click.argument("shards", type=Folder)
-@click.argument("out", type=Folder)
-@click.option("--name", required=True, help="Name of the dataset; it becomes OUT/NAME/1.0.0.")
-@click.option("--split", default="train", show_default=True, help="Name of the split.")
-@click.option("--workers", type=Count, help="Processes that convert. [default: one a core]")
-@as_json
-def build_tfds(shards: Path, out: Path, as_json: bool, **options: Any) -> None:
-    """Turn image-text SHARDS (img2dataset's webdataset tars or tfrecords) into a TFDS dataset below OUT.
-
-    TensorFlow isn't needed to write it; `tfds.builder_from_directory` reads it.
-    """
-    from clipkit.tfrecord_tools.build import build_tfds as stage
-
-    summary = stage(shards, out, **options)
-    if as_json:
-        print_json(summary.to_json())
-    else:
-        click.echo(summary.text())
+main.add_command(cli_data.download)
+main.add_command(cli_data.build_tfds)
 
 
 @main.command()

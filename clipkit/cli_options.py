@@ -1,0 +1,99 @@
+"""What the commands' faces share: types of arguments, one-line errors, JSON on stdout, and help in sections."""
+
+import json
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+
+from clipkit.errors import InternalError, UserError
+from clipkit.files import disk_message
+
+Folder = click.Path(path_type=Path, file_okay=False)
+Anything = click.Path(path_type=Path)
+Count = click.IntRange(min=1)
+
+
+class Place(click.ParamType[Path]):
+    """A local path, or a URL of an object store (`s3://`, `gs://`, `memory://`) that behaves as one."""
+
+    name = "path"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        """A Path as `files.as_path` makes it."""
+        from clipkit.files import as_path
+
+        return as_path(value)
+
+
+class OneLineErrors(click.Group):
+    """A group whose commands end with one line and the right exit code where the user can mend something."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the subcommand; UserError exits with 2, InternalError with 1."""
+        try:
+            return super().invoke(ctx)
+        except UserError as error:
+            fail(str(error), 2)
+        except InternalError as error:
+            fail(str(error), 1)
+        except OSError as error:
+            message = disk_message(error, error.filename or "the output")
+            if message is None:
+                raise
+            fail(message, 2)
+
+
+class SectionedOption(click.Option):
+    """An option that stands under a heading of its command's help."""
+
+    def __init__(self, *names: Any, section: str = "Options", **attributes: Any) -> None:
+        super().__init__(*names, **attributes)
+        self.section = section
+
+
+class SectionedCommand(click.Command):
+    """A command with too many options for one list: its help shows them under headings, in order of appearance."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write one list of options a section; those without one come last."""
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is not None:
+                sections.setdefault(getattr(parameter, "section", "Options"), []).append(record)
+        plain = sections.pop("Options", [])
+        for title, records in [*sections.items(), ("Options", plain)]:
+            if records:
+                with formatter.section(title):
+                    formatter.write_dl(records)
+
+
+def fail(message: str, code: int) -> NoReturn:
+    """End the command with one line on stderr."""
+    click.echo(f"Error: {' '.join(message.split())}", err=True)
+    raise SystemExit(code)
+
+
+def print_json(value: Any) -> None:
+    """One line of JSON on stdout, for scripts."""
+    click.echo(json.dumps(value, ensure_ascii=False))
+
+
+def tell(summary: Any, as_json: bool) -> None:
+    """Print a stage's summary: one line of JSON, or its text."""
+    if as_json:
+        print_json(summary.to_json())
+    else:
+        click.echo(summary.text())
+
+
+as_json = click.option("--json", "as_json", is_flag=True, help="Print the summary as one line of JSON.")
+
+engine = click.option(
+    "--engine",
+    type=click.Choice(["local", "ray", "spark"]),
+    default="local",
+    show_default=True,
+    help="Where the shards are worked on: this machine, or a Ray or Spark cluster that you have.",
+)

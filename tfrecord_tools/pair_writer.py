@@ -1,0 +1,163 @@
+"""One shard of image-text records as it is written: by a download, a build, a purge.
+
+All of them must agree to the byte on what a record is, which samples are taken, and what is told of a shard. A value
+that doesn't fit the kind that its column has so far can't be written into the same file: `KindWidenedError` tells the
+caller to begin the shard anew with the wider kinds.
+"""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from clipkit.errors import UserError
+from clipkit.manifest import Shard, Source
+from clipkit.records import RecordWriter, encode_example
+from clipkit.tfrecord_tools.sample import (
+    NO_IMAGE,
+    NOT_AN_IMAGE,
+    TRUNCATED_IMAGE,
+    Sample,
+    caption_problem,
+    image_format,
+)
+from clipkit.tfrecord_tools.schema import fit
+from clipkit.tfrecord_tools.truncation import is_truncated
+
+# TensorFlow's decode_image gives four dimensions for WebP and GIF and knows no TIFF or AVIF, so TFDS's Image feature
+# fails on them.
+TFDS_FORMATS = frozenset({"jpeg", "png", "bmp"})
+CONVERTED_QUALITY = 95
+OWN_COLUMNS = ("jpg", "txt")
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a finished PairWriter knows. `present` counts each column's values; `offsets` are bytes, uint64[records]."""
+
+    records: int
+    bytes: int
+    checksum: int
+    offsets: npt.NDArray[np.uint64]
+    kinds: dict[str, str]
+    present: dict[str, int]
+    formats: dict[str, int]
+    converted: dict[str, int]
+
+    def shard(self, file: str, sources: tuple[Source, ...]) -> Shard:
+        """The manifest's entry for the shard, once it has its name."""
+        return Shard(file, self.records, self.bytes, f"{self.checksum:08x}", sources, self.formats, self.converted)
+
+
+class PairWriter:
+    """Writes one TFRecord file of pairs; use it as a context manager, inside `write_beside`.
+
+    `kinds` are the columns' kinds to begin with (see `schema`); new columns join them.
+    """
+
+    def __init__(self, path: Path, kinds: Mapping[str, str]) -> None:
+        self.writer = RecordWriter(path)
+        self.kinds = dict(kinds)
+        self.present: dict[str, int] = {}
+        self.formats: Counter[str] = Counter()
+        self.converted: Counter[str] = Counter()
+        self.offsets: list[int] = []
+
+    @property
+    def records(self) -> int:
+        return self.writer.records
+
+    def add(self, sample: Sample) -> str | None:
+        """Write a sample, or return the reason not to take it (one of those in `sample`).
+
+        Raises KindWidenedError when a value doesn't fit its column; the shard must then be begun anew.
+        """
+        image, kind, reason = take(sample)
+        if reason is not None:
+            return reason
+        self.put(image, sample.caption or "", sample.columns)
+        self._count(kind)
+        return None
+
+    def put(self, image: bytes, caption: str, columns: Mapping[str, Any]) -> None:
+        """Write a pair that was looked at already, its format not counted (`add` does both)."""
+        values = fit({name: v for name, v in columns.items() if name not in OWN_COLUMNS}, self.kinds, self.present)
+        values["jpg"], values["txt"] = image, caption
+        self.offsets.append(self.writer.write(encode_columns(values)))
+
+    def _count(self, kind: str) -> None:
+        if kind in TFDS_FORMATS:
+            self.formats[kind] += 1
+        else:
+            self.formats["jpeg"] += 1
+            self.converted[kind] += 1
+
+    def written(self) -> Written:
+        """What was written so far."""
+        return Written(
+            self.writer.records,
+            self.writer.bytes,
+            self.writer.checksum,
+            np.array(self.offsets, dtype=np.uint64),
+            dict(sorted(self.kinds.items())),
+            dict(sorted(self.present.items())),
+            dict(sorted(self.formats.items())),
+            dict(sorted(self.converted.items())),
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.writer.close()
+
+
+def take(sample: Sample) -> tuple[bytes, str, str | None]:
+    """Image bytes, their original format, and the reason not to take the sample (then the first two mean nothing)."""
+    image = sample.image
+    if sample.problem is not None or image is None:
+        return b"", "", sample.problem or NO_IMAGE
+    reason = caption_problem(sample.caption)
+    if reason is not None:
+        return b"", "", reason
+    kind = image_format(image)
+    if kind is None:
+        return b"", "", NOT_AN_IMAGE
+    if is_truncated(image):
+        return b"", "", TRUNCATED_IMAGE
+    if kind not in TFDS_FORMATS:
+        try:
+            image = as_jpeg(image)
+        except UserError:
+            return b"", "", NOT_AN_IMAGE
+    return image, kind, None
+
+
+def as_jpeg(image: bytes) -> bytes:
+    """The (first) picture as a JPEG of full colour resolution."""
+    # Here and not above: most shards have nothing to convert, and the decoders would cost each worker a second to load.
+    import simplejpeg
+
+    from clipkit import images
+
+    encoded: bytes = simplejpeg.encode_jpeg(
+        images.decode(image), quality=CONVERTED_QUALITY, colorspace="RGB", colorsubsampling="444"
+    )
+    return encoded
+
+
+def encode_columns(columns: dict[str, Any]) -> bytes:
+    """The record of fitted columns, text that UTF-8 can't hold included."""
+    try:
+        return encode_example(columns)
+    except UnicodeEncodeError:  # half a surrogate pair, which JSON may hold and UTF-8 may not
+        return encode_example(
+            {name: v.encode("utf-8", "replace") if isinstance(v, str) else v for name, v in columns.items()}
+        )
