@@ -1,7 +1,8 @@
 """Files that are whole or absent.
 
 Every stage may be killed at any moment. A file is therefore written beside its place, flushed to the disk, and renamed:
-whoever finds the final name finds the whole file.
+whoever finds the final name finds the whole file. All of this takes remote paths too (`as_path("s3://bucket/folder")`);
+there a file is made on the local disk and then put, which a store does at once (see `remote`).
 """
 
 import contextlib
@@ -9,12 +10,28 @@ import errno
 import fcntl
 import json
 import os
+import re
+import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from clipkit import remote
 from clipkit.errors import UserError
+from clipkit.remote import is_remote as is_remote
+
+WRITTEN_BESIDE = re.compile(r"\..+\.\d+")  # the temporary names of `write_beside`
+
+
+def as_path(text: str | Path) -> Path:
+    """A `pathlib.Path` for what is local (`file://` too), and a remote path for `s3://`, `gs://`, `hf://` and so on.
+
+    A remote path is a `upath.UPath`: it has pathlib's methods and can be pickled, but isn't an instance of `Path`, and
+    `open(path)` or a C library can't take it (use `path.open()`, or `local_copy`).
+    Raises UserError for an unknown protocol, and for one whose package is missing.
+    """
+    return remote.parse(text) if isinstance(text, str) else remote.parse(str(text)) if not is_remote(text) else text
 
 
 @contextlib.contextmanager
@@ -22,10 +39,18 @@ def write_beside(path: Path) -> Iterator[Path]:
     """Yield a temporary path in the folder of `path`, renamed to `path` when the block ends without an exception.
 
     The block makes a file or a folder there. A folder can't take the place of one that exists. The name of the
-    temporary begins with a dot and ends in the process id, so that what a killed process left is never taken for a
-    result. Raises UserError when the disk is full or the folder can't be written.
+    temporary begins with a dot and ends in a random number (a process id may come twice in a cluster that shares the
+    folder), so that what a killed process left is never taken for a result, and two that write the same file don't
+    meet.
+    For a remote `path` the temporary is a local file in a folder of its own, put at the end; it can't be a folder.
+    Raises UserError when the disk is full or the folder can't be written, or when the store refuses.
     """
-    temporary = path.parent / f".{path.name}.{os.getpid()}"
+    if is_remote(path):
+        with remote.scratch() as scratch, disk_errors(scratch):
+            yield scratch / path.name
+            remote.put(scratch / path.name, path)
+        return
+    temporary = path.parent / f".{path.name}.{secrets.randbits(60)}"
     try:
         with disk_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -41,7 +66,11 @@ def write_beside(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turn the disk's refusals below `path` into one line with a remedy; every other exception passes unchanged."""
+    """Turn the disk's or the store's refusals below `path` into one line with a remedy; all else passes unchanged."""
+    if is_remote(path):
+        with remote.store_errors(path):
+            yield
+        return
     try:
         yield
     except OSError as error:
@@ -64,7 +93,12 @@ def disk_message(error: OSError, path: Path | str) -> str | None:
 
 
 def sync_file(path: Path) -> None:
-    """Flush a file's bytes, or a folder's entries (so that a rename in it survives a power cut), to the disk."""
+    """Flush a file's bytes, or a folder's entries (so that a rename in it survives a power cut), to the disk.
+
+    Nothing is to be done for a remote path: what was put is kept.
+    """
+    if is_remote(path):
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -74,10 +108,55 @@ def sync_file(path: Path) -> None:
 
 def remove(path: Path) -> None:
     """Remove a file or a whole folder; nothing happens where there is none."""
-    if path.is_dir() and not path.is_symlink():
+    if is_remote(path):
+        remote.remove(path)
+    elif path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
+
+
+def make_folder(folder: Path) -> Path:
+    """`folder` itself, made with its parents if need be. A store has no folders (and `mkdir` might make a bucket)."""
+    if not is_remote(folder):
+        with disk_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def clear_leftovers(*folders: Path) -> None:
+    """Remove what killed runs were writing beside in these folders (not below them), and no other hidden file.
+
+    A worker that lives on though its run is over, or has given it up, can't harm: its temporary is taken from it, so
+    its rename fails, and it can't leave half a folder, which is renamed before it is emptied. Call this while no
+    worker of the present run writes there, and before a run writes other bytes to the same names.
+    In a store there is nothing to remove.
+    """
+    for folder in folders:
+        if is_remote(folder):
+            continue
+        for leftover in folder.glob(".*"):
+            if WRITTEN_BESIDE.fullmatch(leftover.name):
+                doomed = leftover.with_name(f".removed.{secrets.randbits(60)}")
+                with contextlib.suppress(FileNotFoundError):  # its writer, or another run, was quicker
+                    leftover.rename(doomed)
+                    remove(doomed)
+
+
+@contextlib.contextmanager
+def local_copy(path: Path) -> Iterator[Path]:
+    """Yield `path` itself when it is local, else a copy of the remote file on the local disk, removed at the end.
+
+    For what needs a real file. The copy keeps the name; TMPDIR says where it lies. Transient errors are tried again.
+    Raises UserError when there is no such remote file, when the store refuses, and when the local disk is full.
+    """
+    if not is_remote(path):
+        yield path
+        return
+    with remote.scratch() as scratch:
+        with disk_errors(scratch):
+            remote.fetch(path, scratch / path.name)
+        yield scratch / path.name
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -89,7 +168,8 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path) -> Any:
     """Read a JSON file. Raises UserError when it is missing or isn't JSON."""
     try:
-        return json.loads(require_file(path, "file").read_text(encoding="utf-8"))
+        with remote.reading(path):
+            return json.loads(require_file(path, "file").read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} isn't valid JSON ({error}): it may be damaged; make it again or remove it") from error
 
@@ -98,8 +178,12 @@ def append_json_line(path: Path, value: Any) -> None:
     """Append one JSON line in a single write, so that a killed process leaves whole lines.
 
     A torn line that a full disk left at the end is closed first, so that it can't swallow this one.
+    A remote object can't be appended to: it is read and put anew, so it should be small and have one writer.
     """
     line = (json.dumps(value, ensure_ascii=False) + "\n").encode()
+    if is_remote(path):
+        remote.append(path, line)
+        return
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("ab+", buffering=0) as file:
@@ -114,10 +198,12 @@ def append_json_line(path: Path, value: Any) -> None:
 
 def read_json_lines(path: Path) -> list[Any]:
     """All whole JSON lines of a file, in order; [] when there is no file. A torn last line is left out."""
-    if not path.exists():
-        return []
+    with remote.reading(path):
+        if not path.exists():
+            return []
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     values = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in lines:
         with contextlib.suppress(json.JSONDecodeError):
             values.append(json.loads(line))
     return values
@@ -125,23 +211,28 @@ def read_json_lines(path: Path) -> list[Any]:
 
 def require_file(path: Path, what: str) -> Path:
     """`path` itself when it is a file. Raises UserError otherwise."""
-    if not path.is_file():
-        kind = "is a folder, not a file" if path.is_dir() else "doesn't exist"
-        raise UserError(f"{what} {path} {kind}: check the path")
+    with remote.reading(path):
+        if not path.is_file():
+            kind = "is a folder, not a file" if path.is_dir() else "doesn't exist"
+            raise UserError(f"{what} {path} {kind}: check the path")
     return path
 
 
 def require_dir(path: Path, what: str) -> Path:
     """`path` itself when it is a folder. Raises UserError otherwise."""
-    if not path.is_dir():
-        kind = "is a file, not a folder" if path.exists() else "doesn't exist"
-        raise UserError(f"{what} {path} {kind}: check the path")
+    with remote.reading(path):
+        if not path.is_dir():
+            kind = "is a file, not a folder" if path.exists() else "doesn't exist"
+            raise UserError(f"{what} {path} {kind}: check the path")
     return path
 
 
 def require_writable(folder: Path) -> Path:
     """Make `folder` if need be and prove that it takes a file, before hours of work. Raises UserError otherwise."""
-    probe = folder / f".clipkit-probe.{os.getpid()}"
+    if is_remote(folder):
+        remote.probe(folder)
+        return folder
+    probe = folder / f".clipkit-probe.{secrets.randbits(60)}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe.write_bytes(b"x")
@@ -157,8 +248,15 @@ def require_writable(folder: Path) -> Path:
 def lock(folder: Path) -> Iterator[None]:
     """Hold a folder against a second process that would write the same files; the kernel lets go when we die.
 
+    In a store it is a lease that a killed process leaves behind for some minutes (see `remote_lock`).
     Raises UserError when another process holds it.
     """
+    if is_remote(folder):
+        from clipkit.remote_lock import hold
+
+        with hold(folder / ".lock"):
+            yield
+        return
     require_writable(folder)
     with (folder / ".lock").open("a+") as file:
         try:

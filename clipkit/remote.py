@@ -1,0 +1,269 @@
+"""Files in an object store, so that a dataset may live in `s3://` or `gs://` as well as on a disk.
+
+Remote paths are `upath.UPath`, which speak pathlib's language over fsspec. They aren't instances of `pathlib.Path`, yet
+everything in clipkit takes both and says `Path`: the casts are here and nowhere else. `files.py` is the face of this
+module; nothing remote is imported before the first remote path is met.
+
+An object store has no folders and no renaming, but it puts an object whole or not at all. So a file is written on the
+local disk first and then put under its final name. What is not an object store (sftp, http, …) can be read alone.
+"""
+
+import contextlib
+import errno
+import fcntl
+import os
+import random
+import re
+import secrets
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+from clipkit.errors import InternalError, UserError
+
+if TYPE_CHECKING:
+    from upath import UPath
+
+R = TypeVar("R")
+
+# Where a put object appears at once and whole.
+OBJECT_STORES = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oci", "oss", "hf", "memory")
+EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs"}  # which extra of clipkit reads a protocol
+ATTEMPTS = 4  # of one transfer, after the store's own client has given up each time
+FIRST_PAUSE = 1.0  # seconds before the second attempt; then four times as long each
+
+_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):(?://|::?)(.*)", re.DOTALL)
+_ONE_SLASH = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/(?!/)(.+)", re.DOTALL)
+# Whose exceptions are about the store, told by name so that none of these packages is imported to ask.
+_CLIENTS = ("aiobotocore", "aiohttp", "botocore", "gcsfs", "google", "huggingface_hub", "s3fs")
+_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError", "TokenRetrievalError", "DefaultCredentialsError")
+_TRANSIENT = (errno.EIO, errno.EREMOTEIO, errno.EBUSY, errno.EAGAIN, errno.ETIMEDOUT, errno.ENETUNREACH)
+
+
+def parse(text: str) -> Path:
+    """A `Path` for a local path or a `file://` URL, a remote path for any other URL that fsspec knows.
+
+    `s3:/bucket/x`, which is what `pathlib.Path` makes of a URL, is mended.
+    Raises UserError for an unknown protocol, for one whose package is missing, and for a URL without a bucket.
+    """
+    single = _ONE_SLASH.fullmatch(text)
+    if single and single[1].lower() in (*OBJECT_STORES, "file"):
+        text = f"{single[1]}://{'/' if single[1].lower() == 'file' else ''}{single[2]}"
+    url = _URL.fullmatch(text)
+    if not url:
+        return Path(text)
+    protocol = url[1].lower()
+    if protocol in ("file", "local"):
+        return Path(url[2])
+    import fsspec
+    from upath import UPath
+
+    try:
+        fsspec.get_filesystem_class(protocol)
+        # Listings are never remembered: other processes write the same folders.
+        return cast(Path, UPath(text, use_listings_cache=False))
+    except ImportError as error:
+        extra = EXTRAS.get(protocol)
+        remedy = f"pip install 'clipkit[{extra}]'" if extra else str(error).strip().rstrip(".")
+        raise UserError(f"{text} needs a package that is missing: {remedy}") from error
+    except ValueError as error:
+        known = protocol in fsspec.available_protocols()
+        reason = str(error) if known else f"no file system is known for {protocol}://"
+        raise UserError(f"{text}: {reason}; give a local path, or one such as s3://BUCKET/FOLDER") from error
+
+
+def is_remote(path: Path) -> bool:
+    """Whether `path` lies in a store rather than on a disk."""
+    return not isinstance(path, Path)
+
+
+def as_upath(path: Path) -> "UPath":
+    """The remote path as what it is, for its `fs` (the fsspec file system) and its `path` (the name in it)."""
+    return cast(Any, path)
+
+
+def is_object_store(path: Path) -> bool:
+    """Whether objects are put whole at this remote path, so that it can be written."""
+    return as_upath(path).protocol in OBJECT_STORES
+
+
+def put(local: Path, path: Path) -> None:
+    """Put a local file under `path`, whole or not at all, again when a transient error stops it.
+
+    Raises UserError for what the store refuses, and InternalError for a local folder.
+    """
+    if not is_object_store(path):
+        raise _read_only(path)
+    if local.is_dir():
+        raise InternalError(f"{path} can't be written as a folder: an object store can't take one whole")
+    target = as_upath(path)
+    if target.protocol == "memory":  # its put_file shows the object before it is filled
+        target.fs.pipe_file(target.path, local.read_bytes())
+        return
+    with store_errors(path, writing=True):
+        retried(lambda: target.fs.put_file(str(local), target.path))
+
+
+def _read_only(path: Path) -> UserError:
+    return UserError(
+        f"can't write {path}: a file appears there before it is whole; write to a local folder or to an object store "
+        "such as s3://"
+    )
+
+
+def put_bytes(data: bytes, path: Path, mode: str = "overwrite") -> None:
+    """Put `data` under `path`; with mode "create" raises FileExistsError when there is an object already."""
+    target = as_upath(path)
+    target.fs.pipe_file(target.path, data, mode=mode)
+
+
+def append(path: Path, line: bytes) -> None:
+    """Put an object anew with a line more, after closing a torn one."""
+    with store_errors(path, writing=True):
+        before = path.read_bytes() if path.exists() else b""
+        put_bytes(before + b"\n" * (not before.endswith(b"\n") and before != b"") + line, path)
+
+
+def probe(folder: Path) -> None:
+    """Prove that objects can be put below `folder` and removed. Raises UserError otherwise."""
+    if not is_object_store(folder):
+        raise _read_only(folder)
+    name = folder / f".clipkit-probe.{secrets.randbits(60)}"
+    with store_errors(folder, writing=True):
+        put_bytes(b"x", name)
+        remove(name)
+
+
+def fetch(path: Path, local: Path) -> None:
+    """Copy a remote file to `local`, again when a transient error stops it or the copy is short.
+
+    Raises UserError when there is none and for what the store refuses.
+    """
+    source = as_upath(path)
+
+    def copy() -> None:
+        size = source.fs.info(source.path)["size"]
+        source.fs.get_file(source.path, str(local))
+        if size is not None and local.stat().st_size != size:
+            raise OSError(errno.EIO, f"{local.stat().st_size} of {size} bytes came")
+
+    with store_errors(path):
+        try:
+            retried(copy)
+        except FileNotFoundError as error:
+            raise UserError(f"{path} doesn't exist: check the path") from error
+
+
+def remove(path: Path) -> None:
+    """Remove an object, or all below a folder; nothing happens where there is none. A bucket is never removed."""
+    target = as_upath(path)
+    if target.parent == target:
+        raise InternalError(f"{path} is a whole bucket: clipkit removes none")
+    with store_errors(path), contextlib.suppress(FileNotFoundError):
+        target.fs.rm(target.path, recursive=True)
+
+
+def retried(action: Callable[[], R]) -> R:
+    """What `action` returns, tried up to `ATTEMPTS` times with growing pauses while its errors are transient."""
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            return action()
+        except Exception as error:
+            if attempt == ATTEMPTS or not is_transient(error):
+                raise
+            time.sleep(FIRST_PAUSE * 4 ** (attempt - 1) * random.uniform(0.5, 1))
+    raise AssertionError
+
+
+def is_transient(error: Exception) -> bool:
+    """Whether the same request may succeed in a moment: connections, timeouts, a busy store."""
+    if isinstance(error, FileNotFoundError | FileExistsError | PermissionError | UserError):
+        return False
+    if isinstance(error, ConnectionError | TimeoutError):
+        return True
+    if isinstance(error, OSError) and error.errno in _TRANSIENT:
+        return True
+    return _of_client(error) and type(error).__name__ not in _CREDENTIALS
+
+
+@contextlib.contextmanager
+def store_errors(path: Path, *, writing: bool = False) -> Iterator[None]:
+    """Turn what a store's client raises into one line with a remedy; every other exception passes unchanged.
+
+    A missing file passes too, unless `writing`, when only the bucket can be missing.
+    """
+    try:
+        yield
+    except Exception as error:
+        if writing and isinstance(error, FileNotFoundError):
+            raise UserError(f"can't write {path}: its bucket doesn't exist; make it or check the name") from error
+        message = store_message(error, path)
+        if message is None:
+            raise
+        raise UserError(message) from error
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """`store_errors` for a path that may be local; the disk's errors pass."""
+    if is_remote(path):
+        with store_errors(path):
+            yield
+    else:
+        yield
+
+
+def store_message(error: Exception, path: Path | str) -> str | None:
+    """The one line for a store's refusal, or None when the error is something else."""
+    reason = " ".join(str(error).split()) or type(error).__name__
+    if type(error).__name__ in _CREDENTIALS:
+        return (
+            f"no credentials for {path} ({reason}): set them as the store's own tools want them, such as "
+            "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or GOOGLE_APPLICATION_CREDENTIALS"
+        )
+    if isinstance(error, PermissionError):
+        return f"the store refuses {path} ({reason}): check the credentials and what they allow"
+    if is_transient(error):
+        return f"can't reach {path} ({reason}): check the endpoint and the network, and run the same command again"
+    if isinstance(error, OSError) and isinstance(error.__cause__, Exception) and _of_client(error.__cause__):
+        return f"the store refuses {path} ({reason}): check the bucket, the region and the name"
+    return None
+
+
+def _of_client(error: Exception) -> bool:
+    return any(kind.__module__.partition(".")[0] in _CLIENTS for kind in type(error).__mro__)
+
+
+@contextlib.contextmanager
+def scratch() -> Iterator[Path]:
+    """Yield a local folder for files on their way, removed at the end.
+
+    It is held by a kernel lock, so that whatever a killed process left can be told from what is in use, and goes here.
+    It lies where `tempfile` puts things: TMPDIR chooses another disk.
+    """
+    for left in Path(tempfile.gettempdir()).glob("clipkit-scratch-*"):
+        with contextlib.suppress(OSError), _held(left, fcntl.LOCK_EX | fcntl.LOCK_NB):
+            shutil.rmtree(left, ignore_errors=True)
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix="clipkit-scratch-"))
+        # Another process may have taken the folder for a left one before we hold it.
+        with contextlib.suppress(FileNotFoundError), _held(folder, fcntl.LOCK_EX):
+            if folder.exists():
+                try:
+                    yield folder
+                finally:
+                    shutil.rmtree(folder, ignore_errors=True)
+                return
+
+
+@contextlib.contextmanager
+def _held(folder: Path, how: int) -> Iterator[None]:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, how)
+        yield
+    finally:
+        os.close(descriptor)
