@@ -64,7 +64,10 @@ def parse(text: str) -> Path:
     try:
         fsspec.get_filesystem_class(protocol)
         # Listings are never remembered: other processes write the same folders.
-        return cast(Path, UPath(text, use_listings_cache=False))
+        path = UPath(text, use_listings_cache=False)
+        if protocol in EXTRAS and not path.drive:
+            raise ValueError("the bucket is missing")
+        return cast(Path, path)
     except ImportError as error:
         extra = EXTRAS.get(protocol)
         remedy = f"pip install 'clipkit[{extra}]'" if extra else str(error).strip().rstrip(".")

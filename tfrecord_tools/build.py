@@ -24,7 +24,7 @@ from clipkit import jobs
 from clipkit.dataset import open_dataset
 from clipkit.errors import UserError
 from clipkit.features import Feature, Kind, parse_features
-from clipkit.files import lock, read_json, remove, write_beside, write_json
+from clipkit.files import clear_leftovers, lock, read_json, remove, write_beside, write_json
 from clipkit.log import Progress
 from clipkit.manifest import CLIPKIT_FOLDER, SplitManifest, index_path, read_manifest, write_manifest
 from clipkit.tfrecord_tools.build_shard import ShardJob, ShardState, build_shard, offsets_path, read_state
@@ -34,7 +34,6 @@ from clipkit.tfrecord_tools.read_shards import find_shards
 from clipkit.tfrecord_tools.schema import EMPTY_LIST, LIST, unify
 
 SHARD_MEGABYTES = 256
-WRITTEN_BESIDE = re.compile(r"\..+\.\d+")  # the temporary names of `write_beside`
 IMAGE_COLUMN, CAPTION_COLUMN = "jpg", "txt"
 
 
@@ -75,7 +74,7 @@ def build_tfds(
                 f"{folder} already holds a split {split!r} made from other shards: "
                 "remove it, or choose another output or --name"
             )
-        _clear_leftovers(folder, folder / CLIPKIT_FOLDER, work)
+        clear_leftovers(folder, folder / CLIPKIT_FOLDER, work)
         if split in splits:
             open_dataset(folder, split)  # says so when a shard is missing
             remove(work)
@@ -105,14 +104,6 @@ def _check_names(name: str, split: str) -> None:
         )
     if not re.fullmatch(r"[a-zA-Z]\w*", split, re.ASCII):
         raise UserError(f"split {split!r}: give a letter, then letters, digits and _ alone, such as train or test")
-
-
-def _clear_leftovers(*folders: Path) -> None:
-    """Remove what killed runs were writing beside, and no other hidden file."""
-    for folder in folders:
-        for leftover in folder.glob(".*"):
-            if WRITTEN_BESIDE.fullmatch(leftover.name):
-                remove(leftover)
 
 
 def _whole_splits(folder: Path) -> set[str]:
