@@ -8,6 +8,7 @@ import click
 
 from clipkit.errors import InternalError, UserError
 from clipkit.files import disk_message
+from clipkit.remote import comes_from_store, store_message
 
 Folder = click.Path(path_type=Path, file_okay=False)
 Anything = click.Path(path_type=Path)
@@ -37,8 +38,11 @@ class OneLineErrors(click.Group):
             fail(str(error), 2)
         except InternalError as error:
             fail(str(error), 1)
-        except OSError as error:
-            message = disk_message(error, error.filename or "the output")
+        except Exception as error:
+            if comes_from_store(error):
+                message = store_message(error, "the store")
+            else:
+                message = disk_message(error, error.filename or "the output") if isinstance(error, OSError) else None
             if message is None:
                 raise
             fail(message, 2)

@@ -189,7 +189,7 @@ def is_transient(error: Exception) -> bool:
         return True
     if isinstance(error, OSError) and error.errno in _TRANSIENT:
         return True
-    return _of_client(error) and type(error).__name__ not in _CREDENTIALS
+    return comes_from_store(error) and not isinstance(error, OSError) and type(error).__name__ not in _CREDENTIALS
 
 
 @contextlib.contextmanager
@@ -227,17 +227,19 @@ def store_message(error: Exception, path: Path | str) -> str | None:
             f"no credentials for {path} ({reason}): set them as the store's own tools want them, such as "
             "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or GOOGLE_APPLICATION_CREDENTIALS"
         )
-    if isinstance(error, PermissionError):
+    if isinstance(error, PermissionError) and error.filename is None:  # the disk's own names its file
         return f"the store refuses {path} ({reason}): check the credentials and what they allow"
     if is_transient(error):
         return f"can't reach {path} ({reason}): check the endpoint and the network, and run the same command again"
-    if isinstance(error, OSError) and isinstance(error.__cause__, Exception) and _of_client(error.__cause__):
+    if comes_from_store(error):
         return f"the store refuses {path} ({reason}): check the bucket, the region and the name"
     return None
 
 
-def _of_client(error: Exception) -> bool:
-    return any(kind.__module__.partition(".")[0] in _CLIENTS for kind in type(error).__mro__)
+def comes_from_store(error: BaseException) -> bool:
+    """Whether a store's client raised it, or what it was made from."""
+    kinds = [*type(error).__mro__, *(type(error.__cause__).__mro__ if error.__cause__ else ())]
+    return any(kind.__module__.partition(".")[0] in _CLIENTS for kind in kinds)
 
 
 @contextlib.contextmanager

@@ -6,9 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from clipkit import files
 from clipkit.errors import UserError
 from clipkit.files import (
+    WRITTEN_BESIDE,
     append_json_line,
+    clear_leftovers,
     disk_message,
     lock,
     read_json,
@@ -116,3 +119,46 @@ def test_a_folder_is_held_by_one_process_at_a_time(tmp_path):
         other.wait()
     with lock(tmp_path):
         assert (tmp_path / ".lock").read_text() == str(os.getpid())
+
+
+def test_two_writers_of_one_file_never_share_a_temporary(tmp_path):
+    """Process ids come twice in a cluster; here even the process is the same."""
+    path = tmp_path / "file"
+    with write_beside(path) as one:
+        one.write_text("one")
+        with write_beside(path) as other:
+            other.write_text("other")
+            assert one != other and one.parent == other.parent == tmp_path
+            assert WRITTEN_BESIDE.fullmatch(one.name) and WRITTEN_BESIDE.fullmatch(other.name)
+        assert path.read_text() == "other"
+    assert path.read_text() == "one" and list(tmp_path.iterdir()) == [path]
+
+
+def test_what_killed_runs_left_goes_and_no_other_hidden_file(tmp_path):
+    for name in (".lock", ".hidden.1.txt", "shard.123", ".shard.tar.123/part", ".shard-00001.77"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x")
+    clear_leftovers(tmp_path, tmp_path / "none")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".hidden.1.txt", ".lock", "shard.123"]
+
+
+def test_a_worker_that_lives_on_leaves_no_half_file(tmp_path):
+    with pytest.raises(FileNotFoundError), write_beside(tmp_path / "x") as temporary, temporary.open("w") as file:
+        file.write("x")
+        clear_leftovers(tmp_path)
+        file.write("y")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_worker_that_lives_on_leaves_no_half_folder(tmp_path, monkeypatch):
+    path = tmp_path / "x"
+    with pytest.raises(FileNotFoundError), write_beside(path) as temporary:
+        temporary.mkdir()
+        (temporary / "first").write_text("x")
+        with monkeypatch.context() as patch:
+            patch.setattr(files, "remove", lambda folder: (folder / "first").unlink())  # half done
+            clear_leftovers(tmp_path)
+        (temporary / "second").write_text("x")
+    assert not path.exists()
+    clear_leftovers(tmp_path)
+    assert list(tmp_path.iterdir()) == []

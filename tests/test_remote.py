@@ -15,10 +15,12 @@ from pathlib import Path
 
 import pytest
 from botocore.exceptions import EndpointConnectionError, NoCredentialsError
+from click.testing import CliRunner
 from object_store import s3 as s3
 from object_store import s3_server as s3_server
 
 from clipkit import remote, remote_lock
+from clipkit.cli import main
 from clipkit.errors import InternalError, UserError
 from clipkit.files import (
     append_json_line,
@@ -395,3 +397,24 @@ def test_a_store_without_conditional_puts_still_locks(store, monkeypatch):
     with lock(store), pytest.raises(UserError, match="another clipkit"), lock(store):
         pass
     assert names(store) == []
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (NoCredentialsError(), "no credentials for the store"),
+        (EndpointConnectionError(endpoint_url="http://localhost:1"), "can't reach the store"),
+        (FileNotFoundError("bucket/x"), None),
+        (ConnectionResetError("not the store's"), None),
+    ],
+)
+def test_what_a_stage_lets_through_is_one_line_of_the_command(monkeypatch, error, message):
+    def examine():
+        raise error
+
+    monkeypatch.setattr("clipkit.doctor.examine", examine)
+    result = CliRunner().invoke(main, ["doctor"])
+    if message:
+        assert (result.exit_code, result.stderr.count("\n")) == (2, 1) and message in result.stderr
+    else:
+        assert result.exception is error
