@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 
+from clipkit.charts import Band, Line, histogram, interval_strip, line_chart, share
 from clipkit.errors import UserError
 from clipkit.eval import predictions, report_data, results
-from clipkit.eval.report_charts import Band, Line, histogram, interval_strip, line_chart, share, short, size
 from clipkit.eval.report_data import DataFacts, StageCost
-from clipkit.eval.results import METRICS, Result, percent, verdict
+from clipkit.eval.results import METRICS, Result, verdict
 from clipkit.files import require_dir, write_beside
-from clipkit.log import duration
+from clipkit.page import render
 
 SEED = 0
 TILES = 12
@@ -40,16 +40,7 @@ def report(run: Path) -> Path:
     known = ("config.json", "metrics.jsonl", "results.jsonl", "checkpoints")
     if not any((run / name).exists() for name in known):
         raise UserError(f"{run} isn't a run: give the folder that clipkit train wrote (--out)")
-    try:
-        import jinja2
-    except ImportError as error:
-        raise UserError("the report needs jinja2: pip install 'clipkit[report]'") from error
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("clipkit.eval", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {"percent": percent, "short": short, "size": size, "share": share}
-    environment.filters |= {"duration": duration, "count": count}
-    page = environment.get_template("report.html.j2").render(**contents(run))
+    page = render("clipkit.eval", "report.html.j2", contents(run))
     path = run / "report.html"
     with write_beside(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
@@ -89,11 +80,6 @@ def contents(run: Path) -> dict[str, Any]:
         "metric_names": METRICS,
         "seed": SEED,
     }
-
-
-def count(number: float) -> str:
-    """A whole number with separators."""
-    return f"{number:,.0f}"
 
 
 def parameters(config: Mapping[str, Any]) -> int:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from clipkit.charts import percent
 from clipkit.files import disk_errors, read_json_lines, write_beside
 
 if TYPE_CHECKING:
@@ -99,11 +100,6 @@ def verdict(result: Result) -> str:
     if result.metric == "top1" and result.low <= result.largest_class:
         return f"no better than always guessing the commonest class ({percent(result.largest_class)})"
     return ""
-
-
-def percent(share: float) -> str:
-    """A share as a percentage: two digits below 1%, one above."""
-    return f"{share:.2%}" if share < 0.01 else f"{share:.1%}"
 
 
 def table(results: Sequence[Result]) -> "Table":

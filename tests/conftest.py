@@ -4,12 +4,17 @@ import io
 import json
 import os
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 from PIL import Image
+
+if TYPE_CHECKING:
+    from browser import Browser
 
 # Tests run side by side, one a core: more threads in each would only wait for each other. Child processes inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -74,3 +79,12 @@ def pairs_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for number in range(3):
         write_tar(shards / f"{number:05d}.tar", samples[number * 32 : number * 32 + 32])
     return build_tfds(shards, folder / "data", "colours").path
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator["Browser"]:
+    """A headless Chromium for the tests of one module."""
+    from browser import open_browser
+
+    with open_browser(tmp_path_factory.mktemp("chromium")) as page:
+        yield page

@@ -48,7 +48,8 @@ def test_the_wheel_holds_every_module_and_data_file(wheel):
         for path in (ROOT / s).rglob("*.py")
     }
     wanted |= {path.relative_to(ROOT).as_posix() for path in (ROOT / "clipkit" / "data").rglob("*") if path.is_file()}
-    wanted |= {f"clipkit/eval/{path.name}" for path in (ROOT / "eval").glob("*.j2")} | {"clipkit/py.typed"}
+    wanted |= {f"clipkit/{path.name}" for path in (ROOT / "clipkit").glob("*.j2")} | {"clipkit/py.typed"}
+    wanted |= {f"clipkit/{s}/{path.name}" for s in ("tfrecord_tools", "eval") for path in (ROOT / s).glob("*.j2")}
     assert wanted - shipped == set()
     strangers = {name.split("/")[0] for name in shipped} - {"clipkit"}
     assert all(name.endswith(".dist-info") for name in strangers)

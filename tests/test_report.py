@@ -1,25 +1,20 @@
 """The page is whole in a real browser: it renders, logs no error, loads nothing, and every picture shows."""
 
-import base64
-import contextlib
 import io
 import json
 import shutil
-import subprocess
-import threading
-from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import pytest
-import websocket
+from browser import Browser
 from PIL import Image
 
-from clipkit import log
+from clipkit import charts, log
 from clipkit.config import to_json
 from clipkit.errors import UserError
-from clipkit.eval import predictions, report_charts, report_data, results
+from clipkit.eval import predictions, report_data, results
 from clipkit.eval.metrics import wilson
 from clipkit.eval.report import report, walls
 from clipkit.eval.results import Result
@@ -101,85 +96,6 @@ def write_run(run: Path, data: Path) -> Path:
     return run
 
 
-class Browser:
-    """A headless Chromium, spoken to through its DevTools."""
-
-    def __init__(self, address: str) -> None:
-        self.socket = websocket.create_connection(address, suppress_origin=True, timeout=60)
-        self.number, self.session, self.events = 0, "", list[dict[str, Any]]()
-        target = self.call("Target.createTarget", url="about:blank")["targetId"]
-        self.session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
-        for domain in ("Page", "Runtime", "Log", "Network"):
-            self.call(f"{domain}.enable")
-
-    def call(self, method: str, **parameters: Any) -> dict[str, Any]:
-        self.number += 1
-        message = {"id": self.number, "method": method, "params": parameters}
-        self.socket.send(json.dumps(message | ({"sessionId": self.session} if self.session else {})))
-        while True:
-            answer = json.loads(self.socket.recv())
-            if answer.get("id") == self.number:
-                assert "error" not in answer, answer
-                result: dict[str, Any] = answer["result"]
-                return result
-            self.events.append(answer)
-
-    def open(self, path: Path, width: int, scheme: str) -> None:
-        self.call(
-            "Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=width < 600
-        )
-        self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
-        self.events.clear()
-        self.call("Page.navigate", url=path.as_uri())
-        while not any(event.get("method") == "Page.loadEventFired" for event in self.events):
-            self.events.append(json.loads(self.socket.recv()))
-
-    def evaluate(self, expression: str) -> Any:
-        answer = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
-        assert "exceptionDetails" not in answer, answer
-        return answer["result"].get("value")
-
-    def screenshot(self) -> np.ndarray:
-        data = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=True)["data"]
-        return np.asarray(Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB"))
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
-    program = next((path for path in map(shutil.which, names) if path), None)
-    if program is None:
-        pytest.fail("no browser found: install Chromium (on Debian: apt-get install chromium)")
-    profile = tmp_path_factory.mktemp("chromium")
-    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
-    flags += " --disable-component-update --disable-sync --disable-dev-shm-usage --remote-debugging-port=0"
-    command = [program, *flags.split(), f"--user-data-dir={profile}", "about:blank"]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stderr is not None
-        try:
-            said = list(iter_until(process.stderr, "DevTools listening on "))
-            assert said and "DevTools listening on " in said[-1], f"the browser ended before it listened: {said[-3:]}"
-            # Whatever else it says must not fill the pipe.
-            threading.Thread(target=process.stderr.read, daemon=True).start()
-            page = Browser(said[-1].split()[-1])
-            yield page
-            page.session = ""
-            with contextlib.suppress(websocket.WebSocketException, OSError):
-                page.call("Browser.close")
-            page.socket.close()
-        finally:
-            process.terminate()
-            process.wait(timeout=60)
-
-
-def iter_until(lines: IO[str], word: str) -> Iterator[str]:
-    """Lines up to the first with `word` in it."""
-    for line in lines:
-        yield line
-        if word in line:
-            return
-
-
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("report")
@@ -199,13 +115,8 @@ def test_a_browser_shows_the_page(page: Path, browser: Browser) -> None:
         heights = "[...document.querySelectorAll('svg .tick')].map(text => text.getBoundingClientRect().height)"
         assert min(browser.evaluate(heights)) >= 9
         shots.append(browser.screenshot())
-        problems = [event for event in browser.events if event.get("method") == "Runtime.exceptionThrown"]
-        problems += [event for event in browser.events if event.get("method") == "Log.entryAdded"]
-        assert problems == []
-        asked = [
-            e["params"]["request"]["url"] for e in browser.events if e.get("method") == "Network.requestWillBeSent"
-        ]
-        assert [url for url in asked if not url.startswith("data:")] == [page.as_uri()]
+        assert browser.problems() == []
+        assert browser.requests() == [page.as_uri()]
     assert shots[0].std() > 5, "the picture of the page is blank"
     assert shots[0].mean() > 180 > 90 > shots[2].mean(), "light is light and dark is dark"
 
@@ -295,16 +206,16 @@ def test_an_unfinished_stage_counts_what_is_done(tmp_path: Path) -> None:
     ],
 )
 def test_ticks_are_round_and_inside(low: float, high: float, expected: list[float]) -> None:
-    assert report_charts.ticks(low, high, 4) == pytest.approx(expected)
+    assert charts.ticks(low, high, 4) == pytest.approx(expected)
 
 
 def test_short_numbers() -> None:
-    shown = [report_charts.short(value) for value in (0, 0.0002, 0.5, 12, 999.9, 12_800, 3.2e6, 1.28e10, 999_999)]
+    shown = [charts.short(value) for value in (0, 0.0002, 0.5, 12, 999.9, 12_800, 3.2e6, 1.28e10, 999_999)]
     assert shown == ["0", "2e-4", "0.5", "12", "1k", "12.8k", "3.2M", "12.8B", "1M"]
 
 
 def test_sizes_of_data() -> None:
-    shown = [report_charts.size(value) for value in (0, 34_567 / 4, 950, 3.2e6, 3.2e9, 999_999_999, 1.5e12, 2e15)]
+    shown = [charts.size(value) for value in (0, 34_567 / 4, 950, 3.2e6, 3.2e9, 999_999_999, 1.5e12, 2e15)]
     assert shown == ["0 B", "8.64 kB", "950 B", "3.2 MB", "3.2 GB", "1 GB", "1.5 TB", "2 PB"]
 
 
@@ -332,7 +243,7 @@ def test_metrics_of_one_moment_are_one_point(tmp_path: Path) -> None:
 
 
 def test_thinning_keeps_the_mean_and_leaves_nan_out() -> None:
-    xs, ys = report_charts.thin(list(range(1001)), [*range(1000), float("nan")])
-    assert len(xs) <= report_charts.POINTS
+    xs, ys = charts.thin(list(range(1001)), [*range(1000), float("nan")])
+    assert len(xs) <= charts.POINTS
     assert xs == ys
     assert xs[0] == 2.0

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from clipkit import charts
 from clipkit.eval import results
 from clipkit.eval.metrics import wilson
 from clipkit.eval.results import Result
@@ -106,7 +107,7 @@ def test_table_shows_value_interval_chance_and_the_warning() -> None:
 
 
 def test_percent() -> None:
-    assert [results.percent(share) for share in (0, 0.00091, 0.0712, 0.5, 1)] == [
+    assert [charts.percent(share) for share in (0, 0.00091, 0.0712, 0.5, 1)] == [
         "0.00%",
         "0.09%",
         "7.1%",

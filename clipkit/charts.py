@@ -64,6 +64,16 @@ def share(value: float) -> str:
     return f"{value * 100:.3g}%"
 
 
+def percent(share: float) -> str:
+    """A share as a percentage: two digits below 1%, one above."""
+    return f"{share:.2%}" if share < 0.01 else f"{share:.1%}"
+
+
+def count(number: float) -> str:
+    """A whole number with separators."""
+    return f"{number:,.0f}"
+
+
 def ticks(low: float, high: float, most: int = 5) -> list[float]:
     """Round numbers within low..high, at most `most` of them or so."""
     span = high - low

@@ -1,0 +1,27 @@
+"""Write one HTML page from a stage's template: the report of a run, the inspection of a dataset.
+
+The stages' templates extend `page.html.j2`, which holds the style, the script under the charts, and nothing else.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from clipkit.charts import count, percent, share, short, size
+from clipkit.errors import UserError
+from clipkit.log import duration
+
+
+def render(package: str, template: str, contents: Mapping[str, Any]) -> str:
+    """The page of `template` in `package`. Text is escaped; the filters are those of numbers, sizes and times.
+
+    Raises UserError when jinja2 (extra `report`) isn't installed.
+    """
+    try:
+        import jinja2
+    except ImportError as error:
+        raise UserError("a page needs jinja2: pip install 'clipkit[report]'") from error
+    loader = jinja2.ChoiceLoader([jinja2.PackageLoader(each, ".") for each in (package, "clipkit")])
+    environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"percent": percent, "short": short, "size": size, "share": share}
+    environment.filters |= {"duration": duration, "count": count}
+    return environment.get_template(template).render(**contents)
