@@ -2,7 +2,7 @@
 
 The directory is TFDS's own, so this also opens what TFDS itself wrote (ImageNet, for one). Opening reads the metadata
 alone: shards are opened when first needed and closed when too many are open, and the index of record offsets is mapped
-into memory, so that ten million records cost no more than ten.
+into memory, so that ten million records cost no more than ten. A dataset in an object store is read by ranges.
 
 Records are read with `pread` and not through a mapping of the shard: a mapped shard counts as the process's own memory,
 and one that is cut short while it is in use kills the process where `pread` gives an error that can be told.
@@ -22,9 +22,10 @@ import numpy as np
 
 from clipkit.errors import UserError
 from clipkit.features import Feature, parse_features
-from clipkit.files import read_json
-from clipkit.manifest import CLIPKIT_FOLDER, index_path, read_manifest
+from clipkit.files import as_path, disk_errors, is_remote, local_copy, read_json
+from clipkit.manifest import CLIPKIT_FOLDER, SplitManifest, index_path, read_manifest
 from clipkit.records import RecordError, decode_example, index_records, unframe
+from clipkit.remote import as_upath
 
 # Far below the usual limit of 1,024 open files, with room for a loader's workers of the same process.
 _MAX_OPEN = 128
@@ -44,6 +45,7 @@ class _Open:
 
     def __init__(self, path: Path) -> None:
         self.descriptor = os.open(path, os.O_RDONLY)
+        self.bytes = os.fstat(self.descriptor).st_size
 
     def read(self, length: int, offset: int) -> bytes:
         # A method, so that the object outlives the call: with the bare descriptor in hand it could be closed before.
@@ -52,6 +54,20 @@ class _Open:
     def __del__(self) -> None:
         if hasattr(self, "descriptor"):
             os.close(self.descriptor)
+
+
+class _OpenRemote:
+    """The same for an object of a store, which is asked for each range."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.bytes = path.stat().st_size
+
+    def read(self, length: int, offset: int) -> bytes:
+        target = as_upath(self.path)
+        with disk_errors(self.path):
+            data: bytes = target.fs.cat_file(target.path, start=offset, end=offset + length)
+        return data
 
 
 class Dataset:
@@ -71,7 +87,7 @@ class Dataset:
     def _start(self) -> None:
         self._ends = list(accumulate(shard.records for shard in self.shards))
         self._lock = threading.Lock()
-        self._open: OrderedDict[int, _Open] = OrderedDict()
+        self._open: OrderedDict[int, _Open | _OpenRemote] = OrderedDict()
         self._index = _load_index(self.path, self.split, self.num_records)
         self._found: dict[int, np.ndarray] = {}
 
@@ -112,7 +128,8 @@ class Dataset:
         found = self._found.get(shard)
         if found is None:
             file = self.shards[shard]
-            found = index_records(self.path / file.file)
+            with local_copy(self.path / file.file) as local:
+                found = index_records(local)
             if len(found) != file.records:
                 raise UserError(
                     f"{self.path / file.file} holds {len(found)} records where dataset_info.json says {file.records}: "
@@ -147,15 +164,20 @@ class Dataset:
         path = self.path / f"{column}.labels.txt"
         return path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else None
 
-    def _opened(self, shard: int) -> _Open:
+    def _opened(self, shard: int) -> _Open | _OpenRemote:
         with self._lock:
             file = self._open.get(shard)
             if file is None:
                 path = self.path / self.shards[shard].file
                 try:
-                    file = self._open[shard] = _Open(path)
+                    file = _OpenRemote(path) if is_remote(path) else _Open(path)
                 except FileNotFoundError as error:
                     raise UserError(f"{path} is gone: put the shard back or build it anew") from error
+                if file.bytes != self.shards[shard].bytes:  # the offsets are those of another file
+                    raise UserError(
+                        f"{path} has changed since the dataset was opened (clipkit purge?): run the command again"
+                    )
+                self._open[shard] = file
                 if len(self._open) > _MAX_OPEN:
                     self._open.popitem(last=False)
             else:
@@ -180,8 +202,12 @@ def _load_index(folder: Path, split: str, records: int) -> np.ndarray | None:
     if not path.exists():
         return None
     try:
-        # A plain view: indexing an np.memmap costs three times as much.
-        index = np.asarray(np.load(path, mmap_mode="r" if records else None))
+        if is_remote(path):
+            with local_copy(path) as local:
+                index = np.load(local)
+        else:
+            # A plain view: indexing an np.memmap costs three times as much.
+            index = np.asarray(np.load(path, mmap_mode="r" if records else None))
     except (ValueError, OSError) as error:
         raise UserError(f"{path} isn't an index ({error}): remove it and run clipkit build-tfds again") from error
     if index.shape != (records,):
@@ -191,13 +217,32 @@ def _load_index(folder: Path, split: str, records: int) -> np.ndarray | None:
     return index
 
 
-def open_dataset(path: Path | str, split: str = "train") -> Dataset:
-    """Open one split of the dataset at `path`: the version's directory, or a parent that holds exactly one dataset.
+@dataclass(frozen=True)
+class Layout:
+    """What the metadata of a dataset directory say, before any shard is looked at.
 
-    Raises UserError, each naming what is wrong: no metadata, a build that hasn't finished, no such split, shards that
-    are missing or whose size isn't the manifest's.
+    `lengths` are the records of each shard by split, as dataset_info.json has them, and `files` the shards' names.
     """
-    folder = _find(Path(path))
+
+    folder: Path
+    name: str
+    features: dict[str, Feature]
+    lengths: dict[str, list[int]]
+    files: dict[str, list[str]]
+    manifest: dict[str, SplitManifest]
+
+    def differs(self, split: str) -> bool:
+        """Whether the manifest counts other shards or records than dataset_info.json."""
+        manifest = self.manifest.get(split)
+        return manifest is not None and [shard.records for shard in manifest.shards] != self.lengths[split]
+
+
+def read_layout(path: Path) -> Layout:
+    """Read the metadata of the dataset at `path`: the version's directory, or a parent that holds exactly one dataset.
+
+    Raises UserError where there is no dataset or no metadata that is TFDS's.
+    """
+    folder = _find(path)
     info = read_json(folder / "dataset_info.json")
     try:
         lengths = {part["name"]: [int(n) for n in part.get("shardLengths", [])] for part in info["splits"]}
@@ -206,25 +251,45 @@ def open_dataset(path: Path | str, split: str = "train") -> Dataset:
         features = parse_features(read_json(folder / "features.json"))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{folder} has metadata that isn't TFDS's ({error!r}): build the dataset anew") from error
-    if split not in lengths:
-        raise UserError(f"{folder} has no split {split!r}: choose one of {', '.join(sorted(lengths)) or 'none'}")
     file_format = info.get("fileFormat", "tfrecord")
     if file_format != "tfrecord":
         raise UserError(f"{folder} holds {file_format} files and clipkit reads tfrecord: convert it with TFDS")
-    manifest = read_manifest(folder).get(split)
-    if manifest is None:
-        files = _file_names(name, split, len(lengths[split]), templates[split])
-        sizes: list[int | None] = [None] * len(files)
-    else:
-        files = [shard.file for shard in manifest.shards]
-        sizes = [shard.bytes for shard in manifest.shards]
-        if [shard.records for shard in manifest.shards] != lengths[split]:
-            raise UserError(f"{folder}: dataset_info.json and clipkit/manifest.json differ: build the dataset anew")
+    manifest = read_manifest(folder)
+    files = {
+        split: [shard.file for shard in manifest[split].shards]
+        if split in manifest
+        else _file_names(name, split, len(lengths[split]), templates[split])
+        for split in lengths
+    }
+    return Layout(folder, name, features, lengths, files, manifest)
+
+
+def open_dataset(path: Path | str, split: str = "train") -> Dataset:
+    """Open one split of the dataset at `path`: the version's directory, or a parent that holds exactly one dataset.
+
+    Raises UserError, each naming what is wrong: no metadata, a build or a purge that hasn't finished, no such split,
+    shards that are missing or whose size isn't the manifest's.
+    """
+    layout = read_layout(as_path(path))
+    folder, lengths = layout.folder, layout.lengths
+    if split not in lengths:
+        raise UserError(f"{folder} has no split {split!r}: choose one of {', '.join(sorted(lengths)) or 'none'}")
+    if journal_path(folder).exists():
+        raise UserError(f"{folder}: a purge isn't finished, run the same clipkit purge command again")
+    if layout.differs(split):
+        raise UserError(f"{folder}: dataset_info.json and clipkit/manifest.json differ: build the dataset anew")
+    manifest = layout.manifest.get(split)
+    sizes = [shard.bytes for shard in manifest.shards] if manifest else [None] * len(lengths[split])
     shards = [
         ShardFile(file, records, _checked_size(folder / file, size))
-        for file, records, size in zip(files, lengths[split], sizes, strict=True)
+        for file, records, size in zip(layout.files[split], lengths[split], sizes, strict=True)
     ]
-    return Dataset(folder, name, split, features, shards)
+    return Dataset(folder, layout.name, split, layout.features, shards)
+
+
+def journal_path(folder: Path) -> Path:
+    """Where `clipkit purge` keeps what it has begun: while the file is there, shards and metadata may not agree."""
+    return folder / CLIPKIT_FOLDER / "purge.json"
 
 
 def _find(path: Path) -> Path:

@@ -11,6 +11,7 @@ import clipkit.dataset
 from clipkit.dataset import open_dataset
 from clipkit.errors import UserError
 from clipkit.features import Feature, parse_features
+from clipkit.files import as_path
 from clipkit.records import RecordError, read_records
 from clipkit.tfrecord_tools.build import build_tfds
 
@@ -217,3 +218,36 @@ def test_features_of_tfdss_own_datasets_and_their_class_names(version):
     assert open_dataset(version).label_names() is None
     (version / "label.labels.txt").write_text("n01440764\nn01443537\n")
     assert open_dataset(version).label_names() == ["n01440764", "n01443537"]
+
+
+def test_a_purge_that_is_not_finished_is_refused(version):
+    (version / "clipkit" / "purge.json").write_text("{}")
+    with pytest.raises(UserError, match="a purge isn't finished, run the same clipkit purge command again"):
+        open_dataset(version)
+
+
+def test_a_shard_that_changed_after_opening_is_noticed(version):
+    """Its records no longer stand where the index says, and one of them may stand where another stood."""
+    dataset = open_dataset(version)
+    path = version / dataset.shards[0].file
+    path.write_bytes(path.read_bytes()[dataset.offsets(0)[1] :])
+    with pytest.raises(UserError, match="has changed since the dataset was opened"):
+        dataset.read(0)
+
+
+def test_a_dataset_in_a_store_reads_as_on_the_disk(built):
+    local = open_dataset(built)
+    store = as_path("memory://test-dataset/pairs")
+    for file in local.path.rglob("*"):
+        if file.is_file():
+            target = store / file.relative_to(local.path).as_posix()
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(file.read_bytes())
+    remote = open_dataset(store)
+    assert [remote.read(i) for i in range(7)] == [local.read(i) for i in range(7)]
+    assert pickle.loads(pickle.dumps(remote)).example(6) == local.example(6)
+    (store / "clipkit" / "index-train.npy").unlink()
+    assert open_dataset("memory://test-dataset").read(6) == local.read(6)
+    (store / local.shards[2].file).unlink()
+    with pytest.raises(UserError, match="is missing: put it back or build it anew"):
+        open_dataset(store)
