@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tensorflow_process import with_tensorflow
 
+from clipkit import records
 from clipkit.errors import UserError
 from clipkit.records import (
     RecordError,
@@ -111,6 +112,29 @@ def test_examples_come_back(columns):
     encoded = encode_example(columns)
     assert decode_example(encoded) == as_lists(columns)
     assert encode_example(dict(reversed(columns.items()))) == encoded
+
+
+# Names that begin with one another, values of any size a length may take, numbers out of the range of 32 bits.
+WIRE_VALUES = st.one_of(SCALAR, LIST, st.binary(min_size=120, max_size=140), st.floats(), st.lists(st.floats()))
+
+
+@given(st.dictionaries(st.text("ab\0é", max_size=140), WIRE_VALUES, max_size=8))
+def test_examples_are_to_the_byte_what_protobuf_makes_of_them(columns):
+    message = records._Example()
+    for name, values in as_lists(columns).items():
+        feature = message.features.feature[name]
+        feature.SetInParent()
+        if values:
+            kind = {bytes: feature.bytes_list, int: feature.int64_list, float: feature.float_list}[type(values[0])]
+            kind.value.extend(values)
+    assert encode_example(columns) == message.SerializeToString(deterministic=True)
+
+
+def test_long_values_are_to_the_byte_what_protobuf_makes_of_them():
+    for size in (16_383, 16_384, 2_097_151, 2_097_152):
+        message = records._Example()
+        message.features.feature["jpg"].bytes_list.value.extend([b"x" * size, b"", b"y" * 200])
+        assert encode_example({"jpg": [b"x" * size, b"", b"y" * 200]}) == message.SerializeToString(deterministic=True)
 
 
 def test_decoding_some_keys_leaves_out_the_rest_and_what_is_absent():
