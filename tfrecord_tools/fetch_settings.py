@@ -1,0 +1,58 @@
+"""What governs fetching, and what comes back: the values that pass between the download and its network part."""
+
+from dataclasses import dataclass
+
+import clipkit
+
+# Directives of X-Robots-Tag that keep an image out. "unavailable_after" counts when its date has passed.
+DISALLOWED_TAGS = ("noai", "noimageai", "noml", "noindex", "noimageindex", "none", "unavailable_after")
+
+
+def user_agent(contact: str | None = None) -> str:
+    """The User-Agent header: a name that hosts can address and, given a contact, a way to reach who runs it."""
+    added = f"; +{contact}" if contact else ""
+    return f"Mozilla/5.0 (compatible; clipkit/{clipkit.__version__}{added})"
+
+
+@dataclass(frozen=True)
+class FetchSettings:
+    """How a process fetches. Times are in seconds, sizes in bytes."""
+
+    connections: int = 256  # upper bound of requests under way; the actual number adapts below it
+    per_host: int = 8  # requests under way to one hostname, whatever redirect led there
+    timeout: float = 10.0  # without a byte: connecting with TLS, headers, each read
+    deadline: float = 30.0  # of one URL's own time: names, redirects, retries and the waits that it was told, body
+    max_bytes: int = 50_000_000  # of a body, before and after decompression
+    max_redirects: int = 5
+    retries: int = 0  # further tries of what may pass: dns, connect, timeout, truncated, http-5xx
+    resolvers: tuple[str, ...] = ()  # "ip", "ip:port" or "[ipv6]:port"; none: the system's resolver
+    allow_private_hosts: bool = False
+    user_agent: str = user_agent()
+    agent_token: str = "clipkit"  # the name by which X-Robots-Tag and robots.txt may address us
+    disallowed_tags: tuple[str, ...] = DISALLOWED_TAGS  # () ignores X-Robots-Tag, but records it
+    tdm_reservation: bool = True  # obey the header `tdm-reservation: 1` (W3C TDMRep)
+    ca_file: str | None = None  # certificates (PEM) to trust beside the system's
+    robots_txt: bool = False  # ask each host for robots.txt (RFC 9309) first, and obey it
+    handler_threads: int = 2
+    look_ahead: int = 16_384  # rows read ahead of what is being fetched, while hosts are busy
+
+
+@dataclass(frozen=True, slots=True)
+class Fetched:
+    """What became of one row. `body` is None exactly when `reason`, one of reasons.REASONS, is not.
+
+    `decision` is what X-Robots-Tag, TDM headers and robots.txt said, allowed or not; "" when they said nothing.
+    `seconds` is the URL's own time, without waiting for its turn.
+    """
+
+    index: int
+    url: str
+    final_url: str
+    body: bytes | None
+    reason: str | None
+    message: str
+    status: int | None
+    content_type: str | None
+    decision: str
+    attempts: int
+    seconds: float

@@ -1,0 +1,235 @@
+"""Whose turn it is: requests queue by host, so that no host gets too many at once and none holds up the others.
+
+All of it runs in one thread, the event loop's, and never waits: it says what may start now, and when to ask again.
+Times are the loop's seconds.
+"""
+
+import heapq
+import itertools
+from collections import OrderedDict, deque
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+from clipkit.tfrecord_tools import reasons
+
+Item = TypeVar("Item")
+
+CIRCUIT_AFTER = 8  # failures in a row, after which a host is given a pause and then one probe at a time
+PROBE_PAUSES = (1.0, 4.0)
+GIVEN_UP_SECONDS = 300.0
+TROUBLED_HOSTS = 20_000  # idle hosts whose troubles are remembered
+FIRST_PAUSE = 1.0  # after a 429 that names no time; doubles
+UNREACHABLE = frozenset({reasons.DNS, reasons.CONNECT, reasons.TLS, reasons.TIMEOUT})
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a host gets no more requests for now."""
+
+    reason: str
+    message: str
+
+
+@dataclass(slots=True, eq=False)
+class Host(Generic[Item]):
+    """One hostname: what waits for it, what is under way, and how it has behaved."""
+
+    name: str
+    limit: float
+    queue: deque[Item] = field(default_factory=deque)
+    active: int = 0
+    is_ready: bool = False
+    paused_until: float = 0.0
+    failures: int = 0
+    rate_limits: int = 0
+    refused_until: float = 0.0
+    refusal: Refusal | None = None
+
+    def is_clean(self, now: float) -> bool:
+        """Whether forgetting it would lose nothing."""
+        return not (
+            self.queue
+            or self.active
+            or self.failures
+            or self.rate_limits
+            or max(self.paused_until, self.refused_until) > now
+        )
+
+
+class HostQueues(Generic[Item]):
+    """Items queued by hostname. `take` gives them out in turn over the hosts; `done` gives the place back."""
+
+    def __init__(self, per_host: int, longest_pause: float) -> None:
+        """At most `per_host` items of a host are out at once; a host that asks for more than `longest_pause` seconds
+        is refused instead of waited for.
+        """
+        self.per_host = per_host
+        self.longest_pause = longest_pause
+        self.hosts: dict[str, Host[Item]] = {}
+        self.troubled: OrderedDict[str, None] = OrderedDict()
+        self.ready: deque[Host[Item]] = deque()
+        self.timers: list[tuple[float, int, Host[Item] | tuple[str, Item]]] = []
+        self.order = itertools.count()
+        self.queued = 0
+
+    def add(self, name: str, item: Item, *, first: bool = False) -> None:
+        """Queue an item; `first` for one that has begun already (a redirect, a retry)."""
+        host = self.host(name)
+        if first:
+            host.queue.appendleft(item)
+        else:
+            host.queue.append(item)
+        self.queued += 1
+        self.mark_ready(host)
+
+    def add_later(self, name: str, item: Item, when: float) -> None:
+        """Queue an item, as the first of its host, at a time to come."""
+        heapq.heappush(self.timers, (when, next(self.order), (name, item)))
+        self.queued += 1
+
+    def take(self, now: float) -> Item | None:
+        """The next item that may start, None when there is none."""
+        self.ring(now)
+        while self.ready:
+            host = self.ready.popleft()
+            host.is_ready = False
+            if not self.may_start(host, now):
+                continue
+            item = host.queue.popleft()
+            self.queued -= 1
+            host.active += 1
+            self.mark_ready(host)
+            return item
+        return None
+
+    def done(self, name: str, now: float) -> None:
+        """Give back the place of an item that `take` gave out."""
+        host = self.hosts[name]
+        host.active -= 1
+        self.mark_ready(host)
+        if not host.queue and not host.active:
+            self.retire(host, now)
+
+    def is_alone(self, name: str) -> bool:
+        """Whether nothing else is wanted of a host, so that its connection needn't be kept."""
+        host = self.hosts.get(name)
+        return host is None or (host.active <= 1 and not host.queue)
+
+    def refusal(self, name: str, now: float) -> Refusal | None:
+        """Why items of this host should fail at once, None when they may queue."""
+        host = self.hosts.get(name)
+        return host.refusal if host is not None and host.refused_until > now else None
+
+    def next_time(self) -> float | None:
+        """When `take` is worth asking again though nothing was done or added."""
+        return self.timers[0][0] if self.timers else None
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # How a host behaves
+    # -----------------------------------------------------------------------------------------------------------------
+
+    def succeeded(self, name: str) -> None:
+        """It answered, whatever it said."""
+        host = self.hosts[name]
+        host.failures = 0
+        host.refusal = None
+        host.rate_limits = 0
+        if host.limit < self.per_host:
+            host.limit = min(self.per_host, host.limit + 0.5 / host.limit)
+            self.mark_ready(host)
+
+    def failed(self, name: str, reason: str, message: str, now: float) -> list[Item]:
+        """It could not be reached. Returns the items that shall fail with it, should that be the last straw."""
+        host = self.hosts[name]
+        if host.paused_until > now:  # what was under way when the pause began says nothing new
+            return []
+        host.failures += 1
+        if host.failures < CIRCUIT_AFTER:
+            return []
+        host.limit = 1.0
+        probes = host.failures - CIRCUIT_AFTER
+        if probes < len(PROBE_PAUSES):
+            self.pause(host, now + PROBE_PAUSES[probes])
+            return []
+        return self.refuse(host, now + GIVEN_UP_SECONDS, Refusal(reason, f"host backed off: {message}"))
+
+    def rate_limited(self, name: str, seconds: float | None, now: float) -> tuple[float, list[Item]]:
+        """It asked for patience, for `seconds` if it said so.
+
+        Returns for how long it will be left alone, and the items that shall fail at once if that is too long.
+        """
+        host = self.hosts[name]
+        host.failures = 0
+        wait = FIRST_PAUSE * 2**host.rate_limits if seconds is None else seconds
+        if host.paused_until <= now:  # answers to what was under way when it began to refuse say nothing new
+            host.rate_limits += 1
+            host.limit = max(1.0, host.limit / 2)
+        if wait > self.longest_pause:
+            refusal = Refusal(reasons.RATE_LIMITED, f"host asked to wait {wait:.0f} s")
+            return wait, self.refuse(host, now + wait, refusal)
+        self.pause(host, now + wait)
+        return wait, []
+
+    # -----------------------------------------------------------------------------------------------------------------
+
+    def host(self, name: str) -> Host[Item]:
+        """The state of a host, made when it is first heard of."""
+        found = self.hosts.get(name)
+        if found is None:
+            found = self.hosts[name] = Host(name, float(self.per_host))
+        self.troubled.pop(name, None)
+        return found
+
+    def may_start(self, host: Host[Item], now: float) -> bool:
+        return bool(host.queue) and host.active < int(host.limit) and host.paused_until <= now
+
+    def mark_ready(self, host: Host[Item]) -> None:
+        if not host.is_ready and host.queue and host.active < int(host.limit):
+            host.is_ready = True
+            self.ready.append(host)
+
+    def pause(self, host: Host[Item], until: float) -> None:
+        if until > host.paused_until:
+            host.paused_until = until
+            heapq.heappush(self.timers, (until, next(self.order), host))
+
+    def refuse(self, host: Host[Item], until: float, refusal: Refusal) -> list[Item]:
+        host.refused_until = max(host.refused_until, until)
+        host.refusal = refusal
+        dropped = list(host.queue)
+        host.queue.clear()
+        self.queued -= len(dropped)
+        return dropped
+
+    def ring(self, now: float) -> None:
+        """Let in what was to come later, and the hosts whose pause is over."""
+        while self.timers and self.timers[0][0] <= now:
+            _, _, entry = heapq.heappop(self.timers)
+            if isinstance(entry, Host):
+                self.mark_ready(entry)
+            else:
+                self.queued -= 1
+                self.add(*entry, first=True)
+
+    def retire(self, host: Host[Item], now: float) -> None:
+        """Forget an idle host; one in trouble only when too many are."""
+        if host.is_clean(now):
+            del self.hosts[host.name]
+            return
+        self.troubled[host.name] = None
+        if len(self.troubled) > TROUBLED_HOSTS:
+            oldest, _ = self.troubled.popitem(last=False)
+            del self.hosts[oldest]
+
+    def remove(self, items: set[int], now: float) -> None:
+        """Drop queued items by their id(): their job has ended early."""
+        for host in list(self.hosts.values()):
+            kept = deque(item for item in host.queue if id(item) not in items)
+            self.queued -= len(host.queue) - len(kept)
+            host.queue = kept
+            if not kept and not host.active:
+                self.retire(host, now)
+        timers = [entry for entry in self.timers if isinstance(entry[2], Host) or id(entry[2][1]) not in items]
+        self.queued -= len(self.timers) - len(timers)
+        heapq.heapify(timers)
+        self.timers = timers
