@@ -2,8 +2,9 @@
 
 A digest of the bytes differs as soon as the server re-encodes, resizes or strips a file that still shows the same
 picture. Who kept the exact matches alone lost a seventh of the data: 14% of DataComp-1B (mlfoundations/datacomp issue
-67, where an archived copy from years before has the server's digest, not the table's), 15% of LAION (rom1504/img2dataset pull request 258), of which nearly all look the same as before
-(img2dataset pull request 198: CLIP similarity above 0.9). So the classes are kept apart, and none is a failure.
+67, where an archived copy from years before has the server's digest, not the table's), 15% of LAION
+(rom1504/img2dataset pull request 258), of which nearly all look the same as before (img2dataset pull request 198: CLIP
+similarity above 0.9). So the classes are kept apart, and none is a failure.
 """
 
 import hashlib
@@ -17,6 +18,7 @@ from clipkit.phash import SAME_PICTURE, distance, perceptual_hash_of
 HashKind = Literal["md5", "sha1", "sha256", "sha512"]
 HashResult = Literal["exact", "re-encoded", "changed", "differs", "unchecked"]
 
+HASH_KINDS: tuple[HashKind, ...] = get_args(HashKind)
 HEX = re.compile(r"[0-9a-f]+")
 
 
@@ -53,8 +55,8 @@ def check_digest(value: str, kind: HashKind) -> str:
     A column of another kind would make every row differ, silently: LAION's `hash` is a 64-bit number made of URL and
     text (img2dataset issue 346), and its `md5` was looked for in files that have none (issue 366).
     """
-    if kind not in get_args(HashKind):
-        raise UserError(f"unknown kind of hash {kind!r}: choose one of {', '.join(get_args(HashKind))}")
+    if kind not in HASH_KINDS:
+        raise UserError(f"unknown kind of hash {kind!r}: choose one of {', '.join(HASH_KINDS)}")
     digest, digits = value.strip().lower(), 2 * hashlib.new(kind, usedforsecurity=False).digest_size
     if len(digest) != digits or not HEX.fullmatch(digest):
         raise UserError(f"hash {value!r} is no {kind}, which has {digits} hex digits: name another column or kind")
