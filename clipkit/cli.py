@@ -28,6 +28,7 @@ def main() -> None:
 
 main.add_command(cli_data.download)
 main.add_command(cli_data.build_tfds)
+main.add_command(cli_data.build_imagenet)
 
 
 @main.command()

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from clipkit.cli_options import Anything, Count, Folder, as_json, tell
+from clipkit.cli_options import Anything, Count, Folder, Place, as_json, engine, tell
 
 
 @click.command()
@@ -56,4 +56,29 @@ def build_tfds(shards: Path, out: Path, as_json: bool, **options: Any) -> None:
     from clipkit.tfrecord_tools.build import build_tfds as stage
 
     summary = stage(shards, out, **options)
+    tell(summary, as_json)
+
+
+@click.command("build-imagenet")
+@click.argument("source", type=Folder)
+@click.argument("out", type=Place())
+@click.option("--name", default="imagenet2012", show_default=True, help="Name of the set; it becomes OUT/NAME/VERSION.")
+@click.option("--split", help="Which split SOURCE is, or the only one to take. [default: all it has]")
+@click.option("--labels", type=Anything, help="Classes of a flat folder: lines in file order, 'file class', or CSV.")
+@click.option("--classes", type=Anything, help="Another set's classes in label order. [default: its folders, sorted]")
+@click.option("--subset", is_flag=True, help="Accept an ImageNet with classes or images missing.")
+@click.option("--max-bad", type=click.IntRange(min=0), default=0, show_default=True, help="Broken images to leave out.")
+@click.option("--workers", type=Count, help="Processes that copy. [default: one a core]")
+@engine
+@as_json
+def build_imagenet(source: Path, out: Path, as_json: bool, **options: Any) -> None:
+    """Turn ImageNet, or any folder of labelled images, into the TFDS dataset OUT/imagenet2012/5.1.0.
+
+    SOURCE holds the official tars (with the devkit for the validation labels), or a folder for each split with a folder
+    for each class, or a flat validation folder with --labels. Another set is named by --name and becomes
+    OUT/NAME/1.0.0.
+    """
+    from clipkit.tfrecord_tools.imagenet import build_imagenet as stage
+
+    summary = stage(source, out, **options)
     tell(summary, as_json)

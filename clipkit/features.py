@@ -13,12 +13,16 @@ Kind = Literal["image", "text", "int", "float", "bool", "label", "other"]
 
 @dataclass(frozen=True)
 class Feature:
-    """One column. `optional`: the key may be absent from a record, which means a missing value."""
+    """One column. `optional`: the key may be absent from a record, which means a missing value.
+
+    `encoding` is the one format of all images (`jpeg` or `png`) where the dataset promises one.
+    """
 
     kind: Kind
     optional: bool = False
     is_list: bool = False
     num_classes: int | None = None
+    encoding: str | None = None
 
 
 def parse_features(features_json: Mapping[str, Any]) -> dict[str, Feature]:
@@ -30,8 +34,10 @@ def parse_features(features_json: Mapping[str, Any]) -> dict[str, Feature]:
 
 def _parse(feature: Mapping[str, Any]) -> Feature:
     name = feature["pythonClassName"].rsplit(".", 1)[-1]
-    if name in ("Image", "Text"):
-        return Feature("image" if name == "Image" else "text")
+    if name == "Image":
+        return Feature("image", encoding=feature.get("image", {}).get("encodingFormat") or None)
+    if name == "Text":
+        return Feature("text")
     if name == "ClassLabel":
         return Feature("label", num_classes=int(feature["classLabel"]["numClasses"]))
     if name == "Sequence":

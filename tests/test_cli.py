@@ -9,6 +9,7 @@ from clipkit import __version__
 from clipkit.cli import main
 
 OPTIONS = {
+    "build-imagenet": "source out --name --split --labels --classes --subset --max-bad --workers --engine --json",
     "build-tfds": "shards out --name --split --workers --json",
     "demo": "--out",
     "doctor": "--json",
@@ -95,6 +96,7 @@ def test_clipa_b16_is_the_published_recipe():
         (["report", "none"], "none doesn't exist"),
         (["download", "none.parquet", "out"], "none.parquet doesn't exist"),
         (["build-tfds", "none", "out", "--name", "x"], "shards none don't exist"),
+        (["build-imagenet", "none", "out"], "none isn't a folder"),
     ],
 )
 def test_a_mistake_gets_one_line_and_exit_code_2(arguments, says, pairs_dataset, tmp_path, monkeypatch):

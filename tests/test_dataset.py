@@ -210,7 +210,7 @@ def test_features_of_tfdss_own_datasets_and_their_class_names(version):
         },
     }
     assert parse_features(imagenet) == {
-        "image": Feature("image"),
+        "image": Feature("image", encoding="jpeg"),
         "label": Feature("label", num_classes=1000),
         "file_name": Feature("text"),
         "box": Feature("other", is_list=True),

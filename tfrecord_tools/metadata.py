@@ -1,4 +1,4 @@
-"""Write the two files by which TFDS knows a dataset, `dataset_info.json` and `features.json`, without TFDS.
+"""Write the files by which TFDS knows a dataset, `dataset_info.json` and `features.json`, without TFDS.
 
 Missing values. A missing value is a key that isn't in the record. TFDS reads such a record in two ways:
 - `Scalar(dtype, optional=True)`, TFDS's own word for it. `as_dataset` gives the smallest value of the type (int64:
@@ -11,15 +11,16 @@ A bool column with missing values is declared as int64, for TFDS would read the 
 read as empty ones. Floats are float32, as `tf.train.Example` has it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from clipkit.features import Feature
-from clipkit.files import write_json
+from clipkit.files import write_beside, write_json
 from clipkit.manifest import SplitManifest
 
 VERSION = "1.0.0"
+DESCRIPTION = "Image-text pairs written by clipkit."
 FILE_TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
 
 _PACKAGE = "tensorflow_datasets.core.features"
@@ -32,17 +33,40 @@ def shard_name(name: str, split: str, number: int, count: int) -> str:
 
 
 def write_metadata(
-    folder: Path, name: str, features: Mapping[str, Feature], splits: Mapping[str, SplitManifest]
+    folder: Path,
+    name: str,
+    features: Mapping[str, Feature],
+    splits: Mapping[str, SplitManifest],
+    *,
+    version: str = VERSION,
+    description: str = DESCRIPTION,
+    label_names: Mapping[str, Sequence[str]] | None = None,
+    supervised: tuple[str, str] | None = None,
 ) -> None:
-    """Write both files; `dataset_info.json` last, since its presence says that the dataset is whole."""
+    """Write the files; `dataset_info.json` last, since its presence says that the dataset is whole.
+
+    `label_names` gives each label column its classes in label order; `supervised` names the two columns, input and
+    target, that TFDS's `as_supervised=True` returns.
+    """
+    for column, names in (label_names or {}).items():
+        with write_beside(folder / f"{column}.labels.txt") as temporary:
+            temporary.write_text("".join(f"{each}\n" for each in names), encoding="utf-8")
     write_json(folder / "features.json", features_json(features))
-    write_json(folder / "dataset_info.json", dataset_info_json(name, splits))
+    info = dataset_info_json(name, splits, version=version, description=description, supervised=supervised)
+    write_json(folder / "dataset_info.json", info)
 
 
-def dataset_info_json(name: str, splits: Mapping[str, SplitManifest]) -> dict[str, Any]:
+def dataset_info_json(
+    name: str,
+    splits: Mapping[str, SplitManifest],
+    *,
+    version: str = VERSION,
+    description: str = DESCRIPTION,
+    supervised: tuple[str, str] | None = None,
+) -> dict[str, Any]:
     """The contents of `dataset_info.json`: TFDS's DatasetInfo message as JSON (64-bit numbers are strings there)."""
-    return {
-        "description": "Image-text pairs written by clipkit.",
+    info: dict[str, Any] = {
+        "description": description,
         "fileFormat": "tfrecord",
         "name": name,
         "splits": [
@@ -54,8 +78,11 @@ def dataset_info_json(name: str, splits: Mapping[str, SplitManifest]) -> dict[st
             }
             for split, manifest in sorted(splits.items())
         ],
-        "version": VERSION,
+        "version": version,
     }
+    if supervised is not None:
+        info["supervisedKeys"] = {"tuple": {"items": [{"featureKey": column} for column in supervised]}}
+    return info
 
 
 def features_json(features: Mapping[str, Feature]) -> dict[str, Any]:
@@ -74,8 +101,15 @@ def _feature(feature: Feature) -> dict[str, Any]:
             "sequence": {"feature": item, "length": "-1"},
         }
     if feature.kind == "image":
-        shape = {"dimensions": ["-1", "-1", "3"]}
-        return {"pythonClassName": f"{_PACKAGE}.image_feature.Image", "image": {"shape": shape, "dtype": "uint8"}}
+        image: dict[str, Any] = {"shape": {"dimensions": ["-1", "-1", "3"]}, "dtype": "uint8"}
+        if feature.encoding is not None:
+            image["encodingFormat"] = feature.encoding
+        return {"pythonClassName": f"{_PACKAGE}.image_feature.Image", "image": image}
+    if feature.kind == "label":
+        return {
+            "pythonClassName": f"{_PACKAGE}.class_label_feature.ClassLabel",
+            "classLabel": {"numClasses": str(feature.num_classes)},
+        }
     if feature.kind == "text" and not feature.optional:
         return {"pythonClassName": f"{_PACKAGE}.text_feature.Text", "text": {}}
     tensor: dict[str, Any] = {"shape": {}, "dtype": _DTYPES.get(feature.kind, "string"), "encoding": "none"}
