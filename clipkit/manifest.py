@@ -1,7 +1,7 @@
 """The account of a dataset: what went into each shard, what came out, and what was left out and why.
 
 The manifest stands in `clipkit/manifest.json` beside TFDS's own files, which have no place for it. Its counts add up:
-in every source, every shard and every split, samples = records + all that was skipped.
+in every source, every shard that has sources, and every split, samples = records + all that was skipped.
 """
 
 from collections import Counter
@@ -47,13 +47,29 @@ class Shard:
 
 @dataclass(frozen=True)
 class SplitManifest:
-    """All shards of one split, in the order of their numbers."""
+    """All shards of one split, in the order of their numbers.
+
+    A shard that took part of a source names the whole source with its size, and counts its own part. Where records of
+    all sources are in all shards (a shuffle), the sources stand here once and not in each shard.
+    """
 
     shards: tuple[Shard, ...]
+    sources: tuple[Source, ...] = ()
+    options: dict[str, Any] = field(default_factory=dict)
+    """What decided which samples are here, in which form and order, as `clipkit build-tfds` names it."""
+
+    @property
+    def all_sources(self) -> list[Source]:
+        return [*self.sources, *(source for shard in self.shards for source in shard.sources)]
+
+    @property
+    def source_files(self) -> list[tuple[str, int]]:
+        """Name and size in bytes of each input file, once, in order."""
+        return list(dict.fromkeys((source.file, source.bytes) for source in self.all_sources))
 
     @property
     def samples(self) -> int:
-        return sum(source.samples for shard in self.shards for source in shard.sources)
+        return sum(source.samples for source in self.all_sources)
 
     @property
     def records(self) -> int:
@@ -65,7 +81,7 @@ class SplitManifest:
 
     @property
     def skipped(self) -> dict[str, int]:
-        return add_counts(source.skipped for shard in self.shards for source in shard.sources)
+        return add_counts(source.skipped for source in self.all_sources)
 
     @property
     def formats(self) -> dict[str, int]:
@@ -109,6 +125,8 @@ def write_manifest(folder: Path, splits: Mapping[str, SplitManifest]) -> None:
                     "skipped": split.skipped,
                     "formats": split.formats,
                     "converted": split.converted,
+                    "options": split.options,
+                    "sources": [asdict(source) for source in split.sources],
                     "shards": [asdict(shard) for shard in split.shards],
                 }
                 for name, split in splits.items()
@@ -125,7 +143,11 @@ def read_manifest(folder: Path) -> dict[str, SplitManifest]:
     values = read_json(path)
     try:
         return {
-            name: SplitManifest(tuple(Shard.from_dict(shard) for shard in split["shards"]))
+            name: SplitManifest(
+                tuple(Shard.from_dict(shard) for shard in split["shards"]),
+                tuple(Source(**source) for source in split.get("sources", ())),
+                split.get("options", {}),
+            )
             for name, split in values["splits"].items()
         }
     except (KeyError, TypeError, AttributeError) as error:

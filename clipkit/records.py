@@ -107,15 +107,30 @@ def read_records(path: Path, check: bool = True) -> Iterator[bytes]:
     `check=False` leaves out the CRC of the contents; the length's CRC is always checked, else a damaged length would
     ask for any amount of memory. Raises RecordError at the first record that is cut off or damaged.
     """
+    return (record for _, record in read_range(path, check=check))
+
+
+def read_range(
+    path: Path, start: int = 0, stop: int | None = None, check: bool = True
+) -> Iterator[tuple[int, bytes]]:
+    """Offset and contents of each record that begins in bytes [start, stop) of the file, as `read_records` has them.
+
+    Of the records before `start` the headers alone are read.
+    """
     with path.open("rb", buffering=_BUFFER_BYTES) as file:
         size = os.fstat(file.fileno()).st_size
+        end = size if stop is None else min(stop, size)
         offset = 0
-        while offset < size:
+        while offset < min(start, end):
+            length = _record_length(os.pread(file.fileno(), HEADER_BYTES, offset), offset, size, path)
+            offset += HEADER_BYTES + length + FOOTER_BYTES
+        file.seek(offset)
+        while offset < end:
             length = _record_length(file.read(HEADER_BYTES), offset, size, path)
             framed = file.read(length + FOOTER_BYTES)
             if len(framed) < length + FOOTER_BYTES:
                 raise RecordError(path, offset, "the file ends inside a record")
-            yield _checked(framed[:length], framed[length:], offset, path) if check else framed[:length]
+            yield offset, _checked(framed[:length], framed[length:], offset, path) if check else framed[:length]
             offset += HEADER_BYTES + length + FOOTER_BYTES
 
 

@@ -204,7 +204,7 @@ def data_facts(path: Path, split: str) -> DataFacts:
         if side is not None:
             sides.append(side)
     manifest = read_manifest(dataset.path).get(split)
-    sources = [(each.file, each.bytes) for shard in manifest.shards for each in shard.sources] if manifest else []
+    sources = manifest.source_files if manifest else []
     cleaned = [clean(caption) for caption in captions]
     counts = Counter(caption for caption in cleaned if caption)
     return DataFacts(

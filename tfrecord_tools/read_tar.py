@@ -7,10 +7,11 @@ where the archive says so: a tar that a killed download left must not pass for a
 """
 
 import json
+import os
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from clipkit.errors import UserError
 from clipkit.tfrecord_tools.sample import BAD_METADATA, BAD_TEXT, DROPPED_COLUMNS, NO_IMAGE, Sample
@@ -18,30 +19,35 @@ from clipkit.tfrecord_tools.sample import BAD_METADATA, BAD_TEXT, DROPPED_COLUMN
 IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif"})
 
 _BLOCK = 512
-_BUFFER_BYTES = 1 << 20
+_CHUNK_BYTES = 1 << 18  # read at once; larger ones leave the processor's cache before they are looked at
 
 
-def read_tar(path: Path) -> Iterator[Sample]:
-    """The samples of a tar in its order; members of one key must follow each other, as webdataset has it.
+def read_tar(path: Path, start: int = 0, stop: int | None = None) -> Iterator[Sample]:
+    """The samples of a tar whose first header lies in bytes [start, stop), in order; stop None is the archive's end.
 
-    Members that are neither image, txt nor json are left out. Raises UserError naming the file and the byte when the
-    archive is cut off or damaged.
+    Members of one key must follow each other, as webdataset has it. Those that are neither image, txt nor json are left
+    out. Raises UserError naming the file and the byte when the archive is cut off or damaged; what lies beyond the
+    range is not looked at, and of what lies before it the headers alone.
     """
     key: str | None = None
+    first = 0
     members: dict[str, bytes] = {}
-    for name, data in read_members(path):
+    for offset, name, data in read_members(path, start):
         folder, _, base = name.rpartition("/")
         stem, dot, suffix = base.partition(".")
         if not stem or not dot:
             continue
-        stem = f"{folder}/{stem}" if folder else stem
+        if folder:
+            stem = f"{folder}/{stem}"
         suffix = suffix.lower()
-        if key is not None and (stem != key or suffix in members):
-            yield _sample(key, members)
-            members = {}
-        key = stem
+        if stem != key or suffix in members:
+            if key is not None and first >= start:
+                yield _sample(key, members)
+            if stop is not None and offset >= stop:
+                return
+            key, first, members = stem, offset, {}
         members[suffix] = data
-    if key is not None:
+    if key is not None and first >= start:
         yield _sample(key, members)
 
 
@@ -75,21 +81,29 @@ def _caption(text: bytes | None, columns: dict[str, Any]) -> str | None:
     return None if absent else str(caption)
 
 
-def read_members(path: Path) -> Iterator[tuple[str, bytes]]:
-    """Name and contents of each regular file of an uncompressed tar, read once from front to back."""
-    with path.open("rb", buffering=_BUFFER_BYTES) as file:
-        offset = 0
+def read_members(path: Path, start: int = 0) -> Iterator[tuple[int, str, bytes]]:
+    """Each regular file of an uncompressed tar: the offset of its first header, its name, its contents.
+
+    Of what begins before byte `start` the headers alone are read, and the contents given as empty.
+    """
+    with path.open("rb", buffering=0) as file:
+        chunks = _Chunks(file.fileno())
+        offset = first = 0
         name: str | None = None
         size: int | None = None
         while True:
-            header = file.read(_BLOCK)
+            skipping = first < start
+            read = chunks.read_alone if skipping else chunks.read
+            header = read(offset, _BLOCK)
             if len(header) == _BLOCK and header[0] == 0 and not any(header):
                 return
             _check_header(header, offset, path)
             stored = _number(header[124:136], offset, path)
             kind = header[156:157]
             if kind in b"xL":
-                data = _contents(file, stored, offset, path)
+                data = read(offset + _BLOCK, stored)
+                if len(data) < stored:
+                    raise _damaged(path, offset, "it ends inside a member")
                 if kind == b"L":
                     name = data.rstrip(b"\0").decode("utf-8", "replace")
                 else:
@@ -99,20 +113,36 @@ def read_members(path: Path) -> Iterator[tuple[str, bytes]]:
                         raise _damaged(path, offset, "a pax header isn't well formed") from None
             else:
                 stored = stored if size is None else size
-                data = _contents(file, stored, offset, path)
                 if kind in b"0\x007":
-                    yield name or _name(header), data
+                    data = b"" if skipping else read(offset + _BLOCK, stored)
+                    if not skipping and len(data) < stored:
+                        raise _damaged(path, offset, "it ends inside a member")
+                    yield first, name or _name(header), data
                 if kind != b"g":
                     name = size = None
             offset += _BLOCK + stored + -stored % _BLOCK
+            if name is None and size is None:
+                first = offset
 
 
-def _contents(file: BinaryIO, size: int, offset: int, path: Path) -> bytes:
-    padding = -size % _BLOCK
-    data = file.read(size)
-    if len(data) < size or len(file.read(padding)) < padding:
-        raise _damaged(path, offset, "it ends inside a member")
-    return data
+class _Chunks:
+    """Reads ahead, so that a header or a caption costs no system call of its own."""
+
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
+        self.start, self.chunk = 0, b""
+
+    def read(self, offset: int, length: int) -> bytes:
+        """The bytes from `offset` on, fewer at the end of the file."""
+        begin = offset - self.start
+        if begin < 0 or begin + length > len(self.chunk):
+            self.start, begin = offset, 0
+            self.chunk = os.pread(self.descriptor, max(length, _CHUNK_BYTES), offset)
+        return self.chunk[begin : begin + length]
+
+    def read_alone(self, offset: int, length: int) -> bytes:
+        """The same without reading ahead."""
+        return os.pread(self.descriptor, length, offset)
 
 
 def _check_header(header: bytes, offset: int, path: Path) -> None:

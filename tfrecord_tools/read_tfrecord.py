@@ -9,21 +9,22 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from clipkit.records import FOOTER_BYTES, HEADER_BYTES, RecordError, decode_example, read_records
+from clipkit.records import RecordError, decode_example, read_range
 from clipkit.tfrecord_tools.read_tar import IMAGE_SUFFIXES
 from clipkit.tfrecord_tools.sample import BAD_TEXT, DROPPED_COLUMNS, NO_IMAGE, Sample
 
 
-def read_tfrecord(path: Path) -> Iterator[Sample]:
-    """The samples of a TFRecord file in its order. Raises RecordError when a record is cut off or damaged."""
-    offset = 0
-    for record in read_records(path):
+def read_tfrecord(path: Path, start: int = 0, stop: int | None = None) -> Iterator[Sample]:
+    """The samples of the records that begin in bytes [start, stop) of a TFRecord file, in order.
+
+    Raises RecordError when one is cut off or damaged.
+    """
+    for offset, record in read_range(path, start, stop):
         try:
             values = decode_example(record)
         except ValueError as error:
             raise RecordError(path, offset, str(error)) from error
         yield _sample(values, fallback=f"{path.stem}-{offset}")
-        offset += HEADER_BYTES + len(record) + FOOTER_BYTES
 
 
 def _sample(values: dict[str, list[Any]], fallback: str) -> Sample:
