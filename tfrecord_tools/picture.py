@@ -1,10 +1,44 @@
-"""What becomes of a fetched body: a JPEG of the size asked for, or the reason why not."""
+"""What becomes of a fetched body: a JPEG of the size asked for, or the reason why not.
 
+The pixels are img2dataset's: its Resizer makes what has to be resized or encoded, byte for byte the same. Around it
+stand our checks (the size is read from the header before anything is decoded; a body that is cut off, damaged or a web
+page says so) and our decoding, for the Resizer clips 16 bits to white, ignores EXIF's rotation and prints the decoder's
+complaints. A JPEG that needs no change keeps its bytes: that is better than encoding it anew, and twice as fast.
+
+Colour profiles are left alone: kept with the bytes where those are kept, dropped without conversion elsewhere.
+"""
+
+import hashlib
+import io
+import logging
+import warnings
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal, get_args
+
+import cv2
+from PIL import Image
+
+from clipkit.errors import UserError
+from clipkit.images import (
+    FORMATS,
+    MAX_PIXELS,
+    ImageError,
+    UInt8Array,
+    check_size,
+    describe_failure,
+    header_size,
+    plain_jpeg_size,
+)
+from clipkit.tfrecord_tools import reasons
+from clipkit.tfrecord_tools.img2dataset_parts import import_resizer
+from clipkit.tfrecord_tools.picture_decode import Bitmap, Header, decode_jpeg, decode_odd, is_clean_jpeg, read_exif
+from clipkit.tfrecord_tools.truncation import is_truncated
 
 ResizeMode = Literal["no", "keep_ratio", "center_crop", "border", "keep_ratio_largest"]
-MAX_PIXELS = 80_000_000
+
+JPEG_MAX_SIDE = 65_500
+ORIENTATION = 0x0112
+ROTATED = range(2, 9)
 
 
 @dataclass(frozen=True)
@@ -16,15 +50,39 @@ class PictureSettings:
     resize_only_if_bigger: bool = True
     quality: int = 95
     reencode: bool = False
-    """Encode anew also what needs no change, as img2dataset does by default; else such JPEGs keep their bytes."""
+    """Encode anew also what needs no change, as img2dataset does unless told otherwise (`skip_reencode`)."""
     min_image_size: int = 0
     max_pixels: int = MAX_PIXELS
     max_aspect_ratio: float = float("inf")
 
+    def check(self) -> None:
+        """Raise UserError for settings that can't be."""
+        if self.resize_mode not in get_args(ResizeMode):
+            raise UserError(f"unknown resize mode {self.resize_mode!r}: choose {', '.join(get_args(ResizeMode))}")
+        if self.image_size < 1:
+            raise UserError(f"image size {self.image_size} is too small: give a number of pixels, such as 256")
+        if not 1 <= self.quality <= 100:
+            raise UserError(f"JPEG quality {self.quality} is out of range: give 1 to 100")
+        if self.max_aspect_ratio < 1:
+            raise UserError(
+                f"max aspect ratio {self.max_aspect_ratio} is below 1: it is the longer side by the shorter"
+            )
+
+    def keeps_size(self, height: int, width: int) -> bool:
+        """Whether the Resizer would give an image of these sides back as it is."""
+        if self.resize_mode == "no":
+            return True
+        by_shorter = self.resize_mode in ("keep_ratio", "center_crop")
+        side = min(height, width) if by_shorter else max(height, width)
+        if side != self.image_size:
+            return side < self.image_size and self.resize_only_if_bigger
+        keeps_ratio = self.resize_mode in ("keep_ratio", "keep_ratio_largest")
+        return keeps_ratio or self.resize_only_if_bigger or height == width
+
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture ready to be stored. Sides in pixels; `original_*` as the upright picture had them."""
+    """A picture ready to be stored. Sides in pixels; `original_*` are those of the upright picture as fetched."""
 
     jpg: bytes
     width: int
@@ -32,9 +90,11 @@ class Picture:
     original_width: int
     original_height: int
     exif: str | None
-    """The EXIF tags as JSON, None where the file has none."""
+    """EXIF's tags of the body as JSON, named and written as img2dataset does; None where there are none.
+
+    The orientation among them is the body's: `jpg` is upright."""
     sha256: str
-    """Of the body as fetched."""
+    """Of the body as fetched, in hex digits."""
     format: str
     """What was fetched, as Pillow names it: JPEG, PNG, WEBP …"""
 
@@ -43,28 +103,132 @@ class PictureError(Exception):
     """A body that gave no picture: `reason` is one of clipkit.tfrecord_tools.reasons, `message` says it to a person."""
 
     def __init__(self, reason: str, message: str) -> None:
-        super().__init__(message)
+        super().__init__(reason, message)
         self.reason = reason
         self.message = message
+
+    def __str__(self) -> str:
+        return self.message
 
 
 class PictureMaker:
     """Makes pictures under one set of settings. May be called from several threads at once."""
 
     def __init__(self, settings: PictureSettings) -> None:
-        """Raises UserError for settings that can't be."""
-        raise NotImplementedError
+        """Raises UserError for settings that can't be.
+
+        Takes OpenCV's threads from the process, and silences what Pillow and exifread say about odd files: a worker
+        has its own threads, and sees a million odd files.
+        """
+        settings.check()
+        self.settings = settings
+        self.resize = import_resizer()(
+            image_size=settings.image_size,
+            resize_mode=settings.resize_mode,
+            resize_only_if_bigger=settings.resize_only_if_bigger,
+            encode_quality=settings.quality,
+        )
+        cv2.setNumThreads(1)
+        warnings.filterwarnings("ignore", module=r"PIL\.")
+        logging.getLogger("exifread").setLevel(logging.CRITICAL)
 
     def __call__(self, body: bytes) -> Picture:
-        """Raises PictureError."""
-        raise NotImplementedError
+        """The picture in a body. Raises PictureError, and nothing else, for any bytes."""
+        try:
+            return self.make(body)
+        except ImageError as error:
+            raise PictureError(reason_of(str(error)), str(error)) from error
+        except MemoryError as error:
+            raise PictureError(reasons.OTHER, "the memory is too small to decode the image") from error
+
+    def make(self, body: bytes) -> Picture:
+        """The same, but raises ImageError where `clipkit.images` does."""
+        if not body:
+            raise PictureError(reasons.EMPTY, "the answer has no bytes")
+        if is_truncated(body):
+            raise PictureError(reasons.TRUNCATED, "the image ends before its end")
+        if sides := header_size(body):
+            self.check_sides(*sides)
+        if sides := plain_jpeg_size(body):
+            found = Header("JPEG", None, *sides, is_upright_jpeg=True)
+        else:
+            found = self.read_header(body)
+        if not found.is_upright_jpeg:
+            pixels = decode_odd(body, found.is_grey, self.settings.max_pixels)
+            return self.resized(body, pixels, found)
+        changes = self.settings.reencode or not self.settings.keeps_size(found.height, found.width)
+        if not changes and is_clean_jpeg(body, found.height, found.width):
+            height, width = found.height, found.width
+            return Picture(body, width, height, width, height, found.exif, sha256(body), found.format)
+        return self.resized(body, decode_jpeg(body), found)
+
+    def read_header(self, body: bytes) -> Header:
+        """What Pillow says of a file before it decodes it. Raises PictureError and ImageError."""
+        try:
+            with Image.open(io.BytesIO(body), formats=FORMATS) as image:
+                self.check_sides(image.height, image.width)
+                has_exif = "exif" in image.info or image.format == "TIFF"
+                rotated = has_exif and image.getexif().get(ORIENTATION) in ROTATED
+                return Header(
+                    format="JPEG" if image.format == "MPO" else image.format or "",
+                    exif=read_exif(body) if has_exif else None,
+                    height=image.height,
+                    width=image.width,
+                    is_upright_jpeg=image.format in ("JPEG", "MPO") and image.mode in ("L", "RGB") and not rotated,
+                    is_grey=image.mode == "L" and not image.has_transparency_data,
+                )
+        except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+            raise PictureError(reasons.TOO_MANY_PIXELS, f"the image has too many pixels ({error})") from error
+        except (PictureError, UserError, MemoryError):
+            raise
+        except Exception as error:  # Pillow's readers raise nearly every built-in exception on broken bytes
+            raise ImageError(describe_failure(body, error)) from error
+
+    def check_sides(self, height: int, width: int) -> None:
+        """Raise PictureError for an image that the settings refuse, ImageError for one without pixels."""
+        limit = self.settings
+        if height * width > limit.max_pixels:
+            message = f"{width} x {height} pixels are more than the {limit.max_pixels:,} allowed"
+            raise PictureError(reasons.TOO_MANY_PIXELS, message)
+        check_size(height, width, limit.max_pixels)
+        if min(height, width) < limit.min_image_size:
+            message = f"{width} x {height} pixels: the shorter side is below {limit.min_image_size}"
+            raise PictureError(reasons.TOO_SMALL, message)
+        if max(height, width) > min(height, width) * limit.max_aspect_ratio:
+            message = f"{width} x {height} pixels: longer than {limit.max_aspect_ratio:g} to 1"
+            raise PictureError(reasons.ASPECT_RATIO, message)
+
+    def resized(self, body: bytes, pixels: UInt8Array, found: Header) -> Picture:
+        """The picture of uint8[H, W, 3] BGR or uint8[H, W] grey, resized and encoded by img2dataset's Resizer."""
+        self.check_result(*pixels.shape[:2])
+        jpg, width, height, original_width, original_height, error = self.resize(Bitmap(pixels))
+        if error is not None:
+            message = f"img2dataset can't resize it: {' '.join(str(error).split())}"
+            raise PictureError(reasons.OTHER, message)
+        return Picture(jpg, width, height, original_width, original_height, found.exif, sha256(body), found.format)
+
+    def check_result(self, height: int, width: int) -> None:
+        """Raise PictureError where a long strip would be enlarged beyond all measure, or beyond what a JPEG holds."""
+        scale = 1.0
+        if not self.settings.keeps_size(height, width):
+            by_shorter = self.settings.resize_mode in ("keep_ratio", "center_crop")
+            scale = self.settings.image_size / (min(height, width) if by_shorter else max(height, width))
+        longer, pixels = max(height, width) * scale, height * width * scale * scale
+        if longer > JPEG_MAX_SIDE or (scale > 1 and pixels > self.settings.max_pixels):
+            message = f"{width} x {height} pixels would become {longer:.0f} long, more than a JPEG should be"
+            raise PictureError(reasons.ASPECT_RATIO, message)
 
 
 def make_picture(body: bytes, settings: PictureSettings) -> Picture:
-    """One picture; for many make a PictureMaker once. Raises PictureError."""
+    """One picture; for many make a PictureMaker once. Raises PictureError for the body, UserError for the settings."""
     return PictureMaker(settings)(body)
 
 
-def import_resizer() -> Any:
-    """img2dataset's Resizer class, without what its package drags in."""
-    raise NotImplementedError
+def sha256(body: bytes) -> str:
+    """The digest in hex digits."""
+    return hashlib.sha256(body).hexdigest()
+
+
+def reason_of(message: str) -> str:
+    """The reason behind an ImageError: cut off, where the decoder says so, else no image."""
+    return reasons.TRUNCATED if "truncated" in message else reasons.NOT_AN_IMAGE
