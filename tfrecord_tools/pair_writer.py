@@ -77,25 +77,20 @@ class PairWriter:
 
         Raises KindWidenedError when a value doesn't fit its column; the shard must then be begun anew.
         """
-        image, kind, reason = take(sample)
-        if reason is not None:
-            return reason
-        self.put(image, sample.caption or "", sample.columns)
-        self._count(kind)
+        kind, reason = judge(sample)
+        image = None if reason else stored_image(sample, kind)
+        if image is None:
+            return reason or NOT_AN_IMAGE
+        self.put(image, sample.caption or "", sample.columns, kind)
         return None
 
-    def put(self, image: bytes, caption: str, columns: Mapping[str, Any]) -> None:
-        """Write a pair that was looked at already, its format not counted (`add` does both)."""
+    def put(self, image: bytes, caption: str, columns: Mapping[str, Any], kind: str | None = None) -> None:
+        """Write a pair that was looked at already. `kind` is the format that the image had, None leaves it uncounted."""
         values = fit({name: v for name, v in columns.items() if name not in OWN_COLUMNS}, self.kinds, self.present)
         values["jpg"], values["txt"] = image, caption
         self.offsets.append(self.writer.write(encode_columns(values)))
-
-    def _count(self, kind: str) -> None:
-        if kind in TFDS_FORMATS:
-            self.formats[kind] += 1
-        else:
-            self.formats["jpeg"] += 1
-            self.converted[kind] += 1
+        if kind is not None:
+            count_format(kind, self.formats, self.converted)
 
     def written(self) -> Written:
         """What was written so far."""
@@ -119,25 +114,36 @@ class PairWriter:
         self.writer.close()
 
 
-def take(sample: Sample) -> tuple[bytes, str, str | None]:
-    """Image bytes, their original format, and the reason not to take the sample (then the first two mean nothing)."""
+def judge(sample: Sample) -> tuple[str, str | None]:
+    """The format of a sample's image, and the reason not to take the sample (then the format means nothing)."""
     image = sample.image
     if sample.problem is not None or image is None:
-        return b"", "", sample.problem or NO_IMAGE
+        return "", sample.problem or NO_IMAGE
     reason = caption_problem(sample.caption)
     if reason is not None:
-        return b"", "", reason
+        return "", reason
     kind = image_format(image)
     if kind is None:
-        return b"", "", NOT_AN_IMAGE
-    if is_truncated(image):
-        return b"", "", TRUNCATED_IMAGE
+        return "", NOT_AN_IMAGE
+    return kind, TRUNCATED_IMAGE if is_truncated(image) else None
+
+
+def stored_image(sample: Sample, kind: str) -> bytes | None:
+    """The bytes to store of a sample that may be taken; None when a format that TFDS lacks can't be decoded."""
+    assert sample.image is not None
+    if kind in TFDS_FORMATS:
+        return sample.image
+    try:
+        return as_jpeg(sample.image)
+    except UserError:
+        return None
+
+
+def count_format(kind: str, formats: Counter[str], converted: Counter[str]) -> None:
+    """Count one image by the format that it had: as it is stored, and where it was converted."""
+    formats[kind if kind in TFDS_FORMATS else "jpeg"] += 1
     if kind not in TFDS_FORMATS:
-        try:
-            image = as_jpeg(image)
-        except UserError:
-            return b"", "", NOT_AN_IMAGE
-    return image, kind, None
+        converted[kind] += 1
 
 
 def as_jpeg(image: bytes) -> bytes:

@@ -1,48 +1,177 @@
-"""Image shards of any kind that clipkit reads, behind one function: a file in, samples out.
+"""Image shards of any kind that clipkit reads, behind one function: a file and a range in, samples out.
 
-A further kind is one more file with a reader, and one more line in `READERS`.
+All shards in their order, one behind the other, are one line of bytes, which can be cut anywhere without looking at the
+data. `places_in` tells a reader's own place (bytes of a tar or TFRecord file, rows of a table) for a byte of the line,
+and a reader takes the samples that begin in [start, stop). So no sample is lost or doubled, wherever the cuts are.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from clipkit.errors import UserError
+from clipkit.files import is_remote, local_copy, read_json, remove
+from clipkit.remote import reading
+from clipkit.tfrecord_tools.read_dataset import dataset_features, read_dataset
+from clipkit.tfrecord_tools.read_folder import FolderSizes, copy_table, find_table, is_table, read_folder
+from clipkit.tfrecord_tools.read_parquet import USUAL, Columns, image_column, open_parquet, read_parquet, row_at
 from clipkit.tfrecord_tools.read_tar import read_tar
 from clipkit.tfrecord_tools.read_tfrecord import read_tfrecord
 from clipkit.tfrecord_tools.sample import Sample
 
-READERS: dict[str, Callable[[Path], Iterator[Sample]]] = {
-    ".tar": read_tar,
-    ".tfrecord": read_tfrecord,
-}
+SUFFIXES = (".tar", ".tfrecord", ".parquet")
+KINDS = "tars, tfrecords, parquet files with images, a dataset directory, or a table of a folder of images"
 
 
-def find_shards(path: Path) -> list[Path]:
-    """The shards of a folder by name, all of one kind, or the one file `path`.
+@dataclass(frozen=True)
+class InputShard:
+    """One input file. `size` is its length on the line, in bytes; `table` the rows of a folder's table, as parquet."""
 
+    path: Path
+    size: int
+    columns: Columns = USUAL
+    table: Path | None = None
+
+
+def find_shards(path: Path, columns: Columns = USUAL, split: str = "train") -> list[Path]:
+    """The shards of a folder by name, all of one kind, or the one file `path`; of a folder of images its table.
+
+    Of a dataset directory the shards of `split`, or of the only one.
     Raises UserError when there are none, and for a folder that `clipkit download` hasn't finished: the rest would be
     lost without a word.
     """
-    if path.is_file():
-        if path.suffix not in READERS:
-            raise UserError(f"{path} isn't an image shard: clipkit reads {', '.join(READERS)} files")
-        return [path]
-    if not path.is_dir():
-        raise UserError(f"shards {path} don't exist: check the path, or make them with clipkit download")
-    if (path / "clipkit" / "plan.json").exists() and not (path / "clipkit" / "download.json").exists():
-        raise UserError(f"the download into {path} isn't finished: run the same clipkit download command to its end")
-    files = sorted(file for file in path.iterdir() if file.suffix in READERS and not file.name.startswith("."))
-    kinds = sorted({file.suffix for file in files})
-    if not files:
-        raise UserError(f"{path} holds no image shards ({', '.join(READERS)}): make them with clipkit download")
-    if len(kinds) > 1:
-        raise UserError(f"{path} holds both {' and '.join(kinds)} shards: name a folder with one kind, or one file")
-    return files
+    with reading(path):
+        if path.is_file():
+            if not (path.suffix in SUFFIXES or is_table(path) or _is_dataset_shard(path)):
+                raise UserError(f"{path} isn't an image shard: clipkit reads {KINDS}")
+            return [path]
+        if not path.is_dir():
+            raise UserError(f"shards {path} don't exist: check the path, or make them with clipkit download")
+        if (path / "clipkit" / "plan.json").exists() and not (path / "clipkit" / "download.json").exists():
+            raise UserError(
+                f"the download into {path} isn't finished: run the same clipkit download command to its end"
+            )
+        dataset = find_dataset(path)
+        if dataset is not None:
+            return dataset_shards(dataset, split)
+        files = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES and not file.name.startswith("."))
+        # Beside its tars and tfrecords img2dataset leaves parquet files without images.
+        shards = [file for file in files if file.suffix != ".parquet"]
+        kinds = sorted({file.suffix for file in shards})
+        if len(kinds) > 1:
+            raise UserError(f"{path} holds both {' and '.join(kinds)} shards: name a folder with one kind, or one file")
+        if shards:
+            return shards
+        if files and _has_images(files[0], columns):
+            return files
+        table = find_table(path)
+        if table is None:
+            raise UserError(f"{path} holds no image shards: clipkit reads {KINDS}; make them with clipkit download")
+        return [table]
 
 
-def read_shard(path: Path) -> Iterator[Sample]:
-    """The samples of one image shard, in the order of the file. Raises UserError when it is damaged or gone."""
+def find_dataset(path: Path) -> Path | None:
+    """The folder of the one dataset at or below a path, or None. Raises UserError when there are several."""
+    found = sorted(file.parent for depth in ("", "*/", "*/*/") for file in path.glob(f"{depth}dataset_info.json"))
+    if len(found) > 1:
+        raise UserError(f"{path} holds {len(found)} datasets: name one of them, such as {found[0]}")
+    return found[0] if found and (found[0] / "features.json").exists() else None
+
+
+def dataset_shards(folder: Path, split: str) -> list[Path]:
+    """The shards of a split of a dataset directory, or of its only split. Raises UserError when they can't be told."""
+    from clipkit.dataset import open_dataset
+
+    info = read_json(folder / "dataset_info.json")
     try:
-        yield from READERS[path.suffix](path)
+        splits = [str(part["name"]) for part in info["splits"]]
+    except (KeyError, TypeError) as error:
+        raise UserError(
+            f"{folder} has metadata that isn't TFDS's ({error!r}): name a dataset that TFDS opens"
+        ) from error
+    if split not in splits and len(splits) != 1:
+        raise UserError(f"{folder} has the splits {', '.join(splits) or 'none'}: name the one to read by --split")
+    dataset = open_dataset(folder, split if split in splits else splits[0])
+    return [folder / shard.file for shard in dataset.shards]
+
+
+def open_shard(path: Path, columns: Columns = USUAL, work: Path | None = None) -> InputShard:
+    """A shard with its length; the rows of a folder's table are copied to `work`, where they stay."""
+    try:
+        with reading(path):
+            size = path.stat().st_size
     except FileNotFoundError as error:
-        raise UserError(f"image shard {path} is gone: put it back and run the same command again") from error
+        raise _gone(path) from error
+    if (
+        path.suffix in (".tar", ".tfrecord")
+        or _is_dataset_shard(path)
+        or (path.suffix == ".parquet" and _has_images(path, columns))
+    ):
+        return InputShard(path, size, columns)
+    if work is None:
+        raise UserError(f"{path} has no column with images: name it by --image-column")
+    table = work / "table.parquet"
+    copied = work / "table.of"
+    mark = f"{path} {size}"
+    if not (table.exists() and copied.exists() and copied.read_text(encoding="utf-8") == mark):
+        remove(copied)
+        copy_table(path, table)
+        copied.write_text(mark, encoding="utf-8")
+    return InputShard(path, FolderSizes(path.parent, table, columns).total, columns, table)
+
+
+def places_in(shard: InputShard, positions: Sequence[int]) -> list[int]:
+    """The reader's own places in a shard (bytes or rows) for bytes of it on the line; 0 is the beginning."""
+    if shard.table is not None:
+        sizes = FolderSizes(shard.path.parent, shard.table, shard.columns)
+        return [sizes.row_at(position) for position in positions]
+    if shard.path.suffix == ".parquet":
+        with local_copy(shard.path) as local:
+            return [row_at(local, position, shard.size) for position in positions]
+    return list(positions)
+
+
+def read_shard(shard: InputShard | Path, start: int = 0, stop: int | None = None) -> Iterator[Sample]:
+    """The samples of a shard that begin in [start, stop), places as `places_in` gives them, in order.
+
+    A remote shard is copied to the local disk first. Raises UserError when it is damaged or gone.
+    """
+    shard = shard if isinstance(shard, InputShard) else open_shard(shard)
+    path = shard.path
+    try:
+        if shard.table is not None:
+            yield from read_folder(path.parent, shard.table, start, stop, shard.columns)
+            return
+        with local_copy(path) as local:
+            try:
+                yield from _read(shard, local, start, stop)
+            except UserError as error:
+                if not is_remote(path):
+                    raise
+                raise UserError(str(error).replace(str(local), str(path))) from error
+    except FileNotFoundError as error:
+        raise _gone(path) from error
+
+
+def _gone(path: Path) -> UserError:
+    return UserError(f"image shard {path} is gone: put it back and run the same command again")
+
+
+def _read(shard: InputShard, local: Path, start: int, stop: int | None) -> Iterator[Sample]:
+    path = shard.path
+    if path.suffix == ".tar":
+        return read_tar(local, start, stop)
+    if path.suffix == ".parquet":
+        return read_parquet(local, start, stop, shard.columns)
+    if path.suffix == ".tfrecord":
+        return read_tfrecord(local, start, stop)
+    return read_dataset(local, dataset_features(path.parent), start, stop, shard.columns)
+
+
+def _is_dataset_shard(path: Path) -> bool:
+    return ".tfrecord-" in path.name and (path.parent / "features.json").exists()
+
+
+def _has_images(path: Path, columns: Columns) -> bool:
+    with local_copy(path) as local, open_parquet(local) as file:
+        return image_column(file.schema_arrow, columns) is not None
