@@ -29,6 +29,8 @@ def main() -> None:
 main.add_command(cli_data.download)
 main.add_command(cli_data.build_tfds)
 main.add_command(cli_data.build_imagenet)
+main.add_command(cli_data.verify)
+main.add_command(cli_data.purge)
 
 
 @main.command()

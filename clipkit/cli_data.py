@@ -82,3 +82,53 @@ def build_imagenet(source: Path, out: Path, as_json: bool, **options: Any) -> No
 
     summary = stage(source, out, **options)
     tell(summary, as_json)
+
+
+class CountOrAll(click.ParamType[int | None]):
+    """A number of things, or the word `all`, which becomes None."""
+
+    name = "number|all"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | None:
+        """An int of at least 0, or None."""
+        return None if value in ("all", None) else click.IntRange(min=0).convert(value, param, ctx)
+
+
+@click.command()
+@click.argument("path", metavar="DIR", type=Place())
+@click.option("--decode", type=CountOrAll(), default="1000", show_default=True, help="Images to decode in full.")
+@click.option("--workers", type=Count, help="Processes that read. [default: one a core]")
+@engine
+@as_json
+def verify(path: Path, as_json: bool, **options: Any) -> None:
+    """Check that the dataset in DIR is whole: every checksum, count and offset, and that images can be decoded.
+
+    DIR is a dataset of clipkit or of TFDS, or a folder of img2dataset's tars. Nothing is written. The exit code is 2
+    when something is wrong; for each file it is said what to do.
+    """
+    from clipkit.tfrecord_tools.verify import verify as stage
+
+    summary = stage(path, **options)
+    tell(summary, as_json)
+    if summary.problems:
+        raise SystemExit(2)
+
+
+@click.command()
+@click.argument("path", metavar="DIR", type=Place())
+@click.option("--list", "removals", type=Place(), required=True, help="Parquet, CSV, TSV, or text with a value a line.")
+@click.option("--by", metavar="COLUMN", help="url, key, sha256, md5, or a text column. [default: as the list tells]")
+@click.option("--dry-run", is_flag=True, help="Count what would be removed, and change nothing.")
+@click.option("--workers", type=Count, help="Processes that read and write. [default: one a core]")
+@engine
+@as_json
+def purge(path: Path, removals: Path, as_json: bool, **options: Any) -> None:
+    """Remove the records on a list (opt-outs, for one) from the dataset in DIR, for good and with a log.
+
+    URLs and keys must be equal to the letter. Only the shards concerned are written again; the same command goes on
+    where it was stopped, and until then nothing opens the dataset.
+    """
+    from clipkit.tfrecord_tools.purge import purge as stage
+
+    summary = stage(path, removals, **options)
+    tell(summary, as_json)

@@ -15,10 +15,12 @@ OPTIONS = {
     "doctor": "--json",
     "download": "urls out --preset --url-column --caption-column --image-size --quality --samples-per-shard "
     "--processes --threads --timeout --retries --json",
+    "purge": "path --list --by --dry-run --workers --engine --json",
     "recipes": "name --set",
     "report": "run",
     "train": "--data --recipe --out --device --set --resume --init --workers --eval-data --eval-label --eval-templates "
     "--eval-classes --json",
+    "verify": "path --decode --workers --engine --json",
     "zeroshot": "--ckpt --data --templates --label --classes --pooling --split --name "
     "--batch-size --device --out --json",
 }
@@ -96,6 +98,8 @@ def test_clipa_b16_is_the_published_recipe():
         (["report", "none"], "none doesn't exist"),
         (["download", "none.parquet", "out"], "none.parquet doesn't exist"),
         (["build-tfds", "none", "out", "--name", "x"], "shards none don't exist"),
+        (["verify", "none"], "dataset none doesn't exist"),
+        (["purge", "none", "--list", "x.txt"], "dataset none doesn't exist"),
         (["build-imagenet", "none", "out"], "none isn't a folder"),
     ],
 )

@@ -1,0 +1,193 @@
+"""The list of what is to be removed: its file, its column, and a form of it that takes 16 bytes an entry.
+
+Millions of URLs as Python strings would fill the memory of each worker. So an entry is kept as a BLAKE2b hash of 128
+bits, all entries in one sorted array, which the workers map from the disk and share. No comparison with the entries
+themselves follows: that some two of N different values agree in 128 bits has a chance of N² / 2^129, which is 4 in
+10^20 for the five billion records of the largest sets, far below that of a memory error. Nobody gains by searching for
+a collision either: it would take 2^64 hashes, to have a record of one's own removed.
+"""
+
+import hashlib
+import re
+from array import array
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from clipkit.errors import UserError
+from clipkit.features import Feature
+from clipkit.files import disk_errors, local_copy, require_file
+from clipkit.tfrecord_tools.url_table import find_tables, open_bytes, open_parquet, open_text, read_schema, unreadable
+
+# Hashes in hexadecimal: which of these a column is, its name says. All can be computed from the stored image.
+HASHES = {"sha256": 64, "md5": 32, "sha1": 40, "sha512": 128}
+# What says which record is meant; other columns take part only when --by names them.
+IDENTITIES = ("url", "key", *HASHES)
+LINES = 10_000
+READ_BYTES = 1 << 20
+
+UInt64Array = npt.NDArray[np.uint64]
+
+
+@dataclass(frozen=True)
+class RemovalList:
+    """A list and how it is read: `by` is the dataset's column or a hash, `column` the list's, None for plain lines.
+
+    `sha256` is that of the bytes of its files, one after the other.
+    """
+
+    path: Path
+    files: tuple[Path, ...]
+    by: str
+    column: str | None
+    sha256: str
+
+
+def open_list(path: Path, by: str | None, features: Mapping[str, Feature]) -> RemovalList:
+    """Find out what a list holds. Tables are parquet, CSV or TSV, or a folder of them; .txt has a value a line.
+
+    Raises UserError when there is no list, when it can't be told what it holds, and when no record has such values.
+    """
+    if path.name.lower().endswith((".txt", ".txt.gz")):
+        files: tuple[Path, ...] = (require_file(path, "list"),)
+        column = None
+        by = by or _kind_of_lines(path)
+    else:
+        files = tuple(find_tables(path))
+        names = read_schema(files[0]).names
+        column = _choose_column(path, by, names, features)
+        by = by or column
+    known = {name.lower(): name for name in features}
+    found = known.get(by.lower())
+    if found is None and by.lower() not in HASHES:
+        raise UserError(f"the dataset has no column {by!r}: choose one of {', '.join(sorted(features))} by --by")
+    if found is not None and (features[found].is_list or features[found].kind not in ("text", "int", "label")):
+        raise UserError(f"column {found!r} of the dataset is {features[found].kind}: choose a text column by --by")
+    return RemovalList(path, files, found or by.lower(), column, _sha256(files))
+
+
+def _choose_column(path: Path, by: str | None, names: list[str], features: Mapping[str, Feature]) -> str:
+    """The list's column of the name `by`, whatever its case; its only one; or its only one that says which record."""
+    if by is not None:
+        same = [name for name in names if name.lower() == by.lower()]
+        if same or len(names) == 1:
+            return (same or names)[0]
+        raise UserError(f"{path} has no column {by!r}: it has {', '.join(names)}; name one by --by")
+    known = {name.lower() for name in features} | set(HASHES)
+    fitting = [name for name in names if name.lower() in IDENTITIES and name.lower() in known]
+    if len(fitting) == 1:
+        return fitting[0]
+    if fitting:
+        raise UserError(f"{path} has {' and '.join(fitting)}: say which of them is meant by --by {fitting[0].lower()}")
+    raise UserError(f"{path} has the columns {', '.join(names)}, none of them url, key or a hash: name one by --by")
+
+
+def _kind_of_lines(path: Path) -> str:
+    """What the first line looks like: a URL or a hash."""
+    first = next((value for values in _lines(path) for value in values if value), b"")
+    if re.match(rb"https?://", first):
+        return "url"
+    for name in ("sha256", "md5"):
+        if re.fullmatch(rb"[0-9a-fA-F]{%d}" % HASHES[name], first):
+            return name
+    raise UserError(f"can't tell what the lines of {path} are: say it by --by url, sha256 or key")
+
+
+def read_values(removals: RemovalList) -> Iterator[list[bytes]]:
+    """The list's values, some at a time, as they are compared; b"" for what is missing.
+
+    URLs and keys are compared byte for byte, with no normalisation: not even the case of a host's name or a slash at
+    the end is touched, for only the server knows which spellings are the same. Hashes are read in either case.
+    """
+    for file in removals.files:
+        values = _lines(file) if removals.column is None else _table_values(file, removals.column)
+        for batch in values:
+            yield [each.strip().lower() for each in batch] if removals.by in HASHES else batch
+
+
+def _lines(path: Path) -> Iterator[list[bytes]]:
+    with local_copy(path) as local, open_bytes(local) as stream:
+        rest = b""
+        while data := stream.read(READ_BYTES):
+            *whole, rest = (rest + data).split(b"\n")
+            yield [line.removesuffix(b"\r") for line in whole]
+        yield [rest.removesuffix(b"\r")] if rest else []
+
+
+def _table_values(path: Path, column: str) -> Iterator[list[bytes]]:
+    suffix = path.suffix.lower().lstrip(".")
+    try:
+        if suffix == "parquet":
+            with open_parquet(path) as file:
+                for batch in file.iter_batches(LINES, columns=[column]):
+                    yield [_bytes(value) for value in batch.column(0).to_pylist()]
+            return
+        with local_copy(path) as local, open_text(local, {column: pa.string()}) as reader:
+            for batch in reader:
+                yield [_bytes(value) for value in batch.column(column).to_pylist()]
+    except (pa.ArrowException, KeyError, OSError, EOFError) as error:
+        raise unreadable(path, suffix, error) from error
+
+
+def _bytes(value: Any) -> bytes:
+    """A value as the records hold it. Bytes are a hash that isn't in hexadecimal."""
+    if value is None:
+        return b""
+    return value.hex().encode() if isinstance(value, bytes) else str(value).encode("utf-8", "replace")
+
+
+def _sha256(files: tuple[Path, ...]) -> str:
+    """The hash of the list's bytes, of all its files one after the other."""
+    digest = hashlib.sha256()
+    for path in files:
+        with disk_errors(path), path.open("rb") as file:
+            while data := file.read(READ_BYTES):
+                digest.update(data)
+    return digest.hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The sorted array
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def digests(values: list[bytes]) -> UInt64Array:
+    """128 bits of each value: uint64[2, n]."""
+    joined = b"".join(hashlib.blake2b(value, digest_size=16).digest() for value in values)
+    return np.ascontiguousarray(np.frombuffer(joined, "<u8").reshape(-1, 2).T)
+
+
+def wanted_entries(removals: RemovalList) -> tuple[UInt64Array, int]:
+    """The list's distinct values as `digests`, sorted, uint64[2, n], and the number of rows that hold none."""
+    words = array("Q")
+    empty = 0
+    for values in read_values(removals):
+        filled = [value for value in values if value]
+        empty += len(values) - len(filled)
+        words.frombytes(digests(filled).T.tobytes())
+    pairs = np.frombuffer(words, np.uint64).reshape(-1, 2) if words else np.zeros((0, 2), np.uint64)
+    ordered = pairs[np.lexsort((pairs[:, 1], pairs[:, 0]))]
+    new = np.ones(len(ordered), bool)
+    new[1:] = (ordered[1:] != ordered[:-1]).any(axis=1)
+    return np.ascontiguousarray(ordered[new].T), empty
+
+
+def find(wanted: UInt64Array, values: list[bytes]) -> npt.NDArray[np.int64]:
+    """Where each value stands in `wanted`, -1 where it doesn't: int64[len(values)]."""
+    count = wanted.shape[1]
+    if not count:
+        return np.full(len(values), -1)
+    asked = digests(values)
+    place = np.searchsorted(wanted[0], asked[0])
+    while True:
+        inside = np.minimum(place, count - 1)
+        same_first = (place < count) & (wanted[0][inside] == asked[0])
+        behind = same_first & (wanted[1][inside] < asked[1])
+        if not behind.any():  # two entries share their first 64 bits once in a lifetime
+            return np.where(same_first & (wanted[1][inside] == asked[1]), place, -1)
+        place = place + behind

@@ -1,0 +1,200 @@
+"""Is a dataset what its metadata say? `clipkit verify`: every byte is read, nothing is written, all faults are told.
+
+A dataset is compared with `dataset_info.json`, `features.json` and, where clipkit made it, the manifest and the index;
+a folder of img2dataset's tars with the counts that stand beside them. Training stops at the first fault that it meets,
+perhaps on the third day; this finds all of them beforehand, and says for each shard what to do.
+"""
+
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from clipkit import jobs
+from clipkit.dataset import Layout, read_layout
+from clipkit.files import WRITTEN_BESIDE, as_path
+from clipkit.log import Progress, duration
+from clipkit.manifest import CLIPKIT_FOLDER, Shard, index_path
+from clipkit.tfrecord_tools.verify_metadata import index_fits, leftovers, metadata_problems, remedy
+from clipkit.tfrecord_tools.verify_shard import FINISH, Problem, ShardCheck, ShardReport, check_shard
+from clipkit.tfrecord_tools.verify_tar import TarCheck, check_tar
+
+Check = TypeVar("Check", ShardCheck, TarCheck)
+
+SEED = 0
+DECODE = 1000
+
+
+@dataclass(frozen=True)
+class VerifySummary:
+    """What was read and what is wrong. `leftovers` do no harm; everything in `problems` wants something done.
+
+    `remedies` say, for each file with a problem, what to do.
+    """
+
+    path: Path
+    shards: int
+    records: int
+    bytes: int
+    decoded: int
+    seconds: float
+    problems: tuple[Problem, ...]
+    remedies: dict[str, str]
+    leftovers: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """The same as plain values."""
+        return {**asdict(self), "path": str(self.path), "ok": not self.problems}
+
+    def text(self) -> str:
+        """A table of the problems by file, each file with its remedy, and one line that says all."""
+        lines = []
+        for file, todo in self.remedies.items():
+            lines.append(file)
+            for problem in self.problems:
+                if problem.file == file:
+                    times = f"{problem.count:,} × " if problem.count > 1 else ""
+                    first = f" ({'first: ' if problem.count > 1 else ''}{problem.first})" if problem.first else ""
+                    lines.append(f"  {times}{problem.what}{first}")
+            lines.append(f"  -> {todo}")
+        if self.leftovers:
+            more = f" and {len(self.leftovers) - 5:,} more" if len(self.leftovers) > 5 else ""
+            lines.append(f"left over, harmless, may be removed: {', '.join(self.leftovers[:5])}{more}")
+        count = f"{len(self.remedies):,} {'file' if len(self.remedies) == 1 else 'files'} with problems"
+        verdict = count if self.problems else "all is well"
+        lines.append(
+            f"{self.path}: {verdict}. Read {self.records:,} records, {self.bytes / 1e6:,.1f} MB in {self.shards:,} "
+            f"{'shard' if self.shards == 1 else 'shards'}, and decoded {self.decoded:,} images in "
+            f"{duration(self.seconds)}."
+        )
+        return "\n".join(lines)
+
+
+def verify(path: Path, *, decode: int | None = DECODE, engine: str = "local", workers: int | None = 1) -> VerifySummary:
+    """Check the dataset at `path`, or a folder of img2dataset's tars, and return all that is wrong.
+
+    `decode` images drawn from the whole are decoded in full; None takes all. One job a shard runs on `engine`.
+    Raises UserError where there is neither a dataset nor tars.
+    """
+    path = as_path(path)
+    started = time.monotonic()
+    if _is_folder_of_tars(path):
+        return _verify_tars(path, decode, engine, workers, started)
+    layout = read_layout(path)
+    checks = list(_shard_checks(layout, decode))
+    problems = list(metadata_problems(layout))
+    reports = _run(check_shard, checks, engine, workers)
+    problems += [problem for report in reports for problem in report.problems]
+    files = list(dict.fromkeys(problem.file for problem in problems))
+    remedies = {file: remedy(layout, file, [p for p in problems if p.file == file]) for file in files}
+    return _summary(layout.folder, reports, problems, remedies, leftovers(layout), started)
+
+
+def _summary(
+    path: Path,
+    reports: list[ShardReport],
+    problems: list[Problem],
+    remedies: dict[str, str],
+    leftovers: list[str],
+    started: float,
+) -> VerifySummary:
+    return VerifySummary(
+        path=path,
+        shards=len(reports),
+        records=sum(report.records for report in reports),
+        bytes=sum(report.bytes for report in reports),
+        decoded=sum(report.decoded for report in reports),
+        seconds=time.monotonic() - started,
+        problems=tuple(problems),
+        remedies=remedies,
+        leftovers=tuple(leftovers),
+    )
+
+
+def _run(
+    function: Callable[[Check], ShardReport], checks: Sequence[Check], engine: str, workers: int | None
+) -> list[ShardReport]:
+    """The reports in the order of the checks, with a progress line in megabytes where sizes are known."""
+    sizes = [check.bytes or 0 for check in checks]
+    known = all(check.bytes is not None for check in checks)
+    reports: list[ShardReport | None] = [None] * len(checks)
+    total = sum(sizes) // 1_000_000 if known else len(checks)
+    results = jobs.run(function, checks, engine=engine, workers=workers, describe=lambda check: check.path.name)
+    with Progress("verify", total, "MB" if known else "shards") as progress:
+        done = bad = 0
+        for finished, (index, report) in enumerate(results, 1):
+            reports[index] = report
+            done += sizes[index]
+            bad += bool(report.problems)
+            note = f"shard {finished:,}/{len(checks):,}, {bad:,} with problems"
+            progress.update(done // 1_000_000 if known else finished, note)
+    return [report for report in reports if report is not None]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A dataset
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _shard_checks(layout: Layout, decode: int | None) -> Iterator[ShardCheck]:
+    """What to check of every shard, the images to decode drawn from all records of all splits (seed 0)."""
+    total = sum(sum(lengths) for lengths in layout.lengths.values())
+    rng = np.random.default_rng(SEED)
+    chosen = np.sort(rng.choice(total, min(decode or 0, total), replace=False, shuffle=False))
+    before = 0
+    for split, lengths in layout.lengths.items():
+        manifest = layout.manifest.get(split)
+        shards: Mapping[str, Shard] = {shard.file: shard for shard in manifest.shards} if manifest else {}
+        index = index_path(layout.folder, split) if index_fits(layout, split) else None
+        first = 0
+        for number, file in enumerate(layout.files[split]):
+            told = lengths[number] if number < len(lengths) else None
+            low, high = np.searchsorted(chosen, [before + first, before + first + (told or 0)])
+            shard = shards.get(file)
+            yield ShardCheck(
+                path=layout.folder / file,
+                features=layout.features,
+                records=told,
+                bytes=shard.bytes if shard else None,
+                crc32c=shard.crc32c if shard else None,
+                index=(index, first) if index is not None else None,
+                decode=None if decode is None else tuple((chosen[low:high] - before - first).tolist()),
+            )
+            first += told or 0
+        before += sum(lengths)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A folder of tars
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _is_folder_of_tars(path: Path) -> bool:
+    if not path.is_dir() or (path / "dataset_info.json").exists():
+        return False
+    return any(file.suffix == ".tar" for file in path.iterdir())
+
+
+def _verify_tars(folder: Path, decode: int | None, engine: str, workers: int | None, started: float) -> VerifySummary:
+    files = sorted((file for file in folder.iterdir() if file.suffix == ".tar"), key=lambda each: each.name)
+    files = [file for file in files if not file.name.startswith(".")]
+    each = None if decode is None else -(-decode // len(files))
+    checks = [TarCheck(file, file.stat().st_size, number, each) for number, file in enumerate(files)]
+    reports = _run(check_tar, checks, engine, workers)
+    problems = [problem for report in reports for problem in report.problems]
+    if (folder / CLIPKIT_FOLDER / "plan.json").exists() and not (folder / CLIPKIT_FOLDER / "download.json").exists():
+        what = "the download isn't finished"
+        problems.append(Problem(f"{CLIPKIT_FOLDER}/plan.json", what, 1, "", FINISH))
+    again = "run the same clipkit download again"
+    remedies = {problem.file: f"remove it and what stands beside it, and {again}" for problem in problems}
+    remedies |= {problem.file: again for problem in problems if problem.todo == FINISH}
+    left = [file.name for file in folder.iterdir() if WRITTEN_BESIDE.fullmatch(file.name) or _is_tmp(file.name)]
+    return _summary(folder, reports, problems, remedies, sorted(left), started)
+
+
+def _is_tmp(name: str) -> bool:
+    return re.fullmatch(r".*\.tmp|_tmp", name) is not None

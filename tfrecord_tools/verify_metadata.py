@@ -1,0 +1,122 @@
+"""What `clipkit verify` says of the files beside the shards, and what it advises.
+
+The metadata are three accounts of the same records: TFDS's, the manifest's and the index's.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from clipkit.dataset import Layout, journal_path
+from clipkit.files import WRITTEN_BESIDE, disk_errors, read_json
+from clipkit.manifest import CLIPKIT_FOLDER, index_path
+from clipkit.tfrecord_tools.verify_shard import FETCH, FINISH, INDEX, PURGE, REBUILD, Problem
+
+
+def index_fits(layout: Layout, split: str) -> bool:
+    """Whether there is an index with one offset for each record; another is told among the metadata's problems."""
+    path = index_path(layout.folder, split)
+    return path.exists() and _index_length(path) == sum(layout.lengths[split])
+
+
+def _index_length(path: Path) -> int | None:
+    """The number of offsets that an index should hold by its header and does by its size; None when it is damaged."""
+    try:
+        with path.open("rb") as file:
+            np.lib.format.read_magic(file)
+            shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+            size = path.stat().st_size - file.tell()
+    except (ValueError, EOFError, OSError):
+        return None
+    return int(shape[0]) if len(shape) == 1 and dtype == np.uint64 and size == shape[0] * 8 else None
+
+
+def metadata_problems(layout: Layout) -> Iterator[Problem]:
+    """Where dataset_info.json, the manifest and the index don't agree."""
+    journal = journal_path(layout.folder)
+    if journal.exists():
+        yield Problem(f"{CLIPKIT_FOLDER}/{journal.name}", "a purge isn't finished", 1, "", FINISH)
+    name = f"{CLIPKIT_FOLDER}/manifest.json"
+    told_bytes = {
+        part["name"]: int(part.get("numBytes") or 0)
+        for part in read_json(layout.folder / "dataset_info.json")["splits"]
+    }
+    for split, lengths in layout.lengths.items():
+        manifest = layout.manifest.get(split)
+        if layout.manifest and manifest is None:
+            yield Problem(name, f"split {split!r} isn't in it, so its sizes and checksums aren't known", 1, "", REBUILD)
+        if manifest:
+            if layout.differs(split):
+                what = f"split {split!r}: {manifest.records:,} records in {len(manifest.shards):,} shards where "
+                what += f"dataset_info.json says {sum(lengths):,} in {len(lengths):,}"
+                yield Problem(name, what, 1, "", REBUILD)
+            elif manifest.bytes != told_bytes.get(split):
+                what = f"split {split!r}: {manifest.bytes:,} bytes where dataset_info.json says {told_bytes[split]:,}"
+                yield Problem(name, what, 1, "", REBUILD)
+            if manifest.all_sources and manifest.samples != manifest.records + sum(manifest.skipped.values()):
+                what = f"split {split!r}: {manifest.samples:,} samples are not the records and what was left out"
+                yield Problem(name, what, 1, "", REBUILD)
+            for shard in manifest.shards:
+                left_out = sum(sum(source.skipped.values()) for source in shard.sources)
+                records = sum(source.records for source in shard.sources)
+                samples = sum(source.samples for source in shard.sources)
+                if shard.sources and (records != shard.records or samples != records + left_out):
+                    what = f"{samples:,} samples, {records:,} records and {left_out:,} left out don't add up"
+                    yield Problem(name, what, 1, f"shard {shard.file}, {shard.records:,} records", REBUILD)
+        path = index_path(layout.folder, split)
+        if path.exists() and _index_length(path) != sum(lengths):
+            what = f"it isn't an index of {sum(lengths):,} records"
+            yield Problem(f"{CLIPKIT_FOLDER}/{path.name}", what, 1, "", INDEX)
+    for split in sorted(set(layout.manifest) - set(layout.lengths)):
+        yield Problem(name, f"split {split!r} isn't in dataset_info.json: its build wasn't finished", 1, "", FINISH)
+
+
+def leftovers(layout: Layout) -> list[str]:
+    """What no reader needs: files that killed runs were writing, their state, and shards that no metadata name."""
+    ours = {file for files in layout.files.values() for file in files}
+    left = []
+    with disk_errors(layout.folder):
+        for path in sorted(layout.folder.iterdir(), key=lambda each: each.name):
+            stray = ".tfrecord" in path.name and path.name not in ours
+            if WRITTEN_BESIDE.fullmatch(path.name) or stray:
+                left.append(path.name)
+        clipkit = layout.folder / CLIPKIT_FOLDER
+        for path in sorted(clipkit.iterdir(), key=lambda each: each.name) if clipkit.exists() else []:
+            work = path.name.startswith("build-") and path.name.removeprefix("build-") in layout.lengths
+            purge = path.name == "purge" and not journal_path(layout.folder).exists()
+            if WRITTEN_BESIDE.fullmatch(path.name) or work or purge:
+                left.append(f"{CLIPKIT_FOLDER}/{path.name}")
+    return left
+
+
+def remedy(layout: Layout, file: str, problems: Sequence[Problem]) -> str:
+    """What to do about a file: the gravest of its problems decides."""
+    todo = {problem.todo for problem in problems}
+    if FINISH in todo:
+        if file.endswith("purge.json"):
+            return "run the same clipkit purge command again"
+        return "run the same clipkit build-tfds command again"
+    if FETCH in todo or REBUILD in todo:
+        sources = _sources(layout, file)
+        made_of = f" (this shard is made of {sources})" if sources else ""
+        copy = "copy the shard again from where the dataset came from, or " if FETCH in todo else ""
+        how = "build it anew with clipkit build-tfds" if layout.manifest else "make the dataset anew with TFDS"
+        return f"{copy}{how}{made_of}"
+    if INDEX in todo:
+        # Readers find the offsets by themselves, a little later, where there is no index.
+        indices = [f"{CLIPKIT_FOLDER}/index-{split}.npy" for split, files in layout.files.items() if file in files]
+        return f"remove {', '.join(indices) or file}: readers then find the offsets by themselves"
+    if PURGE in todo:
+        return "keep it, for training leaves such images out; or remove these records with clipkit purge --by key"
+    return "build it anew"
+
+
+def _sources(layout: Layout, file: str) -> str:
+    """The input files of a shard, the first and the last of many."""
+    for manifest in layout.manifest.values():
+        for shard in manifest.shards:
+            if shard.file == file and shard.sources:
+                names = [source.file for source in shard.sources]
+                return ", ".join(names) if len(names) < 4 else f"{names[0]} to {names[-1]}"
+    return ""

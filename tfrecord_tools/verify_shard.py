@@ -1,0 +1,230 @@
+"""What a worker of `clipkit verify` does: read one shard from end to end and say what is wrong with it.
+
+One damaged record doesn't hide the next: only a damaged length ends the reading, for nothing says where a further
+record would begin. Equal problems of a shard are told once, with their number and the place of the first.
+"""
+
+import io
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import google_crc32c
+import numpy as np
+import numpy.typing as npt
+
+from clipkit.errors import UserError
+from clipkit.features import Feature
+from clipkit.files import local_copy
+from clipkit.records import FOOTER_BYTES, HEADER_BYTES, RecordError, decode_example, masked_crc32c, unframe
+
+# What to do about a problem; `verify` words it for the shard.
+FETCH, PURGE, INDEX, REBUILD, FINISH = "fetch", "purge", "index", "rebuild", "finish"
+MOST_KEYS = 1000
+
+_BUFFER_BYTES = 1 << 20
+_LENGTH = struct.Struct("<Q")
+_TYPES: dict[str, type] = {"image": bytes, "text": bytes, "int": int, "bool": int, "label": int, "float": float}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One kind of fault of one file. `first` says where it shows first; `keys` name the records, at most MOST_KEYS."""
+
+    file: str
+    what: str
+    count: int
+    first: str
+    todo: str
+    keys: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class ShardCheck:
+    """What one worker is to check. None where the dataset says nothing.
+
+    `index` is the file of the split's offsets with the place of this shard's first; `decode` are the numbers of the
+    records whose images are decoded, None for all.
+    """
+
+    path: Path
+    features: Mapping[str, Feature]
+    records: int | None
+    bytes: int | None
+    crc32c: str | None
+    index: tuple[Path, int] | None
+    decode: tuple[int, ...] | None
+
+
+@dataclass(frozen=True)
+class ShardReport:
+    """What was found. `records` are those read, whole or damaged; `decoded` are images."""
+
+    records: int
+    bytes: int
+    decoded: int
+    problems: tuple[Problem, ...]
+
+
+@dataclass
+class Found:
+    """Problems of one file as they come, equal ones counted."""
+
+    file: str
+    problems: dict[str, tuple[int, str, str, list[str]]] = field(default_factory=dict)
+
+    def add(self, what: str, first: str, todo: str, key: str | None = None) -> None:
+        count, first, todo, keys = self.problems.get(what, (0, first, todo, []))
+        if key is not None and len(keys) < MOST_KEYS:
+            keys.append(key)
+        self.problems[what] = (count + 1, first, todo, keys)
+
+    def all(self) -> tuple[Problem, ...]:
+        return tuple(
+            Problem(self.file, what, count, first, todo, tuple(keys))
+            for what, (count, first, todo, keys) in self.problems.items()
+        )
+
+
+def check_shard(check: ShardCheck) -> ShardReport:
+    """Read the shard once and compare it with what the dataset says of it."""
+    found = Found(check.path.name)
+    try:
+        with local_copy(check.path) as local:
+            return _check(check, local, found)
+    except FileNotFoundError:
+        missing = Problem(check.path.name, "the shard is missing", 1, "", FETCH)
+        return ShardReport(0, 0, 0, (missing,))
+    except UserError as error:
+        if isinstance(error.__cause__, FileNotFoundError):  # as `local_copy` tells it of an object store
+            return ShardReport(0, 0, 0, (Problem(check.path.name, "the shard is missing", 1, "", FETCH),))
+        raise
+
+
+def _check(check: ShardCheck, local: Path, found: Found) -> ShardReport:
+    size = local.stat().st_size
+    if check.bytes is not None and size != check.bytes:
+        found.add(f"{size:,} bytes where the manifest says {check.bytes:,}", "", FETCH)
+    columns = Columns(check.features)
+    chosen = None if check.decode is None else set(check.decode)
+    offsets: list[int] = []
+    decoded, checksum = 0, 0
+    with local.open("rb", buffering=_BUFFER_BYTES) as file:
+        for offset, framed, ending in read_frames(file, size):
+            checksum = google_crc32c.extend(checksum, framed)
+            if ending:
+                found.add(ending, f"byte {offset:,}, and nothing behind it can be read", FETCH)
+                break
+            number = len(offsets)
+            offsets.append(offset)
+            place = f"record {number:,} at byte {offset:,}"
+            try:
+                values = decode_example(unframe(framed, offset, local))
+            except RecordError as error:
+                found.add(error.reason, place, FETCH)
+                continue
+            except ValueError:
+                found.add("a record isn't a tf.train.Example", place, FETCH)
+                continue
+            for what in columns.problems(values):
+                found.add(what, place, REBUILD)
+            if chosen is None or number in chosen:
+                decoded += _decode(values, columns.images, place, found)
+    # A damaged record shows in the checksum of the file as well: told once is enough.
+    if check.crc32c is not None and not found.problems and f"{checksum:08x}" != check.crc32c:
+        found.add("the checksum of the file isn't the manifest's, though every record is whole", "", FETCH)
+    if check.records is not None and len(offsets) != check.records:
+        found.add(f"{len(offsets):,} records where dataset_info.json says {check.records:,}", "", FETCH)
+    elif check.index is not None:
+        _check_index(check.index, np.array(offsets, np.uint64), found)
+    return ShardReport(len(offsets), size, decoded, found.all())
+
+
+def read_frames(file: io.BufferedReader, size: int) -> Iterator[tuple[int, bytes, str]]:
+    """Each framed record with its byte offset and "", its contents unchecked; at a broken length, the reason."""
+    offset = 0
+    while offset < size:
+        header = file.read(HEADER_BYTES)
+        if len(header) < HEADER_BYTES:
+            yield offset, header, "the file ends inside a record's header"
+            return
+        if masked_crc32c(header[:8]) != int.from_bytes(header[8:], "little"):
+            yield offset, header + file.read(), "the checksum of a record's length doesn't match"
+            return
+        rest = _LENGTH.unpack(header[:8])[0] + FOOTER_BYTES
+        if offset + HEADER_BYTES + rest > size:
+            yield offset, header + file.read(), "the file ends inside a record"
+            return
+        yield offset, header + file.read(rest), ""
+        offset += HEADER_BYTES + rest
+
+
+class Columns:
+    """Compares records with the columns that features.json declares."""
+
+    def __init__(self, features: Mapping[str, Feature]) -> None:
+        known = {name: feature for name, feature in features.items() if feature.kind in _TYPES}
+        self.columns = [(name, feature, _TYPES[feature.kind]) for name, feature in known.items()]
+        self.images = [name for name, feature in known.items() if feature.kind == "image" and not feature.is_list]
+
+    def problems(self, values: Mapping[str, list[Any]]) -> list[str]:
+        """One line for each column of a record that isn't as declared; [] for nearly all records."""
+        found = []
+        for name, feature, wanted in self.columns:
+            items = values.get(name)
+            if not items:
+                if not feature.optional and not feature.is_list:
+                    found.append(f"column {name!r} is missing and features.json doesn't call it optional")
+                continue
+            if len(items) > 1 and not feature.is_list:
+                found.append(f"column {name!r} holds several values and features.json says one")
+            if type(items[0]) is not wanted:
+                found.append(f"column {name!r} holds {type(items[0]).__name__} and features.json says {feature.kind}")
+            elif wanted is bytes and feature.kind == "text":
+                try:
+                    for item in items:
+                        item.decode()
+                except UnicodeDecodeError:
+                    found.append(f"column {name!r} isn't UTF-8")
+            elif feature.num_classes is not None and not all(-1 <= item < feature.num_classes for item in items):
+                found.append(f"column {name!r} holds labels beyond its {feature.num_classes:,} classes")  # -1: none
+        return found
+
+
+def _decode(values: Mapping[str, list[Any]], columns: list[str], place: str, found: Found) -> int:
+    """Decode a record's images in full and return how many there were."""
+    # Here and not above: the decoders take a second to load, and a check without them takes less.
+    from clipkit.images import ImageError, decode
+
+    decoded = 0
+    for name in columns:
+        for image in values.get(name, []):
+            if isinstance(image, bytes):
+                decoded += 1
+                try:
+                    decode(image)
+                except ImageError as error:
+                    key = (values.get("key") or values.get("file_name") or [None])[0]
+                    text = key.decode("utf-8", "replace") if isinstance(key, bytes) else None
+                    where = f"{place}{f', key {text}' if text else ''}: {error}"
+                    found.add("an image can't be decoded", where, PURGE, text)
+    return decoded
+
+
+def _check_index(index: tuple[Path, int], offsets: npt.NDArray[np.uint64], found: Found) -> None:
+    path, first = index
+    told = read_index(path, first, len(offsets))
+    if not np.array_equal(told, offsets):
+        wrong = int(np.argmin(told == offsets)) if len(told) == len(offsets) else 0
+        found.add(f"{path.name} says other offsets than the file has", f"record {wrong:,}", INDEX)
+
+
+def read_index(path: Path, first: int, count: int) -> npt.NDArray[np.uint64]:
+    """Some of the offsets of an index without reading the others, from a disk or a store."""
+    with path.open("rb") as file:
+        np.lib.format.read_magic(file)
+        np.lib.format.read_array_header_1_0(file)
+        file.seek(first * 8, io.SEEK_CUR)
+        return np.frombuffer(file.read(count * 8), "<u8")
