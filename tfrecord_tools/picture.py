@@ -31,7 +31,7 @@ from clipkit.images import (
 )
 from clipkit.tfrecord_tools import reasons
 from clipkit.tfrecord_tools.img2dataset_parts import import_resizer
-from clipkit.tfrecord_tools.picture_decode import Bitmap, Header, decode_jpeg, decode_odd, is_clean_jpeg, read_exif
+from clipkit.tfrecord_tools.picture_decode import Bitmap, Header, check_jpeg, decode_jpeg, decode_odd, read_exif
 from clipkit.tfrecord_tools.truncation import is_truncated
 
 ResizeMode = Literal["no", "keep_ratio", "center_crop", "border", "keep_ratio_largest"]
@@ -118,7 +118,7 @@ class PictureMaker:
         """Raises UserError for settings that can't be.
 
         Takes OpenCV's threads from the process, and silences what Pillow and exifread say about odd files: a worker
-        has its own threads, and sees a million odd files.
+        has threads of its own, and sees a million odd files.
         """
         settings.check()
         self.settings = settings
@@ -130,6 +130,7 @@ class PictureMaker:
         )
         cv2.setNumThreads(1)
         warnings.filterwarnings("ignore", module=r"PIL\.")
+        warnings.filterwarnings("ignore", message="value is deprecated, use fill")  # img2dataset to albumentations
         logging.getLogger("exifread").setLevel(logging.CRITICAL)
 
     def __call__(self, body: bytes) -> Picture:
@@ -149,32 +150,35 @@ class PictureMaker:
             raise PictureError(reasons.TRUNCATED, "the image ends before its end")
         if sides := header_size(body):
             self.check_sides(*sides)
-        if sides := plain_jpeg_size(body):
-            found = Header("JPEG", None, *sides, is_upright_jpeg=True)
-        else:
-            found = self.read_header(body)
-        if not found.is_upright_jpeg:
-            pixels = decode_odd(body, found.is_grey, self.settings.max_pixels)
-            return self.resized(body, pixels, found)
+        sides = plain_jpeg_size(body)
+        found = Header("JPEG", None, *sides) if sides else self.read_header(body)
         changes = self.settings.reencode or not self.settings.keeps_size(found.height, found.width)
-        if not changes and is_clean_jpeg(body, found.height, found.width):
+        if found.is_odd:
+            if found.format == "JPEG":
+                check_jpeg(body, found.height, found.width)
+            pixels = decode_odd(body, found.is_grey, self.settings.max_pixels)
+        elif not changes and check_jpeg(body, found.height, found.width):
             height, width = found.height, found.width
             return Picture(body, width, height, width, height, found.exif, sha256(body), found.format)
-        return self.resized(body, decode_jpeg(body), found)
+        else:
+            pixels = decode_jpeg(body)
+        return self.resized(body, pixels, found)
 
     def read_header(self, body: bytes) -> Header:
         """What Pillow says of a file before it decodes it. Raises PictureError and ImageError."""
         try:
             with Image.open(io.BytesIO(body), formats=FORMATS) as image:
                 self.check_sides(image.height, image.width)
-                has_exif = "exif" in image.info or image.format == "TIFF"
-                rotated = has_exif and image.getexif().get(ORIENTATION) in ROTATED
+                block = body if image.format == "TIFF" else image.info.get("exif", b"")
+                rotated = image.getexif().get(ORIENTATION) in ROTATED if block else False
+                # An MPO is a JPEG with more behind it.
+                kind = "JPEG" if image.format == "MPO" else image.format or ""
                 return Header(
-                    format="JPEG" if image.format == "MPO" else image.format or "",
-                    exif=read_exif(body) if has_exif else None,
+                    format=kind,
+                    exif=read_exif(block) if block else None,
                     height=image.height,
                     width=image.width,
-                    is_upright_jpeg=image.format in ("JPEG", "MPO") and image.mode in ("L", "RGB") and not rotated,
+                    is_odd=kind != "JPEG" or image.mode not in ("L", "RGB") or rotated or header_size(body) is None,
                     is_grey=image.mode == "L" and not image.has_transparency_data,
                 )
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:

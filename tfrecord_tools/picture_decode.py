@@ -31,8 +31,8 @@ class Header:
     exif: str | None
     height: int
     width: int
-    is_upright_jpeg: bool
-    """One that libjpeg-turbo alone decodes right: grey or colour, and not to be rotated."""
+    is_odd: bool = False
+    """Anything but a JPEG that libjpeg-turbo alone decodes right: grey or colour, and not to be rotated."""
     is_grey: bool = False
 
 
@@ -50,7 +50,7 @@ class Bitmap:
         return self.data
 
 
-def is_clean_jpeg(body: bytes, height: int, width: int) -> bool:
+def check_jpeg(body: bytes, height: int, width: int) -> bool:
     """Whether libjpeg decodes it without a complaint. At an eighth of the size, that is by reading it and little else.
 
     Raises ImageError for a damaged one; False is for what looks right but has something odd in the file.
@@ -104,12 +104,15 @@ def decode_odd(body: bytes, is_grey: bool, max_pixels: int) -> UInt8Array:
     return np.ascontiguousarray(pixels[:, :, 0] if is_grey else pixels[:, :, ::-1])
 
 
-def read_exif(body: bytes) -> str | None:
-    """EXIF's tags as JSON, as img2dataset writes them: through exifread, without thumbnails and makers' notes."""
+def read_exif(block: bytes) -> str | None:
+    """EXIF's tags as JSON, as img2dataset writes them: through exifread, without thumbnails and makers' notes.
+
+    `block` is the TIFF file that EXIF is, as it stands in files of other formats, or a whole TIFF file.
+    """
     import exifread
 
     try:
-        tags = exifread.process_file(io.BytesIO(body), details=False)
+        tags = exifread.process_file(io.BytesIO(block.removeprefix(b"Exif\0\0")), details=False)
     except Exception:  # exifread raises nearly every built-in exception on broken tags, and a picture needs none
         return None
     return json.dumps({name: str(tag).strip() for name, tag in tags.items() if tag is not None}) if tags else None
