@@ -4,6 +4,7 @@ No step here decides what comes next (a redirect, another try): that is http_fet
 """
 
 import asyncio
+import os
 import re
 import ssl
 import time
@@ -216,7 +217,7 @@ def failed(error: Exception, settings: FetchSettings) -> Outcome:
             return Outcome(reasons.BLOCKED_ADDRESS, str(cause))
         if isinstance(cause, UnresolvedError):
             return Outcome(reasons.DNS, str(cause), passing=cause.passing)
-        if isinstance(cause, ssl.SSLError):
+        if isinstance(cause, ssl.SSLError) and not isinstance(cause, aiohttp.ClientError):
             return Outcome(reasons.TLS, tls_message(cause))
         if isinstance(cause, OSError) and cause.errno in STARVED:
             return Outcome(reasons.OTHER, f"this machine: {cause.strerror}", passing=True, starved=True)
@@ -229,9 +230,16 @@ def failed(error: Exception, settings: FetchSettings) -> Outcome:
     if isinstance(error, aiohttp.ServerDisconnectedError):
         return Outcome(reasons.CONNECT, "closed without an answer", passing=True)
     if isinstance(error, OSError | aiohttp.ClientConnectionError):
-        number = getattr(error, "os_error", error)
-        return Outcome(reasons.CONNECT, str(getattr(number, "strerror", None) or number)[:200], passing=True)
-    return Outcome(reasons.OTHER, f"{type(error).__name__}: {error}"[:200].replace("\n", " "))
+        number = getattr(error, "errno", None)
+        return Outcome(reasons.CONNECT, os.strerror(number) if number else one_line(error), passing=True)
+    if isinstance(error, aiohttp.ClientResponseError):
+        return Outcome(reasons.OTHER, f"answer is no HTTP: {one_line(error.message)}")
+    return Outcome(reasons.OTHER, f"{type(error).__name__}: {one_line(error)}")
+
+
+def one_line(text: object) -> str:
+    """The first line of a message, not too long."""
+    return str(text).strip().partition("\n")[0].rstrip(":")[:200]
 
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:

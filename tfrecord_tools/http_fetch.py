@@ -14,14 +14,14 @@ from typing import Self
 from clipkit.tfrecord_tools import reasons
 from clipkit.tfrecord_tools.congestion import Concurrency
 from clipkit.tfrecord_tools.connect import ByteBudget, allow_many_files, open_session
-from clipkit.tfrecord_tools.exchange import Exchange, Outcome
+from clipkit.tfrecord_tools.exchange import Exchange, Outcome, one_line
 from clipkit.tfrecord_tools.fetch_job import FetchStats, Handle, Handover, Job, Rows, Ticket, run_handler
 from clipkit.tfrecord_tools.fetch_settings import DISALLOWED_TAGS, Fetched, FetchSettings, user_agent
 from clipkit.tfrecord_tools.handling import Handlers
 from clipkit.tfrecord_tools.hosts import UNREACHABLE, HostQueues
 from clipkit.tfrecord_tools.resolver import Resolver
 from clipkit.tfrecord_tools.robots import RobotsTxt
-from clipkit.tfrecord_tools.web_urls import BadUrlError, WebUrl, parse_url
+from clipkit.tfrecord_tools.web_urls import BadUrlError, parse_url
 
 __all__ = ["DISALLOWED_TAGS", "FetchSettings", "FetchStats", "Fetched", "Fetcher", "fetch_all", "user_agent"]
 
@@ -29,6 +29,7 @@ PREFETCH = 1024  # rows read ahead even when there is no need, to know which con
 LARGE_BODY_BYTES = 256 << 20
 RATE_TRIES = 3  # a host that says when to come back is asked again, whatever `retries` says
 LONGEST_BACKOFF = 8.0
+NAMES_SHARE = 0.8  # of the deadline: a name that can't be had is to end as one, and not as a timeout
 
 
 class Fetcher:
@@ -54,7 +55,7 @@ class Fetcher:
         self.resolver = Resolver(
             settings.resolvers,
             allow_private=settings.allow_private_hosts,
-            patience=settings.deadline,
+            patience=settings.deadline * NAMES_SHARE,
             report=self.concurrency.looked_up,
         )
         self.session = open_session(settings, self.resolver)
@@ -206,7 +207,7 @@ class Fetcher:
             message = f"not done after {self.settings.deadline:g} s"
             outcome = Outcome(reasons.TIMEOUT, message, answered=ticket.redirects > 0)
         except Exception as error:  # a bug, but one that shall not end a download of millions of rows
-            outcome = Outcome(reasons.OTHER, f"{type(error).__name__}: {error}"[:200].replace("\n", " "))
+            outcome = Outcome(reasons.OTHER, f"{type(error).__name__}: {one_line(error)}")
         finally:
             now = self.loop.time()
             ticket.task = None

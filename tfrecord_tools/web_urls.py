@@ -7,6 +7,7 @@ The rules are those of browsers (WHATWG URL), since the URLs were collected from
 import ipaddress
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from urllib.parse import unquote
 
 import idna
@@ -98,6 +99,7 @@ def split_port(hostport: str) -> tuple[str, str]:
     return host, port
 
 
+@lru_cache(maxsize=16_384)
 def ascii_host(host: str) -> str:
     """A host as DNS and TLS want it: lower case, IDNA (UTS 46), numbers as a dotted address. Raises BadUrlError."""
     if host.startswith("["):
