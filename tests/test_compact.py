@@ -37,7 +37,8 @@ def test_close_to_full_decoding_and_antialiased_resize(seed: int, shape: tuple[i
     assert pixels.shape == (small.height, small.width, 3)
     assert min(small.height, small.width) == size
     assert abs(small.width * shape[0] / (small.height * shape[1]) - 1) < 0.02
-    assert mean_difference(pixels, reduced(decode(body), small.width, small.height, 95)) < 2.5
+    plain = reduced(decode(body), small.width, small.height, 95)
+    assert mean_difference(pixels, plain) < (2.5 if size > 64 else 3.2)
     assert compact(body, size, 95) == small
 
 

@@ -48,7 +48,7 @@ def compact(image: bytes, size: int, quality: int) -> Compacted:
         pixels = read_jpeg(image, *sides, jpeg_scale(*sides, int(MARGIN * height), int(MARGIN * width)))
     else:
         pixels = decode(image)
-        height, width = fit(*pixels.shape[:2], size)
+        height, width = fit(pixels.shape[0], pixels.shape[1], size)
     if pixels.shape[:2] != (height, width):
         pixels = cv2.resize(pixels, (width, height), interpolation=cv2.INTER_AREA).astype(np.uint8, copy=False)
     return Compacted(simplejpeg.encode_jpeg(pixels, quality, "RGB", "420"), width, height)

@@ -40,7 +40,7 @@ class Bitmap:
     """A stream of the pixels as a BMP file, which the Resizer decodes to the same pixels. It reads all at once."""
 
     def __init__(self, pixels: UInt8Array) -> None:
-        self.data = memoryview(cv2.imencode(".bmp", pixels)[1])
+        self.data = cv2.imencode(".bmp", pixels)[1].data
 
     def seek(self, position: int) -> None:
         """Nothing: the Resizer only ever goes back to the start."""
