@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from clipkit import __version__, cli_data
+from clipkit import __version__, cli_data, cli_download
 from clipkit.cli_options import Anything, Count, Folder, OneLineErrors, as_json, print_json
 
 # The exit code of a command that a signal ended in good order: what a shell reports for SIGTERM.
@@ -26,7 +26,7 @@ def main() -> None:
     """
 
 
-main.add_command(cli_data.download)
+main.add_command(cli_download.download)
 main.add_command(cli_data.build_tfds)
 main.add_command(cli_data.build_imagenet)
 main.add_command(cli_data.verify)

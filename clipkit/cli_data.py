@@ -11,36 +11,6 @@ import click
 from clipkit.cli_options import Anything, Count, Folder, Place, as_json, engine, tell
 
 
-@click.command()
-@click.argument("urls", type=Anything)
-@click.argument("out", type=Folder)
-@click.option("--preset", metavar="NAME", help="Column names of a known set, such as laion400m.")
-@click.option("--url-column", metavar="NAME", help="Column with the image's URL.")
-@click.option("--caption-column", metavar="NAME", help="Column with the caption.")
-@click.option(
-    "--image-size", type=Count, default=256, show_default=True, help="Shorter side of the stored images, in pixels."
-)
-@click.option("--quality", default=95, show_default=True, help="JPEG quality of images that are encoded again.")
-@click.option("--samples-per-shard", type=Count, default=10_000, show_default=True, help="URLs in a shard.")
-@click.option("--processes", type=Count, help="Processes that fetch. [default: one a core]")
-@click.option("--threads", type=Count, default=32, show_default=True, help="Connections of each process.")
-@click.option("--timeout", default=10.0, show_default=True, help="Seconds to wait for a server.")
-@click.option(
-    "--retries", type=click.IntRange(min=0), default=0, show_default=True, help="Further tries of a failed URL."
-)
-@as_json
-def download(urls: Path, out: Path, as_json: bool, **options: Any) -> None:
-    """Fetch the images of a table of URLS (parquet, CSV or TSV) into shards in OUT.
-
-    Running the same command again goes on where it was stopped. What failed is listed with its reason in
-    OUT/clipkit/failures.parquet.
-    """
-    from clipkit.tfrecord_tools.download import download as stage
-
-    summary = stage(urls, out, **options)
-    tell(summary, as_json)
-
-
 @click.command("build-tfds")
 @click.argument("shards", type=Folder)
 @click.argument("out", type=Folder)

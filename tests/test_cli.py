@@ -13,8 +13,10 @@ OPTIONS = {
     "build-tfds": "shards out --name --split --workers --json",
     "demo": "--out",
     "doctor": "--json",
-    "download": "urls out --preset --url-column --caption-column --image-size --quality --samples-per-shard "
-    "--processes --threads --timeout --retries --json",
+    "download": "urls out --preset --url-column --caption-column --keep --where --hash-column --hash-kind --drop-changed "
+    "--image-size --resize-mode --quality --min-image-size --connections --per-host --timeout --deadline "
+    "--max-megabytes --retries --resolver --allow-private-hosts --contact --robots-txt --format --name "
+    "--samples-per-shard --probe --probe-floor --retry-failed --processes --engine --json",
     "purge": "path --list --by --dry-run --workers --engine --json",
     "recipes": "name --set",
     "report": "run",

@@ -1,202 +1,156 @@
-"""From a table of URLs to shards of images and captions, with every row accounted for.
+"""From a table of URLs to a dataset, or to shards of images and captions, with every row accounted for.
 
-The table's rows are cut into shards in order (`download_plan.py`), and workers fetch one shard at a time (`fetch.py`).
-A shard is done when its statistics lie beside it and its files have the sizes that these name; so a run that was killed
-goes on when the same command runs again. What clipkit writes for itself lies in OUT/clipkit/, because img2dataset takes
-any `*.json` in OUT for a finished shard.
+The wanted rows are cut into shards in order (`download_plan`). Workers fetch them in runs (`fetch_run`), and a shard
+is done when its state lies beside it and its files have the sizes that this names (`shard_state`); so a run that was
+killed goes on when the same command runs again. What clipkit writes for itself lies in a folder `clipkit`: the plan, a
+ledger of each shard's rows (`ledger`), all failures in one table, and the summary.
 """
 
+import dataclasses
 import importlib.util
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from functools import partial
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from clipkit import jobs
-from clipkit.errors import InternalError, UserError
-from clipkit.files import disk_errors, lock, read_json, remove, require_writable, write_json
-from clipkit.log import Progress
-from clipkit.tfrecord_tools.download_plan import Plan, choose_columns, make_plan
-from clipkit.tfrecord_tools.failures import write_failures
-from clipkit.tfrecord_tools.fetch import ShardFiles, fetch_shard, shard_files
-from clipkit.tfrecord_tools.url_table import find_tables
+from clipkit.errors import UserError
+from clipkit.files import as_path, disk_errors, lock, require_writable
+from clipkit.tfrecord_tools.download_plan import FORMATS, Format, Output, make_plan
+from clipkit.tfrecord_tools.download_summary import DownloadSummary
+from clipkit.tfrecord_tools.download_work import Work
+from clipkit.tfrecord_tools.fetch_settings import FetchSettings
+from clipkit.tfrecord_tools.fetch_shard import Task
+from clipkit.tfrecord_tools.metadata import VERSION
+from clipkit.tfrecord_tools.picture import PictureSettings
+from clipkit.tfrecord_tools.probe import ProbeResult, probe
+from clipkit.tfrecord_tools.retry import parse_reasons
+from clipkit.tfrecord_tools.shard_state import Layout
+from clipkit.tfrecord_tools.table_columns import check_tables, choose_columns, column_kind
+from clipkit.tfrecord_tools.url_table import find_tables, read_schema, table_suffix
 
-RESIZE_MODES = ("no", "keep_ratio", "center_crop", "border", "keep_ratio_largest")
-
-
-@dataclass(frozen=True)
-class DownloadSummary:
-    """What became of the rows: `rows == downloaded + sum(failed.values())`, `failed` by reason, most frequent first.
-
-    `empty_captions` counts rows whose caption is null or blank: their images are fetched like the others and get an
-    empty text; building a dataset is where they are left out.
-    """
-
-    rows: int
-    downloaded: int
-    failed: dict[str, int]
-    empty_captions: int
-    shards: int
-    out: Path
-
-    def to_json(self) -> dict[str, Any]:
-        """The counts, and the path as text."""
-        return {**asdict(self), "out": str(self.out)}
-
-    def text(self) -> str:
-        """Two or three lines for a person."""
-        lines = [f"{self.downloaded:,} of {self.rows:,} images ({self.downloaded / self.rows:.1%}) in {self.out}"]
-        if self.failed:
-            reasons = ", ".join(f"{reason} {number:,}" for reason, number in self.failed.items())
-            lines.append(f"failed: {reasons}; each row in {self.out / 'clipkit' / 'failures.parquet'}")
-        if self.empty_captions:
-            lines.append(f"rows without a caption: {self.empty_captions:,}; build-tfds leaves them out")
-        return "\n".join(lines)
+NEEDED = ("img2dataset", "aiohttp", "aiodns", "protego")
+SAMPLES_PER_SHARD = 10_000
+PROBE_FLOOR = 0.5
+PICTURES = PictureSettings()
+NETWORK = FetchSettings()
+STRANGE = ("*.tar", "*_stats.json", "*.tfrecord*", "dataset_info.json", "[0-9][0-9][0-9][0-9][0-9].parquet")
 
 
 def download(
-    urls: Path,
-    out: Path,
+    urls: Path | str,
+    out: Path | str,
     *,
+    format: Format = "tfds",
+    name: str | None = None,
     preset: str | None = None,
     url_column: str | None = None,
     caption_column: str | None = None,
     keep_columns: Sequence[str] | None = None,
-    image_size: int = 256,
-    resize_mode: str = "keep_ratio",
-    resize_only_if_bigger: bool = True,
-    quality: int = 95,
-    min_image_size: int = 0,
-    samples_per_shard: int = 10_000,
+    where: str | None = None,
+    hash_column: str | None = None,
+    hash_kind: str | None = None,
+    drop_changed: bool = False,
+    pictures: PictureSettings = PICTURES,
+    network: FetchSettings = NETWORK,
+    samples_per_shard: int = SAMPLES_PER_SHARD,
     processes: int | None = None,
-    threads: int = 32,
-    timeout: float = 10.0,
-    retries: int = 0,
+    engine: jobs.Engine = "local",
+    retry_failed: str | None = None,
+    probe_rows: int | None = None,
+    probe_floor: float = PROBE_FLOOR,
+    tell_probe: Callable[[ProbeResult], None] | None = None,
 ) -> DownloadSummary:
-    """Fetch the images of a URL table (parquet, CSV, TSV, or a folder of them) into image–text shards in `out`.
+    """Fetch the images of a URL table (parquet, CSV, TSV, or a folder of them) into `out`. Both may be remote.
 
-    A shard is `00000.tar` (KEY.jpg, KEY.txt, KEY.json), `00000.parquet` (all its rows with their status) and
-    `00000_stats.json`, named as img2dataset names them. `clipkit/download.json` holds the summary and
-    `clipkit/failures.parquet` each row that gave no image, with its reason.
-    `image_size` is in pixels, `timeout` in seconds; `processes` of None takes every core. Running it again finishes
-    what was begun, and does nothing when all is there.
+    `format`: `tfds` makes the dataset `out/NAME/1.0.0`, as build-tfds would from tars (`name`: the preset's or the
+    table's, unless given); `webdataset` makes `00000.tar`, with a table of all rows beside; `parquet` a table with the
+    image in the column `jpg`. The last two are named and laid out as img2dataset has them.
+    `where` is an SQL condition over a row. A hash column (`hash_kind`: md5, sha1, sha256, sha512 or phash) is compared
+    with what comes, and the verdict stored as `hash_check`; `drop_changed` leaves out what isn't the same picture.
+    `network.connections` are those of each process; `network.per_host` holds for all of this machine together.
+    `processes` of None takes every core, or all of a Ray or Spark cluster.
+    `retry_failed` names reasons, separated by commas: rows that failed for them, and no others, are fetched again.
+    `probe_rows` of them are fetched first, and thrown away, to say how it will go; `tell_probe` gets what was found.
+    Running it again finishes what was begun, and does nothing when all is there.
 
     Raises UserError, before anything is fetched, for a missing, unreadable or empty table, missing columns, an output
-    that can't be written or belongs to another download, and when img2dataset isn't installed.
+    that can't be written or belongs to another download, settings that can't be, and when a package isn't installed;
+    and after a probe when a smaller share than `probe_floor` succeeds.
     """
-    for name, value in (("image size", image_size), ("samples per shard", samples_per_shard), ("threads", threads)):
-        if value < 1:
-            raise UserError(f"the {name} must be at least 1, not {value}")
-    if resize_mode not in RESIZE_MODES:
-        raise UserError(f"unknown resize mode {resize_mode!r}: choose one of {', '.join(RESIZE_MODES)}")
-    if not 1 <= quality <= 100:
-        raise UserError(f"the JPEG quality must be from 1 to 100, not {quality}")
-    if timeout <= 0 or retries < 0:
-        raise UserError(f"the timeout must be above 0 s and retries at least 0, not {timeout} and {retries}")
-    columns = choose_columns(preset, url_column, caption_column, keep_columns)
+    urls, out = as_path(urls), as_path(out)
+    again = None if retry_failed is None else parse_reasons(retry_failed)
+    check_settings(format, samples_per_shard, processes, network, probe_rows)
+    pictures.check()
+    chosen = choose_columns(preset, url_column, caption_column, keep_columns, hash_column, hash_kind)
     tables = find_tables(urls)
-    if importlib.util.find_spec("img2dataset") is None:
-        raise UserError("img2dataset isn't installed, and downloading is built on it: pip install 'clipkit[download]'")
-    images = {
-        "image_size": image_size,
-        "resize_mode": resize_mode,
-        "resize_only_if_bigger": resize_only_if_bigger,
-        "quality": quality,
-        "min_image_size": min_image_size,
-        "samples_per_shard": samples_per_shard,
-    }
-    own = out / "clipkit"
-    require_writable(out)
-    with lock(own), disk_errors(out):
-        plan = make_plan(urls, tables, columns, keep_columns is not None, images, own)
-        fetch = partial(fetch_shard, out=out, output=plan.output, threads=threads, timeout=timeout, retries=retries)
-        fetched = fetch_missing(plan, out, partial(fetch, work=own / "work"), processes)
-        return finish(plan, out, fetched, str(urls))
+    for package in NEEDED:
+        if importlib.util.find_spec(package) is None:
+            raise UserError(f"{package} isn't installed, and downloading needs it: pip install 'clipkit[download]'")
+    schemas = [(table, read_schema(table, chosen.header)) for table in tables]
+    columns = check_tables(schemas, chosen, keep_columns is not None, hash_column is not None)
+    dataset = dataset_name(name, preset, urls) if format == "tfds" else ""
+    root = out / dataset / VERSION if format == "tfds" else out
+    if root == urls:
+        raise UserError(f"{urls} is both the folder of the tables and the output: choose another output")
+    output = Output(format, dataset, columns, pictures, drop_changed, samples_per_shard)
+    processes = processes or (jobs.cores() if engine == "local" else None)
+    network = dataclasses.replace(network, per_host=max(1, network.per_host // (processes or 1)))
+    kinds = {field.name: kind for field in columns.kept if (kind := column_kind(field.type)) is not None}
+    require_writable(root)
+    with lock(root / "clipkit"), disk_errors(root):
+        check_output(root)
+        plan = make_plan(urls, tables, output, where, root / "clipkit")
+        layout = Layout(root, format, dataset, len(plan.shards))
+        work = Work(plan, Task(layout, output, network, kinds), processes, engine, str(urls), where)
+        found = None
+        if probe_rows is not None and not work.has_begun():
+            found = probe(plan, probe_rows, network, processes or jobs.cores())
+            if tell_probe is not None:
+                tell_probe(found)
+            refusal = found.refusal(probe_floor)
+            if refusal is not None:
+                raise UserError(refusal)
+        return dataclasses.replace(work.run(again), probe=found)
 
 
-def fetch_missing(plan: Plan, out: Path, fetch: Any, processes: int | None) -> int:
-    """Fetch the shards that aren't done, with a line of progress; return how many there were."""
-    clear_leftovers(out)
-    totals: Counter[str] = Counter()
-    missing = []
-    for shard in plan.shards:
-        stats = read_stats(shard_files(out, plan.name(shard)))
-        if stats is None:
-            missing.append(shard)
-        else:
-            count(totals, stats)
-    if not missing:
-        return 0
-    # It says that all is there, which building relies on.
-    (out / "clipkit" / "download.json").unlink(missing_ok=True)
-    with Progress("download", plan.rows, "rows", start=totals.total()) as progress:
-        progress.update(totals.total(), note(totals))
-        work = jobs.run(fetch, missing, workers=processes, describe=lambda s: f"shard {plan.name(s)}", isolate=True)
-        for index, _ in work:
-            stats = read_stats(shard_files(out, plan.name(missing[index])))
-            if stats is None:
-                raise InternalError(
-                    f"shard {plan.name(missing[index])} is missing from {out}: run the same command again"
-                )
-            count(totals, stats)
-            progress.update(totals.total(), note(totals))
-    clear_leftovers(out)
-    return len(missing)
-
-
-def clear_leftovers(out: Path) -> None:
-    """Remove what a killed run was working on: its folders, and files not yet renamed into place."""
-    for path in [out / "clipkit" / "work", *out.glob(".[0-9]*")]:
-        remove(path)
-
-
-def finish(plan: Plan, out: Path, fetched: int, urls: str) -> DownloadSummary:
-    """Write failures and summary, unless nothing was fetched and they are there."""
-    own = out / "clipkit"
-    files = [shard_files(out, plan.name(shard)) for shard in plan.shards]
-    if fetched == 0 and (own / "failures.parquet").exists() and (own / "download.json").exists():
-        told = read_json(own / "download.json")
-        counts = {each: told[each] for each in ("rows", "downloaded", "failed", "empty_captions", "shards")}
-        return DownloadSummary(**counts, out=out)
-    failed = write_failures(own / "failures.parquet", (shard.parquet for shard in files))
-    stats = [read_json(shard.stats) for shard in files]
-    summary = DownloadSummary(
-        rows=plan.rows,
-        downloaded=sum(shard["successes"] for shard in stats),
-        failed=dict(failed.most_common()),
-        empty_captions=sum(shard["empty_captions"] for shard in stats),
-        shards=len(files),
-        out=out,
-    )
-    if summary.rows != summary.downloaded + failed.total():
-        raise InternalError(
-            f"the counts of {out} don't add up ({summary}): report this, and download into another folder"
+def check_settings(
+    format: str, samples_per_shard: int, processes: int | None, network: FetchSettings, probe_rows: int | None
+) -> None:
+    """Raise UserError for settings that can't be."""
+    if format not in FORMATS:
+        raise UserError(f"unknown format {format!r}: choose one of {', '.join(FORMATS)}")
+    counts: list[tuple[str, Any]] = [
+        ("samples per shard", samples_per_shard), ("processes", processes), ("rows of a probe", probe_rows),
+        ("connections", network.connections), ("connections per host", network.per_host),
+        ("largest body", network.max_bytes),
+    ]  # fmt: skip
+    for name, value in counts:
+        if value is not None and value < 1:
+            raise UserError(f"the number of {name} must be at least 1, not {value}")
+    if network.timeout <= 0 or network.deadline <= 0 or network.retries < 0:
+        raise UserError(
+            f"timeout and deadline must be above 0 s and retries at least 0, not {network.timeout:g}, "
+            f"{network.deadline:g} and {network.retries}"
         )
-    write_json(own / "download.json", {**summary.to_json(), "urls": urls, "output": asdict(plan.output)})
-    return summary
 
 
-def read_stats(files: ShardFiles) -> dict[str, Any] | None:
-    """The statistics of a finished shard; None when it isn't there, or its files aren't the ones they speak of."""
-    try:
-        stats: dict[str, Any] = read_json(files.stats)
-        sizes = (files.tar.stat().st_size, files.parquet.stat().st_size)
-    except (UserError, OSError):
-        return None
-    return stats if sizes == (stats.get("tar_bytes"), stats.get("parquet_bytes")) else None
+def dataset_name(name: str | None, preset: str | None, urls: Path) -> str:
+    """The name given, or one made of the preset's or the table's. Raises UserError for one that TFDS doesn't allow."""
+    if name is None:
+        stem = urls.name.removesuffix(table_suffix(urls)) if not urls.is_dir() else urls.resolve().name
+        name = re.sub(r"\W+", "_", preset or stem, flags=re.ASCII).strip("_").lower()
+        name = name if name[:1].isalpha() else f"urls_{name}".rstrip("_")
+    if not re.fullmatch(r"[a-zA-Z]\w*", name, re.ASCII):
+        raise UserError(f"--name {name!r}: TFDS wants a letter, then letters, digits and _ alone; choose such a one")
+    return name
 
 
-def count(totals: Counter[str], stats: dict[str, Any]) -> None:
-    """Add a shard's images (under `ok`) and failures by reason to the totals."""
-    totals.update({"ok": stats["successes"], **stats["failed"]})
-
-
-def note(totals: Counter[str]) -> str:
-    """The share of success and the three most frequent errors."""
-    if not totals:
-        return ""
-    share = f"{totals['ok'] / totals.total():.1%} ok"
-    errors = [f"{reason} {number:,}" for reason, number in totals.most_common() if reason != "ok" and number]
-    return ", ".join([share, *errors[:3]])
+def check_output(root: Path) -> None:
+    """Raise UserError when the output holds something that isn't a download of ours."""
+    if (root / "clipkit" / "plan.json").exists():
+        return
+    # Without our memory, shards here are someone else's: img2dataset's, or the output was mistyped.
+    strange = next((path for pattern in STRANGE for path in root.glob(pattern)), None)
+    if strange is not None:
+        raise UserError(f"{strange} isn't from clipkit download: choose an empty output (build-tfds reads such shards)")

@@ -1,146 +1,123 @@
-"""What a download is going to do: checked before anything is fetched, and remembered for the run after a kill."""
+"""What a download is going to do: checked before anything is fetched, and remembered for the run after a kill.
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+The rows that `--where` wants are remembered as bits, an eighth of a byte a row, and never copied: a shard is a range of
+a table's rows and how many of them are wanted.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from clipkit.errors import UserError
-from clipkit.files import read_json, write_json
-from clipkit.tfrecord_tools.fetch import Output, Shard
-from clipkit.tfrecord_tools.presets import PRESETS, Preset, fitting_presets
-from clipkit.tfrecord_tools.url_table import count_rows, fingerprint, read_schema, rows_path
+from clipkit.files import read_json, write_beside, write_json
+from clipkit.tfrecord_tools.picture import PictureSettings
+from clipkit.tfrecord_tools.table_columns import Columns
+from clipkit.tfrecord_tools.url_table import count_rows, fingerprint, open_parquet, rows_path, unreadable
 
-# Columns that img2dataset makes itself, so that an input column of that name can't be kept.
-RESERVED = frozenset(
-    {"key", "caption", "url", "width", "height", "original_width", "original_height"}
-    | {"status", "error_message", "exif", "md5", "sha256", "sha512"}
-)
-MIN_SHARD_DIGITS = 5
+Format = Literal["tfds", "webdataset", "parquet"]
+FORMATS: tuple[Format, ...] = ("tfds", "webdataset", "parquet")
+
+
+@dataclass(frozen=True)
+class Output:
+    """What the images become. All of it decides a shard's bytes, so a resumed download must not change it.
+
+    `name` is the dataset's for the format `tfds`, else "".
+    """
+
+    format: Format
+    name: str
+    columns: Columns
+    pictures: PictureSettings
+    drop_changed: bool
+    samples_per_shard: int
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The wanted ones among the rows `start` to `stop` of one table, and the number of the shard that they become.
+
+    `rows` counts them. `table` is the parquet file to read; `mask` says which are wanted, None: all.
+    """
+
+    number: int
+    table: Path
+    start: int
+    stop: int
+    rows: int
+    mask: Path | None = None
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What the images become, and the shards to make."""
+    """The shards to make. `rows` counts the wanted rows of all tables, `left_out` the others."""
 
     output: Output
     shards: tuple[Shard, ...]
-
-    @property
-    def rows(self) -> int:
-        """The number of rows of the whole input."""
-        return sum(shard.rows for shard in self.shards)
-
-    def name(self, shard: Shard) -> str:
-        """The shard's number as its files have it."""
-        return f"{shard.number:0{self.output.shard_digits}d}"
+    rows: int
+    left_out: int
 
 
-def choose_columns(
-    preset: str | None, url_column: str | None, caption_column: str | None, keep_columns: Sequence[str] | None
-) -> Preset:
-    """The column names: those given, else the preset's, else `url` and `caption`. Raises UserError."""
-    if preset is not None and preset not in PRESETS:
-        raise UserError(f"unknown preset {preset!r}: choose one of {', '.join(PRESETS)}, or name the columns")
-    base = PRESETS[preset] if preset is not None else Preset("url", "caption")
-    keep = base.keep if keep_columns is None else tuple(keep_columns)
-    return Preset(url_column or base.url, caption_column or base.caption, keep)
+def make_plan(urls: Path, tables: Sequence[Path], output: Output, where: str | None, own: Path) -> Plan:
+    """Cut the tables into shards, as the run before did if there was one.
 
-
-def check_columns(path: Path, schema: pa.Schema, columns: Preset, must_keep_all: bool) -> tuple[str, ...]:
-    """The columns to keep from a table. Raises UserError when it lacks some, or when they are of a wrong type."""
-    for what, name in (("URL", columns.url), ("caption", columns.caption)):
-        if name not in schema.names:
-            raise UserError(
-                f"{path} has no {what} column {name!r}; it has {', '.join(schema.names)}: {advice(schema.names)}"
-            )
-        if not is_text(schema.field(name).type):
-            raise UserError(
-                f"the {what} column {name!r} of {path} holds {schema.field(name).type}, not text: name another"
-            )
-    keep = []
-    for name in columns.keep:
-        if name in schema.names:
-            keep.append(name)
-        elif must_keep_all:
-            raise UserError(f"{path} has no column {name!r} to keep; it has {', '.join(schema.names)}")
-    for name in keep:
-        if name in RESERVED:
-            raise UserError(f"can't keep column {name!r} of {path}: the download makes one of that name; rename yours")
-        if not is_json(schema.field(name).type):
-            raise UserError(f"can't keep column {name!r} of {path}: it holds {schema.field(name).type}; leave it out")
-    return tuple(keep)
-
-
-def advice(names: Sequence[str]) -> str:
-    """What to do about missing columns."""
-    presets = fitting_presets(names)
-    if presets:
-        return f"--preset {presets[0]} fits them"
-    return "name the columns with --url-column and --caption-column"
-
-
-def is_text(kind: pa.DataType) -> bool:
-    """Whether a column of this type can be read as text."""
-    if pa.types.is_dictionary(kind):
-        return is_text(kind.value_type)
-    return any(
-        test(kind) for test in (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view, pa.types.is_null)
-    )
-
-
-def is_json(kind: pa.DataType) -> bool:
-    """Whether values of this type can stand in a sample's JSON."""
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_dictionary(kind):
-        return is_json(kind.value_type)
-    return is_text(kind) or any(test(kind) for test in (pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean))
-
-
-def make_plan(
-    urls: Path, tables: Sequence[Path], columns: Preset, must_keep_all: bool, images: dict[str, Any], own: Path
-) -> Plan:
-    """Check the tables and cut them into shards, as the run before did if there was one.
-
-    `images` holds the fields of Output that don't come from the tables. `own` is clipkit's folder in the output.
-    Raises UserError when the table is empty, or when `own` remembers another table or other settings.
+    `own` is clipkit's folder in the output, which remembers. Raises UserError when no row is wanted, when the
+    condition can't be asked, and when `own` remembers other tables or other settings.
     """
-    keeps = [check_columns(path, read_schema(path), columns, must_keep_all) for path in tables]
-    if len(set(keeps)) > 1:
-        raise UserError(
-            f"the tables in {urls} differ in their columns ({keeps}): name those to keep, or download one by one"
-        )
-    settings = {"url_column": columns.url, "caption_column": columns.caption, "keep_columns": list(keeps[0]), **images}
     copies = [own / "input" / f"{number:05d}.parquet" for number in range(len(tables))]
+    masks = [own / "input" / f"{number:05d}-mask.npy" for number in range(len(tables))]
+    paths = [rows_path(path, copy) for path, copy in zip(tables, copies, strict=True)]
+    settings = settings_of(output, where)
     fingerprints = [fingerprint(path) for path in tables]
     memory = own / "plan.json"
     if memory.exists():
-        rows = recall(memory, settings, fingerprints, urls)
+        before = recall(memory, settings, fingerprints, urls)
     else:
-        # Without our memory, shards here are someone else's: img2dataset's, or the output was mistyped.
-        strange = next(iter([*own.parent.glob("*.tar"), *own.parent.glob("*_stats.json")]), None)
-        if strange is not None:
-            raise UserError(f"{strange} isn't from clipkit: choose an empty output (build-tfds reads it as it is)")
-        text_columns = (columns.url, columns.caption)
-        rows = [count_rows(path, copy, text_columns) for path, copy in zip(tables, copies, strict=True)]
-        if sum(rows) == 0:
+        texts = (output.columns.url, output.columns.caption)
+        counts = [
+            count_rows(path, copy, texts, output.columns.header) for path, copy in zip(tables, copies, strict=True)
+        ]
+        if sum(counts) == 0:
             raise UserError(f"{urls} holds no rows: nothing to download")
-        write_json(memory, {"settings": settings, "rows": rows, "fingerprints": fingerprints, "urls": str(urls)})
-    paths = [rows_path(path, copy) for path, copy in zip(tables, copies, strict=True)]
-    shards = cut(paths, rows, images["samples_per_shard"])
-    digits = max(MIN_SHARD_DIGITS, len(str(len(shards) - 1)))
-    return Plan(Output(**{**settings, "keep_columns": keeps[0]}, shard_digits=digits), shards)
+        wanted = counts if where is None else [write_mask(*each, where) for each in zip(paths, masks, strict=True)]
+        if sum(wanted) == 0:
+            raise UserError(f"--where {where!r} leaves none of the {sum(counts):,} rows of {urls}: widen it")
+        before = {"settings": settings, "rows": counts, "wanted": wanted, "fingerprints": fingerprints}
+        write_json(memory, {**before, "urls": str(urls)})
+    known = [mask if where is not None else None for mask in masks]
+    shards = tuple(cut(paths, before["rows"], known, output.samples_per_shard))
+    wanted_rows = sum(before["wanted"])
+    return Plan(output, shards, wanted_rows, sum(before["rows"]) - wanted_rows)
 
 
-def recall(memory: Path, settings: dict[str, Any], fingerprints: list[str], urls: Path) -> list[int]:
-    """The row counts of the run before. Raises UserError when it had another table or other settings."""
-    before = read_json(memory)
+def settings_of(output: Output, where: str | None) -> dict[str, Any]:
+    """All that decides which bytes come out, by name, as JSON has it."""
+    columns = {**asdict(output.columns), "kept": [f"{field.name}: {field.type}" for field in output.columns.kept]}
+    columns["header"] = list(output.columns.header)
+    return {
+        "format": output.format,
+        "name": output.name,
+        "where": where,
+        **{f"{name} column" if name != "header" else name: value for name, value in columns.items()},
+        **asdict(output.pictures),
+        "drop_changed": output.drop_changed,
+        "samples_per_shard": output.samples_per_shard,
+    }
+
+
+def recall(memory: Path, settings: dict[str, Any], fingerprints: list[str], urls: Path) -> dict[str, Any]:
+    """What the run before remembered. Raises UserError when it had other tables or other settings."""
+    before: dict[str, Any] = read_json(memory)
     out = memory.parent.parent
     for name, value in settings.items():
-        if before["settings"].get(name) != value:
+        if before.get("settings", {}).get(name) != value:
             raise UserError(
-                f"{out} was begun with {name} {before['settings'].get(name)!r}, not {value!r}: "
+                f"{out} was begun with {name} {before.get('settings', {}).get(name)!r}, not {value!r}: "
                 "run it with the same settings, or choose another output"
             )
     if before["fingerprints"] != fingerprints:
@@ -148,14 +125,86 @@ def recall(memory: Path, settings: dict[str, Any], fingerprints: list[str], urls
             f"{urls} isn't the table that {out} was begun with ({before['urls']}): "
             "give back that table, or choose another output"
         )
-    rows: list[int] = before["rows"]
-    return rows
+    return before
 
 
-def cut(paths: Sequence[Path], rows: Sequence[int], samples_per_shard: int) -> tuple[Shard, ...]:
-    """Consecutive rows, at most `samples_per_shard` a shard; no shard spans two files."""
-    shards: list[Shard] = []
-    for path, count in zip(paths, rows, strict=True):
-        for start in range(0, count, samples_per_shard):
-            shards.append(Shard(len(shards), str(path), start, min(samples_per_shard, count - start)))
-    return tuple(shards)
+# ---------------------------------------------------------------------------------------------------------------------
+# Which rows
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def write_mask(table: Path, path: Path, where: str) -> int:
+    """Remember as bits which rows of a parquet file fulfil the condition; return how many do. Raises UserError."""
+    from clipkit.tfrecord_tools.where import RowFilter, iter_masks
+
+    bits, rest, wanted = [], np.zeros(0, np.bool_), 0
+    try:
+        with open_parquet(table) as file:
+            for mask in iter_masks(file, RowFilter(where, file.schema_arrow)):
+                wanted += int(mask.sum())
+                rest = np.concatenate([rest, mask])
+                whole = len(rest) // 8 * 8
+                bits.append(np.packbits(rest[:whole]))
+                rest = rest[whole:]
+    except (pa.ArrowException, OSError, EOFError) as error:
+        raise unreadable(table, ".parquet", error) from error
+    bits.append(np.packbits(rest))
+    with write_beside(path) as temporary, temporary.open("wb") as opened:
+        np.save(opened, np.concatenate(bits))
+    return wanted
+
+
+def load_mask(path: Path) -> npt.NDArray[np.uint8]:
+    """The bits of all rows of a table, eight a byte. Raises UserError when they are gone or damaged."""
+    try:
+        with path.open("rb") as file:
+            bits: npt.NDArray[np.uint8] = np.load(file)
+            return bits
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"{path} can't be read ({error}): remove its folder's plan.json to begin anew") from error
+
+
+def wanted_rows(bits: npt.NDArray[np.uint8], start: int, stop: int) -> npt.NDArray[np.int64]:
+    """int64[…]: the numbers of the wanted rows from `start` to `stop`."""
+    first = start // 8
+    mask = np.unpackbits(bits[first : (stop + 7) // 8], count=stop - first * 8).view(np.bool_)[start - first * 8 :]
+    return np.flatnonzero(mask) + start
+
+
+def cut(
+    paths: Sequence[Path], counts: Sequence[int], masks: Sequence[Path | None], samples_per_shard: int
+) -> Iterator[Shard]:
+    """Consecutive rows, at most `samples_per_shard` wanted ones a shard; no shard spans two tables."""
+    number = 0
+    for path, count, mask in zip(paths, counts, masks, strict=True):
+        ranges = (
+            cut_evenly(count, samples_per_shard)
+            if mask is None
+            else cut_wanted(load_mask(mask), count, samples_per_shard)
+        )
+        for start, stop, rows in ranges:
+            yield Shard(number, path, start, stop, rows, mask)
+            number += 1
+
+
+def cut_evenly(count: int, samples_per_shard: int) -> Iterator[tuple[int, int, int]]:
+    """Start, stop and number of rows of each shard of a table of which all rows are wanted."""
+    for start in range(0, count, samples_per_shard):
+        stop = min(start + samples_per_shard, count)
+        yield start, stop, stop - start
+
+
+def cut_wanted(
+    bits: npt.NDArray[np.uint8], count: int, samples_per_shard: int, step: int = 1 << 20
+) -> Iterator[tuple[int, int, int]]:
+    """The same with the wanted rows alone counted, `step` rows at a time; a shard begins with a wanted row."""
+    pending = np.zeros(0, np.int64)
+    for start in range(0, count, step):
+        pending = np.concatenate([pending, wanted_rows(bits, start, min(start + step, count))])
+        whole = len(pending) // samples_per_shard
+        for shard in range(whole):
+            part = pending[shard * samples_per_shard : (shard + 1) * samples_per_shard]
+            yield int(part[0]), int(part[-1]) + 1, len(part)
+        pending = pending[whole * samples_per_shard :]
+    if len(pending):
+        yield int(pending[0]), int(pending[-1]) + 1, len(pending)

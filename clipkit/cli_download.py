@@ -1,0 +1,162 @@
+"""The command `clipkit download`: its options, and how they become the settings of the stage."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from clipkit.cli_options import Count, Place, SectionedCommand, SectionedOption, as_json, engine, print_json, tell
+
+RETRY = "--retry-failed"
+# Those that may pass by themselves; `clipkit.tfrecord_tools.retry.DEFAULT` is the same, and slow to import.
+PASSING = "connect,dns,http-5xx,rate-limited,timeout,truncated"
+
+
+class DownloadCommand(SectionedCommand):
+    """Lets `--retry-failed` stand alone or with `=REASONS`; else it would take the word behind it for its value."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Give the lone option its value."""
+        return super().parse_args(ctx, [f"{RETRY}={PASSING}" if each == RETRY else each for each in args])
+
+
+def option(section: str, *names: str, **attributes: Any) -> Any:
+    """An option under a heading of the help."""
+    return click.option(*names, cls=SectionedOption, section=section, **attributes)
+
+
+@click.command(cls=DownloadCommand)
+@click.argument("urls", type=Place())
+@click.argument("out", type=Place())
+@option("Table", "--preset", metavar="NAME", help="Columns of a published table, such as laion400m or datacomp.")
+@option("Table", "--url-column", metavar="NAME", help="Column with the image's URL.")
+@option("Table", "--caption-column", metavar="NAME", help="Column with the caption.")
+@option("Table", "--keep", metavar="NAMES", help="Columns to keep, with commas between. [default: the preset's]")
+@option(
+    "Table", "--where", metavar="SQL", help="Condition for a row, such as \"similarity > 0.3 AND NSFW = 'UNLIKELY'\"."
+)
+@option(
+    "Table", "--hash-column", metavar="NAME", help="Column with a hash of the image to compare. [default: the preset's]"
+)
+@option("Table", "--hash-kind", metavar="KIND", help="What it holds: md5, sha1, sha256, sha512 or phash.")
+@option("Table", "--drop-changed", is_flag=True, help="Leave out images that differ from the hash, not just say so.")
+@option(
+    "Images", "--image-size", type=Count, default=256, show_default=True, help="Size of the stored images, in pixels."
+)
+@option(
+    "Images",
+    "--resize-mode",
+    type=click.Choice(["keep_ratio", "keep_ratio_largest", "center_crop", "border", "no"]),
+    default="keep_ratio",
+    show_default=True,
+    help="What has that size: the shorter side, the longer, both after a crop or with a border, or nothing.",
+)
+@option("Images", "--quality", default=95, show_default=True, help="JPEG quality of images that are encoded again.")
+@option(
+    "Images",
+    "--min-image-size",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Refuse images with a shorter side below this.",
+)
+@option(
+    "Network",
+    "--connections",
+    type=Count,
+    default=256,
+    show_default=True,
+    help="Requests under way in each process, at most.",
+)
+@option(
+    "Network", "--per-host", type=Count, default=8, show_default=True, help="Requests under way to one host, at most."
+)
+@option("Network", "--timeout", default=10.0, show_default=True, help="Seconds to wait for a server's next byte.")
+@option("Network", "--deadline", default=30.0, show_default=True, help="Seconds for the whole of one URL.")
+@option("Network", "--max-megabytes", type=Count, default=50, show_default=True, help="Largest body to take, in MB.")
+@option(
+    "Network",
+    "--retries",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Further tries of what may pass.",
+)
+@option(
+    "Network",
+    "--resolver",
+    multiple=True,
+    metavar="ADDRESS",
+    help="DNS server to ask, such as 1.1.1.1; may be repeated.",
+)
+@option(
+    "Network", "--allow-private-hosts", is_flag=True, help="Fetch from private addresses too: for servers of your own."
+)
+@option("Permissions", "--contact", metavar="URL", help="Page or address that tells hosts who fetches.")
+@option("Permissions", "--robots-txt", is_flag=True, help="Ask each host for its robots.txt first, and obey it.")
+@option(
+    "Output",
+    "--format",
+    type=click.Choice(["tfds", "webdataset", "parquet"]),
+    default="tfds",
+    show_default=True,
+    help="A dataset ready for training, or img2dataset's tars or parquet files.",
+)
+@option("Output", "--name", help="Name of the dataset, OUT/NAME/1.0.0. [default: the preset's or the table's]")
+@option("Output", "--samples-per-shard", type=Count, default=10_000, show_default=True, help="URLs in a shard.")
+@option(
+    "Work",
+    "--probe",
+    "probe_rows",
+    type=Count,
+    metavar="ROWS",
+    help="Fetch so many rows from all over the table first, and say how the whole will go.",
+)
+@option(
+    "Work",
+    "--probe-floor",
+    type=click.FloatRange(0, 1),
+    default=0.5,
+    show_default=True,
+    help="Stop when a smaller share of them succeeds.",
+)
+@option("Work", RETRY, metavar="[=REASONS]", help=f"Fetch again what failed, for the reasons named. [alone: {PASSING}]")
+@option(
+    "Work", "--processes", type=Count, help="Processes that fetch. [default: one a core, or all that a cluster takes]"
+)
+@engine
+@as_json
+def download(urls: Path, out: Path, as_json: bool, keep: str | None, **options: Any) -> None:
+    """Fetch the images of a table of URLS (parquet, CSV, TSV, or a folder of them) into a dataset in OUT.
+
+    URLS and OUT may be in an object store, such as s3://BUCKET/FOLDER. Running the same command again goes on where it
+    was stopped. Hosts that forbid the use of their images (X-Robots-Tag, TDM reservation) are obeyed. What failed is
+    listed with its reason in clipkit/failures.parquet of the output.
+    """
+    from clipkit.tfrecord_tools.download import download as stage
+    from clipkit.tfrecord_tools.fetch_settings import FetchSettings, user_agent
+    from clipkit.tfrecord_tools.picture import PictureSettings
+    from clipkit.tfrecord_tools.probe import ProbeResult
+
+    def take(*names: str) -> dict[str, Any]:
+        return {name: options.pop(name) for name in names}
+
+    pictures = PictureSettings(**take("image_size", "resize_mode", "quality", "min_image_size"))
+    network = FetchSettings(
+        **take("connections", "per_host", "timeout", "deadline", "retries", "allow_private_hosts", "robots_txt"),
+        max_bytes=options.pop("max_megabytes") * 1_000_000,
+        resolvers=options.pop("resolver"),
+        user_agent=user_agent(options.pop("contact")),
+    )
+
+    def tell_probe(found: ProbeResult) -> None:
+        if not as_json:
+            click.echo(found.text(), err=True)
+        elif found.refusal(options["probe_floor"]) is not None:
+            print_json({"probe": found.to_json()})
+
+    keep_columns = None if keep is None else [name.strip() for name in keep.split(",") if name.strip()]
+    summary = stage(
+        urls, out, keep_columns=keep_columns, pictures=pictures, network=network, tell_probe=tell_probe, **options
+    )
+    tell(summary, as_json)

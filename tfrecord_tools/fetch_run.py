@@ -1,0 +1,155 @@
+"""A run of neighbouring shards: what one worker is given at a time.
+
+The last rows of a shard are the slow ones, up to a URL's whole deadline. So a worker has several shards under way:
+while the last answers to one are awaited, the next are being fetched with the connections that it leaves idle. The
+event loop with its connections and its DNS cache lives as long as the process, through many runs.
+"""
+
+import asyncio
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterable
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from contextlib import ExitStack
+from functools import cache
+
+import pyarrow as pa
+
+from clipkit.tfrecord_tools.download_plan import Shard, load_mask, wanted_rows
+from clipkit.tfrecord_tools.download_progress import LiveCounts
+from clipkit.tfrecord_tools.fetch_settings import Fetched, FetchSettings
+from clipkit.tfrecord_tools.fetch_shard import OpenShard, ShardJob, Task
+from clipkit.tfrecord_tools.finish_dataset import differs
+from clipkit.tfrecord_tools.http_fetch import Fetcher
+from clipkit.tfrecord_tools.picture import PictureMaker, PictureSettings
+from clipkit.tfrecord_tools.replace_shard import recover
+from clipkit.tfrecord_tools.shard_state import ShardState, read_state
+from clipkit.tfrecord_tools.table_columns import Columns
+from clipkit.tfrecord_tools.url_table import RowReader
+
+# Each holds its rows in memory and its images on the disk.
+SHARDS_UNDER_WAY = 4
+
+Run = tuple[ShardJob, ...]
+
+
+def fetch_run(run: Run, task: Task) -> Counter[str]:
+    """Fetch the shards of a run and publish each; the counts of all their rows, images under `ok`.
+
+    A shard that is there already is left as it is, so that a run may be given to another worker at any moment.
+    Raises UserError when the disk refuses or a table is gone.
+    """
+    total: Counter[str] = Counter()
+    counts = LiveCounts(task.counters)
+    loop = fetch_loop(task.network)
+    make = picture_maker(task.output.pictures)
+    under_way: dict[Future[None], OpenShard] = {}
+    try:
+        with ShardReader(task.output.columns) as reader:
+            for job in run:
+                state = finished_state(task, job)
+                if state is not None:
+                    add_state(total, state)
+                    continue
+                while len(under_way) >= SHARDS_UNDER_WAY:
+                    publish_finished(under_way, total)
+                shard = OpenShard(task, job, *reader.read(job.shard))
+                if job.retry is None:
+                    counts.add_refused(outcome.reason for outcome in shard.outcomes if outcome is not None)
+                rows = [(i, url) for i in shard.missing if (url := shard.urls[i]) is not None]
+                under_way[loop.fetch(rows, handler(shard, make, counts, loop.fetcher))] = shard
+        while under_way:
+            publish_finished(under_way, total)
+    finally:
+        for future in under_way:
+            future.cancel()
+    return total
+
+
+def finished_state(task: Task, job: ShardJob) -> ShardState | None:
+    """The state of a shard on which nothing is left to do."""
+    if job.retry is not None:
+        recover(task.layout, job.shard.number)
+    state = read_state(task.layout.files(job.shard.number))
+    if state is None or job.retry is None:
+        return state
+    done = state.round >= task.round if job.retry else not differs(state, task.kinds)
+    return state if done else None
+
+
+def handler(shard: OpenShard, make: PictureMaker, counts: LiveCounts, fetcher: Fetcher) -> Callable[[Fetched], None]:
+    """What is done with each answer, in a thread of the fetcher."""
+
+    def handle(fetched: Fetched) -> None:
+        outcome = shard.take(fetched.index, fetched, make)
+        counts.add(outcome.reason, fetcher)
+
+    return handle
+
+
+def publish_finished(under_way: dict[Future[None], OpenShard], total: Counter[str]) -> None:
+    """Wait until a shard has all its answers, and write its files."""
+    done, _ = wait(under_way, return_when=FIRST_COMPLETED)
+    for future in done:
+        shard = under_way.pop(future)
+        future.result()
+        add_state(total, shard.publish())
+
+
+def add_state(total: Counter[str], state: ShardState) -> None:
+    """Add a shard's images (under `ok`) and failures by reason."""
+    total.update({"ok": state.successes, **state.failed})
+
+
+class ShardReader(ExitStack):
+    """The rows of shards in rising order, each table opened once. Use it as a context manager."""
+
+    def __init__(self, columns: Columns) -> None:
+        super().__init__()
+        self.columns = columns
+        self.shard: Shard | None = None
+
+    def read(self, shard: Shard) -> tuple[pa.Table, list[int]]:
+        """The wanted rows of a shard as `Columns.align` has them, and their numbers in the table. Raises UserError."""
+        if self.shard is None or self.shard.table != shard.table:
+            self.close()
+            self.reader = self.enter_context(RowReader(shard.table, self.columns.read))
+            self.bits = None if shard.mask is None else load_mask(shard.mask)
+        self.shard = shard
+        rows = self.reader.read(shard.start, shard.stop)
+        if self.bits is None:
+            return self.columns.align(rows), list(range(shard.start, shard.stop))
+        numbers = wanted_rows(self.bits, shard.start, shard.stop)
+        return self.columns.align(rows.take(pa.array(numbers - shard.start))), numbers.tolist()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What lives as long as the process
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class FetchLoop:
+    """A Fetcher in a thread of its own, for as long as the process lives."""
+
+    def __init__(self, settings: FetchSettings) -> None:
+        """Raises UserError for settings that can't be."""
+        self.loop = asyncio.new_event_loop()
+        threading.Thread(target=self.loop.run_forever, name="fetch", daemon=True).start()
+        self.fetcher = Fetcher(settings)
+        asyncio.run_coroutine_threadsafe(self.fetcher.__aenter__(), self.loop).result()
+
+    def fetch(self, rows: Iterable[tuple[int, str]], handle: Callable[[Fetched], None]) -> Future[None]:
+        """`Fetcher.fetch_many` as a future; several may be under way."""
+        return asyncio.run_coroutine_threadsafe(self.fetcher.fetch_many(rows, handle), self.loop)
+
+
+@cache
+def fetch_loop(settings: FetchSettings) -> FetchLoop:
+    """The process's loop for these settings."""
+    return FetchLoop(settings)
+
+
+@cache
+def picture_maker(settings: PictureSettings) -> PictureMaker:
+    """The process's maker of pictures: img2dataset takes a while to import."""
+    return PictureMaker(settings)

@@ -1,0 +1,135 @@
+"""The account of a shard, row by row: what became of each, and all that is known of its image but the pixels.
+
+It stays beside the dataset (`clipkit/ledger/00000.parquet`). A retry goes on from it, and whoever wants to know why a
+row isn't there, or what a host's headers said, finds it here. `message` is for people; `reason` is what is counted.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from clipkit.errors import UserError
+from clipkit.files import local_copy, write_beside
+
+LEDGER_FOLDER = "ledger"
+FAILURES_FILE = "failures.parquet"
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What became of one row. An image is there exactly when `reason` is None.
+
+    `decision` is what the host's headers said about use of the image, `hash_check` how it compares with the table's
+    hash, each "" when there was nothing to say. `body_bytes` is the size as fetched, `jpg_bytes` as stored; sides are
+    in pixels. `offset` is where the record begins in its TFRecord file, in bytes.
+    """
+
+    reason: str | None
+    message: str = ""
+    http_status: int | None = None
+    decision: str = ""
+    attempts: int = 0
+    body_bytes: int | None = None
+    jpg_bytes: int | None = None
+    width: int | None = None
+    height: int | None = None
+    original_width: int | None = None
+    original_height: int | None = None
+    exif: str | None = None
+    sha256: str | None = None
+    hash_check: str = ""
+    offset: int | None = None
+
+
+_TYPES = {
+    "http_status": pa.int16(),
+    "attempts": pa.int16(),
+    "body_bytes": pa.int64(),
+    "jpg_bytes": pa.int32(),
+    "width": pa.int32(),
+    "height": pa.int32(),
+    "original_width": pa.int32(),
+    "original_height": pa.int32(),
+    "offset": pa.int64(),
+}
+OUTCOME_FIELDS = tuple(field.name for field in fields(Outcome))
+LEDGER = pa.schema(
+    [
+        ("key", pa.string()),
+        ("row", pa.int64()),
+        ("url", pa.string()),
+        ("caption", pa.string()),
+        *((name, _TYPES.get(name, pa.string())) for name in OUTCOME_FIELDS),
+    ]
+)
+FAILURES = pa.schema(
+    [
+        ("shard", pa.string()),
+        *(
+            LEDGER.field(name)
+            for name in ("key", "row", "url", "caption", "reason", "message", "http_status", "decision", "attempts")
+        ),
+    ]
+)
+
+
+def write_ledger(
+    path: Path, keys: Sequence[str], numbers: Sequence[int], rows: pa.Table, outcomes: list[Outcome]
+) -> None:
+    """Write the ledger of a shard. `numbers` are the rows' numbers in their table; captions are kept of failures."""
+    columns = {name: [getattr(outcome, name) for outcome in outcomes] for name in OUTCOME_FIELDS}
+    failed = pa.array([reason is not None for reason in columns["reason"]])
+    arrays = [
+        pa.array(keys, pa.string()),
+        pa.array(numbers, pa.int64()),
+        rows["url"],
+        pc.if_else(failed, rows["caption"], None),
+        *(pa.array(values, LEDGER.field(name).type) for name, values in columns.items()),
+    ]
+    with write_beside(path) as temporary:
+        pq.write_table(pa.Table.from_arrays(arrays, schema=LEDGER), temporary, compression="zstd")
+
+
+def read_ledger(path: Path) -> list[Outcome]:
+    """The outcomes of a shard's rows, in their order. Raises UserError when the file is gone or damaged."""
+    columns = _read(path, list(OUTCOME_FIELDS)).to_pydict()
+    return [Outcome(*values) for values in zip(*(columns[name] for name in OUTCOME_FIELDS), strict=True)]
+
+
+def read_reasons(path: Path) -> Counter[str]:
+    """How many rows of a shard failed for each reason. Raises UserError."""
+    return Counter(_read(path, ["reason"])["reason"].drop_null().to_pylist())
+
+
+def read_offsets(path: Path) -> pa.Array:
+    """uint64[records]: where the records of a shard begin in its file, in bytes. Raises UserError."""
+    return _read(path, ["offset"])["offset"].drop_null().combine_chunks().cast(pa.uint64())
+
+
+def _read(path: Path, columns: list[str]) -> pa.Table:
+    try:
+        with local_copy(path) as local:
+            return pq.read_table(local, columns=columns, partitioning=None)
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(
+            f"ledger {path} can't be read ({str(error).partition(chr(10))[0]}): remove it, and the same download "
+            "fetches its shard again"
+        ) from error
+
+
+def write_failures(path: Path, ledgers: Iterable[tuple[str, Path]]) -> None:
+    """Write the failed rows of all shards into one parquet file; `ledgers` are each shard's name and ledger.
+
+    One shard at a time is held in memory.
+    """
+    with write_beside(path) as temporary, pq.ParquetWriter(temporary, FAILURES, compression="zstd") as writer:
+        for name, ledger in ledgers:
+            table = _read(ledger, FAILURES.names[1:])
+            table = table.filter(pc.is_valid(table["reason"]))
+            table = table.add_column(0, FAILURES.field("shard"), pa.array([name] * table.num_rows, pa.string()))
+            writer.write_table(table.select(FAILURES.names))

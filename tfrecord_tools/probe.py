@@ -1,0 +1,146 @@
+"""What a download is going to be like: some rows from all over the table, fetched and thrown away."""
+
+import math
+from collections import Counter
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from clipkit import jobs
+from clipkit.log import duration
+from clipkit.tfrecord_tools import reasons
+from clipkit.tfrecord_tools.download_plan import Plan
+from clipkit.tfrecord_tools.fetch_settings import FetchSettings
+from clipkit.tfrecord_tools.sample import EMPTY_CAPTION, caption_problem
+
+SEED = 0
+RECORD_BYTES = 1_000  # of a record beside its image: caption, columns, its row in the ledger
+ADVICE = {
+    reasons.DNS: "names don't resolve: name other resolvers, such as --resolver 1.1.1.1 --resolver 8.8.8.8",
+    reasons.CONNECT: "hosts can't be reached: check the network, a firewall or a proxy, and try fewer --connections",
+    reasons.TIMEOUT: "answers come too late: try fewer --connections, or a longer --timeout",
+    reasons.TLS: "certificates fail: check the machine's clock and its root certificates (SSL_CERT_FILE)",
+    reasons.RATE_LIMITED: "hosts ask for patience: lower --per-host",
+    reasons.HTTP_4XX: "links are dead or refused: an old table may be so; lower --probe-floor to take what is left",
+    reasons.HTTP_5XX: "servers fail: try later",
+    reasons.DISALLOWED: "hosts forbid the use of their images: they aren't to be taken; lower --probe-floor to go on",
+    reasons.BLOCKED_ADDRESS: "URLs lead to private addresses: --allow-private-hosts, if these servers are your own",
+    reasons.BAD_URL: "the column holds no http or https URLs: name another with --url-column",
+    reasons.NOT_AN_IMAGE: "answers are no images: name another column with --url-column",
+    EMPTY_CAPTION: "rows have no caption: name another column with --caption-column, or take --format webdataset",
+}
+
+
+@dataclass(frozen=True)
+class ProbeResult:
+    """What a probe found. Shares are of 1; `low` and `high` are the 95% interval of `success` (Wilson's).
+
+    `failed` is by reason. Rates are a second, of all processes together; `image_bytes` is what an image takes as
+    stored, `body_bytes` as fetched, on average. `images`, `disk_bytes` and `seconds` are what the whole should be.
+    """
+
+    rows: int
+    of: int
+    ok: int
+    failed: dict[str, int]
+    success: float
+    low: float
+    high: float
+    rows_per_second: float
+    images_per_second: float
+    image_bytes: float
+    body_bytes: float
+    images: int
+    disk_bytes: int
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it."""
+        return asdict(self)
+
+    def text(self) -> str:
+        """A few lines for a person."""
+        lines = [
+            f"probe: {self.ok:,} of {self.rows:,} rows gave an image ({self.success:.1%}; "
+            f"95%: {self.low:.1%} to {self.high:.1%})"
+        ]
+        if self.failed:
+            lines.append("failed: " + ", ".join(f"{reason} {n / self.rows:.1%}" for reason, n in self.failed.items()))
+        lines += [
+            f"{self.images_per_second:,.0f} images/s; {self.image_bytes / 1e3:,.1f} KB an image, "
+            f"{self.body_bytes / 1e3:,.1f} KB as fetched",
+            f"all {self.of:,} rows: about {self.images:,} images, {size(self.disk_bytes)} of disk, "
+            f"{duration(self.seconds)} at this rate",
+        ]
+        return "\n".join(lines)
+
+    def refusal(self, floor: float) -> str | None:
+        """The one line that says why not to go on, when fewer succeed than the share `floor`."""
+        if self.success >= floor:
+            return None
+        leading = next(iter(self.failed), None)
+        advice = ADVICE.get(leading or "", f"most fail as {leading}")
+        return f"only {self.success:.1%} of the probed rows gave an image, below --probe-floor {floor:g}: {advice}"
+
+
+def probe(plan: Plan, count: int, network: FetchSettings, processes: int) -> ProbeResult:
+    """Fetch `count` of the wanted rows from all over the tables, the same each time, and say what the whole will be.
+
+    Works with as many processes and connections as the download will. Raises UserError for tables that can't be read.
+    """
+    from clipkit.tfrecord_tools.probe_rows import ProbePart, fetch_part, name_part, sample_rows
+
+    sample = sample_rows(plan, count, SEED)
+    urls = sample["url"].to_pylist()
+    counts: Counter[str] = Counter()
+    wanted = []
+    for url, caption in zip(urls, sample["caption"].to_pylist(), strict=True):
+        if plan.output.format == "tfds" and caption_problem(caption) is not None:
+            counts[EMPTY_CAPTION] += 1
+        elif url is None:
+            counts[reasons.BAD_URL] += 1
+        else:
+            wanted.append(url)
+    parts = [ProbePart(tuple(wanted[i::processes]), network, plan.output.pictures) for i in range(processes)]
+    parts = [part for part in parts if part.urls]
+    found = [result for _, result in jobs.run(fetch_part, parts, workers=len(parts), describe=name_part, isolate=True)]
+    for result in found:
+        counts.update(result.counts)
+    ok = counts.pop("ok", 0)
+    low, high = wilson(ok, len(urls))
+    rate = sum(result.rate for result in found) * len(urls) / max(len(wanted), 1)
+    image_bytes = sum(result.image_bytes for result in found) / max(ok, 1)
+    images = round(plan.rows * ok / len(urls))
+    return ProbeResult(
+        rows=len(urls),
+        of=plan.rows,
+        ok=ok,
+        failed=dict(counts.most_common()),
+        success=ok / len(urls),
+        low=low,
+        high=high,
+        rows_per_second=rate,
+        images_per_second=rate * ok / len(urls),
+        image_bytes=image_bytes,
+        body_bytes=sum(result.body_bytes for result in found) / max(sum(result.bodies for result in found), 1),
+        images=images,
+        disk_bytes=round(images * (image_bytes + RECORD_BYTES)),
+        seconds=plan.rows / rate if rate else 0.0,
+    )
+
+
+def wilson(ok: int, count: int) -> tuple[float, float]:
+    """Wilson's 95% interval of a share (Wilson 1927)."""
+    z = 1.96
+    share = ok / count
+    middle = share + z * z / (2 * count)
+    half = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    return max(0.0, (middle - half) / (1 + z * z / count)), min(1.0, (middle + half) / (1 + z * z / count))
+
+
+def size(count: float) -> str:
+    """Bytes as a person says them."""
+    for unit in ("KB", "MB", "GB"):
+        count /= 1000
+        if count < 1000:
+            return f"{count:,.1f} {unit}"
+    return f"{count / 1000:,.1f} TB"

@@ -1,0 +1,162 @@
+"""What a downloaded shard becomes on the disk: records, a tar, or a parquet file, all from the same rows in one order.
+
+Answers come in any order, and so do the images in the spool. Written in the order of the rows, the same answers give
+the same bytes, and training sees them in the same order.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from clipkit.files import local_copy, write_beside
+from clipkit.records import decode_example, read_records
+from clipkit.tfrecord_tools.download_plan import Format
+from clipkit.tfrecord_tools.ledger import LEDGER, Outcome
+from clipkit.tfrecord_tools.pair_writer import PairWriter
+from clipkit.tfrecord_tools.read_tar import read_tar
+from clipkit.tfrecord_tools.sample import DROPPED_COLUMNS
+from clipkit.tfrecord_tools.schema import KindWidenedError
+from clipkit.tfrecord_tools.shard_state import ShardFiles
+from clipkit.tfrecord_tools.tar_writer import PairTar
+
+SUCCESS, NOT_FETCHED, NOT_USABLE = "success", "failed_to_download", "failed_to_resize"
+# Rows whose metadata are Python objects at a time, and images of a row group of a parquet file.
+BATCH_ROWS = 512
+GROUP_BYTES = 64 << 20
+COPIED_FIELDS = ("width", "height", "original_width", "original_height", "exif", "sha256")
+
+Image = Callable[[int], bytes]
+
+
+@dataclass(frozen=True)
+class DataFacts:
+    """What is known of a written TFRecord file; empty for the other formats."""
+
+    crc32c: str = ""
+    kinds: dict[str, str] = field(default_factory=dict)
+    present: dict[str, int] = field(default_factory=dict)
+
+
+def status_of(outcome: Outcome) -> str:
+    """img2dataset's word for what became of a row."""
+    if outcome.reason is None:
+        return SUCCESS
+    return NOT_FETCHED if outcome.body_bytes is None else NOT_USABLE
+
+
+def rows_table(rows: pa.Table, keys: Sequence[str], outcomes: Sequence[Outcome], tells_hash: bool) -> pa.Table:
+    """All rows with what became of them, in the columns of img2dataset's tables.
+
+    `rows` has the kept columns, `caption` and `url`; `tells_hash` adds the column `hash_check`.
+    """
+    made: dict[str, pa.Array] = {
+        "key": pa.array(keys, pa.string()),
+        "status": pa.array([status_of(outcome) for outcome in outcomes], pa.string()),
+        "error_message": pa.array([None if o.reason is None else f"{o.reason}: {o.message}" for o in outcomes]),
+    }
+    for name in (*COPIED_FIELDS, *(["hash_check"] if tells_hash else [])):
+        made[name] = pa.array([getattr(outcome, name) or None for outcome in outcomes], LEDGER.field(name).type)
+    made["error_message"] = made["error_message"].cast(pa.string())
+    table = rows.drop_columns([name for name in ("hash", "phash") if name in rows.column_names])
+    for name, column in made.items():
+        table = table.append_column(name, column)
+    return table
+
+
+def write_data(
+    format: Format,
+    files: ShardFiles,
+    table: pa.Table,
+    outcomes: Sequence[Outcome],
+    image: Image,
+    kinds: Mapping[str, str],
+) -> DataFacts:
+    """Write a shard's data in its format; `image(i)` gives the stored bytes of row `i`.
+
+    `kinds` are the TFRecord columns' to begin with. Sets the outcomes' offsets there. Raises UserError when the disk or
+    the store refuses.
+    """
+    if format == "tfds":
+        return write_records(files.data, table, outcomes, image, kinds)
+    if format == "webdataset":
+        assert files.rows is not None
+        with write_beside(files.data) as temporary, PairTar(temporary) as tar:
+            for i, row in each_row(table):
+                if outcomes[i].reason is None:
+                    tar.add(row["key"], image(i), row["caption"] or "", row)
+        with write_beside(files.rows) as temporary:
+            pq.write_table(table, temporary)
+        return DataFacts()
+    write_parquet(files.data, table, outcomes, image)
+    return DataFacts()
+
+
+def each_row(table: pa.Table) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The rows of a table by column, numbered, a few at a time as Python objects."""
+    i = 0
+    for batch in table.to_batches(max_chunksize=BATCH_ROWS):
+        for row in batch.to_pylist():
+            yield i, row
+            i += 1
+
+
+def write_records(
+    path: Path, table: pa.Table, outcomes: Sequence[Outcome], image: Image, kinds: Mapping[str, str]
+) -> DataFacts:
+    """A TFRecord file of the rows that have an image, as building a dataset from tars of them would write it.
+
+    A value that doesn't fit widens its column's kind, and the file is begun anew.
+    """
+    while True:
+        try:
+            with write_beside(path) as temporary, PairWriter(temporary, kinds) as writer:
+                for i, row in each_row(table.drop_columns(list(DROPPED_COLUMNS))):
+                    if outcomes[i].reason is None:
+                        writer.put(image(i), row.pop("caption"), row)
+                        outcomes[i].offset = writer.offsets[-1]
+            written = writer.written()
+            return DataFacts(f"{written.checksum:08x}", written.kinds, written.present)
+        except KindWidenedError as widened:
+            kinds = widened.kinds
+
+
+def write_parquet(path: Path, table: pa.Table, outcomes: Sequence[Outcome], image: Image) -> None:
+    """A parquet file of all rows with the column `jpg`, null where there is no image, as img2dataset writes it."""
+    schema = table.schema.append(pa.field("jpg", pa.binary()))
+    with write_beside(path) as temporary, pq.ParquetWriter(temporary, schema) as writer:
+        for start, stop in row_groups(outcomes):
+            images = [image(i) if outcomes[i].reason is None else None for i in range(start, stop)]
+            part = table.slice(start, stop - start)
+            writer.write_table(part.append_column(schema.field("jpg"), pa.array(images, pa.binary())))
+
+
+def row_groups(outcomes: Sequence[Outcome]) -> Iterator[tuple[int, int]]:
+    """Start and stop of row groups that fit into memory, whatever the images' size."""
+    start = size = 0
+    for i, outcome in enumerate(outcomes):
+        if i > start and (i - start == BATCH_ROWS or size + (outcome.jpg_bytes or 0) > GROUP_BYTES):
+            yield start, i
+            start, size = i, 0
+        size += outcome.jpg_bytes or 0
+    yield start, len(outcomes)
+
+
+def read_images(format: Format, path: Path) -> Iterator[bytes]:
+    """The images of a finished shard, in order. Raises UserError when the file is gone or damaged."""
+    with local_copy(path) as local:
+        if format == "tfds":
+            for record in read_records(local):
+                (jpg,) = decode_example(record)["jpg"]
+                yield jpg
+        elif format == "webdataset":
+            for sample in read_tar(local):
+                assert sample.image is not None
+                yield sample.image
+        else:
+            with pq.ParquetFile(local) as file:
+                for batch in file.iter_batches(BATCH_ROWS, columns=["jpg"]):
+                    yield from batch.column(0).drop_null().to_pylist()

@@ -1,0 +1,206 @@
+"""Which columns of the URL tables are read, and of which types they are when all tables are taken together."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import cast
+
+import pyarrow as pa
+
+from clipkit.errors import UserError
+from clipkit.tfrecord_tools.hash_check import HASH_KINDS, HashKind
+from clipkit.tfrecord_tools.presets import PRESETS, Preset, fitting_presets
+
+PHASH = "phash"
+# Columns that a download makes itself, so that an input column of that name can't be kept.
+RESERVED = frozenset(
+    {"key", "caption", "url", "width", "height", "original_width", "original_height"}
+    | {"status", "error_message", "exif", "md5", "sha256", "sha512", "hash_check", "jpg", "txt"}
+)
+
+
+@dataclass(frozen=True)
+class Columns:
+    """What is read of the tables: names, and the kept columns with the types that fit all of them."""
+
+    url: str
+    caption: str
+    kept: pa.Schema
+    hash: str | None = None
+    hash_kind: HashKind | None = None
+    phash: str | None = None
+    phash_is_number: bool = False
+    header: tuple[str, ...] = ()
+
+    @property
+    def read(self) -> list[str]:
+        """The columns to read, each once."""
+        wanted = [*self.kept.names, self.caption, self.url, self.hash, self.phash]
+        return list(dict.fromkeys(name for name in wanted if name is not None))
+
+    def align(self, rows: pa.Table) -> pa.Table:
+        """The rows with what is kept under its own name and type, and `caption`, `url`, `hash` and `phash`.
+
+        What a table hasn't is null.
+        """
+        columns = {field.name: self._column(rows, field.name, field.type) for field in self.kept}
+        columns["caption"] = self._column(rows, self.caption, pa.string())
+        columns["url"] = self._column(rows, self.url, pa.string())
+        if self.hash is not None:
+            columns["hash"] = self._column(rows, self.hash, pa.string())
+        if self.phash is not None:
+            kind = pa.int64() if self.phash_is_number else pa.string()
+            columns["phash"] = self._column(rows, self.phash, kind)
+        return pa.table(columns)
+
+    def _column(self, rows: pa.Table, name: str, kind: pa.DataType) -> pa.ChunkedArray | pa.Array:
+        return rows[name].cast(kind) if name in rows.column_names else pa.nulls(rows.num_rows, kind)
+
+
+def choose_columns(
+    preset: str | None,
+    url_column: str | None,
+    caption_column: str | None,
+    keep_columns: Sequence[str] | None,
+    hash_column: str | None = None,
+    hash_kind: str | None = None,
+) -> Preset:
+    """The column names: those given, else the preset's, else `url` and `caption`. Raises UserError."""
+    if preset is not None and preset not in PRESETS:
+        raise UserError(f"unknown preset {preset!r}: choose one of {', '.join(PRESETS)}, or name the columns")
+    if hash_kind is not None and hash_kind not in (*HASH_KINDS, PHASH):
+        raise UserError(f"unknown hash kind {hash_kind!r}: choose one of {', '.join((*HASH_KINDS, PHASH))}")
+    if (hash_column is None) != (hash_kind is None):
+        raise UserError("a hash is checked by --hash-column and --hash-kind together: give both")
+    chosen = PRESETS[preset] if preset is not None else Preset("url", "caption")
+    chosen = replace(chosen, url=url_column or chosen.url, caption=caption_column or chosen.caption)
+    if keep_columns is not None:
+        chosen = replace(chosen, keep=tuple(keep_columns))
+    if hash_column is None:
+        return chosen
+    if hash_kind == PHASH:
+        return replace(chosen, hash_column=None, hash_kind=None, phash_column=hash_column)
+    return replace(chosen, hash_column=hash_column, hash_kind=cast(HashKind, hash_kind), phash_column=None)
+
+
+def check_tables(
+    tables: Sequence[tuple[Path, pa.Schema]], chosen: Preset, must_keep_all: bool, must_check: bool
+) -> Columns:
+    """The columns to read of all tables. Raises UserError when one lacks some, or when they are of a wrong type.
+
+    `must_keep_all` and `must_check`: the user has named the columns to keep, or the hash, so that they must be there.
+    """
+    kept: dict[str, pa.DataType] = {}
+    for path, schema in tables:
+        for field in check_columns(path, schema, chosen, must_keep_all):
+            kind = common_type(kept.get(field.name), field.type)
+            if kind is None:
+                raise UserError(
+                    f"column {field.name!r} holds {field.type} in {path} and {kept[field.name]} in a table before: "
+                    "leave it out, or download the tables one by one"
+                )
+            kept[field.name] = kind
+    found = {name: field_everywhere(tables, name, must_check) for name in (chosen.hash_column, chosen.phash_column)}
+    digest, phash = found[chosen.hash_column], found[chosen.phash_column]
+    if digest is not None and not is_text(digest.type):
+        raise UserError(f"the hash column {digest.name!r} holds {digest.type}, not hex digits: name another")
+    return Columns(
+        url=chosen.url,
+        caption=chosen.caption,
+        kept=pa.schema([(name, kept[name]) for name in chosen.keep if name in kept]),
+        hash=None if digest is None else digest.name,
+        hash_kind=None if digest is None else chosen.hash_kind,
+        phash=None if phash is None else phash.name,
+        phash_is_number=phash is not None and pa.types.is_integer(phash.type),
+        header=chosen.header,
+    )
+
+
+def field_everywhere(tables: Sequence[tuple[Path, pa.Schema]], name: str | None, must: bool) -> pa.Field | None:
+    """A column that all tables have. Raises UserError where one hasn't it and `must` have it; else it is None."""
+    for path, schema in tables:
+        if name is None or name not in schema.names:
+            if name is not None and must:
+                raise UserError(f"{path} has no hash column {name!r}; it has {', '.join(schema.names)}")
+            return None
+    return tables[0][1].field(name)
+
+
+def check_columns(path: Path, schema: pa.Schema, columns: Preset, must_keep_all: bool) -> list[pa.Field]:
+    """The columns to keep from a table. Raises UserError when it lacks some, or when they are of a wrong type."""
+    for what, name in (("URL", columns.url), ("caption", columns.caption)):
+        if name not in schema.names:
+            raise UserError(
+                f"{path} has no {what} column {name!r}; it has {', '.join(schema.names)}: {advice(schema.names)}"
+            )
+        if schema.names.count(name) > 1:
+            raise UserError(f"{path} has {schema.names.count(name)} columns {name!r}: rename all but one")
+        if not is_text(schema.field(name).type):
+            raise UserError(
+                f"the {what} column {name!r} of {path} holds {schema.field(name).type}, not text: name another"
+            )
+    keep = []
+    for name in columns.keep:
+        if name in schema.names:
+            keep.append(schema.field(name))
+        elif must_keep_all:
+            raise UserError(f"{path} has no column {name!r} to keep; it has {', '.join(schema.names)}")
+    for field in keep:
+        if field.name in RESERVED:
+            raise UserError(
+                f"can't keep column {field.name!r} of {path}: the download makes one of that name; rename yours"
+            )
+        if not is_json(field.type):
+            raise UserError(f"can't keep column {field.name!r} of {path}: it holds {field.type}; leave it out")
+    return keep
+
+
+def common_type(one: pa.DataType | None, other: pa.DataType) -> pa.DataType | None:
+    """A type that holds the values of both, text where nothing else does; None for lists that don't go together."""
+    if pa.types.is_dictionary(other):
+        other = other.value_type
+    if one is None or one == other:
+        return other
+    try:
+        schemas = [pa.schema([("column", kind)]) for kind in (one, other)]
+        return pa.unify_schemas(schemas, promote_options="permissive").field(0).type
+    except pa.ArrowTypeError:
+        return None if any(pa.types.is_nested(kind) for kind in (one, other)) else pa.string()
+
+
+def advice(names: Sequence[str]) -> str:
+    """What to do about missing columns."""
+    presets = fitting_presets(names)
+    if presets:
+        return f"--preset {presets[0]} fits them"
+    return "name the columns with --url-column and --caption-column"
+
+
+def is_text(kind: pa.DataType) -> bool:
+    """Whether a column of this type can be read as text."""
+    if pa.types.is_dictionary(kind):
+        return is_text(kind.value_type)
+    return any(
+        test(kind) for test in (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view, pa.types.is_null)
+    )
+
+
+def is_json(kind: pa.DataType) -> bool:
+    """Whether values of this type can stand in a sample's JSON."""
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_dictionary(kind):
+        return is_json(kind.value_type)
+    return is_text(kind) or any(test(kind) for test in (pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean))
+
+
+def column_kind(kind: pa.DataType) -> str | None:
+    """What `schema` calls values of an Arrow type; None where only nulls can be."""
+    if pa.types.is_null(kind):
+        return None
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        inner = column_kind(kind.value_type)
+        return None if inner is None else f"list of {inner}"
+    if pa.types.is_boolean(kind):
+        return "bool"
+    if pa.types.is_integer(kind):
+        return "int"
+    return "float" if pa.types.is_floating(kind) else "text"
