@@ -7,6 +7,7 @@ import sys
 import threading
 from pathlib import Path
 
+import duckdb
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -15,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clipkit.errors import UserError
-from clipkit.tfrecord_tools.where import RowFilter, check_where, select, select_rows
+from clipkit.tfrecord_tools.where import RowFilter, check_where, connect, select, select_rows
 
 TABLE = pa.table(
     {
@@ -147,10 +148,15 @@ def test_columns_that_differ_in_case() -> None:
         select(table, "url = URL")
 
 
-def test_python_variables_and_other_tables_stay_out_of_reach() -> None:
+def test_files_and_python_variables_stay_out_of_reach(tmp_path: Path) -> None:
+    """Even if a query came through."""
+    (tmp_path / "t.csv").write_text("a\n1\n")
     secret = pa.table({"x": [1]})
-    with pytest.raises(UserError):
-        select(TABLE, "URL IN (FROM secret)")
+    for query in (f"FROM '{tmp_path}/t.csv'", f"FROM read_text('{tmp_path}/t.csv')", "FROM secret"):
+        with pytest.raises(duckdb.Error):
+            connect().sql(query)
+    with pytest.raises(duckdb.Error):
+        connect().execute("SET enable_external_access = true")
     assert len(secret) == 1
 
 

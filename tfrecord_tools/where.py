@@ -242,14 +242,8 @@ def check_function(connection: "duckdb.DuckDBPyConnection", name: str, where: st
 
 
 def readable(table: pa.Table) -> pa.Table:
-    """The table in types that DuckDB reads: it has no 16-bit floats, and a dictionary may hold less than its index."""
-    columns = []
-    for column in table.columns:
-        if pa.types.is_float16(column.type):
-            column = column.cast(pa.float32())
-        elif pa.types.is_dictionary(column.type):
-            column = column.cast(column.type.value_type)
-        columns.append(column)
+    """The table in types that DuckDB reads, which has no 16-bit floats."""
+    columns = [each.cast(pa.float32()) if pa.types.is_float16(each.type) else each for each in table.columns]
     return pa.Table.from_arrays(columns, names=table.column_names)
 
 
