@@ -20,7 +20,6 @@ from clipkit.errors import UserError
 from clipkit.features import Feature
 from clipkit.manifest import read_manifest
 from clipkit.records import RecordWriter, encode_example, index_records
-from clipkit.tfrecord_tools import build
 from clipkit.tfrecord_tools.build import BuildProgress, build_tfds
 from clipkit.tfrecord_tools.schema import fit, unify
 
@@ -34,19 +33,27 @@ def contents(folder: Path) -> dict[str, str]:
     }
 
 
-def small_shards(monkeypatch, sources: int = 1) -> None:
-    """Make runs of `sources` image shards into one output shard each, which by size takes megabytes."""
-    monkeypatch.setattr(build, "_cut", lambda sizes, wanted: list(range(0, len(sizes), sources)))
+# webdataset fills a tar up to a multiple of this, so that a few small samples make one such block.
+TAR_BLOCK = 10_240
+ONE_TAR = TAR_BLOCK / 1e6
 
 
-def test_all_good_samples_arrive_in_order_with_their_columns(tmp_path, monkeypatch):
-    small_shards(monkeypatch, 2)
-    write_tars(tmp_path / "shards", [3, 2, 0, 4, 1])
-    summary = build_tfds(tmp_path / "shards", tmp_path / "out", "pairs")
+def test_all_good_samples_arrive_in_order_with_their_columns(tmp_path):
+    tars = write_tars(tmp_path / "shards", [3, 2, 0, 4, 1])
+    third = sum(tar.stat().st_size for tar in tars) / 3
+    summary = build_tfds(tmp_path / "shards", tmp_path / "out", "pairs", shard_megabytes=third / 1e6)
     assert summary.path == tmp_path / "out" / "pairs" / "1.0.0"
     assert (summary.shards, summary.samples, summary.records, summary.skipped, summary.built) == (3, 10, 10, {}, True)
     dataset = open_dataset(tmp_path / "out")
-    assert [shard.records for shard in dataset.shards] == [5, 4, 1]
+    # Each sample belongs to the third of the line of bytes in which it begins: the second tar is divided.
+    lengths = [shard.records for shard in dataset.shards]
+    assert lengths == [4, 2, 4]
+    sources = [[(s.file, s.samples) for s in shard.sources] for shard in read_manifest(dataset.path)["train"].shards]
+    assert sources == [
+        [("00000.tar", 3), ("00001.tar", 1)],
+        [("00001.tar", 1), ("00002.tar", 0), ("00003.tar", 1)],
+        [("00003.tar", 3), ("00004.tar", 1)],
+    ]
     assert [dataset.example(i)["key"] for i in range(10)] == [f"{i:09d}" for i in range(10)]
     assert dataset.example(7)["jpg"] == picture(7)
     assert dataset.features == {
@@ -62,7 +69,7 @@ def test_all_good_samples_arrive_in_order_with_their_columns(tmp_path, monkeypat
     assert offsets.dtype == np.uint64
     assert offsets.tolist() == [o for s in dataset.shards for o in index_records(dataset.path / s.file).tolist()]
     info = json.loads((dataset.path / "dataset_info.json").read_text())
-    assert info["splits"][0]["shardLengths"] == ["5", "4", "1"]
+    assert info["splits"][0]["shardLengths"] == [str(length) for length in lengths]
     assert int(info["splits"][0]["numBytes"]) == sum((dataset.path / s.file).stat().st_size for s in dataset.shards)
     assert not list(dataset.path.rglob("build-*"))
     assert summary.text().startswith("10 of 10 samples, ")
@@ -134,8 +141,7 @@ def test_images_that_tfds_cannot_decode_become_jpegs(tmp_path):
             assert np.abs(difference).mean() < 2
 
 
-def test_kinds_are_unified_over_all_shards(tmp_path, monkeypatch):
-    small_shards(monkeypatch)
+def test_kinds_are_unified_over_all_shards(tmp_path):
     columns = [
         [{"n": 1, "x": 1, "mixed": 1, "big": 1, "late": None, "deep": [1]}, {"n": None, "x": 2, "flag": True}],
         [{"n": None, "x": 0.5, "mixed": "a", "big": 2**64, "deep": {"a": 1}}],
@@ -144,7 +150,8 @@ def test_kinds_are_unified_over_all_shards(tmp_path, monkeypatch):
     number = iter(range(9))
     for i, shard in enumerate(columns):
         write_tar(tmp_path / "shards" / f"{i}.tar", [pair(next(number), json=extra) for extra in shard])
-    build_tfds(tmp_path / "shards", tmp_path / "out", "pairs")
+    summary = build_tfds(tmp_path / "shards", tmp_path / "out", "pairs", shard_megabytes=ONE_TAR)
+    assert summary.shards > 1
     dataset = open_dataset(tmp_path / "out")
     names = ("n", "x", "mixed", "big", "deep", "flag", "half")
     assert {name: dataset.features[name] for name in names} == {
@@ -207,14 +214,15 @@ def test_unify_knows_the_order_of_kinds():
             assert unify([{"a": kind} for kind in order]) == {"a": expected}
 
 
-def test_workers_change_nothing(tmp_path, monkeypatch):
-    small_shards(monkeypatch)
+def test_workers_change_nothing(tmp_path):
     write_tars(tmp_path / "shards", [2, 3, 1])
-    one = build_tfds(tmp_path / "shards", tmp_path / "one", "pairs", workers=1)
+    one = build_tfds(tmp_path / "shards", tmp_path / "one", "pairs", workers=1, shard_megabytes=2 * ONE_TAR)
     seen: list[BuildProgress] = []
-    build_tfds(tmp_path / "shards", tmp_path / "two", "pairs", workers=2, progress=seen.append)
+    build_tfds(
+        tmp_path / "shards", tmp_path / "two", "pairs", workers=2, progress=seen.append, shard_megabytes=2 * ONE_TAR
+    )
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
-    assert [p.shards_done for p in seen] == [0, 1, 2, 3]
+    assert [(p.phase, p.shards_done) for p in seen] == [("writing", n) for n in (0, 1, 2, 3)]
     assert (seen[-1].records, seen[-1].bytes_done) == (one.records, seen[-1].bytes_total)
 
 
@@ -222,14 +230,13 @@ def test_workers_change_nothing(tmp_path, monkeypatch):
 # of one column, so that the second pass over them is killed too. A kill loses nothing of what the kernel holds, so
 # flushing, most of the time, is left out.
 KILLED = """
-import os, shutil, signal, sys
+import json, os, shutil, signal, sys
 from pathlib import Path
 from clipkit.tfrecord_tools import build
 from test_build import contents
 
-build._cut = lambda sizes, wanted: list(range(len(sizes)))
 os.fsync = lambda descriptor: None
-shards, out = Path(sys.argv[1]), Path(sys.argv[2])
+shards, out, OPTIONS = Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
 rename = Path.replace
 
 def run(kill_at=None):
@@ -241,7 +248,7 @@ def run(kill_at=None):
             os.kill(os.getpid(), signal.SIGKILL)
         return rename(path, target)
     Path.replace = counted
-    summary = build.build_tfds(shards, out, "pairs", progress=lambda now: None)
+    summary = build.build_tfds(shards, out, "pairs", progress=lambda now: None, shard_megabytes=0.01024, **OPTIONS)
     Path.replace = rename
     os.kill(os.getpid(), signal.SIGKILL) if kill_at else None
     return summary, done
@@ -262,11 +269,21 @@ print("the same")
 """
 
 
-def test_killed_at_any_rename_the_same_command_ends_with_the_same_bytes(tmp_path):
+@pytest.mark.parametrize("options", [{}, {"dedup": "caption", "shuffle": 3, "split": "train=0.7,test=0.3"}])
+def test_killed_at_any_rename_the_same_command_ends_with_the_same_bytes(tmp_path, options):
     write_tar(tmp_path / "shards" / "0.tar", [pair(0), pair(1, jpg=None)])
     write_tar(tmp_path / "shards" / "1.tar", [pair(2, json={"width": 1.5})])
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", KILLED, str(tmp_path / "shards"), str(tmp_path / "out")],
+        [
+            sys.executable,
+            "-W",
+            "ignore",
+            "-c",
+            KILLED,
+            str(tmp_path / "shards"),
+            str(tmp_path / "out"),
+            json.dumps(options),
+        ],
         capture_output=True,
         text=True,
         cwd=Path(__file__).parent,
@@ -276,21 +293,23 @@ def test_killed_at_any_rename_the_same_command_ends_with_the_same_bytes(tmp_path
     assert done.stdout == "the same\n"
 
 
-def test_a_damaged_shard_stops_the_build_and_mended_it_goes_on(tmp_path, monkeypatch):
-    small_shards(monkeypatch)
+def test_a_damaged_shard_stops_the_build_and_mended_it_goes_on(tmp_path):
     tars = write_tars(tmp_path / "shards", [2, 2])
-    build_tfds(tmp_path / "shards", tmp_path / "expected", "pairs")
     good = tars[1].read_bytes()
-    tars[1].write_bytes(good[:2000])
+    tars[1].write_bytes(good[:12_000])
     with pytest.raises(UserError, match=r"00001\.tar: damaged tar at byte"):
-        build_tfds(tmp_path / "shards", tmp_path / "out", "pairs")
+        build_tfds(tmp_path / "shards", tmp_path / "out", "pairs", shard_megabytes=1.6 * ONE_TAR)
     version = tmp_path / "out" / "pairs" / "1.0.0"
     assert [path.name for path in version.iterdir() if path.is_file()] == ["pairs-train.tfrecord-00000-of-00002"]
+    first = (version / "pairs-train.tfrecord-00000-of-00002").stat()
     with pytest.raises(UserError, match="isn't finished"):
         open_dataset(tmp_path / "out")
     tars[1].write_bytes(good)
-    build_tfds(tmp_path / "shards", tmp_path / "out", "pairs")
-    assert contents(tmp_path / "out") == contents(tmp_path / "expected")
+    build_tfds(tmp_path / "shards", tmp_path / "out", "pairs", shard_megabytes=1.6 * ONE_TAR)
+    dataset = open_dataset(tmp_path / "out")
+    assert [dataset.example(i)["key"] for i in range(4)] == [f"{i:09d}" for i in range(4)]
+    # The cuts stay, so what doesn't touch the mended shard needn't be written again.
+    assert (version / "pairs-train.tfrecord-00000-of-00002").stat().st_ino == first.st_ino
 
 
 def test_a_damaged_tfrecord_stops_the_build(tmp_path):
@@ -329,7 +348,7 @@ def test_an_unfinished_build_of_other_shards_is_not_mixed_in(tmp_path):
     with pytest.raises(UserError, match="damaged"):
         build_tfds(tmp_path / "shards", tmp_path / "out", "pairs")
     tars[0].rename(tars[0].with_name("other.tar")).write_bytes(good)
-    with pytest.raises(UserError, match=r"begun from other shards.*remove .*build-train"):
+    with pytest.raises(UserError, match=r"build-train holds a build begun from other shards: remove"):
         build_tfds(tmp_path / "shards", tmp_path / "out", "pairs")
 
 
@@ -434,11 +453,3 @@ def test_a_full_disk_is_one_line_and_leaves_no_half_shard(tmp_path, monkeypatch)
     assert not list((tmp_path / "out").rglob("*tfrecord*"))
     monkeypatch.setattr(RecordWriter, "write", write)
     assert build_tfds(tmp_path / "shards", tmp_path / "out", "pairs").records == 3
-
-
-def test_runs_of_neighbours_come_near_to_the_size_that_is_wanted():
-    assert build._cut([10] * 6, 20) == [0, 2, 4]
-    assert build._cut([100, 1, 1, 100], 50) == [0, 1, 3]
-    assert build._cut([5], 50) == [0]
-    starts = build._cut([337] * 1000, 1000)
-    assert 330 <= len(starts) <= 340

@@ -1,9 +1,12 @@
-"""One output shard of a dataset from the image shards that belong to it: what a worker of `build` does.
+"""One TFRecord file from its stretch of the image shards: what a worker of `build` does.
 
-The shard and its state appear one after the other by renames, the state last. So a shard with a state is finished, and
-one without is written again, to the same bytes.
+The file and its state appear one after the other by renames, the state last. So a file with a state is finished, and
+one without is written again, to the same bytes. It is an output shard, or where records are still to be put into
+another order or into several splits (`shuffle`), a file on the way with a few notes on each record.
 """
 
+import hashlib
+import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -14,83 +17,153 @@ import numpy as np
 
 from clipkit.files import read_json, write_beside, write_json
 from clipkit.manifest import Shard, Source
+from clipkit.tfrecord_tools.arrays import save_array
+from clipkit.tfrecord_tools.dedup import DecideJob, duplicates_in
 from clipkit.tfrecord_tools.pair_writer import PairWriter
-from clipkit.tfrecord_tools.read_shards import read_shard
+from clipkit.tfrecord_tools.prepare import Part, Preparation, Prepared, parts_told, prepared
+from clipkit.tfrecord_tools.sample import NOT_WANTED
 from clipkit.tfrecord_tools.schema import KindWidenedError
+
+# The formats that `image_format` tells, by the numbers that notes have for them.
+FORMATS = ("jpeg", "png", "bmp", "webp", "gif", "tiff", "avif")
+
+
+@dataclass(frozen=True)
+class Work:
+    """What all shards of a build have in common.
+
+    `shares` are the splits with the part of the samples that each gets; `gathered`: the files are on the way to
+    others, so notes are kept. `duplicates` are the decisions of `dedup`.
+    """
+
+    preparation: Preparation
+    shares: tuple[tuple[str, float], ...]
+    gathered: bool
+    duplicates: tuple[DecideJob, ...] = ()
 
 
 @dataclass(frozen=True)
 class ShardJob:
-    """What one worker is to make. `number` counts the output shards; `sizes` are the bytes of `sources`."""
+    """What one worker is to make: `path` from `parts`, about `size` bytes of image shards.
+
+    `number` counts the jobs; `folder` holds their states.
+    """
 
     number: int
     path: Path
-    state: Path
-    sources: tuple[Path, ...]
-    sizes: tuple[int, ...]
+    folder: Path
+    parts: tuple[Part, ...]
+    size: int
+
+    def beside(self, suffix: str) -> Path:
+        """A file of the job in the folder of states."""
+        return self.folder / f"shard-{self.number:05d}{suffix}"
 
 
 @dataclass(frozen=True)
 class ShardState:
-    """What is known of a finished shard. `present` counts each column's values; `skipped` is (source, key, reason)."""
+    """What is known of a finished file. `present` counts each column's values; `accounts` are the sources by split."""
 
     shard: Shard
     kinds: dict[str, str]
     present: dict[str, int]
-    skipped: tuple[tuple[str, str, str], ...]
+    accounts: dict[str, tuple[Source, ...]]
+    parts: str
+
+    @property
+    def samples(self) -> int:
+        return sum(source.samples for sources in self.accounts.values() for source in sources)
 
 
-def build_shard(job: ShardJob, kinds: Mapping[str, str]) -> ShardState:
-    """Write the shard, its record offsets and its state. `kinds` are the columns' kinds to begin with.
+def build_shard(job: ShardJob, work: Work, kinds: Mapping[str, str]) -> ShardState:
+    """Write the file, its record offsets and its state. `kinds` are the columns' kinds to begin with.
 
-    A value that doesn't fit widens its column's kind and the shard is begun anew, so that all of it has one kind.
+    A value that doesn't fit widens its column's kind and the file is begun anew, so that all of it has one kind.
     """
     while True:
         try:
-            return _build_shard(job, dict(kinds))
+            return _build_shard(job, work, dict(kinds))
         except KindWidenedError as widened:
             kinds = widened.kinds
 
 
-def _build_shard(job: ShardJob, kinds: dict[str, str]) -> ShardState:
-    skipped: list[tuple[str, str, str]] = []
-    sources: list[Source] = []
+def _build_shard(job: ShardJob, work: Work, kinds: dict[str, str]) -> ShardState:
+    account = _Account(job, work)
+    duplicates = duplicates_in(work.duplicates, job.number)
+    notes: list[tuple[int, int]] = []
     with write_beside(job.path) as temporary, PairWriter(temporary, kinds) as writer:
-        for source, size in zip(job.sources, job.sizes, strict=True):
-            samples, first_record = 0, writer.records
-            reasons: Counter[str] = Counter()
-            for sample in read_shard(source):
-                samples += 1
-                reason = writer.add(sample)
-                if reason is not None:
-                    reasons[reason] += 1
-                    skipped.append((source.name, sample.key, reason))
-            records = writer.records - first_record
-            sources.append(Source(source.name, size, samples, records, dict(sorted(reasons.items()))))
+        for pair in prepared(job.parts, work.preparation, duplicates):
+            split = split_of(pair.key, work.shares)
+            account.add(pair, split)
+            if pair.reason is None:
+                writer.put(pair.image, pair.caption, pair.columns, pair.kind)
+                if work.gathered:
+                    notes.append((split, FORMATS.index(pair.kind)))
     written = writer.written()
-    with write_beside(offsets_path(job)) as temporary, temporary.open("wb") as file:
-        np.save(file, written.offsets)
-    shard = written.shard(job.path.name, tuple(sources))
-    state = ShardState(shard, written.kinds, written.present, tuple(skipped))
-    write_json(job.state, asdict(state))
+    save_array(job.beside(".npy"), written.offsets)
+    if work.gathered:
+        save_array(job.beside(".notes.npy"), np.array(notes, np.uint8).reshape(-1, 2))
+    for number, (split, _) in enumerate(work.shares):
+        with write_beside(job.beside(f".skipped-{split}.jsonl")) as temporary:
+            temporary.write_text("".join(account.skipped[number]), encoding="utf-8")
+    accounts = {split: account.sources(number) for number, (split, _) in enumerate(work.shares)}
+    sources = () if work.gathered else accounts[work.shares[0][0]]
+    state = ShardState(
+        written.shard(job.path.name, sources), written.kinds, written.present, accounts, parts_told(job.parts)
+    )
+    write_json(job.beside(".json"), asdict(state))
     return state
 
 
-def offsets_path(job: ShardJob) -> Path:
-    """Where the byte offsets of the shard's records wait for the index of the whole split."""
-    return job.state.with_suffix(".npy")
+class _Account:
+    """Counts what becomes of the samples of each part, split by split, and names those that are skipped."""
+
+    def __init__(self, job: ShardJob, work: Work) -> None:
+        self.parts = job.parts
+        splits = range(len(work.shares))
+        self.records = [[0] * len(job.parts) for _ in splits]
+        self.reasons: list[list[Counter[str]]] = [[Counter() for _ in job.parts] for _ in splits]
+        self.skipped: list[list[str]] = [[] for _ in splits]
+
+    def add(self, pair: Prepared, split: int) -> None:
+        if pair.reason is None:
+            self.records[split][pair.part] += 1
+            return
+        self.reasons[split][pair.part][pair.reason] += 1
+        # What the user didn't want can be most of the data, and nobody is going to look for it.
+        if pair.reason != NOT_WANTED:
+            source = self.parts[pair.part].shard.path.name
+            line = {"source": source, "key": pair.key, "reason": pair.reason}
+            self.skipped[split].append(json.dumps(line, ensure_ascii=False) + "\n")
+
+    def sources(self, split: int) -> tuple[Source, ...]:
+        found = []
+        for part, records, reasons in zip(self.parts, self.records[split], self.reasons[split], strict=True):
+            samples = records + reasons.total()
+            found.append(Source(part.shard.path.name, part.shard.size, samples, records, dict(sorted(reasons.items()))))
+        return tuple(found)
+
+
+def split_of(key: str, shares: tuple[tuple[str, float], ...]) -> int:
+    """The number of the split that a key's hash falls to."""
+    if len(shares) == 1:
+        return 0
+    point = int.from_bytes(hashlib.blake2b(key.encode("utf-8", "replace"), digest_size=8).digest(), "big") / 2**64
+    for number, (_, share) in enumerate(shares):
+        point -= share
+        if point < 0:
+            return number
+    return len(shares) - 1
 
 
 def read_state(job: ShardJob) -> ShardState | None:
-    """The state of a finished shard, or None when it must be written (again), its sources having changed for one."""
-    if not (job.state.exists() and job.path.exists() and offsets_path(job).exists()):
+    """The state of a finished file, or None when it must be written (again), its sources having changed for one."""
+    path = job.beside(".json")
+    if not path.exists() or not job.path.exists():
         return None
-    values: dict[str, Any] = read_json(job.state)
+    values: dict[str, Any] = read_json(path)
     shard = Shard.from_dict(values["shard"])
-    same_sources = [(source.file, source.bytes) for source in shard.sources] == [
-        (source.name, size) for source, size in zip(job.sources, job.sizes, strict=True)
-    ]
-    if not same_sources or job.path.stat().st_size != shard.bytes:
+    if values["parts"] != parts_told(job.parts) or job.path.stat().st_size != shard.bytes:
         return None
-    skipped = tuple((source, key, reason) for source, key, reason in values["skipped"])
-    return ShardState(shard, values["kinds"], values["present"], skipped)
+    accounts = {split: tuple(Source(**source) for source in sources) for split, sources in values["accounts"].items()}
+    return ShardState(shard, values["kinds"], values["present"], accounts, values["parts"])

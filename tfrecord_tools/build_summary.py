@@ -1,9 +1,11 @@
 """What a build tells: its progress while it runs, its counts when it is done."""
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 from clipkit.log import Progress
 from clipkit.manifest import CLIPKIT_FOLDER, SplitManifest
@@ -11,8 +13,12 @@ from clipkit.manifest import CLIPKIT_FOLDER, SplitManifest
 
 @dataclass(frozen=True)
 class BuildProgress:
-    """How far a build is. Bytes are those of the image shards; what an earlier run finished counts as done."""
+    """How far a pass of a build is, its name being `phase`. What an earlier run finished counts as done.
 
+    Bytes are those of the image shards while they are read, of records while these are gathered, and else items.
+    """
+
+    phase: str
     bytes_done: int
     bytes_total: int
     shards_done: int
@@ -23,7 +29,10 @@ class BuildProgress:
 
 @dataclass(frozen=True)
 class BuildSummary:
-    """What a build made: samples = records + the sum of `skipped`. `built` is False when all was there already."""
+    """What a build made: samples = records + the sum of `skipped`. `built` is False when all was there already.
+
+    Where one call made several splits, `split` names them all, the counts are of all, and `by_split` has the records.
+    """
 
     path: Path
     name: str
@@ -36,6 +45,7 @@ class BuildSummary:
     formats: dict[str, int]
     converted: dict[str, int]
     built: bool
+    by_split: dict[str, int] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """The counts, and the path as text."""
@@ -48,25 +58,45 @@ class BuildSummary:
             f"{self.records:,} of {self.samples:,} samples, {self.bytes / 1e6:,.1f} MB in {self.shards:,} "
             f"{'shard' if self.shards == 1 else 'shards'}: split {self.split} of {self.path}{there}"
         ]
+        if self.by_split:
+            lines.append(", ".join(f"{split} {records:,}" for split, records in self.by_split.items()))
         if self.skipped:
             reasons = ", ".join(f"{reason} {count:,}" for reason, count in self.skipped.items())
-            lines.append(
-                f"skipped: {reasons}; each sample in {self.path / CLIPKIT_FOLDER / f'skipped-{self.split}.jsonl'}"
-            )
+            files = " and ".join(f"skipped-{split}.jsonl" for split in self.split.split(","))
+            lines.append(f"skipped: {reasons}; each sample, but for --where, in {self.path / CLIPKIT_FOLDER / files}")
         if self.converted:
             formats = ", ".join(f"{name} {count:,}" for name, count in self.converted.items())
             lines.append(f"stored as JPEG, since TFDS can't decode them: {formats}")
         return "\n".join(lines)
 
 
-def progress_line(line: Progress) -> Callable[[BuildProgress], None]:
-    """Show a build's progress on the progress line, in megabytes of image shards."""
+class ProgressLines:
+    """Shows a build's passes, one progress line each; use it as a context manager."""
 
-    def tell(now: BuildProgress) -> None:
-        note = f"shard {now.shards_done:,}/{now.shards_total:,}, {now.records:,} records, {now.skipped:,} skipped"
-        line.update(now.bytes_done // 1_000_000, note)
+    def __init__(self) -> None:
+        self.phase = ""
+        self.stack = ExitStack()
 
-    return tell
+    def __call__(self, now: BuildProgress) -> None:
+        unit = 1 if now.phase in ("comparing", "sorting") else 1_000_000
+        if now.phase != self.phase:
+            self.stack.close()
+            self.phase = now.phase
+            label = "build-tfds" if now.phase == "writing" else f"build-tfds, {now.phase}"
+            self.line = self.stack.enter_context(
+                Progress(label, now.bytes_total // unit, "MB" if unit > 1 else "parts", now.bytes_done // unit)
+            )
+        skipped = f", {now.skipped:,} {'duplicates' if now.phase == 'comparing' else 'skipped'}" if now.skipped else ""
+        note = f"{now.shards_done:,}/{now.shards_total:,} files, {now.records:,} records{skipped}"
+        self.line.update(now.bytes_done // unit, note)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stack.__exit__(kind, error, trace)
 
 
 def summarise(folder: Path, name: str, split: str, manifest: SplitManifest, built: bool) -> BuildSummary:
@@ -84,3 +114,16 @@ def summarise(folder: Path, name: str, split: str, manifest: SplitManifest, buil
         converted=manifest.converted,
         built=built,
     )
+
+
+def summarise_splits(folder: Path, name: str, splits: Mapping[str, SplitManifest], built: bool) -> BuildSummary:
+    """The summary of the splits that one call makes."""
+    if len(splits) == 1:
+        ((split, manifest),) = splits.items()
+        return summarise(folder, name, split, manifest, built)
+    whole = SplitManifest(
+        tuple(shard for manifest in splits.values() for shard in manifest.shards),
+        tuple(source for manifest in splits.values() for source in manifest.sources),
+    )
+    summary = summarise(folder, name, ",".join(splits), whole, built)
+    return replace(summary, by_split={split: manifest.records for split, manifest in splits.items()})

@@ -85,7 +85,7 @@ class PairWriter:
         return None
 
     def put(self, image: bytes, caption: str, columns: Mapping[str, Any], kind: str | None = None) -> None:
-        """Write a pair that was looked at already. `kind` is the format that the image had, None leaves it uncounted."""
+        """Write a pair that was looked at already. `kind` is the format that its image had; None: it isn't counted."""
         values = fit({name: v for name, v in columns.items() if name not in OWN_COLUMNS}, self.kinds, self.present)
         values["jpg"], values["txt"] = image, caption
         self.offsets.append(self.writer.write(encode_columns(values)))

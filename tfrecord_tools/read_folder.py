@@ -27,7 +27,7 @@ from clipkit.tfrecord_tools.read_parquet import (
     read_rows,
 )
 from clipkit.tfrecord_tools.sample import Sample
-from clipkit.tfrecord_tools.schema import EMPTY_LIST, LIST, fit, kind_of, unify
+from clipkit.tfrecord_tools.schema import arrow_type, fit, kind_of, unify
 from clipkit.tfrecord_tools.url_table import TEXT_DELIMITERS, copy_text, unreadable
 
 TABLE_SUFFIXES = (*TEXT_DELIMITERS, ".jsonl", ".parquet")
@@ -35,7 +35,6 @@ METADATA_STEM = "metadata"
 FILE_NAMES = ("file_name", "filename", "filepath", "file_path", "file", "image", "image_path", "path")
 COPY_ROWS = 4_096
 SUMS = 100_000  # at most so many sums of sizes are held, however long the table
-_ARROW_TYPES = {"bool": pa.bool_(), "int": pa.int64(), "float": pa.float64(), "text": pa.string()}
 
 
 def is_table(path: Path) -> bool:
@@ -81,7 +80,7 @@ def _copy_json_lines(path: Path, copy: Path) -> None:
     kinds = unify(
         {name: kind for name, value in row.items() if (kind := kind_of(value)) is not None} for row in _lines(path)
     )
-    schema = pa.schema([(name, _arrow_type(kind)) for name, kind in kinds.items()])
+    schema = pa.schema([(name, arrow_type(kind)) for name, kind in kinds.items()])
     with write_beside(copy) as temporary, pq.ParquetWriter(temporary, schema) as writer:
         rows: list[dict[str, Any]] = []
         for row in _lines(path):
@@ -105,12 +104,6 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
             if not isinstance(row, dict):
                 raise UserError(f"{path}: line {number} is no JSON object: each line is one image's columns")
             yield row
-
-
-def _arrow_type(kind: str) -> pa.DataType:
-    if kind == EMPTY_LIST:
-        return pa.list_(pa.string())
-    return pa.list_(_ARROW_TYPES[kind.removeprefix(LIST)]) if kind.startswith(LIST) else _ARROW_TYPES[kind]
 
 
 def file_column(schema: pa.Schema, columns: Columns, path: Path) -> str:

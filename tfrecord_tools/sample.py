@@ -9,6 +9,8 @@ NO_CAPTION = "no caption"
 EMPTY_CAPTION = "empty caption"
 BAD_TEXT = "text is not UTF-8"
 BAD_METADATA = "metadata is not JSON"
+NOT_WANTED = "where"
+DUPLICATE = "duplicate"
 
 # What img2dataset says about its own work: the same for all samples that reach a shard.
 DROPPED_COLUMNS = frozenset({"status", "error_message"})

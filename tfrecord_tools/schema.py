@@ -9,6 +9,8 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import pyarrow as pa
+
 from clipkit.records import Value
 
 KINDS = ("bool", "int", "float", "text")
@@ -52,6 +54,14 @@ def unify(schemas: Iterable[Mapping[str, str]]) -> dict[str, str]:
     return {name: widest(kinds) for name, kinds in sorted(columns.items())}
 
 
+def arrow_type(kind: str) -> pa.DataType:
+    """Arrow's type for a kind."""
+    types = {"bool": pa.bool_(), "int": pa.int64(), "float": pa.float64(), "text": pa.string()}
+    if kind == EMPTY_LIST:
+        return pa.list_(types["text"])
+    return pa.list_(types[kind.removeprefix(LIST)]) if kind.startswith(LIST) else types[kind]
+
+
 class KindWidenedError(Exception):
     """A value didn't fit the kind that earlier records of the shard were written with. `kinds` is what fits all."""
 
@@ -88,7 +98,7 @@ def fit(columns: Mapping[str, Any], kinds: dict[str, str], present: dict[str, in
 
 def _convert(value: Any, kind: str) -> Any:
     if kind == "text":
-        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
         return text.encode("utf-8", "replace")
     if kind == "float":
         return float(value)

@@ -1,0 +1,173 @@
+"""What `build-tfds` is asked for, and how the line of image shards is cut into stretches, one an output shard.
+
+The cuts are made once, by size, and kept while the build isn't finished: what a killed run has finished stays valid,
+and so does everything that doesn't touch a shard that was fetched again.
+"""
+
+import math
+import re
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import accumulate, islice
+from pathlib import Path
+from typing import Any
+
+from clipkit.errors import UserError
+from clipkit.files import is_remote, read_json, write_json
+from clipkit.tfrecord_tools.dedup import Method, check_dedup
+from clipkit.tfrecord_tools.precompute import check_precompute
+from clipkit.tfrecord_tools.prepare import Part, check_sizes
+from clipkit.tfrecord_tools.read_parquet import Columns
+from clipkit.tfrecord_tools.read_shards import InputShard, places_in, read_shard
+from clipkit.tfrecord_tools.sample import Sample
+
+# A look at the data before it is cut: what columns there are, and how much of it will be left.
+LOOK_SHARDS, LOOK_REMOTE_SHARDS, LOOK_SAMPLES = 8, 2, 32
+LEAST_LEFT = 1 / 64
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """What decides which samples a dataset has, in which form and order."""
+
+    shares: tuple[tuple[str, float], ...]
+    where: str | None
+    resize: int | None
+    quality: int
+    dedup: Method | None
+    shuffle: int | None
+    precompute: tuple[str, ...]
+    columns: Columns
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        return tuple(split for split, _ in self.shares)
+
+    @property
+    def gathered(self) -> bool:
+        """Whether records leave the order in which they come."""
+        return self.shuffle is not None or len(self.shares) > 1
+
+    def to_json(self) -> dict[str, Any]:
+        """The options that were given, for plan and manifest."""
+        values = {name: value for name, value in asdict(self).items() if value not in (None, ())}
+        values["columns"] = {name: value for name, value in values["columns"].items() if value is not None}
+        if self.resize is None:
+            del values["quality"]
+        if not values["columns"]:
+            del values["columns"]
+        if len(self.shares) == 1:
+            del values["shares"]
+        return {name: _listed(value) for name, value in values.items()}
+
+
+def _listed(value: Any) -> Any:
+    """As JSON gives it back."""
+    return [_listed(each) for each in value] if isinstance(value, tuple | list) else value
+
+
+def make_options(
+    split: str,
+    where: str | None,
+    resize: int | None,
+    quality: int,
+    dedup: str | None,
+    shuffle: int | None,
+    precompute: Sequence[str],
+    columns: Columns,
+) -> BuildOptions:
+    """Raises UserError for what can't be."""
+    check_sizes(resize, quality)
+    return BuildOptions(
+        parse_split(split),
+        where,
+        resize,
+        quality,
+        check_dedup(dedup),
+        shuffle,
+        check_precompute(precompute),
+        columns,
+    )
+
+
+def parse_split(text: str) -> tuple[tuple[str, float], ...]:
+    """`train`, or shares as in `train=0.99,validation=0.01`. Raises UserError for names that TFDS refuses, bad sums."""
+    shares: list[tuple[str, float]] = []
+    for each in text.split(","):
+        name, given, share = each.strip().partition("=")
+        if not re.fullmatch(r"[a-zA-Z]\w*", name, re.ASCII):
+            raise UserError(f"split {name!r}: give a letter, then letters, digits and _ alone, such as train or test")
+        try:
+            shares.append((name, float(share) if given else 1.0))
+        except ValueError as error:
+            raise UserError(f"--split {each}: {share!r} is no share; give one such as 0.99") from error
+    names = [name for name, _ in shares]
+    if len(set(names)) < len(names):
+        raise UserError(f"--split {text}: a split is named twice")
+    if any(not 0 < share <= 1 for _, share in shares) or not math.isclose(sum(s for _, s in shares), 1, abs_tol=1e-6):
+        raise UserError(f"--split {text}: the shares must add up to 1, as in train=0.99,validation=0.01")
+    return tuple(shares)
+
+
+def look(shards: Sequence[InputShard]) -> list[Sample]:
+    """The first samples of some shards all over the line."""
+    most = LOOK_REMOTE_SHARDS if is_remote(shards[0].path) else LOOK_SHARDS
+    step = max(1, len(shards) // most)
+    return [sample for shard in shards[::step][:most] for sample in islice(read_shard(shard), LOOK_SAMPLES)]
+
+
+def cut(shards: Sequence[InputShard], wanted: float) -> list[tuple[int, int]]:
+    """Where each stretch begins: (number of the shard, place in it), so that all have the same size, near `wanted`."""
+    ends = list(accumulate(shard.size for shard in shards))
+    total = ends[-1]
+    count = max(1, round(total / wanted))
+    inner: dict[int, list[int]] = {}
+    for number in range(1, count):
+        position = total * number // count
+        i = min(bisect_right(ends, position), len(shards) - 1)
+        inner.setdefault(i, []).append(position - (ends[i] - shards[i].size))
+    return [(0, 0), *((i, place) for i, found in inner.items() for place in places_in(shards[i], found))]
+
+
+def parts_between(shards: Sequence[InputShard], start: tuple[int, int], stop: tuple[int, int] | None) -> Iterator[Part]:
+    """What lies between two cuts, None being the end of the line. Every place belongs to exactly one stretch."""
+    last, end = (len(shards), 0) if stop is None else stop
+    for i in range(start[0], min(last + 1, len(shards))):
+        begin = start[1] if i == start[0] else 0
+        if i < last:
+            yield Part(shards[i], begin, None)
+        elif begin < end:
+            yield Part(shards[i], begin, end)
+
+
+def plan(
+    path: Path, shards: Sequence[InputShard], options: BuildOptions, shard_megabytes: float, left: float
+) -> list[tuple[Part, ...]]:
+    """The parts of each stretch, by a kept plan at `path` or a new one; `left` is the part of the bytes that stays.
+
+    Raises UserError when the kept plan is of another build.
+    """
+    asked = {
+        "sources": [shard.path.name for shard in shards],
+        "shard_megabytes": shard_megabytes,
+        "options": options.to_json(),
+    }
+    if path.exists():
+        kept = read_json(path)
+        if kept["sources"] != asked["sources"]:
+            raise _another(path, "from other shards")
+        if {name: kept[name] for name in asked} != asked:
+            raise _another(path, "with other options or another shard size")
+        cuts = [(i, place) for i, place in kept["cuts"]]
+    else:
+        cuts = cut(shards, shard_megabytes * 1e6 / max(left, LEAST_LEFT))
+        write_json(path, {**asked, "cuts": cuts})
+    stops = [*cuts[1:], None]
+    return [tuple(parts_between(shards, start, stop)) for start, stop in zip(cuts, stops, strict=True)]
+
+
+def _another(path: Path, how: str) -> UserError:
+    return UserError(
+        f"{path.parent} holds a build begun {how}: remove that folder to begin anew, or run the command as it was"
+    )

@@ -1,0 +1,176 @@
+"""From samples as their shards hold them to pairs as a dataset stores them: what `build-tfds` does to each sample.
+
+A sample goes through these in turn, and the first that refuses it gives the reason: its reader, `--where`, caption and
+image (`pair_writer.judge`), `--dedup`, `--resize`. Each judges the sample by itself or by the sample's number, so it
+doesn't matter how samples are cut into shards.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from clipkit.errors import UserError
+from clipkit.images import ImageError
+from clipkit.tfrecord_tools.compact import compact
+from clipkit.tfrecord_tools.condition import Condition
+from clipkit.tfrecord_tools.pair_writer import judge, stored_image
+from clipkit.tfrecord_tools.precompute import precompute
+from clipkit.tfrecord_tools.read_shards import InputShard, read_shard
+from clipkit.tfrecord_tools.sample import DUPLICATE, NOT_AN_IMAGE, NOT_WANTED, Sample
+
+BATCH_SAMPLES = 256
+BATCH_BYTES = 16 << 20
+COLUMN_BYTES = 600  # about what a record has beside its image
+
+
+@dataclass(frozen=True)
+class Part:
+    """What an output shard takes of one input shard: the samples that begin in [start, stop); None is its end."""
+
+    shard: InputShard
+    start: int
+    stop: int | None
+
+
+def parts_told(parts: Sequence[Part]) -> str:
+    """A line that differs when a source or a cut does."""
+    return " ".join(f"{part.shard.path.name}:{part.shard.size}:{part.start}:{part.stop}" for part in parts)
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """What is done to each sample. `kinds` are those of the columns that `where` may name."""
+
+    where: str | None = None
+    kinds: Mapping[str, str] = field(default_factory=dict)
+    resize: int | None = None
+    quality: int = 90
+    precompute: tuple[str, ...] = ()
+
+
+class Judged(NamedTuple):
+    """A sample, the number of its part, the format of its image, and the reason not to take it."""
+
+    part: int
+    sample: Sample
+    kind: str
+    reason: str | None
+
+
+class Prepared(NamedTuple):
+    """A pair to store, or with a `reason` one not to take. `kind` is the format that its image had."""
+
+    part: int
+    key: str
+    reason: str | None
+    kind: str = ""
+    image: bytes = b""
+    caption: str = ""
+    columns: Mapping[str, Any] = {}
+
+
+def judged(parts: Sequence[Part], preparation: Preparation) -> Iterator[list[Judged]]:
+    """All samples of the parts in order, a batch at a time, with the reasons that the sample itself gives."""
+    condition = Condition(preparation.where, preparation.kinds) if preparation.where else None
+    for batch in batches(parts):
+        yield judge_batch(batch, condition)
+
+
+def judge_batch(batch: Sequence[tuple[int, Sample]], condition: Condition | None) -> list[Judged]:
+    """The reasons that some samples give, with the numbers of their parts."""
+    wanted = np.ones(len(batch), np.bool_)
+    if condition is not None:
+        asked = [i for i, (_, sample) in enumerate(batch) if sample.problem is None]
+        wanted[asked] = condition.mask([batch[i][1] for i in asked])
+    return [
+        Judged(part, sample, *(judge(sample) if want else ("", NOT_WANTED)))
+        for (part, sample), want in zip(batch, wanted, strict=True)
+    ]
+
+
+def batches(parts: Sequence[Part]) -> Iterator[list[tuple[int, Sample]]]:
+    """The samples with the number of their part, a few at a time, however large their images are."""
+    batch: list[tuple[int, Sample]] = []
+    size = 0
+    for number, part in enumerate(parts):
+        for sample in read_shard(part.shard, part.start, part.stop):
+            batch.append((number, sample))
+            size += len(sample.image or b"")
+            if len(batch) == BATCH_SAMPLES or size >= BATCH_BYTES:
+                yield batch
+                batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def prepared(
+    parts: Sequence[Part], preparation: Preparation, duplicates: npt.NDArray[np.integer[Any]]
+) -> Iterator[Prepared]:
+    """All samples of the parts in order; `duplicates` are the numbers of those that came before, in rising order."""
+    following = iter(duplicates.tolist())
+    duplicate = next(following, -1)
+    number = 0
+    for batch in judged(parts, preparation):
+        pairs = []
+        for part, sample, kind, reason in batch:
+            if number == duplicate:
+                duplicate = next(following, -1)
+                reason = reason or DUPLICATE
+            pairs.append(_pair(part, sample, kind, reason, preparation))
+            number += 1
+        yield from with_precomputed(pairs, preparation.precompute)
+
+
+def _pair(part: int, sample: Sample, kind: str, reason: str | None, preparation: Preparation) -> Prepared:
+    if reason is not None:
+        return Prepared(part, sample.key, reason)
+    columns: Mapping[str, Any] = sample.columns
+    image: bytes | None
+    if preparation.resize is not None:
+        assert sample.image is not None
+        try:
+            small = compact(sample.image, preparation.resize, preparation.quality)
+        except ImageError:
+            return Prepared(part, sample.key, NOT_AN_IMAGE)
+        image = small.jpg
+        columns = {**columns, "width": small.width, "height": small.height}
+        kind = "jpeg"
+    else:
+        image = stored_image(sample, kind)
+        if image is None:
+            return Prepared(part, sample.key, NOT_AN_IMAGE)
+    return Prepared(part, sample.key, None, kind, image, sample.caption or "", columns)
+
+
+def with_precomputed(pairs: Iterable[Prepared], wanted: Sequence[str]) -> Iterator[Prepared]:
+    """The same pairs with the precomputed columns."""
+    pairs = list(pairs)
+    taken = [pair for pair in pairs if pair.reason is None] if wanted else []
+    made = iter(precompute(wanted, [pair.caption for pair in taken]))
+    for pair in pairs:
+        if wanted and pair.reason is None:
+            yield pair._replace(columns={**pair.columns, **next(made)})
+        else:
+            yield pair
+
+
+def part_left(samples: Sequence[Sample], preparation: Preparation) -> float:
+    """About what part of the bytes of some samples will be left in the records."""
+    condition = Condition(preparation.where, preparation.kinds) if preparation.where else None
+    pairs = [
+        _pair(0, sample, kind, reason, preparation)
+        for _, sample, kind, reason in judge_batch(list(enumerate(samples)), condition)
+    ]
+    left = sum(len(pair.image) + COLUMN_BYTES for pair in pairs if pair.reason is None)
+    return left / max(sum(len(sample.image or b"") + COLUMN_BYTES for sample in samples), 1)
+
+
+def check_sizes(resize: int | None, quality: int) -> None:
+    """Raise UserError for a size or quality that can't be."""
+    if resize is not None and resize < 1:
+        raise UserError(f"--resize {resize}: give the shorter side in pixels, such as 128")
+    if not 1 <= quality <= 100:
+        raise UserError(f"--quality {quality}: give 1 to 100")
