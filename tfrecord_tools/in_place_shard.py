@@ -1,0 +1,196 @@
+"""One TFRecord shard that becomes part of a dataset where it lies: looked at from end to end, and rewritten if it must.
+
+To look changes nothing on the disk but the shard's state, so a damaged shard is found before any is renamed.
+"""
+
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import google_crc32c
+import numpy as np
+
+from clipkit.files import disk_errors, read_json, sync_file, write_beside, write_json
+from clipkit.manifest import Shard, Source
+from clipkit.records import (
+    FOOTER_BYTES,
+    HEADER_BYTES,
+    RecordError,
+    RecordWriter,
+    decode_example,
+    encode_example,
+    masked_crc32c,
+    unframe,
+)
+from clipkit.tfrecord_tools.example_wire import ExampleWire, Pair
+from clipkit.tfrecord_tools.in_place_columns import convert
+from clipkit.tfrecord_tools.pair_writer import TFDS_FORMATS
+from clipkit.tfrecord_tools.sample import (
+    BAD_TEXT,
+    NO_IMAGE,
+    NOT_AN_IMAGE,
+    TRUNCATED_IMAGE,
+    caption_problem,
+    image_format,
+)
+from clipkit.tfrecord_tools.truncation import END_OF_FILE, is_truncated
+
+# What is read at once: many records, and little enough to stay in the processor's cache.
+_CHUNK_BYTES = 1 << 21
+
+
+@dataclass(frozen=True)
+class InPlaceJob:
+    """One shard: where it lies, where it shall lie, and its files in the folder of the unfinished build."""
+
+    source: Path
+    target: Path
+    state: Path
+
+    @property
+    def offsets(self) -> Path:
+        """Byte offsets of the records, uint64[records]: of the source, and then of the rewritten shard."""
+        return self.state.with_suffix(".npy")
+
+    @property
+    def rewritten(self) -> Path:
+        """The state of the shard when it had to be written anew: its presence says that it was."""
+        return self.state.with_suffix(".rewritten.json")
+
+
+@dataclass(frozen=True)
+class Looked:
+    """What a shard holds. `looks`: columns' values as in `example_wire`; `problems`: (key, reason) of bad pairs."""
+
+    shard: Shard
+    looks: dict[str, dict[str, int]]
+    problems: tuple[tuple[str, str], ...]
+
+
+def look_at(job: InPlaceJob) -> Looked:
+    """Check every CRC, find the offsets and the columns, and keep them. Raises RecordError for a damaged shard."""
+    wire = ExampleWire()
+    formats: Counter[str] = Counter()
+    problems: list[tuple[str, str]] = []
+    offsets: list[int] = []
+    checksum = 0
+    for offset, framed in _framed_records(job.source):
+        record = unframe(framed, offset, job.source)
+        checksum = google_crc32c.extend(checksum, framed)
+        try:
+            pair = wire.read(record, 0, len(record))
+        except ValueError as error:
+            raise RecordError(job.source, offset, str(error)) from error
+        kind, reason = _judge(pair)
+        if kind is not None:
+            formats[kind] += 1
+        if reason is not None:
+            problems.append((_key(record, f"{job.source.stem}-{offset}"), reason))
+        offsets.append(offset)
+    size = job.source.stat().st_size
+    source = Source(job.source.name, size, len(offsets), len(offsets))
+    shard = Shard(job.target.name, len(offsets), size, f"{checksum:08x}", (source,), dict(sorted(formats.items())))
+    looked = Looked(shard, wire.looks(), tuple(problems))
+    _write_offsets(job, offsets)
+    write_json(job.state, asdict(looked))
+    return looked
+
+
+def rewrite(job: InPlaceJob, looked: Shard, kinds: Mapping[str, str]) -> Shard:
+    """Write the shard anew under its target name, each column in its kind, and remove the source."""
+    if job.source.exists():
+        offsets = []
+        with write_beside(job.target) as temporary, RecordWriter(temporary) as writer:
+            for offset, framed in _framed_records(job.source):
+                values = convert(decode_example(unframe(framed, offset, job.source)), kinds)
+                offsets.append(writer.write(encode_example(values)))
+        shard = Shard(
+            looked.file, writer.records, writer.bytes, f"{writer.checksum:08x}", looked.sources, looked.formats
+        )
+        _write_offsets(job, offsets)
+        write_json(job.rewritten, asdict(shard))
+        with disk_errors(job.source):
+            job.source.unlink()
+        sync_file(job.source.parent)
+    return Shard.from_dict(read_json(job.rewritten))
+
+
+def read_looked(job: InPlaceJob) -> Looked | None:
+    """What an earlier run found, or None when the shard must be looked at (again), having changed for one."""
+    if not (job.state.exists() and job.offsets.exists()):
+        return None
+    values: dict[str, Any] = read_json(job.state)
+    shard = Shard.from_dict(values["shard"])
+    if job.source.exists() and job.source.stat().st_size != shard.bytes:
+        return None
+    return Looked(shard, values["looks"], tuple((key, reason) for key, reason in values["problems"]))
+
+
+def _write_offsets(job: InPlaceJob, offsets: list[int]) -> None:
+    with write_beside(job.offsets) as temporary, temporary.open("wb") as file:
+        np.save(file, np.array(offsets, dtype=np.uint64))
+
+
+def _judge(pair: Pair) -> tuple[str | None, str | None]:
+    """The format of a record's image, and the reason not to take it in a build that can leave records out."""
+    kind, reason = _judge_image(pair)
+    if reason is None:
+        try:
+            reason = caption_problem(None if pair.caption is None else pair.caption.decode())
+        except UnicodeDecodeError:
+            reason = BAD_TEXT
+    return kind, reason
+
+
+def _judge_image(pair: Pair) -> tuple[str | None, str | None]:
+    if pair.data.startswith(b"\xff\xd8\xff", pair.start, pair.end) and pair.data.endswith(
+        END_OF_FILE, pair.start, pair.end
+    ):
+        return "jpeg", None  # nearly every image, and no copy made
+    if pair.start == pair.end:
+        return None, NO_IMAGE
+    image = pair.data[pair.start : pair.end]
+    kind = image_format(image)
+    if kind is None:
+        return None, NOT_AN_IMAGE
+    if is_truncated(image):
+        return kind, TRUNCATED_IMAGE
+    return kind, None if kind in TFDS_FORMATS else f"{kind} image, which TFDS can't decode"
+
+
+def _key(record: bytes, fallback: str) -> str:
+    key = decode_example(record, ["key"]).get("key")
+    return key[0].decode("utf-8", "replace") if key and isinstance(key[0], bytes) else fallback
+
+
+def _framed_records(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Offset and bytes of each record with its frame, unchecked. Raises RecordError for one that is cut off."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        size, offset = os.fstat(descriptor).st_size, 0
+        while offset < size:
+            chunk = os.pread(descriptor, _CHUNK_BYTES, offset)
+            position, length = 0, len(chunk)
+            while position + HEADER_BYTES <= length:
+                total = HEADER_BYTES + int.from_bytes(chunk[position : position + 8], "little") + FOOTER_BYTES
+                if position + total > length:
+                    break
+                yield offset + position, chunk[position : position + total]
+                position += total
+            if not position:  # a record that is larger than a chunk, or none
+                position = _whole_record(chunk, offset, size, path)
+                yield offset, os.pread(descriptor, position, offset)
+            offset += position
+    finally:
+        os.close(descriptor)
+
+
+def _whole_record(chunk: bytes, offset: int, size: int, path: Path) -> int:
+    """The length of the framed record that begins a chunk. Raises RecordError for a damaged or cut off header."""
+    total = HEADER_BYTES + int.from_bytes(chunk[:8], "little") + FOOTER_BYTES
+    if offset + total > size or masked_crc32c(chunk[:8]) != int.from_bytes(chunk[8:HEADER_BYTES], "little"):
+        unframe(chunk, offset, path)
+    return total
