@@ -344,6 +344,7 @@ def test_settings_that_can_not_be() -> None:
         ({"resize_mode": "stretch"}, "unknown resize mode 'stretch': choose no, keep_ratio"),
         ({"image_size": 0}, "image size 0"),
         ({"quality": 101}, "quality 101"),
+        ({"max_pixels": 2 << 30}, "max pixels 2147483648 is out of range"),
         ({"max_aspect_ratio": 0.5}, "max aspect ratio 0.5"),
     ]:
         with pytest.raises(UserError, match=message):

@@ -23,7 +23,6 @@ from clipkit.images import (
     FORMATS,
     MAX_PIXELS,
     ImageError,
-    UInt8Array,
     check_size,
     describe_failure,
     header_size,
@@ -37,6 +36,7 @@ from clipkit.tfrecord_tools.truncation import is_truncated
 ResizeMode = Literal["no", "keep_ratio", "center_crop", "border", "keep_ratio_largest"]
 
 JPEG_MAX_SIDE = 65_500
+OPENCV_MAX_PIXELS = 1 << 30
 ORIENTATION = 0x0112
 ROTATED = range(2, 9)
 
@@ -63,6 +63,8 @@ class PictureSettings:
             raise UserError(f"image size {self.image_size} is too small: give a number of pixels, such as 256")
         if not 1 <= self.quality <= 100:
             raise UserError(f"JPEG quality {self.quality} is out of range: give 1 to 100")
+        if not 1 <= self.max_pixels <= OPENCV_MAX_PIXELS:
+            raise UserError(f"max pixels {self.max_pixels} is out of range: give 1 to {OPENCV_MAX_PIXELS:,}")
         if self.max_aspect_ratio < 1:
             raise UserError(
                 f"max aspect ratio {self.max_aspect_ratio} is below 1: it is the longer side by the shorter"
@@ -156,13 +158,13 @@ class PictureMaker:
         if found.is_odd:
             if found.format == "JPEG":
                 check_jpeg(body, found.height, found.width)
-            pixels = decode_odd(body, found.is_grey, self.settings.max_pixels)
+            bitmap = Bitmap(decode_odd(body, found.is_grey, self.settings.max_pixels))
         elif not changes and check_jpeg(body, found.height, found.width):
             height, width = found.height, found.width
             return Picture(body, width, height, width, height, found.exif, sha256(body), found.format)
         else:
-            pixels = decode_jpeg(body)
-        return self.resized(body, pixels, found)
+            bitmap = Bitmap(decode_jpeg(body))
+        return self.resized(body, bitmap, found)
 
     def read_header(self, body: bytes) -> Header:
         """What Pillow says of a file before it decodes it. Raises PictureError and ImageError."""
@@ -202,10 +204,10 @@ class PictureMaker:
             message = f"{width} x {height} pixels: longer than {limit.max_aspect_ratio:g} to 1"
             raise PictureError(reasons.ASPECT_RATIO, message)
 
-    def resized(self, body: bytes, pixels: UInt8Array, found: Header) -> Picture:
-        """The picture of uint8[H, W, 3] BGR or uint8[H, W] grey, resized and encoded by img2dataset's Resizer."""
-        self.check_result(*pixels.shape[:2])
-        jpg, width, height, original_width, original_height, error = self.resize(Bitmap(pixels))
+    def resized(self, body: bytes, bitmap: Bitmap, found: Header) -> Picture:
+        """The picture as img2dataset's Resizer resizes and encodes it."""
+        self.check_result(bitmap.height, bitmap.width)
+        jpg, width, height, original_width, original_height, error = self.resize(bitmap)
         if error is not None:
             message = f"img2dataset can't resize it: {' '.join(str(error).split())}"
             raise PictureError(reasons.OTHER, message)
