@@ -8,24 +8,49 @@ from typing import Any
 
 import click
 
-from clipkit.cli_options import Anything, Count, Folder, Place, as_json, engine, tell
+from clipkit.cli_download import option
+from clipkit.cli_options import Anything, Count, Folder, Place, SectionedCommand, as_json, engine, tell
 
 
-@click.command("build-tfds")
-@click.argument("shards", type=Folder)
-@click.argument("out", type=Folder)
+@click.command("build-tfds", cls=SectionedCommand)
+@click.argument("shards", type=Place())
+@click.argument("out", type=Place())
 @click.option("--name", required=True, help="Name of the dataset; it becomes OUT/NAME/1.0.0.")
-@click.option("--split", default="train", show_default=True, help="Name of the split.")
-@click.option("--workers", type=Count, help="Processes that convert. [default: one a core]")
+@option("Input", "--image-column", metavar="NAME", help="Column with images, or with their file names.")
+@option("Input", "--caption-column", metavar="NAME", help="Column with captions.")
+@option("Which samples", "--where", metavar="SQL", help='Condition such as "similarity > 0.3".')
+@option(
+    "Which samples",
+    "--dedup",
+    type=click.Choice(["sha256", "caption", "phash"]),
+    help="Keep the first of samples with the same bytes, caption or picture.",
+)
+@option(
+    "Which samples",
+    "--split",
+    default="train",
+    show_default=True,
+    help="Name of the split, or shares: train=0.99,validation=0.01.",
+)
+@option("Form", "--resize", type=Count, metavar="N", help="Store small copies, N pixels on the shorter side.")
+@option("Form", "--quality", default=90, show_default=True, help="JPEG quality of the small copies.")
+@option("Form", "--precompute", metavar="LIST", help="Columns to add: tokens, or tokens,syntax.")
+@option("Form", "--shuffle", type=int, metavar="SEED", help="Shuffle all samples; takes as much disk again.")
+@option("Form", "--shard-megabytes", type=Count, default=256, show_default=True, help="Size of a shard.")
+@option("Work", "--workers", type=Count, help="Processes that convert. [default: one a core]")
+@engine
 @as_json
-def build_tfds(shards: Path, out: Path, as_json: bool, **options: Any) -> None:
-    """Turn image-text SHARDS (img2dataset's webdataset tars or tfrecords) into a TFDS dataset below OUT.
+def build_tfds(shards: Path, out: Path, as_json: bool, precompute: str | None, **options: Any) -> None:
+    """Turn image-text SHARDS into a TFDS dataset below OUT.
 
-    TensorFlow isn't needed to write it; `tfds.builder_from_directory` reads it.
+    SHARDS is img2dataset's tars, tfrecords or parquet files, other parquet files with images, a folder of images with
+    a table (or the table), or a dataset directory. The same command goes on where it was stopped. TensorFlow isn't
+    needed to write it; `tfds.builder_from_directory` reads it.
     """
     from clipkit.tfrecord_tools.build import build_tfds as stage
 
-    summary = stage(shards, out, **options)
+    wanted = [name.strip() for name in precompute.split(",")] if precompute else []
+    summary = stage(shards, out, precompute=wanted, **options)
     tell(summary, as_json)
 
 

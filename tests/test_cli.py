@@ -10,7 +10,8 @@ from clipkit.cli import main
 
 OPTIONS = {
     "build-imagenet": "source out --name --split --labels --classes --subset --max-bad --workers --engine --json",
-    "build-tfds": "shards out --name --split --workers --json",
+    "build-tfds": "shards out --name --image-column --caption-column --where --dedup --split --resize --quality "
+    "--precompute --shuffle --shard-megabytes --workers --engine --json",
     "demo": "--out",
     "doctor": "--json",
     "download": "urls out --preset --url-column --caption-column --keep --where --hash-column --hash-kind --drop-changed "
