@@ -35,6 +35,7 @@ from clipkit.tfrecord_tools.metadata import VERSION, shard_name, write_metadata
 from clipkit.tfrecord_tools.prepare import Part, Preparation, part_left
 from clipkit.tfrecord_tools.read_parquet import Columns
 from clipkit.tfrecord_tools.read_shards import InputShard, find_shards, open_shard
+from clipkit.tfrecord_tools.shuffle import stretch_path
 
 SHARD_MEGABYTES = 256
 QUALITY = 90
@@ -201,7 +202,7 @@ def _jobs(
     return [
         ShardJob(
             number,
-            work / f"stretch-{number:05d}.tfrecord"
+            stretch_path(work, number)
             if options.gathered
             else folder / shard_name(name, options.splits[0], number, count),
             work,

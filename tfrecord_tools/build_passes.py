@@ -150,7 +150,7 @@ def gather_pass(
     """
     firsts = [0, *accumulate(state.shard.records for state in states)]
     stretches = [
-        Stretch(job.path, job.beside(".npy"), job.beside(".notes.npy"), state.shard.bytes, state.shard.records, first)
+        Stretch(job.beside(".npy"), job.beside(".notes.npy"), state.shard.bytes, state.shard.records, first)
         for job, state, first in zip(job_list, states, firsts, strict=False)
     ]
     folder = job_list[0].folder
@@ -164,13 +164,12 @@ def gather_pass(
     made_of = hashlib.sha256(
         json.dumps([seed, work.shares, [(state.shard.records, state.shard.crc32c) for state in states]]).encode()
     ).hexdigest()
-    paths = tuple(stretch.path for stretch in stretches)
     gather_jobs = []
     for split in splits:
         count = max(1, round(sizes[split] / wanted))
         for number in range(count):
             path = out[0] / shard_name(out[1], split, number, count)
-            gather_jobs.append(GatherJob(number, count, split, path, folder, len(indexes), paths, made_of))
+            gather_jobs.append(GatherJob(number, count, split, path, folder, len(indexes), made_of))
     shards = {job.path: shard for job in gather_jobs if (shard := read_gathered(job)) is not None}
     lacking = [job for job in gather_jobs if job.path not in shards]
     total = sum(sizes.values())

@@ -31,11 +31,15 @@ INDEX_RECORDS = 2_000_000  # keys sorted at a time, some 150 MB of memory
 _MAX_OPEN = 128
 
 
+def stretch_path(folder: Path, number: int) -> Path:
+    """The file on the way of one stretch."""
+    return folder / f"stretch-{number:05d}.tfrecord"
+
+
 @dataclass(frozen=True)
 class Stretch:
-    """A TFRecord file in the order of arrival, with its offsets and notes. `first` is its first record's number."""
+    """What is known of a file on the way: its offsets and notes, and `first`, its first record's number among all."""
 
-    path: Path
     offsets: Path
     notes: Path
     bytes: int
@@ -118,7 +122,6 @@ class GatherJob:
     path: Path
     folder: Path
     indexes: int
-    stretches: tuple[Path, ...]
     made_of: str
 
     def beside(self, suffix: str) -> Path:
@@ -132,7 +135,7 @@ def gather(job: GatherJob) -> Shard:
         [read_sorted(index_path(job.folder, i, job.split), ENTRY, low, high) for i in range(job.indexes)]
     )
     entries = entries[np.argsort(entries["key"], kind="stable")]
-    files = Files(job.stretches)
+    files = Stretches(job.folder)
     formats: Counter[str] = Counter()
     converted: Counter[str] = Counter()
     offsets = []
@@ -140,7 +143,7 @@ def gather(job: GatherJob) -> Shard:
         with write_beside(job.path) as temporary, RecordWriter(temporary) as writer:
             for _, offset, length, stretch, kind in entries.tolist():
                 framed = files.read(stretch, offset, length)
-                offsets.append(writer.write(unframe(framed, offset, job.stretches[stretch])))
+                offsets.append(writer.write(unframe(framed, offset, stretch_path(job.folder, stretch))))
                 count_format(FORMATS[kind], formats, converted)
     finally:
         files.close()
@@ -167,16 +170,16 @@ def read_gathered(job: GatherJob) -> Shard | None:
     return shard if values["made_of"] == job.made_of and job.path.stat().st_size == shard.bytes else None
 
 
-class Files:
-    """Parts of many files, of which few are open at a time."""
+class Stretches:
+    """Parts of the many files on the way, of which few are open at a time."""
 
-    def __init__(self, paths: Sequence[Path]) -> None:
-        self.paths = paths
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
         self.open: OrderedDict[int, int] = OrderedDict()
 
     def read(self, number: int, offset: int, length: int) -> bytes:
         """Raises UserError when the file is gone or shorter."""
-        path = self.paths[number]
+        path = stretch_path(self.folder, number)
         if is_remote(path):
             return read_bytes(path, offset, length)
         descriptor = self.open.get(number)
