@@ -63,7 +63,6 @@ class BadServer:
     connections: int = 0
     open_requests: int = 0
     most_open_requests: int = 0
-    tasks: set["asyncio.Task[None]"] = field(default_factory=set)
     visits: Counter[str] = field(default_factory=Counter)
 
     def url(self, target: str, host: str = HOST) -> str:
@@ -76,9 +75,6 @@ class BadServer:
 
     async def serve_connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """One client, until it or a fault ends it."""
-        task = asyncio.current_task()
-        assert task is not None
-        self.tasks.add(task)
         self.connections += 1
         try:
             while (request := await read_request(reader)) is not None:
@@ -96,7 +92,6 @@ class BadServer:
         except asyncio.CancelledError:
             writer.transport.abort()
         finally:
-            self.tasks.discard(task)
             writer.close()
 
     async def answer(self, request: Request, writer: asyncio.StreamWriter) -> bool:
@@ -386,15 +381,19 @@ def bad_server(
 
             async def stop() -> None:
                 listener.close()
-                tasks = list(server.tasks)
-                for task in tasks:
-                    task.cancel()
-                await asyncio.gather(*tasks, return_exceptions=True)
-                # The transports close their sockets in the loop's next rounds.
-                for _ in range(3):
-                    await asyncio.sleep(0)
+                await end_tasks()
 
             run(stop())
+
+
+async def end_tasks() -> None:
+    """Cancel all other tasks of the loop, also those that only begin meanwhile, and let transports close sockets."""
+    for _ in range(5):
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.sleep(0)
 
 
 @contextlib.contextmanager

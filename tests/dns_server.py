@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from bad_server import HOST, loop_in_thread
+from bad_server import HOST, end_tasks, loop_in_thread
 
 A, AAAA = 1, 28
 NXDOMAIN, SERVFAIL, REFUSED = 3, 2, 5
@@ -96,13 +96,16 @@ def dns_server(answers: Mapping[str, Answer], ttl: int = 300) -> Iterator[DnsSer
     server = DnsServer(answers, ttl=ttl)
 
     async def serve_tcp(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+        try:
             while True:
                 size = struct.unpack("!H", await reader.readexactly(2))[0]
                 reply = server.reply(await reader.readexactly(size), tcp=True)
                 if reply is not None:
                     writer.write(struct.pack("!H", len(reply)) + reply)
-        writer.close()
+        except (asyncio.IncompleteReadError, ConnectionError, asyncio.CancelledError):
+            pass
+        finally:
+            writer.close()
 
     async def start() -> tuple[asyncio.Server, asyncio.BaseTransport]:
         loop = asyncio.get_running_loop()
@@ -120,12 +123,7 @@ def dns_server(answers: Mapping[str, Answer], ttl: int = 300) -> Iterator[DnsSer
     async def stop(tcp: asyncio.Server, udp: asyncio.BaseTransport) -> None:
         tcp.close()
         udp.close()
-        tasks = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        for _ in range(3):
-            await asyncio.sleep(0)
+        await end_tasks()
 
     with loop_in_thread() as run:
         tcp, udp = run(start())

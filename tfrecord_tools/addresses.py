@@ -6,6 +6,7 @@ registries (RFC 6890, and what came later).
 """
 
 import ipaddress
+import re
 from functools import lru_cache
 
 METADATA = "cloud metadata"
@@ -52,6 +53,7 @@ SPECIAL_IPV6 = tuple(
 # Never lifted: nobody's images lie behind the metadata service, and `--allow-private-hosts` isn't meant for it.
 NEVER_ALLOWED = frozenset({METADATA, "link-local"})
 NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
+HEX = re.compile(r"[0-9a-f]*")
 GLOBAL_UNICAST = ipaddress.IPv6Network("2000::/3")
 
 
@@ -119,7 +121,7 @@ def parse_ipv4_number(host: str) -> str | None:
     """
     labels = host.removesuffix(".").split(".")
     last = labels[-1].lower()
-    if not (last.isascii() and (last.isdigit() or (last.startswith("0x") and is_hex(last[2:])))):
+    if not (last.isascii() and (last.isdigit() or (last.startswith("0x") and HEX.fullmatch(last[2:])))):
         return None
     if len(labels) > 4:
         raise ValueError(f"{host} has more than four numbers")
@@ -136,13 +138,8 @@ def parse_ipv4_number(host: str) -> str | None:
 def parse_number(label: str) -> int:
     """One number of an IPv4 address: decimal, octal after 0, or hexadecimal after 0x."""
     label = label.lower()
-    if label.startswith("0x"):
-        return int(label[2:], 16) if is_hex(label[2:], empty=False) else 0
+    if label.startswith("0x") and HEX.fullmatch(label[2:]):
+        return int(label[2:] or "0", 16)
     if not (label.isascii() and label.isdigit()):
         raise ValueError(f"{label!r} is no number")
     return int(label, 8 if len(label) > 1 and label.startswith("0") else 10)
-
-
-def is_hex(text: str, *, empty: bool = True) -> bool:
-    """Whether a text is hexadecimal digits; `empty` says what an empty one counts as."""
-    return all(character in "0123456789abcdef" for character in text) if text else empty

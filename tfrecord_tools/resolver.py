@@ -27,6 +27,7 @@ SYSTEM_THREADS = 32
 TRIES = 4
 PATIENT_TRIES = 20
 TROUBLED = 0.25
+SMOOTHING = 0.02
 FIRST_WAIT = 1.0
 LONGEST_WAIT = 4.0
 LONGEST_PAUSE = 1.0
@@ -158,6 +159,7 @@ class Resolver(AbstractResolver):
         self.lookups: dict[str, asyncio.Task[tuple[str, ...]]] = {}
         self.slots = asyncio.Semaphore(CONCURRENT_LOOKUPS)
         self.next_backend = 0
+        self.asked = 0
         self.trouble = 0.0  # share of recent questions that got no answer, smoothed
 
     async def resolve(
@@ -249,7 +251,8 @@ class Resolver(AbstractResolver):
 
     def note(self, *, failed: bool) -> None:
         """Keep count of how the resolvers do."""
-        self.trouble += (failed - self.trouble) * 0.05
+        self.asked += 1
+        self.trouble += (failed - self.trouble) * max(1 / self.asked, SMOOTHING)
         self.report(failed)
 
     def remember(self, host: str, answer: "tuple[str, ...] | OSError", seconds: float) -> None:
