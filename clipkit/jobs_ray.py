@@ -1,8 +1,8 @@
 """Jobs on Ray (https://docs.ray.io): on the cluster that the user has, or on one started for this run alone.
 
 A cluster is joined when this process is connected already, when RAY_ADDRESS names one (`ray job submit` sets it), or
-when `ray start` has begun one on this machine. A cluster of our own takes connections with a token alone (Ray's default),
-has no dashboard, and ends with this process, however that ends. Usage statistics are never sent.
+when `ray start` has begun one on this machine. One of our own takes connections with a token alone (Ray's default), has
+no dashboard, and ends with this process, however that ends. Usage statistics are never sent.
 
 Each item is one task of one CPU. Only as many are handed in as the cluster can take, because a million shards would be
 a million objects in the driver. Ray's own repetition is off: it would be without bound where memory is short, and an
@@ -24,6 +24,11 @@ from clipkit.jobs_worker import STOP_SECONDS, Answer, answer_packed, death, kept
 T = TypeVar("T")
 R = TypeVar("R")
 
+REMEDY = (
+    "check RAY_ADDRESS (HOST:PORT) and that the cluster runs the same Ray and Python, or set RAY_ADDRESS=local for one "
+    "on this machine"
+)
+CONNECT_SECONDS = 10.0
 LOOK_SECONDS = 10.0  # how often the cluster is asked for its size, which an autoscaler changes
 
 
@@ -46,6 +51,7 @@ def run_on_ray(
         deaths: Counter[int] = Counter()
         again: list[int] = []  # items whose workers were lost
         pending: dict[Any, int] = {}
+        finished: tuple[int, Answer] | None = None
         looked, window = -LOOK_SECONDS, 1
         try:
             while True:
@@ -53,19 +59,23 @@ def run_on_ray(
                     looked, window = time.monotonic(), workers or _twice_the_cpus(ray)
                 while len(pending) < window and (index := again.pop() if again else next(following, -1)) >= 0:
                     pending[task.remote(packed, dumps(items[index]))] = index
+                if finished is not None:  # now that the next item is on its way
+                    index, answered = finished
+                    finished = None
+                    yield index, result_of(answered, describe(items[index]))
+                    continue
                 if not pending:
                     return
-                ready, _ = ray.wait(list(pending), num_returns=1)
-                for reference in ready:
-                    index = pending.pop(reference)
-                    answered = _answer(ray, reference)
-                    if isinstance(answered, str):
-                        deaths[index] += 1
-                        if deaths[index] >= attempts:
-                            raise death(describe(items[index]), answered, deaths[index])
-                        again.append(index)
-                    else:
-                        yield index, result_of(answered, describe(items[index]))
+                (reference, *_), _ = ray.wait(list(pending), num_returns=1)
+                index = pending.pop(reference)
+                outcome = _answer(ray, reference)
+                if isinstance(outcome, str):
+                    deaths[index] += 1
+                    if deaths[index] >= attempts:
+                        raise death(describe(items[index]), outcome, deaths[index])
+                    again.append(index)
+                else:
+                    finished = index, outcome
         finally:
             _cancel(ray, list(pending))
 
@@ -85,28 +95,33 @@ def _import_ray() -> Any:
 @contextlib.contextmanager
 def _cluster(ray: Any, workers: int | None) -> Iterator[None]:
     """Be connected to a cluster while the block runs."""
-    if ray.is_initialized():
-        yield
-        return
-    address = os.environ.get("RAY_ADDRESS") or _running_here() or "local"
-    own = {"num_cpus": workers or cores(), "include_dashboard": False} if address == "local" else {}
-    try:
-        with kept_signals():
-            ray.init(address=address, log_to_driver=False, logging_level="CRITICAL", **own)
-    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
-        raise UserError(
-            f"can't join the Ray cluster at {address} ({_short(error)}): check RAY_ADDRESS and that the cluster runs "
-            "the same Ray and Python, or set RAY_ADDRESS=local for one on this machine"
-        ) from error
     from ray._private import worker as driver
 
+    own = not ray.is_initialized()
+    if own:
+        connect(ray, workers)
     # Ray prints each lost worker to stdout, where results go.
     printing, driver._worker_logs_enabled = driver._worker_logs_enabled, False
     try:
         yield
     finally:
-        ray.shutdown()
+        if own:
+            ray.shutdown()
         driver._worker_logs_enabled = printing
+
+
+def connect(ray: Any, workers: int | None) -> None:
+    """Join the user's cluster, or start one of `workers` CPUs. Raises UserError when that fails."""
+    address = os.environ.get("RAY_ADDRESS") or _running_here() or "local"
+    if address not in ("local", "auto") and "://" not in address and not _answers(address):
+        # Ray itself would try for a quarter of an hour.
+        raise UserError(f"nothing answers at the Ray cluster's address {address}: {REMEDY}")
+    own = {"num_cpus": workers or cores(), "include_dashboard": False} if address == "local" else {}
+    try:
+        with kept_signals():
+            ray.init(address=address, log_to_driver=False, logging_level="CRITICAL", **own)
+    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+        raise UserError(f"can't join the Ray cluster at {address} ({_short(error)}): {REMEDY}") from error
 
 
 def _running_here() -> str | None:
@@ -114,14 +129,16 @@ def _running_here() -> str | None:
     from ray._private.utils import read_ray_address
 
     address: str | None = read_ray_address()
-    if address is None:
-        return None
+    return address if address and _answers(address) else None
+
+
+def _answers(address: str) -> bool:
     host, _, port = address.rpartition(":")
     try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=2).close()
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS).close()
     except (OSError, ValueError):
-        return None
-    return address
+        return False
+    return True
 
 
 def _twice_the_cpus(ray: Any) -> int:

@@ -142,6 +142,8 @@ def _context(pyspark: Any, workers: int | None, attempts: int) -> Iterator[Any]:
     master = os.environ.get("SPARK_MASTER")
     submitted = "PYSPARK_GATEWAY_PORT" in os.environ or "--master" in os.environ.get("PYSPARK_SUBMIT_ARGS", "")
     local = not master and not submitted
+    if master and not re.match(r"spark://|k8s://|yarn$|local", master):
+        raise UserError(f"SPARK_MASTER={master}: give spark://HOST:PORT, k8s://URL, yarn or local[N]")
     if "PYSPARK_GATEWAY_PORT" not in os.environ and (problem := java_problem()):
         raise UserError(problem)
     if submitted:

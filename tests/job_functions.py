@@ -1,9 +1,14 @@
 """What the workers of test_jobs do, apart from it, so that a worker starts without pytest."""
 
+import hashlib
 import os
 import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
 
 from clipkit.errors import UserError
+from clipkit.files import write_beside
 
 
 def square(number: int) -> int:
@@ -47,3 +52,49 @@ def exit_on_three(number: int) -> int:
     if number == 3:
         os._exit(7)
     return number
+
+
+def square_after_death(folder: Path, number: int) -> int:
+    """The square; but the first time, two of the numbers kill their worker."""
+    if number in (1, 4):
+        mark = folder / f"died-{number}"
+        if not mark.exists():
+            mark.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+    return number * number
+
+
+def wait_for_the_others(folder: Path, number: int) -> int:
+    """The first waits until the driver has had the answers of the others."""
+    if number == 0:
+        wait_until((folder / "go").exists)
+    return number
+
+
+def note_and_wait(folder: Path, number: int) -> int:
+    """The first item answers at once, the others leave their process id and wait for ever."""
+    if number:
+        (folder / f"{number}.pid").write_text(str(os.getpid()))
+        wait_until(lambda: False)
+    return number
+
+
+def write_bytes(folder: Path, number: int) -> str:
+    """Write a file whose bytes follow from its number; from the fourth on, wait for `go` in the middle of it."""
+    with (folder / "runs").open("a") as file:
+        file.write(f"{number} {os.getpid()}\n")
+    with write_beside(folder / f"{number:05d}.bin") as temporary, temporary.open("wb") as file_of_bytes:
+        for part in range(8):
+            if part == 4 and number >= 4:
+                wait_until((folder / "go").exists)
+            file_of_bytes.write(hashlib.sha256(f"{number} {part}".encode()).digest() * 1000)
+    return f"{number:05d}"
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 120) -> None:
+    """Wait for a condition; an error when it doesn't come, so that no test waits for ever."""
+    end = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > end:
+            raise TimeoutError(f"waited {seconds} s in vain")
+        time.sleep(0.02)
