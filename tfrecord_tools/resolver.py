@@ -79,7 +79,7 @@ def system_lookup(host: str) -> list[str]:
 
 
 class ServerBackend:
-    """One DNS server, asked over UDP, and TCP where an answer is cut, by c-ares.
+    """One DNS server (after /etc/hosts), asked over UDP, and TCP where an answer is cut, by c-ares.
 
     IPv4 first and IPv6 only where there is none: one query a name instead of two.
     """
@@ -89,9 +89,8 @@ class ServerBackend:
         import pycares
 
         self.server = server
-        self.resolver = aiodns.DNSResolver(
-            [server], timeout=LONGEST_WAIT, tries=1, lookups="b", flags=pycares.ARES_FLAG_NOSEARCH
-        )
+        # No `lookups` here: pycares 5.2.1 hands c-ares a text that it has freed by then, and at times nobody is asked.
+        self.resolver = aiodns.DNSResolver([server], timeout=LONGEST_WAIT, tries=1, flags=pycares.ARES_FLAG_NOSEARCH)
         self.missing = (pycares.errno.ARES_ENOTFOUND, pycares.errno.ARES_ENODATA, pycares.errno.ARES_EBADNAME)
         self.no_data = pycares.errno.ARES_ENODATA
 
