@@ -23,10 +23,15 @@ PAIR_FEATURES = {
 }
 
 
+def jpg(number: int) -> bytes:
+    """The image of a pair: the first twenty are all different, which neighbours of `picture` may not be."""
+    return picture(number * 12)
+
+
 def pair_columns(number: int, **changes: Any) -> dict[str, Any]:
     """The columns of one image-text record; `changes` replaces some, None takes one out."""
     columns = {
-        "jpg": picture(number),
+        "jpg": jpg(number),
         "txt": f"picture number {number}",
         "url": f"http://example.org/{number}.jpg",
         "key": f"{number:09d}",

@@ -127,9 +127,7 @@ def purge(
         clear_leftovers(folder, folder / CLIPKIT_FOLDER)
         plan = read_plan(folder)
         if plan is not None and (plan.list_sha256, plan.by) != (chosen.sha256, chosen.by):
-            raise UserError(
-                f"{folder}: a purge by {plan.by} with the list {plan.list} isn't finished: run that one again"
-            )
+            raise UserError(f"{folder}: a purge by {plan.by} with {plan.list} isn't finished: run that one again first")
         if plan is not None and dry_run:
             raise UserError(f"{folder}: a purge isn't finished: run it again without --dry-run")
         if plan is None:
