@@ -103,10 +103,10 @@ def _build_shard(job: ShardJob, work: Work, kinds: dict[str, str]) -> ShardState
     save_array(job.beside(".npy"), written.offsets)
     if work.gathered:
         save_array(job.beside(".notes.npy"), np.array(notes, np.uint8).reshape(-1, 2))
-    for number, (split, _) in enumerate(work.shares):
-        with write_beside(job.beside(f".skipped-{split}.jsonl")) as temporary:
-            temporary.write_text("".join(account.skipped[number]), encoding="utf-8")
-    accounts = {split: account.sources(number) for number, (split, _) in enumerate(work.shares)}
+    for (name, _), lines in zip(work.shares, account.skipped, strict=True):
+        with write_beside(job.beside(f".skipped-{name}.jsonl")) as temporary:
+            temporary.write_text("".join(lines), encoding="utf-8")
+    accounts = {name: account.sources(number) for number, (name, _) in enumerate(work.shares)}
     sources = () if work.gathered else accounts[work.shares[0][0]]
     state = ShardState(
         written.shard(job.path.name, sources), written.kinds, written.present, accounts, parts_told(job.parts)

@@ -18,6 +18,7 @@ from clipkit.errors import UserError
 from clipkit.files import is_remote, local_copy, write_beside
 from clipkit.remote import as_upath, reading
 from clipkit.tfrecord_tools.read_parquet import (
+    CAPTION_NAMES,
     USUAL,
     Columns,
     caption_column,
@@ -28,7 +29,7 @@ from clipkit.tfrecord_tools.read_parquet import (
 )
 from clipkit.tfrecord_tools.sample import Sample
 from clipkit.tfrecord_tools.schema import arrow_type, fit, kind_of, unify
-from clipkit.tfrecord_tools.url_table import TEXT_DELIMITERS, copy_text, unreadable
+from clipkit.tfrecord_tools.url_table import TEXT_DELIMITERS, copy_text, open_text, unreadable
 
 TABLE_SUFFIXES = (*TEXT_DELIMITERS, ".jsonl", ".parquet")
 METADATA_STEM = "metadata"
@@ -53,8 +54,11 @@ def find_table(folder: Path) -> Path | None:
     return found[0] if found else None
 
 
-def copy_table(path: Path, copy: Path) -> None:
-    """Write a table of any kind as parquet at `copy`. Raises UserError when it can't be read to its end."""
+def copy_table(path: Path, copy: Path, columns: Columns = USUAL) -> None:
+    """Write a table of any kind as parquet at `copy`; keys, captions and names stay text, even when all are numbers.
+
+    Raises UserError when it can't be read to its end.
+    """
     name = path.name.lower()
     with local_copy(path) as local:
         try:
@@ -64,9 +68,15 @@ def copy_table(path: Path, copy: Path) -> None:
                 with write_beside(copy) as temporary:
                     _copy_parquet(local, temporary)
             else:
-                copy_text(local, copy, [])
+                with open_text(local, None) as reader:
+                    names = reader.schema.names
+                copy_text(local, copy, [name for name in names if _is_text(name, columns)])
         except (pa.ArrowException, EOFError) as error:
             raise unreadable(path, name.rpartition(".")[2], error) from error
+
+
+def _is_text(name: str, columns: Columns) -> bool:
+    return name.lower() in ("key", *CAPTION_NAMES, *FILE_NAMES) or name in (columns.image, columns.caption)
 
 
 def _copy_parquet(path: Path, copy: Path) -> None:

@@ -112,10 +112,10 @@ def open_shard(path: Path, columns: Columns = USUAL, work: Path | None = None) -
         raise UserError(f"{path} has no column with images: name it by --image-column")
     table = work / "table.parquet"
     copied = work / "table.of"
-    mark = f"{path} {size}"
+    mark = f"{path} {size} {columns}"
     if not (table.exists() and copied.exists() and copied.read_text(encoding="utf-8") == mark):
         remove(copied)
-        copy_table(path, table)
+        copy_table(path, table, columns)
         copied.write_text(mark, encoding="utf-8")
     return InputShard(path, FolderSizes(path.parent, table, columns).total, columns, table)
 

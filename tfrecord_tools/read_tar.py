@@ -121,7 +121,7 @@ def read_members(path: Path, start: int = 0) -> Iterator[tuple[int, str, bytes]]
                 if kind != b"g":
                     name = size = None
             offset += _BLOCK + stored + -stored % _BLOCK
-            if name is None and size is None:
+            if kind not in b"xL":
                 first = offset
 
 
