@@ -14,6 +14,7 @@ from packaging.specifiers import SpecifierSet
 
 from clipkit.config import to_json
 from clipkit.errors import UserError
+from clipkit.jobs_spark import java_problem
 
 CORE = (
     "torch",
@@ -30,6 +31,7 @@ CORE = (
     "google-crc32c",
     "webdataset",
     "fsspec",
+    "universal-pathlib",
     "pyarrow",
     "packaging",
     "tensorboard",
@@ -37,8 +39,13 @@ CORE = (
     "rich",
 )
 EXTRAS = {
-    "download": ("img2dataset",),
+    "download": ("img2dataset", "aiohttp", "aiodns", "duckdb", "protego"),
+    "ray": ("ray",),
+    "spark": ("pyspark",),
+    "s3": ("s3fs",),
+    "gs": ("gcsfs",),
     "tfds": ("tensorflow", "tensorflow-datasets"),
+    "imagenet": ("scipy",),
     "syntax": ("HanTa",),
     "report": ("jinja2",),
     "tpu": ("torch_xla",),
@@ -72,6 +79,8 @@ def examine() -> Findings:
         for extra, packages in EXTRAS.items()
         if (missing := [name for name in packages if versions[name] is None])
     ]
+    if versions["pyspark"] and (lack := java_problem()):
+        problems.append(lack)
     if versions["tensorflow"]:
         notes.append(
             "tensorflow is installed: clipkit never imports it in a process that trains, and neither should you"

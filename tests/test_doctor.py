@@ -1,8 +1,11 @@
+import configparser
 import json
 import sys
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from packaging.requirements import Requirement
 
 from clipkit import doctor
 from clipkit.cli import main
@@ -31,6 +34,32 @@ def test_a_person_is_told_which_extra_brings_what_is_missing(monkeypatch):
     result = CliRunner().invoke(main, ["doctor"])
     assert result.exit_code == 0
     assert "pip install 'clipkit[download]'" in " ".join(result.output.split())
+
+
+@pytest.mark.parametrize("extra", ["ray", "spark", "s3", "gs", "download"])
+def test_every_extra_is_looked_for(monkeypatch, extra):
+    monkeypatch.setattr(doctor, "find_device", lambda problems: "cpu")
+    missing = EXTRAS[extra][-1]
+    monkeypatch.setattr(doctor, "version_of", lambda name: None if name == missing else version_of(name))
+    assert f"[{extra}] isn't installed ({missing}): pip install 'clipkit[{extra}]'" in examine().notes
+
+
+def test_the_extras_are_those_of_the_package():
+    """Whoever gives an extra a package more tells doctor too."""
+    config = configparser.ConfigParser()
+    config.read(Path(__file__).parents[1] / "setup.cfg")
+    assert set(EXTRAS) == set(config["options.extras_require"]) - {"dev", "all"}
+    for extra, packages in EXTRAS.items():
+        declared = {Requirement(line).name for line in config["options.extras_require"][extra].split("\n") if line}
+        assert set(packages) == declared - ({"torch", "torchvision"} if extra == "tpu" else set())
+
+
+def test_spark_without_java_is_a_problem(monkeypatch):
+    monkeypatch.setattr(doctor, "find_device", lambda problems: "cpu")
+    monkeypatch.setenv("JAVA_HOME", "/none")
+    assert any("Spark needs Java, and JAVA_HOME is /none" in problem for problem in examine().problems)
+    monkeypatch.setattr(doctor, "version_of", lambda name: None if name == "pyspark" else version_of(name))
+    assert not any("Java" in problem for problem in examine().problems)
 
 
 def test_a_missing_core_package_is_a_problem_with_exit_code_1(monkeypatch):

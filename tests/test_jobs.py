@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from job_functions import (
+    die_and_tell,
     die_on_three,
     divide,
     exit_on_three,
@@ -17,6 +18,7 @@ from job_functions import (
     multiply,
     process_id,
     square,
+    square_after_death,
 )
 
 from clipkit import jobs
@@ -83,6 +85,20 @@ def test_exception_that_does_not_pickle() -> None:
 def test_killed_worker_is_named_with_its_item() -> None:
     with pytest.raises(UserError, match=r"worker died .* shard 00003 \(SIGKILL.*run the same command again"):
         list(jobs.run(die_on_three, range(6), workers=2, describe=name))
+
+
+def test_items_of_lost_workers_are_done_by_others(tmp_path: Path) -> None:
+    function = functools.partial(square_after_death, tmp_path)
+    assert sorted(jobs.run(function, range(6), workers=2)) == [(i, i * i) for i in range(6)]
+
+
+@pytest.mark.parametrize("attempts", [1, 2, 3])
+def test_a_worker_is_lost_so_often_and_no_more(tmp_path: Path, attempts: int) -> None:
+    results = jobs.run(functools.partial(die_and_tell, tmp_path), range(4), workers=2, describe=name, attempts=attempts)
+    often = "" if attempts == 1 else f" {attempts} times"
+    with pytest.raises(UserError, match=rf"a worker died{often} while working on shard 00003"):
+        list(results)
+    assert (tmp_path / "deaths").read_text() == "x" * attempts
 
 
 def test_worker_that_exits_is_named_with_its_item() -> None:
