@@ -7,14 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from clipkit.cli_download import option
 from clipkit.cli_options import Anything, Count, Folder, Place, SectionedCommand, as_json, engine, tell
+from clipkit.errors import UserError
 
 
 @click.command("build-tfds", cls=SectionedCommand)
 @click.argument("shards", type=Place())
-@click.argument("out", type=Place())
+@click.argument("out", type=Place(), required=False)
 @click.option("--name", required=True, help="Name of the dataset; it becomes OUT/NAME/1.0.0.")
 @option("Input", "--image-column", metavar="NAME", help="Column with images, or with their file names.")
 @option("Input", "--caption-column", metavar="NAME", help="Column with captions.")
@@ -37,21 +39,44 @@ from clipkit.cli_options import Anything, Count, Folder, Place, SectionedCommand
 @option("Form", "--precompute", metavar="LIST", help="Columns to add: tokens, or tokens,syntax.")
 @option("Form", "--shuffle", type=int, metavar="SEED", help="Shuffle all samples; takes as much disk again.")
 @option("Form", "--shard-megabytes", type=Count, default=256, show_default=True, help="Size of a shard.")
+@option("Work", "--in-place", is_flag=True, help="SHARDS itself becomes the dataset, without a copy: no OUT.")
 @option("Work", "--workers", type=Count, help="Processes that convert. [default: one a core]")
 @engine
 @as_json
-def build_tfds(shards: Path, out: Path, as_json: bool, precompute: str | None, **options: Any) -> None:
+def build_tfds(
+    shards: Path, out: Path | None, in_place: bool, as_json: bool, precompute: str | None, **options: Any
+) -> None:
     """Turn image-text SHARDS into a TFDS dataset below OUT.
 
     SHARDS is img2dataset's tars, tfrecords or parquet files, other parquet files with images, a folder of images with
     a table (or the table), or a dataset directory. The same command goes on where it was stopped. TensorFlow isn't
     needed to write it; `tfds.builder_from_directory` reads it.
+
+    With --in-place a folder of img2dataset's tfrecords is checked, and its shards are renamed.
     """
+    if in_place:
+        _build_in_place(shards, as_json, options)
+        return
+    if out is None:
+        raise UserError("build-tfds needs OUT, the folder for the dataset: give it behind SHARDS, or --in-place")
     from clipkit.tfrecord_tools.build import build_tfds as stage
 
     wanted = [name.strip() for name in precompute.split(",")] if precompute else []
     summary = stage(shards, out, precompute=wanted, **options)
     tell(summary, as_json)
+
+
+def _build_in_place(folder: Path, as_json: bool, options: dict[str, Any]) -> None:
+    from clipkit.tfrecord_tools.in_place import build_in_place as stage
+
+    taken = ("name", "split", "workers", "engine")
+    context = click.get_current_context()
+    given = [name for name in context.params if context.get_parameter_source(name) == ParameterSource.COMMANDLINE]
+    refused = [name for name in given if name not in ("shards", "in_place", "as_json", *taken)]
+    if refused:
+        name = "OUT" if refused[0] == "out" else f"--{refused[0].replace('_', '-')}"
+        raise UserError(f"{name} needs a copy: leave it or --in-place out")
+    tell(stage(folder, **{name: options[name] for name in taken}), as_json)
 
 
 @click.command("build-imagenet")

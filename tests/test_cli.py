@@ -11,7 +11,7 @@ from clipkit.cli import main
 OPTIONS = {
     "build-imagenet": "source out --name --split --labels --classes --subset --max-bad --workers --engine --json",
     "build-tfds": "shards out --name --image-column --caption-column --where --dedup --split --resize --quality "
-    "--precompute --shuffle --shard-megabytes --workers --engine --json",
+    "--precompute --shuffle --shard-megabytes --in-place --workers --engine --json",
     "demo": "--out",
     "doctor": "--json",
     "download": "urls out --preset --url-column --caption-column --keep --where --hash-column --hash-kind --drop-changed "
@@ -103,6 +103,10 @@ def test_clipa_b16_is_the_published_recipe():
         (["build-tfds", "none", "out", "--name", "x"], "shards none don't exist"),
         (["verify", "none"], "dataset none doesn't exist"),
         (["purge", "none", "--list", "x.txt"], "dataset none doesn't exist"),
+        (["build-tfds", "none", "--name", "x"], "build-tfds needs OUT"),
+        (["build-tfds", "none", "--name", "x", "--in-place"], "none doesn't exist"),
+        (["build-tfds", "none", "out", "--name", "x", "--in-place"], "OUT needs a copy: leave it or --in-place out"),
+        (["build-tfds", ".", "--name", "x", "--in-place", "--shard-megabytes", "9"], "--shard-megabytes needs a copy"),
         (["build-imagenet", "none", "out"], "none isn't a folder"),
     ],
 )

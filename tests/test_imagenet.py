@@ -1,3 +1,4 @@
+import base64
 import json
 import signal
 import subprocess
@@ -113,6 +114,28 @@ def test_tfds_reads_it_by_its_name_and_by_its_directory(tmp_path, monkeypatch):
         names, labels = [each["file_name"] for each in read], [WNIDS[each["label"]] for each in read]
         assert by_builder[split] == [len(read), names, labels, [[3]]]
     assert by_name(train_images()).keys() == set(by_builder["train"][1])
+
+
+CONVERT_WITH_TFDS = """
+import base64
+from pathlib import Path
+from tensorflow_datasets.core import utils
+result = [base64.b64encode(utils.jpeg_cmyk_to_rgb(Path(path).read_bytes())).decode() for path in arguments]
+"""
+
+
+def test_jpegs_of_four_components_become_the_bytes_that_tfds_makes_of_them(tmp_path):
+    adobe = cmyk_picture()
+    marker = adobe.index(b"\xff\xee")
+    length = 2 + int.from_bytes(adobe[marker + 2 : marker + 4], "big")
+    plain = adobe[:marker] + adobe[marker + length :]  # not inverted
+    ycck = adobe[: marker + 15] + b"\x02" + adobe[marker + 16 :]
+    paths = [tmp_path / name for name in ("adobe", "plain", "ycck")]
+    for path, data in zip(paths, (adobe, plain, ycck), strict=True):
+        path.write_bytes(data)
+    theirs = with_tensorflow(CONVERT_WITH_TFDS, *paths)
+    assert [base64.b64encode(labelled_shard.cmyk_to_rgb(path.read_bytes())).decode() for path in paths] == theirs
+    assert len(set(theirs)) == 3
 
 
 def test_labels_are_in_the_order_of_the_class_names(tmp_path):
@@ -415,9 +438,9 @@ def test_lists_of_classes_that_are_wrong(tmp_path, text, says):
 
 
 BROKEN = {
-    "cut.jpg": picture(8, size=64)[:-300],
+    "cut.jpg": picture(8, size=64)[:-200],
     "cut.png": picture(8, "PNG", size=64)[:-40],
-    "page.jpg": b"<html>not an image</html>",
+    "page.jpg": b"<html>not an image</html>" * 50,
 }
 
 
@@ -447,8 +470,21 @@ def test_mended_images_are_taken_by_the_next_run(tmp_path):
     source = food(tmp_path / "food", **BROKEN)
     with pytest.raises(UserError, match="3 images"):
         build_imagenet(source, tmp_path / "out", name="food")
-    food(source, **{name: picture(9) for name in BROKEN})
+    # Of the same size: zeros behind the end mark are allowed.
+    for name, broken in BROKEN.items():
+        food(source, **{name: picture(9, size=8) + bytes(max(len(broken) - len(picture(9, size=8)), 0))})
     assert build_imagenet(source, tmp_path / "out", name="food").splits[0].records == 8
+
+
+def test_an_image_replaced_between_two_runs_is_taken_as_it_is_now(tmp_path, monkeypatch):
+    source = food(tmp_path / "food")
+    monkeypatch.setattr(imagenet, "write_metadata", None)
+    with pytest.raises(TypeError):
+        build_imagenet(source, tmp_path / "out", name="food", split="train")
+    monkeypatch.undo()
+    (source / "train" / "apple pie" / "1.jpg").write_bytes(picture(50, size=30))
+    path = build_imagenet(source, tmp_path / "out", name="food", split="train").path
+    assert rows(open_dataset(path))["apple pie/1.jpg"][0] == picture(50, size=30)
 
 
 def test_imagenet_lacks_no_image_unless_it_is_a_subset(tmp_path):
@@ -643,6 +679,11 @@ def test_a_damaged_class_tar_gets_one_line(tmp_path):
 
 def test_a_class_tar_without_its_end_gets_one_line(tmp_path):
     whole = tar_of(train_images()["n01440764"])
+    unmarked = whole.rstrip(b"\0")
+    unmarked += bytes(-len(unmarked) % 512)
+    (tmp_path / "ILSVRC2012_img_train.tar").write_bytes(tar_of({"n01440764.tar": unmarked}))
+    with pytest.raises(UserError, match=f"damaged tar at byte {512 + len(unmarked)} "):
+        build_imagenet(tmp_path, tmp_path / "out", subset=True)
     (tmp_path / "train").mkdir()
     for name, data in (("n01440764", whole.rstrip(b"\0")), ("n01739381", whole[:1024])):
         path = tmp_path / "train" / f"{name}.tar"
@@ -663,6 +704,20 @@ def test_an_image_that_vanishes_gets_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(imagenet, "plan_shards", vanishing)
     with pytest.raises(UserError, match=r"4\.bmp \(image waffles/4\.bmp\) is gone: put it back"):
         build_imagenet(source, tmp_path / "out", name="food")
+
+
+def test_a_tar_that_shrinks_gets_one_line(tmp_path, monkeypatch):
+    source = write_official(tmp_path / "tars", train_images(), None)
+    tar = source / "ILSVRC2012_img_train.tar"
+    plan = imagenet.plan_shards
+
+    def shrinking(*arguments):
+        tar.write_bytes(tar.read_bytes()[:5000])
+        return plan(*arguments)
+
+    monkeypatch.setattr(imagenet, "plan_shards", shrinking)
+    with pytest.raises(UserError, match=r"ILSVRC2012_img_train\.tar ends inside n\d+/n\d+_\d\.JPEG: fetch it again"):
+        build_imagenet(source, tmp_path / "out", subset=True)
 
 
 @pytest.mark.parametrize(

@@ -9,17 +9,20 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from click.testing import CliRunner
 from image_shards import picture
 from tensorflow_process import with_tensorflow
 from test_build import contents
 
+from clipkit.cli import main
 from clipkit.dataset import open_dataset
 from clipkit.errors import UserError
 from clipkit.features import Feature
+from clipkit.files import as_path
 from clipkit.records import RecordError, RecordWriter, decode_example, encode_example, index_records, read_records
 from clipkit.tfrecord_tools import in_place, in_place_shard
 from clipkit.tfrecord_tools.in_place import build_in_place
-from clipkit.train.batch import LoaderConfig
+from clipkit.train.sources import IMAGE_FIELD, TEXT_FIELD
 
 FIXTURE = Path(__file__).parent / "data" / "img2dataset-tfrecord"
 
@@ -115,9 +118,9 @@ def test_clipkit_reads_it_and_missing_stays_missing(shards):
     assert dataset.features["score"] == Feature("float", optional=True)
     assert dataset.features["similarity"] == Feature("float")
     assert dataset.features["sizes"] == Feature("int", is_list=True)
-    assert dataset.features["sha256"] == Feature("text")
+    assert dataset.features["sha256"] == dataset.features["licence"] == Feature("text")
     assert {"status", "error_message", "caption"}.isdisjoint(dataset.features)
-    assert {LoaderConfig.image_field, LoaderConfig.text_field} <= set(dataset.features)
+    assert {IMAGE_FIELD, TEXT_FIELD} <= set(dataset.features)
     expected = rows()
     for i in range(len(dataset)):
         example = dataset.example(i)
@@ -307,15 +310,24 @@ def test_records_larger_than_what_is_read_at_once(tmp_path, monkeypatch):
     assert open_dataset(folder).example(4)["note"] == "x" * 5000
 
 
-def test_a_huge_length_is_damage_and_not_read(tmp_path, monkeypatch):
+def test_a_damaged_length_asks_for_no_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(in_place_shard, "_CHUNK_BYTES", 1000)
-    folder = made_up(tmp_path / "shards", [{"note": "x" * 3000}])
+    folder = made_up(tmp_path / "shards", [{"note": "x" * 3000}] * 10)
     path = folder / "00000.tfrecord"
     data = bytearray(path.read_bytes())
-    data[1] ^= 0x04
+    data[1] ^= 0x10  # 4,096 bytes more or fewer
     path.write_bytes(data)
+    asked: list[int] = []
+    pread = os.pread
+
+    def counted(descriptor, size, offset):
+        asked.append(size)
+        return pread(descriptor, size, offset)
+
+    monkeypatch.setattr(os, "pread", counted)
     with pytest.raises(RecordError, match="the checksum of a record's length doesn't match, record at byte 0"):
         build_in_place(folder, "pairs")
+    assert asked == [1000]
 
 
 def test_what_is_no_example_is_named(tmp_path):
@@ -362,6 +374,33 @@ def test_columns_are_unified_over_all_shards(tmp_path):
     assert [each["many"] for each in tfds] == [[7], [], [1, 2], [300], [3], [1, 2, 300]]
     assert [each["mixed"] for each in tfds] == ["3", "", "word", "", "", ""]
     assert [each["n"] for each in tfds] == [-(2**63), -(2**63), 4, 300, 5, 6]
+
+
+def test_keys_without_a_value(tmp_path):
+    """Nobody's writer leaves them, but they are valid, and TensorFlow refuses them where one number is due."""
+    folder = made_up(tmp_path / "shards", [{"n": [], "many": [1, 2], "none": []}, {"n": 3, "many": []}], [{"many": []}])
+    assert build_in_place(folder, "pairs").rewritten == {"00000.tfrecord": "'n': 1 null"}
+    dataset = open_dataset(folder)
+    assert (dataset.features["n"], dataset.features["none"].is_list) == (Feature("int", optional=True), True)
+    read = with_tensorflow(READ, folder)["examples"]
+    assert [(each["n"], each["many"], each["none"]) for each in read] == [
+        (-(2**63), [1, 2], []),
+        (3, [], []),
+        (-(2**63), [], []),
+    ]
+
+
+def test_a_shard_that_changed_between_two_runs_is_looked_at_again(tmp_path):
+    folder = made_up(tmp_path / "shards", [{}, {}], [{}])
+    second = folder / "00001.tfrecord"
+    whole = second.read_bytes()
+    second.write_bytes(whole[:-1])
+    with pytest.raises(RecordError):
+        build_in_place(folder, "pairs")
+    made_up(folder, [{}, {}, {}])
+    second.write_bytes(whole)
+    assert build_in_place(folder, "pairs").records == 4
+    assert [shard.records for shard in open_dataset(folder).shards] == [3, 1]
 
 
 def test_bad_pairs_stay_and_are_named(tmp_path):
@@ -522,3 +561,19 @@ def test_a_full_disk_while_writing_anew_leaves_the_old_shards(shards, monkeypatc
     assert names(shards) == ["00000.tfrecord", "00001.tfrecord", "00002.tfrecord"]
     monkeypatch.undo()
     assert build_in_place(shards, "laion").records == 11
+
+
+def test_a_store_is_refused():
+    with pytest.raises(UserError, match="shards in a store can't be renamed"):
+        build_in_place(as_path("memory://shards"), "laion")
+
+
+def test_the_command_says_what_it_did(shards):
+    command = ["build-tfds", str(shards), "--name", "laion", "--in-place", "--workers", "1"]
+    done = CliRunner().invoke(main, command)
+    assert done.exit_code == 0, done.output
+    assert "11 of 11 samples" in done.stdout
+    assert "2 of 3 shards written anew" in done.stdout
+    told = json.loads(CliRunner().invoke(main, [*command, "--json"]).stdout)
+    assert (told["records"], told["built"], told["problems"]) == (11, False, {"empty caption": 1})
+    assert list(told["rewritten"]) == ["00001.tfrecord", "00002.tfrecord"]

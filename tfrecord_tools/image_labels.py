@@ -127,10 +127,7 @@ def _official_labels(source: Path) -> tuple[Path, list[str]]:
 
 
 def _devkit_ids(source: Path) -> dict[str, str] | None:
-    """The wnid of each id (as text) of the devkit, or None when it isn't there.
-
-    `meta.mat` holds 1,860 synsets; the classes are those without children.
-    """
+    """The wnid of each id (as text) of the devkit, or None when it isn't there. The classes have 1 to 1000."""
     data = _devkit_file(source, _META)
     if data is None:
         return None
@@ -142,7 +139,7 @@ def _devkit_ids(source: Path) -> dict[str, str] | None:
         ) from error
     try:
         synsets = loadmat(io.BytesIO(data), squeeze_me=True)["synsets"]
-        return {str(int(each[0])): str(each[1]) for each in synsets if int(each[4]) == 0}
+        return {str(int(each[0])): str(each[1]) for each in synsets}
     except (ValueError, TypeError, KeyError, IndexError) as error:
         raise UserError(f"the {_META} of {source / DEVKIT} isn't the devkit's ({error!r}): fetch it again") from error
 

@@ -22,6 +22,7 @@ from clipkit.errors import UserError
 from clipkit.files import (
     clear_leftovers,
     disk_errors,
+    is_remote,
     lock,
     read_json,
     remove,
@@ -60,6 +61,8 @@ def build_in_place(
     for each in (name, split):
         if not re.fullmatch(r"[a-zA-Z]\w*", each, re.ASCII):
             raise UserError(f"name {each!r}: TFDS wants a letter, then letters, digits and _ alone; choose such a one")
+    if is_remote(folder):
+        raise UserError(f"{folder}: shards in a store can't be renamed; run clipkit build-tfds without --in-place")
     folder = require_dir(folder, "folder").absolute()
     work = folder / CLIPKIT_FOLDER / f"build-{split}"
     with lock(folder / CLIPKIT_FOLDER):
