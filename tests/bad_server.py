@@ -59,6 +59,7 @@ class BadServer:
     ca_file: Path | None = None
     redirects: Mapping[str, str] = field(default_factory=dict)  # path to URL
     latency: float = 0.0  # seconds before each answer of `site`
+    site_headers: tuple[str, ...] = ()  # with each answer of `site`
     requests: list[Request] = field(default_factory=list)
     connections: int = 0
     open_requests: int = 0
@@ -100,7 +101,8 @@ class BadServer:
         if request.path in self.site:
             if self.latency:
                 await asyncio.sleep(self.latency)
-            writer.write(head(200, content_length=len(self.site[request.path])) + self.site[request.path])
+            body = self.site[request.path]
+            writer.write(head(200, *self.site_headers, content_length=len(body)) + body)
             await writer.drain()
             return True
         if request.path in self.redirects:
@@ -319,6 +321,17 @@ async def status(server: BadServer, request: Request, writer: asyncio.StreamWrit
     return True
 
 
+@fault("late-body")
+async def late_body(server: BadServer, request: Request, writer: asyncio.StreamWriter) -> bool:
+    """/late-body/CODE: the body some time after the head; 302 leads to /ok."""
+    code = int(request.path.split("/")[2])
+    writer.write(head(code, "Location: /ok", content_length=4))
+    await writer.drain()
+    await asyncio.sleep(0.05)
+    writer.write(b"late")
+    return True
+
+
 @fault("flaky")
 async def flaky(server: BadServer, request: Request, writer: asyncio.StreamWriter) -> bool:
     """/flaky/N/NAME: closed without an answer N times, and then a good answer. (A client may itself ask twice.)"""
@@ -483,8 +496,8 @@ def make_certificate(folder: Path, kind: str) -> tuple[ssl.SSLContext, Path]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class OffLoopback(BaseException):
-    """A test tried to reach a machine. No handler of Exception may swallow it."""
+class OffLoopbackError(Exception):
+    """A test tried to reach a machine. Whoever swallows it, `only_loopback` fails at its end."""
 
 
 @dataclass
@@ -513,7 +526,7 @@ def only_loopback(stand_ins: Mapping[str, tuple[str, int]] | None = None) -> Ite
                 return original(self, (stand_ins or {})[host])
             if not ipaddress.ip_address(host).is_loopback:
                 dials.elsewhere.append(host)
-                raise OffLoopback(f"dialled {host}")
+                raise OffLoopbackError(f"dialled {host}")
             return original(self, address)
 
         return connect

@@ -18,6 +18,8 @@ from dns_server import NXDOMAIN, SERVFAIL, SILENT, dns_server, every
 from clipkit.errors import UserError
 from clipkit.tfrecord_tools import hosts
 from clipkit.tfrecord_tools.http_fetch import Fetched, Fetcher, FetchSettings, fetch_all, user_agent
+from clipkit.tfrecord_tools.permissions import Decision
+from clipkit.tfrecord_tools.web_urls import parse_url
 
 SETTINGS = FetchSettings(allow_private_hosts=True, timeout=5.0, deadline=15.0, user_agent=user_agent("tests"))
 PUBLIC = "23.192.228.80"  # stands for a public host; the guard dials a loopback server in its place
@@ -197,7 +199,8 @@ def test_the_request_is_ours_and_the_url_as_it_was_spelt() -> None:
 
 
 def test_cookies_are_not_kept(server: BadServer) -> None:
-    results = fetch(*[server.url("/cookie")] * 3, per_host=1)
+    # Jars take no cookies of hosts without a name.
+    results = fetch(*[server.url("/cookie", "localhost")] * 3, per_host=1)
     assert [fetched.status for fetched in results] == [200] * 3
 
 
@@ -212,6 +215,10 @@ def test_connections_are_kept() -> None:
         fetch(*[server.url("/ok")] * 100, *[server.url("/missing")] * 50, *[server.url("/empty")] * 50, per_host=4)
         assert len(server.requests) == 200
         assert server.connections <= 8
+    with bad_server() as server:
+        fetch(*[server.url("/late-body/404")] * 10, *[server.url("/late-body/302")] * 10, per_host=1)
+        assert len(server.requests) == 30
+        assert server.connections <= 2  # the last may be a new one
 
 
 def test_requests_of_one_host_are_bounded() -> None:
@@ -407,6 +414,33 @@ def test_robots_txt() -> None:
             fetch_one(without.url(f"/redirect?to={server.url('/private/a')}"), robots_txt=True).reason == "disallowed"
         )
         assert fetch(server.url("/private/a"))[0].body == BODY
+
+
+def test_a_robots_txt_is_meant_for_us_whatever_its_own_headers_say() -> None:
+    with (
+        bad_server({"/a": BODY, "/b": BODY}) as server,
+        bad_server({"/rules": b"User-agent: *\nDisallow: /b"}) as other,
+    ):
+        other.site_headers = ("X-Robots-Tag: noindex, noai", "TDM-Reservation: 1")
+        server.redirects = {"/robots.txt": other.url("/rules")}
+        results = fetch(server.url("/a"), server.url("/b"), robots_txt=True)
+        assert [fetched.reason for fetched in results] == [None, "disallowed"]
+
+
+def test_who_gives_up_waiting_for_a_robots_txt_ends_it_for_nobody_else() -> None:
+    async def run(server: BadServer) -> None:
+        async with Fetcher(replace(SETTINGS, robots_txt=True)) as fetcher:
+            assert fetcher.robots is not None
+            first, second = (asyncio.create_task(fetcher.robots.ask(parse_url(server.url("/a")))) for _ in range(2))
+            while not server.requests:
+                await asyncio.sleep(0.01)
+            first.cancel()
+            decision = await second
+            assert isinstance(decision, Decision) and decision.said == "robots.txt: allow"
+            assert len(server.requests) == 1
+
+    with bad_server({"/robots.txt": b"User-agent: *\nAllow: /"}, latency=0.2) as server:
+        asyncio.run(run(server))
 
 
 @pytest.mark.parametrize(
