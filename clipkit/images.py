@@ -27,9 +27,16 @@ UInt8Array = npt.NDArray[np.uint8]
 ResizeMode = Literal["shortest", "squash"]
 Interpolation = Literal["bicubic", "bilinear"]
 
+Data = bytes | memoryview
+
 MAX_PIXELS = 80_000_000
 # Pictures alone: Pillow would also start other programs (EPS) or read scientific files.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "ICO")
+
+# What stands before each segment of a JPEG, and what the segment of a frame begins with (ITU-T T.81, B.2).
+_MARKER = struct.Struct(">HH")
+_FRAME = struct.Struct(">BHHB")
+_FRAMES = frozenset((0xFFC0, 0xFFC1, 0xFFC2, 0xFFC9, 0xFFCA))  # baseline, extended, progressive; arithmetic coding
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -54,7 +61,7 @@ class Preprocess:
 # ---- Decoding --------------------------------------------------------------------------------------------------------
 
 
-def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> UInt8Array:
+def decode(data: Data, max_pixels: int = MAX_PIXELS) -> UInt8Array:
     """An encoded image as uint8[H, W, 3] RGB, upright (EXIF), on white where it is transparent, its first frame.
 
     Raises ImageError for what isn't an image, is cut short, or has more than `max_pixels` pixels.
@@ -62,26 +69,22 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> UInt8Array:
     return decode_scaled(data, sys.maxsize, sys.maxsize, max_pixels)
 
 
-def decode_scaled(data: bytes, min_height: int, min_width: int, max_pixels: int = MAX_PIXELS) -> UInt8Array:
+def decode_scaled(data: Data, min_height: int, min_width: int, max_pixels: int = MAX_PIXELS) -> UInt8Array:
     """Like `decode`, but a JPEG may come at 1/2, 1/4 or 1/8 of its size, the smallest with at least these sides.
 
     Libjpeg drops the highest frequencies before it goes to pixels; only these scales are faster than a full decoding.
     """
     if size := plain_jpeg_size(data):
-        height, width = size
-        check_size(height, width, max_pixels)
-        scale = jpeg_scale(height, width, min_height, min_width)
-        rows, columns = (-(-height // scale), -(-width // scale)) if scale > 1 else (0, 0)
-        try:
-            return simplejpeg.decode_jpeg(data, min_height=rows, min_width=columns, min_factor=scale, strict=True)
-        except ValueError:
-            pass  # Pillow forgives more, and has the better words for what it doesn't
+        check_size(*size, max_pixels)
+        image = decode_plain_jpeg(data, *size, jpeg_scale(*size, min_height, min_width))
+        if image is not None:
+            return image
     elif size := header_size(data):
         check_size(*size, max_pixels)
         if is_plain_webp(data):
-            image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
-            if image is not None:
-                return image.astype(np.uint8, copy=False)
+            pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
+            if pixels is not None:
+                return pixels.astype(np.uint8, copy=False)
     return decode_with_pillow(data, max_pixels)
 
 
@@ -93,18 +96,45 @@ def jpeg_scale(height: int, width: int, min_height: int, min_width: int) -> int:
     return scale
 
 
-def plain_jpeg_size(data: bytes) -> tuple[int, int] | None:
-    """(height, width) of a JPEG that libjpeg-turbo alone does right: grey or colour, no EXIF block that may turn it."""
-    if data[:2] != b"\xff\xd8" or data.find(b"Exif\0", 0, 1 << 18) >= 0:
-        return None
+def decode_plain_jpeg(data: Data, height: int, width: int, scale: int) -> UInt8Array | None:
+    """A JPEG of the size that `plain_jpeg_size` found, at 1/`scale` of it; None where only Pillow may know what to do.
+
+    Its more accurate transform and smooth chroma are kept: the fast ones save 5% and double the error of a crop.
+    """
+    rows, columns = (-(-height // scale), -(-width // scale)) if scale > 1 else (0, 0)
     try:
-        height, width, colours, _ = simplejpeg.decode_jpeg_header(data, strict=False)
-    except (ValueError, KeyError):  # KeyError: a header without the frame's own, in simplejpeg 1.9
+        return simplejpeg.decode_jpeg(data, min_height=rows, min_width=columns, min_factor=scale, strict=True)
+    except ValueError:
+        return None  # Pillow forgives more, and has the better words for what it doesn't
+
+
+def plain_jpeg_size(data: Data) -> tuple[int, int] | None:
+    """(height, width) of a JPEG that libjpeg-turbo alone does right: grey or colour, no EXIF block that may turn it.
+
+    The headers are walked up to the image's data here, once for all: libjpeg would take as long for the size alone.
+    """
+    if data[:2] != b"\xff\xd8":
         return None
-    return (height, width) if colours in ("YCbCr", "RGB", "Gray") else None
+    at, size = 2, None
+    try:
+        while True:
+            marker, length = _MARKER.unpack_from(data, at)
+            if marker == 0xFFDA:  # the image's data begin
+                return size
+            if marker in _FRAMES:
+                precision, height, width, colours = _FRAME.unpack_from(data, at + 4)
+                if precision != 8 or colours not in (1, 3) or size:
+                    return None
+                size = height, width
+            # Else no marker at all, or a frame of a kind that libjpeg doesn't know.
+            elif marker < 0xFFC4 or length < 2 or (marker == 0xFFE1 and data[at + 4 : at + 9] == b"Exif\0"):
+                return None
+            at += 2 + length
+    except struct.error:  # it ends within its headers
+        return None
 
 
-def header_size(data: bytes) -> tuple[int, int] | None:
+def header_size(data: Data) -> tuple[int, int] | None:
     """(height, width) as the header of a JPEG, PNG, WebP or GIF says; None where it says nothing of the kind."""
     try:
         if data[:2] == b"\xff\xd8":
@@ -138,7 +168,7 @@ def check_size(height: int, width: int, max_pixels: int) -> None:
         raise ImageError("the image has no pixels")
 
 
-def is_plain_webp(data: bytes) -> bool:
+def is_plain_webp(data: Data) -> bool:
     """Whether this is a single WebP image without transparency, animation or EXIF."""
     if data[:4] != b"RIFF" or data[8:12] != b"WEBP":
         return False
@@ -152,7 +182,7 @@ def is_plain_webp(data: bytes) -> bool:
     return False
 
 
-def decode_with_pillow(data: bytes, max_pixels: int) -> UInt8Array:
+def decode_with_pillow(data: Data, max_pixels: int) -> UInt8Array:
     """Any picture format, any mode. Raises ImageError."""
     if not data:
         raise ImageError("the image has no bytes")
@@ -166,13 +196,13 @@ def decode_with_pillow(data: bytes, max_pixels: int) -> UInt8Array:
         raise ImageError(describe_failure(data, error)) from error
 
 
-def describe_failure(data: bytes, error: Exception) -> str:
+def describe_failure(data: Data, error: Exception) -> str:
     """A short reason for a person: most "images" that aren't are web pages."""
-    start = data[:256].lstrip().lower()
+    start = bytes(data[:256]).lstrip().lower()
     if start.startswith((b"<!doctype html", b"<html", b"<head")):
         return "not an image but an HTML page"
     if isinstance(error, Image.UnidentifiedImageError):
-        return f"not an image (begins with {data[:8]!r})"
+        return f"not an image (begins with {bytes(data[:8])!r})"
     return f"the image is damaged ({' '.join(str(error).split()) or type(error).__name__})"
 
 

@@ -24,6 +24,10 @@ EOT = 49407
 VOCAB_SIZE = 49408
 MERGES = 49152 - 256 - 2
 
+# Of captions' words, as white space parts them, so many are kept with their ids, none longer than that: a few dozen
+# megabytes. A full memory is emptied, and fills again with the frequent ones.
+KEPT_WORDS, KEPT_LENGTH = 100_000, 40
+
 # OpenCLIP writes these two literals into its splitting pattern, so a caption that holds one gets the special id.
 SPECIAL = {"<start_of_text>": SOT, "<end_of_text>": EOT}
 
@@ -74,16 +78,37 @@ class Tokenizer:
         self.to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         self.fast = tokenizers.Tokenizer(self.model)
         self.fast.pre_tokenizer = pre_tokenizers.Sequence([self.split, self.to_bytes])
+        self.kept: dict[str, list[int]] = {}
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of each caption, cleaned, without start and end, not truncated."""
         return self.encode_cleaned([clean(text) for text in texts])
 
     def encode_cleaned(self, cleaned: Sequence[str]) -> list[list[int]]:
-        """The same for captions that went through `clean` already."""
-        encodings = self.fast.encode_batch_fast(list(cleaned), add_special_tokens=False)
+        """The same for captions that went through `clean` already.
+
+        No match of the pattern holds a space, so each word between spaces has its ids whatever stands beside it: those
+        of the words that captions are mostly made of are looked up, and the library is asked for the rest.
+        """
+        kept = self.kept
+        if len(kept) > KEPT_WORDS:
+            kept = self.kept = {}  # another, not emptied: a thread may be reading the old one
+        rows = [text.split(" ") for text in cleaned]
+        new = {word for row in rows for word in row if word not in kept}
+        if new:
+            long = [word for word in new if len(word) > KEPT_LENGTH]
+            short = [word for word in new if len(word) <= KEPT_LENGTH]
+            kept.update(zip(short, self.encode_words(short), strict=True))
+            if long:
+                ids = dict(zip(long, self.encode_words(long), strict=True))
+                return [[i for word in row for i in (ids[word] if word in ids else kept[word])] for row in rows]
+        return [[i for word in row for i in kept[word]] for row in rows]
+
+    def encode_words(self, words: Sequence[str]) -> list[list[int]]:
+        """The ids of each text, whether it was seen before or not."""
+        encodings = self.fast.encode_batch_fast(words, add_special_tokens=False)
         ids = [encoding.ids for encoding in encodings]
-        for index, text in enumerate(cleaned):
+        for index, text in enumerate(words):
             if "<" in text and any(literal in text for literal in SPECIAL):
                 ids[index] = self.encode_with_specials(text)
         return ids

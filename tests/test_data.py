@@ -24,6 +24,7 @@ from clipkit.train import data, samples
 from clipkit.train import workers as worker_module
 from clipkit.train.augment import Augmentation
 from clipkit.train.data import Batch, LoaderConfig, batches
+from clipkit.train.sources import RecordSource
 
 CONFIG = LoaderConfig(
     image_size=32,
@@ -41,6 +42,11 @@ CONFIG = LoaderConfig(
 @pytest.fixture(scope="module")
 def dataset(pairs_dataset: Path) -> Dataset:
     return open_dataset(pairs_dataset)
+
+
+@pytest.fixture(scope="module")
+def source(dataset: Dataset) -> RecordSource:
+    return RecordSource(dataset)
 
 
 class Pairs:
@@ -77,6 +83,10 @@ class Pairs:
         return f"part-0:{i}"
 
 
+def pairs(count: int, spoilt: dict[int, str] | None = None) -> RecordSource:
+    return RecordSource(Pairs(count, spoilt))
+
+
 def digest(batch: Batch) -> list[Any]:
     """All that a batch holds, comparable."""
     values = [batch.image_BHWC, batch.ids_BT, batch.keep_BK, batch.caption_B, batch.positions_B, batch.records_B]
@@ -88,41 +98,41 @@ def digests(loader: Iterator[Batch]) -> list[list[Any]]:
 
 
 @pytest.fixture(scope="module")
-def plain(dataset: Dataset) -> list[list[Any]]:
+def plain(source: RecordSource) -> list[list[Any]]:
     """Six batches as made without any worker."""
-    return digests(batches(dataset, CONFIG, 0, 144, workers=0, keys=True))
+    return digests(batches(source, CONFIG, 0, 144, workers=0, keys=True))
 
 
 @pytest.mark.parametrize(("workers", "processes"), [(1, False), (2, False), (4, False), (2, True)])
-def test_workers_change_nothing(dataset: Dataset, plain: list[list[Any]], workers: int, processes: bool) -> None:
-    loader = batches(dataset, CONFIG, 0, 144, workers=workers, processes=processes, keys=True)
+def test_workers_change_nothing(source: RecordSource, plain: list[list[Any]], workers: int, processes: bool) -> None:
+    loader = batches(source, CONFIG, 0, 144, workers=workers, processes=processes, keys=True)
     assert digests(loader) == plain
 
 
 @pytest.mark.parametrize("start", [24, 96, 120])
-def test_resume_is_exact(dataset: Dataset, plain: list[list[Any]], start: int) -> None:
-    assert digests(batches(dataset, CONFIG, start, 144, workers=2, keys=True)) == plain[start // 24 :]
+def test_resume_is_exact(source: RecordSource, plain: list[list[Any]], start: int) -> None:
+    assert digests(batches(source, CONFIG, start, 144, workers=2, keys=True)) == plain[start // 24 :]
 
 
-def test_a_start_within_a_batch_gives_the_same_samples(dataset: Dataset) -> None:
-    aligned = list(batches(dataset, CONFIG, 0, 48, workers=0))
-    shifted = list(batches(dataset, CONFIG, 11, 35, workers=0))
+def test_a_start_within_a_batch_gives_the_same_samples(source: RecordSource) -> None:
+    aligned = list(batches(source, CONFIG, 0, 48, workers=0))
+    shifted = list(batches(source, CONFIG, 11, 35, workers=0))
     expected = np.concatenate([batch.image_BHWC for batch in aligned])[11:35]
     np.testing.assert_array_equal(shifted[0].image_BHWC, expected)
 
 
 @pytest.mark.parametrize("world", [2, 3])
-def test_ranks_share_the_global_batch(dataset: Dataset, plain: list[list[Any]], world: int) -> None:
-    shares = [list(batches(dataset, CONFIG, 0, 144, rank=rank, world=world, workers=1)) for rank in range(world)]
-    whole = list(batches(dataset, CONFIG, 0, 144, workers=0))
+def test_ranks_share_the_global_batch(source: RecordSource, plain: list[list[Any]], world: int) -> None:
+    shares = [list(batches(source, CONFIG, 0, 144, rank=rank, world=world, workers=1)) for rank in range(world)]
+    whole = list(batches(source, CONFIG, 0, 144, workers=0))
     for number, batch in enumerate(whole):
         for name in ("image_BHWC", "ids_BT", "keep_BK", "caption_B", "records_B", "positions_B"):
             joined = np.concatenate([getattr(share[number], name) for share in shares])
             np.testing.assert_array_equal(joined, getattr(batch, name))
 
 
-def test_a_batch_is_what_it_says(dataset: Dataset) -> None:
-    batch = next(batches(dataset, CONFIG, 0, workers=0, keys=True))
+def test_a_batch_is_what_it_says(dataset: Dataset, source: RecordSource) -> None:
+    batch = next(batches(source, CONFIG, 0, workers=0, keys=True))
     assert batch.image_BHWC.shape == (24, 32, 32, 3)
     assert batch.image_BHWC.dtype == np.uint8
     assert batch.image_BHWC.flags.writeable
@@ -136,19 +146,19 @@ def test_a_batch_is_what_it_says(dataset: Dataset) -> None:
     for i, j in itertools.combinations(range(24), 2):
         assert (batch.caption_B[i] == batch.caption_B[j]) == (captions[i] == captions[j])
     assert set(batch.arrays()) == {"image_BHWC", "ids_BT", "caption_B", "keep_BK"}
-    whole = next(batches(dataset, replace(CONFIG, text_reduction="truncate", context_length=20), 0, workers=0))
+    whole = next(batches(source, replace(CONFIG, text_reduction="truncate", context_length=20), 0, workers=0))
     np.testing.assert_array_equal(whole.ids_BT, Tokenizer()(captions, 20))
 
 
-def test_an_epoch_holds_each_record_once_and_the_next_in_another_order(dataset: Dataset) -> None:
-    first, second = np.split(np.concatenate([b.records_B for b in batches(dataset, CONFIG, 0, 192, workers=1)]), 2)
+def test_an_epoch_holds_each_record_once_and_the_next_in_another_order(source: RecordSource) -> None:
+    first, second = np.split(np.concatenate([b.records_B for b in batches(source, CONFIG, 0, 192, workers=1)]), 2)
     assert sorted(first) == sorted(second) == list(range(96))
     assert (first != second).any()
 
 
-def test_batches_may_be_kept(dataset: Dataset, plain: list[list[Any]]) -> None:
+def test_batches_may_be_kept(source: RecordSource, plain: list[list[Any]]) -> None:
     """Shared buffers are used again only when the trainer has let go of them."""
-    kept = list(batches(dataset, CONFIG, 0, 144, workers=1, processes=True, prefetch=1, keys=True))
+    kept = list(batches(source, CONFIG, 0, 144, workers=1, processes=True, prefetch=1, keys=True))
     assert [digest(batch) for batch in kept] == plain
 
 
@@ -161,16 +171,16 @@ def test_small_datasets_are_decoded_once(monkeypatch: pytest.MonkeyPatch) -> Non
             reads.append(i)
             return super().read(i)
 
-    kept = digests(batches(Counted(16), config, 0, 48, workers=1))
+    kept = digests(batches(RecordSource(Counted(16)), config, 0, 48, workers=1))
     assert sorted(reads) == list(range(16))
     monkeypatch.setattr(samples, "KEPT_BYTES", 100)
-    assert digests(batches(Counted(16), config, 0, 48, workers=1)) == kept
+    assert digests(batches(RecordSource(Counted(16)), config, 0, 48, workers=1)) == kept
     assert len(reads) == 16 + 48
 
 
 def test_syntax_reduction() -> None:
     config = LoaderConfig(image_size=16, context_length=5, batch_size=4, text_reduction="syntax")
-    batch = next(batches(Pairs(16), config, 0, workers=1))
+    batch = next(batches(pairs(16), config, 0, workers=1))
     picture_id, number_id = Tokenizer().encode(["picture number"])[0]
     assert (batch.ids_BT[:, 1] == picture_id).all()
     assert (batch.ids_BT[:, 2] == number_id).all()
@@ -186,7 +196,7 @@ SPOILT = {2 + 40 * place: kind for place, kind in enumerate(KINDS)}
 def test_bad_records_are_replaced_counted_and_named_once(workers: int, processes: bool) -> None:
     config = LoaderConfig(image_size=16, context_length=8, batch_size=40, block_size=8)
     told: list[str] = []
-    source = Pairs(400, SPOILT)
+    source = pairs(400, SPOILT)
     found = list(batches(source, config, 0, 480, workers=workers, processes=processes, warn=told.append))
     assert sum(batch.bad for batch in found[:10]) == len(SPOILT)
     records = np.concatenate([batch.records_B for batch in found[:10]])
@@ -199,7 +209,7 @@ def test_bad_records_are_replaced_counted_and_named_once(workers: int, processes
 
 def test_replacements_stay_in_the_block_and_differ_for_no_worker() -> None:
     config = LoaderConfig(image_size=16, context_length=8, batch_size=10, block_size=5)
-    source = Pairs(20, {3: "image", 4: "caption"})
+    source = pairs(20, {3: "image", 4: "caption"})
     plain, threaded = (
         np.concatenate([b.records_B for b in batches(source, config, 0, 20, workers=n, warn=lambda _: None)])
         for n in (0, 2)
@@ -210,7 +220,7 @@ def test_replacements_stay_in_the_block_and_differ_for_no_worker() -> None:
 
 def test_too_many_bad_records_stop_the_run_with_names() -> None:
     config = LoaderConfig(image_size=16, context_length=8, batch_size=50, block_size=10)
-    source = Pairs(1000, dict.fromkeys(range(0, 1000, 20), "image"))
+    source = pairs(1000, dict.fromkeys(range(0, 1000, 20), "image"))
     loader = batches(source, config, workers=1, warn=lambda _: None)
     with pytest.raises(UserError, match=r"more than 1%, among them part-0:\d+ \(not an image but an HTML page\)"):
         list(itertools.islice(loader, 40))
@@ -221,7 +231,7 @@ def test_too_many_bad_records_stop_the_run_with_names() -> None:
 def test_a_block_of_bad_records_stops_the_run() -> None:
     config = LoaderConfig(image_size=16, context_length=8, batch_size=4, block_size=4)
     with pytest.raises(UserError, match=r"4 records next to each other .* part-0:\d"):
-        list(batches(Pairs(4, dict.fromkeys(range(4), "image")), config, 0, 4, workers=0, warn=lambda _: None))
+        list(batches(pairs(4, dict.fromkeys(range(4), "image")), config, 0, 4, workers=0, warn=lambda _: None))
 
 
 @pytest.mark.parametrize(("kind", "error"), [("shard", UserError), ("bug", ZeroDivisionError)])
@@ -229,7 +239,7 @@ def test_a_block_of_bad_records_stops_the_run() -> None:
 def test_other_errors_come_through(kind: str, error: type[Exception], workers: int, processes: bool) -> None:
     config = LoaderConfig(image_size=16, context_length=8, batch_size=8)
     with pytest.raises(error, match=r"part-0 is gone|a bug"):
-        list(batches(Pairs(8, {3: kind}), config, 0, 8, workers=workers, processes=processes))
+        list(batches(pairs(8, {3: kind}), config, 0, 8, workers=workers, processes=processes))
 
 
 def test_a_worker_that_dies_each_time_is_named_with_its_shard(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -237,14 +247,14 @@ def test_a_worker_that_dies_each_time_is_named_with_its_shard(monkeypatch: pytes
     config = LoaderConfig(image_size=16, context_length=8, batch_size=8)
     told: list[str] = []
     with pytest.raises(UserError, match=r"2 loader workers died at .* part-0:\d"):
-        list(batches(Pairs(8, {3: "death"}), config, 0, 8, workers=1, processes=True, warn=told.append))
+        list(batches(pairs(8, {3: "death"}), config, 0, 8, workers=1, processes=True, warn=told.append))
     assert len(told) == 2
     assert "exit -9" in told[0]
 
 
-def test_a_worker_that_is_killed_has_its_work_done_again(dataset: Dataset, plain: list[list[Any]]) -> None:
+def test_a_worker_that_is_killed_has_its_work_done_again(source: RecordSource, plain: list[list[Any]]) -> None:
     told: list[str] = []
-    loader = batches(dataset, CONFIG, 0, 144, workers=1, processes=True, prefetch=1, keys=True, warn=told.append)
+    loader = batches(source, CONFIG, 0, 144, workers=1, processes=True, prefetch=1, keys=True, warn=told.append)
     found = [digest(next(loader))]
     os.kill(children()[0], signal.SIGKILL)
     found += digests(loader)
@@ -267,13 +277,13 @@ def children() -> list[int]:
 
 
 @pytest.mark.parametrize("processes", [False, True])
-def test_closing_leaves_nothing_behind(dataset: Dataset, processes: bool) -> None:
+def test_closing_leaves_nothing_behind(dataset: Dataset, source: RecordSource, processes: bool) -> None:
     threads, files, cv2_threads = (
         threading.active_count(),
         len(list(Path("/proc/self/fd").iterdir())),
         cv2.getNumThreads(),
     )
-    loader = batches(dataset, CONFIG, workers=2, processes=processes)
+    loader = batches(source, CONFIG, workers=2, processes=processes)
     next(loader)
     loader.close()
     assert threading.active_count() == threads
@@ -287,8 +297,9 @@ def test_workers_end_with_a_killed_trainer(pairs_dataset: Path) -> None:
 import sys
 from clipkit.dataset import open_dataset
 from clipkit.train.data import LoaderConfig, batches
+from clipkit.train.sources import RecordSource
 config = LoaderConfig(image_size=16, context_length=8, batch_size=8)
-loader = batches(open_dataset({str(pairs_dataset)!r}), config, workers=1, processes=True)
+loader = batches(RecordSource(open_dataset({str(pairs_dataset)!r})), config, workers=1, processes=True)
 next(loader)
 print("ready", flush=True)
 sys.stdin.read()
@@ -335,7 +346,7 @@ def test_a_stalled_source_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
         release.set()
 
     config = LoaderConfig(image_size=16, context_length=8, batch_size=8)
-    assert len(list(batches(Slow(8), config, 0, 8, workers=1, warn=warn))) == 1
+    assert len(list(batches(RecordSource(Slow(8)), config, 0, 8, workers=1, warn=warn))) == 1
     assert "waited" in told[0]
 
 
@@ -355,12 +366,12 @@ def test_a_configuration_that_cannot_be_is_refused_at_once(
     changes: dict[str, Any], stop: int, world: int, words: str
 ) -> None:
     with pytest.raises(UserError, match=words):
-        batches(Pairs(8), replace(CONFIG, **changes), 0, stop, world=world)
+        batches(pairs(8), replace(CONFIG, **changes), 0, stop, world=world)
     with pytest.raises(UserError, match="no records"):
-        batches(Pairs(0), CONFIG)
+        batches(pairs(0), CONFIG)
 
 
 def test_resume_far_away_of_a_huge_dataset() -> None:
     config = LoaderConfig(image_size=16, context_length=8, batch_size=8)
-    batch = next(batches(Pairs(2**31), config, 10**12, workers=0))
+    batch = next(batches(pairs(2**31), config, 10**12, workers=0))
     assert batch.positions_B[0] == 10**12

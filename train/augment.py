@@ -6,6 +6,7 @@ Geometry is done sample by sample, straight from the encoded bytes (`cut`). All 
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,8 +16,8 @@ import numpy.typing as npt
 
 from clipkit.counter_rng import uniform
 from clipkit.errors import UserError
-from clipkit.images import UInt8Array, decode_scaled
-from clipkit.train.crop import crop_resize, random_resized_crop_of
+from clipkit.images import Data, UInt8Array, decode, decode_scaled
+from clipkit.train.crop import Box, crop_box, crop_resize, exact_crop_resize, random_resized_crop_of
 
 # Streams of random numbers, each for one use (see counter_rng).
 GEOMETRY, COLOUR, ERASING = range(100, 103)
@@ -69,6 +70,9 @@ class Augmentation:
     """Probability of the negative."""
     erase: float = 0.0
     """Probability of one rectangle (a sixth to two fifths of each side) in a random colour."""
+    exact: bool = False
+    """Decode the whole image and resize the crop by Pillow's antialiased bicubic, as OpenCLIP does: several times the
+    work for pixels that differ by one or two levels. A warp (`is_affine`) has no exact way."""
 
     @property
     def is_affine(self) -> bool:
@@ -102,31 +106,58 @@ def geometry_draws(keys_B: npt.ArrayLike) -> FloatArray:
     return uniform(keys_B, GEOMETRY_DRAWS, GEOMETRY)
 
 
-def cut(data: bytes | UInt8Array, size: int, augmentation: Augmentation, draws: FloatArray) -> UInt8Array:
-    """One encoded image as uint8[size, size, 3]. Raises ImageError. `draws` is a row of `geometry_draws`.
+def cut(
+    data: Data | UInt8Array,
+    size: int,
+    augmentation: Augmentation,
+    draws: Sequence[float],
+    out: UInt8Array | None = None,
+) -> UInt8Array:
+    """One encoded image as uint8[size, size, 3], in `out` where that is given. Raises ImageError.
 
-    An affine augmentation also takes what `warpable` made of the bytes.
+    `draws` is a row of `geometry_draws`. An affine augmentation also takes what `warpable` made of the bytes.
     """
-    flip = bool(draws[22] < augmentation.flip)
-    if augmentation.is_affine or not isinstance(data, bytes):
-        image = warpable(data, size) if isinstance(data, bytes) else data
-        return warp(image, size, augmentation, draws, flip)
-    if augmentation.crop_area == (1.0, 1.0):
-        pixels = central(data, size)
+    flip = draws[22] < augmentation.flip
+    if augmentation.is_affine or isinstance(data, np.ndarray):
+        image = data if isinstance(data, np.ndarray) else warpable(data, size)
+        pixels = warp(image, size, augmentation, draws, flip, out)
+    elif augmentation.exact:
+        pixels = exact(data, size, augmentation, draws)
+    elif augmentation.crop_area == (1.0, 1.0):
+        pixels = central(data, size, out)
     else:
-        pixels = random_resized_crop_of(data, size, augmentation.crop_area, augmentation.crop_ratio, draws[:22])
-    return pixels[:, ::-1] if flip else pixels
+        pixels = random_resized_crop_of(data, size, augmentation.crop_area, augmentation.crop_ratio, draws, out)
+    if flip and not augmentation.is_affine:
+        pixels = cv2.flip(pixels, 1, dst=out).astype(np.uint8, copy=False)
+    if out is not None and pixels is not out:
+        out[:] = pixels
+    return pixels
 
 
-def central(data: bytes, size: int) -> UInt8Array:
+def central(data: Data, size: int, out: UInt8Array | None = None) -> UInt8Array:
     """The central square of an encoded image."""
     image = decode_scaled(data, size, size)
-    height, width = image.shape[:2]
+    return crop_resize(image, central_box(*image.shape[:2]), size, out)
+
+
+def central_box(height: int, width: int) -> Box:
+    """The largest central square, as `crop_box` gives a crop."""
     side = min(height, width)
-    return crop_resize(image, ((height - side) // 2, (width - side) // 2, side, side), size)
+    return (height - side) // 2, (width - side) // 2, side, side
 
 
-def warpable(data: bytes, size: int) -> UInt8Array:
+def exact(data: Data, size: int, augmentation: Augmentation, draws: Sequence[float]) -> UInt8Array:
+    """The crop of an encoded image as OpenCLIP makes it."""
+    image = decode(data)
+    height, width = image.shape[:2]
+    if augmentation.crop_area == (1.0, 1.0):
+        box = central_box(height, width)
+    else:
+        box = crop_box(height, width, augmentation.crop_area, augmentation.crop_ratio, draws)
+    return exact_crop_resize(image, box, size)
+
+
+def warpable(data: Data, size: int) -> UInt8Array:
     """An image decoded for `warp`, which takes the same pixels each time: two to three times the size of the output."""
     image = decode_scaled(data, 2 * size, 2 * size)
     height, width = image.shape[:2]
@@ -137,14 +168,21 @@ def warpable(data: bytes, size: int) -> UInt8Array:
     return image
 
 
-def warp(image: UInt8Array, size: int, augmentation: Augmentation, draws: FloatArray, flip: bool) -> UInt8Array:
+def warp(
+    image: UInt8Array,
+    size: int,
+    augmentation: Augmentation,
+    draws: Sequence[float],
+    flip: bool,
+    out: UInt8Array | None = None,
+) -> UInt8Array:
     """Crop, turn, shear and shift in one bilinear warp.
 
     The crop's area and ratio are log-uniform; it is placed anywhere inside the image (or around it, where it is larger)
     and shifted by up to `translation`, whichever reaches further.
     """
     height, width = image.shape[:2]
-    across, down, angle, slant, right, below = (2 * draws[:6] - 1).tolist()
+    across, down, angle, slant, right, below = (2 * draw - 1 for draw in draws[:6])
     low, high = augmentation.crop_area
     area = low * (high / low) ** ((across + 1) / 2)
     narrow, wide = augmentation.crop_ratio
@@ -167,6 +205,7 @@ def warp(image: UInt8Array, size: int, augmentation: Augmentation, draws: FloatA
         image,
         matrix,
         (size, size),
+        dst=out,
         flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
         borderMode=cv2.BORDER_CONSTANT,
         borderValue=(augmentation.fill,) * 3,

@@ -10,7 +10,7 @@ from clipkit.images import UInt8Array
 from clipkit.tokens import ImageMethod, TextMethod, image_keep_indices, reduce_text
 from clipkit.train.augment import Augmentation
 from clipkit.train.order import Int64Array
-from clipkit.train.samples import Source
+from clipkit.train.sources import Examples, Source
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,6 @@ class LoaderConfig:
     seed: int = 0
     block_size: int = 64
     """Records that the shuffle keeps together on disk (`clipkit.train.order`)."""
-    image_field: str = "jpg"
-    text_field: str = "txt"
     max_bad: float = 0.01
     """Share of the records that may be broken before the run stops."""
 
@@ -65,7 +63,7 @@ class Batch:
         return arrays
 
 
-def check(dataset: Source, config: LoaderConfig, start: int, stop: int | None, world: int) -> None:
+def check(dataset: Source | Examples, config: LoaderConfig, start: int, stop: int | None, world: int) -> None:
     """Raise UserError for what can't be."""
     config.augmentation.check()
     if dataset.num_records < 1:

@@ -24,8 +24,9 @@ from clipkit.images import UInt8Array
 from clipkit.tokenizer import Tokenizer
 from clipkit.tokens import reduce_text
 from clipkit.train.batch import Batch, LoaderConfig, check, keep_indices
-from clipkit.train.order import Int64Array, record_indices
-from clipkit.train.samples import Job, Kept, Made, SampleMaker, Source
+from clipkit.train.order import Int64Array
+from clipkit.train.samples import Job, Kept, Made, SampleMaker
+from clipkit.train.sources import Source
 from clipkit.train.workers import Buffers, Chunk, Hands, Pool, ProcessHands, ThreadHands
 
 # More threads than this wait for the interpreter's lock more than they gain; from there on workers are processes.
@@ -40,7 +41,7 @@ REMEMBERED_BAD = 1000
 
 
 def batches(
-    dataset: Source,
+    source: Source,
     config: LoaderConfig,
     start: int = 0,
     stop: int | None = None,
@@ -63,11 +64,9 @@ def batches(
     Raises UserError at once for a configuration that can't be, and later when a shard is gone or when more than
     `max_bad` of the records are broken.
     """
-    check(dataset, config, start, stop, world)
+    check(source, config, start, stop, world)
     job = Job(
-        dataset,
-        config.image_field,
-        config.text_field,
+        source,
         config.image_size,
         config.augmentation,
         config.seed,
@@ -148,10 +147,8 @@ class Loader:
         while stop is None or start < stop:
             count = at_once if stop is None else min(at_once, (stop - start) // size)
             firsts = np.arange(start, start + count * size, size, dtype=np.uint64) + np.uint64(rank * share)
-            positions_NB = firsts[:, None] + np.arange(share, dtype=np.uint64)
-            indices = record_indices(
-                positions_NB.ravel(), self.job.source.num_records, self.config.seed, self.config.block_size
-            )
+            positions_NB: UInt64Array = firsts[:, None] + np.arange(share, dtype=np.uint64)
+            indices = self.job.source.records_at(positions_NB.ravel(), self.config.seed, self.config.block_size)
             yield from zip(positions_NB, indices.reshape(positions_NB.shape), strict=True)
             start += count * size
 

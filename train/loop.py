@@ -33,6 +33,7 @@ from clipkit.tokenizer import Tokenizer
 from clipkit.train.data import Batch, batches
 from clipkit.train.optimizer import learning_rate_at, make_optimizer
 from clipkit.train.recipes import Recipe, Stage, check_recipe, loader_config, model_at, preprocess_at
+from clipkit.train.sources import RecordSource
 from clipkit.train.step import train_step
 
 
@@ -162,7 +163,7 @@ def run_stage(run: Run, stage: Stage, stage_start: int, model: CLIP, optimizer: 
     wrapped = device.wrap(model)
     model.train()
     loader = batches(
-        run.dataset,
+        RecordSource(run.dataset, precomputed=stage.text_reduction == "syntax"),
         loader_config(recipe, stage),
         run.samples_seen,
         stage_end,

@@ -6,44 +6,26 @@ gigabyte. Everything that is made of a sample follows from its position, so it d
 
 import hashlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import cv2
 import numpy as np
-import numpy.typing as npt
 
 from clipkit.counter_rng import UInt64Array, sample_keys
 from clipkit.errors import UserError
 from clipkit.images import ImageError, UInt8Array
-from clipkit.records import RecordError, decode_example
 from clipkit.tokenizer import Tokenizer, clean
 from clipkit.train.augment import Augmentation, cut, geometry_draws, recolour, warpable
+from clipkit.train.order import Int64Array
+from clipkit.train.sources import Pair, Source
 
 # A broken record is replaced by one of the next ones of its block; a block this broken is a broken dataset.
 MAX_TRIES = 16
-# Captions that come back each epoch are encoded once; a full cache is emptied, which web-scale data never notices.
-CACHED_CAPTIONS = 20_000
 # A dataset whose images, decoded, fit into so many bytes is decoded once; one that doesn't is never kept in part.
 KEPT_BYTES = 400_000_000
 
-Int64Array = npt.NDArray[np.int64]
 Priorities = Callable[[Sequence[Sequence[int]]], list[list[int]]]
-
-
-class Source(Protocol):
-    """What the loader reads from, `clipkit.dataset.Dataset` or what does as it does: numbered tf.train.Example records.
-
-    It must pickle, for worker processes. `read` raises RecordError for a damaged record, UserError for a lost shard.
-    """
-
-    @property
-    def num_records(self) -> int: ...
-
-    def read(self, i: int) -> bytes: ...
-
-    def key(self, i: int) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -51,8 +33,6 @@ class Job:
     """What all chunks of a run have in common."""
 
     source: Source
-    image_field: str
-    text_field: str
     image_size: int
     augmentation: Augmentation
     seed: int
@@ -78,11 +58,21 @@ class Made:
     """Processor seconds of this thread by phase: read, image, colour, text."""
 
 
-Kept = dict[int, tuple[UInt8Array, str]]
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A pair that can be used: its caption cleaned, its image encoded or decoded for `warp`."""
+
+    image: bytes | memoryview | UInt8Array
+    caption: str
+    ids: list[int] | None
+    priorities: list[int] | None
+
+
+Kept = dict[int, Sample]
 
 
 class SampleMaker:
-    """Makes chunks of samples; one a worker, as it keeps a cache of captions.
+    """Makes chunks of samples; one a worker.
 
     `kept` is where small datasets stay decoded: threads share one, and None (a worker process) keeps nothing.
     """
@@ -91,7 +81,6 @@ class SampleMaker:
         self.job = job
         self.tokenizer = tokenizer or Tokenizer()
         self.kept = kept if job.augmentation.is_affine else None
-        self.captions: dict[str, tuple[list[int], int]] = {}
         self.tag: Priorities | None = None
         if job.syntax:
             from clipkit.syntax import Syntax
@@ -105,84 +94,104 @@ class SampleMaker:
         """
         clock = Clock()
         keys_B = sample_keys(self.job.seed, positions_B)
-        draws_BN = geometry_draws(keys_B)
+        draws = geometry_draws(keys_B).tolist()
         used_B = records_B.copy()
-        texts: list[str] = []
+        samples: list[Sample] = []
         bad: list[tuple[str, str]] = []
-        for index, record in enumerate(records_B.tolist()):
-            for candidate in self.candidates(record):
-                try:
-                    data, text = self.fetch(candidate)
-                    clock.lap("read")
-                    image_BHWC[index] = cut(data, self.job.image_size, self.job.augmentation, draws_BN[index])
+        records = records_B.tolist()
+        for index, (record, found) in enumerate(zip(records, self.samples(records), strict=True)):
+            for candidate, sample in self.candidates(record, found):
+                clock.lap("read")
+                if isinstance(sample, Sample):
+                    reason = self.fill(image_BHWC[index], sample, draws[index])
                     clock.lap("image")
-                except (ImageError, RecordError, cv2.error) as error:
-                    bad.append((self.job.source.key(candidate), str(error)))
-                    continue
-                used_B[index] = candidate
-                texts.append(text)
-                break
+                    if reason is None:
+                        used_B[index] = candidate
+                        samples.append(sample)
+                        break
+                else:
+                    reason = sample
+                bad.append((self.job.source.key(candidate), str(reason)))
             else:
-                count, (key, reason) = len(self.candidates(record)), bad[-1]
+                key, why = bad[-1]
+                count = len(self.stand_ins(record)) + 1
                 raise UserError(
-                    f"{count} records next to each other can't be used, the last one {key} ({reason}): "
+                    f"{count} records next to each other can't be used, the last one {key} ({why}): "
                     "build the dataset anew"
                 )
+        clock.lap("read")
         recolour(image_BHWC, self.job.augmentation, keys_B)
         clock.lap("colour")
-        ids, caption_B = self.encode(texts)
-        priorities = self.tag(ids) if self.tag else None
+        ids = self.ids(samples)
+        priorities = self.priorities(samples, ids)
+        caption_B = np.array([caption_hash(sample.caption) for sample in samples], np.int64)
         clock.lap("text")
         return Made(used_B, ids, priorities, caption_B, bad, clock.seconds)
 
-    def candidates(self, record: int) -> list[int]:
-        """The record, then those that follow it in its block, from the block's end on to its beginning."""
-        size = self.job.block_size
-        first = record // size * size
-        length = min(size, self.job.source.num_records - first)
-        return [first + (record - first + step) % length for step in range(min(MAX_TRIES, length))]
-
-    def fetch(self, record: int) -> tuple[bytes | UInt8Array, str]:
-        """The image and the caption: what was kept, or read anew. Raises as `read`, and ImageError."""
-        if self.kept is None:
-            return self.read(record)
-        found = self.kept.get(record)
-        if found is None:
-            data, text = self.read(record)
-            image = warpable(data, self.job.image_size)
-            if image.nbytes * self.job.source.num_records > KEPT_BYTES:
-                self.kept = None
-                return data, text
-            found = self.kept[record] = image, text
-        return found
-
-    def read(self, record: int) -> tuple[bytes, str]:
-        """The image's bytes and the caption. Raises RecordError or ImageError where one of them can't be had."""
-        image_field, text_field = self.job.image_field, self.job.text_field
+    def fill(self, image_HWC: UInt8Array, sample: Sample, draws: Sequence[float]) -> Exception | None:
+        """Write a sample's pixels, its colours not yet changed; returns why that can't be done."""
         try:
-            # Of a record's dozen columns these two alone are unpacked.
-            columns = decode_example(self.job.source.read(record), (image_field, text_field))
-        except ValueError as error:
-            raise ImageError(f"the record is {error}") from error
-        data, text = columns.get(image_field) or [None], columns.get(text_field) or [b""]
-        if not isinstance(data[0], bytes):
-            raise ImageError(f"the record has no image in {image_field!r}")
-        caption = text[0].decode("utf-8", errors="replace") if isinstance(text[0], bytes) else ""
-        if caption not in self.captions and not clean(caption):
-            raise ImageError(f"the caption in {text_field!r} is empty")
-        return data[0], caption
+            cut(sample.image, self.job.image_size, self.job.augmentation, draws, image_HWC)
+        except (ImageError, cv2.error) as error:
+            return error
+        return None
 
-    def encode(self, texts: list[str]) -> tuple[list[list[int]], Int64Array]:
-        """Ids and hashes of the captions."""
-        new = [text for text in dict.fromkeys(texts) if text not in self.captions]
-        if len(self.captions) + len(new) > CACHED_CAPTIONS:
-            self.captions.clear()
-            new = list(dict.fromkeys(texts))
-        cleaned = [clean(text) for text in new]
-        for text, plain, ids in zip(new, cleaned, self.tokenizer.encode_cleaned(cleaned), strict=True):
-            self.captions[text] = ids, caption_hash(plain)
-        found = [self.captions[text] for text in texts]
-        return [ids for ids, _ in found], np.array([number for _, number in found], np.int64)
+    def candidates(self, record: int, found: Sample | UserError) -> Iterator[tuple[int, Sample | UserError]]:
+        """The record, then what may stand in for it, each read when it is asked for."""
+        yield record, found
+        for other in self.stand_ins(record):
+            yield other, next(self.samples([other]))
+
+    def stand_ins(self, record: int) -> list[int]:
+        """The records that follow in the block, from the block's end on to its beginning."""
+        block = self.job.source.block(record, self.job.block_size)
+        place = record - block.start
+        return [block[(place + step) % len(block)] for step in range(1, min(MAX_TRIES, len(block)))]
+
+    def samples(self, records: Sequence[int]) -> Iterator[Sample | UserError]:
+        """What the records hold: what was kept, or read anew."""
+        kept = self.kept
+        if kept is None:
+            yield from map(usable, self.job.source.pairs(records))
+            return
+        found = {record: kept[record] for record in records if record in kept}
+        pairs = self.job.source.pairs([record for record in records if record not in found])
+        for record in records:
+            yield found[record] if record in found else self.keep(record, usable(next(pairs)))
+
+    def keep(self, record: int, sample: Sample | UserError) -> Sample | UserError:
+        """The sample, its image decoded and kept where all of the dataset's would fit."""
+        if self.kept is None or isinstance(sample, UserError) or isinstance(sample.image, np.ndarray):
+            return sample
+        try:
+            image = warpable(sample.image, self.job.image_size)
+        except ImageError as error:
+            return error
+        if image.nbytes * self.job.source.num_records > KEPT_BYTES:
+            self.kept = None
+            return sample
+        self.kept[record] = Sample(image, sample.caption, sample.ids, sample.priorities)
+        return self.kept[record]
+
+    def ids(self, samples: Sequence[Sample]) -> list[list[int]]:
+        """Token ids of the captions."""
+        encoded = iter(self.tokenizer.encode_cleaned([sample.caption for sample in samples if sample.ids is None]))
+        return [next(encoded) if sample.ids is None else sample.ids for sample in samples]
+
+    def priorities(self, samples: Sequence[Sample], ids: Sequence[list[int]]) -> list[list[int]] | None:
+        """The class of each id's word, where they are wanted."""
+        if self.tag is None:
+            return None
+        tagged = iter(self.tag([row for sample, row in zip(samples, ids, strict=True) if sample.priorities is None]))
+        return [next(tagged) if sample.priorities is None else sample.priorities for sample in samples]
+
+
+def usable(pair: Pair | UserError) -> Sample | UserError:
+    """A pair with its caption cleaned, or why it can't be used."""
+    if isinstance(pair, UserError):
+        return pair
+    caption = clean(pair.caption)
+    return Sample(pair.image, caption, pair.ids, pair.priorities) if caption else ImageError("the caption is empty")
 
 
 def caption_hash(cleaned: str) -> int:

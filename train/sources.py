@@ -1,0 +1,126 @@
+"""What the loader reads from: numbered pairs of an encoded image and a caption, wherever they are kept.
+
+A source gives pairs for a chunk of records at once, so that neighbours may cost one read, and gives them one by one, so
+that a chunk of large images is never held together. What goes wrong with one record is given in its place; only what
+makes the whole source unusable is raised. Numbers are all that the loader knows of records: their order comes from
+`records_at`, so that a mixture of sources can have its own.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
+
+from clipkit.counter_rng import UInt64Array
+from clipkit.errors import UserError
+from clipkit.images import ImageError
+from clipkit.records import RecordError, decode_example
+from clipkit.train.order import Int64Array, record_indices
+
+IMAGE_FIELD, TEXT_FIELD = "jpg", "txt"
+# The columns that `clipkit build-tfds --precompute` adds.
+TOKENS, SYNTAX = "tokens", "syntax"
+
+
+class Pair(NamedTuple):
+    """One record as the loader needs it."""
+
+    image: bytes | memoryview
+    """The encoded image. A view may point into memory that is used again for the next pair of the same call."""
+    caption: str
+    """As it was found: the loader cleans it."""
+    ids: list[int] | None = None
+    """The caption's token ids where they were computed before: whole, without start and end."""
+    priorities: list[int] | None = None
+    """The class of each id's word (`clipkit.syntax`), where it was computed before."""
+
+
+class Source(ABC):
+    """Numbered pairs. It must pickle, for worker processes, and its methods are called from several threads."""
+
+    @property
+    @abstractmethod
+    def num_records(self) -> int:
+        """How many records there are; they are numbered from 0."""
+
+    @abstractmethod
+    def pairs(self, records: Sequence[int]) -> Iterator[Pair | UserError]:
+        """For each of the records, in the order asked, its pair or the reason why it can't be used.
+
+        The reason is one line (RecordError, ImageError, …), and the loader takes another record of the block instead.
+        Raises UserError when the source itself is gone, say a whole shard: that ends the run.
+        """
+
+    @abstractmethod
+    def key(self, record: int) -> str:
+        """A name for the record that a person can find again, and that stays."""
+
+    def records_at(self, positions_B: UInt64Array, seed: int, block_size: int) -> Int64Array:
+        """The record at each position of the run (samples seen before it): a pure function of its arguments."""
+        return record_indices(positions_B, self.num_records, seed, block_size)
+
+    def block(self, record: int, block_size: int) -> range:
+        """The records among which another one is sought where this one can't be used; it is among them."""
+        first = record // block_size * block_size
+        return range(first, min(first + block_size, self.num_records))
+
+
+class Examples(Protocol):
+    """Numbered tf.train.Example records: `clipkit.dataset.Dataset`, or what does as it does."""
+
+    @property
+    def num_records(self) -> int: ...
+
+    def read(self, i: int) -> bytes: ...
+
+    def key(self, i: int) -> str: ...
+
+
+class RecordSource(Source):
+    """The records of a dataset directory, or others of its kind.
+
+    `precomputed` also reads the columns of token ids and word classes, where a record has them.
+    """
+
+    def __init__(
+        self,
+        examples: Examples,
+        image_field: str = IMAGE_FIELD,
+        text_field: str = TEXT_FIELD,
+        precomputed: bool = False,
+    ) -> None:
+        self.examples = examples
+        self.image_field, self.text_field = image_field, text_field
+        # Of a record's dozen columns these alone are unpacked.
+        self.columns = (image_field, text_field, *((TOKENS, SYNTAX) if precomputed else ()))
+
+    def __repr__(self) -> str:
+        return repr(self.examples)
+
+    @property
+    def num_records(self) -> int:
+        return self.examples.num_records
+
+    def key(self, record: int) -> str:
+        return self.examples.key(record)
+
+    def pairs(self, records: Sequence[int]) -> Iterator[Pair | UserError]:
+        for record in records:
+            try:
+                data = self.examples.read(record)
+            except RecordError as error:
+                yield error
+                continue
+            yield self.pair(data)
+
+    def pair(self, data: bytes) -> Pair | UserError:
+        """The pair that is in a record."""
+        try:
+            columns: dict[str, list[Any]] = decode_example(data, self.columns)
+        except ValueError as error:
+            return ImageError(f"the record is {error}")
+        image, text = columns.get(self.image_field), columns.get(self.text_field)
+        if not image or not isinstance(image[0], bytes):
+            return ImageError(f"the record has no image in {self.image_field!r}")
+        caption = text[0].decode("utf-8", errors="replace") if text and isinstance(text[0], bytes) else ""
+        ids, priorities = columns.get(TOKENS), columns.get(SYNTAX)
+        return Pair(image[0], caption, ids, priorities if ids else None)
