@@ -30,6 +30,7 @@ main.add_command(cli_download.download)
 main.add_command(cli_data.build_tfds)
 main.add_command(cli_data.build_imagenet)
 main.add_command(cli_data.verify)
+main.add_command(cli_data.inspect)
 main.add_command(cli_data.purge)
 
 

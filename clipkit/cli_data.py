@@ -152,3 +152,20 @@ def purge(path: Path, removals: Path, as_json: bool, **options: Any) -> None:
 
     summary = stage(path, removals, **options)
     tell(summary, as_json)
+
+
+@click.command()
+@click.argument("path", metavar="DIR", type=Place())
+@click.option("--split", help="Which split. [default: the only one, or train]")
+@click.option("--sample", type=Count, default=10_000, show_default=True, help="Records to look at, drawn from all.")
+@click.option("--out", type=Place(), help="Folder for the page and the numbers. [default: DIR/clipkit]")
+@as_json
+def inspect(path: Path, as_json: bool, **options: Any) -> None:
+    """Write a page that shows what is in the dataset in DIR: pairs, lengths, what reductions keep, sizes, duplicates.
+
+    The page is inspection.html, one file that loads nothing; the same numbers stand beside it in inspection.json.
+    """
+    from clipkit.tfrecord_tools.inspection_page import inspect_dataset as stage
+
+    summary = stage(path, **options)
+    tell(summary, as_json)

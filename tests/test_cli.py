@@ -18,6 +18,7 @@ OPTIONS = {
     "--image-size --resize-mode --quality --min-image-size --connections --per-host --timeout --deadline "
     "--max-megabytes --retries --resolver --allow-private-hosts --contact --robots-txt --format --name "
     "--samples-per-shard --probe --probe-floor --retry-failed --processes --engine --json",
+    "inspect": "path --split --sample --out --json",
     "purge": "path --list --by --dry-run --workers --engine --json",
     "recipes": "name --set",
     "report": "run",
@@ -102,6 +103,7 @@ def test_clipa_b16_is_the_published_recipe():
         (["download", "none.parquet", "out"], "none.parquet doesn't exist"),
         (["build-tfds", "none", "out", "--name", "x"], "shards none don't exist"),
         (["verify", "none"], "dataset none doesn't exist"),
+        (["inspect", "none"], "dataset none doesn't exist"),
         (["purge", "none", "--list", "x.txt"], "dataset none doesn't exist"),
         (["build-tfds", "none", "--name", "x"], "build-tfds needs OUT"),
         (["build-tfds", "none", "--name", "x", "--in-place"], "none doesn't exist"),

@@ -1,0 +1,185 @@
+"""The page on which a person sees what is in a dataset: one HTML file that needs no network and no other file."""
+
+import base64
+import io
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from clipkit.charts import histogram, size
+from clipkit.dataset import Dataset, open_dataset
+from clipkit.files import as_path, write_beside, write_json
+from clipkit.images import ImageError, decode_scaled
+from clipkit.manifest import CLIPKIT_FOLDER
+from clipkit.page import render
+from clipkit.tfrecord_tools.inspection import SAMPLE, Inspection, caption_column, image_column, inspect
+from clipkit.tfrecord_tools.inspection_captions import CONTEXTS, Example, Reduction
+from clipkit.tfrecord_tools.inspection_pictures import Group
+from clipkit.tfrecord_tools.inspection_values import Histogram
+
+TILES = 24
+TILE_PIXELS = 112
+WORDS = 40
+
+
+@dataclass(frozen=True)
+class InspectSummary:
+    """The numbers, and where they and the page were written."""
+
+    inspection: Inspection
+    page: Path
+    numbers: Path
+
+    def to_json(self) -> dict[str, Any]:
+        """The numbers, and where the page is."""
+        return {**self.inspection.to_json(), "page": str(self.page)}
+
+    def text(self) -> str:
+        """A few lines for a person."""
+        seen = self.inspection
+        lines = [f"{seen.records:,} records, {size(seen.bytes)} in {seen.shards:,} shards; looked at {seen.sampled:,}"]
+        if seen.captions and seen.captions.tokens:
+            tokens = seen.captions.tokens
+            lines.append(f"captions: {tokens.mean:.1f} tokens, {seen.captions.repeated:,} repeated")
+        if seen.pictures and seen.pictures.shorter_side:
+            side = seen.pictures.shorter_side
+            lines.append(f"pictures: shorter side {side.median:.0f} px, {seen.pictures.repeated:,} repeated")
+        if seen.damaged or (seen.pictures and seen.pictures.unreadable):
+            bad = seen.damaged + (seen.pictures.unreadable if seen.pictures else 0)
+            lines.append(f"{bad:,} can't be read: clipkit verify says which")
+        lines.append(f"the page: {self.page}")
+        return "\n".join(lines)
+
+
+def inspect_dataset(
+    path: Path, *, split: str | None = None, sample: int = SAMPLE, out: Path | None = None
+) -> InspectSummary:
+    """Look at a dataset and write `inspection.html` and `inspection.json` into `out`, by default its `clipkit` folder.
+
+    Raises UserError for what isn't a dataset, and when jinja2 (extra `report`) isn't installed.
+    """
+    inspection = inspect(path, split=split, sample=sample)
+    folder = as_path(out) if out else inspection.path / CLIPKIT_FOLDER
+    page = render("clipkit.tfrecord_tools", "inspection.html.j2", contents(inspection))
+    write_json(folder / "inspection.json", inspection.to_json())
+    with write_beside(folder / "inspection.html") as temporary:
+        temporary.write_text(page, encoding="utf-8")
+    return InspectSummary(inspection, folder / "inspection.html", folder / "inspection.json")
+
+
+def contents(inspection: Inspection) -> dict[str, Any]:
+    """Everything the template shows."""
+    dataset = open_dataset(inspection.path, inspection.split)
+    chosen = random.Random(inspection.seed).sample(inspection.places, min(TILES, len(inspection.places)))
+    pictures, captions = inspection.pictures, inspection.captions
+    return {
+        "seen": inspection,
+        "tiles": [tile for place in chosen if (tile := tile_of(dataset, place))],
+        "caption_charts": charts(
+            [
+                (
+                    captions and captions.tokens,
+                    "captions by length (% of captions)",
+                    "text tokens, start and end counted",
+                ),
+                (captions and captions.words, "captions by words (% of captions)", "words"),
+            ]
+        ),
+        "methods": list(dict.fromkeys(each.method for each in captions.reductions)) if captions else [],
+        "contexts": CONTEXTS,
+        "reductions": by_length(captions.reductions) if captions else [],
+        "examples": [shown(each) for each in captions.examples] if captions else [],
+        "picture_charts": charts(
+            [
+                (pictures and pictures.shorter_side, "pictures by size (% of pictures)", "shorter side, pixels"),
+                (pictures and pictures.aspect, "pictures by shape (% of pictures)", "width by height"),
+                (pictures and pictures.bytes, "pictures by bytes (% of pictures)", "bytes as stored"),
+            ]
+        ),
+        "same": [pictured(dataset, group) for group in pictures.same] if pictures else [],
+        "near": [pictured(dataset, group) for group in pictures.near] if pictures else [],
+        "score_charts": charts([(h, f"{name} (% of records)", name) for name, h in inspection.scores.items()]),
+    }
+
+
+def charts(wanted: Sequence[tuple[Histogram | None, str, str]]) -> list[str]:
+    """A chart for each histogram that there is and that has more than one value."""
+    return [
+        histogram(title, each.counts, each.edges, x_name=name)
+        for each, title, name in wanted
+        if each is not None and each.high > each.low
+    ]
+
+
+def by_length(reductions: Sequence[Reduction]) -> list[list[Reduction]]:
+    """The rows of the table: those of one length together."""
+    return [[each for each in reductions if each.context_length == context] for context in CONTEXTS]
+
+
+def shown(example: Example) -> dict[str, Any]:
+    """A caption with what each way keeps, as stretches of text that are kept or not; the last one fits."""
+    rows: list[dict[str, Any]] = []
+    for context in CONTEXTS:
+        ways = {method: kept for (method, length), kept in example.kept.items() if length == context}
+        if all(all(kept) for kept in ways.values()):
+            rows.append(
+                {"context": context, "method": "all", "parts": stretches(example.pieces, [True] * len(example.pieces))}
+            )
+            break
+        rows += [
+            {"context": context, "method": method, "parts": stretches(example.pieces, kept)}
+            for method, kept in ways.items()
+        ]
+    return {"tokens": len(example.pieces) + 2, "rows": rows}
+
+
+def stretches(pieces: Sequence[str], kept: Sequence[bool]) -> list[tuple[str, bool]]:
+    """Neighbouring tokens of one fate put together: (text, kept)."""
+    parts: list[tuple[str, bool]] = []
+    for piece, stays in zip(pieces, kept, strict=True):
+        if parts and parts[-1][1] == stays:
+            parts[-1] = (parts[-1][0] + piece, stays)
+        else:
+            parts.append((piece, stays))
+    return parts
+
+
+def tile_of(dataset: Dataset, place: int) -> dict[str, Any] | None:
+    """One record for the wall: its picture, small, and its caption or label; None where the picture can't be read."""
+    column, captions = image_column(dataset.features), caption_column(dataset.features)
+    example = dataset.example(place) if column else {}
+    picture = thumbnail(example.get(column or "") or b"")
+    if not picture:
+        return None
+    caption = example[captions] if captions else None
+    if captions is None and example.get("label") is not None:
+        names = dataset.label_names()
+        caption = names[example["label"]] if names and 0 <= example["label"] < len(names) else str(example["label"])
+    words = str(caption if caption is not None else "").split()
+    return {
+        "place": place,
+        "picture": picture,
+        "caption": " ".join(words[:WORDS]) + (" …" if len(words) > WORDS else ""),
+        "key": example.get("key") or example.get("file_name") or dataset.key(place),
+    }
+
+
+def pictured(dataset: Dataset, group: Group) -> dict[str, Any]:
+    """A group of records that are alike, with the first of them to look at."""
+    return {"count": group.count, "tiles": [tile for place in group.places if (tile := tile_of(dataset, place))]}
+
+
+def thumbnail(data: bytes) -> str:
+    """A small copy as a data URL, "" for what can't be decoded."""
+    from PIL import Image
+
+    try:
+        picture = Image.fromarray(decode_scaled(data, TILE_PIXELS, TILE_PIXELS))
+    except ImageError:
+        return ""
+    picture.thumbnail((TILE_PIXELS, TILE_PIXELS), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    picture.save(buffer, "WEBP", quality=75)
+    return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
