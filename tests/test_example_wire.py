@@ -85,3 +85,46 @@ def test_an_example_without_columns():
         wire = ExampleWire()
         assert wire.read(record, 0, len(record)).caption is None
         assert wire.looks() == {}
+
+
+def framed(entries: bytes) -> bytes:
+    """An Example of these entries of its map."""
+    assert len(entries) < 128
+    return b"\x0a" + bytes([len(entries)]) + entries
+
+
+def entries_of(**columns: object) -> bytes:
+    return encode_example(columns)[2:]
+
+
+def learned(**columns: object) -> ExampleWire:
+    """One that has met a record of these columns, so that their heads are known."""
+    wire = ExampleWire()
+    record = encode_example(columns)
+    wire.read(record, 0, len(record))
+    return wire
+
+
+def test_a_record_that_is_irregular_at_its_end_is_counted_once():
+    wire = learned(a=b"text", n=300)
+    unpacked = b"\x0a\x0b\x0a\x01m\x12\x06\x1a\x04\x08\x05\x08\x06"
+    record = framed(entries_of(a=b"word", n=301) + unpacked)
+    wire.read(record, 0, len(record))
+    assert wire.looks() == {"a": {"text": 2}, "m": {"ints": 1}, "n": {"int": 2}}
+
+
+def test_an_int_that_is_cut_off_is_no_example():
+    wire = learned(n=300)
+    record = framed(entries_of(n=300)[:-1] + b"\x82")
+    with pytest.raises(ValueError, match="Example"):
+        wire.read(record, 0, len(record))
+
+
+@pytest.mark.parametrize("known", [{"a": b"some text"}, {"n": 300}, {"b": b"other"}])
+def test_an_entry_that_leads_past_the_end_is_no_example(known):
+    wire = learned(**known)
+    for columns in ({"a": b"some text"}, {"n": 300}):
+        record = framed(entries_of(**columns)[:-1])
+        with pytest.raises(ValueError, match="Example"):
+            wire.read(record + b"\x02 and more", 0, len(record))
+    assert sum(count for counts in wire.looks().values() for count in counts.values()) == 1

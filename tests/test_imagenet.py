@@ -335,6 +335,15 @@ def test_what_is_missing_is_refused_or_said_out_loud(whole, tmp_path, subset):
     assert open_dataset(summary.path, "train").label_names() == WNIDS
 
 
+def test_the_right_number_of_images_with_a_class_missing_is_refused(whole, tmp_path):
+    data = picture(1, size=8)
+    train = {wnid: {f"{wnid}_{i}.JPEG": data for i in range(2)} for wnid in WNIDS[1:]}
+    train[WNIDS[1]] |= {f"{WNIDS[1]}_{i}.JPEG": data for i in (2, 3)}
+    write_official(whole, train, None)
+    with pytest.raises(UserError, match=r"has 2,000 images .* 1 classes missing, such as n01440764"):
+        build_imagenet(whole, tmp_path / "out", labels=tmp_path / "labels.txt")
+
+
 def test_a_validation_set_taken_for_the_training_set_gets_a_hint(whole, tmp_path):
     write_class_folders(tmp_path / "val", {wnid: {f"{wnid}.JPEG": picture(1, size=8)} for wnid in WNIDS})
     with pytest.raises(UserError, match="has 1,000 images where ImageNet's has 2,000: give --split validation"):
@@ -470,10 +479,17 @@ def test_mended_images_are_taken_by_the_next_run(tmp_path):
     source = food(tmp_path / "food", **BROKEN)
     with pytest.raises(UserError, match="3 images"):
         build_imagenet(source, tmp_path / "out", name="food")
-    # Of the same size: zeros behind the end mark are allowed.
-    for name, broken in BROKEN.items():
-        food(source, **{name: picture(9, size=8) + bytes(max(len(broken) - len(picture(9, size=8)), 0))})
+    food(source, **{name: picture(9) for name in BROKEN})
     assert build_imagenet(source, tmp_path / "out", name="food").splits[0].records == 8
+
+
+def test_a_mended_image_of_the_same_size_is_taken_by_the_next_run(tmp_path):
+    good = picture(9)
+    source = food(tmp_path / "food", **{"page.jpg": b"<html>".ljust(len(good))})
+    with pytest.raises(UserError, match="1 images"):
+        build_imagenet(source, tmp_path / "out", name="food")
+    food(source, **{"page.jpg": good})
+    assert build_imagenet(source, tmp_path / "out", name="food").splits[0].records == 6
 
 
 def test_an_image_replaced_between_two_runs_is_taken_as_it_is_now(tmp_path, monkeypatch):
@@ -536,6 +552,14 @@ def test_a_split_may_join_later_and_what_is_there_is_left_alone(tmp_path, monkey
     (both / "train" / "zucchini" / "1.jpg").write_bytes(picture(9))
     with pytest.raises(UserError, match="of other columns or classes"):
         build_imagenet(both, tmp_path / "two", name="food")
+
+
+def test_a_split_with_classes_in_another_order_does_not_join(tmp_path):
+    source = food(tmp_path / "food")
+    (tmp_path / "classes.json").write_text('["waffles", "apple pie"]')
+    build_imagenet(source, tmp_path / "out", name="food", split="test")
+    with pytest.raises(UserError, match="has other classes: build all splits at once, or give --classes"):
+        build_imagenet(source, tmp_path / "out", name="food", split="train", classes=tmp_path / "classes.json")
 
 
 def test_what_others_wrote_is_not_overwritten(tmp_path):

@@ -109,7 +109,7 @@ class ExampleWire:
                     caption = data[body:position]
                     others.append(_Other(_CAPTION, TEXT if caption else EMPTY, None, body, position))
                 else:
-                    other = _other(data, position, end)
+                    other = _other(data, position)
                     others.append(other)
                     position = other.end
             if position != end:
@@ -135,7 +135,7 @@ class ExampleWire:
                 one, several = head + b" one", head + b" several"
                 self._meaning[one], self._meaning[several] = (name, INT), (name, INTS)
                 self._ints[head] = one, several
-            elif head is not None and look not in (TEXTS, NOTHING):
+            elif head is not None:
                 self._meaning[head] = name, look
         return Pair(column, data, first, last, caption)
 
@@ -162,11 +162,11 @@ class _Other(NamedTuple):
     end: int
 
 
-def _other(data: bytes, position: int, stop: int) -> _Other:
-    """Parse the entry at `position`, which ends at `stop` at the latest."""
+def _other(data: bytes, position: int) -> _Other:
+    """Parse the entry at `position`."""
     body, end = _span(data, position, _ENTRY)
     feature = body + 2 + data[body + 1]
-    if end > stop or data[body] != _KEY or data[body + 1] >= _MORE or feature > end:
+    if data[body] != _KEY or data[body + 1] >= _MORE or feature > end:
         raise _IrregularError
     name = data[body + 2 : feature]
     kind_at = _inside(data, feature, end, _FEATURE)

@@ -195,8 +195,8 @@ def _settle(
             shards[places[index]] = shard
             line.update(done)
     with disk_errors(job_list[0].source.parent):
-        for job, why in zip(job_list, wrong, strict=True):
-            if not why and job.source.exists():
+        for job in job_list:
+            if job.source.exists():  # what was written anew has gone from here
                 job.source.replace(job.target)
     sync_file(job_list[0].source.parent)
     return shards
