@@ -31,7 +31,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "browser" in getattr(item, "fixturenames", ()):
             item.add_marker("browser")
-    longest = ("test_xla", "test_demo", "test_loop")
+    longest = ("test_xla", "test_demo", "test_jobs_engines", "test_loop")
     items.sort(key=lambda item: item.path.stem not in longest)
 
 

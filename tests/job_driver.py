@@ -88,7 +88,10 @@ def leaving(engine: str, folder: Path) -> object:
     next(results)
     job_functions.wait_until(lambda: len(list(folder.glob("*.pid"))) == 2)
     cast(Any, results).close()
-    return [int(path.read_text()) for path in folder.glob("*.pid")]
+    # Now, while the engine goes on: when it ends, its workers end too.
+    pids = [int(path.read_text()) for path in folder.glob("*.pid")]
+    job_functions.wait_until(lambda: not any(map(job_functions.alive, pids)), seconds=30)
+    return len(pids)
 
 
 def write(engine: str, folder: Path) -> object:

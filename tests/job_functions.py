@@ -99,6 +99,14 @@ def write_bytes(folder: Path, number: int) -> str:
     return f"{number:05d}"
 
 
+def alive(pid: int) -> bool:
+    """Whether the process runs (one that awaits its reaping doesn't)."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
 def wait_until(condition: Callable[[], bool], seconds: float = 120) -> None:
     """Wait for a condition; an error when it doesn't come, so that no test waits for ever."""
     end = time.monotonic() + seconds
