@@ -15,7 +15,7 @@ from typing import Any
 
 from clipkit import jobs
 from clipkit.errors import UserError
-from clipkit.files import as_path, disk_errors, lock, require_writable
+from clipkit.files import as_path, disk_errors, lock, remove, require_writable
 from clipkit.tfrecord_tools.download_plan import FORMATS, Format, Output, make_plan
 from clipkit.tfrecord_tools.download_summary import DownloadSummary
 from clipkit.tfrecord_tools.download_work import Work
@@ -110,6 +110,7 @@ def download(
                 tell_probe(found)
             refusal = found.refusal(probe_floor)
             if refusal is not None:
+                remove(root / "clipkit" / "plan.json")  # other settings may follow
                 raise UserError(refusal)
         return dataclasses.replace(work.run(again), probe=found)
 
