@@ -44,14 +44,19 @@ def tls_context(ca_file: str | None) -> ssl.SSLContext:
     return context
 
 
-def open_session(settings: FetchSettings, resolver: Resolver) -> aiohttp.ClientSession:
-    """A session without cookies, referers, redirects, proxies or any other address than `resolver`'s checked ones."""
+def open_session(settings: FetchSettings, resolver: Resolver, *, keep: bool) -> aiohttp.ClientSession:
+    """A session without cookies, referers, redirects, proxies or any other address than `resolver`'s checked ones.
+
+    `keep`: connections are kept for later requests. A crawl meets most hosts once, so those that will not be wanted
+    again go over a session that closes them: else thousands would lie idle and use up the open files.
+    """
     connector = aiohttp.TCPConnector(
         resolver=resolver,
         use_dns_cache=False,  # the resolver has one
         ssl=tls_context(settings.ca_file),
         limit=0,  # our own queues bound what is under way
-        keepalive_timeout=KEEP_ALIVE_SECONDS,
+        keepalive_timeout=KEEP_ALIVE_SECONDS if keep else None,
+        force_close=not keep,
         socket_factory=guarded_sockets(settings.allow_private_hosts),
     )
     return aiohttp.ClientSession(

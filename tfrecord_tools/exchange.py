@@ -15,15 +15,14 @@ import aiohttp
 
 from clipkit.tfrecord_tools import reasons
 from clipkit.tfrecord_tools.addresses import BlockedAddressError
-from clipkit.tfrecord_tools.connect import STARVED, ByteBudget
+from clipkit.tfrecord_tools.connect import STARVED, ByteBudget, open_session
 from clipkit.tfrecord_tools.content_coding import KNOWN, CodingError, Decompressor, TooLargeError
 from clipkit.tfrecord_tools.fetch_settings import FetchSettings
 from clipkit.tfrecord_tools.permissions import NOTHING_SAID, Decision, decide, parse_date
-from clipkit.tfrecord_tools.resolver import UnresolvedError
+from clipkit.tfrecord_tools.resolver import Resolver, UnresolvedError
 from clipkit.tfrecord_tools.web_urls import BadUrlError, WebUrl, parse_redirect
 
 REDIRECTS = frozenset({301, 302, 303, 307, 308})
-CLOSE = {"Connection": "close"}
 DRAIN_BYTES = 65_536
 DRAIN_SECONDS = 1.0
 FREE_BYTES = 1 << 20  # a body up to here needs no share of the budget
@@ -53,10 +52,11 @@ class Outcome:
 
 
 class Exchange:
-    """Sends requests over one session."""
+    """Sends requests, over two sessions: `once` closes each connection after its answer."""
 
-    def __init__(self, session: aiohttp.ClientSession, settings: FetchSettings, budget: ByteBudget) -> None:
-        self.session = session
+    def __init__(self, settings: FetchSettings, resolver: Resolver, budget: ByteBudget) -> None:
+        self.kept = open_session(settings, resolver, keep=True)
+        self.once = open_session(settings, resolver, keep=False)
         self.settings = settings
         self.budget = budget
         self.bytes_in = 0
@@ -68,7 +68,7 @@ class Exchange:
         holds (for images; a robots.txt is meant for us whatever its own headers say).
         """
         try:
-            response = await self.session.get(at.url, allow_redirects=False, headers=None if keep else CLOSE)
+            response = await (self.kept if keep else self.once).get(at.url, allow_redirects=False)
         except (aiohttp.ClientError, OSError, ValueError) as error:
             return failed(error, self.settings)
         outcome = Outcome(status=response.status, content_type=response.headers.get("Content-Type"), answered=True)
@@ -166,6 +166,11 @@ class Exchange:
             outcome.reason, outcome.message = reasons.EMPTY, f"HTTP {response.status} without a body"
         else:
             outcome.body = pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    async def close(self) -> None:
+        """Close all connections."""
+        await self.kept.close()
+        await self.once.close()
 
 
 async def drain(response: aiohttp.ClientResponse) -> None:

@@ -13,7 +13,7 @@ from typing import Self
 
 from clipkit.tfrecord_tools import reasons
 from clipkit.tfrecord_tools.congestion import Concurrency
-from clipkit.tfrecord_tools.connect import ByteBudget, allow_many_files, open_session
+from clipkit.tfrecord_tools.connect import ByteBudget, allow_many_files
 from clipkit.tfrecord_tools.exchange import Exchange, Outcome, one_line
 from clipkit.tfrecord_tools.fetch_job import FetchStats, Handle, Handover, Job, Rows, Ticket, run_handler
 from clipkit.tfrecord_tools.fetch_settings import DISALLOWED_TAGS, Fetched, FetchSettings, user_agent
@@ -58,9 +58,8 @@ class Fetcher:
             patience=settings.deadline * NAMES_SHARE,
             report=self.concurrency.looked_up,
         )
-        self.session = open_session(settings, self.resolver)
         self.budget = ByteBudget(max(LARGE_BODY_BYTES, settings.max_bytes))
-        self.exchange = Exchange(self.session, settings, self.budget)
+        self.exchange = Exchange(settings, self.resolver, self.budget)
         self.robots = RobotsTxt(self.exchange, settings.agent_token) if settings.robots_txt else None
         self.hosts: HostQueues[Ticket] = HostQueues(settings.per_host, settings.deadline)
         self.handlers: Handlers[Handover] = Handlers(settings.handler_threads, run_handler, self.handled)
@@ -73,7 +72,7 @@ class Fetcher:
             self.alarm.cancel()
         if self.robots is not None:
             await self.robots.close()
-        await self.session.close()
+        await self.exchange.close()
         await self.resolver.close()
         await self.handlers.close()
 
