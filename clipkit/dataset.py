@@ -2,16 +2,12 @@
 
 The directory is TFDS's own, so this also opens what TFDS itself wrote (ImageNet, for one). Opening reads the metadata
 alone: shards are opened when first needed and closed when too many are open, and the index of record offsets is mapped
-into memory, so that ten million records cost no more than ten. A dataset in an object store is read by ranges.
-
-Records are read with `pread` and not through a mapping of the shard: a mapped shard counts as the process's own memory,
-and one that is cut short while it is in use kills the process where `pread` gives an error that can be told.
+into memory, so that ten million records cost no more than ten. A dataset in an object store is read by ranges; with a
+cache, in blocks of neighbouring records that all processes of the machine share.
 """
 
-import os
-import threading
+import io
 from bisect import bisect_right
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -20,75 +16,56 @@ from typing import Any
 
 import numpy as np
 
+from clipkit.block_cache import BlockCache, CachedRanges
 from clipkit.errors import UserError
 from clipkit.features import Feature, parse_features
-from clipkit.files import as_path, disk_errors, is_remote, local_copy, read_json
+from clipkit.files import as_path, is_remote, local_copy, read_json
 from clipkit.manifest import CLIPKIT_FOLDER, SplitManifest, index_path, read_manifest
+from clipkit.range_reader import KnownFile, RangeReader, read_whole
 from clipkit.records import RecordError, decode_example, index_records, unframe
-from clipkit.remote import as_upath
-
-# Far below the usual limit of 1,024 open files, with room for a loader's workers of the same process.
-_MAX_OPEN = 128
+from clipkit.remote import list_folder, reading
 
 
 @dataclass(frozen=True)
 class ShardFile:
-    """One TFRecord file. `bytes` is its size when the dataset was opened."""
+    """One TFRecord file. `bytes` is its size when the dataset was opened, `crc32c` what the manifest says, or ""."""
 
     file: str
     records: int
     bytes: int
-
-
-class _Open:
-    """A file descriptor that is closed when its last user lets go of it, whichever thread that is."""
-
-    def __init__(self, path: Path) -> None:
-        self.descriptor = os.open(path, os.O_RDONLY)
-        self.bytes = os.fstat(self.descriptor).st_size
-
-    def read(self, length: int, offset: int) -> bytes:
-        # A method, so that the object outlives the call: with the bare descriptor in hand it could be closed before.
-        return os.pread(self.descriptor, length, offset)
-
-    def __del__(self) -> None:
-        if hasattr(self, "descriptor"):
-            os.close(self.descriptor)
-
-
-class _OpenRemote:
-    """The same for an object of a store, which is asked for each range."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.bytes = path.stat().st_size
-
-    def read(self, length: int, offset: int) -> bytes:
-        target = as_upath(self.path)
-        with disk_errors(self.path):
-            data: bytes = target.fs.cat_file(target.path, start=offset, end=offset + length)
-        return data
+    crc32c: str = ""
 
 
 class Dataset:
     """One split of a dataset directory; made by `open_dataset`.
 
+    With a `cache`, `block_records` neighbours are got at once and kept in it: those whose numbers agree but for what is
+    left of a division by `block_records`, as far as they are in one shard.
     Reading is safe from several threads. A pickled dataset opens its files anew in the process that unpickles it.
     """
 
     def __init__(
-        self, path: Path, name: str, split: str, features: Mapping[str, Feature], shards: Sequence[ShardFile]
+        self,
+        path: Path,
+        name: str,
+        split: str,
+        features: Mapping[str, Feature],
+        shards: Sequence[ShardFile],
+        cache: BlockCache | None = None,
+        block_records: int = 64,
     ) -> None:
         self.path, self.name, self.split = path, name, split
         self.features = dict(features)
         self.shards = tuple(shards)
+        self.cache, self.block_records = cache, block_records
         self._start()
 
     def _start(self) -> None:
         self._ends = list(accumulate(shard.records for shard in self.shards))
-        self._lock = threading.Lock()
-        self._open: OrderedDict[int, _Open | _OpenRemote] = OrderedDict()
-        self._index = _load_index(self.path, self.split, self.num_records)
+        files = [KnownFile(shard.file, shard.bytes, shard.crc32c) for shard in self.shards]
+        self._files = RangeReader(self.path, files)
+        self._blocks = CachedRanges(self._files, self.cache) if self.cache else None
+        self._index = self._load_index()
         self._found: dict[int, np.ndarray] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -128,8 +105,11 @@ class Dataset:
         found = self._found.get(shard)
         if found is None:
             file = self.shards[shard]
-            with local_copy(self.path / file.file) as local:
-                found = index_records(local)
+            if self.cache is not None:
+                key = f"offsets of {self.path / file.file} {file.bytes}"
+                found = np.frombuffer(self.cache.read(key, lambda: self._headers(shard).tobytes()), np.uint64)
+            else:
+                found = self._headers(shard)
             if len(found) != file.records:
                 raise UserError(
                     f"{self.path / file.file} holds {len(found)} records where dataset_info.json says {file.records}: "
@@ -138,15 +118,44 @@ class Dataset:
             self._found[shard] = found
         return found
 
+    def _headers(self, shard: int) -> np.ndarray:
+        path = self.path / self.shards[shard].file
+        try:
+            with local_copy(path) as local:
+                return index_records(local)
+        except FileNotFoundError as error:
+            raise UserError(f"{path} is gone: put the shard back or build it anew") from error
+
     def read(self, i: int) -> bytes:
         """The bytes of record `i`, CRC checked. Raises RecordError when damaged, UserError when its shard is gone."""
         shard, number = self.locate(i)
-        file = self.shards[shard]
-        offsets = self.offsets(shard)
-        start = int(offsets[number])
-        end = int(offsets[number + 1]) if number + 1 < file.records else file.bytes
-        framed = self._opened(shard).read(end - start, start)
-        return unframe(framed, start, self.path / file.file)
+        start, end = self._range(shard, number, number + 1)
+        path = self.path / self.shards[shard].file
+        if self._blocks is None:
+            return unframe(self._files.read(shard, start, end), start, path)
+        block = self._block(i)
+        try:
+            return unframe(self._blocks.read(shard, block, start, end), start, path)
+        except RecordError:  # perhaps in the cache alone
+            self._blocks.drop(shard, block)
+            return unframe(self._blocks.read(shard, block, start, end), start, path)
+
+    def fill(self, i: int) -> None:
+        """Get the block of record `i` into the cache; nothing happens where there is none. Raises as `read`."""
+        if self._blocks is not None:
+            self._blocks.fill(self.locate(i)[0], self._block(i))
+
+    def _block(self, i: int) -> tuple[int, int]:
+        """The bytes of the records that are got together with record `i`, in its shard."""
+        shard, number = self.locate(i)
+        first = max(0, number - i % self.block_records)
+        last = number - i % self.block_records + self.block_records
+        return self._range(shard, first, min(last, self.shards[shard].records))
+
+    def _range(self, shard: int, first: int, last: int) -> tuple[int, int]:
+        """The bytes of the records [first, last) of a shard."""
+        offsets, file = self.offsets(shard), self.shards[shard]
+        return int(offsets[first]), int(offsets[last]) if last < file.records else file.bytes
 
     def example(self, i: int) -> dict[str, Any]:
         """Record `i` by column: bytes for an image, str, int, float, a list of these, or None for a missing value."""
@@ -164,25 +173,36 @@ class Dataset:
         path = self.path / f"{column}.labels.txt"
         return path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else None
 
-    def _opened(self, shard: int) -> _Open | _OpenRemote:
-        with self._lock:
-            file = self._open.get(shard)
-            if file is None:
-                path = self.path / self.shards[shard].file
-                try:
-                    file = _OpenRemote(path) if is_remote(path) else _Open(path)
-                except FileNotFoundError as error:
-                    raise UserError(f"{path} is gone: put the shard back or build it anew") from error
-                if file.bytes != self.shards[shard].bytes:  # the offsets are those of another file
-                    raise UserError(
-                        f"{path} has changed since the dataset was opened (clipkit purge?): run the command again"
-                    )
-                self._open[shard] = file
-                if len(self._open) > _MAX_OPEN:
-                    self._open.popitem(last=False)
-            else:
-                self._open.move_to_end(shard)
-            return file
+    def _load_index(self) -> np.ndarray | None:
+        path, records = index_path(self.path, self.split), self.num_records
+        try:
+            with reading(path):
+                if is_remote(path) and self.cache is not None:
+                    index = _remote_index(path, self.cache)
+                elif is_remote(path):
+                    index = np.load(io.BytesIO(path.read_bytes()))
+                else:
+                    # A plain view: indexing an np.memmap costs three times as much.
+                    index = np.asarray(np.load(path, mmap_mode="r" if records else None))
+        except FileNotFoundError:
+            return None
+        except (ValueError, OSError, EOFError) as error:
+            raise UserError(f"{path} isn't an index ({error}): remove it and run clipkit build-tfds again") from error
+        if index.shape != (records,):
+            raise UserError(
+                f"{path} knows {index.size} records where the shards hold {records}: run clipkit build-tfds again"
+            )
+        return index
+
+
+def _remote_index(path: Path, cache: BlockCache) -> np.ndarray:
+    """The index in a file of the cache, which all processes map."""
+    status = path.stat()
+    file = cache.file(f"{path} {status.st_size} {status.st_mtime}", lambda: read_whole(path, status.st_size))
+    try:
+        return np.asarray(np.load(file, mmap_mode="r"))
+    except FileNotFoundError:  # the cache is too small to keep it
+        return np.asarray(np.load(io.BytesIO(read_whole(path, status.st_size))))
 
 
 def _value(feature: Feature, values: list[Any] | None) -> Any:
@@ -195,26 +215,6 @@ def _value(feature: Feature, values: list[Any] | None) -> Any:
     if feature.is_list:
         return values
     return values[0] if values else None
-
-
-def _load_index(folder: Path, split: str, records: int) -> np.ndarray | None:
-    path = index_path(folder, split)
-    if not path.exists():
-        return None
-    try:
-        if is_remote(path):
-            with local_copy(path) as local:
-                index = np.load(local)
-        else:
-            # A plain view: indexing an np.memmap costs three times as much.
-            index = np.asarray(np.load(path, mmap_mode="r" if records else None))
-    except (ValueError, OSError) as error:
-        raise UserError(f"{path} isn't an index ({error}): remove it and run clipkit build-tfds again") from error
-    if index.shape != (records,):
-        raise UserError(
-            f"{path} knows {index.size} records where the shards hold {records}: run clipkit build-tfds again"
-        )
-    return index
 
 
 @dataclass(frozen=True)
@@ -264,9 +264,12 @@ def read_layout(path: Path) -> Layout:
     return Layout(folder, name, features, lengths, files, manifest)
 
 
-def open_dataset(path: Path | str, split: str = "train") -> Dataset:
+def open_dataset(
+    path: Path | str, split: str = "train", cache: BlockCache | None = None, block_records: int = 64
+) -> Dataset:
     """Open one split of the dataset at `path`: the version's directory, or a parent that holds exactly one dataset.
 
+    `cache` and `block_records` are as in `Dataset`.
     Raises UserError, each naming what is wrong: no metadata, a build or a purge that hasn't finished, no such split,
     shards that are missing or whose size isn't the manifest's.
     """
@@ -279,12 +282,15 @@ def open_dataset(path: Path | str, split: str = "train") -> Dataset:
     if layout.differs(split):
         raise UserError(f"{folder}: dataset_info.json and clipkit/manifest.json differ: build the dataset anew")
     manifest = layout.manifest.get(split)
-    sizes = [shard.bytes for shard in manifest.shards] if manifest else [None] * len(lengths[split])
+    count = len(lengths[split])
+    known = [(shard.bytes, shard.crc32c) for shard in manifest.shards] if manifest else [(None, "")] * count
+    # One listing: a thousand questions to a store would take a minute.
+    sizes = {file.name: file.bytes for file in list_folder(folder)}
     shards = [
-        ShardFile(file, records, _checked_size(folder / file, size))
-        for file, records, size in zip(layout.files[split], lengths[split], sizes, strict=True)
+        ShardFile(file, records, _checked_size(folder / file, sizes.get(file), expected), crc32c)
+        for file, records, (expected, crc32c) in zip(layout.files[split], lengths[split], known, strict=True)
     ]
-    return Dataset(folder, layout.name, split, layout.features, shards)
+    return Dataset(folder, layout.name, split, layout.features, shards, cache, block_records)
 
 
 def journal_path(folder: Path) -> Path:
@@ -315,11 +321,9 @@ def _file_names(name: str, split: str, count: int, template: str) -> list[str]:
     ]
 
 
-def _checked_size(path: Path, expected: int | None) -> int:
-    try:
-        size = path.stat().st_size
-    except FileNotFoundError as error:
-        raise UserError(f"shard {path} is missing: put it back or build it anew") from error
+def _checked_size(path: Path, size: int | None, expected: int | None) -> int:
+    if size is None:
+        raise UserError(f"shard {path} is missing: put it back or build it anew")
     if expected is not None and size != expected:
         raise UserError(
             f"shard {path} has {size} bytes where the manifest says {expected}: fetch it again or build it anew"

@@ -19,6 +19,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -40,6 +41,7 @@ _ONE_SLASH = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/(?!/)(.+)", re.DOTALL)
 # Whose exceptions are about the store, told by name so that none of these packages is imported to ask.
 _CLIENTS = ("aiobotocore", "aiohttp", "botocore", "gcsfs", "google", "huggingface_hub", "s3fs")
 _CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError", "TokenRetrievalError", "DefaultCredentialsError")
+_VERSIONS = ("ETag", "etag", "md5Hash", "oid", "blob_id", "LastModified", "mtime", "updated", "created")
 _TRANSIENT = (errno.EIO, errno.EREMOTEIO, errno.EBUSY, errno.EAGAIN, errno.ETIMEDOUT, errno.ENETUNREACH)
 
 
@@ -121,6 +123,39 @@ def put_bytes(data: bytes, path: Path, mode: str = "overwrite") -> None:
     """Put `data` under `path`; with mode "create" raises FileExistsError when there is an object already."""
     target = as_upath(path)
     target.fs.pipe_file(target.path, data, mode=mode)
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A file of a folder. `version` is what the store, or the disk, gives to tell it from a later one of that name."""
+
+    name: str
+    bytes: int
+    version: str
+
+
+def list_folder(folder: Path) -> list[Listed]:
+    """The files that lie in a folder, local or remote, by name: one question to a store for a thousand of them.
+
+    Raises FileNotFoundError where there is no folder, and UserError for what the store refuses.
+    """
+    if not is_remote(folder):
+        with os.scandir(folder) as entries:
+            files = [(entry.name, entry.stat()) for entry in entries if entry.is_file()]
+        return sorted(
+            (Listed(name, status.st_size, str(status.st_mtime_ns)) for name, status in files),
+            key=lambda file: file.name,
+        )
+    target = as_upath(folder)
+    with store_errors(folder):
+        listing = retried(lambda: target.fs.ls(target.path, detail=True))
+    found = []
+    for entry in listing:
+        if entry.get("type") == "directory" or entry.get("size") is None:
+            continue
+        version = next((entry[name] for name in _VERSIONS if entry.get(name)), "")
+        found.append(Listed(str(entry["name"]).rstrip("/").rpartition("/")[2], int(entry["size"]), str(version)))
+    return sorted(found, key=lambda file: file.name)
 
 
 def append(path: Path, line: bytes) -> None:

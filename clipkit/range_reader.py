@@ -1,0 +1,201 @@
+"""Ranges of local and remote files, asked for again until they come whole.
+
+Training reads for weeks from stores that now and then refuse, break off, answer short or not at all. A range that
+doesn't come is asked for again after growing pauses; one that stalls is cut off first, for a client without a time
+limit would wait for ever. What has been put right is told on stderr; what can't be is one line.
+
+Files are read with `pread` and not through a mapping: a mapped file counts as the process's own memory, and one that is
+cut short while it is in use kills the process where `pread` gives an error that can be told.
+"""
+
+import errno
+import os
+import random
+import sys
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from clipkit.errors import UserError
+from clipkit.files import is_remote
+from clipkit.remote import as_upath, is_transient, retried, store_errors
+
+# Far below the usual limit of 1,024 open files, with room for a loader's workers of the same process.
+_MAX_OPEN = 128
+
+ATTEMPTS = 6
+FIRST_PAUSE = 0.5  # seconds before the second attempt; twice as long before each further one
+# An answer may take so many seconds, and one more for so many bytes: slower than that, no training is fed.
+STALL_SECONDS = 20.0
+SLOWEST = 250_000
+PIECE_BYTES = 8_000_000
+
+Warn = Callable[[str], None]
+
+
+def warn_on_stderr(message: str) -> None:
+    """Print a warning."""
+    print(f"Warning: {message}", file=sys.stderr, flush=True)
+
+
+def read_range(path: Path, start: int, end: int, warn: Warn = warn_on_stderr) -> bytes:
+    """Bytes [start, end) of a remote file; errors that may pass, stalls and short answers are tried again.
+
+    Raises FileNotFoundError when there is no such file, and UserError when the store refuses or doesn't answer.
+    """
+    if start >= end:
+        return b""
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            data = _ask(path, start, end)
+            if len(data) != end - start:
+                raise OSError(errno.EIO, f"{len(data):,} of {end - start:,} bytes came")
+            return data
+        except Exception as error:
+            if not is_transient(error):
+                with store_errors(path):
+                    raise
+            stalled = isinstance(error, TimeoutError)
+            reason = "no answer in time" if stalled else " ".join(str(error).split()) or type(error).__name__
+            if attempt == ATTEMPTS:
+                raise UserError(
+                    f"can't read {path} ({reason}, {ATTEMPTS} times): check the endpoint and the network, and run the "
+                    "same command again"
+                ) from error
+            if stalled or attempt > 1:
+                warn(f"{path}, bytes {start:,} to {end:,}: {reason}; asked again ({attempt + 1} of {ATTEMPTS})")
+            time.sleep(FIRST_PAUSE * 2 ** (attempt - 1) * random.uniform(0.5, 1))
+    raise AssertionError
+
+
+def read_whole(path: Path, size: int, warn: Warn = warn_on_stderr) -> bytes:
+    """All `size` bytes of a remote file, in pieces that are short enough for a time limit. Raises as `read_range`."""
+    return b"".join(
+        read_range(path, start, min(start + PIECE_BYTES, size), warn) for start in range(0, size, PIECE_BYTES)
+    )
+
+
+def _ask(path: Path, start: int, end: int) -> bytes:
+    """One request, cut off when it takes too long. Raises TimeoutError then."""
+    target = as_upath(path)
+    seconds = STALL_SECONDS + (end - start) / SLOWEST
+    if getattr(target.fs, "async_impl", False) and hasattr(target.fs, "loop"):
+        from fsspec.asyn import sync
+
+        data: bytes = sync(target.fs.loop, target.fs._cat_file, target.path, start=start, end=end, timeout=seconds)
+        return data
+    # Such a client can't be cut off: its thread is left behind, and ends with its answer or the process.
+    answer: list[Any] = []
+
+    def ask() -> None:
+        try:
+            answer.append(target.fs.cat_file(target.path, start=start, end=end))
+        except Exception as error:
+            answer.append(error)
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if not answer:
+        raise TimeoutError
+    if isinstance(answer[0], Exception):
+        raise answer[0]
+    found: bytes = answer[0]
+    return found
+
+
+@dataclass(frozen=True)
+class KnownFile:
+    """A file of a folder as it was when the folder was opened. `version` is what else tells it from a later one."""
+
+    name: str
+    bytes: int
+    version: str = ""
+
+
+class _Open:
+    """A file descriptor that is closed when its last user lets go of it, whichever thread that is."""
+
+    def __init__(self, path: Path) -> None:
+        self.descriptor = os.open(path, os.O_RDONLY)
+        self.bytes = os.fstat(self.descriptor).st_size
+
+    def read(self, start: int, end: int) -> bytes:
+        # A method, so that the object outlives the call: with the bare descriptor in hand it could be closed before.
+        return os.pread(self.descriptor, end - start, start)
+
+    def __del__(self) -> None:
+        if hasattr(self, "descriptor"):
+            os.close(self.descriptor)
+
+
+class _OpenRemote:
+    """The same for an object of a store, which is asked for each range."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with store_errors(path):
+            self.bytes = retried(lambda: path.stat().st_size)
+
+    def read(self, start: int, end: int) -> bytes:
+        return read_range(self.path, start, end)
+
+
+class RangeReader:
+    """Files by number, opened when first needed and closed when too many are open.
+
+    Safe from several threads. A pickled one opens its files anew in the process that unpickles it.
+    """
+
+    def __init__(self, folder: Path, files: Sequence[KnownFile]) -> None:
+        self.folder, self.files = folder, tuple(files)
+        self._start()
+
+    def _start(self) -> None:
+        self._lock = threading.Lock()
+        self._open: OrderedDict[int, _Open | _OpenRemote] = OrderedDict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"folder": self.folder, "files": self.files}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._start()
+
+    def path(self, number: int) -> Path:
+        """Where a file is."""
+        return self.folder / self.files[number].name
+
+    def read(self, number: int, start: int, end: int) -> bytes:
+        """Bytes [start, end) of a file, fewer where a local one ends before.
+
+        Raises UserError when the file is gone, has changed, or can't be read.
+        """
+        try:
+            return self._opened(number).read(start, end)
+        except FileNotFoundError as error:
+            raise UserError(f"{self.path(number)} is gone: put the shard back or build it anew") from error
+        except OSError as error:
+            raise UserError(
+                f"can't read {self.path(number)} ({error.strerror or error}): check the disk, and run the command again"
+            ) from error
+
+    def _opened(self, number: int) -> _Open | _OpenRemote:
+        with self._lock:
+            file = self._open.get(number)
+            if file is not None:
+                self._open.move_to_end(number)
+                return file
+        path = self.path(number)
+        file = _OpenRemote(path) if is_remote(path) else _Open(path)
+        if file.bytes != self.files[number].bytes:  # the offsets are those of another file
+            raise UserError(f"{path} has changed since the dataset was opened (clipkit purge?): run the command again")
+        with self._lock:
+            self._open[number] = file
+            if len(self._open) > _MAX_OPEN:
+                self._open.popitem(last=False)
+        return file
