@@ -693,3 +693,48 @@ def test_no_host_is_remembered_for_nothing(server: BadServer) -> None:
             assert fetcher.budget.left == fetcher.budget.size
 
     asyncio.run(run())
+
+
+def test_a_host_that_answers_now_and_then_is_not_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hosts, "CIRCUIT_AFTER", 3)
+    with bad_server() as server:
+        urls = [server.url(path) for path in ("/reset", "/reset", "/ok")] * 10
+        results = fetch(*urls, per_host=1)
+        assert Counter(fetched.reason for fetched in results) == {"connect": 20, None: 10}
+        assert not [fetched for fetched in results if "backed off" in fetched.message]
+
+
+def test_redirects_to_a_host_that_was_given_up_end_there(monkeypatch: pytest.MonkeyPatch, dials: Dials) -> None:
+    monkeypatch.setattr(hosts, "PROBE_PAUSES", ())
+    monkeypatch.setattr(hosts, "CIRCUIT_AFTER", 1)
+
+    async def run(server: BadServer, dead: str) -> None:
+        results: list[Fetched] = []
+        async with Fetcher(SETTINGS) as fetcher:
+            await fetcher.fetch_many([(0, dead)], results.append)
+            dialled = len(dials.addresses)
+            await fetcher.fetch_many([(1, server.url(f"/redirect?to={dead}")), (2, dead)], results.append)
+            assert len(dials.addresses) == dialled + 1
+        assert sorted((fetched.index, fetched.message) for fetched in results) == [
+            (0, "Connection refused"),
+            (1, "host backed off: Connection refused"),
+            (2, "host backed off: Connection refused"),
+        ]
+
+    with bad_server() as server, refusing_port() as port:
+        asyncio.run(run(server, f"http://127.0.0.2:{port}/"))
+
+
+def test_after_an_error_of_the_handler_it_is_hardly_called_again(server: BadServer) -> None:
+    calls = 0
+
+    def handle(fetched: Fetched) -> None:
+        nonlocal calls
+        calls += 1
+        time.sleep(0.05)
+        if calls == 1:
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        fetch_all(enumerate([""] * 100), replace(SETTINGS, handler_threads=1), handle)
+    assert calls < 20
