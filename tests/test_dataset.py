@@ -2,12 +2,14 @@ import json
 import pickle
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 
 import numpy as np
 import pytest
-from image_shards import pair, picture, write_tar, write_tars
+from image_shards import pair, picture, write_tar
+from small_dataset import PAIR_FEATURES, pair_columns, write_dataset
 
-import clipkit.dataset
+import clipkit.range_reader
 from clipkit.dataset import open_dataset
 from clipkit.errors import UserError
 from clipkit.features import Feature, parse_features
@@ -20,10 +22,13 @@ from clipkit.tfrecord_tools.build import build_tfds
 def built(tmp_path_factory):
     """Three shards with 3, 0 and 4 records, the middle one empty."""
     folder = tmp_path_factory.mktemp("built")
-    write_tars(folder / "shards", [3, 0, 4])
-    for tar in (folder / "shards").iterdir():  # over a megabyte each, so that no two share an output shard
-        tar.write_bytes(tar.read_bytes() + bytes(1_100_000))
-    build_tfds(folder / "shards", folder / "out", "pairs", shard_megabytes=1)
+    numbers = iter(range(7))
+    features = PAIR_FEATURES | {"width": Feature("int"), "height": Feature("int")}
+    shards = [
+        [pair_columns(n, jpg=picture(n), width=16, height=16 + n % 3) for n in islice(numbers, count)]
+        for count in (3, 0, 4)
+    ]
+    write_dataset(folder / "out" / "pairs" / "1.0.0", {"train": shards}, features)
     return folder / "out"
 
 
@@ -77,11 +82,11 @@ def test_missing_values_lists_and_bools(tmp_path):
 
 
 def test_opening_touches_no_shard_and_reading_keeps_few_open(built, monkeypatch):
-    monkeypatch.setattr(clipkit.dataset, "_MAX_OPEN", 1)
+    monkeypatch.setattr(clipkit.range_reader, "_MAX_OPEN", 1)
     dataset = open_dataset(built)
-    assert not dataset._open
+    assert not dataset._files._open
     records = [dataset.read(i) for i in range(7)]
-    assert len(dataset._open) == 1
+    assert len(dataset._files._open) == 1
     with ThreadPoolExecutor(8) as pool:  # shards close under other readers' hands
         assert list(pool.map(dataset.read, list(range(7)) * 100)) == records * 100
 

@@ -10,6 +10,8 @@ import signal
 import time
 import tracemalloc
 from dataclasses import replace
+from http import HTTPStatus
+from urllib.parse import urlsplit
 
 import numpy as np
 import pyarrow as pa
@@ -28,9 +30,12 @@ from clipkit.dataset import open_dataset
 from clipkit.errors import UserError
 from clipkit.features import Feature
 from clipkit.files import WRITTEN_BESIDE, as_path, read_json, read_json_lines
+from clipkit.image_server import Answer, serve
 from clipkit.manifest import Source, read_manifest, write_manifest
 from clipkit.records import read_records
 from clipkit.tfrecord_tools import purge_list, purge_shard
+from clipkit.tfrecord_tools.download import download
+from clipkit.tfrecord_tools.fetch_settings import FetchSettings
 from clipkit.tfrecord_tools.purge import purge
 from clipkit.tfrecord_tools.purge_list import find, open_list, read_values, wanted_entries
 from clipkit.tfrecord_tools.verify import verify
@@ -390,6 +395,79 @@ def test_a_dataset_in_a_store(data, tmp_path):
         assert (store / name).read_bytes() == (data / name).read_bytes()
     assert not (store / "clipkit" / "purge.json").exists()
     assert not (store / "clipkit" / "purge").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A download's account
+# ---------------------------------------------------------------------------------------------------------------------
+
+NETWORK = FetchSettings(allow_private_hosts=True, timeout=5.0)
+NOTHING = Answer(b"gone", "text/plain", HTTPStatus.NOT_FOUND)
+
+
+@pytest.fixture
+def downloaded(tmp_path):
+    """Twelve rows in three shards, four of which give no image; the site as it is later, with all images."""
+    later = {f"/{n}.jpg": Answer(picture(n * 12, size=40), "image/jpeg") for n in range(12)}
+    now = later | {f"/{n}.jpg": NOTHING for n in (1, 2, 6, 10)}
+    with serve(now) as base:
+        table = {"url": [f"{base}/{n}.jpg" for n in range(12)], "caption": [f"picture number {n}" for n in range(12)]}
+        pq.write_table(pa.table(table), tmp_path / "urls.parquet")
+        get = {"name": "pairs", "samples_per_shard": 4, "network": NETWORK, "processes": 1}
+        download(tmp_path / "urls.parquet", tmp_path / "out", **get)
+    return tmp_path / "out" / "pairs" / "1.0.0", table["url"], later, get
+
+
+def test_purged_rows_stay_in_the_ledger_and_are_never_fetched_again(downloaded, tmp_path):
+    data, listed, later, get = downloaded
+    asked = [listed[n] for n in (4, 6, 8, 10)]  # two with an image, two without
+    summary = purge(data, write_list(tmp_path / "list.txt", asked))
+    assert (summary.records, summary.matched) == (2, 2)
+    assert verify(data).problems == ()
+    rows = pq.read_table(data / "clipkit" / "failures.parquet").to_pylist()
+    assert {row["url"]: row["reason"] for row in rows} == {
+        **dict.fromkeys(asked, "purged"),
+        **{listed[n]: "http-4xx" for n in (1, 2)},
+    }
+    assert {row["caption"] for row in rows if row["reason"] == "purged"} == {None}
+    left = b"".join(contents(data / "clipkit" / "ledger").values())
+    assert hashlib.sha256(jpg(4)).hexdigest().encode() not in left
+    manifest = read_manifest(data)["train"]
+    assert (manifest.samples, manifest.records, manifest.skipped) == (12, 6, {"http-4xx": 2, "purged": 4})
+    told = read_json(data / "clipkit" / "download.json")
+    assert (told["downloaded"], told["failed"]) == (6, {"purged": 4, "http-4xx": 2})
+    before = contents(data)
+    assert download(tmp_path / "urls.parquet", tmp_path / "out", **get).failed == told["failed"], "nothing is fetched"
+    assert contents(data) == before
+    with serve(later, urlsplit(listed[0]).port):
+        again = download(tmp_path / "urls.parquet", tmp_path / "out", retry_failed="http-4xx", **get)
+    assert (again.downloaded, again.failed) == (8, {"purged": 4})
+    dataset = open_dataset(data)
+    assert [dataset.example(i)["url"] for i in range(8)] == [listed[n] for n in (0, 1, 2, 3, 5, 7, 9, 11)]
+    assert verify(data).problems == ()
+
+
+def test_a_list_of_rows_without_an_image_alone(downloaded, tmp_path):
+    data, listed, _, get = downloaded
+    summary = purge(data, write_list(tmp_path / "list.txt", [listed[6]]))
+    assert (summary.records, summary.unmatched) == (0, 1)
+    assert read_manifest(data)["train"].skipped == {"http-4xx": 3, "purged": 1}
+    assert download(tmp_path / "urls.parquet", tmp_path / "out", **get).failed == {"http-4xx": 3, "purged": 1}
+    before = contents(data)
+    purge(data, tmp_path / "list.txt")
+    assert contents(data) == before
+
+
+def test_a_download_waits_for_a_purge_that_is_not_finished(downloaded, tmp_path, monkeypatch):
+    data, listed, _, get = downloaded
+    with monkeypatch.context() as patch:
+        stop_in(patch, "pairs-train.tfrecord-00002-of-00003")
+        with pytest.raises(UserError, match="the disk is full"):
+            purge(data, write_list(tmp_path / "list.txt", [listed[4], listed[8]]))
+    with pytest.raises(UserError, match="a purge isn't finished"):
+        download(tmp_path / "urls.parquet", tmp_path / "out", **get)
+    assert purge(data, tmp_path / "list.txt").records == 2
+    assert download(tmp_path / "urls.parquet", tmp_path / "out", **get).downloaded == 6
 
 
 # ---------------------------------------------------------------------------------------------------------------------

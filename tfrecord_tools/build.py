@@ -33,6 +33,7 @@ from clipkit.tfrecord_tools.condition import Condition
 from clipkit.tfrecord_tools.condition import kinds_of as kinds_of_samples
 from clipkit.tfrecord_tools.metadata import VERSION, shard_name, write_metadata
 from clipkit.tfrecord_tools.prepare import Part, Preparation, part_left
+from clipkit.tfrecord_tools.purge_plan import refuse_unfinished_purge
 from clipkit.tfrecord_tools.read_parquet import Columns
 from clipkit.tfrecord_tools.read_shards import InputShard, find_shards, open_shard
 from clipkit.tfrecord_tools.shuffle import stretch_path
@@ -86,6 +87,7 @@ def build_tfds(
     paths = find_shards(shards, columns, options.splits[0])
     work = folder / CLIPKIT_FOLDER / f"build-{'-'.join(options.splits)}"
     with lock(folder / CLIPKIT_FOLDER), ExitStack() as stack:
+        refuse_unfinished_purge(folder)
         splits = read_manifest(folder)
         whole = _whole_splits(folder)
         splits = {part: manifest for part, manifest in splits.items() if part in whole}

@@ -24,6 +24,7 @@ from clipkit.tfrecord_tools.fetch_shard import Task
 from clipkit.tfrecord_tools.metadata import VERSION
 from clipkit.tfrecord_tools.picture import PictureSettings
 from clipkit.tfrecord_tools.probe import ProbeResult, probe
+from clipkit.tfrecord_tools.purge_plan import refuse_unfinished_purge
 from clipkit.tfrecord_tools.retry import parse_reasons
 from clipkit.tfrecord_tools.shard_state import Layout
 from clipkit.tfrecord_tools.table_columns import check_tables, choose_columns, column_kind
@@ -100,6 +101,7 @@ def download(
     require_writable(root)
     with lock(root / "clipkit"), disk_errors(root):
         check_output(root)
+        refuse_unfinished_purge(root)
         plan = make_plan(urls, tables, output, where, root / "clipkit")
         layout = Layout(root, format, dataset, len(plan.shards))
         work = Work(plan, Task(layout, output, network, kinds), processes, engine, str(urls), where)

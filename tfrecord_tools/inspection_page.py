@@ -80,11 +80,11 @@ def contents(inspection: Inspection) -> dict[str, Any]:
         "caption_charts": charts(
             [
                 (
-                    captions and captions.tokens,
+                    captions.tokens if captions else None,
                     "captions by length (% of captions)",
                     "text tokens, start and end counted",
                 ),
-                (captions and captions.words, "captions by words (% of captions)", "words"),
+                (captions.words if captions else None, "captions by words (% of captions)", "words"),
             ]
         ),
         "methods": list(dict.fromkeys(each.method for each in captions.reductions)) if captions else [],
@@ -93,9 +93,13 @@ def contents(inspection: Inspection) -> dict[str, Any]:
         "examples": [shown(each) for each in captions.examples] if captions else [],
         "picture_charts": charts(
             [
-                (pictures and pictures.shorter_side, "pictures by size (% of pictures)", "shorter side, pixels"),
-                (pictures and pictures.aspect, "pictures by shape (% of pictures)", "width by height"),
-                (pictures and pictures.bytes, "pictures by bytes (% of pictures)", "bytes as stored"),
+                (
+                    pictures.shorter_side if pictures else None,
+                    "pictures by size (% of pictures)",
+                    "shorter side, pixels",
+                ),
+                (pictures.aspect if pictures else None, "pictures by shape (% of pictures)", "width by height"),
+                (pictures.bytes if pictures else None, "pictures by bytes (% of pictures)", "bytes as stored"),
             ]
         ),
         "same": [pictured(dataset, group) for group in pictures.same] if pictures else [],

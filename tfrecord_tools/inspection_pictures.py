@@ -116,7 +116,7 @@ class Pictures:
         numbers = list(first.values())[:MOST_COMPARED]
         hashes = np.array([self.hashes[number] for number in numbers], np.uint64)
         near = neighbours(hashes, SAME_PICTURE)
-        groups = []
+        groups: list[list[int]] = []
         left = {number: set(others) for number, others in near.items()}
         while left and len(groups) < GROUPS:
             # The picture that most others are like, with these, then the next among the rest.

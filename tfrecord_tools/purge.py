@@ -9,7 +9,8 @@ The order of the data is a function of the number of records. So a training that
 another order than it would have: nothing can keep the old one, for the point is that these records are gone. Numbers of
 records move up within the split as well. A training that is running while its dataset is purged stops with one line.
 
-The manifest counts the records among the skipped, as "purged", so that its sums stay right.
+The manifest counts the records among the skipped, as "purged", so that its sums stay right, and a download's ledger
+keeps their rows (see `purge_ledger`).
 """
 
 import datetime
@@ -28,7 +29,8 @@ from clipkit.errors import UserError
 from clipkit.files import as_path, clear_leftovers, lock, read_json, remove, write_beside
 from clipkit.log import Progress
 from clipkit.manifest import CLIPKIT_FOLDER
-from clipkit.tfrecord_tools.purge_finish import finish, record
+from clipkit.tfrecord_tools.purge_finish import finish
+from clipkit.tfrecord_tools.purge_ledger import KNOWN, LedgerJob, download_layout, finish_download, purge_ledger
 from clipkit.tfrecord_tools.purge_list import RemovalList, UInt64Array, open_list, wanted_entries
 from clipkit.tfrecord_tools.purge_log import purged_before, was_recorded
 from clipkit.tfrecord_tools.purge_plan import (
@@ -48,8 +50,9 @@ from clipkit.tfrecord_tools.purge_shard import (
     find_records,
     purge_shard,
 )
+from clipkit.tfrecord_tools.shard_state import SPLIT
 
-Item = TypeVar("Item", Target, PurgeJob)
+Item = TypeVar("Item", Target, PurgeJob, LedgerJob)
 Result = TypeVar("Result")
 
 
@@ -127,7 +130,9 @@ def purge(
         clear_leftovers(folder, folder / CLIPKIT_FOLDER)
         plan = read_plan(folder)
         if plan is not None and (plan.list_sha256, plan.by) != (chosen.sha256, chosen.by):
-            raise UserError(f"{folder}: a purge by {plan.by} with {plan.list} isn't finished: run that one again first")
+            raise UserError(
+                f"{folder}: a purge by {plan.by} with {plan.list_path} isn't finished: run that one again first"
+            )
         if plan is not None and dry_run:
             raise UserError(f"{folder}: a purge isn't finished: run it again without --dry-run")
         if plan is None:
@@ -135,7 +140,8 @@ def purge(
         if plan is None:
             return summary
         states, matched = _rewrite(run, plan)
-        finish(layout, plan, states, chosen, wanted, matched)
+        failed = _purge_ledgers(run, plan, states)
+        finish(layout, plan, states, chosen, wanted, matched, failed)
         freed = sum(shard.bytes for shard in plan.shards) - sum(state.bytes for state in states)
         count = sum(state.removed for state in states)
         return _summary(run, matched, count, len(states), freed, plan.computed)
@@ -188,8 +194,7 @@ def _find(run: _Run, dry_run: bool) -> tuple[Plan | None, PurgeSummary]:
     work = work_folder(layout.folder)
     remove(work)
     targets = [target for split in layout.lengths for target in _targets(layout, split)]
-    with write_beside(work / "wanted.npy") as temporary, temporary.open("wb") as file:
-        np.save(file, run.wanted)
+    _save(work / "wanted.npy", run.wanted)
     function = partial(find_records, values=run.values, wanted=work / "wanted.npy")
     matches = _over_shards(run, "purge: reading", function, targets, [target.bytes for target in targets])
     remove(work)
@@ -202,14 +207,14 @@ def _find(run: _Run, dry_run: bool) -> tuple[Plan | None, PurgeSummary]:
     summary = _summary(run, matched, count, len(concerned), 0, computed, dry_run)
     now = datetime.datetime.now(datetime.UTC)
     name = f"{now:%Y%m%dT%H%M%S.%fZ}-{run.removals.sha256[:8]}"
-    if dry_run or not concerned:
-        if not dry_run and len(matched) and not was_recorded(layout.folder, run.removals):
-            record(layout, name, run.removals, run.wanted, matched, list)
+    # A list that is new here is written down though no record matches; rows that gave no image may.
+    is_new = len(matched) > 0 and not was_recorded(layout.folder, run.removals)
+    if dry_run or not (concerned or is_new):
         return None, summary
     parts = read_json(layout.folder / "dataset_info.json")["splits"]
     plan = Plan(
         purge=name,
-        list=str(run.removals.path),
+        list_path=str(run.removals.path),
         list_sha256=run.removals.sha256,
         by=run.removals.by,
         computed=computed,
@@ -247,20 +252,49 @@ def _rewrite(run: _Run, plan: Plan) -> tuple[list[ShardState], npt.NDArray[np.bo
     return states, matched
 
 
+def _purge_ledgers(run: _Run, plan: Plan, states: Sequence[ShardState]) -> dict[str, dict[str, int]]:
+    """Purge the account that a download left; what failed in each of its shards by file, {} where there is none."""
+    folder = run.layout.folder
+    made = download_layout(run.layout)
+    if made is None:
+        return {}
+    wanted = None
+    if run.removals.by in KNOWN:
+        wanted = work_folder(folder) / "wanted.npy"
+        _save(wanted, run.wanted)
+    changed = {shard.file: number for number, shard in enumerate(plan.shards) if shard.split == SPLIT}
+    items = []
+    for number in range(made.shard_count):
+        files = made.files(number)
+        place = changed.get(files.data.name)
+        state = (None, None) if place is None else (state_path(folder, place), states[place])
+        items.append(LedgerJob(files, *state, wanted, run.removals.by, plan.purge))
+    _over_shards(run, "purge: ledgers", purge_ledger, items, [0] * len(items))
+    return finish_download(made)
+
+
+def _save(path: Path, array: UInt64Array) -> None:
+    with write_beside(path) as temporary, temporary.open("wb") as file:
+        np.save(file, array)
+
+
 def _over_shards(
     run: _Run, label: str, function: Callable[[Item], Result], items: Sequence[Item], sizes: Sequence[int]
 ) -> list[Result]:
     """`function` of all items, in their order, with a progress line in megabytes."""
     results: dict[int, Result] = {}
     done = 0
-    with Progress(label, sum(sizes) // 1_000_000, "MB") as progress:
+    counted = sum(sizes) // 1_000_000
+    with Progress(label, counted or len(items), "MB" if counted else "shards") as progress:
         ended = jobs.run(function, items, engine=run.engine, workers=run.workers, describe=_describe)
         for index, result in ended:
             results[index] = result
             done += sizes[index]
-            progress.update(done // 1_000_000, f"shard {len(results):,}/{len(items):,}")
+            progress.update(done // 1_000_000 if counted else len(results), f"shard {len(results):,}/{len(items):,}")
     return [results[index] for index in range(len(items))]
 
 
-def _describe(item: Target | PurgeJob) -> str:
+def _describe(item: Target | PurgeJob | LedgerJob) -> str:
+    if isinstance(item, LedgerJob):
+        return item.files.ledger.name
     return (item if isinstance(item, Target) else item.target).path.name

@@ -15,6 +15,7 @@ import numpy.typing as npt
 from clipkit.dataset import Layout, journal_path
 from clipkit.files import local_copy, read_json, remove, write_beside, write_json
 from clipkit.manifest import CLIPKIT_FOLDER, SplitManifest, index_path, write_manifest
+from clipkit.tfrecord_tools.purge_ledger import with_failures
 from clipkit.tfrecord_tools.purge_list import RemovalList, UInt64Array
 from clipkit.tfrecord_tools.purge_log import log_path, rewrite_lines, write_purged
 from clipkit.tfrecord_tools.purge_plan import Plan, state_path, work_folder
@@ -36,8 +37,12 @@ def finish(
     removals: RemovalList,
     wanted: UInt64Array,
     matched: npt.NDArray[np.bool_],
+    failed: Mapping[str, Mapping[str, int]],
 ) -> None:
-    """Write index, log and metadata anew, and end the purge. `matched` says which entries of the list were found."""
+    """Write index, log and metadata anew, and end the purge.
+
+    `matched` says which entries of the list were found, `failed` what a download counts of each shard by its file.
+    """
     folder = layout.folder
     splits: dict[str, dict[str, Changed]] = {}
     for number, (shard, state) in enumerate(zip(plan.shards, states, strict=True)):
@@ -48,7 +53,10 @@ def finish(
             lines = _skipped_lines(layout, changed)
             rewrite_lines(folder / CLIPKIT_FOLDER / f"skipped-{split}.jsonl", plan.purge, lines)
     record(layout, plan.purge, removals, wanted, matched, lambda: _removed(layout, plan))
-    manifest = {split: _purged_manifest(each, splits.get(split, {})) for split, each in layout.manifest.items()}
+    manifest = {
+        split: with_failures(_purged_manifest(each, splits.get(split, {})), failed)
+        for split, each in layout.manifest.items()
+    }
     if manifest:
         write_manifest(folder, manifest)
     _write_info(layout, plan, splits, manifest)
@@ -121,7 +129,7 @@ def _purged_manifest(manifest: SplitManifest, changed: Mapping[str, Changed]) ->
     """A split's manifest with its changed shards, or itself when it has them already."""
     entries = {shard.file: shard for shard in manifest.shards}
     new = {file: each.state.entry for file, each in changed.items() if each.state.entry is not None}
-    if all(entries[file] == entry for file, entry in new.items()):
+    if all(entries[file].bytes == entry.bytes for file, entry in new.items()):
         return manifest
     # A shuffled split has its sources here and not in its shards, and which of them a record came from isn't known.
     left = sum(changed[file].state.removed for file in new if not entries[file].sources)

@@ -40,13 +40,19 @@ class Plan:
     """
 
     purge: str
-    list: str
+    list_path: str
     list_sha256: str
     by: str
     computed: int
     lengths: dict[str, list[int]]
     num_bytes: dict[str, str | None]
     shards: tuple[PlannedShard, ...]
+
+
+def refuse_unfinished_purge(folder: Path) -> None:
+    """Raise UserError when a purge of the dataset in `folder` isn't finished, for whatever would write into it."""
+    if journal_path(folder).exists():
+        raise UserError(f"{folder}: a purge isn't finished, run the same clipkit purge command again")
 
 
 def work_folder(folder: Path) -> Path:
@@ -63,7 +69,8 @@ def write_plan(folder: Path, plan: Plan, numbers: Sequence[Int64Array], places: 
     """Write what is to be done, the journal last. `numbers` are those of each shard's records that are to go, and
     `places` where their values stand in the list's array."""
     with write_beside(work_folder(folder) / "doomed.npy") as temporary, temporary.open("wb") as file:
-        np.save(file, np.stack([np.concatenate(numbers), np.concatenate(places)]))
+        empty = np.zeros(0, np.int64)
+        np.save(file, np.stack([np.concatenate([empty, *numbers]), np.concatenate([empty, *places])]))
     write_json(journal_path(folder), {"format": FORMAT, **asdict(plan)})
 
 
@@ -83,4 +90,4 @@ def read_numbers(folder: Path, plan: Plan) -> tuple[list[Int64Array], Int64Array
     with local_copy(work_folder(folder) / "doomed.npy") as path:
         numbers, places = np.load(path)
     ends = np.cumsum([shard.purged for shard in plan.shards])
-    return np.split(numbers, ends[:-1]), places
+    return np.split(numbers, ends[:-1]) if plan.shards else [], places

@@ -52,7 +52,8 @@ class Match:
 
 @dataclass(frozen=True)
 class ShardState:
-    """The account of a rewritten shard. `contents` are the bytes of the removed records without their frames.
+    """The account of a rewritten shard. `contents` are the bytes of the removed records without their frames, and
+    `columns` how many of these had each column.
 
     The removed records stand in a file beside it (`read_removed`), for there may be millions.
     """
@@ -62,6 +63,7 @@ class ShardState:
     entry: Shard | None
     contents: int
     removed: int
+    columns: dict[str, int]
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,9 @@ def find_records(target: Target, values: Values, wanted: Path) -> Match:
     Raises UserError when the shard isn't what the dataset says, or is damaged.
     """
     keys = values.keys()
-    numbers, places, computed, number = [], [], 0, 0
+    numbers: list[int] = []
+    places: list[int] = []
+    computed = number = 0
     with local_copy(wanted) as array, local_copy(target.path) as local:
         entries = np.load(array, mmap_mode="r")
         batch: list[bytes] = []
@@ -165,7 +169,7 @@ def read_state(job: PurgeJob) -> ShardState | None:
     if job.target.path.stat().st_size != told["bytes"]:
         return None
     entry = Shard.from_dict(told["entry"]) if told["entry"] else None
-    return ShardState(told["records"], told["bytes"], entry, told["contents"], told["removed"])
+    return ShardState(told["records"], told["bytes"], entry, told["contents"], told["removed"], told["columns"])
 
 
 def _rewrite(job: PurgeJob) -> ShardState:
@@ -173,6 +177,7 @@ def _rewrite(job: PurgeJob) -> ShardState:
     offsets: list[int] = []
     removed = contents = 0
     gone: Counter[str] = Counter()
+    columns: Counter[str] = Counter()
     sources = _Sources(target.entry)
     with write_beside(target.path) as temporary:
         with (
@@ -190,6 +195,7 @@ def _rewrite(job: PurgeJob) -> ShardState:
                     offsets.append(writer.write(record))
                     continue
                 values = decode_example(record)
+                columns.update(values.keys())
                 image = values.get(job.values.image or "")
                 gone[(image_format(image[0]) if image else None) or "unknown"] += 1
                 contents += len(record)
@@ -204,7 +210,7 @@ def _rewrite(job: PurgeJob) -> ShardState:
             checksum = f"{writer.checksum:08x}"
             entry = replace(entry, records=writer.records, bytes=writer.bytes, crc32c=checksum, formats=formats)
             entry = replace(entry, sources=sources.left())
-        state = ShardState(writer.records, writer.bytes, entry, contents, removed)
+        state = ShardState(writer.records, writer.bytes, entry, contents, removed, dict(sorted(columns.items())))
         with write_beside(offsets_path(job.state)) as path, path.open("wb") as file:
             np.save(file, np.array(offsets, np.uint64))
         write_json(job.state, asdict(state))

@@ -74,7 +74,9 @@ class VerifySummary:
         return "\n".join(lines)
 
 
-def verify(path: Path, *, decode: int | None = DECODE, engine: str = "local", workers: int | None = 1) -> VerifySummary:
+def verify(
+    path: Path, *, decode: int | None = DECODE, engine: jobs.Engine = "local", workers: int | None = 1
+) -> VerifySummary:
     """Check the dataset at `path`, or a folder of img2dataset's tars, and return all that is wrong.
 
     `decode` images drawn from the whole are decoded in full; None takes all. One job a shard runs on `engine`.
@@ -116,7 +118,7 @@ def _summary(
 
 
 def _run(
-    function: Callable[[Check], ShardReport], checks: Sequence[Check], engine: str, workers: int | None
+    function: Callable[[Check], ShardReport], checks: Sequence[Check], engine: jobs.Engine, workers: int | None
 ) -> list[ShardReport]:
     """The reports in the order of the checks, with a progress line in megabytes where sizes are known."""
     sizes = [check.bytes or 0 for check in checks]
@@ -179,7 +181,9 @@ def _is_folder_of_tars(path: Path) -> bool:
     return any(file.suffix == ".tar" for file in path.iterdir())
 
 
-def _verify_tars(folder: Path, decode: int | None, engine: str, workers: int | None, started: float) -> VerifySummary:
+def _verify_tars(
+    folder: Path, decode: int | None, engine: jobs.Engine, workers: int | None, started: float
+) -> VerifySummary:
     files = sorted((file for file in folder.iterdir() if file.suffix == ".tar"), key=lambda each: each.name)
     files = [file for file in files if not file.name.startswith(".")]
     each = None if decode is None else -(-decode // len(files))

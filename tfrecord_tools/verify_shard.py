@@ -9,7 +9,7 @@ import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import google_crc32c
 import numpy as np
@@ -142,7 +142,7 @@ def _check(check: ShardCheck, local: Path, found: Found) -> ShardReport:
     return ShardReport(len(offsets), size, decoded, found.all())
 
 
-def read_frames(file: io.BufferedReader, size: int) -> Iterator[tuple[int, bytes, str]]:
+def read_frames(file: BinaryIO, size: int) -> Iterator[tuple[int, bytes, str]]:
     """Each framed record with its byte offset and "", its contents unchecked; at a broken length, the reason."""
     offset = 0
     while offset < size:

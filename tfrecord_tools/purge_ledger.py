@@ -1,0 +1,148 @@
+"""A purge in the account of a download: the rows stay, with their URLs and the reason "purged", and nothing else.
+
+So they aren't fetched again, neither by the same download nor by a retry, which asks only for rows that failed for a
+reason of the network's. Rows that gave no image are purged too: what was refused by a name server yesterday must not
+come tomorrow. Where no download made the dataset, or its format has no ledger, there is nothing to do.
+"""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from clipkit.dataset import Layout
+from clipkit.errors import UserError
+from clipkit.files import local_copy, read_json, write_json
+from clipkit.manifest import CLIPKIT_FOLDER, SplitManifest, add_counts
+from clipkit.tfrecord_tools import ledger, shard_state
+from clipkit.tfrecord_tools.ledger import Outcome, read_ledger, write_ledger
+from clipkit.tfrecord_tools.purge_list import find
+from clipkit.tfrecord_tools.purge_shard import PURGED, ShardState, offsets_path, read_removed
+from clipkit.tfrecord_tools.shard_state import ShardFiles, file_sizes, load_state, write_state
+
+# Columns of a ledger by which a row that gave no image can be meant.
+KNOWN = ("url", "key")
+
+
+@dataclass(frozen=True)
+class LedgerJob:
+    """The ledger of one shard. `state` is the purge's account of it, `purged` the same read; None when it keeps all.
+
+    `wanted` is the file of the list's array, None when the list is of something that failed rows haven't.
+    """
+
+    files: ShardFiles
+    state: Path | None
+    purged: ShardState | None
+    wanted: Path | None
+    by: str
+    purge: str
+
+
+def download_layout(layout: Layout) -> shard_state.Layout | None:
+    """How the download that made the dataset names its files, None when none made it."""
+    split = shard_state.SPLIT
+    if split not in layout.lengths or not (layout.folder / CLIPKIT_FOLDER / ledger.LEDGER_FOLDER).exists():
+        return None
+    made = shard_state.Layout(layout.folder, "tfds", layout.name, len(layout.lengths[split]))
+    names = [made.files(number).data.name for number in range(made.shard_count)]
+    return made if names == layout.files[split] and made.files(0).ledger.exists() else None
+
+
+def purge_ledger(job: LedgerJob) -> int:
+    """Write a ledger and its shard's state anew where the purge concerns it; how many rows are purged in it by now."""
+    path = job.files.ledger
+    with local_copy(path) as local:
+        rows = pq.read_table(local, columns=["key", "row", "url", "caption"], partitioning=None)
+    outcomes = read_ledger(path)
+    keys: list[str] = rows["key"].to_pylist()
+    gone = Outcome(PURGED, f"by the purge {job.purge}")
+    before = [outcome.reason for outcome in outcomes]
+    stored = [row for row, reason in enumerate(before) if reason is None]
+    if job.state is not None and job.purged is not None and len(stored) != job.purged.records:
+        if len(stored) != job.purged.records + job.purged.removed:
+            raise UserError(f"ledger {path} isn't that of {job.files.data}: move it away and purge again")
+        for removed in read_removed(job.state):
+            outcomes[stored[removed["number"]]] = gone
+        with local_copy(offsets_path(job.state)) as local:
+            offsets = np.load(local).tolist()
+        left = [row for row in stored if outcomes[row].reason is None]
+        for row, offset in zip(left, offsets, strict=True):
+            outcomes[row] = replace(outcomes[row], offset=offset)
+    failed = [row for row, reason in enumerate(before) if reason not in (None, PURGED)]
+    if job.wanted is not None and failed:
+        values = rows[job.by].take(failed).to_pylist()
+        with local_copy(job.wanted) as local:
+            wanted = np.load(local, mmap_mode="r")
+            places = find(wanted, [str(value or "").encode("utf-8", "replace") for value in values])
+        for row, place in zip(failed, places.tolist(), strict=True):
+            if place >= 0:
+                outcomes[row] = gone
+    if [outcome.reason for outcome in outcomes] != before:
+        captions = [
+            None if outcome.reason == PURGED else caption
+            for outcome, caption in zip(outcomes, rows["caption"].to_pylist(), strict=True)
+        ]
+        cleared = pa.table({"url": rows["url"], "caption": pa.array(captions, pa.string())})
+        write_ledger(path, keys, rows["row"].to_pylist(), cleared, outcomes)
+    _write_state(job, outcomes)
+    return sum(outcome.reason == PURGED for outcome in outcomes)
+
+
+def _write_state(job: LedgerJob, outcomes: list[Outcome]) -> None:
+    """The download's own state of the shard, counted anew from the ledger."""
+    state = load_state(job.files)
+    if state is None:
+        return
+    stored = [outcome for outcome in outcomes if outcome.reason is None]
+    if state.successes != len(stored) and job.purged is not None:
+        columns = {name: count - job.purged.columns.get(name, 0) for name, count in state.present.items()}
+        state = replace(state, present={name: count for name, count in columns.items() if count})
+    checks = Counter(outcome.hash_check for outcome in stored if outcome.hash_check)
+    failed = Counter(outcome.reason for outcome in outcomes if outcome.reason is not None)
+    entry = job.purged.entry if job.purged is not None else None
+    new = replace(
+        state,
+        successes=len(stored),
+        failed=dict(sorted(failed.items())),
+        hash_check=dict(sorted(checks.items())),
+        image_bytes=sum(outcome.jpg_bytes or 0 for outcome in stored),
+        sizes=file_sizes(job.files),
+        crc32c=entry.crc32c if entry is not None else state.crc32c,
+    )
+    if new != state:
+        write_state(job.files.state, new)
+
+
+def finish_download(made: shard_state.Layout) -> dict[str, dict[str, int]]:
+    """Bring the download's tables of all its shards into line; returns what failed in each shard, by its file."""
+    files = [made.files(number) for number in range(made.shard_count)]
+    states = [state for each in files if (state := load_state(each)) is not None]
+    failures, account = made.own / ledger.FAILURES_FILE, made.own / "download.json"
+    if failures.exists():
+        names = [(made.shard(number), each.ledger) for number, each in enumerate(files)]
+        ledger.write_failures(failures, names)
+    if account.exists() and len(states) == len(files):
+        failed = add_counts(state.failed for state in states)
+        told = read_json(account)
+        told["downloaded"] = sum(state.successes for state in states)
+        told["failed"] = dict(sorted(failed.items(), key=lambda each: (-each[1], each[0])))
+        told["hash_check"] = add_counts(state.hash_check for state in states)
+        told["image_bytes"] = sum(state.image_bytes for state in states)
+        write_json(account, told)
+    return {each.data.name: state.failed for each, state in zip(files, states, strict=False)}
+
+
+def with_failures(manifest: SplitManifest, failed: Mapping[str, Mapping[str, int]]) -> SplitManifest:
+    """A download's manifest, in which each shard has one source, with what failed in each shard."""
+    shards = []
+    for shard in manifest.shards:
+        if shard.file in failed and len(shard.sources) == 1:
+            source = replace(shard.sources[0], skipped=dict(sorted(failed[shard.file].items())))
+            shard = replace(shard, sources=(source,))
+        shards.append(shard)
+    return replace(manifest, shards=tuple(shards))
