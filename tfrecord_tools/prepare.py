@@ -22,7 +22,7 @@ from clipkit.tfrecord_tools.read_shards import InputShard, read_shard
 from clipkit.tfrecord_tools.sample import DUPLICATE, NOT_AN_IMAGE, NOT_WANTED, Sample
 
 BATCH_SAMPLES = 256
-BATCH_BYTES = 16 << 20
+BATCH_BYTES = 1 << 20
 COLUMN_BYTES = 600  # about what a record has beside its image
 
 
