@@ -22,7 +22,8 @@ from clipkit.tfrecord_tools.read_shards import InputShard, read_shard
 from clipkit.tfrecord_tools.sample import DUPLICATE, NOT_AN_IMAGE, NOT_WANTED, Sample
 
 BATCH_SAMPLES = 256
-BATCH_BYTES = 1 << 20
+BATCH_BYTES = 1 << 20  # of images, that they are still in the processor's cache when they are written
+ASKED_BYTES = 16 << 20  # the same with a condition, which costs a millisecond a batch
 COLUMN_BYTES = 600  # about what a record has beside its image
 
 
@@ -75,7 +76,7 @@ class Prepared(NamedTuple):
 def judged(parts: Sequence[Part], preparation: Preparation) -> Iterator[list[Judged]]:
     """All samples of the parts in order, a batch at a time, with the reasons that the sample itself gives."""
     condition = Condition(preparation.where, preparation.kinds) if preparation.where else None
-    for batch in batches(parts):
+    for batch in batches(parts, BATCH_BYTES if condition is None else ASKED_BYTES):
         yield judge_batch(batch, condition)
 
 
@@ -91,7 +92,7 @@ def judge_batch(batch: Sequence[tuple[int, Sample]], condition: Condition | None
     ]
 
 
-def batches(parts: Sequence[Part]) -> Iterator[list[tuple[int, Sample]]]:
+def batches(parts: Sequence[Part], most_bytes: int) -> Iterator[list[tuple[int, Sample]]]:
     """The samples with the number of their part, a few at a time, however large their images are."""
     batch: list[tuple[int, Sample]] = []
     size = 0
@@ -99,7 +100,7 @@ def batches(parts: Sequence[Part]) -> Iterator[list[tuple[int, Sample]]]:
         for sample in read_shard(part.shard, part.start, part.stop):
             batch.append((number, sample))
             size += len(sample.image or b"")
-            if len(batch) == BATCH_SAMPLES or size >= BATCH_BYTES:
+            if len(batch) == BATCH_SAMPLES or size >= most_bytes:
                 yield batch
                 batch, size = [], 0
     if batch:
