@@ -147,8 +147,9 @@ class Loader:
         while stop is None or start < stop:
             count = at_once if stop is None else min(at_once, (stop - start) // size)
             firsts = np.arange(start, start + count * size, size, dtype=np.uint64) + np.uint64(rank * share)
-            positions_NB: UInt64Array = firsts[:, None] + np.arange(share, dtype=np.uint64)
-            indices = self.job.source.records_at(positions_NB.ravel(), self.config.seed, self.config.block_size)
+            positions_NB = firsts[:, None] + np.arange(share, dtype=np.uint64)
+            positions = positions_NB.ravel().astype(np.uint64)
+            indices = self.job.source.records_at(positions, self.config.seed, self.config.block_size)
             yield from zip(positions_NB, indices.reshape(positions_NB.shape), strict=True)
             start += count * size
 

@@ -22,6 +22,8 @@ from clipkit.train.sources import Pair, Source
 
 # A broken record is replaced by one of the next ones of its block; a block this broken is a broken dataset.
 MAX_TRIES = 16
+# So many records of a chunk are read before the first of them is decoded: each kind of work goes faster in a row.
+READ_TOGETHER = 32
 # A dataset whose images, decoded, fit into so many bytes is decoded once; one that doesn't is never kept in part.
 KEPT_BYTES = 400_000_000
 
@@ -99,27 +101,13 @@ class SampleMaker:
         samples: list[Sample] = []
         bad: list[tuple[str, str]] = []
         records = records_B.tolist()
-        for index, (record, found) in enumerate(zip(records, self.samples(records), strict=True)):
-            for candidate, sample in self.candidates(record, found):
-                clock.lap("read")
-                if isinstance(sample, Sample):
-                    reason = self.fill(image_BHWC[index], sample, draws[index])
-                    clock.lap("image")
-                    if reason is None:
-                        used_B[index] = candidate
-                        samples.append(sample)
-                        break
-                else:
-                    reason = sample
-                bad.append((self.job.source.key(candidate), str(reason)))
-            else:
-                key, why = bad[-1]
-                count = len(self.stand_ins(record)) + 1
-                raise UserError(
-                    f"{count} records next to each other can't be used, the last one {key} ({why}): "
-                    "build the dataset anew"
-                )
-        clock.lap("read")
+        for first in range(0, len(records), READ_TOGETHER):
+            found = list(self.samples(records[first : first + READ_TOGETHER]))
+            clock.lap("read")
+            for index, sample in enumerate(found, first):
+                used_B[index], chosen = self.use(records[index], sample, draws[index], image_BHWC[index], bad)
+                samples.append(chosen)
+            clock.lap("image")
         recolour(image_BHWC, self.job.augmentation, keys_B)
         clock.lap("colour")
         ids = self.ids(samples)
@@ -128,8 +116,32 @@ class SampleMaker:
         clock.lap("text")
         return Made(used_B, ids, priorities, caption_B, bad, clock.seconds)
 
+    def use(
+        self,
+        record: int,
+        found: Sample | UserError,
+        draws: Sequence[float],
+        image_HWC: UInt8Array,
+        bad: list[tuple[str, str]],
+    ) -> tuple[int, Sample]:
+        """Write the pixels of a record or of the first one that can stand in for it, colours unchanged; says which.
+
+        Adds what can't be used to `bad`. Raises UserError when nothing can.
+        """
+        for candidate, sample in self.candidates(record, found):
+            reason = sample if isinstance(sample, UserError) else self.fill(image_HWC, sample, draws)
+            if reason is None:
+                assert isinstance(sample, Sample)
+                return candidate, sample
+            bad.append((self.job.source.key(candidate), str(reason)))
+        key, why = bad[-1]
+        raise UserError(
+            f"{len(self.stand_ins(record)) + 1} records next to each other can't be used, the last one {key} ({why}): "
+            "build the dataset anew"
+        )
+
     def fill(self, image_HWC: UInt8Array, sample: Sample, draws: Sequence[float]) -> Exception | None:
-        """Write a sample's pixels, its colours not yet changed; returns why that can't be done."""
+        """Write a sample's pixels; returns why that can't be done."""
         try:
             cut(sample.image, self.job.image_size, self.job.augmentation, draws, image_HWC)
         except (ImageError, cv2.error) as error:
@@ -145,7 +157,7 @@ class SampleMaker:
     def stand_ins(self, record: int) -> list[int]:
         """The records that follow in the block, from the block's end on to its beginning."""
         block = self.job.source.block(record, self.job.block_size)
-        place = record - block.start
+        place = block.index(record)
         return [block[(place + step) % len(block)] for step in range(1, min(MAX_TRIES, len(block)))]
 
     def samples(self, records: Sequence[int]) -> Iterator[Sample | UserError]:

@@ -25,7 +25,7 @@ class Pair(NamedTuple):
     """One record as the loader needs it."""
 
     image: bytes | memoryview
-    """The encoded image. A view may point into memory that is used again for the next pair of the same call."""
+    """The encoded image; a view keeps what it points into."""
     caption: str
     """As it was found: the loader cleans it."""
     ids: list[int] | None = None
