@@ -23,7 +23,7 @@ from PIL import Image, features
 
 from clipkit.errors import UserError
 from clipkit.images import decode
-from clipkit.tfrecord_tools import reasons
+from clipkit.tfrecord_tools import picture, reasons
 from clipkit.tfrecord_tools.img2dataset_parts import import_resizer
 from clipkit.tfrecord_tools.picture import Picture, PictureError, PictureMaker, PictureSettings, make_picture
 
@@ -415,6 +415,21 @@ def test_many_threads_make_the_same_pictures_and_leave_the_output_alone(capfd: p
     os.write(1, b"still here")
     out, err = capfd.readouterr()
     assert (out, err) == ("still here", "")
+
+
+def test_large_pictures_are_made_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(picture, "LARGE_PIXELS", 50 * 50)
+    maker = PictureMaker(PictureSettings(image_size=50))
+    large, small = encoded(natural(60, 80, 1)), encoded(natural(40, 50, 2))
+    made: list[str] = []
+    with maker.large:
+        thread = threading.Thread(target=lambda: made.append(maker(large).format))
+        thread.start()
+        assert maker(small).format == "JPEG"
+        thread.join(0.2)
+        assert not made
+    thread.join(30)
+    assert made == ["JPEG"]
 
 
 def test_importing_the_resizer_is_light_and_hides_nothing_afterwards() -> None:

@@ -8,9 +8,11 @@ complaints. A JPEG that needs no change keeps its bytes: that is better than enc
 Colour profiles are left alone: kept with the bytes where those are kept, dropped without conversion elsewhere.
 """
 
+import contextlib
 import hashlib
 import io
 import logging
+import threading
 import warnings
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -37,6 +39,9 @@ ResizeMode = Literal["no", "keep_ratio", "center_crop", "border", "keep_ratio_la
 
 JPEG_MAX_SIDE = 65_500
 OPENCV_MAX_PIXELS = 1 << 30
+# On its way a picture takes about nine bytes a pixel; the largest of several threads together would fill a worker's
+# memory, so those above this size are made one at a time.
+LARGE_PIXELS = 8_000_000
 ORIENTATION = 0x0112
 ROTATED = range(2, 9)
 
@@ -124,6 +129,7 @@ class PictureMaker:
         """
         settings.check()
         self.settings = settings
+        self.large = threading.Lock()
         self.resize = import_resizer()(
             image_size=settings.image_size,
             resize_mode=settings.resize_mode,
@@ -154,6 +160,11 @@ class PictureMaker:
             self.check_sides(*sides)
         sides = plain_jpeg_size(body)
         found = Header("JPEG", None, *sides) if sides else self.read_header(body)
+        with self.large if found.height * found.width > LARGE_PIXELS else contextlib.nullcontext():
+            return self.decoded(body, found)
+
+    def decoded(self, body: bytes, found: Header) -> Picture:
+        """The picture of a body whose header is known."""
         changes = self.settings.reencode or not self.settings.keeps_size(found.height, found.width)
         if found.is_odd:
             if found.format == "JPEG":
