@@ -11,6 +11,7 @@ import time
 import tracemalloc
 from dataclasses import replace
 from http import HTTPStatus
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -582,6 +583,63 @@ def test_killed_at_any_moment(tmp_path):
         assert not [path for path in copy.rglob(".*") if WRITTEN_BESIDE.fullmatch(path.name)]
         shutil.rmtree(copy)
     assert outcomes == {"opens", "refused"}
+
+
+class CrashError(BaseException):
+    """The end of the process, as far as the code under it can tell."""
+
+
+def crash_at(monkeypatch, folder, step):
+    """Make everything fail from the rename or removal of this number on, below `folder`; what came before is done."""
+    left = step
+
+    def counted(real):
+        def stop(path, *arguments, **options):
+            nonlocal left
+            if path.is_relative_to(folder):
+                left -= 1
+                if left < 0:
+                    raise CrashError
+            return real(path, *arguments, **options)
+
+        return stop
+
+    for name in ("replace", "unlink"):
+        monkeypatch.setattr(Path, name, counted(getattr(Path, name)))
+
+
+def test_stopped_before_each_rename_and_each_removal(tmp_path, monkeypatch):
+    """The moments that matter, one after the other, where a random one falls between two steps once in a long while."""
+    data = write_pairs(tmp_path / "data", [5, 3, 4])
+    listed = write_list(tmp_path / "list.txt", urls(0, 4, 9, 99))
+    unbroken = shutil.copytree(data, tmp_path / "unbroken")
+    purge(unbroken, listed)
+    wanted, old, moment = keys(unbroken), keys(data), 0
+    same = [name for name in contents(unbroken) if "purge" not in name and "skipped" not in name]
+    messages = []
+    while True:
+        copy = shutil.copytree(data, tmp_path / f"copy{moment}")
+        with monkeypatch.context() as patch:
+            crash_at(patch, copy, moment)
+            try:
+                purge(copy, listed)
+                break
+            except CrashError:
+                moment += 1
+        try:
+            assert keys(copy) in (old, wanted)
+        except UserError as error:
+            messages.append(str(error))
+        purge(copy, listed)
+        assert keys(copy) == wanted
+        assert [name for name in same if contents(copy)[name] != (unbroken / name).read_bytes()] == []
+        assert len(read_json_lines(copy / "clipkit" / "purge-log.jsonl")) == len(old) - len(wanted) + 1
+        shutil.rmtree(copy)
+    assert moment > 15
+    assert len(messages) > 10
+    assert {message.partition(": ")[2] for message in messages} == {
+        "a purge isn't finished, run the same clipkit purge command again"
+    }
 
 
 def test_the_command(data, tmp_path):

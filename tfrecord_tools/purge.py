@@ -267,8 +267,9 @@ def _purge_ledgers(run: _Run, plan: Plan, states: Sequence[ShardState]) -> dict[
     for number in range(made.shard_count):
         files = made.files(number)
         place = changed.get(files.data.name)
-        state = (None, None) if place is None else (state_path(folder, place), states[place])
-        items.append(LedgerJob(files, *state, wanted, run.removals.by, plan.purge))
+        state = None if place is None else state_path(folder, place)
+        purged = None if place is None else states[place]
+        items.append(LedgerJob(files, state, purged, wanted, run.removals.by, plan.purge))
     _over_shards(run, "purge: ledgers", purge_ledger, items, [0] * len(items))
     return finish_download(made)
 
