@@ -35,7 +35,9 @@ main.add_command(cli_data.purge)
 
 
 @main.command()
-@click.option("--data", type=Folder, required=True, help="Dataset folder, as build-tfds makes it.")
+@click.option(
+    "--data", required=True, multiple=True, metavar="PATH[=WEIGHT]", help="What to train on; may be repeated, to mix."
+)
 @click.option("--recipe", "recipe_name", required=True, metavar="NAME", help="See `clipkit recipes`.")
 @click.option("--out", type=Folder, required=True, help="Folder of the run.")
 @click.option("--device", default="auto", show_default=True, metavar="auto|cpu|gpu|tpu", help="Where to compute.")
@@ -43,13 +45,17 @@ main.add_command(cli_data.purge)
 @click.option("--resume", is_flag=True, help="Go on from the newest checkpoint in the run, if there is one.")
 @click.option("--init", type=Folder, help="Begin with the weights of this checkpoint.")
 @click.option("--workers", type=click.IntRange(min=0), help="Loader workers. [default: by the number of cores]")
+@click.option("--cache", type=Folder, help="Folder to keep data in that come over the network.")
+@click.option(
+    "--cache-gb", type=click.FloatRange(min=0, min_open=True), default=10.0, show_default=True, help="Its most."
+)
 @click.option("--eval-data", type=Anything, help="Zero-shot data to evaluate on while training.")
 @click.option("--eval-label", default="label", show_default=True, help="Label column of --eval-data.")
 @click.option("--eval-templates", default="openai-80", show_default=True, help="As zeroshot's --templates.")
 @click.option("--eval-classes", type=Anything, help="As zeroshot's --classes.")
 @as_json
 def train(
-    data: Path,
+    data: tuple[str, ...],
     recipe_name: str,
     out: Path,
     device: str,
@@ -57,6 +63,8 @@ def train(
     resume: bool,
     init: Path | None,
     workers: int | None,
+    cache: Path | None,
+    cache_gb: float,
     eval_data: Path | None,
     eval_label: str,
     eval_templates: str,
@@ -65,8 +73,9 @@ def train(
 ) -> None:
     """Train a recipe's stages in one run: few tokens first, then all.
 
-    The run's folder gets checkpoints, metrics.jsonl and TensorBoard files. Under `torchrun` every process takes its
-    part of each batch.
+    --data is a dataset folder (of build-tfds, or ImageNet), or a folder of webdataset tars, of parquet files with
+    images, or of images with a table; local, or in a store such as s3://. The run's folder gets checkpoints,
+    metrics.jsonl and TensorBoard files. Under `torchrun` every process takes its part of each batch.
     """
     from clipkit.config import set_values
     from clipkit.eval.zeroshot import open_task
@@ -78,7 +87,18 @@ def train(
     task = None
     if eval_data:
         task = open_task(eval_data, label=eval_label, templates_name=eval_templates, classes=eval_classes)
-    summary = stage(recipe, data, out, device_name=device, resume=resume, init=init, workers=workers, task=task)
+    summary = stage(
+        recipe,
+        data,
+        out,
+        device_name=device,
+        resume=resume,
+        init=init,
+        workers=workers,
+        task=task,
+        cache=cache,
+        cache_gb=cache_gb,
+    )
     if not summary.speaks:
         pass
     elif as_json:

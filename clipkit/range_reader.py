@@ -47,12 +47,20 @@ def read_range(path: Path, start: int, end: int, warn: Warn = warn_on_stderr) ->
 
     Raises FileNotFoundError when there is no such file, and UserError when the store refuses or doesn't answer.
     """
-    if start >= end:
-        return b""
+    return _asked(path, start, end, warn) if start < end else b""
+
+
+def read_object(path: Path, warn: Warn = warn_on_stderr) -> bytes:
+    """All of a remote file whose size isn't known, and is small. Raises as `read_range`."""
+    return _asked(path, None, None, warn)
+
+
+def _asked(path: Path, start: int | None, end: int | None, warn: Warn) -> bytes:
+    part = str(path) if start is None or end is None else f"{path}, bytes {start:,} to {end:,}"
     for attempt in range(1, ATTEMPTS + 1):
         try:
             data = _ask(path, start, end)
-            if len(data) != end - start:
+            if start is not None and end is not None and len(data) != end - start:
                 raise OSError(errno.EIO, f"{len(data):,} of {end - start:,} bytes came")
             return data
         except Exception as error:
@@ -67,7 +75,7 @@ def read_range(path: Path, start: int, end: int, warn: Warn = warn_on_stderr) ->
                     "same command again"
                 ) from error
             if stalled or attempt > 1:
-                warn(f"{path}, bytes {start:,} to {end:,}: {reason}; asked again ({attempt + 1} of {ATTEMPTS})")
+                warn(f"{part}: {reason}; asked again ({attempt + 1} of {ATTEMPTS})")
             time.sleep(FIRST_PAUSE * 2 ** (attempt - 1) * random.uniform(0.5, 1))
     raise AssertionError
 
@@ -79,10 +87,10 @@ def read_whole(path: Path, size: int, warn: Warn = warn_on_stderr) -> bytes:
     )
 
 
-def _ask(path: Path, start: int, end: int) -> bytes:
+def _ask(path: Path, start: int | None, end: int | None) -> bytes:
     """One request, cut off when it takes too long. Raises TimeoutError then."""
     target = as_upath(path)
-    seconds = STALL_SECONDS + (end - start) / SLOWEST
+    seconds = STALL_SECONDS + (PIECE_BYTES if start is None or end is None else end - start) / SLOWEST
     if getattr(target.fs, "async_impl", False) and hasattr(target.fs, "loop"):
         from fsspec.asyn import sync
 

@@ -22,8 +22,8 @@ OPTIONS = {
     "purge": "path --list --by --dry-run --workers --engine --json",
     "recipes": "name --set",
     "report": "run",
-    "train": "--data --recipe --out --device --set --resume --init --workers --eval-data --eval-label --eval-templates "
-    "--eval-classes --json",
+    "train": "--data --recipe --out --device --set --resume --init --workers --cache --cache-gb --eval-data "
+    "--eval-label --eval-templates --eval-classes --json",
     "verify": "path --decode --workers --engine --json",
     "zeroshot": "--ckpt --data --templates --label --classes --pooling --split --name "
     "--batch-size --device --out --json",

@@ -12,7 +12,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -22,7 +22,6 @@ import torch
 
 from clipkit import __version__, checkpoint
 from clipkit.config import differences, to_json
-from clipkit.dataset import Dataset, open_dataset
 from clipkit.device import Device, pick
 from clipkit.errors import UserError
 from clipkit.eval.zeroshot import Task, evaluate
@@ -31,9 +30,9 @@ from clipkit.log import MetricsWriter, NullWriter, Progress, Writer, forget_metr
 from clipkit.model import CLIP, build, load_state
 from clipkit.tokenizer import Tokenizer
 from clipkit.train.data import Batch, batches
+from clipkit.train.open_source import CACHE_GB, Data, open_source
 from clipkit.train.optimizer import learning_rate_at, make_optimizer
 from clipkit.train.recipes import Recipe, Stage, check_recipe, loader_config, model_at, preprocess_at
-from clipkit.train.sources import RecordSource
 from clipkit.train.step import train_step
 
 
@@ -43,7 +42,7 @@ class Run:
 
     recipe: Recipe
     folder: Path
-    dataset: Dataset
+    data: Data
     device: Device
     writer: Writer
     task: Task | None
@@ -85,7 +84,7 @@ class Summary:
 
 def train(
     recipe: Recipe,
-    data: Path,
+    data: str | Path | Sequence[str | Path],
     folder: Path,
     *,
     device_name: str = "auto",
@@ -93,8 +92,10 @@ def train(
     init: Path | None = None,
     workers: int | None = None,
     task: Task | None = None,
+    cache: Path | None = None,
+    cache_gb: float = CACHE_GB,
 ) -> Summary:
-    """Train `recipe` on the dataset folder `data`, into the run's folder.
+    """Train `recipe` on `data`, into the run's folder. `data`, `cache` and `cache_gb` are as in `open_source`.
 
     `resume` goes on from the newest checkpoint in `folder`, where there is one. `init` takes the weights of another
     checkpoint to begin with. `task` is evaluated at the recipe's cadence and at the end of each stage. SIGTERM and
@@ -102,9 +103,9 @@ def train(
     the loss is no number any more.
     """
     # ---- Check what can be checked before any work ------------------------------------------------------------------
-    dataset = open_dataset(data)
+    found = open_source(data, cache=cache, cache_gb=cache_gb, block_size=recipe.block_size)
     device = pick(device_name)
-    check_recipe(recipe, dataset, device)
+    check_recipe(recipe, found.source(), device)
 
     with contextlib.ExitStack() as stack:
         if device.is_first:
@@ -121,16 +122,16 @@ def train(
         start = None
         if own is not None:
             start = checkpoint.load(own, with_optimizer=True)
-            refuse_another_run(start, recipe, dataset)
+            refuse_another_run(start, recipe, found)
         tensors = start.tensors if start else checkpoint.load(init).tensors if init else None
 
         # ---- Open the run's files ----------------------------------------------------------------------------------
         if device.is_first:
             forget_metrics_after(folder, start.samples_seen if start else 0)
-            write_json(folder / "config.json", describe_run(recipe, dataset, device))
+            write_json(folder / "config.json", describe_run(recipe, found, device))
         writer: Writer = MetricsWriter(folder, start.samples_seen if start else 0) if device.is_first else NullWriter()
         stack.callback(writer.close)
-        run = Run(recipe, folder, dataset, device, writer, task if device.is_first else None, workers)
+        run = Run(recipe, folder, found, device, writer, task if device.is_first else None, workers)
         if start:
             run.samples_seen, run.seconds = start.samples_seen, float(start.state["seconds"])
             run.bad_samples = int(start.state["bad_samples"])
@@ -163,7 +164,7 @@ def run_stage(run: Run, stage: Stage, stage_start: int, model: CLIP, optimizer: 
     wrapped = device.wrap(model)
     model.train()
     loader = batches(
-        RecordSource(run.dataset, precomputed=stage.text_reduction == "syntax"),
+        run.data.source(precomputed=stage.text_reduction == "syntax"),
         loader_config(recipe, stage),
         run.samples_seen,
         stage_end,
@@ -267,7 +268,7 @@ def save(run: Run, stage: Stage, model: CLIP, optimizer: torch.optim.Optimizer, 
             "stage": stage.name,
             "seconds": run.seconds,
             "bad_samples": run.bad_samples,
-            "dataset": describe_dataset(run.dataset),
+            "dataset": run.data.identity(),
         },
     )
     ends = frozenset(itertools.accumulate(stage.samples for stage in run.recipe.stages))
@@ -292,8 +293,8 @@ def progress_line(run: Run, label: str, total: int, start: int) -> Progress:
     return Progress(label, total, start=start, quiet=not run.device.is_first)
 
 
-def refuse_another_run(start: checkpoint.Checkpoint, recipe: Recipe, dataset: Dataset) -> None:
-    """Raises UserError when the checkpoint's run had another recipe or dataset: its schedule and order would not hold.
+def refuse_another_run(start: checkpoint.Checkpoint, recipe: Recipe, data: Data) -> None:
+    """Raises UserError for a checkpoint of another recipe, data or weights: its schedule and order would not hold.
 
     How often a run logs, saves and evaluates may differ.
     """
@@ -306,7 +307,7 @@ def refuse_another_run(start: checkpoint.Checkpoint, recipe: Recipe, dataset: Da
             f"{start.path} was made by another recipe ({changed[0]}{more}): "
             "resume with the same recipe and --set, or begin a new run with --init"
         )
-    changed = differences(start.state["dataset"], describe_dataset(dataset))
+    changed = differences(start.state["dataset"], data.identity())
     if changed:
         raise UserError(
             f"{start.path} was trained on another dataset ({changed[0]}): "
@@ -314,19 +315,14 @@ def refuse_another_run(start: checkpoint.Checkpoint, recipe: Recipe, dataset: Da
         )
 
 
-def describe_dataset(dataset: Dataset) -> dict[str, Any]:
-    """What decides the order of the data, beside the seed."""
-    return {"name": dataset.name, "split": dataset.split, "records": dataset.num_records}
-
-
-def describe_run(recipe: Recipe, dataset: Dataset, device: Device) -> dict[str, Any]:
+def describe_run(recipe: Recipe, data: Data, device: Device) -> dict[str, Any]:
     """The `config.json` of a run's folder: what was trained, on what, where."""
     return {
         "clipkit": __version__,
         "torch": torch.__version__,
         "recipe": to_json(recipe),
-        "data": str(dataset.path.resolve()),
-        "dataset": describe_dataset(dataset),
+        "data": data.places(),
+        "dataset": data.identity(),
         "device": {
             "kind": device.kind,
             "hardware": device.hardware(),

@@ -13,7 +13,6 @@ from typing import Literal
 import torch
 
 from clipkit.config import did_you_mean
-from clipkit.dataset import Dataset
 from clipkit.device import Device, Precision
 from clipkit.errors import UserError
 from clipkit.images import CLIP_MEAN, CLIP_STD, Preprocess
@@ -23,6 +22,7 @@ from clipkit.train.augment import Augmentation
 from clipkit.train.batch import LoaderConfig
 from clipkit.train.batch import check as check_loader
 from clipkit.train.optimizer import OptimizerConfig
+from clipkit.train.sources import Examples, Source
 
 
 @dataclass(frozen=True)
@@ -210,7 +210,7 @@ def recipes() -> dict[str, Callable[[], Recipe]]:
     return {"emoji-demo": emoji_demo, "debug": debug, "clipa-b16-i50-t16": clipa_b16_i50_t16}
 
 
-def check_recipe(recipe: Recipe, dataset: Dataset, device: Device) -> None:
+def check_recipe(recipe: Recipe, source: Source | Examples, device: Device) -> None:
     """Refuse what would fail only hours later. Raises UserError that names the stage and the field."""
     shards = device.shards
     if (recipe.loss == "sigmoid") != (recipe.model.logit_bias_init is not None):
@@ -237,7 +237,7 @@ def check_recipe(recipe: Recipe, dataset: Dataset, device: Device) -> None:
         if recipe.micro_batch is not None and (recipe.micro_batch < 1 or share % recipe.micro_batch):
             raise UserError(f"{where}: micro_batch {recipe.micro_batch} doesn't divide a device's share of {share}")
         try:
-            check_loader(dataset, loader_config(recipe, stage), 0, stage.samples, device.world)
+            check_loader(source, loader_config(recipe, stage), 0, stage.samples, device.world)
         except UserError as error:
             raise UserError(f"{where}: {error}") from error
 

@@ -1,0 +1,187 @@
+"""The headers of uncompressed tars, and where the members of each sample of a webdataset stand.
+
+It knows plain, GNU (long names) and POSIX (pax) archives, checks each header's checksum, and takes the end of the file
+for the end of the archive only where the archive says so: a tar that a killed download left must not pass for a small
+one.
+"""
+
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from clipkit.errors import UserError
+
+IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif"})
+BLOCK = 512
+
+# Where a sample begins, and from there its members: offset and size, 0 and 0 for one that isn't there.
+INDEX_DTYPE = np.dtype(
+    [
+        ("start", "<u8"),
+        ("image", "<u4"),
+        ("image_bytes", "<u4"),
+        ("txt", "<u4"),
+        ("txt_bytes", "<u4"),
+        ("json", "<u4"),
+        ("json_bytes", "<u4"),
+    ]
+)
+
+Read = Callable[[int, int], bytes]
+
+
+class TarError(UserError):
+    """A tar that is cut off or damaged."""
+
+    def __init__(self, path: Path | str, offset: int, reason: str) -> None:
+        super().__init__(f"{path}: damaged tar at byte {offset}, {reason}: fetch it again or remove it")
+        self.path, self.offset, self.reason = path, offset, reason
+
+    def __reduce__(self) -> tuple[type["TarError"], tuple[Path | str, int, str]]:
+        return TarError, (self.path, self.offset, self.reason)  # so that it crosses from a worker process
+
+
+class Member(NamedTuple):
+    """A regular file of a tar. `first` is the byte of its first header, `start` that of its contents."""
+
+    first: int
+    name: str
+    start: int
+    size: int
+
+
+def read_headers(read: Read, path: Path | str) -> Iterator[Member]:
+    """The regular files of a tar, in order; contents are not read.
+
+    `read(offset, length)` gives bytes of it, fewer at its end. Raises TarError naming `path` where it is damaged.
+    """
+    offset = first = 0
+    name: str | None = None
+    size: int | None = None
+    while True:
+        header = read(offset, BLOCK)
+        if len(header) == BLOCK and header[0] == 0 and not any(header):
+            return
+        stored = header_size(header, offset, path)
+        kind = header[156:157]
+        extends = kind in b"xL"
+        if extends:
+            data = read(offset + BLOCK, stored)
+            if len(data) < stored:
+                raise TarError(path, offset, "it ends inside a member")
+            if kind == b"L":
+                name = data.rstrip(b"\0").decode("utf-8", "replace")
+            else:
+                try:
+                    name, size = read_pax(data, name, size)
+                except ValueError:
+                    raise TarError(path, offset, "a pax header isn't well formed") from None
+        else:
+            stored = stored if size is None else size
+            if kind in b"0\x007":
+                yield Member(first, name or header_name(header), offset + BLOCK, stored)
+            if kind != b"g":
+                name = size = None
+        offset += BLOCK + stored + -stored % BLOCK
+        if not extends:
+            first = offset
+
+
+def split_name(name: str) -> tuple[str, str] | None:
+    """The key of the sample that a member belongs to, and its suffix in lower case; None for a file of another kind."""
+    folder, _, base = name.rpartition("/")
+    stem, dot, suffix = base.partition(".")
+    if not stem or not dot:
+        return None
+    return f"{folder}/{stem}" if folder else stem, suffix.lower()
+
+
+def index_tar(read: Read, path: Path | str, size: int) -> np.ndarray:
+    """One row of INDEX_DTYPE for each sample of a tar of `size` bytes. Raises TarError where it is damaged.
+
+    Members of one key must follow each other, as webdataset has it. Those that are neither image, txt nor json are left
+    out. A sample's bytes end where the next one begins, at the latest.
+    """
+    rows: list[tuple[int, ...]] = []
+    key: str | None = None
+    first = 0
+    members: dict[str, tuple[int, int]] = {}
+
+    def end() -> None:
+        if key is None:
+            return
+        image = next((members[suffix] for suffix in members if suffix in IMAGE_SUFFIXES), (0, 0))
+        places = (image, members.get("txt", (0, 0)), members.get("json", (0, 0)))
+        if max(max(place) for place in places) >= 1 << 32:
+            raise TarError(path, first, "a sample takes more than 4 GiB")
+        rows.append((first, *(number for place in places for number in place)))
+
+    for member in read_headers(read, path):
+        if member.start + member.size > size:
+            raise TarError(path, member.first, "it ends inside a member")
+        parts = split_name(member.name)
+        if parts is None:
+            continue
+        stem, suffix = parts
+        if stem != key or suffix in members:
+            end()
+            key, first, members = stem, member.first, {}
+        members[suffix] = (member.start - first, member.size)
+    end()
+    return np.array(rows, INDEX_DTYPE)
+
+
+def header_size(header: bytes, offset: int, path: Path | str) -> int:
+    """The size in a header, once its checksum is found right. Raises TarError otherwise."""
+    if len(header) < BLOCK:
+        raise TarError(path, offset, "it ends without an end mark" if not header else "it ends inside a header")
+    field = header[148:156]
+    try:
+        if field[6:] != b"\0 ":
+            raise ValueError
+        wanted, size = int(field[:6], 8), int(header[124:135], 8)  # as nearly all writers have it
+    except ValueError:
+        wanted, size = _number(field, offset, path), _number(header[124:136], offset, path)
+    # A header's checksum is the sum of its bytes, its own eight counted as spaces. Adler-32 holds 1 + that sum, modulo
+    # 65521, in its low half, thirty times faster than sum().
+    if (wanted - 8 * 32 + sum(field) + 1) % 65521 != zlib.adler32(header) & 0xFFFF:
+        raise TarError(path, offset, "a header's checksum doesn't match")
+    return size
+
+
+def _number(field: bytes, offset: int, path: Path | str) -> int:
+    if field[0] & 0x80:  # GNU's base 256, for sizes over 8 GiB
+        return int.from_bytes(field[1:], "big")
+    try:
+        return int(field.strip(b"\0 ") or b"0", 8)
+    except ValueError:
+        raise TarError(path, offset, "a header holds no number where one belongs") from None
+
+
+def header_name(header: bytes) -> str:
+    """The name in a header, as plain and POSIX archives have it."""
+    name = header[:100].partition(b"\0")[0]
+    if header[257:263] == b"ustar\0" and header[345]:
+        name = header[345:500].split(b"\0", 1)[0] + b"/" + name
+    return name.decode("utf-8", "replace")
+
+
+def read_pax(data: bytes, name: str | None, size: int | None) -> tuple[str | None, int | None]:
+    """The path and size that a pax header sets; its records are "LENGTH KEY=VALUE\\n". ValueError when they aren't."""
+    while b" path=" in data or b" size=" in data:
+        length, _, rest = data.partition(b" ")
+        end = int(length) - len(length) - 1
+        if end < 1 or rest[end - 1 : end] != b"\n":
+            raise ValueError(f"a record of {end} bytes")
+        keyword, _, value = rest[:end].rstrip(b"\n").partition(b"=")
+        if keyword == b"path":
+            name = value.decode("utf-8", "replace")
+        elif keyword == b"size":
+            size = int(value)
+            if size < 0:
+                raise ValueError(f"a size of {size}")
+        data = rest[end:]
+    return name, size

@@ -1,0 +1,106 @@
+"""Reading ahead: the blocks that the order wants next are got while earlier ones are used.
+
+The trainer's process asks for the order of coming samples, and from this it is known, a whole window of the order
+ahead, which blocks will be wanted. A few threads get them into the cache that the workers read from. What fails here is
+left to the worker that really needs it, and fails or is told there.
+"""
+
+import queue
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from clipkit.counter_rng import UInt64Array
+from clipkit.errors import UserError
+from clipkit.train.order import WINDOW_BLOCKS, Int64Array
+from clipkit.train.sources import Pair, Source
+
+THREADS = 16
+_REMEMBERED = 8 * WINDOW_BLOCKS
+# More than this is not asked for: then it is the network that is too slow, and the oldest wishes come first.
+_MOST_WAITING = 2 * WINDOW_BLOCKS
+
+Fill = Callable[[int], None]
+
+
+class AheadSource(Source):
+    """A source with reading ahead. `fill` gets the block of a record, of `block_records` neighbours, near."""
+
+    def __init__(self, source: Source, fill: Fill, block_records: int) -> None:
+        self.source, self.fill, self.block_records = source, fill, block_records
+        self._start()
+
+    def _start(self) -> None:
+        self._wishes: queue.Queue[int] = queue.Queue(_MOST_WAITING)
+        self._asked: OrderedDict[int, None] = OrderedDict()
+        self._threads: list[threading.Thread] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if not name.startswith("_")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._start()
+
+    def __repr__(self) -> str:
+        return repr(self.source)
+
+    @property
+    def num_records(self) -> int:
+        return self.source.num_records
+
+    def key(self, record: int) -> str:
+        return self.source.key(record)
+
+    def block(self, record: int, block_size: int) -> range:
+        return self.source.block(record, block_size)
+
+    def pairs(self, records: Sequence[int]) -> Iterator[Pair | UserError]:
+        return self.source.pairs(records)
+
+    def records_at(self, positions_B: UInt64Array, seed: int, block_size: int) -> Int64Array:
+        """The order, unchanged; the records a window later are wished for too."""
+        records_B = self.source.records_at(positions_B, seed, block_size)
+        later_B = np.asarray(positions_B).astype(np.uint64) + np.uint64(WINDOW_BLOCKS * block_size)
+        for wanted_B in (records_B, self.source.records_at(later_B, seed, block_size)):
+            blocks_B, firsts_B = np.unique(wanted_B // self.block_records, return_index=True)
+            self._wish(blocks_B[np.argsort(firsts_B)].tolist())
+        return records_B
+
+    def _wish(self, blocks: Sequence[int]) -> None:
+        for block in blocks:
+            if block in self._asked:
+                continue
+            try:
+                self._wishes.put_nowait(block)
+            except queue.Full:
+                return
+            self._asked[block] = None
+            if len(self._asked) > _REMEMBERED:
+                self._asked.popitem(last=False)
+        if not self._threads:
+            self._threads = [
+                threading.Thread(target=_work, args=(self._wishes, self.fill, self.block_records), daemon=True)
+                for _ in range(THREADS)
+            ]
+            for thread in self._threads:
+                thread.start()
+
+    def __del__(self) -> None:
+        # The threads hold the queue and not this object, so they can be told when it is gone.
+        if self.__dict__.get("_threads"):
+            with self._wishes.mutex:
+                self._wishes.queue.clear()
+            for _ in self._threads:
+                self._wishes.put_nowait(-1)
+
+
+def _work(wishes: "queue.Queue[int]", fill: Fill, block_records: int) -> None:
+    while (block := wishes.get()) >= 0:
+        try:
+            fill(block * block_records)
+        except Exception:
+            continue

@@ -1,0 +1,137 @@
+"""Training straight from a folder of images with a table of file names and captions.
+
+Of the table the two columns alone are copied, once, to where workers map them into memory (`train.source_index`), so
+that ten million captions cost no more than ten. Hugging Face's image folders are of this kind.
+"""
+
+import contextlib
+import hashlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from clipkit.block_cache import BlockCache
+from clipkit.errors import UserError
+from clipkit.files import is_remote, local_copy, read_json, remove, write_beside, write_json
+from clipkit.images import ImageError
+from clipkit.pair_table import read_pair_table
+from clipkit.range_reader import read_object
+from clipkit.remote import Listed
+from clipkit.train.source_index import index_place, waiting_lock
+from clipkit.train.sources import Pair, Source
+
+_BATCH_ROWS = 4_096
+_SCHEMA = pa.schema([("file", pa.large_string()), ("caption", pa.large_string())])
+
+
+class FolderSource(Source):
+    """The rows of a folder's table. Made by `open_folder`. With a `cache`, images are kept in it, each for itself."""
+
+    def __init__(self, folder: Path, table: Listed, rows: Path, cache: BlockCache | None = None) -> None:
+        self.folder, self.table, self.rows, self.cache = folder, table, rows, cache
+        self._start()
+
+    def _start(self) -> None:
+        self._columns = pa.ipc.open_file(pa.memory_map(str(self.rows))).read_all()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if not name.startswith("_")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._start()
+
+    def __repr__(self) -> str:
+        return f"<FolderSource {self.folder}: {self.num_records} rows of {self.table.name}>"
+
+    @property
+    def num_records(self) -> int:
+        return int(self._columns.num_rows)
+
+    def key(self, record: int) -> str:
+        return f"{self.table.name}:{record} ({self._row(record)[0]})"
+
+    def pairs(self, records: Sequence[int]) -> Iterator[Pair | UserError]:
+        for record in records:
+            name, caption = self._row(record)
+            if not name:
+                yield ImageError("the row names no image")
+                continue
+            try:
+                image = self._image(name)
+            except (FileNotFoundError, IsADirectoryError, NotADirectoryError, ValueError) as error:
+                if not is_remote(self.folder) and not self.folder.is_dir():
+                    raise UserError(f"{self.folder} is gone: put the images back") from error
+                yield ImageError(f"there is no image {self.folder / name}")
+                continue
+            except OSError as error:
+                raise UserError(f"can't read {self.folder / name} ({error}): check the disk") from error
+            yield Pair(image, caption or "")
+
+    def fill(self, record: int) -> None:
+        """Get a record's image into the cache; nothing happens where there is none."""
+        name = self._row(record)[0]
+        if self.cache is not None and name:
+            self.cache.ensure(f"image {self.folder / name}", lambda: self._fetch(name))
+
+    def _row(self, record: int) -> tuple[str | None, str | None]:
+        chunk, place = divmod(record, _BATCH_ROWS)
+        file, caption = (column.chunk(chunk)[place].as_py() for column in self._columns.columns)
+        return file, caption
+
+    def _image(self, name: str) -> bytes:
+        if self.cache is None:
+            return self._fetch(name)
+        return self.cache.read(f"image {self.folder / name}", lambda: self._fetch(name))
+
+    def _fetch(self, name: str) -> bytes:
+        path = self.folder / name
+        return read_object(path) if is_remote(path) else path.read_bytes()
+
+
+def open_folder(folder: Path, table: Listed, cache: BlockCache | None = None) -> FolderSource:
+    """Open a folder of images with its table, which is copied on first use and when it has changed.
+
+    Raises UserError when the table lacks a column or can't be read to its end.
+    """
+    place = index_place(folder)
+    stem = f"table-{hashlib.blake2b(table.name.encode(), digest_size=6).hexdigest()}"
+    rows, mark = place / f"{stem}.arrow", place / f"{stem}.json"
+    wanted = {"name": table.name, "bytes": table.bytes, "version": table.version}
+    with waiting_lock(place / f".{stem}.lock"):
+        known = None
+        with contextlib.suppress(UserError):
+            known = read_json(mark) if mark.exists() and rows.exists() else None
+        if known != wanted:
+            remove(mark)  # a new copy with an old mark must never be seen
+            _copy(folder / table.name, rows)
+            write_json(mark, wanted)
+        return FolderSource(folder, table, rows, cache)
+
+
+def _copy(table: Path, rows: Path) -> None:
+    """Write file names and captions in batches of _BATCH_ROWS, the last one shorter."""
+    left: list[tuple[str | None, str | None]] = []
+    with (
+        local_copy(table) as local,
+        write_beside(rows) as temporary,
+        pa.OSFile(str(temporary), "wb") as file,
+        pa.ipc.new_file(file, _SCHEMA) as writer,
+    ):
+        for part in read_pair_table(local, str(table)):
+            left += part
+            while len(left) >= _BATCH_ROWS:
+                writer.write_batch(_batch(left[:_BATCH_ROWS]))
+                left = left[_BATCH_ROWS:]
+        if left:
+            writer.write_batch(_batch(left))
+
+
+def _batch(rows: Sequence[tuple[str | None, str | None]]) -> pa.RecordBatch:
+    # A lone surrogate, which JSON can hold, is no text for Arrow.
+    texts = [
+        [value and value.encode("utf-8", "replace").decode() for value in column] for column in zip(*rows, strict=True)
+    ]
+    return pa.record_batch([pa.array(column, pa.large_string()) for column in texts], _SCHEMA)

@@ -1,0 +1,223 @@
+"""What `--data` names: the kind is told from what is there, it is opened, and several are mixed.
+
+A dataset directory, a folder of webdataset tars, of parquet files with images, or of images with a table; on a disk or
+in a store. What is in a store, and parquet, is read through a cache on the local disk.
+"""
+
+import hashlib
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+from clipkit.block_cache import BlockCache, scratch_cache
+from clipkit.dataset import Dataset, open_dataset
+from clipkit.errors import UserError
+from clipkit.files import as_path, is_remote
+from clipkit.pair_table import find_table, is_table
+from clipkit.remote import Listed, list_folder, reading
+from clipkit.train.ahead_source import AheadSource
+from clipkit.train.folder_source import open_folder
+from clipkit.train.labelled_source import IMAGE_FIELD as LABELLED_IMAGE
+from clipkit.train.labelled_source import LABEL_FIELD, LabelledSource, class_captions
+from clipkit.train.mixture import Member, Mixture
+from clipkit.train.parquet_source import has_images, open_parquets
+from clipkit.train.sources import IMAGE_FIELD, TEXT_FIELD, RecordSource, Source
+from clipkit.train.tar_source import open_tars
+
+CACHE_GB = 10.0
+KINDS = "a dataset directory, tars, parquet files with images, or images with a table of captions"
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """One `--data`: where, and its weight, None for one by its size."""
+
+    path: Path
+    weight: Fraction | None
+
+
+@dataclass(frozen=True)
+class Opened:
+    """One source that was found. `identity` is what decides its order and its records, beside the seed."""
+
+    path: Path
+    make: Callable[[bool], Source]
+    identity: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Data:
+    """All that a run is trained on, opened."""
+
+    parts: tuple[Opened, ...]
+    weights: tuple[Fraction, ...]
+
+    def source(self, precomputed: bool = False) -> Source:
+        """What the loader reads from; `precomputed` as in RecordSource."""
+        sources = [part.make(precomputed) for part in self.parts]
+        if len(sources) == 1:
+            return sources[0]
+        labels = [part.path.name for part in self.parts]
+        if len(set(labels)) < len(labels):
+            labels = [str(part.path) for part in self.parts]
+        return Mixture([Member(*each) for each in zip(sources, self.weights, labels, strict=True)])
+
+    @property
+    def num_records(self) -> int:
+        return sum(int(part.identity["records"]) for part in self.parts)
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the order of the data, beside the seed, as JSON values."""
+        if len(self.parts) == 1:
+            return self.parts[0].identity
+        members = zip(self.parts, self.weights, strict=True)
+        return {"mixture": [{**part.identity, "weight": str(weight)} for part, weight in members]}
+
+    def places(self) -> str | list[str]:
+        """Where the data are: one path, or several."""
+        paths = [str(part.path if is_remote(part.path) else part.path.resolve()) for part in self.parts]
+        return paths[0] if len(paths) == 1 else paths
+
+
+def parse_data(text: str | Path) -> Wanted:
+    """`PATH` or `PATH=WEIGHT`; what exists under the whole text is a path. Raises UserError for a bad weight."""
+    name, equals, weight = str(text).rpartition("=")
+    if not equals or not name or isinstance(text, Path) or Path(text).exists():
+        return Wanted(as_path(text), None)
+    try:
+        value = Fraction(weight)
+        if value <= 0:
+            raise ValueError
+    except (ValueError, ZeroDivisionError):
+        raise UserError(f"--data {text}: the weight {weight!r} is no number above 0: write PATH=0.7") from None
+    return Wanted(as_path(name), value)
+
+
+def open_source(
+    data: str | Path | Sequence[str | Path],
+    *,
+    cache: Path | None = None,
+    cache_gb: float = CACHE_GB,
+    block_size: int = 64,
+) -> Data:
+    """Open what one `--data` or several name.
+
+    Blocks of `block_size` neighbours of what is in a store, and decoded parquet, go into a cache of at most `cache_gb`
+    (10**9 bytes): in the folder `cache`, where they stay and local data are put too; else in a temporary one that all
+    ranks of this machine share, which is gone with the last of them.
+    Raises UserError for a weight that is no number, for weights given to some alone, and whatever the kinds raise.
+    """
+    wanted = [parse_data(each) for each in ([data] if isinstance(data, (str, Path)) else data)]
+    if not wanted:
+        raise UserError("no --data given: name a dataset folder")
+    if len({each.weight is None for each in wanted}) > 1:
+        raise UserError("some --data have a weight and some none: write PATH=WEIGHT for each of them, or for none")
+    if not (cache_gb > 0 and math.isfinite(cache_gb)):
+        raise UserError(f"--cache-gb is {cache_gb}: give a number of gigabytes above 0")
+    opener = _Opener(cache, round(cache_gb * 1e9), block_size, [str(each.path) for each in wanted])
+    parts = tuple(opener.open(each.path) for each in wanted)
+    weights = tuple(
+        Fraction(int(part.identity["records"])) if each.weight is None else each.weight
+        for part, each in zip(parts, wanted, strict=True)
+    )
+    return Data(parts, weights)
+
+
+class _Opener:
+    """Opens one source after the other, with one cache for all, made when the first one needs it."""
+
+    def __init__(self, folder: Path | None, limit: int, block_size: int, names: Sequence[str]) -> None:
+        self.folder, self.limit, self.block_size, self.names = folder, limit, block_size, names
+        self.made: BlockCache | None = None
+
+    def cache(self) -> BlockCache:
+        if self.made is None:
+            if self.folder is None:
+                # Ranks of one run find each other by what they read, and by who started them.
+                run = os.environ.get("TORCHELASTIC_RUN_ID", "")
+                self.made = scratch_cache(" ".join([*self.names, run, str(self.block_size)]), self.limit)
+            else:
+                self.made = BlockCache(self.folder, self.limit)
+        return self.made
+
+    def cache_for(self, path: Path) -> BlockCache | None:
+        """The cache for files that are read in pieces: local ones need none unless it was asked for."""
+        return self.cache() if is_remote(path) or self.folder is not None else None
+
+    def open(self, path: Path) -> Opened:
+        """Raises UserError where nothing is that clipkit reads."""
+        with reading(path):
+            if _is_dataset(path):
+                return self.open_directory(path)
+            if path.is_file():
+                folder, files = path.parent, [file for file in list_folder(path.parent) if file.name == path.name]
+            elif path.is_dir():
+                folder, files = path, [file for file in list_folder(path) if not file.name.startswith(".")]
+            else:
+                raise UserError(f"{path} doesn't exist: check the path, or make a dataset with clipkit build-tfds")
+            return self.open_files(path, folder, files)
+
+    def open_files(self, path: Path, folder: Path, files: Sequence[Listed]) -> Opened:
+        if (folder / "clipkit" / "plan.json").exists() and not (folder / "clipkit" / "download.json").exists():
+            raise UserError(
+                f"the download into {folder} isn't finished: run the same clipkit download command to its end"
+            )
+        tars = [file for file in files if file.name.endswith(".tar")]
+        if tars:
+            tar_source = open_tars(folder, tars, self.cache_for(folder), self.block_size)
+            return self.opened(path, "tars", tars, tar_source, tar_source.fill, self.block_size)
+        parquets = [file for file in files if file.name.endswith(".parquet")]
+        if parquets and has_images(folder, parquets[0]):
+            parquet_source = open_parquets(folder, parquets, self.cache())
+            return self.opened(path, "parquet", parquets, parquet_source, parquet_source.fill, self.block_size)
+        if path == folder:
+            table = find_table(folder)
+            files = [] if table is None else [file for file in files if file.name == table.name]
+        tables = [file for file in files if is_table(Path(file.name))]
+        if not tables:
+            raise UserError(f"{path} isn't a dataset, and holds nothing else to train on: clipkit reads {KINDS}")
+        folder_source = open_folder(folder, tables[0], self.cache_for(folder))
+        return self.opened(path, "folder", tables, folder_source, folder_source.fill, 1)
+
+    def open_directory(self, path: Path) -> Opened:
+        dataset = open_dataset(path, cache=self.cache_for(path), block_records=self.block_size)
+        identity = {"name": dataset.name, "split": dataset.split, "records": dataset.num_records}
+        ahead = self.ahead(dataset)
+        if IMAGE_FIELD in dataset.features and TEXT_FIELD in dataset.features:
+            return Opened(dataset.path, lambda computed: ahead(RecordSource(dataset, precomputed=computed)), identity)
+        if LABELLED_IMAGE in dataset.features and LABEL_FIELD in dataset.features:
+            captions = class_captions(dataset)
+            return Opened(dataset.path, lambda _: ahead(LabelledSource(dataset, captions)), identity)
+        raise UserError(
+            f"{dataset.path} has neither {IMAGE_FIELD} and {TEXT_FIELD} nor {LABELLED_IMAGE} and {LABEL_FIELD} "
+            f"({', '.join(dataset.features)}): train on pairs, or on labelled images"
+        )
+
+    def ahead(self, dataset: Dataset) -> Callable[[Source], Source]:
+        if dataset.cache is None:
+            return lambda source: source
+        return lambda source: AheadSource(source, dataset.fill, self.block_size)
+
+    def opened(
+        self, path: Path, kind: str, files: Sequence[Listed], source: Source, fill: Callable[[int], None], unit: int
+    ) -> Opened:
+        listing = " ".join(f"{file.name}:{file.bytes}" for file in files)
+        identity = {
+            "name": path.name,
+            "kind": kind,
+            "records": source.num_records,
+            "files": hashlib.blake2b(listing.encode(), digest_size=8).hexdigest(),
+        }
+        whole = AheadSource(source, fill, unit) if self.made is not None else source
+        return Opened(path, lambda _: whole, identity)
+
+
+def _is_dataset(path: Path) -> bool:
+    """Whether a dataset is at or below a path, finished or not: `open_dataset` finds it or says what is wrong."""
+    patterns = ("dataset_info.json", "*/dataset_info.json", "*/*/dataset_info.json")
+    unfinished = [f"{depth}clipkit/build-*" for depth in ("", "*/", "*/*/")]
+    return any(any(path.glob(pattern)) for pattern in (*patterns, *unfinished))

@@ -1,0 +1,259 @@
+"""Training straight from parquet files that hold the images, as img2dataset or Hugging Face leave them.
+
+Parquet gives a row only with the others of its row group, so a group is decoded once, laid down in parts that any
+worker reads from (`clipkit.block_cache`), and left there while the order goes on among the same blocks. Groups of
+more than some hundred rows make the order wait for rows that it doesn't want yet: `clipkit build-tfds` helps.
+"""
+
+import io
+import struct
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from clipkit.block_cache import BlockCache
+from clipkit.errors import UserError
+from clipkit.images import ImageError
+from clipkit.pair_table import CAPTION_NAMES, find_image_column, find_name
+from clipkit.range_reader import KnownFile, RangeReader
+from clipkit.remote import Listed
+from clipkit.train.source_index import FolderIndex, open_index
+from clipkit.train.sources import Pair, Source
+
+PART_ROWS = 64
+_BUFFER_BYTES = 1 << 20
+_KEPT_FOOTERS = 16
+_PLACES = struct.Struct("<QQQ")
+ROW_GROUPS = np.dtype([("group", "<u4"), ("rows", "<u4")])
+
+
+class ParquetSource(Source):
+    """The rows of a folder's parquet files, in the order of the files' names. Made by `open_parquets`."""
+
+    def __init__(self, folder: Path, shards: Sequence[Listed], index: FolderIndex, cache: BlockCache) -> None:
+        self.folder, self.shards, self.index, self.cache = folder, tuple(shards), index, cache
+        self._start()
+
+    def _start(self) -> None:
+        rows = self.index.rows()
+        self._groups = np.asarray(rows["group"])
+        self._files_of = np.repeat(np.arange(len(self.shards)), self.index.counts)
+        self._ends = np.cumsum(rows["rows"], dtype=np.int64)
+        self.largest_group = int(rows["rows"].max(initial=1))
+        files = [KnownFile(shard.name, shard.bytes, shard.version) for shard in self.shards]
+        self._reader = RangeReader(self.folder, files)
+        self._lock = threading.Lock()
+        self._footers: OrderedDict[int, pq.FileMetaData] = OrderedDict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if not name.startswith("_")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._start()
+
+    def __repr__(self) -> str:
+        return f"<ParquetSource {self.folder}: {self.num_records} rows in {len(self.shards)} files>"
+
+    @property
+    def num_records(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def key(self, record: int) -> str:
+        place, _ = self._locate(record)
+        file = int(self._files_of[place])
+        first = np.searchsorted(self._files_of, file)
+        start = int(self._ends[first - 1]) if first else 0
+        return f"{self.shards[file].name}:{record - start}"
+
+    def block(self, record: int, block_size: int) -> range:
+        """Records of other row groups: where one row can't be read, none of its group can."""
+        step = self.largest_group
+        return range(record % step, self.num_records, step)
+
+    def pairs(self, records: Sequence[int]) -> Iterator[Pair | UserError]:
+        for record in records:
+            try:
+                yield self._pair(record)
+            except _DamagedError as error:
+                yield ImageError(str(error))
+
+    def fill(self, record: int) -> None:
+        """Get the row group of a record into the cache."""
+        place, row = self._locate(record)
+        part = row // PART_ROWS
+        self.cache.ensure(self._key(place, part), lambda: self._decode(place, part), self._key(place, -1))
+
+    def _locate(self, record: int) -> tuple[int, int]:
+        """The place of the row group in the index, and the row in it."""
+        if not 0 <= record < self.num_records:
+            raise IndexError(f"record {record} of {self.num_records}")
+        place = int(np.searchsorted(self._ends, record, side="right"))
+        return place, record - (int(self._ends[place - 1]) if place else 0)
+
+    def _pair(self, record: int) -> Pair | UserError:
+        place, row = self._locate(record)
+        part, number = divmod(row, PART_ROWS)
+        key, lock = self._key(place, part), self._key(place, -1)
+
+        def read(start: int, length: int) -> bytes:
+            return self.cache.read(key, lambda: self._decode(place, part), start, length, lock)
+
+        places = read(number * 16, _PLACES.size)
+        start, middle, end = _PLACES.unpack(places)
+        data = read(start, end - start)
+        if len(data) < end - start:
+            self.cache.drop(key)
+            return ImageError("the decoded row is cut off")
+        if middle == start:
+            return ImageError("the row has no image")
+        return Pair(memoryview(data)[: middle - start], data[middle - start :].decode("utf-8", "replace"))
+
+    def _key(self, place: int, part: int) -> str:
+        file = int(self._files_of[place])
+        shard = self.shards[file]
+        path = self._reader.path(file)
+        return f"parquet {path} {shard.bytes} {shard.version} {self._groups[place]} {part}"
+
+    def _decode(self, place: int, wanted: int) -> bytes:
+        """One part of a row group; the others are put into the cache on the way."""
+        file = int(self._files_of[place])
+        found: bytes | None = None
+        path = self._reader.path(file)
+        with _Ranges(self._reader, file) as ranges:
+            try:
+                with pq.ParquetFile(
+                    ranges, metadata=self._footer(file), pre_buffer=False, buffer_size=_BUFFER_BYTES
+                ) as table:
+                    image, caption = columns(table.schema_arrow, path)
+                    batches = table.iter_batches(
+                        PART_ROWS, row_groups=[int(self._groups[place])], columns=list(dict.fromkeys((image, caption)))
+                    )
+                    for part, batch in enumerate(batches):
+                        data = pack(batch, image, caption)
+                        if part == wanted:
+                            found = data
+                        else:
+                            self.cache.put(self._key(place, part), data)
+            except UserError:
+                raise
+            except (pa.ArrowException, OSError, EOFError) as error:
+                if ranges.failed is not None:
+                    raise ranges.failed from error
+                raise _DamagedError(f"row group {self._groups[place]} of {path} can't be decoded ({error})") from error
+        if found is None:
+            raise _DamagedError(f"row group {self._groups[place]} of {path} has fewer rows than its file says")
+        return found
+
+    def _footer(self, file: int) -> pq.FileMetaData:
+        with self._lock:
+            footer = self._footers.get(file)
+        if footer is None:
+            footer = read_footer(self._reader, file)
+            with self._lock:
+                self._footers[file] = footer
+                if len(self._footers) > _KEPT_FOOTERS:
+                    self._footers.popitem(last=False)
+        return footer
+
+
+class _DamagedError(Exception):
+    """A row group that can't be decoded."""
+
+
+class _Ranges(io.RawIOBase):
+    """A file for pyarrow, read through a RangeReader. What that raised is kept: pyarrow would change it."""
+
+    def __init__(self, reader: RangeReader, number: int) -> None:
+        self.reader, self.number = reader, number
+        self.bytes, self.place = reader.files[number].bytes, 0
+        self.failed: UserError | None = None
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self.place = offset + (0, self.place, self.bytes)[whence]
+        return self.place
+
+    def tell(self) -> int:
+        return self.place
+
+    def read(self, size: int = -1) -> bytes:
+        end = self.bytes if size < 0 else min(self.place + size, self.bytes)
+        try:
+            data = self.reader.read(self.number, self.place, end) if end > self.place else b""
+        except UserError as error:
+            self.failed = error
+            raise
+        self.place += len(data)
+        return data
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+
+def columns(schema: pa.Schema, path: Path) -> tuple[str, str]:
+    """The columns with images and captions. Raises UserError when there are none."""
+    image, caption = find_image_column(schema), find_name(schema.names, CAPTION_NAMES)
+    if image is None or caption is None:
+        what = "images" if image is None else "captions"
+        raise UserError(
+            f"{path} has no column with {what} that is called as usual ({', '.join(schema.names)}): make a dataset of "
+            "it with clipkit build-tfds, which can be told the columns"
+        )
+    return image, caption
+
+
+def pack(batch: pa.RecordBatch, image: str, caption: str) -> bytes:
+    """A batch's rows as bytes: where each image and each caption begins (2n + 1 uint64), then image, caption, …"""
+    parts: list[bytes] = []
+    images = batch.column(batch.schema.names.index(image))
+    if pa.types.is_struct(images.type):
+        images = images.field(images.type.get_field_index("bytes"))
+    captions = batch.column(batch.schema.names.index(caption))
+    for data, text in zip(images, captions, strict=True):
+        value = text.as_py()
+        parts += (data.as_py() or b"", b"" if value is None else str(value).encode("utf-8", "replace"))
+    sizes = [8 * (len(parts) + 1), *map(len, parts)]
+    return b"".join([np.cumsum(sizes, dtype=np.uint64).tobytes(), *parts])
+
+
+def read_footer(reader: RangeReader, number: int) -> pq.FileMetaData:
+    """The metadata of a parquet file. Raises UserError when it isn't one."""
+    with _Ranges(reader, number) as ranges:
+        try:
+            return pq.read_metadata(ranges)
+        except (pa.ArrowException, OSError, EOFError) as error:
+            if ranges.failed is not None:
+                raise ranges.failed from error
+            reason = str(error).partition("\n")[0]
+            raise UserError(f"{reader.path(number)} can't be read as parquet ({reason}): fetch it again") from error
+
+
+def open_parquets(folder: Path, shards: Sequence[Listed], cache: BlockCache) -> ParquetSource:
+    """Open a folder's parquet files; on first use the sizes of their row groups are put down.
+
+    Raises UserError for a file that is damaged or lacks a column.
+    """
+    return ParquetSource(folder, shards, open_index(folder, shards, "parquet", index_shard), cache)
+
+
+def index_shard(folder: Path, shard: Listed) -> np.ndarray:
+    """One row of ROW_GROUPS for each row group of a file that has any rows."""
+    footer = read_footer(RangeReader(folder, [KnownFile(shard.name, shard.bytes, shard.version)]), 0)
+    columns(footer.schema.to_arrow_schema(), folder / shard.name)
+    counts = [(group, footer.row_group(group).num_rows) for group in range(footer.num_row_groups)]
+    return np.array([count for count in counts if count[1]], ROW_GROUPS)
+
+
+def has_images(folder: Path, shard: Listed) -> bool:
+    """Whether a parquet file has a column with images; beside its tars img2dataset leaves files that have none."""
+    footer = read_footer(RangeReader(folder, [KnownFile(shard.name, shard.bytes, shard.version)]), 0)
+    return find_image_column(footer.schema.to_arrow_schema()) is not None

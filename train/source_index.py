@@ -1,0 +1,145 @@
+"""The index of a folder of shards that have none: made on first use, then mapped into memory by every worker.
+
+It lies in the folder's `clipkit/`, or in the user's cache (XDG_CACHE_HOME) where the folder is read-only or in a store.
+A shard that was added or changed, by its size and time, is looked at again; the others are not. Making it may be killed
+at any moment and goes on where it stopped; two that begin at once wait for each other.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from clipkit import jobs
+from clipkit.errors import UserError
+from clipkit.files import is_remote, make_folder, read_json, remove, require_writable, write_beside, write_json
+from clipkit.log import Progress
+from clipkit.manifest import CLIPKIT_FOLDER
+from clipkit.remote import Listed
+
+REMOTE_THREADS = 8
+# Starting processes takes longer than looking at shards of so many bytes.
+FEW_BYTES = 4 << 30
+
+MakeRows = Callable[[Path, Listed], np.ndarray]
+
+
+@dataclass(frozen=True)
+class FolderIndex:
+    """The index of a folder. `counts` are the rows of each shard in `path`, a .npy file; shard after shard."""
+
+    path: Path
+    counts: tuple[int, ...]
+
+    def rows(self) -> np.ndarray:
+        """All rows, mapped into memory."""
+        return np.load(self.path, mmap_mode="r" if sum(self.counts) else None)
+
+
+def open_index(folder: Path, shards: Sequence[Listed], kind: str, make: MakeRows) -> FolderIndex:
+    """The index of a folder's shards, made where it is missing or old by `make` of each shard, which must pickle.
+
+    Raises what `make` raises.
+    """
+    place = index_place(folder)
+    stem = f"{kind}-{hashlib.blake2b(' '.join(shard.name for shard in shards).encode(), digest_size=6).hexdigest()}"
+    with waiting_lock(place / f".{stem}.lock"):
+        known = _read_summary(place / f"{stem}.json")
+        if known != _describe(shards, [count for *_, count in known]):
+            known = _make(folder, shards, place, stem, make, known)
+        return FolderIndex(place / f"{stem}.npy", tuple(count for *_, count in known))
+
+
+def index_place(folder: Path) -> Path:
+    """Where the index of a folder lies; the place is made and can be written."""
+    if not is_remote(folder):
+        own = folder / CLIPKIT_FOLDER
+        with contextlib.suppress(UserError):
+            return require_writable(own)
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "clipkit"
+    name = str(folder if is_remote(folder) else folder.resolve())
+    return require_writable(cache / f"index-{hashlib.blake2b(name.encode(), digest_size=10).hexdigest()}")
+
+
+@contextlib.contextmanager
+def waiting_lock(path: Path) -> Iterator[None]:
+    """Hold a lock file; another process that has it is waited for."""
+    with path.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+Summary = list[tuple[str, int, str, int]]
+
+
+def _read_summary(path: Path) -> Summary:
+    """Name, size, version and rows of each shard that was indexed; [] where nothing, or nothing legible, is."""
+    if not path.exists() or not path.with_suffix(".npy").exists():
+        return []
+    with contextlib.suppress(UserError, KeyError, TypeError, ValueError):
+        return [(str(name), int(size), str(version), int(rows)) for name, size, version, rows in read_json(path)]
+    return []
+
+
+def _describe(shards: Sequence[Listed], counts: Sequence[int]) -> Summary:
+    if len(shards) != len(counts):
+        return [("", 0, "", 0)]
+    return [(shard.name, shard.bytes, shard.version, count) for shard, count in zip(shards, counts, strict=True)]
+
+
+def _make(folder: Path, shards: Sequence[Listed], place: Path, stem: str, make: MakeRows, known: Summary) -> Summary:
+    work = make_folder(place / f"{stem}-work")
+    old: dict[tuple[str, int, str], np.ndarray] = {}
+    if known:
+        rows, first = np.load(place / f"{stem}.npy"), 0
+        for name, size, version, count in known:
+            old[name, size, version] = rows[first : first + count]
+            first += count
+    todo = [
+        shard
+        for shard in shards
+        if (shard.name, shard.bytes, shard.version) not in old and not _part(work, shard).exists()
+    ]
+    function = partial(_make_part, folder=folder, work=work, make=make)
+    with Progress(f"index {folder.name}", len(todo), unit="shards", quiet=not todo) as progress:
+        for done, _ in enumerate(_over(function, todo, is_remote(folder)), 1):
+            progress.update(done)
+    arrays = []
+    for shard in shards:
+        rows_of = old.get((shard.name, shard.bytes, shard.version))
+        arrays.append(np.load(_part(work, shard)) if rows_of is None else rows_of)
+    remove(place / f"{stem}.json")  # a new index with an old summary must never be seen
+    with write_beside(place / f"{stem}.npy") as temporary, temporary.open("wb") as file:
+        np.save(file, np.concatenate(arrays))
+    found = _describe(shards, [len(rows) for rows in arrays])
+    write_json(place / f"{stem}.json", found)
+    remove(work)
+    return found
+
+
+def _over(function: Callable[[Listed], None], todo: Sequence[Listed], remote: bool) -> Iterator[Any]:
+    if remote:
+        with ThreadPoolExecutor(REMOTE_THREADS) as pool:
+            yield from pool.map(function, todo)
+    else:
+        workers = 1 if sum(shard.bytes for shard in todo) < FEW_BYTES else None
+        yield from jobs.run(function, todo, workers=workers, describe=lambda shard: shard.name)
+
+
+def _make_part(shard: Listed, folder: Path, work: Path, make: MakeRows) -> None:
+    rows = make(folder, shard)
+    with write_beside(_part(work, shard)) as temporary, temporary.open("wb") as file:
+        np.save(file, rows)
+
+
+def _part(work: Path, shard: Listed) -> Path:
+    mark = hashlib.blake2b(f"{shard.name} {shard.bytes} {shard.version}".encode(), digest_size=12).hexdigest()
+    return work / f"{mark}.npy"
