@@ -42,7 +42,21 @@ _ONE_SLASH = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/(?!/)(.+)", re.DOTALL)
 _CLIENTS = ("aiobotocore", "aiohttp", "botocore", "gcsfs", "google", "huggingface_hub", "s3fs")
 _CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError", "TokenRetrievalError", "DefaultCredentialsError")
 _VERSIONS = ("ETag", "etag", "md5Hash", "oid", "blob_id", "LastModified", "mtime", "updated", "created")
-_TRANSIENT = (errno.EIO, errno.EREMOTEIO, errno.EBUSY, errno.EAGAIN, errno.ETIMEDOUT, errno.ENETUNREACH)
+_TRANSIENT = (
+    errno.EIO,
+    errno.EREMOTEIO,
+    errno.EBUSY,
+    errno.EAGAIN,
+    errno.ETIMEDOUT,
+    errno.ENETUNREACH,
+    errno.ENETDOWN,
+    errno.EHOSTUNREACH,
+    # aiohttp's own errors carry these without being ConnectionErrors.
+    errno.ECONNRESET,
+    errno.ECONNREFUSED,
+    errno.ECONNABORTED,
+    errno.EPIPE,
+)
 
 
 def parse(text: str) -> Path:
