@@ -647,6 +647,14 @@ def test_killed_at_any_rename_the_same_command_ends_with_the_same_bytes(tmp_path
     assert done.stdout == "the same\n", done.stderr
 
 
+def test_a_purge_that_is_not_finished_comes_first(tmp_path):
+    source = write_official(tmp_path / "tars", train_images(), None)
+    folder = build_imagenet(source, tmp_path / "data", subset=True).path
+    (folder / "clipkit" / "purge.json").write_text("{}")
+    with pytest.raises(UserError, match="a purge isn't finished"):
+        build_imagenet(source, tmp_path / "data", subset=True)
+
+
 def test_finished_shards_are_not_made_again(tmp_path, monkeypatch):
     monkeypatch.setattr(imagenet, "SHARD_MEGABYTES", 0.004)
     source = write_official(tmp_path / "tars", train_images(), None)

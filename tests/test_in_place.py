@@ -179,6 +179,13 @@ def checksum(path: Path) -> str:
     return f"{google_crc32c.value(path.read_bytes()):08x}"
 
 
+def test_a_purge_that_is_not_finished_comes_first(shards):
+    folder = build_in_place(shards, "laion").path
+    (folder / "clipkit" / "purge.json").write_text("{}")
+    with pytest.raises(UserError, match="a purge isn't finished"):
+        build_in_place(shards, "laion")
+
+
 def test_the_same_command_again_does_nothing(shards):
     once = build_in_place(shards, "laion")
     before = {path: path.stat().st_mtime_ns for path in shards.rglob("*") if path.is_file() and path.name != ".lock"}

@@ -28,6 +28,7 @@ from clipkit.tfrecord_tools.labelled_shard import LabelledShardJob
 from clipkit.tfrecord_tools.labelled_split import build_split, check_same, plan_shards, work_folder
 from clipkit.tfrecord_tools.labelled_summary import LabelledSummary
 from clipkit.tfrecord_tools.metadata import VERSION, write_metadata
+from clipkit.tfrecord_tools.purge_plan import refuse_unfinished_purge
 
 IMAGENET, IMAGENET_VERSION = "imagenet2012", "5.1.0"
 IMAGENET_COUNTS = {"train": 1_281_167, "validation": 50_000}
@@ -90,6 +91,7 @@ def build_imagenet(
     class_names = _class_names(imagenet, classes, listed)
     notes += _check(plan, listed, class_names)
     with lock(folder / CLIPKIT_FOLDER):
+        refuse_unfinished_purge(folder)
         clear_leftovers(folder, folder / CLIPKIT_FOLDER)
         splits = _splits_there(plan, class_names)
         there = set(splits)

@@ -38,6 +38,7 @@ from clipkit.tfrecord_tools.in_place_columns import check_columns, features_of, 
 from clipkit.tfrecord_tools.in_place_shard import InPlaceJob, Looked, look_at, read_looked, rewrite
 from clipkit.tfrecord_tools.in_place_summary import InPlaceSummary
 from clipkit.tfrecord_tools.metadata import shard_name, write_metadata
+from clipkit.tfrecord_tools.purge_plan import refuse_unfinished_purge
 
 SUFFIX = ".tfrecord"
 
@@ -66,6 +67,7 @@ def build_in_place(
     folder = require_dir(folder, "folder").absolute()
     work = folder / CLIPKIT_FOLDER / f"build-{split}"
     with lock(folder / CLIPKIT_FOLDER):
+        refuse_unfinished_purge(folder)
         clear_leftovers(folder, folder / CLIPKIT_FOLDER, work)
         if (folder / "dataset_info.json").exists():
             manifest = _finished(folder, name, split)
