@@ -116,6 +116,32 @@ def train(
         raise SystemExit(STOPPED)
 
 
+@main.command("bench-data")
+@click.argument("data", metavar="DIR")
+@click.option("--image-size", type=Count, help="Side of the input in pixels. [default: 112, or the recipe's]")
+@click.option("--recipe", "recipe_name", metavar="NAME", help="Take sizes, augmentation and text reduction from it.")
+@click.option("--workers", type=click.IntRange(min=0), help="Loader workers. [default: by the number of cores]")
+@click.option("--seconds", type=click.FloatRange(min=0.1), default=10.0, show_default=True, help="How long to measure.")
+@click.option(
+    "--need", type=click.FloatRange(min=0, min_open=True), help="Samples/s to reach. [default: what a GPU takes]"
+)
+@as_json
+def bench_data(data: str, recipe_name: str | None, as_json: bool, **options: Any) -> None:
+    """Measure how fast DIR gives training samples, what a GPU would need, and say what to change.
+
+    DIR is what `train --data` takes. Without a recipe, images are cropped as CLIPA does and captions cut at 16 tokens.
+    """
+    from clipkit.train.bench_data import bench_data as stage
+    from clipkit.train.loader_findings import print_findings
+    from clipkit.train.recipes import find_recipe
+
+    found = stage(data, recipe=find_recipe(recipe_name) if recipe_name else None, **options)
+    if as_json:
+        print_json(found.to_json())
+    else:
+        print_findings(found)
+
+
 @main.command()
 @click.argument("name", required=False)
 @click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Show the recipe with this changed.")

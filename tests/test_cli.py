@@ -9,6 +9,7 @@ from clipkit import __version__
 from clipkit.cli import main
 
 OPTIONS = {
+    "bench-data": "data --image-size --recipe --workers --seconds --need --json",
     "build-imagenet": "source out --name --split --labels --classes --subset --max-bad --workers --engine --json",
     "build-tfds": "shards out --name --image-column --caption-column --where --dedup --split --resize --quality "
     "--precompute --shuffle --shard-megabytes --in-place --workers --engine --json",
@@ -100,6 +101,8 @@ def test_clipa_b16_is_the_published_recipe():
         (["zeroshot", "--ckpt", ".", "--data", "HELDOUT", "--label", "lable"], "label"),
         (["zeroshot", "--ckpt", ".", "--data", "HELDOUT", "--templates", "openai-81"], "did you mean openai-80"),
         (["report", "none"], "none doesn't exist"),
+        (["bench-data", "none"], "none doesn't exist"),
+        (["bench-data", "DATASET", "--recipe", "debgu"], "unknown recipe 'debgu': did you mean debug?"),
         (["download", "none.parquet", "out"], "none.parquet doesn't exist"),
         (["build-tfds", "none", "out", "--name", "x"], "shards none don't exist"),
         (["verify", "none"], "dataset none doesn't exist"),

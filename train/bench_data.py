@@ -1,0 +1,233 @@
+"""How fast the loader is on a dataset and this machine, what a GPU would need, and what to change.
+
+A starved GPU says nothing: it is only slow. So the loader is measured here alone, by phases, with the workers and the
+augmentation that a run would use; what a change would bring is tried on the dataset's own images rather than guessed.
+"""
+
+import contextlib
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import cv2
+import numpy as np
+import simplejpeg
+
+from clipkit import jobs
+from clipkit.counter_rng import sample_keys
+from clipkit.device import Device, pick
+from clipkit.errors import UserError
+from clipkit.images import UInt8Array, decode
+from clipkit.train.augment import Augmentation, cut, geometry_draws
+from clipkit.train.batch import LoaderConfig
+from clipkit.train.data import batches
+from clipkit.train.loader_findings import COMPACT_QUALITY, PUBLISHED, Compact, Findings, Need, Reading
+from clipkit.train.open_source import open_source
+from clipkit.train.optimizer import make_optimizer
+from clipkit.train.recipes import Recipe, Stage, loader_config, model_at
+from clipkit.train.sources import Pair, Source
+
+# Batches of another size hold the same samples; these fit into any memory.
+BATCH = 256
+STEP_BATCH = 512
+WARM_SECONDS = 1.0
+TRIED = 128
+
+
+def bench_data(
+    data: str | Path,
+    *,
+    recipe: Recipe | None = None,
+    image_size: int | None = None,
+    workers: int | None = None,
+    seconds: float = 10.0,
+    need: float | None = None,
+    device_name: str = "auto",
+) -> Findings:
+    """Measure the loader on `data` (as in `open_source`) for so many seconds.
+
+    Sizes, augmentation and text reduction are those of the recipe's first stage, or CLIPA's crop without one;
+    `image_size` (default 112) goes before the recipe's. `need` is in samples/s; without it, the machine's GPU is
+    measured on the recipe's step, and where there is no GPU or no recipe, `PUBLISHED` stands in.
+    Raises UserError for whatever `open_source` or the loader refuse.
+    """
+    if recipe is None:
+        config, stage = plain_config(image_size or 112), None
+    else:
+        stage = replace(recipe.stages[0], image_size=image_size or recipe.stages[0].image_size)
+        config = replace(loader_config(recipe, stage), batch_size=BATCH)
+    opened = open_source(data, block_size=config.block_size)
+    source = opened.source(precomputed=config.text_reduction == "syntax")
+    device = pick(device_name)
+    if workers is None:  # what a run would have; without a GPU the question is what the machine could feed
+        workers = jobs.cores() if device.kind == "cpu" else device.loader_workers()
+    samples, elapsed, phases = run_loader(source, config, workers, seconds, device)
+    reading, pairs = read_alone(source, config, first=samples + BATCH)
+    return Findings(
+        data=str(opened.places()),
+        records=source.num_records,
+        image_size=config.image_size,
+        text_reduction=config.text_reduction,
+        workers=workers,
+        cores=jobs.cores(),
+        samples=samples,
+        seconds=elapsed,
+        phases_us={phase: 1e6 * value / samples for phase, value in phases.items()},
+        busy=busy_share(phases, workers, elapsed),
+        reading=reading,
+        compact=try_compact(pairs, config.image_size, config.augmentation),
+        needs=who_needs(need, recipe, stage, device),
+    )
+
+
+def plain_config(image_size: int) -> LoaderConfig:
+    """What CLIPA trains with: crops of 40% of the area and more, captions cut at 16 tokens."""
+    crop = Augmentation(crop_area=(0.4, 1.0))
+    return LoaderConfig(image_size, 16, BATCH, crop, block_size=256)
+
+
+# ---- Measuring -------------------------------------------------------------------------------------------------------
+
+
+def run_loader(
+    source: Source, config: LoaderConfig, workers: int, seconds: float, device: Device
+) -> tuple[int, float, dict[str, float]]:
+    """Samples, wall seconds, and processor seconds by phase, of the loader after a warm-up.
+
+    `assemble` is what this thread does to put batches together, `transfer` what it does to bring them to a device.
+    """
+    phases: dict[str, float] = {}
+    samples, transfer = 0, 0.0
+    loader = batches(source, config, workers=workers)
+    with contextlib.closing(loader):
+        next(loader)
+        warm = time.monotonic() + min(WARM_SECONDS, seconds)
+        while time.monotonic() < warm:
+            next(loader)
+        began, own = time.monotonic(), time.thread_time()
+        while (elapsed := time.monotonic() - began) < seconds or not samples:
+            batch = next(loader)
+            samples += len(batch.image_BHWC)
+            for phase, value in batch.seconds.items():
+                phases[phase] = phases.get(phase, 0.0) + value
+            if device.kind != "cpu":
+                before = time.thread_time()
+                device.batch(batch.arrays())
+                transfer += time.thread_time() - before
+        own = time.thread_time() - own - (0.0 if workers else sum(phases.values()))
+    phases["assemble"] = max(0.0, own - transfer)
+    if device.kind != "cpu":
+        phases["transfer"] = transfer
+    return samples, elapsed, phases
+
+
+def busy_share(phases: dict[str, float], workers: int, elapsed: float) -> float:
+    """The share of their time in which the workers, or the one thread without any, computed."""
+    own = ("assemble", "transfer") if workers else ()
+    return min(1.0, sum(value for phase, value in phases.items() if phase not in own) / (max(1, workers) * elapsed))
+
+
+def read_alone(source: Source, config: LoaderConfig, first: int) -> tuple[Reading, list[Pair]]:
+    """Read TRIED records at the positions from `first` on, as the loader would."""
+    positions = np.arange(first, first + min(TRIED, source.num_records), dtype=np.uint64)
+    records = source.records_at(positions, config.seed, config.block_size).tolist()
+    began, active = time.monotonic(), time.thread_time() + queued_seconds()
+    pairs = [pair for pair in source.pairs(records) if isinstance(pair, Pair)]
+    active, elapsed = time.thread_time() + queued_seconds() - active, max(time.monotonic() - began, 1e-9)
+    if not pairs:
+        raise UserError(f"none of {len(records)} records of {source!r} could be read: see clipkit verify")
+    size = sum(len(pair.image) for pair in pairs)
+    precomputed = all(pair.ids is not None for pair in pairs)
+    return Reading(size / 1e6 / elapsed, size / len(pairs), max(0.0, 1 - active / elapsed), precomputed), pairs
+
+
+def queued_seconds() -> float:
+    """How long this thread has waited for a core; 0.0 where the kernel doesn't tell (proc(5), schedstat)."""
+    try:
+        return int(Path("/proc/thread-self/schedstat").read_text().split()[1]) / 1e9
+    except (OSError, IndexError, ValueError):
+        return 0.0
+
+
+def try_compact(pairs: Sequence[Pair], image_size: int, augmentation: Augmentation) -> Compact | None:
+    """Store images smaller, in memory, and see how much faster they become pixels.
+
+    None where the images are small already, or where warps keep them decoded.
+    """
+    side = compact_side(image_size)
+    if augmentation.is_affine:
+        return None
+    draws = geometry_draws(sample_keys(0, np.arange(len(pairs), dtype=np.uint64))).tolist()
+    spent, sizes, sides = np.zeros(2), np.zeros(2), []
+    out = np.empty((image_size, image_size, 3), np.uint8)
+    for pair, row in zip(pairs, draws, strict=True):
+        try:
+            image = decode(pair.image)
+        except UserError:
+            continue
+        sides.append(min(image.shape[:2]))
+        small = simplejpeg.encode_jpeg(shrink(image, side), COMPACT_QUALITY, "RGB", "420")
+        for which, data in enumerate((pair.image, small)):
+            began = time.thread_time()
+            cut(data, image_size, augmentation, row, out)
+            spent[which] += time.thread_time() - began
+            sizes[which] += len(data)
+    if not sides or np.median(sides) <= side or not spent.all():
+        return None
+    return Compact(side, float(spent[0] / spent[1]), float(sizes[0] / sizes[1]))
+
+
+def compact_side(image_size: int) -> int:
+    """The shorter side of copies for inputs of `image_size`: an eighth more, so that most crops need no enlarging."""
+    return -(-image_size * 8 // (7 * 32)) * 32
+
+
+def shrink(image: UInt8Array, side: int) -> UInt8Array:
+    """The image with its shorter side reduced to `side`, where it is larger."""
+    scale = side / min(image.shape[:2])
+    if scale >= 1:
+        return image
+    size = max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale))
+    return cv2.resize(image, size, interpolation=cv2.INTER_AREA).astype(np.uint8, copy=False)
+
+
+def who_needs(need: float | None, recipe: Recipe | None, stage: Stage | None, device: Device) -> tuple[Need, ...]:
+    """What the loader is held against."""
+    if need is not None:
+        return (Need("what you asked for", need),)
+    if recipe is not None and stage is not None and device.kind == "cuda":
+        return (step_need(recipe, stage, device),)
+    return PUBLISHED
+
+
+def step_need(recipe: Recipe, stage: Stage, device: Device, seconds: float = 3.0) -> Need:
+    """What one device takes when data are always there: optimizer steps on one batch that stays."""
+    import torch
+
+    from clipkit.model import build
+    from clipkit.train.step import train_step
+
+    model = build(model_at(recipe, stage), seed=recipe.seed).to(device.torch_device)
+    model.recompute_activations(device.recompute() if recipe.checkpoint_activations else None)
+    optimizer = make_optimizer(model, recipe.optimizer, stage.learning_rate, device)
+    size = min(STEP_BATCH, stage.batch_size)
+    rng = np.random.default_rng(0)
+    arrays = {
+        "image_BHWC": rng.integers(0, 256, (size, stage.image_size, stage.image_size, 3), np.uint8),
+        "ids_BT": rng.integers(1, 400, (size, stage.context_length), np.int32),
+        "caption_B": np.arange(size),
+    }
+    if stage.image_keep is not None:
+        arrays["keep_BK"] = np.tile(np.arange(stage.image_keep), (size, 1))
+    batch = device.batch(arrays)
+    recipe = replace(recipe, micro_batch=None)
+    for _ in range(3):
+        train_step(model, optimizer, batch, recipe, device)[0].item()
+    began, steps = time.monotonic(), 0
+    while (elapsed := time.monotonic() - began) < seconds:
+        train_step(model, optimizer, batch, recipe, device)[0].item()
+        steps += 1
+    gpus = torch.cuda.device_count() if device.kind == "cuda" else 1
+    each = ", each of them" if gpus > 1 else ""
+    return Need(f"{device.hardware()}, {recipe.name}{each}", size * steps / elapsed)
