@@ -29,11 +29,12 @@ from clipkit.files import lock, remove, write_json
 from clipkit.log import MetricsWriter, NullWriter, Progress, Writer, forget_metrics_after
 from clipkit.model import CLIP, build, load_state
 from clipkit.tokenizer import Tokenizer
-from clipkit.train.data import Batch, batches
+from clipkit.train.data import batches
 from clipkit.train.open_source import CACHE_GB, Data, open_source
 from clipkit.train.optimizer import learning_rate_at, make_optimizer
 from clipkit.train.recipes import Recipe, Stage, check_recipe, loader_config, model_at, preprocess_at
 from clipkit.train.step import train_step
+from clipkit.train.stopwatch import Stopwatch
 
 
 @dataclass
@@ -163,6 +164,7 @@ def run_stage(run: Run, stage: Stage, stage_start: int, model: CLIP, optimizer: 
     stage_end = stage_start + stage.samples
     wrapped = device.wrap(model)
     model.train()
+    workers = device.loader_workers() if run.workers is None else run.workers
     loader = batches(
         run.data.source(precomputed=stage.text_reduction == "syntax"),
         loader_config(recipe, stage),
@@ -170,7 +172,7 @@ def run_stage(run: Run, stage: Stage, stage_start: int, model: CLIP, optimizer: 
         stage_end,
         rank=device.rank,
         world=device.world,
-        workers=device.loader_workers() if run.workers is None else run.workers,
+        workers=workers,
     )
     loss = math.nan
     loss_sum, steps = torch.zeros((), device=device.torch_device), 0
@@ -215,7 +217,7 @@ def run_stage(run: Run, stage: Stage, stage_start: int, model: CLIP, optimizer: 
                     "peak_memory": device.peak_memory(),
                 }
                 run.writer.write({"samples_seen": run.samples_seen, "stage": stage.name, **metrics})
-                note = f"loss {loss:.3f} · waits for data {watch.waiting_share:.0%}"
+                note = f"loss {loss:.3f} · {watch.note(workers, device.loader_workers())}"
                 progress.update(run.samples_seen - stage_start, note)
                 watch.restart(run.samples_seen)
 
@@ -350,47 +352,3 @@ def stop_on_signal(run: Run) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-class Stopwatch:
-    """Times an interval between two log lines, and the share of it spent waiting for data."""
-
-    def __init__(self, samples_seen: int) -> None:
-        self.first = samples_seen
-        self.started = time.monotonic()
-        self.waited = 0.0
-
-    def time_waiting(self, loader: Iterator[Batch]) -> Iterator[Batch]:
-        """Pass batches on, adding up the time that each took to come."""
-        while True:
-            began = time.monotonic()
-            batch = next(loader, None)
-            self.waited += time.monotonic() - began
-            if batch is None:
-                return
-            yield batch
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """Leave out of the interval what is no training."""
-        began = time.monotonic()
-        yield
-        self.started += time.monotonic() - began
-
-    def restart(self, samples_seen: int) -> None:
-        """Begin the next interval now."""
-        self.first, self.started, self.waited = samples_seen, time.monotonic(), 0.0
-
-    @property
-    def seconds(self) -> float:
-        """The interval's length so far."""
-        return max(time.monotonic() - self.started, 1e-9)
-
-    def rate(self, samples_seen: int) -> float:
-        """Samples a second over the interval."""
-        return (samples_seen - self.first) / self.seconds
-
-    @property
-    def waiting_share(self) -> float:
-        """Between 0, the device never waited, and 1."""
-        return min(1.0, self.waited / self.seconds)

@@ -1,0 +1,76 @@
+"""Waiting for data is measured apart from work and pauses, and said with a remedy that fits its cause."""
+
+import numpy as np
+import pytest
+
+from clipkit.train import stopwatch as module
+from clipkit.train.batch import Batch
+from clipkit.train.stopwatch import Stopwatch, what_helps
+
+IMAGES = {"read": 0.1, "image": 0.8, "text": 0.1}
+TEXT = {"read": 0.1, "image": 0.3, "text": 0.6}
+
+
+class Clock:
+    """Stands for the module `time`."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(module, "time", clock)
+    return clock
+
+
+def batch(**seconds: float) -> Batch:
+    none = np.zeros(0, np.int64)
+    return Batch(np.zeros(0, np.uint8), none, None, none, none.astype(np.uint64), none, seconds=seconds)
+
+
+def test_waiting_is_told_from_work_and_pauses(clock: Clock) -> None:
+    watch = Stopwatch(1000)
+
+    def loader():
+        for _ in range(3):
+            clock.now += 0.5
+            yield batch(image=0.6, text=0.2)
+
+    for _ in watch.time_waiting(loader()):
+        clock.now += 1.0
+        with watch.paused():
+            clock.now += 50.0
+    assert watch.seconds == pytest.approx(4.5)
+    assert watch.waiting_share == pytest.approx(1 / 3)
+    assert watch.rate(1450) == pytest.approx(100)
+    assert watch.phases == pytest.approx({"image": 1.8, "text": 0.6})
+    # One worker computed 2.4 s of 4.5 s: more than half, so it is the workers that are too few or too slow.
+    assert watch.note(1, enough=2) == "waits for data 33% (more --workers would help)"
+    assert watch.note(2, enough=2) == "waits for data 33% (another disk, or fewer processes beside, would help)"
+    watch.restart(1450)
+    clock.now += 1.0
+    assert (watch.seconds, watch.waiting_share, watch.phases, watch.rate(1460)) == (1.0, 0.0, {}, 10.0)
+    assert watch.note(1, enough=2) == "waits for data 0%"
+
+
+@pytest.mark.parametrize(
+    ("share", "busy", "phases", "workers", "says"),
+    [
+        (0.10, 0.9, IMAGES, 1, ""),
+        (0.11, 0.9, IMAGES, 1, "more --workers"),
+        (0.11, 0.9, IMAGES, 4, "a compact copy"),
+        (0.11, 0.9, TEXT, 4, "build-tfds --precompute"),
+        (0.90, 0.2, IMAGES, 1, "another disk"),
+        (0.90, 0.2, IMAGES, 4, "another disk"),
+        (0.90, 0.9, {}, 4, "a compact copy"),
+    ],
+)
+def test_what_would_help(share: float, busy: float, phases: dict[str, float], workers: int, says: str) -> None:
+    found = what_helps(share, busy, phases, workers, enough=4)
+    assert found.startswith(says)
+    assert bool(found) == bool(says)

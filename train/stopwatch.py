@@ -1,0 +1,81 @@
+"""Times the stretches between log lines, and says what would help where the device waits for data."""
+
+import contextlib
+import time
+from collections.abc import Iterator
+
+from clipkit.train.batch import Batch
+
+# Waiting more than this share of the time is worth a word.
+MUCH_WAITING = 0.1
+# Workers that compute less than this share of their time wait for something themselves.
+BUSY = 0.5
+
+
+class Stopwatch:
+    """Times an interval between two log lines, and the share of it spent waiting for data."""
+
+    def __init__(self, samples_seen: int) -> None:
+        self.restart(samples_seen)
+
+    def time_waiting(self, loader: Iterator[Batch]) -> Iterator[Batch]:
+        """Pass batches on, adding up the time that each took to come and the work that is in it."""
+        while True:
+            began = time.monotonic()
+            batch = next(loader, None)
+            self.waited += time.monotonic() - began
+            if batch is None:
+                return
+            for phase, seconds in batch.seconds.items():
+                self.phases[phase] = self.phases.get(phase, 0.0) + seconds
+            yield batch
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave out of the interval what is no training."""
+        began = time.monotonic()
+        yield
+        self.started += time.monotonic() - began
+
+    def restart(self, samples_seen: int) -> None:
+        """Begin the next interval now."""
+        self.first, self.started, self.waited = samples_seen, time.monotonic(), 0.0
+        self.phases: dict[str, float] = {}
+
+    @property
+    def seconds(self) -> float:
+        """The interval's length so far."""
+        return max(time.monotonic() - self.started, 1e-9)
+
+    def rate(self, samples_seen: int) -> float:
+        """Samples a second over the interval."""
+        return (samples_seen - self.first) / self.seconds
+
+    @property
+    def waiting_share(self) -> float:
+        """Between 0, the device never waited, and 1."""
+        return min(1.0, self.waited / self.seconds)
+
+    def note(self, workers: int, enough: int) -> str:
+        """The share of waiting for the progress line, with what would help; `enough` workers leave no core idle."""
+        share = self.waiting_share
+        busy = sum(self.phases.values()) / (max(1, workers) * self.seconds)
+        what = what_helps(share, busy, self.phases, workers, enough)
+        return f"waits for data {share:.0%}" + (f" ({what} would help)" if what else "")
+
+
+def what_helps(share: float, busy: float, phases: dict[str, float], workers: int, enough: int) -> str:
+    """What to change when the device waits for data `share` of its time; "" when that is little.
+
+    `busy` is the share of their time in which the workers computed, `phases` their processor seconds by phase, and
+    `enough` the number of workers beyond which there is no core for another.
+    """
+    if share <= MUCH_WAITING:
+        return ""
+    if busy < BUSY:
+        return "another disk, or fewer processes beside,"
+    if workers < enough:
+        return "more --workers"
+    if phases and max(phases, key=lambda phase: phases[phase]) == "text":
+        return "build-tfds --precompute"
+    return "a compact copy by build-tfds --resize"
