@@ -144,7 +144,8 @@ def header_size(header: bytes, offset: int, path: Path | str) -> int:
             raise ValueError
         wanted, size = int(field[:6], 8), int(header[124:135], 8)  # as nearly all writers have it
     except ValueError:
-        wanted, size = _number(field, offset, path), _number(header[124:136], offset, path)
+        wanted = header_number(field, offset, path)
+        size = header_number(header[124:136], offset, path)
     # A header's checksum is the sum of its bytes, its own eight counted as spaces. Adler-32 holds 1 + that sum, modulo
     # 65521, in its low half, thirty times faster than sum().
     if (wanted - 8 * 32 + sum(field) + 1) % 65521 != zlib.adler32(header) & 0xFFFF:
@@ -152,7 +153,8 @@ def header_size(header: bytes, offset: int, path: Path | str) -> int:
     return size
 
 
-def _number(field: bytes, offset: int, path: Path | str) -> int:
+def header_number(field: bytes, offset: int, path: Path | str) -> int:
+    """A number in a header: octal, or GNU's base 256. Raises TarError when it is none."""
     if field[0] & 0x80:  # GNU's base 256, for sizes over 8 GiB
         return int.from_bytes(field[1:], "big")
     try:

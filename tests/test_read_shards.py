@@ -10,6 +10,7 @@ from tensorflow_process import with_tensorflow
 
 from clipkit.errors import UserError
 from clipkit.records import RecordError, RecordWriter, encode_example
+from clipkit.tar import header_number
 from clipkit.tfrecord_tools.read_shards import find_shards, read_shard
 from clipkit.tfrecord_tools.read_tar import read_members
 from clipkit.tfrecord_tools.sample import image_format
@@ -95,11 +96,9 @@ def test_names_and_contents_are_those_of_tarfile(tmp_path, tar_format):
 
 
 def test_a_size_over_eight_gigabytes_is_read_as_such():
-    from clipkit.tfrecord_tools.read_tar import _number
-
     header = tarfile.TarInfo("large.jpg")
     header.size = 9 << 30
-    assert _number(header.tobuf(tarfile.GNU_FORMAT)[124:136], 0, Path()) == 9 << 30
+    assert header_number(header.tobuf(tarfile.GNU_FORMAT)[124:136], 0, Path()) == 9 << 30
 
 
 def test_a_tar_cut_at_any_place_is_refused_with_its_name_and_byte(tmp_path):

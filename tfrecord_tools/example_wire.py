@@ -18,7 +18,7 @@ from collections import Counter
 from typing import NamedTuple
 
 from clipkit.records import decode_example
-from clipkit.tfrecord_tools.read_tar import IMAGE_SUFFIXES
+from clipkit.tar import IMAGE_SUFFIXES
 
 # How a column's values can look in one record.
 EMPTY = "empty"  # the bytes "", which img2dataset writes for a null of any type

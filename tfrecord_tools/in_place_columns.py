@@ -11,8 +11,8 @@ from typing import Any, cast
 from clipkit.errors import UserError
 from clipkit.features import Feature, Kind
 from clipkit.records import Value
+from clipkit.tar import IMAGE_SUFFIXES
 from clipkit.tfrecord_tools.example_wire import CAPTION, EMPTY, FLOAT, FLOATS, INT, INTS, NOTHING, TEXT, TEXTS
-from clipkit.tfrecord_tools.read_tar import IMAGE_SUFFIXES
 from clipkit.tfrecord_tools.sample import DROPPED_COLUMNS
 from clipkit.tfrecord_tools.schema import EMPTY_LIST, LIST, widest
 

@@ -16,42 +16,22 @@ import pyarrow.parquet as pq
 
 from clipkit.errors import UserError
 from clipkit.files import is_remote, local_copy, write_beside
+from clipkit.pair_table import CAPTION_NAMES, FILE_NAMES, find_name
 from clipkit.remote import as_upath, reading
 from clipkit.tfrecord_tools.read_parquet import (
-    CAPTION_NAMES,
     USUAL,
     Columns,
     caption_column,
-    find_name,
     make_sample,
     open_parquet,
     read_rows,
 )
 from clipkit.tfrecord_tools.sample import Sample
 from clipkit.tfrecord_tools.schema import arrow_type, fit, kind_of, unify
-from clipkit.tfrecord_tools.url_table import TEXT_DELIMITERS, copy_text, open_text, unreadable
+from clipkit.tfrecord_tools.url_table import copy_text, open_text, unreadable
 
-TABLE_SUFFIXES = (*TEXT_DELIMITERS, ".jsonl", ".parquet")
-METADATA_STEM = "metadata"
-FILE_NAMES = ("file_name", "filename", "filepath", "file_path", "file", "image", "image_path", "path")
 COPY_ROWS = 4_096
 SUMS = 100_000  # at most so many sums of sizes are held, however long the table
-
-
-def is_table(path: Path) -> bool:
-    """Whether a file's name is that of a table."""
-    return path.name.lower().endswith(TABLE_SUFFIXES)
-
-
-def find_table(folder: Path) -> Path | None:
-    """The one table of a folder: `metadata.*`, else the only one. Raises UserError when several could be meant."""
-    tables = sorted(path for path in folder.iterdir() if is_table(path) and not path.name.startswith("."))
-    named = [path for path in tables if path.name.lower().partition(".")[0] == METADATA_STEM]
-    found = named or tables
-    if len(found) > 1:
-        names = ", ".join(path.name for path in found)
-        raise UserError(f"{folder} holds several tables ({names}): name one of them in place of the folder")
-    return found[0] if found else None
 
 
 def copy_table(path: Path, copy: Path, columns: Columns = USUAL) -> None:

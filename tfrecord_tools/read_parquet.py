@@ -4,7 +4,7 @@ An image is a binary column, or Hugging Face's struct of `bytes` and `path`. Row
 group of ten thousand images would take a third of a gigabyte.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from clipkit.errors import UserError
-from clipkit.tfrecord_tools.read_tar import IMAGE_SUFFIXES
+from clipkit.pair_table import CAPTION_NAMES, find_image_column, find_name, holds_images
 from clipkit.tfrecord_tools.sample import DROPPED_COLUMNS, NO_IMAGE, Sample
 
-IMAGE_NAMES = (*sorted(IMAGE_SUFFIXES), "image", "img", "image_bytes", "bytes")
-CAPTION_NAMES = ("txt", "caption", "text", "title")
 BATCH_ROWS = 64
 _BUFFER_BYTES = 1 << 20
 
@@ -78,15 +76,13 @@ def damaged(path: Path, error: Exception) -> UserError:
 
 def image_column(schema: pa.Schema, columns: Columns) -> str | None:
     """The column with images, or None. Raises UserError when the one that was named holds none."""
-    fitting = [field.name for field in schema if _holds_images(field.type)]
     if columns.image is not None:
-        if columns.image in fitting:
+        if columns.image in schema.names and holds_images(schema.field(columns.image).type):
             return columns.image
         if columns.image in schema.names:
             return None  # names of files
         raise UserError(f"no column {columns.image!r} in the table: choose among {', '.join(schema.names)}")
-    named = [name for wanted in IMAGE_NAMES for name in fitting if name.lower() == wanted]
-    return named[0] if named else fitting[0] if len(fitting) == 1 else None
+    return find_image_column(schema)
 
 
 def caption_column(schema: pa.Schema, columns: Columns, path: Path) -> str:
@@ -104,11 +100,6 @@ def caption_column(schema: pa.Schema, columns: Columns, path: Path) -> str:
             "--caption-column"
         )
     return found
-
-
-def find_name(names: Sequence[str], wanted: Sequence[str]) -> str | None:
-    """The first of the wanted names that is there, in upper or lower case."""
-    return next((name for each in wanted for name in names if name.lower() == each), None)
 
 
 def read_rows(
@@ -168,12 +159,6 @@ def row_at(path: Path, position: int, size: int) -> int:
             left -= length
             row += group.num_rows
         return row
-
-
-def _holds_images(kind: pa.DataType) -> bool:
-    if pa.types.is_struct(kind):
-        return any(kind.field(i).name == "bytes" and _holds_images(kind.field(i).type) for i in range(kind.num_fields))
-    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
 
 
 def _image_bytes(value: Any) -> bytes | None:

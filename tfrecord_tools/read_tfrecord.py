@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from clipkit.records import RecordError, decode_example, read_range
-from clipkit.tfrecord_tools.read_tar import IMAGE_SUFFIXES
+from clipkit.tar import IMAGE_SUFFIXES
 from clipkit.tfrecord_tools.sample import BAD_TEXT, DROPPED_COLUMNS, NO_IMAGE, Sample
 
 

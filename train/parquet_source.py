@@ -146,7 +146,8 @@ class ParquetSource(Source):
             except (pa.ArrowException, OSError, EOFError) as error:
                 if ranges.failed is not None:
                     raise ranges.failed from error
-                raise _DamagedError(f"row group {self._groups[place]} of {path} can't be decoded ({error})") from error
+                reason = " ".join(str(error).split())
+                raise _DamagedError(f"row group {self._groups[place]} of {path} can't be decoded ({reason})") from error
         if found is None:
             raise _DamagedError(f"row group {self._groups[place]} of {path} has fewer rows than its file says")
         return found

@@ -149,7 +149,8 @@ def index_shard(folder: Path, shard: Listed) -> np.ndarray:
     def read(offset: int, length: int) -> bytes:
         nonlocal chunk, base
         if not base <= offset <= offset + length <= base + len(chunk):
-            base, chunk = offset, reader.read(0, offset, min(shard.bytes, offset + max(length, ahead)))
+            end = min(shard.bytes, offset + max(length, ahead))
+            base, chunk = offset, reader.read(0, offset, end) if offset < end else b""
         return chunk[offset - base : offset - base + length]
 
     return index_tar(read, folder / shard.name, shard.bytes)
