@@ -166,13 +166,14 @@ class _Opener:
             raise UserError(
                 f"the download into {folder} isn't finished: run the same clipkit download command to its end"
             )
+        alone = "" if path == folder else f"-{path.name}"
         tars = [file for file in files if file.name.endswith(".tar")]
         if tars:
-            tar_source = open_tars(folder, tars, self.cache_for(folder), self.block_size)
+            tar_source = open_tars(folder, tars, self.cache_for(folder), self.block_size, f"tars{alone}")
             return self.opened(path, "tars", tars, tar_source, tar_source.fill, self.block_size)
         parquets = [file for file in files if file.name.endswith(".parquet")]
         if parquets and has_images(folder, parquets[0]):
-            parquet_source = open_parquets(folder, parquets, self.cache())
+            parquet_source = open_parquets(folder, parquets, self.cache(), f"parquet{alone}")
             return self.opened(path, "parquet", parquets, parquet_source, parquet_source.fill, self.block_size)
         if path == folder:
             table = find_table(folder)

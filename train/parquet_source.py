@@ -238,12 +238,13 @@ def read_footer(reader: RangeReader, number: int) -> pq.FileMetaData:
             raise UserError(f"{reader.path(number)} can't be read as parquet ({reason}): fetch it again") from error
 
 
-def open_parquets(folder: Path, shards: Sequence[Listed], cache: BlockCache) -> ParquetSource:
+def open_parquets(folder: Path, shards: Sequence[Listed], cache: BlockCache, stem: str = "parquet") -> ParquetSource:
     """Open a folder's parquet files; on first use the sizes of their row groups are put down.
 
+    `stem` names the index: other sets of the folder's files have other ones.
     Raises UserError for a file that is damaged or lacks a column.
     """
-    return ParquetSource(folder, shards, open_index(folder, shards, "parquet", index_shard), cache)
+    return ParquetSource(folder, shards, open_index(folder, shards, stem, index_shard), cache)
 
 
 def index_shard(folder: Path, shard: Listed) -> np.ndarray:

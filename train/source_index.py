@@ -44,13 +44,12 @@ class FolderIndex:
         return np.load(self.path, mmap_mode="r" if sum(self.counts) else None)
 
 
-def open_index(folder: Path, shards: Sequence[Listed], kind: str, make: MakeRows) -> FolderIndex:
-    """The index of a folder's shards, made where it is missing or old by `make` of each shard, which must pickle.
+def open_index(folder: Path, shards: Sequence[Listed], stem: str, make: MakeRows) -> FolderIndex:
+    """The index `stem` of a folder's shards, made where it is missing or old by `make` of each, which must pickle.
 
     Raises what `make` raises.
     """
     place = index_place(folder)
-    stem = f"{kind}-{hashlib.blake2b(' '.join(shard.name for shard in shards).encode(), digest_size=6).hexdigest()}"
     with waiting_lock(place / f".{stem}.lock"):
         known = _read_summary(place / f"{stem}.json")
         if known != _describe(shards, [count for *_, count in known]):

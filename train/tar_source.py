@@ -130,13 +130,18 @@ class TarSource(Source):
 
 
 def open_tars(
-    folder: Path, shards: Sequence[Listed], cache: BlockCache | None = None, block_records: int = 64
+    folder: Path,
+    shards: Sequence[Listed],
+    cache: BlockCache | None = None,
+    block_records: int = 64,
+    stem: str = "tars",
 ) -> TarSource:
     """Open a folder's tars; on first use they are indexed, which reads local ones' headers, remote ones whole.
 
+    `stem` names the index: other sets of the folder's tars have other ones.
     Raises UserError for a tar that is damaged or gone.
     """
-    index = open_index(folder, shards, "tars", index_shard)
+    index = open_index(folder, shards, stem, index_shard)
     return TarSource(folder, shards, index, cache, block_records)
 
 
