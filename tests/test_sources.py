@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import fsspec
@@ -617,26 +618,35 @@ def upload_small(folder: Path, target: str) -> str:
 # ---- Training ----------------------------------------------------------------------------------------------------
 
 
-def test_a_run_on_a_mixture_goes_on_with_the_same_data_alone(written: dict[str, Path], tmp_path: Path) -> None:
+def test_a_run_goes_on_with_the_same_data_and_weights_alone(written: dict[str, Path]) -> None:
+    from clipkit.config import to_json
+    from clipkit.train.loop import refuse_another_run
+    from clipkit.train.recipes import debug
+
+    tar, other = str(written["tars"]), str(written["folder"])
+    identity = open_source([f"{tar}=0.75", f"{other}=0.25"]).identity()
+    state = {"dataset": json.loads(json.dumps(identity))}
+    start: Any = SimpleNamespace(path=Path("run"), config={"recipe": to_json(debug())}, state=state)
+    refuse_another_run(start, debug(), open_source([f"{tar}=3", f"{other}=1"]))  # the same weights, written otherwise
+    for data in ([f"{tar}=0.5", f"{other}=0.5"], [tar], [f"{other}=0.75", f"{tar}=0.25"]):
+        with pytest.raises(UserError, match="was trained on another dataset"):
+            refuse_another_run(start, debug(), open_source(data))
+
+
+def test_the_command_hands_over_what_it_was_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from click.testing import CliRunner
 
     from clipkit.cli import main
+    from clipkit.train import loop
 
-    def train(*data: str, resume: bool = True) -> Any:
-        arguments = ["train", "--recipe", "debug", "--out", str(tmp_path / "run"), "--device", "cpu", "--workers", "1"]
-        arguments += ["--set", "stages.0.samples=32", "--set", "stages.1.samples=32"]
-        for each in data:
-            arguments += ["--data", each]
-        return CliRunner().invoke(main, [*arguments, *(["--resume"] if resume else [])])
+    told: dict[str, Any] = {}
 
-    tar, other = str(written["tars"]), str(written["folder"])
-    first = train(f"{tar}=0.75", f"{other}=0.25", resume=False)
-    assert first.exit_code == 0, first.output
-    config = json.loads((tmp_path / "run" / "config.json").read_text())
-    assert config["data"] == [tar, other]
-    assert [member["weight"] for member in config["dataset"]["mixture"]] == ["3/4", "1/4"]
-    assert train(f"{tar}=0.75", f"{other}=0.25").exit_code == 0
-    for data in ([f"{tar}=0.5", f"{other}=0.5"], [tar], [f"{other}=0.75", f"{tar}=0.25"]):
-        refused = train(*data)
-        assert refused.exit_code == 2
-        assert "was trained on another dataset" in refused.stderr
+    def train(recipe: Any, data: Any, out: Path, **options: Any) -> Any:
+        told.update(options, data=data)
+        return loop.Summary(out, None, 0, 0.0, 0.0, True, False)
+
+    monkeypatch.setattr(loop, "train", train)
+    arguments = ["train", "--recipe", "debug", "--out", str(tmp_path), "--data", "a=0.7", "--data", "s3://b/c=0.3"]
+    result = CliRunner().invoke(main, [*arguments, "--cache", str(tmp_path / "c"), "--cache-gb", "2.5"])
+    assert result.exit_code == 0, result.output
+    assert (told["data"], told["cache"], told["cache_gb"]) == (("a=0.7", "s3://b/c=0.3"), tmp_path / "c", 2.5)

@@ -74,8 +74,9 @@ class Data:
         """What decides the order of the data, beside the seed, as JSON values."""
         if len(self.parts) == 1:
             return self.parts[0].identity
-        members = zip(self.parts, self.weights, strict=True)
-        return {"mixture": [{**part.identity, "weight": str(weight)} for part, weight in members]}
+        shares = [weight / sum(self.weights) for weight in self.weights]
+        members = zip(self.parts, shares, strict=True)
+        return {"mixture": [{**part.identity, "weight": str(share)} for part, share in members]}
 
     def places(self) -> str | list[str]:
         """Where the data are: one path, or several."""
