@@ -34,7 +34,8 @@ MAX_THREADS = 2
 SMALLEST_CHUNK, LARGEST_CHUNK = 16, 128
 # The order is worked out for so many positions at once: a short stretch costs as much as this.
 ORDER_SPAN = 4096
-STALL_SECONDS = 30.0
+# A batch that doesn't come is reported within half a minute, the batches ahead of it included.
+STALL_SECONDS = 20.0
 # The share of bad records is judged as if at least so many samples had been seen, so that one of ten stops nothing.
 BAD_BASE = 1000
 REMEMBERED_BAD = 1000
@@ -94,6 +95,8 @@ class Pending:
     slot: int | None
     """The shared buffer it lies in; None for memory of its own."""
     parts: list[Future[Made]]
+    """Chunk by chunk, and the first record of each."""
+    firsts: list[int]
 
 
 class Loader:
@@ -174,11 +177,11 @@ class Loader:
             else:
                 parts.append(Future())
                 parts[-1].set_result(inline.make(chunk))
-        return Pending(positions_B, buffer, slot, parts)
+        return Pending(positions_B, buffer, slot, parts, records_B[::size].tolist())
 
     def finish(self, pending: Pending) -> Batch:
         """Wait for a batch's chunks and put them together."""
-        made = [self.wait(part, pending) for part in pending.parts]
+        made = [self.wait(part, first) for part, first in zip(pending.parts, pending.firsts, strict=True)]
         self.judge([entry for part in made for entry in part.bad], len(pending.positions_B))
         keys_B = sample_keys(self.config.seed, pending.positions_B)
         ids = [row for part in made for row in part.ids]
@@ -214,7 +217,7 @@ class Loader:
         weakref.finalize(pending.buffer.base, self.free.append, pending.slot).atexit = False
         return pending.buffer
 
-    def wait(self, part: Future[Made], pending: Pending) -> Made:
+    def wait(self, part: Future[Made], first: int) -> Made:
         """A chunk's result; says so when it takes unusually long."""
         waited = 0.0
         while True:
@@ -224,9 +227,9 @@ class Loader:
                 if part.done():
                     raise
                 waited += STALL_SECONDS
-                position = int(pending.positions_B[0])
                 self.warn(
-                    f"the loader has waited {waited:.0f} s for samples from {position:,} on: is the disk reachable?"
+                    f"the loader has waited {waited:.0f} s for samples from {self.job.source.key(first)} on: "
+                    "is the disk reachable?"
                 )
 
     def judge(self, bad: Sequence[tuple[str, str]], seen: int) -> None:

@@ -29,6 +29,7 @@ from clipkit.files import lock, remove, write_json
 from clipkit.log import MetricsWriter, NullWriter, Progress, Writer, forget_metrics_after
 from clipkit.model import CLIP, build, load_state
 from clipkit.tokenizer import Tokenizer
+from clipkit.train.batch import Batch
 from clipkit.train.data import batches
 from clipkit.train.open_source import CACHE_GB, Data, open_source
 from clipkit.train.optimizer import learning_rate_at, make_optimizer
@@ -54,6 +55,8 @@ class Run:
     saved_at: float = 0.0
     stop_asked: bool = False
     """This process got a signal."""
+    waiting: bool = False
+    """This process waits for data."""
     stopped: bool = False
     """All ranks have agreed to stop."""
 
@@ -180,7 +183,7 @@ def run_stage(run: Run, stage: Stage, stage_start: int, model: CLIP, optimizer: 
     watch = Stopwatch(run.samples_seen)
     start = run.samples_seen - stage_start
     with contextlib.closing(loader), progress_line(run, f"train {stage.name}", stage.samples, start) as progress:
-        for batch in watch.time_waiting(loader):
+        for batch in watch.time_waiting(until_stopped(run, loader)):
             before, run.samples_seen = run.samples_seen, run.samples_seen + stage.batch_size
             run.bad_samples += batch.bad
             is_end = run.samples_seen >= stage_end
@@ -234,7 +237,33 @@ def run_stage(run: Run, stage: Stage, stage_start: int, model: CLIP, optimizer: 
                     device.barrier()
             if run.stopped:
                 break
+        else:
+            # Stopped while waiting: the steps since the last checkpoint, where there were any, are saved.
+            place = checkpoint.place(run.folder, run.samples_seen)
+            if run.stopped and run.samples_seen - stage_start > start and not place.exists():
+                save(run, stage, model, optimizer, step_loss + grad_norm)
     return loss
+
+
+class StopWaitingError(Exception):
+    """A signal came while data were waited for."""
+
+
+def until_stopped(run: Run, loader: Iterator[Batch]) -> Iterator[Batch]:
+    """The loader's batches, but a stop that is asked for while one is waited for is a stop at once: data that stall
+    may never come. A batch that is lost by that hasn't been counted as seen.
+    """
+    while True:
+        try:
+            run.waiting = True
+            batch = next(loader, None)
+            run.waiting = False
+        except StopWaitingError:
+            run.waiting, run.stopped = False, True
+            return
+        if batch is None:
+            return
+        yield batch
 
 
 def is_due(every: int | None, before: int, now: int) -> bool:
@@ -336,12 +365,17 @@ def describe_run(recipe: Recipe, data: Data, device: Device) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def stop_on_signal(run: Run) -> Iterator[None]:
-    """SIGTERM and Ctrl-C ask for a checkpoint after the step under way; a second Ctrl-C interrupts at once."""
+    """SIGTERM and Ctrl-C ask for a checkpoint after the step under way; a second Ctrl-C interrupts at once.
+
+    Several ranks have to stop at the same step, so none of them gives up waiting for its data alone.
+    """
 
     def ask(number: int, frame: FrameType | None) -> None:
         if run.stop_asked and number == signal.SIGINT:
             raise KeyboardInterrupt
         run.stop_asked = True
+        if run.waiting and run.device.world == 1:
+            raise StopWaitingError
 
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -31,6 +32,8 @@ from clipkit.train.order import Int64Array
 from clipkit.train.samples import Job, Made, SampleMaker
 
 MAX_DEATHS = 3
+# How long the end of the loader waits for what hangs in the kernel, say on a disk that doesn't answer.
+CLOSE_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -157,7 +160,8 @@ class ProcessHands:
             self.stopped = True
             if self.process is not None:
                 self.process.kill()
-                self.process.wait()
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self.process.wait(CLOSE_SECONDS)
 
 
 class Pool:
@@ -189,7 +193,10 @@ class Pool:
             del task, chunk, future  # the arrays of a batch must not outlive it here
 
     def close(self) -> None:
-        """End all workers, at once where they are processes, after the chunk at hand where they are threads."""
+        """End all workers, at once where they are processes, after the chunk at hand where they are threads.
+
+        A thread that hangs in reading is left to itself: it ends with its read, or with this process.
+        """
         with contextlib.suppress(queue.Empty):
             while task := self.tasks.get_nowait():
                 task[1].cancel()
@@ -197,8 +204,9 @@ class Pool:
             self.tasks.put(None)
         for hand in self.hands:
             hand.stop()
+        deadline = time.monotonic() + CLOSE_SECONDS
         for thread in self.threads:
-            thread.join()
+            thread.join(max(0.0, deadline - time.monotonic()))
         for hand in self.hands:
             if isinstance(hand, ProcessHands) and hand.process is not None:
                 close_pipes(hand.process)
