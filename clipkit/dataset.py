@@ -140,10 +140,15 @@ class Dataset:
             self._blocks.drop(shard, block)
             return unframe(self._blocks.read(shard, block, start, end), start, path)
 
-    def fill(self, i: int) -> None:
-        """Get the block of record `i` into the cache; nothing happens where there is none. Raises as `read`."""
+    def fill(self, i: int) -> int:
+        """Get the block of record `i` into the cache, where there is one; returns the first record behind the block.
+
+        Raises as `read`.
+        """
+        shard, _ = self.locate(i)
         if self._blocks is not None:
-            self._blocks.fill(self.locate(i)[0], self._block(i))
+            self._blocks.fill(shard, self._block(i))
+        return min((i // self.block_records + 1) * self.block_records, self._ends[shard])
 
     def _block(self, i: int) -> tuple[int, int]:
         """The bytes of the records that are got together with record `i`, in its shard."""

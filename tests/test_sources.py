@@ -8,6 +8,7 @@ import pickle
 import shutil
 import tarfile
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -25,7 +26,7 @@ from object_store import s3 as s3
 from object_store import s3_server as s3_server
 from small_dataset import pair_columns, write_dataset
 
-from clipkit import block_cache
+from clipkit import block_cache, range_reader
 from clipkit.block_cache import BlockCache
 from clipkit.dataset import open_dataset
 from clipkit.errors import UserError
@@ -33,6 +34,7 @@ from clipkit.features import Feature
 from clipkit.files import as_path
 from clipkit.records import RecordError
 from clipkit.tar import read_headers
+from clipkit.train import ahead_source
 from clipkit.train import open_source as opening
 from clipkit.train.data import LoaderConfig, batches
 from clipkit.train.open_source import open_source, parse_data
@@ -550,6 +552,52 @@ def test_each_block_is_asked_for_once_whoever_reads(
     asked.clear()
     list(batches(open_source(target, cache=tmp_path / "cache", block_size=10).source(), CONFIG, 0, TOTAL, workers=2))
     assert asked.count("cat_file") == 0
+
+
+def test_the_order_alone_brings_the_next_windows_blocks_near(
+    kind: str, written: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ahead_source, "WINDOW_BLOCKS", 4)
+    source = open_source(
+        upload(written[kind], f"memory://ahead/{kind}"), cache=tmp_path / "cache", block_size=8
+    ).source()
+    monkeypatch.undo()
+    asked = count_requests(monkeypatch)
+    positions = np.arange(TOTAL, dtype=np.uint64)  # an epoch: all blocks
+    source.records_at(positions, 0, 8)
+    deadline = time.monotonic() + 60
+    entries = {"dataset": 21, "tars": 21, "parquet": 9, "folder": TOTAL}[kind]  # blocks are cut where a shard ends
+    while len(list((tmp_path / "cache").glob("??/[0-9a-f]*"))) < entries + (kind == "dataset"):  # and its index
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    asked.clear()
+    check_pairs(source)
+    assert "cat_file" not in asked
+
+
+def test_a_store_that_stalls_is_asked_again_and_told(
+    written: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    source = open_source(upload(written["dataset"], "memory://stalls/dataset"), block_size=8).source()
+    expected = [batch.image_BHWC.tobytes() for batch in batches(source, CONFIG, 0, 80, workers=0)]
+    monkeypatch.setattr(range_reader, "STALL_SECONDS", 0.3)
+    monkeypatch.setattr(opening.AheadSource, "_wish", lambda *_: None)
+    real, calls, go = MemoryFileSystem.cat_file, [], threading.Event()
+
+    def stalled(self: Any, *arguments: Any, **named: Any) -> Any:
+        calls.append(1)
+        if len(calls) in (3, 4):
+            go.wait(60)
+        return real(self, *arguments, **named)
+
+    monkeypatch.setattr(MemoryFileSystem, "cat_file", stalled)
+    other = open_source("memory://stalls/dataset", cache=tmp_path / "cache", block_size=8)
+    found = [batch.image_BHWC.tobytes() for batch in batches(other.source(), CONFIG, 0, 80, workers=1)]
+    go.set()
+    assert found == expected
+    assert "no answer in time; asked again" in capfd.readouterr().err
 
 
 def test_ten_million_records_open_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

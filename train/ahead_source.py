@@ -23,11 +23,14 @@ _REMEMBERED = 8 * WINDOW_BLOCKS
 # More than this is not asked for: then it is the network that is too slow, and the oldest wishes come first.
 _MOST_WAITING = 2 * WINDOW_BLOCKS
 
-Fill = Callable[[int], None]
+Fill = Callable[[int], int]
 
 
 class AheadSource(Source):
-    """A source with reading ahead. `fill` gets the block of a record, of `block_records` neighbours, near."""
+    """A source with reading ahead, `block_records` neighbours at a time.
+
+    `fill` gets a record near, with what is got together with it, and returns the first record behind that.
+    """
 
     def __init__(self, source: Source, fill: Fill, block_records: int) -> None:
         self.source, self.fill, self.block_records = source, fill, block_records
@@ -83,7 +86,9 @@ class AheadSource(Source):
                 self._asked.popitem(last=False)
         if not self._threads:
             self._threads = [
-                threading.Thread(target=_work, args=(self._wishes, self.fill, self.block_records), daemon=True)
+                threading.Thread(
+                    target=_work, args=(self._wishes, self.fill, self.block_records, self.num_records), daemon=True
+                )
                 for _ in range(THREADS)
             ]
             for thread in self._threads:
@@ -98,9 +103,11 @@ class AheadSource(Source):
                 self._wishes.put_nowait(-1)
 
 
-def _work(wishes: "queue.Queue[int]", fill: Fill, block_records: int) -> None:
+def _work(wishes: "queue.Queue[int]", fill: Fill, block_records: int, num_records: int) -> None:
     while (block := wishes.get()) >= 0:
+        record, end = block * block_records, min((block + 1) * block_records, num_records)
         try:
-            fill(block * block_records)
+            while record < end:
+                record = fill(record)
         except Exception:
             continue

@@ -70,11 +70,12 @@ class FolderSource(Source):
                 raise UserError(f"can't read {self.folder / name} ({error}): check the disk") from error
             yield Pair(image, caption or "")
 
-    def fill(self, record: int) -> None:
-        """Get a record's image into the cache; nothing happens where there is none."""
+    def fill(self, record: int) -> int:
+        """Get a record's image into the cache, where there is one; returns the next record."""
         name = self._row(record)[0]
         if self.cache is not None and name:
             self.cache.ensure(f"image {self.folder / name}", lambda: self._fetch(name))
+        return record + 1
 
     def _row(self, record: int) -> tuple[str | None, str | None]:
         chunk, place = divmod(record, _BATCH_ROWS)

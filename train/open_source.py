@@ -205,7 +205,7 @@ class _Opener:
         return lambda source: AheadSource(source, dataset.fill, self.block_size)
 
     def opened(
-        self, path: Path, kind: str, files: Sequence[Listed], source: Source, fill: Callable[[int], None], unit: int
+        self, path: Path, kind: str, files: Sequence[Listed], source: Source, fill: Callable[[int], int], unit: int
     ) -> Opened:
         listing = " ".join(f"{file.name}:{file.bytes}" for file in files)
         identity = {

@@ -84,11 +84,12 @@ class ParquetSource(Source):
             except _DamagedError as error:
                 yield ImageError(str(error))
 
-    def fill(self, record: int) -> None:
-        """Get the row group of a record into the cache."""
+    def fill(self, record: int) -> int:
+        """Get the part of the row group that holds a record into the cache; returns the first record behind it."""
         place, row = self._locate(record)
         part = row // PART_ROWS
         self.cache.ensure(self._key(place, part), lambda: self._decode(place, part), self._key(place, -1))
+        return min(record - row + (part + 1) * PART_ROWS, int(self._ends[place]))
 
     def _locate(self, record: int) -> tuple[int, int]:
         """The place of the row group in the index, and the row in it."""

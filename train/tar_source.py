@@ -76,10 +76,12 @@ class TarSource(Source):
         for record in records:
             yield self._pair(record)
 
-    def fill(self, record: int) -> None:
-        """Get the block of a record into the cache; nothing happens where there is none."""
+    def fill(self, record: int) -> int:
+        """Get the block of a record into the cache, where there is one; returns the first record behind the block."""
+        shard, _ = self._locate(record)
         if self._blocks is not None:
-            self._blocks.fill(self._locate(record)[0], self._block(record))
+            self._blocks.fill(shard, self._block(record))
+        return min((record // self.block_records + 1) * self.block_records, self._ends[shard])
 
     def _locate(self, record: int) -> tuple[int, int]:
         if not 0 <= record < self.num_records:
