@@ -78,6 +78,27 @@ def test_shuffling_is_close_to_a_full_one(block_size: int) -> None:
     assert abs(np.corrcoef(order, np.arange(n))[0, 1]) < 0.1
 
 
+@pytest.mark.parametrize("block_size", [1, 16, 64, 256])
+def test_a_million_records_are_mixed_as_the_documents_say(block_size: int) -> None:
+    """The numbers of docs/shuffle.md: distances, neighbours one after the other and within a batch, shards."""
+    n, batch = 1_000_000, 1024
+    order = record_indices(np.arange(n), n, seed=0, block_size=block_size)
+    distances = np.abs(np.diff(order))
+    found = np.cumsum(np.bincount(distances, minlength=n)[1:]) / (n - 1)
+    steps = np.arange(1, n)
+    full = np.cumsum(2 * (n - steps) / (n * (n - 1)))
+    assert np.abs(found - full).max() < 0.005
+    # Blocks of one record are a full shuffle; else a neighbour on disk may stand anywhere within the window.
+    window = WINDOW_BLOCKS * block_size if block_size > 1 else n
+    assert (distances == 1).mean() < 1.3 * 2 / window + 4e-6
+    together = [
+        np.isin(rows + 1, rows, assume_unique=True).mean() for rows in order[: n // batch * batch].reshape(-1, batch)
+    ]
+    assert np.mean(together) < 1.1 * batch / window
+    shards = [len(np.unique(rows // 10_000)) for rows in order[: n // batch * batch].reshape(-1, batch)]
+    assert np.mean(shards) > 90
+
+
 def test_reading_stays_in_few_blocks_for_a_while() -> None:
     n, block_size = 400_000, 64
     order = record_indices(np.arange(n), n, seed=0, block_size=block_size)
