@@ -7,8 +7,8 @@ process tree for at least `samples` more.
 The peers are run as their own trainers run them. `openclip` is `open_clip_train.data.get_wds_dataset` (shards drawn
 with replacement, as for LAION) with `open_clip`'s transform and tokenizer. `tfds` reads as CLIPA's PyTorch trainer does
 (UCSC-VLAA/CLIPA, clipa_torch/training/reader_tfds.py): TFDS decodes in tf.data, and a DataLoader worker makes a PIL
-image of the pixels, crops it and tokenizes the caption. Its buffers are smaller than CLIPA's 8,192 and 1,024 samples,
-which only shortens the warm-up.
+image of the pixels, crops it and tokenizes the caption. Threads and buffers are those of CLIPA's defaults, which hold
+two gigabytes of decoded images in each worker.
 """
 
 import json
@@ -25,11 +25,11 @@ from types import SimpleNamespace
 from typing import Any
 
 WORKERS = 2
-CROP_AREA = (0.4, 1.0)
+CROP_AREA, CROP_RATIO = (0.4, 1.0), (3 / 4, 4 / 3)
 BATCH = 256
 CONTEXT_LENGTH = 77
-TFDS_SHUFFLE, TFDS_PREFETCH = 512, 64
-TFDS_THREADS = 8  # of all workers together, CLIPA's default
+TFDS_SHUFFLE, TFDS_PREFETCH = 8192, 1024  # decoded images of each worker
+TFDS_THREADS = 8  # of all workers together
 TICKS = os.sysconf("SC_CLK_TCK")
 
 
@@ -189,7 +189,7 @@ def decode_all(request: Request, worker: int) -> tuple[float, float]:
     for record, row in zip(record_indices(positions, dataset.num_records, 0).tolist(), draws, strict=True):
         data = decode_example(dataset.read(record), ("jpg",))["jpg"][0]
         height, width = plain_jpeg_size(data) or (0, 0)
-        box = crop_box(height, width, CROP_AREA, (3 / 4, 4 / 3), row)
+        box = crop_box(height, width, CROP_AREA, CROP_RATIO, row)
         _, scale = scaled_crop(height, width, box, request.image_size)
         work.append((data, -(-height // scale), -(-width // scale), scale))
     start, spent = time.perf_counter(), time.process_time()

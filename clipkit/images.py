@@ -96,14 +96,22 @@ def jpeg_scale(height: int, width: int, min_height: int, min_width: int) -> int:
     return scale
 
 
-def decode_plain_jpeg(data: Data, height: int, width: int, scale: int) -> UInt8Array | None:
+def decode_plain_jpeg(data: Data, height: int, width: int, scale: int, smooth_chroma: bool = True) -> UInt8Array | None:
     """A JPEG of the size that `plain_jpeg_size` found, at 1/`scale` of it; None where only Pillow may know what to do.
 
-    Its more accurate transform and smooth chroma are kept: the fast ones save 5% and double the error of a crop.
+    `smooth_chroma` False repeats chroma where it has fewer pixels: 4% less time, and hardly seen in what is shrunk by
+    half afterwards. Libjpeg's fast transform is never taken: it saves 2% and doubles the error of a crop.
     """
     rows, columns = (-(-height // scale), -(-width // scale)) if scale > 1 else (0, 0)
     try:
-        return simplejpeg.decode_jpeg(data, min_height=rows, min_width=columns, min_factor=scale, strict=True)
+        return simplejpeg.decode_jpeg(
+            data,
+            min_height=rows,
+            min_width=columns,
+            min_factor=scale,
+            fastupsample=not smooth_chroma,
+            strict=True,
+        )
     except ValueError:
         return None  # Pillow forgives more, and has the better words for what it doesn't
 

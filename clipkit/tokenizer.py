@@ -7,6 +7,7 @@ GPT-2; vocabulary and cleaning: Radford et al., "Learning transferable visual mo
 
 import gzip
 import html
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -38,14 +39,21 @@ SPECIAL = {"<start_of_text>": SOT, "<end_of_text>": EOT}
 PATTERN = r"<[sſ]tart_of_text>|<end_of_text>|'[sſ]|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^ \u0345\p{L}\p{N}]+"
 
 
+# Typography that ftfy makes plain, and what is left of a caption that neither it nor `html.unescape` would change: an
+# ampersand before a space is no entity, and no sign of mojibake is made of ASCII, dashes and dots alone.
+STRAIGHT = str.maketrans("‘’“”", "''\"\"")
+UNTOUCHED = re.compile("(?:[ -%'-~–—…]|&(?= |$))*")
+
+
 def clean(text: str) -> str:
     """A caption as the tokenizer sees it: mojibake mended, entities resolved, white space collapsed, lower case.
 
     Printable ASCII without `&` takes a short cut: there ftfy and `html.unescape` have nothing to act on (no entity, no
-    control character, no escape sequence, no character above 127).
+    control character, no escape sequence, no character above 127). So does what UNTOUCHED describes.
     """
     if not (text.isascii() and text.isprintable() and "&" not in text):
-        text = html.unescape(html.unescape(ftfy.fix_text(text)))
+        straight = text.translate(STRAIGHT)
+        text = straight if UNTOUCHED.fullmatch(straight) else html.unescape(html.unescape(ftfy.fix_text(text)))
     return " ".join(text.split()).lower()
 
 

@@ -1,5 +1,6 @@
 """Augmentation is a function of the key, does what each field says, and off means off."""
 
+import io
 import json
 from dataclasses import asdict, replace
 
@@ -13,6 +14,7 @@ from clipkit.counter_rng import sample_keys
 from clipkit.errors import UserError
 from clipkit.images import UInt8Array, eval_transform
 from clipkit.train.augment import Augmentation, colour_matrices, cut, geometry_draws, recolour
+from clipkit.train.crop import crop_box
 
 EVERYTHING = Augmentation(
     crop_area=(0.5, 1.3), flip=0.5, rotation=20, shear=5, translation=0.1, brightness=0.3, contrast=0.3, saturation=0.4,
@@ -49,6 +51,36 @@ def test_it_survives_json() -> None:
         Augmentation(**{**fields, "crop_area": tuple(fields["crop_area"]), "crop_ratio": tuple(fields["crop_ratio"])})
         == EVERYTHING
     )
+
+
+@pytest.mark.parametrize("area", [(1.0, 1.0), (0.4, 1.0)])
+def test_exact_is_the_full_decoding_and_pillow(area: tuple[float, float]) -> None:
+    data = jpeg(picture(256, 320, roughness=1.5))
+    fast = Augmentation(crop_area=area, flip=0.5)
+    slow = replace(fast, exact=True)
+    # The same crop, but for the grid of eight that the fast way's shrunk decoding puts it on.
+    assert np.abs(made(fast, KEYS[:20], data=data).astype(float) - made(slow, KEYS[:20], data=data)).mean() < 6
+    image = Image.open(io.BytesIO(data))
+    for draws in geometry_draws(KEYS[:20]).tolist():
+        box = crop_box(256, 320, area, slow.crop_ratio, draws) if area[0] < 1 else (0, 32, 256, 256)
+        top, left, height, width = box
+        plain = image.crop((left, top, left + width, top + height)).resize((32, 32), Image.Resampling.BICUBIC)
+        expected = np.asarray(plain)[:, ::-1] if draws[22] < 0.5 else np.asarray(plain)
+        row = np.zeros((32, 32, 3), np.uint8)
+        np.testing.assert_array_equal(cut(data, 32, slow, draws), expected)
+        cut(data, 32, slow, draws, row)
+        np.testing.assert_array_equal(row, expected)
+
+
+@pytest.mark.parametrize("augmentation", [Augmentation(flip=0.5), replace(EVERYTHING, crop_area=(0.4, 1.0))])
+@pytest.mark.parametrize("affine", [False, True])
+def test_pixels_are_the_same_wherever_they_are_written(augmentation: Augmentation, affine: bool) -> None:
+    augmentation = augmentation if affine else replace(augmentation, rotation=0, shear=0, translation=0)
+    rows = np.full((20, 32, 32, 3), 7, np.uint8)
+    for row, draws in zip(rows, geometry_draws(KEYS[:20]), strict=True):
+        cut(PNG, 32, augmentation, draws, row)
+    recolour(rows, augmentation, KEYS[:20])
+    np.testing.assert_array_equal(rows, made(augmentation, KEYS[:20]))
 
 
 @pytest.mark.parametrize("affine", [False, True])

@@ -2,13 +2,21 @@
 
 import io
 
+import cv2
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from test_images import PIXELS, encoded, jpeg, picture
 
-from clipkit.train.crop import crop_box, random_resized_crop, random_resized_crop_of, scaled_crop
+from clipkit.train.crop import (
+    crop_box,
+    crop_resize,
+    exact_crop_resize,
+    random_resized_crop,
+    random_resized_crop_of,
+    scaled_crop,
+)
 
 
 @pytest.mark.parametrize("size", [48, 64, 112, 224])
@@ -26,6 +34,41 @@ def test_fast_crop_equals_full_decoding_and_antialiased_bicubic(size: int) -> No
             plain = Image.open(io.BytesIO(data)).resize((size, size), Image.Resampling.BICUBIC, box=box)
             errors.append(np.abs(fast.astype(float) - np.asarray(plain)).mean())
     assert np.mean(errors) < 2.5
+
+
+@pytest.mark.parametrize("shrinks", [0.7, 1.0, 1.1, 1.2, 1.3, 1.6, 1.9, 2.5, 3.5])
+def test_each_way_of_resizing_is_as_near_to_bicubic_as_the_mean_of_an_area(shrinks: float) -> None:
+    side = round(64 * shrinks)
+    ours, areas = [], []
+    for seed in range(6):
+        image = picture(256, 320, seed, roughness=1.3)
+        box = (5, 9, side, side)
+        plain = exact_crop_resize(image, box, 64).astype(float)
+        area = cv2.resize(image[5 : 5 + side, 9 : 9 + side], (64, 64), interpolation=cv2.INTER_AREA)
+        ours.append(np.abs(crop_resize(image, box, 64) - plain).mean())
+        areas.append(np.abs(area - plain).mean())
+    assert np.mean(ours) <= 1.2 * np.mean(areas)
+    assert np.mean(ours) < 1.5
+
+
+def test_pixels_are_written_where_they_belong() -> None:
+    buffer = np.zeros((3, 48, 48, 3), np.uint8)
+    for height, width in ((30, 40), (50, 55), (70, 70), (100, 90), (256, 256)):
+        image = picture(height, width)
+        box = (0, 0, height, width)
+        assert crop_resize(image, box, 48, buffer[1]) is not None
+        np.testing.assert_array_equal(buffer[1], crop_resize(image, box, 48))
+        assert not buffer[[0, 2]].any()
+
+
+def test_the_exact_crop_equals_torchvision() -> None:
+    from torchvision.transforms import InterpolationMode
+    from torchvision.transforms.functional import resized_crop
+
+    image = picture(128, 160)
+    for box in ((3, 7, 100, 90), (0, 0, 128, 160), (60, 60, 20, 31)):
+        expected = resized_crop(Image.fromarray(image), *box, [56, 56], InterpolationMode.BICUBIC)
+        np.testing.assert_array_equal(exact_crop_resize(image, box, 56), np.asarray(expected))
 
 
 def test_crop_box_distribution_equals_torchvision() -> None:

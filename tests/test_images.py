@@ -6,7 +6,10 @@ import zlib
 
 import numpy as np
 import pytest
+import simplejpeg
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from clipkit.images import (
@@ -17,6 +20,7 @@ from clipkit.images import (
     decode_scaled,
     eval_transform,
     normalise,
+    plain_jpeg_size,
 )
 
 
@@ -135,6 +139,42 @@ def test_exif_rotation(kind: str) -> None:
     plain = decode(encoded(COLOUR, kind))
     np.testing.assert_array_equal(turned, np.rot90(plain, -1))
     assert decode_scaled(encoded(COLOUR, kind, exif=exif), 10, 10).shape[0] > 90
+
+
+def test_the_headers_walked_say_what_libjpeg_says() -> None:
+    for seed, (height, width) in enumerate([(64, 96), (97, 31), (8, 8), (1, 300)]):
+        image = Image.fromarray(picture(height, width, seed))
+        for options in ({}, {"progressive": True}, {"subsampling": 0}, {"comment": b"Exif\0 is no header here"}):
+            for mode in ("RGB", "L"):
+                data = encoded(image.convert(mode), "JPEG", **options)
+                assert plain_jpeg_size(data) == plain_jpeg_size(memoryview(data)) == (height, width)
+                assert simplejpeg.decode_jpeg_header(data)[:2] == (height, width)
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        assert plain_jpeg_size(encoded(image, "JPEG", exif=exif)) is None
+        assert plain_jpeg_size(encoded(image.convert("CMYK"), "JPEG")) is None
+        assert plain_jpeg_size(encoded(image, "PNG")) is None
+
+
+@given(st.integers(2, 700), st.binary(max_size=6))
+@settings(max_examples=300, deadline=None)
+def test_broken_headers_raise_nothing(cut: int, junk: bytes) -> None:
+    data = jpeg(PIXELS)
+    size = plain_jpeg_size(data[:cut] + junk + data[cut + len(junk) :])
+    assert size is None or len(size) == 2
+    begin = data.index(b"\xff\xda")
+    assert cut >= begin + 4 or plain_jpeg_size(data[:cut]) is None
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP"])
+def test_views_of_bytes_are_decoded_too(kind: str) -> None:
+    data = encoded(COLOUR, kind)
+    view = memoryview(b"before" + data + b"after")[6 : 6 + len(data)]
+    np.testing.assert_array_equal(decode(view), decode(data))
+    with pytest.raises(ImageError):
+        decode(view[:40])
+    with pytest.raises(ImageError, match="HTML page"):
+        decode(memoryview(b"<html>no"))
 
 
 BAD = {

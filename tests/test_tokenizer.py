@@ -1,9 +1,11 @@
 """Ids equal OpenCLIP's on captions of every nasty kind; the cleaning's short cut changes nothing."""
 
 import html
+import itertools
 import os
 import random
 import unicodedata
+from concurrent.futures import ThreadPoolExecutor
 
 import ftfy
 import numpy as np
@@ -12,9 +14,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from clipkit import tokenizer as tokenizer_module
 from clipkit.embedded import clip_merges, emoji_parquet
 from clipkit.errors import UserError
-from clipkit.tokenizer import EOT, SOT, VOCAB_SIZE, Tokenizer, clean
+from clipkit.tokenizer import EOT, SOT, STRAIGHT, VOCAB_SIZE, Tokenizer, clean
 
 PIECES = [
     "“curly”", "it’s", "don't", "WE'LL", "I'M", "you'Ve", "'ſ", "they'd've", "``x´´", "<b>bold</b>",
@@ -86,11 +89,45 @@ def test_padding_and_truncation_equal_openclip(tokenizer: Tokenizer, peer, conte
     assert (long[0], long[-1]) == (SOT, EOT)
 
 
-@given(st.text(st.characters(max_codepoint=0x7F) | st.sampled_from("&;#<>'’é \xa0\x85ſ")))
-@settings(max_examples=500, deadline=None)
+@given(
+    st.text(st.characters(max_codepoint=0x7F) | st.sampled_from("&;#<>'’é \xa0\x85ſ"))
+    | st.text(st.sampled_from("‘’“”–—…& \n-<'aZ0;"))
+    | st.lists(st.sampled_from(["’", "”", "…", "–", "&", " ", "quot;", "lt", "Ã", "â", "€", "a", "\n"])).map("".join)
+)
+@settings(max_examples=1000, deadline=None)
 def test_the_short_cut_of_cleaning_changes_nothing(text: str) -> None:
     plain = html.unescape(html.unescape(ftfy.fix_text(text))).strip()
     assert clean(text) == " ".join(plain.split()).strip().lower()
+
+
+def test_no_short_run_of_typography_is_taken_for_mojibake() -> None:
+    """The patterns of ftfy are at most so long; that it leaves these alone is what the short cut rests on."""
+    for length in (1, 2, 3):
+        for characters in itertools.product("‘’“”–—…&aZ0 .'", repeat=length):
+            text = "".join(characters)
+            assert ftfy.fix_text(text) == text.translate(STRAIGHT), repr(text)
+
+
+def test_words_that_are_kept_have_the_ids_they_have_in_a_caption(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several threads share a memory that is full again and again."""
+    monkeypatch.setattr(tokenizer_module, "KEPT_WORDS", 50)
+    captions = [clean(caption) for caption in varied_captions(600, seed=2)]
+    tokenizer = Tokenizer()
+    expected = tokenizer.encode_words(captions)  # whole, by the library
+    most: list[int] = []
+
+    def encode(_: int) -> list[list[int]]:
+        rows = []
+        for start in range(0, len(captions), 20):
+            rows += tokenizer.encode_cleaned(captions[start : start + 20])
+            most.append(len(tokenizer.kept))
+        return rows
+
+    with ThreadPoolExecutor(3) as pool:
+        for rows in pool.map(encode, range(3)):
+            assert rows == expected
+    assert max(most) < 2000 < sum(most)
+    assert max(map(len, tokenizer.kept)) <= tokenizer_module.KEPT_LENGTH
 
 
 def test_vocabulary(tokenizer: Tokenizer) -> None:

@@ -105,7 +105,7 @@ def random_resized_crop_of(
         return random_resized_crop(decode(data), size, area, ratio, uniforms, out)
     check_size(*full, MAX_PIXELS)
     box, scale = scaled_crop(*full, crop_box(*full, area, ratio, uniforms), size)
-    image = decode_plain_jpeg(data, *full, scale)
+    image = decode_plain_jpeg(data, *full, scale, smooth_chroma=min(box[2:]) <= SHARP * scale * size)
     if image is None:
         return crop_resize(decode_with_pillow(data, MAX_PIXELS), box, size, out)
     top, left, rows, columns = box
