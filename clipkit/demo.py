@@ -97,7 +97,9 @@ def stages(out: Path, recipe: str, settings: Sequence[str]) -> list[Stage]:
     """The commands in order."""
     shards, data, run, heldout = out / "shards", out / "data", out / "run", str(emoji_parquet("heldout"))
     assignments = [word for setting in settings for word in ("--set", setting)]
-    download = ("--preset", "laion400m", "--image-size", "96", "--timeout", "2", "--samples-per-shard", "2200")
+    download = ("--preset", "laion400m", "--format", "webdataset", "--image-size", "96", "--samples-per-shard", "2200")
+    # All pictures come from one server, which is our own, and some of its answers never do.
+    server = ("--allow-private-hosts", "--per-host", "128", "--timeout", "2")
     evaluate = ("--eval-data", heldout, "--eval-templates", TEMPLATES)
     zeroshot = ("zeroshot", "--ckpt", str(run), "--data", heldout, "--templates", TEMPLATES)
     # A group is a union of unlike things, so each caption it has in training is asked for, and probabilities are added.
@@ -105,7 +107,7 @@ def stages(out: Path, recipe: str, settings: Sequence[str]) -> list[Stage]:
     return [
         Stage(
             "download",
-            ("download", str(out / "urls.parquet"), str(shards), *download),
+            ("download", str(out / "urls.parquet"), str(shards), *download, *server),
             shards / "clipkit" / "download.json",
         ),
         Stage(
@@ -239,8 +241,7 @@ def closing(run: Path, costs: Sequence[Cost]) -> str:
         f"  {'all':42}{duration(total):>6}   {max(cost.peak_memory_bytes for cost in costs) / 1e9:.1f} GB at the most",
         f"The report: {run / 'report.html'}",
         "Now your own data, for example LAION-400M's parquet files in the folder laion:",
-        "  clipkit download laion shards --preset laion400m",
-        "  clipkit build-tfds shards data --name laion400m",
+        "  clipkit download laion data --preset laion400m --probe 500",
         "  clipkit train --data data --recipe clipa-b16-i50-t16 --out runs/b16",
         "  clipkit zeroshot --ckpt runs/b16 --data IMAGENET",
     ]

@@ -1,7 +1,7 @@
 """One shard on its way: its rows, the spool of its images, what became of each row, and its files at the end.
 
 Images go to a spool file as they arrive, so memory doesn't grow with the shard, and are written from there in the order
-of the rows. The spool has no name on the disk: a killed process leaves nothing of it.
+of the rows.
 
 Why not img2dataset's `Downloader`: its one method reads, fetches (urllib, a thread and a TLS context an image), resizes
 and writes a shard, with nothing between that could be replaced; a subclass would have to override all of it. Pixels
@@ -9,8 +9,6 @@ are its `Resizer`'s still (`picture`).
 """
 
 import math
-import os
-import tempfile
 import threading
 import time
 from collections import Counter
@@ -20,7 +18,7 @@ from typing import Any
 import pyarrow as pa
 
 from clipkit.errors import InternalError, UserError
-from clipkit.files import disk_errors, is_remote
+from clipkit.files import disk_errors
 from clipkit.tfrecord_tools import reasons
 from clipkit.tfrecord_tools.download_plan import Output, Shard
 from clipkit.tfrecord_tools.fetch_settings import Fetched, FetchSettings
@@ -39,6 +37,7 @@ from clipkit.tfrecord_tools.shard_output import (
     write_data,
 )
 from clipkit.tfrecord_tools.shard_state import Layout, ShardState, file_sizes, load_state, write_state
+from clipkit.tfrecord_tools.spool import Spool
 
 # What a hash says when the image isn't the one that the table speaks of, as far as anybody can tell.
 CHANGED = ("changed", "differs")
@@ -88,10 +87,7 @@ class OpenShard:
         self.digests: list[str | None] = rows["hash"].to_pylist() if "hash" in rows.column_names else []
         self.phashes: list[Any] = rows["phash"].to_pylist() if "phash" in rows.column_names else []
         self.lock = threading.Lock()
-        with disk_errors(task.layout.root):
-            folder = None if is_remote(task.layout.root) else task.layout.own
-            self.spool = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115 (closed by publish)
-        self.end = 0
+        self.spool = Spool(task.layout)
         self.places = [0] * len(self.urls)
         self.round = task.round
         self.outcomes: list[Outcome | None] = self.recall() if job.retry is not None else self.refuse()
@@ -173,21 +169,14 @@ class OpenShard:
             return UNCHECKED
 
     def keep(self, i: int, jpg: bytes) -> None:
-        """Append the image of row `i` to the spool. Raises UserError when the disk is full."""
-        with self.lock:
-            place = self.places[i] = self.end
-            self.end += len(jpg)
-        left = memoryview(jpg)
-        with disk_errors(self.task.layout.root):
-            while left:
-                written = os.pwrite(self.spool.fileno(), left, place)
-                left, place = left[written:], place + written
+        """Put the image of row `i` into the spool. Raises UserError when the disk is full."""
+        self.places[i] = self.spool.append(jpg)
 
     def image(self, i: int) -> bytes:
         """The stored bytes of row `i`."""
         outcome = self.outcomes[i]
         assert outcome is not None
-        return os.pread(self.spool.fileno(), outcome.jpg_bytes or 0, self.places[i])
+        return self.spool.read(self.places[i], outcome.jpg_bytes or 0)
 
     def keys(self) -> list[str]:
         """The keys of the rows, as img2dataset numbers them."""
@@ -196,7 +185,7 @@ class OpenShard:
         return [f"{10**wide * number + i:0{len(name) + wide}d}" for i in range(len(self.urls))]
 
     def publish(self) -> ShardState:
-        """Write the shard's files, the state last, and close the spool. Raises UserError when the disk refuses.
+        """Write the shard's files, the state last. Raises UserError when the disk refuses.
 
         A shard that takes the place of another is made beside it and moved when it is whole.
         """
@@ -217,7 +206,6 @@ class OpenShard:
         table = rows_table(self.rows, keys, outcomes, self.task.checks_hash)
         facts = write_data(self.task.output.format, files, table, outcomes, self.image, self.task.kinds)
         write_ledger(files.ledger, keys, self.numbers, self.rows, outcomes)
-        self.spool.close()
         state = self.state(outcomes, facts, file_sizes(files))
         write_state(files.state, state)
         if folder is not None:

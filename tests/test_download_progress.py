@@ -1,0 +1,79 @@
+"""The line of a download counts live, over all workers, and says what goes wrong."""
+
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from bad_server import bad_server
+from download_site import NETWORK, fetch, numbered, write_numbered
+
+from clipkit.log import Progress
+from clipkit.tfrecord_tools import download_progress
+from clipkit.tfrecord_tools.download_progress import DownloadLine, LiveCounts, counters, note, read_counts, watch
+from clipkit.tfrecord_tools.reasons import REASONS
+
+
+def fetcher(bytes_in: int = 0, concurrency: int = 0) -> Any:
+    return SimpleNamespace(stats=SimpleNamespace(bytes_in=bytes_in, concurrency=concurrency))
+
+
+def test_workers_counts_are_added_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for pid in (11, 12):
+        monkeypatch.setattr(download_progress.os, "getpid", lambda pid=pid: pid)
+        counts = LiveCounts(str(tmp_path))
+        counts.add(None, fetcher(1000 * pid, pid))
+        counts.add("dns", fetcher())
+        counts.add_refused(["bad-url", "something else"])
+    LiveCounts(str(tmp_path)).add(None, fetcher(5000, 3))  # the same process goes on
+    (tmp_path / "13").write_bytes(b"half")
+    total = read_counts(str(tmp_path))
+    by_name = dict(zip(download_progress.NAMES, total.tolist(), strict=False))
+    assert {name: count for name, count in by_name.items() if count} == {"ok": 3, "dns": 2, "bad-url": 2, "other": 2}
+    assert total[download_progress.BYTES] == 11_000 + 5000 and total[download_progress.REQUESTS] == 11 + 3
+    assert set(REASONS) < set(download_progress.NAMES)
+
+
+def test_note_names_the_top_errors() -> None:
+    counts = Counter({"ok": 750, "http-4xx": 120, "dns": 100, "timeout": 20, "tls": 10})
+    assert note(counts, (312.4, 11.25), 96) == (
+        "312 images/s, 11.2 MB/s, 96 at once, 75.0% ok, http-4xx 120, dns 100, timeout 20"
+    )
+    assert note(Counter(), (0, 0), 0) == "waiting for the first answers"
+
+
+def test_rates_are_of_late(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(download_progress.time, "monotonic", lambda: clock.now)
+    with counters(True) as folder:
+        line = DownloadLine(Progress("download", 10_000, "rows", quiet=True), Counter({"ok": 5}), folder)
+        counts = LiveCounts(folder)
+        line.draw()
+        for second in range(1, 31):
+            clock.now = float(second)
+            for _ in range(100 if second > 15 else 1):
+                counts.add(None, fetcher(second * 1_000_000, 8))
+            line.draw()
+        assert line.rates() == pytest.approx((100, 1.0), rel=0.1)
+        assert line.line.done == 5 + 15 + 1500
+    assert not Path(folder).exists()
+
+
+def test_a_cluster_tells_by_runs() -> None:
+    with counters(False) as folder, watch(10, Counter({"ok": 1}), folder) as line:
+        assert folder is None
+        line.finished(Counter({"ok": 3, "dns": 2}))
+        assert line.line.done == 6 and line.line.note.endswith("66.7% ok, dns 2")
+
+
+def test_line_moves_within_a_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one shard of which the server answers slowly, parts are counted before it is done."""
+    seen: list[int] = []
+    monkeypatch.setattr(download_progress, "DRAW_SECONDS", 0.01)
+    monkeypatch.setattr(Progress, "update", lambda self, done, note="": seen.append(done))
+    with bad_server(numbered(12), latency=0.1) as server:
+        urls = write_numbered(tmp_path / "urls.parquet", server.url(""), 12)
+        assert fetch(urls, tmp_path, samples_per_shard=12, network=replace(NETWORK, per_host=2)).downloaded == 12
+    assert any(0 < done < 12 for done in seen) and seen[-1] == 12 and seen == sorted(seen)
