@@ -21,10 +21,10 @@ from clipkit.images import (
 
 Box = tuple[int, int, int, int]
 
-# How many pixels of the image make one of the output, along the axis that shrinks more, is what the way of resizing
-# depends on. Four by four pixels are enough for an output pixel up to CUBIC, two by two up to LINEAR. Beyond, twice the
-# size is interpolated and halved: by cubic interpolation up to SHARP, by linear up to SMOOTH. What shrinks more than
-# that would lose pixels.
+# How many pixels of the image make one of the output along an axis is what the way of resizing depends on. Four by four
+# pixels are enough for an output pixel up to CUBIC, two by two up to LINEAR. Beyond, twice the size is interpolated and
+# halved: by cubic interpolation up to SHARP, else by linear. What shrinks by more than SMOOTH along an axis would lose
+# pixels by that.
 CUBIC, LINEAR, SHARP, SMOOTH = 1.15, 1.25, 1.7, 2.6
 
 
@@ -58,15 +58,17 @@ def crop_resize(image: UInt8Array, box: Box, size: int, out: UInt8Array | None =
     """
     top, left, height, width = box
     part = image[top : top + height, left : left + width]
-    shrinks = max(height, width) / size
-    if shrinks > SMOOTH:
-        way = cv2.INTER_AREA
+    shrinks, most = math.sqrt(height * width) / size, max(height, width) / size
+    if most > SMOOTH:
+        resized = cv2.resize(part, (size, size), dst=out, interpolation=cv2.INTER_AREA)
     elif shrinks > LINEAR:
         first = cv2.INTER_CUBIC if shrinks <= SHARP else cv2.INTER_LINEAR
-        part, way = cv2.resize(part, (2 * size, 2 * size), interpolation=first), cv2.INTER_AREA
+        double = cv2.resize(part, (2 * size, 2 * size), interpolation=first)
+        resized = cv2.resize(double, (size, size), dst=out, interpolation=cv2.INTER_AREA)
     else:
-        way = cv2.INTER_CUBIC if shrinks <= CUBIC else cv2.INTER_LINEAR
-    return cv2.resize(part, (size, size), dst=out, interpolation=way).astype(np.uint8, copy=False)
+        first = cv2.INTER_CUBIC if shrinks <= CUBIC else cv2.INTER_LINEAR
+        resized = cv2.resize(part, (size, size), dst=out, interpolation=first)
+    return resized.astype(np.uint8, copy=False)
 
 
 def exact_crop_resize(image: UInt8Array, box: Box, size: int) -> UInt8Array:
