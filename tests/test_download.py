@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from bad_server import bad_server
 from download_site import (
     CAPTIONS,
     COUNT,
@@ -27,9 +28,11 @@ from download_site import (
     fetch,
     file_bytes,
     members,
+    numbered,
     port_of,
     site,
     table,
+    write_numbered,
     write_urls,
 )
 from PIL import Image
@@ -386,3 +389,21 @@ def test_images_are_as_asked(tmp_path: Path) -> None:
     assert json.loads(members(small.out)["000000"]["json"])["height"] == 16
     assert refused.failed == {"too-small": 1}
     assert members(kept.out)["000000"]["jpg"] == JPEG
+
+
+def test_a_slow_row_holds_up_no_other_shard(tmp_path: Path) -> None:
+    """The first shard has a row that says nothing for five seconds; others of the run are done before it."""
+    with serve({"/a.jpg": Answer(JPEG), "/silent.jpg": Answer(None)}) as base_url:
+        names = ["silent", *["a"] * 99]
+        urls = write_urls(tmp_path / "u.parquet", url=[f"{base_url}/{name}.jpg" for name in names], caption=names)
+        summary = fetch(urls, tmp_path, format="parquet", samples_per_shard=4, network=replace(NETWORK, timeout=5))
+    ends = [json.loads(path.read_text())["end_time"] for path in sorted(tmp_path.glob("*_stats.json"))]
+    assert summary.failed == {"timeout": 1} and len(ends) == 25
+    assert sum(end < ends[0] for end in ends) >= 4
+
+
+def test_requests_to_one_host_are_bounded_over_all_processes(tmp_path: Path) -> None:
+    with bad_server(numbered(24), latency=0.05) as server:
+        urls = write_numbered(tmp_path / "u.parquet", server.url(""), 24)
+        fetch(urls, tmp_path, processes=2, samples_per_shard=4, network=replace(NETWORK, per_host=4))
+        assert 2 <= server.most_open_requests <= 4
