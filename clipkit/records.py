@@ -111,9 +111,7 @@ def read_records(path: Path, check: bool = True) -> Iterator[bytes]:
     return (record for _, record in read_range(path, check=check))
 
 
-def read_range(
-    path: Path, start: int = 0, stop: int | None = None, check: bool = True
-) -> Iterator[tuple[int, bytes]]:
+def read_range(path: Path, start: int = 0, stop: int | None = None, check: bool = True) -> Iterator[tuple[int, bytes]]:
     """Offset and contents of each record that begins in bytes [start, stop) of the file, as `read_records` has them.
 
     Of the records before `start` the headers alone are read.

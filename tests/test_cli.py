@@ -16,8 +16,8 @@ OPTIONS = {
     "demo": "--out",
     "doctor": "--json",
     "download": "urls out --preset --url-column --caption-column --keep --where --hash-column --hash-kind "
-    "--drop-changed --image-size --resize-mode --quality --min-image-size --connections --per-host --timeout --deadline "
-    "--max-megabytes --retries --resolver --allow-private-hosts --contact --robots-txt --format --name "
+    "--drop-changed --image-size --resize-mode --quality --min-image-size --connections --per-host --timeout "
+    "--deadline --max-megabytes --retries --resolver --allow-private-hosts --contact --robots-txt --format --name "
     "--samples-per-shard --probe --probe-floor --retry-failed --processes --engine --json",
     "inspect": "path --split --sample --out --json",
     "purge": "path --list --by --dry-run --workers --engine --json",
