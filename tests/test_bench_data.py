@@ -217,12 +217,12 @@ def test_a_slow_disk_is_told_from_a_busy_machine() -> None:
     assert not [line for line in advice(FOUND) if "disk" in line or "other processes" in line]
 
 
-def test_costly_text_is_to_be_stored() -> None:
-    found = replace(FOUND, phases_us={"read": 100.0, "image": 700.0, "text": 200.0})
-    assert "Text takes 20%" in one(advice(found), "--precompute tokens.")
-    one(advice(replace(found, text_reduction="syntax")), "--precompute tokens,syntax.")
+def test_costly_tagging_is_to_be_stored() -> None:
+    found = replace(FOUND, text_reduction="syntax", phases_us={"read": 100.0, "image": 700.0, "text": 200.0})
+    assert "Text takes 20%" in one(advice(found), "--precompute tokens,syntax.")
     stored = replace(found, reading=replace(FOUND.reading, precomputed=True))
-    assert not [line for line in advice(stored) if "precompute" in line]
+    for other in (stored, replace(found, text_reduction="truncate")):
+        assert not [line for line in advice(other) if "precompute" in line]
 
 
 def test_costly_reading_is_named() -> None:

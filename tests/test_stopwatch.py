@@ -64,13 +64,17 @@ def test_waiting_is_told_from_work_and_pauses(clock: Clock) -> None:
         (0.10, 0.9, IMAGES, 1, ""),
         (0.11, 0.9, IMAGES, 1, "more --workers"),
         (0.11, 0.9, IMAGES, 4, "a compact copy"),
-        (0.11, 0.9, TEXT, 4, "build-tfds --precompute"),
+        (0.11, 0.9, TEXT, 4, "build-tfds --precompute tokens,syntax"),
         (0.90, 0.2, IMAGES, 1, "another disk"),
         (0.90, 0.2, IMAGES, 4, "another disk"),
         (0.90, 0.9, {}, 4, "a compact copy"),
     ],
 )
 def test_what_would_help(share: float, busy: float, phases: dict[str, float], workers: int, says: str) -> None:
-    found = what_helps(share, busy, phases, workers, enough=4)
+    found = what_helps(share, busy, phases, workers, enough=4, tagged=True)
     assert found.startswith(says)
     assert bool(found) == bool(says)
+
+
+def test_stored_columns_help_where_words_are_tagged_alone() -> None:
+    assert what_helps(0.5, 0.9, TEXT, 4, enough=4).startswith("a compact copy")

@@ -31,7 +31,7 @@ from clipkit.train.sources import Pair, Source
 # Batches of another size hold the same samples; these fit into any memory.
 BATCH = 256
 STEP_BATCH = 512
-WARM_SECONDS = 1.0
+WARM_SECONDS = 2.0  # frequent words and open files are met by then
 TRIED = 128
 
 

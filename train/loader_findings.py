@@ -135,9 +135,9 @@ def advice(found: Findings) -> list[str]:
             f"{found.cores_for(need, found.compact_gain)} cores would do."
         )
     text = found.phases_us.get("text", 0.0) / total
-    if text > MUCH_TEXT and not found.reading.precomputed:
-        columns = "tokens,syntax" if found.text_reduction == "syntax" else "tokens"
-        lines.append(f"Text takes {text:.0%}: store it once with clipkit build-tfds … --precompute {columns}.")
+    # Training reads stored columns for the syntax way alone.
+    if text > MUCH_TEXT and found.text_reduction == "syntax" and not found.reading.precomputed:
+        lines.append(f"Text takes {text:.0%}: store it once with clipkit build-tfds … --precompute tokens,syntax.")
     read = found.phases_us.get("read", 0.0) / total
     if read > MUCH_READING:
         lines.append(f"Reading takes {read:.0%} of a core: smaller images, or a dataset of build-tfds, take less.")

@@ -220,8 +220,8 @@ def run_stage(run: Run, stage: Stage, stage_start: int, model: CLIP, optimizer: 
                     "peak_memory": device.peak_memory(),
                 }
                 run.writer.write({"samples_seen": run.samples_seen, "stage": stage.name, **metrics})
-                note = f"loss {loss:.3f} · {watch.note(workers, device.loader_workers())}"
-                progress.update(run.samples_seen - stage_start, note)
+                waits = watch.note(workers, device.loader_workers(), stage.text_reduction == "syntax")
+                progress.update(run.samples_seen - stage_start, f"loss {loss:.3f} · {waits}")
                 watch.restart(run.samples_seen)
 
             # ---- Evaluate, then save: a run that is killed in between evaluates again --------------------------------

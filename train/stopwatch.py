@@ -56,19 +56,22 @@ class Stopwatch:
         """Between 0, the device never waited, and 1."""
         return min(1.0, self.waited / self.seconds)
 
-    def note(self, workers: int, enough: int) -> str:
+    def note(self, workers: int, enough: int, tagged: bool = False) -> str:
         """The share of waiting for the progress line, with what would help; `enough` workers leave no core idle."""
         share = self.waiting_share
         busy = sum(self.phases.values()) / (max(1, workers) * self.seconds)
-        what = what_helps(share, busy, self.phases, workers, enough)
+        what = what_helps(share, busy, self.phases, workers, enough, tagged)
         return f"waits for data {share:.0%}" + (f" ({what} would help)" if what else "")
 
 
-def what_helps(share: float, busy: float, phases: dict[str, float], workers: int, enough: int) -> str:
+def what_helps(
+    share: float, busy: float, phases: dict[str, float], workers: int, enough: int, tagged: bool = False
+) -> str:
     """What to change when the device waits for data `share` of its time; "" when that is little.
 
     `busy` is the share of their time in which the workers computed, `phases` their processor seconds by phase, and
-    `enough` the number of workers beyond which there is no core for another.
+    `enough` the number of workers beyond which there is no core for another. `tagged` says that captions' words are
+    tagged, for the syntax way of reducing them.
     """
     if share <= MUCH_WAITING:
         return ""
@@ -76,6 +79,6 @@ def what_helps(share: float, busy: float, phases: dict[str, float], workers: int
         return "another disk, or fewer processes beside,"
     if workers < enough:
         return "more --workers"
-    if phases and max(phases, key=lambda phase: phases[phase]) == "text":
-        return "build-tfds --precompute"
+    if tagged and phases and max(phases, key=lambda phase: phases[phase]) == "text":
+        return "build-tfds --precompute tokens,syntax"
     return "a compact copy by build-tfds --resize"
