@@ -415,8 +415,13 @@ def test_tables_of_other_kinds(written: dict[str, Path], tmp_path: Path, suffix:
     else:
         pq.write_table(pa.Table.from_pylist(rows), table)
     check_pairs(open_source(place).source())
-    os.utime(table, (1, 1))
-    check_pairs(open_source(place).source())
+    table.unlink()
+    changed = place / "metadata.jsonl"
+    changed.write_text(json.dumps({"file_name": "images/7.jpg", "text": "another"}) + "\n")
+    os.utime(changed, (1, 1))
+    [found] = open_source(place).source().pairs([0])
+    assert isinstance(found, Pair)
+    assert (bytes(found.image), found.caption) == (jpg(7), "another")
 
 
 def test_missing_images_and_captions_of_a_folder(written: dict[str, Path], tmp_path: Path) -> None:
