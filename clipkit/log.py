@@ -100,6 +100,14 @@ def duration(seconds: float) -> str:
     return f"{whole // 86400}d {whole % 86400 // 3600}h"
 
 
+def size_text(count: float) -> str:
+    """Bytes as a person says them, in decimal units: `950 B`, `12.3 kB`, `256.0 MB`, `1.5 TB`."""
+    for limit, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if count >= limit * 0.99995:  # what would be said as 1000.0 of the unit below
+            return f"{count / limit:,.1f} {unit}"
+    return f"{count:.0f} B"
+
+
 class Writer(Protocol):
     """Where the numbers of a run go."""
 

@@ -3,7 +3,7 @@ import sys
 
 import pytest
 
-from clipkit.log import MetricsWriter, NullWriter, Progress, duration, forget_metrics_after, read_metrics
+from clipkit.log import MetricsWriter, NullWriter, Progress, duration, forget_metrics_after, read_metrics, size_text
 
 
 @pytest.mark.parametrize(
@@ -11,6 +11,13 @@ from clipkit.log import MetricsWriter, NullWriter, Progress, duration, forget_me
 )
 def test_durations_are_said_as_people_say_them(seconds, text):
     assert duration(seconds) == text
+
+
+def test_amounts_are_said_in_a_unit_that_fits():
+    amounts = (0, 950, 999.96, 12_345, 999_949, 999_960, 256e6, 1.5e12, 3.2e15)
+    assert [size_text(count) for count in amounts] == (
+        ["0 B", "950 B", "1.0 kB", "12.3 kB", "999.9 kB", "1.0 MB", "256.0 MB", "1.5 TB", "3,200.0 TB"]
+    )
 
 
 def test_progress_ends_with_one_plain_line_off_a_terminal(capsys):
