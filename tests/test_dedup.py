@@ -51,6 +51,24 @@ def test_captions_are_the_same_when_the_model_sees_the_same(tmp_path):
     assert keys(tmp_path / "out") == [0, 3, 4, 6]
 
 
+@pytest.mark.parametrize(("method", "rows"), [("phash", 100), ("phash", 1), ("sha256", 100)])
+def test_progress_ends_with_the_number_of_duplicates(tmp_path, method, rows, monkeypatch):
+    """Each hash is compared four times, and a duplicate is one whether one comparison finds it or all."""
+    monkeypatch.setattr(dedup, "PART_ROWS", rows)
+    scenes = [natural(96, 128, seed) for seed in range(4)]
+    images = [encoded(scenes[number], quality=quality) for number, quality in [(0, 95), (1, 95), (0, 80), (1, 40)]]
+    for shard in range(2):
+        samples = [pair(10 * shard + i, jpg=image) for i, image in enumerate([*images, encoded(scenes[2 + shard])])]
+        write_tar(tmp_path / "shards" / f"{shard}.tar", samples)
+    seen = []
+    summary = build_tfds(
+        tmp_path / "shards", tmp_path / "out", "pairs", dedup=method, shard_megabytes=0.005, progress=seen.append
+    )
+    told = [now.skipped for now in seen if now.phase == "comparing"]
+    assert told[-1] == summary.skipped["duplicate"] == (6 if method == "phash" else 4)
+    assert told == sorted(told)
+
+
 def test_a_picture_is_a_duplicate_of_one_that_was_encoded_anew(tmp_path):
     scenes = [natural(96, 128, seed) for seed in range(4)]
     made_of = [(0, 95), (1, 95), (0, 80), (2, 95), (1, 40)]

@@ -23,7 +23,17 @@ from clipkit.errors import UserError
 from clipkit.manifest import Shard
 from clipkit.tfrecord_tools.build_shard import ShardJob, ShardState, Work, build_shard, read_state
 from clipkit.tfrecord_tools.build_summary import BuildProgress
-from clipkit.tfrecord_tools.dedup import DecideJob, HashJob, Method, decide, decide_jobs, hash_samples, read_hashed
+from clipkit.tfrecord_tools.dedup import (
+    DecideJob,
+    HashJob,
+    Method,
+    count_duplicates,
+    decide,
+    decide_jobs,
+    hash_samples,
+    read_hashed,
+    runs_of,
+)
 from clipkit.tfrecord_tools.metadata import shard_name
 from clipkit.tfrecord_tools.prepare import Preparation
 from clipkit.tfrecord_tools.schema import unify
@@ -75,12 +85,17 @@ def hash_pass(
     records = sum(hashed.values())
     decisions = decide_jobs(folder, len(job_list), records, method)
     # What was decided from other hashes isn't trusted: the pass takes seconds, and nothing is read twice in it.
-    found = 0
-    for done, (_, count) in enumerate(
+    found = [0] * runs_of(method)
+    progress = BuildProgress("comparing", 0, len(decisions), 0, len(decisions), records, 0)
+    for done, (index, count) in enumerate(
         runner.run(partial(decide, method=method), decisions, lambda job: f"duplicates {job.run}-{job.number}"), 1
     ):
-        found += count
-        runner.tell(BuildProgress("comparing", done, len(decisions), done, len(decisions), records, found))
+        # Each run finds many of the same, so until all are there the line tells of the one that has found most.
+        found[decisions[index].run] += count
+        runner.tell(replace(progress, bytes_done=done, shards_done=done, skipped=max(found)))
+    if len(found) > 1:
+        count = count_duplicates(decisions, sum(found))
+        runner.tell(replace(progress, bytes_done=len(decisions), shards_done=len(decisions), skipped=count))
     return decisions
 
 

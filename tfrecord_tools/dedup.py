@@ -13,7 +13,9 @@ million, some hours). Pictures of one colour are left alone: their hash says not
 """
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal, cast
 
@@ -168,6 +170,19 @@ def decide(job: DecideJob, method: Method) -> int:
     made["key"] = np.sort(np.concatenate(duplicates))
     write_sorted(job.path, made)
     return len(made)
+
+
+def count_duplicates(jobs: Sequence[DecideJob], found: int) -> int:
+    """How many samples are duplicates by all jobs together, which have said `found`: a picture once for each run.
+
+    Holds about PART_ROWS of what was found at a time.
+    """
+    parts = found // PART_ROWS + 1
+    count = 0
+    for low, high in pairwise(KEY_END * part // parts for part in range(parts + 1)):
+        places = [read_sorted(job.path, NUMBER, low, high)["key"] for job in jobs]
+        count += len(np.unique(np.concatenate(places)))
+    return count
 
 
 def near_duplicates(keys: UInt64Array, places: UInt64Array) -> UInt64Array:
