@@ -16,6 +16,7 @@ from clipkit.errors import UserError
 from clipkit.features import Feature
 from clipkit.files import as_path
 from clipkit.records import RecordWriter, encode_example, index_records
+from clipkit.tfrecord_tools import purge as purging
 from clipkit.tfrecord_tools.verify import verify
 
 
@@ -226,10 +227,25 @@ def test_leftovers_are_named_and_are_no_problem(data):
     )
 
 
-def test_a_purge_that_is_not_finished(data):
-    (data / "clipkit" / "purge.json").write_text("{}")
-    assert problems(data) == [("clipkit/purge.json", "a purge isn't finished", 1)]
-    assert "run the same clipkit purge command again" in verify(data).text()
+def test_a_purge_that_is_not_finished_is_the_only_problem(data, tmp_path, monkeypatch):
+    """Its shards are already rewritten: to copy them again would bring back what was removed."""
+    listed = tmp_path / "list.txt"
+    listed.write_text("http://example.org/1.jpg\nhttp://example.org/7.jpg\n")
+
+    def killed(*_):
+        raise InterruptedError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(purging, "finish", killed)
+        with pytest.raises(InterruptedError):
+            purging.purge(data, listed)
+    summary = verify(data)
+    assert [(each.file, each.what) for each in summary.problems] == [("clipkit/purge.json", "a purge isn't finished")]
+    assert summary.remedies.keys() == {"clipkit/purge.json"}
+    assert "run the same clipkit purge command again" in summary.text()
+    assert "again from where" not in summary.text()
+    purging.purge(data, listed)
+    assert problems(data) == []
 
 
 def test_a_store_and_workers_find_the_same(data):

@@ -19,7 +19,13 @@ from clipkit.dataset import Layout, read_layout
 from clipkit.files import WRITTEN_BESIDE, as_path
 from clipkit.log import Progress, duration
 from clipkit.manifest import CLIPKIT_FOLDER, Shard, index_path
-from clipkit.tfrecord_tools.verify_metadata import index_fits, leftovers, metadata_problems, remedy
+from clipkit.tfrecord_tools.verify_metadata import (
+    index_fits,
+    leftovers,
+    metadata_problems,
+    remedy,
+    unfinished_purge,
+)
 from clipkit.tfrecord_tools.verify_shard import FINISH, Problem, ShardCheck, ShardReport, check_shard
 from clipkit.tfrecord_tools.verify_tar import TarCheck, check_tar
 
@@ -80,6 +86,7 @@ def verify(
     """Check the dataset at `path`, or a folder of img2dataset's tars, and return all that is wrong.
 
     `decode` images drawn from the whole are decoded in full; None takes all. One job a shard runs on `engine`.
+    Amid a purge that isn't finished nothing is read, and the purge is the one problem.
     Raises UserError where there is neither a dataset nor tars.
     """
     path = as_path(path)
@@ -87,10 +94,13 @@ def verify(
     if _is_folder_of_tars(path):
         return _verify_tars(path, decode, engine, workers, started)
     layout = read_layout(path)
-    checks = list(_shard_checks(layout, decode))
-    problems = list(metadata_problems(layout))
-    reports = _run(check_shard, checks, engine, workers)
-    problems += [problem for report in reports for problem in report.problems]
+    reports: list[ShardReport] = []
+    problems = unfinished_purge(layout)
+    if not problems:
+        checks = list(_shard_checks(layout, decode))
+        problems = list(metadata_problems(layout))
+        reports = _run(check_shard, checks, engine, workers)
+        problems += [problem for report in reports for problem in report.problems]
     files = list(dict.fromkeys(problem.file for problem in problems))
     remedies = {file: remedy(layout, file, [p for p in problems if p.file == file]) for file in files}
     return _summary(layout.folder, reports, problems, remedies, leftovers(layout), started)

@@ -32,11 +32,19 @@ def _index_length(path: Path) -> int | None:
     return int(shape[0]) if len(shape) == 1 and dtype == np.uint64 and size == shape[0] * 8 else None
 
 
+def unfinished_purge(layout: Layout) -> list[Problem]:
+    """The one problem of a dataset amid a purge, [] of another.
+
+    Its shards and metadata don't agree, and any advice but to end the purge would bring removed records back.
+    """
+    journal = journal_path(layout.folder)
+    if not journal.exists():
+        return []
+    return [Problem(f"{CLIPKIT_FOLDER}/{journal.name}", "a purge isn't finished", 1, "", FINISH)]
+
+
 def metadata_problems(layout: Layout) -> Iterator[Problem]:
     """Where dataset_info.json, the manifest and the index don't agree."""
-    journal = journal_path(layout.folder)
-    if journal.exists():
-        yield Problem(f"{CLIPKIT_FOLDER}/{journal.name}", "a purge isn't finished", 1, "", FINISH)
     name = f"{CLIPKIT_FOLDER}/manifest.json"
     told_bytes = {
         part["name"]: int(part.get("numBytes") or 0)
@@ -95,7 +103,7 @@ def remedy(layout: Layout, file: str, problems: Sequence[Problem]) -> str:
     todo = {problem.todo for problem in problems}
     if FINISH in todo:
         if file.endswith("purge.json"):
-            return "run the same clipkit purge command again"
+            return "run the same clipkit purge command again, and verify after it: nothing else was checked"
         return "run the same clipkit build-tfds command again"
     if FETCH in todo or REBUILD in todo:
         sources = _sources(layout, file)
