@@ -311,10 +311,28 @@ def _find(path: Path) -> Path:
         raise UserError(f"{path} holds {len(found)} datasets: name one of them, such as {found[0]}")
     if found and (found[0] / "features.json").is_file():
         return found[0]
-    if any(any(path.glob(f"{depth}{CLIPKIT_FOLDER}/build-*")) for depth in ("", "*/", "*/*/")):
-        raise UserError(f"{path} isn't finished: run the same clipkit build-tfds command again to go on")
+    begun = unfinished(path)
+    if begun is not None:
+        raise UserError(begun)
     lacking = "features.json" if found else "dataset_info.json"
     raise UserError(f"{path} has no {lacking}, so it isn't a dataset: make one with clipkit build-tfds")
+
+
+def unfinished(path: Path) -> str | None:
+    """One line on what was begun at or below `path` and has no metadata yet, and how to go on; None without any."""
+    for depth in ("", "*/", "*/*/"):
+        for own in sorted(path.glob(f"{depth}{CLIPKIT_FOLDER}")):
+            folder, works = own.parent, sorted(own.glob("build-*"))
+            if (folder / "dataset_info.json").exists():
+                continue
+            if (own / "plan.json").exists() and not (own / "download.json").exists():
+                return f"the download into {folder} isn't finished: run the same clipkit download command to its end"
+            if works:
+                # Each command's plan is its own (`labelled_split`, `build_plan`, `in_place`).
+                plan = works[0] / "plan.json"
+                command = "build-imagenet" if plan.exists() and "images" in read_json(plan) else "build-tfds"
+                return f"{folder} isn't finished: run the same clipkit {command} command again to go on"
+    return None
 
 
 def _file_names(name: str, split: str, count: int, template: str) -> list[str]:

@@ -16,6 +16,9 @@ from clipkit.features import Feature, parse_features
 from clipkit.files import as_path
 from clipkit.records import RecordError, read_records
 from clipkit.tfrecord_tools.build import build_tfds
+from clipkit.tfrecord_tools.inspection import inspect
+from clipkit.tfrecord_tools.verify import verify
+from clipkit.train.open_source import open_source
 
 
 @pytest.fixture(scope="module")
@@ -170,6 +173,45 @@ def test_no_directory_and_an_unfinished_one(tmp_path):
     (tmp_path / "pairs" / "1.0.0" / "clipkit" / "build-train").mkdir(parents=True)
     with pytest.raises(UserError, match="isn't finished: run the same clipkit build-tfds command again"):
         open_dataset(tmp_path / "pairs")
+
+
+WORK = {
+    "clipkit/plan.json": (
+        "{}",
+        "the download into {folder} isn't finished: run the same clipkit download command to its end",
+    ),
+    "clipkit/build-train/plan.json": (
+        '{"images": "00", "shards": 2}',
+        "{folder} isn't finished: run the same clipkit build-imagenet command again to go on",
+    ),
+    "clipkit/build-train/plan.json ": (
+        '{"name": "pairs", "in_place": []}',
+        "{folder} isn't finished: run the same clipkit build-tfds command again to go on",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WORK)
+@pytest.mark.parametrize("depth", [0, 1, 2])
+@pytest.mark.parametrize("reader", [open_dataset, open_source, verify, inspect])
+def test_what_is_not_finished_names_its_command(tmp_path, name, depth, reader):
+    """Train, verify and inspect are sent back to the command that has begun it."""
+    contents, message = WORK[name]
+    folder = tmp_path / "pairs" / "1.0.0"
+    file = folder / name.strip()
+    file.parent.mkdir(parents=True)
+    file.write_text(contents)
+    with pytest.raises(UserError) as caught:
+        reader([folder, folder.parent, tmp_path][depth])
+    assert str(caught.value) == message.format(folder=folder)
+
+
+def test_a_download_in_another_form_is_no_dataset_though_finished(tmp_path):
+    for name in ("plan.json", "download.json"):
+        (tmp_path / "clipkit").mkdir(exist_ok=True)
+        (tmp_path / "clipkit" / name).write_text("{}")
+    with pytest.raises(UserError, match=r"has no dataset_info\.json, so it isn't a dataset"):
+        open_dataset(tmp_path)
 
 
 def test_a_damaged_record_names_shard_and_byte_and_leaves_the_others(version):

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from clipkit.block_cache import BlockCache, scratch_cache
-from clipkit.dataset import Dataset, open_dataset
+from clipkit.dataset import Dataset, open_dataset, unfinished
 from clipkit.errors import UserError
 from clipkit.files import as_path, is_remote
 from clipkit.pair_table import find_table, is_table
@@ -181,7 +181,8 @@ class _Opener:
             files = [] if table is None else [file for file in files if file.name == table.name]
         tables = [file for file in files if is_table(Path(file.name))]
         if not tables:
-            raise UserError(f"{path} isn't a dataset, and holds nothing else to train on: clipkit reads {KINDS}")
+            lacking = f"{path} isn't a dataset, and holds nothing else to train on: clipkit reads {KINDS}"
+            raise UserError(unfinished(path) or lacking)
         folder_source = open_folder(folder, tables[0], self.cache_for(folder))
         return self.opened(path, "folder", tables, folder_source, folder_source.fill, 1)
 
