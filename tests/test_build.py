@@ -312,6 +312,19 @@ def test_a_damaged_shard_stops_the_build_and_mended_it_goes_on(tmp_path):
     assert (version / "pairs-train.tfrecord-00000-of-00002").stat().st_ino == first.st_ino
 
 
+def test_a_shard_that_was_fetched_anew_is_built_anew(tmp_path):
+    tars = write_tars(tmp_path / "shards", [2, 2])
+    good = tars[1].read_bytes()
+    tars[1].write_bytes(good[:12_000])
+    with pytest.raises(UserError, match=r"00001\.tar: damaged tar"):
+        build_tfds(tmp_path / "shards", tmp_path / "out", "pairs", shard_megabytes=1.6 * ONE_TAR)
+    tars[1].write_bytes(good)
+    write_tar(tars[0], [pair(10 + i) for i in range(5)])
+    build_tfds(tmp_path / "shards", tmp_path / "out", "pairs", shard_megabytes=1.6 * ONE_TAR)
+    dataset = open_dataset(tmp_path / "out")
+    assert [int(dataset.example(i)["key"]) for i in range(len(dataset))] == [10, 11, 12, 13, 14, 2, 3]
+
+
 def test_a_damaged_tfrecord_stops_the_build(tmp_path):
     (tmp_path / "shards").mkdir()
     path = tmp_path / "shards" / "00000.tfrecord"

@@ -69,9 +69,9 @@ def test_where_takes_the_samples_whose_columns_fulfil_it(tmp_path):
 
 
 def test_where_knows_the_caption_and_kinds_that_widen_later(tmp_path):
-    first = [pair(i, json={"n": None if i else 1}) for i in range(40)]
-    write_tar(tmp_path / "shards" / "0.tar", first)
-    write_tar(tmp_path / "shards" / "1.tar", [pair(40 + i, json={"n": n}) for i, n in enumerate([2.5, "7", "x", None])])
+    # Behind those that are looked at before the build begins.
+    values = [1, *[None] * 39, 2.5, "7", "x", None]
+    write_tar(tmp_path / "shards" / "0.tar", [pair(i, json={"n": n}) for i, n in enumerate(values)])
     build(tmp_path, where="try_cast(n AS DOUBLE) > 2 OR txt = 'picture number 3'", shard_megabytes=100)
     assert keys(tmp_path / "out") == [3, 40, 41]
 
@@ -141,6 +141,7 @@ def test_tokens_and_syntax_are_what_the_tokenizer_and_the_tagger_give(tmp_path):
     ids = Tokenizer().encode(captions)
     assert [example["tokens"] for example in found] == ids
     assert [example["syntax"] for example in found] == Syntax(Tokenizer()).priorities(ids)
+    assert read_manifest(tmp_path / "out" / "pairs" / "1.0.0")["train"].options == {"precompute": ["tokens", "syntax"]}
     features = open_dataset(tmp_path / "out").features
     assert features["tokens"] == features["syntax"] == Feature("int", is_list=True)
     with pytest.raises(UserError, match="can't precompute 'words': choose among tokens, syntax"):

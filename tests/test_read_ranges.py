@@ -173,6 +173,19 @@ def test_parquet_of_img2datasets_own_writer(tmp_path):
     assert (two.key, two.problem) == ("000000002", "no image")
 
 
+def test_the_place_of_a_byte_in_a_parquet_file_is_in_its_row_group(tmp_path):
+    path = tmp_path / "0.parquet"
+    schema = pa.schema({"jpg": pa.binary(), "txt": pa.string()})
+    with pq.ParquetWriter(path, schema, compression="none", use_dictionary=False) as writer:
+        for size in (1_000, 100_000, 10_000):
+            writer.write_table(pa.Table.from_pylist([{"jpg": bytes(size), "txt": "x"}] * 10, schema))
+    shard = open_shard(path)
+    assert shard.size > 1_110_000
+    places = [(0, 0), (11_000, 10), (500_000, 14), (1_005_000, 19), (1_060_000, 24), (shard.size, 30)]
+    for position, row in places:
+        assert abs(places_in(shard, [position])[0] - row) <= 1, position
+
+
 def test_hugging_faces_parquet_and_columns_by_name(tmp_path):
     image = pa.array([{"bytes": picture(1), "path": "1.jpg"}], pa.struct({"bytes": pa.binary(), "path": pa.string()}))
     days = pa.array([0], pa.date32())

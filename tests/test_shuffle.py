@@ -4,7 +4,7 @@ import hashlib
 
 import numpy as np
 import pytest
-from image_shards import pair, write_tar
+from image_shards import pair, write_tar, write_tars
 
 from clipkit.dataset import open_dataset
 from clipkit.errors import UserError
@@ -90,6 +90,26 @@ def test_records_are_those_of_the_unshuffled_dataset(shards, tmp_path):
     plain, shuffled = open_dataset(tmp_path / "plain"), open_dataset(tmp_path / "shuffled")
     assert plain.features == shuffled.features
     assert sorted(plain.read(i) for i in range(len(plain))) == sorted(shuffled.read(i) for i in range(len(shuffled)))
+
+
+def test_shards_that_were_gathered_from_other_records_are_gathered_anew(tmp_path, monkeypatch):
+    tars = write_tars(tmp_path / "shards", [20, 20])
+    gathered = []
+
+    def gather_one(job):
+        if gathered:
+            raise KeyboardInterrupt
+        gathered.append(job.path)
+        return shuffle.gather(job)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("clipkit.tfrecord_tools.build_passes.gather", gather_one)
+        with pytest.raises(KeyboardInterrupt):
+            build(tmp_path / "shards", tmp_path / "out", shard_megabytes=0.015)
+    assert gathered[0].exists()
+    write_tar(tars[1], [pair(100 + i) for i in range(22)])
+    build(tmp_path / "shards", tmp_path / "out", shard_megabytes=0.015)
+    assert sorted(order_of(tmp_path / "out")) == [*range(20), *range(100, 122)]
 
 
 def test_shares_are_by_the_hash_of_the_key_and_keep_the_order(shards, tmp_path):

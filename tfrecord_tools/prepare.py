@@ -119,7 +119,7 @@ def prepared(
         for part, sample, kind, reason in batch:
             if number == duplicate:
                 duplicate = next(following, -1)
-                reason = reason or DUPLICATE
+                reason = DUPLICATE
             pairs.append(_pair(part, sample, kind, reason, preparation))
             number += 1
         yield from with_precomputed(pairs, preparation.precompute)
