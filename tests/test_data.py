@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from clipkit.train import data, samples
 from clipkit.train import workers as worker_module
 from clipkit.train.augment import Augmentation
 from clipkit.train.data import Batch, LoaderConfig, batches
-from clipkit.train.sources import RecordSource
+from clipkit.train.sources import Pair, RecordSource, Source
 
 CONFIG = LoaderConfig(
     image_size=32,
@@ -184,6 +184,29 @@ def test_syntax_reduction() -> None:
     picture_id, number_id = Tokenizer().encode(["picture number"])[0]
     assert (batch.ids_BT[:, 1] == picture_id).all()
     assert (batch.ids_BT[:, 2] == number_id).all()
+
+
+class Precomputed(Source):
+    """Half of the pairs come with ids and word classes, which needn't be the caption's own."""
+
+    num_records = 16
+
+    def key(self, record: int) -> str:
+        return str(record)
+
+    def pairs(self, records: Sequence[int]) -> Iterator[Pair | UserError]:
+        for record in records:
+            image = memoryview(b"--" + picture(record % 7))[2:]
+            yield Pair(image, "a small picture", [320, 1125, 1674], [3, 1, 0]) if record % 2 else Pair(image, "cat dog")
+
+
+@pytest.mark.parametrize("processes", [False, True])
+def test_ids_and_word_classes_made_before_are_taken(processes: bool) -> None:
+    config = LoaderConfig(image_size=16, context_length=3, batch_size=8, text_reduction="syntax")
+    cat = Tokenizer().encode(["cat"])[0]
+    for batch in batches(Precomputed(), config, 0, 16, workers=1, processes=processes):
+        for record, ids in zip(batch.records_B.tolist(), batch.ids_BT.tolist(), strict=True):
+            assert ids[1:2] == ([1674] if record % 2 else cat)
 
 
 # ---- Faults ----------------------------------------------------------------------------------------------------------
