@@ -309,7 +309,8 @@ def test_not_one_image_is_an_error_and_can_be_tried_again(tmp_path: Path) -> Non
     with serve({}) as base_url:
         urls = write_urls(tmp_path / "u.parquet", url=[f"{base_url}/a.jpg"] * 2, caption=["a", "b"])
         with pytest.raises(
-            UserError, match=r"not one of 2 rows gave an image \(http-4xx 2\): see each in .*--retry-failed"
+            UserError,
+            match=r"not one of 2 .*\(http-4xx 2; each is in .*\): links are dead.*--retry-failed=http-4xx",
         ):
             fetch(urls, tmp_path)
         port = int(base_url.rpartition(":")[2])
@@ -352,6 +353,26 @@ def test_perceptual_hash_tells_re_encoded_from_changed(tmp_path: Path, as_text: 
         )
         summary = fetch(urls, tmp_path, hash_column="p", hash_kind="phash")
     assert [each["hash_check"] for each in examples(summary.out)] == ["re-encoded", "changed"]
+
+
+@pytest.mark.parametrize(
+    ("url", "caption", "hint"),
+    [
+        (
+            "http://127.0.0.1:1/a.jpg",
+            "a",
+            "--allow-private-hosts, if .*; then the same .* with --retry-failed tries",
+        ),
+        ("ftp://x.org/a.jpg", "a", "name another with --url-column, and another output$"),
+        ("http://127.0.0.1:1/a.jpg", "", "--format webdataset, and another output$"),
+    ],
+)
+def test_the_last_line_helps_against_the_most_frequent_reason(
+    tmp_path: Path, url: str, caption: str, hint: str
+) -> None:
+    urls = write_urls(tmp_path / "u.parquet", url=[url] * 2 + [None], caption=[caption] * 3)
+    with pytest.raises(UserError, match=hint):
+        fetch(urls, tmp_path, network=replace(NETWORK, allow_private_hosts=False))
 
 
 def test_a_server_that_says_nothing_is_a_timeout(tmp_path: Path) -> None:

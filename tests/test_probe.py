@@ -1,6 +1,7 @@
 """A probe says how a download will go, keeps nothing, and stops what would fail."""
 
 import json
+import re
 from http import HTTPStatus
 from pathlib import Path
 
@@ -15,8 +16,9 @@ from scipy.stats import binomtest
 from clipkit.cli import main
 from clipkit.errors import UserError
 from clipkit.image_server import Answer, serve
+from clipkit.tfrecord_tools.advice import ADVICE, way_on
 from clipkit.tfrecord_tools.download_plan import Output, make_plan
-from clipkit.tfrecord_tools.probe import ADVICE, ProbeResult, size, wilson
+from clipkit.tfrecord_tools.probe import LOWER, ProbeResult, size, wilson
 from clipkit.tfrecord_tools.probe_rows import MAX_ROW_GROUPS, sample_rows
 from clipkit.tfrecord_tools.table_columns import Columns
 
@@ -63,12 +65,8 @@ def test_probe_below_the_floor_stops(tmp_path: Path) -> None:
 
 def test_advice_names_options_that_exist() -> None:
     known = {name for command in main.commands.values() for option in command.params for name in option.opts}
-    for line in ADVICE.values():
-        assert [
-            word
-            for word in line.replace(":", " ").replace(",", " ").split()
-            if word.startswith("--") and word not in known
-        ] == []
+    for line in [*ADVICE.values(), *LOWER.values(), *map(way_on, ADVICE)]:
+        assert [word for word in re.split("[ :,;=]+", line) if word.startswith("--") and word not in known] == []
 
 
 @pytest.mark.parametrize("ok", [0, 1, 10, 19, 20])

@@ -11,6 +11,7 @@ from typing import TypeVar
 from clipkit import jobs
 from clipkit.errors import InternalError, UserError
 from clipkit.files import clear_leftovers, disk_errors, is_remote, read_json, remove, write_json
+from clipkit.tfrecord_tools.advice import way_on
 from clipkit.tfrecord_tools.download_plan import Plan, Shard, settings_of
 from clipkit.tfrecord_tools.download_progress import counters, watch
 from clipkit.tfrecord_tools.download_summary import DownloadSummary, summarise
@@ -195,8 +196,8 @@ class Work:
             if not summary.downloaded:
                 why = ", ".join(f"{reason} {number:,}" for reason, number in summary.failed.items())
                 raise UserError(
-                    f"not one of {self.plan.rows:,} rows gave an image ({why}): see each in "
-                    f"{layout.own / FAILURES_FILE}, and try the same command with --retry-failed"
+                    f"not one of {self.plan.rows:,} rows gave an image ({why}; each is in "
+                    f"{layout.own / FAILURES_FILE}): {way_on(next(iter(summary.failed)))}"
                 )
             write_dataset(layout, self.plan, states)
         told = {**summary.to_json(), "urls": self.urls, "settings": settings_of(self.task.output, self.where)}

@@ -8,26 +8,17 @@ from typing import Any
 from clipkit import jobs
 from clipkit.log import duration
 from clipkit.tfrecord_tools import reasons
+from clipkit.tfrecord_tools.advice import ADVICE
 from clipkit.tfrecord_tools.download_plan import Plan
 from clipkit.tfrecord_tools.fetch_settings import FetchSettings
 from clipkit.tfrecord_tools.sample import EMPTY_CAPTION, caption_problem
 
 SEED = 0
-RECORD_BYTES = 1_000  # of a record beside its image: caption, columns, its row in the ledger
-ADVICE = {
-    reasons.DNS: "names don't resolve: name other resolvers, such as --resolver 1.1.1.1 --resolver 8.8.8.8",
-    reasons.CONNECT: "hosts can't be reached: check the network, a firewall or a proxy, and try fewer --connections",
-    reasons.TIMEOUT: "answers come too late: try fewer --connections, or a longer --timeout",
-    reasons.TLS: "certificates fail: check the machine's clock and its root certificates (SSL_CERT_FILE)",
-    reasons.RATE_LIMITED: "hosts ask for patience: lower --per-host",
-    reasons.HTTP_4XX: "links are dead or refused: an old table may be so; lower --probe-floor to take what is left",
-    reasons.HTTP_5XX: "servers fail: try later",
-    reasons.DISALLOWED: "hosts forbid the use of their images: they aren't to be taken; lower --probe-floor to go on",
-    reasons.BLOCKED_ADDRESS: "URLs lead to private addresses: --allow-private-hosts, if these servers are your own",
-    reasons.BAD_URL: "the column holds no http or https URLs: name another with --url-column",
-    reasons.NOT_AN_IMAGE: "answers are no images: name another column with --url-column",
-    EMPTY_CAPTION: "rows have no caption: name another column with --caption-column, or take --format webdataset",
+LOWER = {
+    reasons.HTTP_4XX: "; lower --probe-floor to take what is left",
+    reasons.DISALLOWED: "; lower --probe-floor to go on",
 }
+RECORD_BYTES = 1_000  # of a record beside its image: caption, columns, its row in the ledger
 
 
 @dataclass(frozen=True)
@@ -79,6 +70,7 @@ class ProbeResult:
             return None
         leading = next(iter(self.failed), None)
         advice = ADVICE.get(leading or "", f"most fail as {leading}")
+        advice += LOWER.get(leading or "", "")
         return f"only {self.success:.1%} of the probed rows gave an image, below --probe-floor {floor:g}: {advice}"
 
 
