@@ -125,9 +125,8 @@ def _text(table: Path, name: str, delimiter: str) -> Iterator[Rows]:
             yield _rows(batch, columns)
 
 
-def _json_lines(table: Path, name: str) -> Iterator[Rows]:
-    rows: Rows = []
-    columns: tuple[str, str] | None = None
+def json_rows(table: Path, name: str) -> Iterator[dict[str, Any]]:
+    """The objects of a file of JSON lines. Raises UserError, naming the table as `name`, for a line that is none."""
     with table.open(encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
@@ -138,9 +137,16 @@ def _json_lines(table: Path, name: str) -> Iterator[Rows]:
                 raise UserError(f"table {name}: line {number} isn't JSON ({error}): mend it") from error
             if not isinstance(row, dict):
                 raise UserError(f"table {name}: line {number} is no JSON object: each line is one image's columns")
-            columns = columns or _columns(list(row), name)
-            rows.append((_as_text(row.get(columns[0])), _as_text(row.get(columns[1]))))
-            if len(rows) == _BATCH_ROWS:
-                yield rows
-                rows = []
+            yield row
+
+
+def _json_lines(table: Path, name: str) -> Iterator[Rows]:
+    rows: Rows = []
+    columns: tuple[str, str] | None = None
+    for row in json_rows(table, name):
+        columns = columns or _columns(list(row), name)
+        rows.append((_as_text(row.get(columns[0])), _as_text(row.get(columns[1]))))
+        if len(rows) == _BATCH_ROWS:
+            yield rows
+            rows = []
     yield rows

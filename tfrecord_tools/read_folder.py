@@ -4,7 +4,6 @@ Hugging Face's image folders (`metadata.csv`, `metadata.jsonl`) are of this kind
 so that a worker finds its rows without reading those before them.
 """
 
-import json
 from array import array
 from bisect import bisect_left
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ import pyarrow.parquet as pq
 
 from clipkit.errors import UserError
 from clipkit.files import is_remote, local_copy, write_beside
-from clipkit.pair_table import CAPTION_NAMES, FILE_NAMES, find_name
+from clipkit.pair_table import CAPTION_NAMES, FILE_NAMES, find_name, json_rows
 from clipkit.remote import as_upath, reading
 from clipkit.tfrecord_tools.read_parquet import (
     USUAL,
@@ -68,32 +67,19 @@ def _copy_parquet(path: Path, copy: Path) -> None:
 
 def _copy_json_lines(path: Path, copy: Path) -> None:
     kinds = unify(
-        {name: kind for name, value in row.items() if (kind := kind_of(value)) is not None} for row in _lines(path)
+        {name: kind for name, value in row.items() if (kind := kind_of(value)) is not None}
+        for row in json_rows(path, str(path))
     )
     schema = pa.schema([(name, arrow_type(kind)) for name, kind in kinds.items()])
     with write_beside(copy) as temporary, pq.ParquetWriter(temporary, schema) as writer:
         rows: list[dict[str, Any]] = []
-        for row in _lines(path):
+        for row in json_rows(path, str(path)):
             fitted = fit(row, kinds, {})
             rows.append({name: v.encode("utf-8", "replace") if isinstance(v, str) else v for name, v in fitted.items()})
             if len(rows) == COPY_ROWS:
                 writer.write_table(pa.Table.from_pylist(rows, schema))
                 rows = []
         writer.write_table(pa.Table.from_pylist(rows, schema))
-
-
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise UserError(f"{path}: line {number} isn't JSON ({error}): mend it") from error
-            if not isinstance(row, dict):
-                raise UserError(f"{path}: line {number} is no JSON object: each line is one image's columns")
-            yield row
 
 
 def file_column(schema: pa.Schema, columns: Columns, path: Path) -> str:

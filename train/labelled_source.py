@@ -1,56 +1,32 @@
 """ImageNet, or another dataset of labelled images, as pairs: the class's name in a sentence is the caption."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from clipkit.dataset import Dataset
 from clipkit.errors import UserError
 from clipkit.eval.classes import fill, name_classes
 from clipkit.eval.labelled import number_names
 from clipkit.images import ImageError
-from clipkit.records import RecordError, decode_example
-from clipkit.train.sources import Pair, Source
+from clipkit.train.sources import Pair, RecordSource
 
 IMAGE_FIELD, LABEL_FIELD = "image", "label"
 TEMPLATE = "a photo of a {}"
 
 
-class LabelledSource(Source):
+class LabelledSource(RecordSource):
     """The records of a dataset with `image` and `label`. `captions` are those of the classes, in label order."""
 
     def __init__(self, dataset: Dataset, captions: Sequence[str]) -> None:
-        self.dataset, self.captions = dataset, tuple(captions)
+        super().__init__(dataset, IMAGE_FIELD, LABEL_FIELD)
+        self.captions = tuple(captions)
 
-    def __repr__(self) -> str:
-        return repr(self.dataset)
-
-    @property
-    def num_records(self) -> int:
-        return self.dataset.num_records
-
-    def key(self, record: int) -> str:
-        return self.dataset.key(record)
-
-    def pairs(self, records: Sequence[int]) -> Iterator[Pair | UserError]:
-        for record in records:
-            try:
-                data = self.dataset.read(record)
-            except RecordError as error:
-                yield error
-                continue
-            yield self.pair(data)
-
-    def pair(self, data: bytes) -> Pair | UserError:
-        """The pair that is in a record."""
-        try:
-            columns = decode_example(data, (IMAGE_FIELD, LABEL_FIELD))
-        except ValueError as error:
-            return ImageError(f"the record is {error}")
-        image, label = columns.get(IMAGE_FIELD), columns.get(LABEL_FIELD)
-        if not image or not isinstance(image[0], bytes):
-            return ImageError(f"the record has no image in {IMAGE_FIELD!r}")
+    def told(self, image: bytes, columns: Mapping[str, list[Any]]) -> Pair | UserError:
+        """The image with its class's caption."""
+        label = columns.get(LABEL_FIELD)
         if not label or not isinstance(label[0], int) or not 0 <= label[0] < len(self.captions):
             return ImageError(f"the record has no known class in {LABEL_FIELD!r}")
-        return Pair(image[0], self.captions[label[0]])
+        return Pair(image, self.captions[label[0]])
 
 
 def class_captions(dataset: Dataset) -> list[str]:

@@ -7,7 +7,7 @@ makes the whole source unusable is raised. Numbers are all that the loader knows
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from clipkit.counter_rng import UInt64Array
@@ -118,9 +118,14 @@ class RecordSource(Source):
             columns: dict[str, list[Any]] = decode_example(data, self.columns)
         except ValueError as error:
             return ImageError(f"the record is {error}")
-        image, text = columns.get(self.image_field), columns.get(self.text_field)
+        image = columns.get(self.image_field)
         if not image or not isinstance(image[0], bytes):
             return ImageError(f"the record has no image in {self.image_field!r}")
+        return self.told(image[0], columns)
+
+    def told(self, image: bytes, columns: Mapping[str, list[Any]]) -> Pair | UserError:
+        """The image with what its record says of it."""
+        text = columns.get(self.text_field)
         caption = text[0].decode("utf-8", errors="replace") if text and isinstance(text[0], bytes) else ""
         ids, priorities = columns.get(TOKENS), columns.get(SYNTAX)
-        return Pair(image[0], caption, ids, priorities if ids else None)
+        return Pair(image, caption, ids, priorities if ids else None)
