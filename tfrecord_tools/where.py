@@ -184,11 +184,16 @@ def parse(connection: "duckdb.DuckDBPyConnection", expression: str, where: str) 
     """DuckDB's tree of `SELECT (expression) FROM …`. Raises UserError when it is more or less than one expression."""
 
     def tree(inner: str) -> dict[str, Any]:
-        query = f"SELECT ({inner}\n) FROM {TABLE}"
+        ending = f"\n) FROM {TABLE}"
+        query = f"SELECT ({inner}{ending}"
         ((text,),) = connection.execute("SELECT json_serialize_sql(?)", [query]).fetchall()
         answer = without_positions(json.loads(text))
         if answer["error"]:
-            raise UserError(f"--where {where!r} isn't SQL that can be read: {answer['error_message']}")
+            problem = answer["error_message"].replace(ending, "")
+            # The place is in bytes; what stands there, or is missing, is ours.
+            if int(answer.get("position") or 0) >= len(f"SELECT ({inner}".encode()):
+                problem = "the condition ends too early, or a bracket has no partner"
+            raise UserError(f"--where {where!r} isn't SQL that can be read: {problem}")
         return {"select_list": [], **answer["statements"][0]["node"], "statements": len(answer["statements"])}
 
     found, plain = tree(expression), tree("true")
