@@ -8,7 +8,8 @@ import click
 from clipkit.cli_options import Count, Place, SectionedCommand, SectionedOption, as_json, engine, print_json, tell
 
 RETRY = "--retry-failed"
-# Those that may pass by themselves; `clipkit.tfrecord_tools.retry.DEFAULT` is the same, and slow to import.
+# Those that may pass by themselves; `clipkit.tfrecord_tools.retry.DEFAULT` is the same, and slow to import. With
+# --allow-private-hosts, which an earlier run may have lacked, the stage takes the refused ones along.
 PASSING = "connect,dns,http-5xx,rate-limited,timeout,truncated"
 
 

@@ -48,6 +48,7 @@ from clipkit.phash import perceptual_hash_of
 from clipkit.tfrecord_tools import download_work
 from clipkit.tfrecord_tools.download_summary import DownloadSummary
 from clipkit.tfrecord_tools.ledger import read_ledger
+from clipkit.tfrecord_tools.retry import DEFAULT
 
 Finished = dict[str, tuple[Path, Path, DownloadSummary]]
 FORMATS = ("tfds", "webdataset", "parquet")
@@ -387,6 +388,11 @@ def test_private_addresses_are_refused_unless_allowed(tmp_path: Path) -> None:
         urls = write_urls(tmp_path / "u.parquet", url=[f"{base_url}/a.jpg"], caption=["a"])
         network = replace(NETWORK, allow_private_hosts=False)
         assert fetch(urls, tmp_path / "out", format="parquet", network=network).failed == {"blocked-address": 1}
+        # They who forgot to allow them say so in the retry.
+        for allowed, downloaded in [(False, 0), (True, 1)]:
+            network = replace(NETWORK, allow_private_hosts=allowed)
+            summary = fetch(urls, tmp_path / "out", format="parquet", network=network, retry_failed=DEFAULT)
+            assert summary.downloaded == downloaded
 
 
 def test_this_process_stays_clean(finished: Finished) -> None:

@@ -15,6 +15,7 @@ from small_dataset import PAIR_FEATURES, pair_columns, write_dataset, write_pair
 
 from clipkit.charts import histogram
 from clipkit.cli import main
+from clipkit.dataset import Dataset
 from clipkit.errors import UserError
 from clipkit.features import Feature
 from clipkit.files import as_path
@@ -236,6 +237,23 @@ def test_labelled_pictures_have_labels_and_no_captions(tmp_path, browser):
     assert browser.problems() == []
 
 
+def test_each_split_has_a_page_of_its_own(tmp_path):
+    records = [[pair_columns(n) for n in range(4)]]
+    data = write_dataset(tmp_path / "data", {"train": records, "validation": records})
+    pages = [inspect_dataset(data, split=split).page.name for split in (None, "validation")]
+    assert pages == ["inspection.html", "inspection-validation.html"]
+    for name, split in (("inspection", "train"), ("inspection-validation", "validation")):
+        assert json.loads((data / "clipkit" / f"{name}.json").read_text())["split"] == split
+        assert f" {split}" in (data / "clipkit" / f"{name}.html").read_text()
+
+
+def test_an_output_that_takes_no_file_is_told_before_anything_is_read(data, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setattr(Dataset, "read", lambda *_: pytest.fail("a record was read"))
+    with pytest.raises(UserError, match="can't write|isn't a folder|is a file|choose another"):
+        inspect_dataset(data, out=tmp_path / "file" / "out")
+
+
 def test_a_browser_shows_the_page(data, browser):
     page = inspect_dataset(data).page
     shots = []
@@ -272,6 +290,7 @@ def test_the_numbers_beside_the_page_are_those_of_the_command(data, tmp_path):
     run = CliRunner().invoke(main, ["inspect", str(data), "--out", str(tmp_path)])
     assert run.stdout.splitlines()[-1] == f"the page: {tmp_path / 'inspection.html'}"
     assert "1 can't be read: clipkit verify says which" in run.stdout
+    assert f"captions: {told['captions']['tokens']['mean']:.1f} tokens in the mean, " in run.stdout
 
 
 def test_a_dataset_in_a_store(tmp_path):

@@ -14,8 +14,8 @@ from clipkit.cli_download import PASSING
 from clipkit.dataset import open_dataset
 from clipkit.errors import UserError
 from clipkit.image_server import Answer, serve
+from clipkit.tfrecord_tools import reasons
 from clipkit.tfrecord_tools.download_plan import Shard
-from clipkit.tfrecord_tools.reasons import REASONS
 from clipkit.tfrecord_tools.retry import DEFAULT, Retry, begin_retry, end_retry, parse_reasons, retry_jobs
 from clipkit.tfrecord_tools.shard_state import ShardState
 
@@ -107,7 +107,9 @@ def test_a_killed_retry_goes_on_where_it_was(tmp_path: Path) -> None:
 
 def test_reasons_by_name() -> None:
     assert parse_reasons("dns, http-5xx,") == {"dns", "http-5xx"}
-    assert parse_reasons(",".join(REASONS)) == set(REASONS)
+    assert parse_reasons(",".join(reasons.REASONS)) == set(reasons.REASONS)
     assert PASSING == DEFAULT and "http-4xx" not in DEFAULT and "blocked-address" not in DEFAULT
+    assert parse_reasons(DEFAULT) == reasons.PASSING and parse_reasons("dns", allow_private_hosts=True) == {"dns"}
+    assert parse_reasons(DEFAULT, allow_private_hosts=True) == reasons.PASSING | {"blocked-address"}
     with pytest.raises(UserError, match="unknown reason '404' in --retry-failed=404: choose among dns, connect, tls"):
         parse_reasons("404")

@@ -80,7 +80,7 @@ def download(
     and after a probe when a smaller share than `probe_floor` succeeds.
     """
     urls, out = as_path(urls), as_path(out)
-    again = None if retry_failed is None else parse_reasons(retry_failed)
+    again = None if retry_failed is None else parse_reasons(retry_failed, network.allow_private_hosts)
     check_settings(format, samples_per_shard, processes, network, probe_rows)
     pictures.check()
     chosen = choose_columns(preset, url_column, caption_column, keep_columns, hash_column, hash_kind)

@@ -12,7 +12,7 @@ from clipkit.errors import UserError
 from clipkit.files import read_json, remove, write_json
 from clipkit.tfrecord_tools.download_plan import Shard
 from clipkit.tfrecord_tools.fetch_shard import ShardJob
-from clipkit.tfrecord_tools.reasons import PASSING, REASONS
+from clipkit.tfrecord_tools.reasons import BLOCKED_ADDRESS, PASSING, REASONS
 from clipkit.tfrecord_tools.shard_state import ShardState
 
 DEFAULT = ",".join(sorted(PASSING))
@@ -26,8 +26,13 @@ class Retry:
     reasons: frozenset[str]
 
 
-def parse_reasons(text: str) -> frozenset[str]:
-    """Reasons separated by commas. Raises UserError for an unknown one."""
+def parse_reasons(text: str, allow_private_hosts: bool = False) -> frozenset[str]:
+    """Reasons separated by commas. Raises UserError for an unknown one.
+
+    Where private hosts are allowed, the default takes their rows along: a run that forgot to allow them refused them.
+    """
+    if text == DEFAULT and allow_private_hosts:
+        return PASSING | {BLOCKED_ADDRESS}
     named = [part.strip().lower() for part in text.split(",") if part.strip()]
     unknown = [name for name in named if name not in REASONS]
     if unknown or not named:
