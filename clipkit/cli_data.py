@@ -164,6 +164,7 @@ def inspect(path: Path, as_json: bool, **options: Any) -> None:
     """Write a page that shows what is in the dataset in DIR: pairs, lengths, what reductions keep, sizes, duplicates.
 
     The page is inspection.html, one file that loads nothing; the same numbers stand beside it in inspection.json.
+    With a --split other than the usual one, its name is in theirs: inspection-validation.html.
     """
     from clipkit.tfrecord_tools.inspection_page import inspect_dataset as stage
 

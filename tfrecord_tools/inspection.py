@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from clipkit.dataset import Dataset, open_dataset, read_layout
+from clipkit.dataset import Dataset, Layout, open_dataset, read_layout
 from clipkit.errors import UserError
 from clipkit.features import Feature
 from clipkit.files import as_path, local_copy
@@ -81,8 +81,7 @@ def inspect(path: Path, *, split: str | None = None, sample: int = SAMPLE) -> In
     Raises UserError where there is no such dataset or split, or it holds nothing.
     """
     layout = read_layout(as_path(path))
-    if split is None:
-        split = next(iter(layout.lengths)) if len(layout.lengths) == 1 else "train"
+    split = split or usual_split(layout)
     dataset = open_dataset(layout.folder, split)
     if not dataset.num_records:
         raise UserError(f"split {split!r} of {layout.folder} holds no records: choose another split or dataset")
@@ -112,6 +111,11 @@ def inspect(path: Path, *, split: str | None = None, sample: int = SAMPLE) -> In
         skipped=manifest.skipped if manifest else {},
         places=tuple(places),
     )
+
+
+def usual_split(layout: Layout) -> str:
+    """The split that is meant where none is named: the only one, or `train`."""
+    return next(iter(layout.lengths)) if len(layout.lengths) == 1 else "train"
 
 
 def sample_places(total: int, sample: int) -> list[int]:

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from clipkit.charts import histogram, size
-from clipkit.dataset import Dataset, open_dataset
-from clipkit.files import as_path, write_beside, write_json
+from clipkit.dataset import Dataset, open_dataset, read_layout
+from clipkit.files import as_path, require_writable, write_beside, write_json
 from clipkit.images import ImageError, decode_scaled
 from clipkit.manifest import CLIPKIT_FOLDER
 from clipkit.page import render
-from clipkit.tfrecord_tools.inspection import SAMPLE, Inspection, caption_column, image_column, inspect
+from clipkit.tfrecord_tools.inspection import SAMPLE, Inspection, caption_column, image_column, inspect, usual_split
 from clipkit.tfrecord_tools.inspection_captions import CONTEXTS, Example, Reduction
 from clipkit.tfrecord_tools.inspection_pictures import Group
 from clipkit.tfrecord_tools.inspection_values import Histogram
@@ -42,10 +42,10 @@ class InspectSummary:
         lines = [f"{seen.records:,} records, {size(seen.bytes)} in {seen.shards:,} shards; looked at {seen.sampled:,}"]
         if seen.captions and seen.captions.tokens:
             tokens = seen.captions.tokens
-            lines.append(f"captions: {tokens.mean:.1f} tokens, {seen.captions.repeated:,} repeated")
+            lines.append(f"captions: mean {tokens.mean:.1f} tokens, {seen.captions.repeated:,} repeated")
         if seen.pictures and seen.pictures.shorter_side:
             side = seen.pictures.shorter_side
-            lines.append(f"pictures: shorter side {side.median:.0f} px, {seen.pictures.repeated:,} repeated")
+            lines.append(f"pictures: median shorter side {side.median:.0f} px, {seen.pictures.repeated:,} repeated")
         if seen.damaged or (seen.pictures and seen.pictures.unreadable):
             bad = seen.damaged + (seen.pictures.unreadable if seen.pictures else 0)
             lines.append(f"{bad:,} can't be read: clipkit verify says which")
@@ -58,15 +58,20 @@ def inspect_dataset(
 ) -> InspectSummary:
     """Look at a dataset and write `inspection.html` and `inspection.json` into `out`, by default its `clipkit` folder.
 
-    Raises UserError for what isn't a dataset, and when jinja2 (extra `report`) isn't installed.
+    Those of another split than the usual one have its name in theirs: `inspection-validation.html`.
+    Raises UserError for what isn't a dataset, for an output that can't be written, and when jinja2 (extra `report`)
+    isn't installed.
     """
+    layout = read_layout(as_path(path))
+    folder = require_writable(as_path(out) if out else layout.folder / CLIPKIT_FOLDER)
+    stem = "inspection" if split in (None, usual_split(layout)) else f"inspection-{split}"
+    page, numbers = folder / f"{stem}.html", folder / f"{stem}.json"
     inspection = inspect(path, split=split, sample=sample)
-    folder = as_path(out) if out else inspection.path / CLIPKIT_FOLDER
-    page = render("clipkit.tfrecord_tools", "inspection.html.j2", contents(inspection))
-    write_json(folder / "inspection.json", inspection.to_json())
-    with write_beside(folder / "inspection.html") as temporary:
-        temporary.write_text(page, encoding="utf-8")
-    return InspectSummary(inspection, folder / "inspection.html", folder / "inspection.json")
+    text = render("clipkit.tfrecord_tools", "inspection.html.j2", contents(inspection) | {"numbers": numbers.name})
+    write_json(numbers, inspection.to_json())
+    with write_beside(page) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    return InspectSummary(inspection, page, numbers)
 
 
 def contents(inspection: Inspection) -> dict[str, Any]:
