@@ -39,6 +39,8 @@ from clipkit.tfrecord_tools.download import download
 from clipkit.tfrecord_tools.fetch_settings import FetchSettings
 from clipkit.tfrecord_tools.purge import purge
 from clipkit.tfrecord_tools.purge_list import find, open_list, read_values, wanted_entries
+from clipkit.tfrecord_tools.purge_log import PURGED_TABLE, purged_path
+from clipkit.tfrecord_tools.purged_rows import purged_rows
 from clipkit.tfrecord_tools.verify import verify
 
 
@@ -260,11 +262,19 @@ def test_a_column_of_hashes_counts_for_the_records_that_have_it(tmp_path):
         ("list.txt", "4\n", "uid", "the dataset has no column 'uid'"),
         ("list.txt", "4\n", "similarity", "column 'similarity' of the dataset is float"),
         ("list.parquet", "no parquet", None, "can't be read as parquet"),
-        ("list.doc", "x", None, "can't tell what .* is"),
+        ("list.doc", "x", None, "can't tell what .* is: give a list that ends in .parquet,"),
+        ("none.parquet", None, None, "list .*none.parquet doesn't exist: check the path"),
+        ("folder", "", None, "no list in .*folder: put files there"),
+        ("list.txt", "", None, "list .* is empty: give one with"),
+        ("list.txt", "\n\n", "url", "list .* is empty: give one with"),
+        ("list.csv", "url\n", None, "list .* is empty: give one with"),
     ],
 )
 def test_lists_that_cannot_be_used(data, tmp_path, name, text, by, says):
-    (tmp_path / name).write_text(text)
+    if name == "folder":
+        (tmp_path / name).mkdir()
+    elif text is not None:
+        (tmp_path / name).write_text(text)
     before = contents(data)
     with pytest.raises(UserError, match=says):
         purge(data, tmp_path / name, by=by)
@@ -446,6 +456,45 @@ def test_purged_rows_stay_in_the_ledger_and_are_never_fetched_again(downloaded, 
     dataset = open_dataset(data)
     assert [dataset.example(i)["url"] for i in range(8)] == [listed[n] for n in (0, 1, 2, 3, 5, 7, 9, 11)]
     assert verify(data).problems == ()
+
+
+@pytest.mark.parametrize("lost", ["pairs-train.tfrecord-00001-of-00003", "clipkit/ledger/00001.parquet"])
+def test_a_lost_shard_is_fetched_without_what_was_purged(downloaded, tmp_path, lost):
+    """By URL, with an image and without, and by a hash, which the table hasn't: none of them is asked for again."""
+    data, listed, later, get = downloaded
+    digest = hashlib.sha256(open_dataset(data).example(4)["jpg"]).hexdigest()  # the image of row 7
+    assert open_dataset(data).example(4)["url"] == listed[7]
+    purge(data, write_list(tmp_path / "list.txt", [listed[n] for n in (4, 6, 8)]))
+    purge(data, write_list(tmp_path / "hashes.txt", [digest]))
+    before = pq.read_table(data / "clipkit" / "ledger" / "00001.parquet", columns=["key", "url", "caption", "reason"])
+    (data / lost).unlink()
+    gone = {path: NOTHING for path in ("/4.jpg", "/6.jpg", "/7.jpg")}
+    with serve(later | gone, urlsplit(listed[0]).port):
+        again = download(tmp_path / "urls.parquet", tmp_path / "out", **get)
+    assert (again.downloaded, again.failed) == (5, {"purged": 4, "http-4xx": 3})
+    after = pq.read_table(data / "clipkit" / "ledger" / "00001.parquet", columns=before.column_names)
+    assert after.to_pylist() == before.to_pylist()
+    dataset = open_dataset(data)
+    assert [dataset.example(i)["url"] for i in range(5)] == [listed[n] for n in (0, 3, 5, 9, 11)]
+    assert verify(data).problems == ()
+
+
+def test_purged_rows_are_found_by_url_and_by_key_of_the_split(tmp_path):
+    assert purged_rows(tmp_path, ["u0"], ["0"]) == {}
+    nothing = {"value": None, "url": None, "key": None, "split": None}
+    lines = [
+        {"purge": "a", "by": "url", "value": "u1"},
+        {"purge": "b", "by": "key", "value": "2"},
+        {"purge": "c", "by": "sha256", "value": "u3", "url": "u4", "key": "9", "split": "train"},
+        {"purge": "d", "by": "sha256", "value": "0", "url": None, "key": "5", "split": "train"},
+        {"purge": "e", "by": "sha256", "value": "0", "url": None, "key": "6", "split": "test"},
+        {"purge": "f", "by": "key", "value": "u7"},
+    ]
+    (tmp_path / "clipkit").mkdir()
+    table = pa.Table.from_pylist([nothing | {"matched": True} | line for line in lines], schema=PURGED_TABLE)
+    pq.write_table(table, purged_path(tmp_path))
+    urls = [None, *[f"u{n}" for n in range(1, 8)]]
+    assert purged_rows(tmp_path, urls, [str(n) for n in range(8)]) == {1: "a", 2: "b", 4: "c", 5: "d"}
 
 
 def test_a_list_of_rows_without_an_image_alone(downloaded, tmp_path):

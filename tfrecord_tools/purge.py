@@ -31,7 +31,7 @@ from clipkit.log import Progress
 from clipkit.manifest import CLIPKIT_FOLDER
 from clipkit.tfrecord_tools.purge_finish import finish
 from clipkit.tfrecord_tools.purge_ledger import KNOWN, LedgerJob, download_layout, finish_download, purge_ledger
-from clipkit.tfrecord_tools.purge_list import RemovalList, UInt64Array, open_list, wanted_entries
+from clipkit.tfrecord_tools.purge_list import RemovalList, UInt64Array, empty_list, open_list, wanted_entries
 from clipkit.tfrecord_tools.purge_log import purged_before, was_recorded
 from clipkit.tfrecord_tools.purge_plan import (
     Plan,
@@ -116,14 +116,16 @@ def purge(
     `by` is the column that is compared (`url`, `key`, `sha256`, `md5`, or any text column), None to tell from the list.
     A hash is compared with the column of that name, and where a record has none, with the hash of its stored image.
     `dry_run` counts and changes nothing. One job a shard runs on `engine`.
-    Raises UserError for a list or a dataset that can't be read, a dataset that isn't whole, and another purge that
-    isn't finished.
+    Raises UserError for a list that is empty, a list or a dataset that can't be read, a dataset that isn't whole, and
+    another purge that isn't finished.
     """
     layout = read_layout(as_path(path))
     folder = layout.folder
     chosen = open_list(as_path(removals), by, layout.features)
     values = Values.of(chosen.by, layout.features)
     wanted, empty = wanted_entries(chosen)
+    if not wanted.size:
+        raise empty_list(chosen.path)
     with lock(folder / CLIPKIT_FOLDER):
         layout = read_layout(folder)  # anew, for another purge may have ended in the meantime
         run = _Run(layout, chosen, values, wanted, empty, engine, workers)
@@ -208,7 +210,7 @@ def _find(run: _Run, dry_run: bool) -> tuple[Plan | None, PurgeSummary]:
     now = datetime.datetime.now(datetime.UTC)
     name = f"{now:%Y%m%dT%H%M%S.%fZ}-{run.removals.sha256[:8]}"
     # A list that is new here is written down though no record matches; rows that gave no image may.
-    is_new = len(matched) > 0 and not was_recorded(layout.folder, run.removals)
+    is_new = not was_recorded(layout.folder, run.removals)
     if dry_run or not (concerned or is_new):
         return None, summary
     parts = read_json(layout.folder / "dataset_info.json")["splits"]

@@ -58,7 +58,7 @@ def open_list(path: Path, by: str | None, features: Mapping[str, Feature]) -> Re
         column = None
         by = by or _kind_of_lines(path)
     else:
-        files = tuple(find_tables(path))
+        files = tuple(find_tables(path, "list"))
         names = read_schema(files[0]).names
         column = _choose_column(path, by, names, features)
         by = by or column
@@ -90,12 +90,19 @@ def _choose_column(path: Path, by: str | None, names: list[str], features: Mappi
 def _kind_of_lines(path: Path) -> str:
     """What the first line looks like: a URL or a hash."""
     first = next((value for values in _lines(path) for value in values if value), b"")
+    if not first:
+        raise empty_list(path)
     if re.match(rb"https?://", first):
         return "url"
     for name in ("sha256", "md5"):
         if re.fullmatch(rb"[0-9a-fA-F]{%d}" % HASHES[name], first):
             return name
     raise UserError(f"can't tell what the lines of {path} are: say it by --by url, sha256 or key")
+
+
+def empty_list(path: Path) -> UserError:
+    """The one line for a list that names nothing, most likely the wrong file or column."""
+    return UserError(f"list {path} is empty: give one with the values of what is to be removed")
 
 
 def read_values(removals: RemovalList) -> Iterator[list[bytes]]:

@@ -33,27 +33,28 @@ HASH_SAMPLES = 64
 HASH_SAMPLE_BYTES = 1 << 20
 
 
-def table_suffix(path: Path) -> str:
-    """Which of SUFFIXES the file has. Raises UserError when none."""
+def table_suffix(path: Path, what: str = "URL table") -> str:
+    """Which of SUFFIXES the file has. Raises UserError when none, calling it `what`."""
     for suffix in SUFFIXES:
         if path.name.lower().endswith(suffix):
             return suffix
-    raise UserError(
-        f"can't tell what {path} is: give a URL table that ends in {', '.join(SUFFIXES)}, or a folder of them"
-    )
+    raise UserError(f"can't tell what {path} is: give a {what} that ends in {', '.join(SUFFIXES)}, or a folder of them")
 
 
-def find_tables(urls: Path) -> list[Path]:
-    """The table files behind `urls`, a file or a folder, ordered by name. Raises UserError when there are none."""
+def find_tables(urls: Path, what: str = "URL table") -> list[Path]:
+    """The table files behind `urls`, a file or a folder, ordered by name.
+
+    Raises UserError when there are none, calling them `what`.
+    """
     with disk_errors(urls):
         if urls.is_dir():
             paths = sorted(path for path in urls.iterdir() if path.name.lower().endswith(SUFFIXES) and path.is_file())
             if not paths:
-                raise UserError(f"no URL table in {urls}: put files there that end in {', '.join(SUFFIXES)}")
+                raise UserError(f"no {what} in {urls}: put files there that end in {', '.join(SUFFIXES)}")
             return paths
         if not urls.is_file():
-            raise UserError(f"URL table {urls} doesn't exist: check the path")
-    table_suffix(urls)
+            raise UserError(f"{what} {urls} doesn't exist: check the path")
+    table_suffix(urls, what)
     return [urls]
 
 
