@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from test_images import PIXELS, encoded, jpeg, picture
 
+from clipkit.images import decode
 from clipkit.train.crop import (
     crop_box,
     crop_resize,
@@ -49,6 +50,16 @@ def test_each_way_of_resizing_is_as_near_to_bicubic_as_the_mean_of_an_area(shrin
         areas.append(np.abs(area - plain).mean())
     assert np.mean(ours) <= 1.2 * np.mean(areas)
     assert np.mean(ours) < 1.5
+
+
+def test_chroma_is_smooth_where_it_shows() -> None:
+    """Repeated chroma is for what shrinks by much; a little shrunk, the pixels are those of the full decoding."""
+    data = jpeg(picture(200, 200, roughness=1.3))
+    for size, equal in ((190, True), (124, True), (106, False)):
+        found = random_resized_crop_of(data, size, (1.0, 1.0), (1.0, 1.0), [0.5] * 22)
+        expected = crop_resize(decode(data), (0, 0, 200, 200), size)
+        assert np.array_equal(found, expected) == equal
+        assert np.abs(found.astype(int) - expected).mean() < 1
 
 
 def test_pixels_are_written_where_they_belong() -> None:
