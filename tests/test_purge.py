@@ -82,6 +82,7 @@ def test_the_records_are_gone_and_the_others_are_as_they_were(data, tmp_path):
     assert (summary.records, summary.shards, summary.matched, summary.unmatched) == (4, 3, 3, 1)
     assert (summary.by, summary.entries, summary.before, summary.dry_run) == ("url", 4, 0, False)
     assert summary.bytes > 4 * 700
+    assert summary.text().startswith(f"removed 4 records ({summary.bytes / 1000:.1f} kB) from 3 shards of ")
     assert (data / "pairs-train.tfrecord-00001-of-00003").stat().st_mtime_ns == untouched
     assert verify(data).problems == ()
     assert verify(data).leftovers == ()
@@ -453,6 +454,7 @@ def test_purged_rows_stay_in_the_ledger_and_are_never_fetched_again(downloaded, 
     with serve(later, urlsplit(listed[0]).port):
         again = download(tmp_path / "urls.parquet", tmp_path / "out", retry_failed="http-4xx", **get)
     assert (again.downloaded, again.failed) == (8, {"purged": 4})
+    assert set(pq.read_table(data / "clipkit" / "failures.parquet")["caption"].to_pylist()) == {None}
     dataset = open_dataset(data)
     assert [dataset.example(i)["url"] for i in range(8)] == [listed[n] for n in (0, 1, 2, 3, 5, 7, 9, 11)]
     assert verify(data).problems == ()
@@ -468,7 +470,7 @@ def test_a_lost_shard_is_fetched_without_what_was_purged(downloaded, tmp_path, l
     purge(data, write_list(tmp_path / "hashes.txt", [digest]))
     before = pq.read_table(data / "clipkit" / "ledger" / "00001.parquet", columns=["key", "url", "caption", "reason"])
     (data / lost).unlink()
-    gone = {path: NOTHING for path in ("/4.jpg", "/6.jpg", "/7.jpg")}
+    gone = dict.fromkeys(("/4.jpg", "/6.jpg", "/7.jpg"), NOTHING)
     with serve(later | gone, urlsplit(listed[0]).port):
         again = download(tmp_path / "urls.parquet", tmp_path / "out", **get)
     assert (again.downloaded, again.failed) == (5, {"purged": 4, "http-4xx": 3})

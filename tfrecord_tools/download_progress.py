@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from clipkit.log import Progress
+from clipkit.tfrecord_tools.purge_shard import PURGED
 from clipkit.tfrecord_tools.reasons import OTHER, REASONS
 from clipkit.tfrecord_tools.sample import EMPTY_CAPTION
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from clipkit.tfrecord_tools.http_fetch import Fetcher
 
 OK = "ok"
-NAMES = (OK, *REASONS, EMPTY_CAPTION)
+NAMES = (OK, *REASONS, EMPTY_CAPTION, PURGED)
 PLACES = {name: place for place, name in enumerate(NAMES)}
 BYTES, REQUESTS = len(NAMES), len(NAMES) + 1
 DRAW_SECONDS = 0.5
@@ -38,7 +39,7 @@ Counts = npt.NDArray[np.int64]
 
 
 def no_counts() -> Counts:
-    """int64[reasons + 3]: rows by what became of them, bytes received, requests that may be under way."""
+    """int64[reasons + 5]: rows by what became of them, bytes received, requests that may be under way."""
     return np.zeros(len(NAMES) + 2, np.int64)
 
 

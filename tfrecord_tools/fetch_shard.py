@@ -25,6 +25,8 @@ from clipkit.tfrecord_tools.fetch_settings import Fetched, FetchSettings
 from clipkit.tfrecord_tools.hash_check import check_hash, parse_phash
 from clipkit.tfrecord_tools.ledger import Outcome, read_ledger, write_ledger
 from clipkit.tfrecord_tools.picture import PictureError, PictureMaker
+from clipkit.tfrecord_tools.purge_shard import PURGED
+from clipkit.tfrecord_tools.purged_rows import purged_rows
 from clipkit.tfrecord_tools.replace_shard import commit, new_folder
 from clipkit.tfrecord_tools.sample import EMPTY_CAPTION, caption_problem
 from clipkit.tfrecord_tools.shard_output import (
@@ -95,7 +97,7 @@ class OpenShard:
         self.pending = len(self.missing)
 
     def refuse(self) -> list[Outcome | None]:
-        """What needs no fetching: rows without a URL and, in a dataset, those without a caption."""
+        """What needs no fetching: rows without a URL and, in a dataset, those without a caption and the purged."""
         outcomes: list[Outcome | None] = [None] * len(self.urls)
         for i, url in enumerate(self.urls):
             if url is None:
@@ -104,6 +106,9 @@ class OpenShard:
             for i, caption in enumerate(self.rows["caption"].to_pylist()):
                 if caption_problem(caption) is not None:
                     outcomes[i] = Outcome(EMPTY_CAPTION, "not fetched: a pair without a caption isn't used")
+            # A shard that was lost is fetched whole again, by the table, which still has what was purged from it.
+            for i, purge in purged_rows(self.task.layout.root, self.urls, self.keys()).items():
+                outcomes[i] = Outcome(PURGED, f"by the purge {purge}")
         return outcomes
 
     def recall(self) -> list[Outcome | None]:

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 
 from clipkit.errors import UserError
 from clipkit.files import local_copy, write_beside
+from clipkit.tfrecord_tools.purge_shard import PURGED
 
 LEDGER_FOLDER = "ledger"
 FAILURES_FILE = "failures.parquet"
@@ -81,9 +82,12 @@ FAILURES = pa.schema(
 def write_ledger(
     path: Path, keys: Sequence[str], numbers: Sequence[int], rows: pa.Table, outcomes: list[Outcome]
 ) -> None:
-    """Write the ledger of a shard. `numbers` are the rows' numbers in their table; captions are kept of failures."""
+    """Write the ledger of a shard. `numbers` are the rows' numbers in their table.
+
+    Captions are kept of failures, but of a purged row nothing but its place.
+    """
     columns = {name: [getattr(outcome, name) for outcome in outcomes] for name in OUTCOME_FIELDS}
-    failed = pa.array([reason is not None for reason in columns["reason"]])
+    failed = pa.array([reason not in (None, PURGED) for reason in columns["reason"]])
     arrays = [
         pa.array(keys, pa.string()),
         pa.array(numbers, pa.int64()),
