@@ -398,6 +398,17 @@ def test_bad_arguments_get_one_line(tmp_path):
 
 
 def test_shards_without_one_good_sample_are_an_error(tmp_path):
+def test_a_dataset_is_not_built_onto_itself(tmp_path, monkeypatch):
+    write_tars(tmp_path / "shards", [2])
+    made = build_tfds(tmp_path / "shards", tmp_path / "out", "pairs").path
+    before = {path: path.read_bytes() for path in made.rglob("*") if path.is_file()}
+    monkeypatch.chdir(tmp_path)
+    for source in (made, Path("out/pairs/1.0.0"), made / ".." / "1.0.0"):
+        with pytest.raises(UserError, match="the dataset itself is the source: choose another --name or output"):
+            build_tfds(source, tmp_path / "out", "pairs", dedup="sha256")
+    assert {path: path.read_bytes() for path in made.rglob("*") if path.is_file()} == before
+
+
     write_tar(tmp_path / "shards" / "0.tar", [pair(0, jpg=None), pair(1, txt=" ")])
     with pytest.raises(UserError, match=r"no sample of .* can be used .1 × empty caption, 1 × no image.*check"):
         build_tfds(tmp_path / "shards", tmp_path / "out", "pairs")

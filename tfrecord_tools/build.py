@@ -21,7 +21,7 @@ from pathlib import Path
 from clipkit.dataset import open_dataset
 from clipkit.errors import UserError
 from clipkit.features import parse_features
-from clipkit.files import as_path, clear_leftovers, lock, read_json, remove
+from clipkit.files import as_path, clear_leftovers, is_remote, lock, read_json, remove
 from clipkit.jobs import Engine
 from clipkit.manifest import CLIPKIT_FOLDER, Source, SplitManifest, add_counts, read_manifest, write_manifest
 from clipkit.tfrecord_tools.build_finish import features_of, kinds_of, write_index, write_skipped
@@ -84,6 +84,8 @@ def build_tfds(
     columns = Columns(image_column, caption_column)
     options = make_options(split, where, resize, quality, dedup, shuffle, precompute, columns)
     folder = out / name / VERSION
+    if same_place(shards, folder):
+        raise UserError(f"{folder}: the dataset itself is the source: choose another --name or output")
     paths = find_shards(shards, columns, options.splits[0])
     work = folder / CLIPKIT_FOLDER / f"build-{'-'.join(options.splits)}"
     with lock(folder / CLIPKIT_FOLDER), ExitStack() as stack:
@@ -134,6 +136,11 @@ def build_tfds(
         write_metadata(folder, name, features_of(states, kinds, known), splits)
         remove(work)
     return summarise_splits(folder, name, made, built=True)
+
+
+def same_place(one: Path, other: Path) -> bool:
+    """Whether two paths, of which both may be in a store, mean the same folder."""
+    return one == other if is_remote(one) or is_remote(other) else one.resolve() == other.resolve()
 
 
 def _whole_splits(folder: Path) -> set[str]:
