@@ -108,6 +108,11 @@ def size_text(count: float) -> str:
     return f"{count:.0f} B"
 
 
+def counted(number: int, one: str, many: str = "") -> str:
+    """A number with its noun: `1 shard`, `1,024 shards`; `many` where the plural isn't `one` with an s."""
+    return f"{number:,} {one if number == 1 else many or f'{one}s'}"
+
+
 class Writer(Protocol):
     """Where the numbers of a run go."""
 

@@ -260,7 +260,7 @@ def test_official_names_hold_their_place_where_some_are_missing(tmp_path):
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("\n".join(TRUE_WNIDS[:5]), "has 5 labels and there are 6 images"),
+        ("\n".join(TRUE_WNIDS[:5]), "has 5 labels for 6 images"),
         ("\n".join(map(str, TRUTH)), "'171', which is a number"),
         ("ILSVRC2012_val_00000001.JPEG n01440764\n", "has no class for ILSVRC2012_val_00000002.JPEG"),
         ("\n".join(["n99999999", *TRUE_WNIDS[1:]]), "'n99999999', which is none of the classes"),
@@ -319,7 +319,7 @@ def test_what_is_missing_is_refused_or_said_out_loud(whole, tmp_path, subset):
     data = picture(1, size=8)
     train = {wnid: {f"{wnid}_{i}.JPEG": data for i in range(2)} for wnid in WNIDS[1:]}
     write_official(whole, train, None)
-    says = "train has 1,998 images where ImageNet's has 2,000, 1 classes missing, such as n01440764"
+    says = "train has 1,998 images where ImageNet's has 2,000, 1 class missing, such as n01440764"
     if not subset:
         with pytest.raises(UserError, match=says):
             build_imagenet(whole, tmp_path / "out", labels=tmp_path / "labels.txt")
@@ -331,6 +331,7 @@ def test_what_is_missing_is_refused_or_said_out_loud(whole, tmp_path, subset):
         f"SUBSET: {says}; its numbers can't be compared with those of the whole"
     ]
     assert "SUBSET" in summary.text()
+    assert " kB in 4 shards" in summary.text()
     assert "subset" in json.loads((summary.path / "dataset_info.json").read_text())["description"]
     assert open_dataset(summary.path, "train").label_names() == WNIDS
 
@@ -340,7 +341,7 @@ def test_the_right_number_of_images_with_a_class_missing_is_refused(whole, tmp_p
     train = {wnid: {f"{wnid}_{i}.JPEG": data for i in range(2)} for wnid in WNIDS[1:]}
     train[WNIDS[1]] |= {f"{WNIDS[1]}_{i}.JPEG": data for i in (2, 3)}
     write_official(whole, train, None)
-    with pytest.raises(UserError, match=r"has 2,000 images .* 1 classes missing, such as n01440764"):
+    with pytest.raises(UserError, match=r"has 2,000 images .* 1 class missing, such as n01440764"):
         build_imagenet(whole, tmp_path / "out", labels=tmp_path / "labels.txt")
 
 
@@ -353,13 +354,13 @@ def test_a_validation_set_taken_for_the_training_set_gets_a_hint(whole, tmp_path
 
 def test_classes_that_are_not_imagenets(tmp_path):
     write_class_folders(tmp_path / "train", {"n01440764": {"a.JPEG": picture(1)}, "n99": {"b.JPEG": picture(2)}})
-    with pytest.raises(UserError, match="1 classes aren't among ImageNet-1K's 1,000, such as 'n99': give another"):
+    with pytest.raises(UserError, match="1 class isn't among ImageNet-1K's 1,000, 'n99': give another"):
         build_imagenet(tmp_path / "train", tmp_path / "out", subset=True)
 
 
 def test_a_file_name_twice_is_refused(tmp_path):
     write_class_folders(tmp_path / "train", {"n01440764": {"a.JPEG": picture(1)}, "n01443537": {"a.JPEG": picture(2)}})
-    with pytest.raises(UserError, match="holds 1 file names twice"):
+    with pytest.raises(UserError, match="holds 1 file name twice"):
         build_imagenet(tmp_path / "train", tmp_path / "out", subset=True)
 
 
@@ -434,7 +435,7 @@ def test_classes_that_are_numbers_stand_in_the_order_of_their_values(tmp_path):
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("waffles\n", "1 classes aren't among those of .*classes.json, such as 'apple pie'"),
+        ("waffles\n", "1 class isn't among those of .*classes.json, 'apple pie'"),
         ('["waffles", "apple pie", "waffles"]', "names the class 'waffles' twice"),
         ("{}", "isn't a list of classes"),
     ],

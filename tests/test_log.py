@@ -3,7 +3,16 @@ import sys
 
 import pytest
 
-from clipkit.log import MetricsWriter, NullWriter, Progress, duration, forget_metrics_after, read_metrics, size_text
+from clipkit.log import (
+    MetricsWriter,
+    NullWriter,
+    Progress,
+    counted,
+    duration,
+    forget_metrics_after,
+    read_metrics,
+    size_text,
+)
 
 
 @pytest.mark.parametrize(
@@ -79,3 +88,8 @@ def test_the_null_writer_writes_nothing(tmp_path, monkeypatch):
     writer.write({"samples_seen": 1})
     writer.close()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_one_of_a_thing_and_more():
+    assert [counted(number, "shard") for number in (0, 1, 1024)] == ["0 shards", "1 shard", "1,024 shards"]
+    assert [counted(number, "class", "classes") for number in (1, 2)] == ["1 class", "2 classes"]

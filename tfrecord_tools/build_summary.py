@@ -7,7 +7,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from clipkit.log import Progress
+from clipkit.log import Progress, counted, size_text
 from clipkit.manifest import CLIPKIT_FOLDER, SplitManifest
 
 
@@ -55,8 +55,8 @@ class BuildSummary:
         """A few lines for a person."""
         there = "" if self.built else " (there already)"
         lines = [
-            f"{self.records:,} of {self.samples:,} samples, {self.bytes / 1e6:,.1f} MB in {self.shards:,} "
-            f"{'shard' if self.shards == 1 else 'shards'}: split {self.split} of {self.path}{there}"
+            f"{self.records:,} of {counted(self.samples, 'sample')}, {size_text(self.bytes)} in "
+            f"{counted(self.shards, 'shard')}: split {self.split} of {self.path}{there}"
         ]
         if self.by_split:
             lines.append(", ".join(f"{split} {records:,}" for split, records in self.by_split.items()))
@@ -78,16 +78,20 @@ class ProgressLines:
         self.stack = ExitStack()
 
     def __call__(self, now: BuildProgress) -> None:
-        unit = 1 if now.phase in ("comparing", "sorting") else 1_000_000
+        counts_parts = now.phase in ("comparing", "sorting")
+        name, unit = ("parts", 1) if counts_parts else ("MB", 1_000_000) if now.bytes_total >= 10e6 else ("kB", 1000)
         if now.phase != self.phase:
             self.stack.close()
             self.phase = now.phase
             label = "build-tfds" if now.phase == "writing" else f"build-tfds, {now.phase}"
             self.line = self.stack.enter_context(
-                Progress(label, now.bytes_total // unit, "MB" if unit > 1 else "parts", now.bytes_done // unit)
+                Progress(label, now.bytes_total // unit, name, now.bytes_done // unit)
             )
         skipped = f", {now.skipped:,} {'duplicates' if now.phase == 'comparing' else 'skipped'}" if now.skipped else ""
-        note = f"{now.shards_done:,}/{now.shards_total:,} files, {now.records:,} records{skipped}"
+        # What is written may be parts on the way, which are gathered into shards.
+        what = "shards" if now.phase == "gathering" else "parts"
+        parts = "" if counts_parts else f"{now.shards_done:,}/{now.shards_total:,} {what}, "
+        note = f"{parts}{now.records:,} records{skipped}"
         self.line.update(now.bytes_done // unit, note)
 
     def __enter__(self) -> Self:

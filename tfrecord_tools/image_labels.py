@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from clipkit.errors import UserError
+from clipkit.log import counted
 from clipkit.tfrecord_tools.image_listing import Image
 
 KAGGLE_LABELS = "LOC_val_solution.csv"
@@ -95,7 +96,9 @@ def _by_position(file: Path, rows: Sequence[str], images: Sequence[Image]) -> li
     if len(numbers) == len(images) and all(1 <= number <= len(rows) for number in numbers):
         return [rows[number - 1] for number in numbers]
     if len(rows) != len(images):
-        raise UserError(f"{file} has {len(rows):,} labels and there are {len(images):,} images: give one for each")
+        raise UserError(
+            f"{file} has {counted(len(rows), 'label')} for {counted(len(images), 'image')}: give one for each"
+        )
     order = sorted(range(len(images)), key=lambda i: images[i].name)
     found = [""] * len(images)
     for place, row in zip(order, rows, strict=True):

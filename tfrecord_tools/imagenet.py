@@ -19,7 +19,7 @@ from clipkit import embedded, jobs
 from clipkit.errors import UserError
 from clipkit.features import Feature, parse_features
 from clipkit.files import clear_leftovers, is_remote, lock, read_json, remove
-from clipkit.log import Progress
+from clipkit.log import Progress, counted
 from clipkit.manifest import CLIPKIT_FOLDER, SplitManifest, read_manifest, write_manifest
 from clipkit.tfrecord_tools.build_summary import summarise
 from clipkit.tfrecord_tools.image_labels import label_images
@@ -181,7 +181,7 @@ def _list(plan: _Plan, found: Sequence[SplitSource], labels: Path | None, known:
             list_part, parts, workers=plan.workers, engine=plan.engine, describe=_describe_part
         ):
             by_part[index] = images
-            line.update(len(by_part), f"{sum(map(len, by_part.values())):,} images")
+            line.update(len(by_part), counted(sum(map(len, by_part.values())), "image"))
     first = 0
     for split in found:
         of_split = [image for index in range(first, first + len(split.parts)) for image in by_part[index]]
@@ -209,7 +209,9 @@ def _class_names(imagenet: bool, classes: Path | None, listed: Listed) -> list[s
     if foreign:
         where = "ImageNet-1K's 1,000" if imagenet else f"those of {classes}"
         remedy = "give another --name for another set" if imagenet else "complete the list"
-        raise UserError(f"{len(foreign)} classes aren't among {where}, such as {foreign[0]!r}: {remedy}")
+        lacking = "class isn't" if len(foreign) == 1 else "classes aren't"
+        such = "" if len(foreign) == 1 else "such as "
+        raise UserError(f"{len(foreign):,} {lacking} among {where}, {such}{foreign[0]!r}: {remedy}")
     return known
 
 
@@ -219,16 +221,17 @@ def _check(plan: _Plan, listed: Listed, class_names: Sequence[str]) -> list[str]
     for split, images in listed:
         names = {_file_name(plan.imagenet, image) for image in images}
         if len(names) < len(images):
-            raise UserError(f"{split.path} holds {len(images) - len(names):,} file names twice: remove the copies")
+            twice = counted(len(images) - len(names), "file name")
+            raise UserError(f"{split.path} holds {twice} twice: remove the copies")
         if not plan.imagenet:
             continue
         wanted = IMAGENET_COUNTS.get(split.split)
         missing = sorted(set(class_names) - {image.label for image in images})
         if len(images) == wanted and not missing:
             continue
-        lacks = f", {len(missing)} classes missing, such as {missing[0]}" if missing else ""
+        lacks = f", {counted(len(missing), 'class', 'classes')} missing, such as {missing[0]}" if missing else ""
         whole = f"{wanted:,}" if wanted else "none"
-        counts = f"{split.split} has {len(images):,} images where ImageNet's has {whole}{lacks}"
+        counts = f"{split.split} has {counted(len(images), 'image')} where ImageNet's has {whole}{lacks}"
         if not plan.subset:
             other = next((each for each, count in IMAGENET_COUNTS.items() if count == len(images)), None)
             remedy = f"give --split {other}" if other else "complete it, or give --subset for a part of ImageNet"

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from clipkit.log import counted
 from clipkit.manifest import CLIPKIT_FOLDER
 from clipkit.tfrecord_tools.build_summary import BuildSummary
 
@@ -19,8 +20,8 @@ class InPlaceSummary(BuildSummary):
         if self.rewritten:
             first, why = next(iter(self.rewritten.items()))
             lines.append(
-                f"{len(self.rewritten):,} of {self.shards:,} shards written anew, since TensorFlow refuses what "
-                f"img2dataset writes for a null: {first} ({why}){' …' if len(self.rewritten) > 1 else ''}"
+                f"{len(self.rewritten):,} of {counted(self.shards, 'shard')} written anew, since TensorFlow refuses "
+                f"what img2dataset writes for a null: {first} ({why}){' …' if len(self.rewritten) > 1 else ''}"
             )
         if self.problems:
             reasons = ", ".join(f"{reason} {count:,}" for reason, count in self.problems.items())

@@ -17,6 +17,7 @@ from clipkit import jobs
 from clipkit.dataset import open_dataset
 from clipkit.errors import UserError
 from clipkit.files import read_json, write_beside, write_json
+from clipkit.log import counted
 from clipkit.manifest import CLIPKIT_FOLDER, SplitManifest, index_path
 from clipkit.tfrecord_tools.image_listing import Image
 from clipkit.tfrecord_tools.labelled_shard import (
@@ -102,7 +103,7 @@ def build_split(
         states[lacking[index].path] = state
         done += _bytes(lacking[index])
         bad = sum(len(each.skipped) for each in states.values())
-        tell(done, f"{split} shard {len(states):,}/{len(job_list):,}, {bad:,} broken images")
+        tell(done, f"{split} shard {len(states):,}/{len(job_list):,}, {counted(bad, 'broken image')}")
     ordered = [states[job.path] for job in job_list]
     _check_broken(folder, split, ordered, max_bad, allow)
     index_N = np.concatenate([_load(offsets_path(job)) for job in job_list])
@@ -164,7 +165,8 @@ def _check_broken(folder: Path, split: str, states: Sequence[LabelledShardState]
     if len(skipped) > max_bad:
         named = ", ".join(f"{name} ({reason})" for name, reason in skipped[:_NAMED_AT_MOST])
         more = f" and {len(skipped) - _NAMED_AT_MOST:,} more, all in {listed}" if len(skipped) > _NAMED_AT_MOST else ""
+        broken = f"{counted(len(skipped), 'image')} of {split} {'is' if len(skipped) == 1 else 'are'} broken"
         raise UserError(
-            f"{len(skipped):,} images of {split} are broken: {named}{more}. Put good copies in their place and run the "
+            f"{broken}: {named}{more}. Put good copies in their place and run the "
             f"same command again, or give {allow} {len(skipped)} to leave them out"
         )

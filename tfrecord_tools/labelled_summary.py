@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from clipkit.log import counted, size_text
 from clipkit.manifest import CLIPKIT_FOLDER
 from clipkit.tfrecord_tools.build_summary import BuildSummary
 
@@ -32,12 +33,12 @@ class LabelledSummary:
 
     def text(self) -> str:
         """A few lines for a person."""
-        lines = [f"{self.path}: {self.classes:,} classes"]
+        lines = [f"{self.path}: {counted(self.classes, 'class', 'classes')}"]
         for split in self.splits:
             there = "" if split.built else " (there already)"
             lines.append(
-                f"{split.split}: {split.records:,} images, {split.bytes / 1e6:,.1f} MB in {split.shards:,} "
-                f"{'shard' if split.shards == 1 else 'shards'}{there}"
+                f"{split.split}: {counted(split.records, 'image')}, {size_text(split.bytes)} in "
+                f"{counted(split.shards, 'shard')}{there}"
             )
             if split.skipped:
                 reasons = ", ".join(f"{reason} {count:,}" for reason, count in split.skipped.items())

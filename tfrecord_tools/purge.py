@@ -27,7 +27,7 @@ from clipkit import jobs
 from clipkit.dataset import Layout, open_dataset, read_layout
 from clipkit.errors import UserError
 from clipkit.files import as_path, clear_leftovers, lock, read_json, remove, write_beside
-from clipkit.log import Progress
+from clipkit.log import Progress, counted, size_text
 from clipkit.manifest import CLIPKIT_FOLDER
 from clipkit.tfrecord_tools.purge_finish import finish
 from clipkit.tfrecord_tools.purge_ledger import KNOWN, LedgerJob, download_layout, finish_download, purge_ledger
@@ -87,17 +87,17 @@ class PurgeSummary:
     def text(self) -> str:
         """A few lines for a person."""
         would = "would remove" if self.dry_run else "removed"
-        size = "" if self.dry_run else f" ({self.bytes / 1e6:,.1f} MB)"
+        freed = "" if self.dry_run else f" ({size_text(self.bytes)})"
         lines = [
-            f"{would} {self.records:,} records{size} from {self.shards:,} shards of {self.path}",
-            f"the list's {self.entries:,} values of {self.by}: {self.matched:,} found, {self.before:,} purged before, "
-            f"{self.unmatched:,} in no record",
+            f"{would} {counted(self.records, 'record')}{freed} from {counted(self.shards, 'shard')} of {self.path}",
+            f"the list's {counted(self.entries, 'value')} of {self.by}: {self.matched:,} found, "
+            f"{self.before:,} purged before, {self.unmatched:,} in no record",
         ]
         if self.empty:
-            lines.append(f"{self.empty:,} rows of the list hold no value")
+            lines.append(f"{counted(self.empty, 'row')} of the list without a value")
         if self.computed:
             lines.append(
-                f"{self.by} was computed of the stored image for {self.computed:,} records without that column"
+                f"{self.by} was computed of the stored image for {counted(self.computed, 'record')} without that column"
             )
         return "\n".join(lines)
 

@@ -17,7 +17,7 @@ import numpy as np
 from clipkit import jobs
 from clipkit.dataset import Layout, read_layout
 from clipkit.files import WRITTEN_BESIDE, as_path
-from clipkit.log import Progress, duration
+from clipkit.log import Progress, counted, duration, size_text
 from clipkit.manifest import CLIPKIT_FOLDER, Shard, index_path
 from clipkit.tfrecord_tools.verify_metadata import (
     index_fits,
@@ -70,11 +70,11 @@ class VerifySummary:
         if self.leftovers:
             more = f" and {len(self.leftovers) - 5:,} more" if len(self.leftovers) > 5 else ""
             lines.append(f"left over, harmless, may be removed: {', '.join(self.leftovers[:5])}{more}")
-        count = f"{len(self.remedies):,} {'file' if len(self.remedies) == 1 else 'files'} with problems"
+        count = f"{counted(len(self.remedies), 'file')} with problems"
         verdict = count if self.problems else "all is well"
         lines.append(
-            f"{self.path}: {verdict}. Read {self.records:,} records, {self.bytes / 1e6:,.1f} MB in {self.shards:,} "
-            f"{'shard' if self.shards == 1 else 'shards'}, and decoded {self.decoded:,} images in "
+            f"{self.path}: {verdict}. Read {counted(self.records, 'record')}, {size_text(self.bytes)} in "
+            f"{counted(self.shards, 'shard')}, and decoded {counted(self.decoded, 'image')} in "
             f"{duration(self.seconds)}."
         )
         return "\n".join(lines)
