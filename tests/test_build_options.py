@@ -4,6 +4,7 @@ import errno
 import io
 import json
 import os
+import re
 import shutil
 
 import numpy as np
@@ -195,7 +196,12 @@ def test_the_disk_that_a_shuffle_takes_is_told_before(tmp_path, capsys):
     write_tars(tmp_path / "shards", [2])
     build_tfds(tmp_path / "shards", tmp_path / "out", "pairs", shuffle=1)
     lines = capsys.readouterr().err.splitlines()
-    assert lines[0].startswith("build-tfds: about 0.0 GB of disk more are needed on the way, in ")
+    assert [line.rpartition(" · ")[2] for line in lines[1:]] == (
+        ["1/1 parts, 2 records", "2 records", "1/1 shards, 2 records"]
+    )
+    assert re.match(r"build-tfds: ([1-9]\d*)/\1 kB · ", lines[1])
+    assert lines[2].startswith("build-tfds, sorting: 1/1 parts · ")
+    assert re.match(r"build-tfds: about \d+\.\d kB of disk more are needed on the way, in ", lines[0])
     assert [line.partition(":")[0] for line in lines[1:]] == [
         "build-tfds",
         "build-tfds, sorting",

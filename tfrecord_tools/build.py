@@ -23,6 +23,7 @@ from clipkit.errors import UserError
 from clipkit.features import parse_features
 from clipkit.files import as_path, clear_leftovers, is_remote, lock, read_json, remove
 from clipkit.jobs import Engine
+from clipkit.log import size_text
 from clipkit.manifest import CLIPKIT_FOLDER, Source, SplitManifest, add_counts, read_manifest, write_manifest
 from clipkit.tfrecord_tools.build_finish import features_of, kinds_of, write_index, write_skipped
 from clipkit.tfrecord_tools.build_passes import Runner, gather_pass, hash_pass, write_pass
@@ -111,8 +112,8 @@ def build_tfds(
         job_list = _jobs(folder, work, name, options, sources, stretches)
         decisions = hash_pass(job_list, work, preparation, options.dedup, runner) if options.dedup else ()
         if options.gathered and not progress:
-            size = sum(source.size for source in sources) * left / 1e9
-            print(f"build-tfds: about {size:,.1f} GB of disk more are needed on the way, in {work}", file=sys.stderr)
+            size = sum(source.size for source in sources) * left
+            print(f"build-tfds: about {size_text(size)} of disk more are needed on the way, in {work}", file=sys.stderr)
         task = Work(preparation, options.shares, options.gathered, decisions)
         states, kinds = write_pass(job_list, task, kinds_of(known), runner)
         _check_any(states, shards)

@@ -84,9 +84,7 @@ class ProgressLines:
             self.stack.close()
             self.phase = now.phase
             label = "build-tfds" if now.phase == "writing" else f"build-tfds, {now.phase}"
-            self.line = self.stack.enter_context(
-                Progress(label, now.bytes_total // unit, name, now.bytes_done // unit)
-            )
+            self.line = self.stack.enter_context(Progress(label, now.bytes_total // unit, name, now.bytes_done // unit))
         skipped = f", {now.skipped:,} {'duplicates' if now.phase == 'comparing' else 'skipped'}" if now.skipped else ""
         # What is written may be parts on the way, which are gathered into shards.
         what = "shards" if now.phase == "gathering" else "parts"
