@@ -27,15 +27,22 @@ class Progress:
     """
 
     def __init__(
-        self, label: str, total: int | None, unit: str = "samples", start: int = 0, quiet: bool = False
+        self,
+        label: str,
+        total: int | None,
+        unit: str = "samples",
+        start: int = 0,
+        quiet: bool = False,
+        rate: bool = True,
     ) -> None:
+        """`rate` is False where the note tells one."""
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
         self.label, self.total, self.unit = label, total, unit
         self.first, self.done, self.note = start, start, ""
         self.started = self.printed = time.monotonic()
-        self.quiet = quiet
+        self.quiet, self.rate = quiet, rate
         self.console = Console(stderr=True)
         self.live: Progress | None = None
         self.task: TaskID | None = None
@@ -70,7 +77,8 @@ class Progress:
         elapsed = max(time.monotonic() - self.started, 1e-9)
         count = f"{self.done:,}" if self.total is None else f"{self.done:,}/{self.total:,}"
         note = f" · {self.note}" if self.note else ""
-        return f"{count} {self.unit} · {(self.done - self.first) / elapsed:,.0f}/s{note}"
+        rate = f" · {(self.done - self.first) / elapsed:,.0f}/s" if self.rate else ""
+        return f"{count} {self.unit}{rate}{note}"
 
     def remaining(self, now: float) -> str:
         """The time left at the rate so far, for a plain line."""

@@ -61,6 +61,25 @@ def test_rates_are_of_late(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert not Path(folder).exists()
 
 
+def test_the_line_has_one_rate_of_late_and_at_the_end_that_of_the_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(download_progress.time, "monotonic", lambda: clock.now)
+    monkeypatch.setattr(download_progress, "DRAW_SECONDS", 3600.0)
+    with counters(True) as folder, watch(1000, Counter({"ok": 500}), folder) as line:
+        counts = LiveCounts(folder)
+        for second in range(1, 51):
+            clock.now = float(second)
+            if second <= 20:
+                for _ in range(20):
+                    counts.add(None, fetcher(second * 1_000_000, 8))
+            line.draw()
+        assert line.line.text() == "900/1,000 rows · 0 images/s, 0.0 MB/s, 8 at once, 100.0% ok"
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == "download: 900/1,000 rows · 8 images/s, 0.4 MB/s, 8 at once, 100.0% ok"
+
+
 def test_a_cluster_tells_by_runs() -> None:
     with counters(False) as folder, watch(10, Counter({"ok": 1}), folder) as line:
         assert folder is None

@@ -90,6 +90,7 @@ class DownloadLine:
     def __init__(self, line: Progress, before: Counter[str], folder: str | None) -> None:
         self.line, self.folder = line, folder
         self.before = Counter(before)
+        self.before_run = Counter(before)
         self.window: deque[tuple[float, int, int]] = deque()
 
     def finished(self, counts: Counter[str]) -> None:
@@ -98,12 +99,14 @@ class DownloadLine:
             self.before.update(counts)
             self.draw()
 
-    def draw(self) -> None:
-        """Bring the line up to date."""
+    def draw(self, closing: bool = False) -> None:
+        """Bring the line up to date; at the end the rates are those of the whole run."""
         live = read_counts(self.folder) if self.folder is not None else no_counts()
         counts = Counter(self.before)
         counts.update({name: int(live[place]) for name, place in PLACES.items()})
         now, received = time.monotonic(), int(live[BYTES])
+        if closing:
+            self.window = deque([(self.line.started, self.before_run[OK], 0)])
         self.window.append((now, counts[OK], received))
         while len(self.window) > 2 and now - self.window[0][0] > WINDOW_SECONDS:
             self.window.popleft()
@@ -146,7 +149,7 @@ def counters(wanted: bool) -> Iterator[str | None]:
 @contextlib.contextmanager
 def watch(rows: int, before: Counter[str], folder: str | None) -> Iterator[DownloadLine]:
     """Show the line while the block runs."""
-    with Progress("download", rows, "rows", start=before.total()) as progress:
+    with Progress("download", rows, "rows", start=before.total(), rate=False) as progress:
         line = DownloadLine(progress, before, folder)
         ended = threading.Event()
 
@@ -163,4 +166,4 @@ def watch(rows: int, before: Counter[str], folder: str | None) -> Iterator[Downl
             ended.set()
             if folder is not None:
                 thread.join()
-            line.draw()
+            line.draw(closing=True)
