@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import signal
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
 # Tests run side by side, one a core: more threads in each would only wait for each other. Child processes inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Where tests are started in the background, a shell has SIGINT ignored, and so would every process that they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # A slow machine is no failure.
 settings.register_profile("clipkit", deadline=None, suppress_health_check=[HealthCheck.too_slow])
