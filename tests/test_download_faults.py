@@ -8,6 +8,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -147,6 +148,29 @@ def test_certificates_are_checked(tmp_path: Path, certificate: str, monkeypatch:
         urls = write_urls(tmp_path / "u.parquet", url=[server.url("/a.jpg")], caption=["a"])
         summary = fetch(urls, tmp_path / "out", format="webdataset")
     assert summary.failed == ({} if certificate == "good" else {"tls": 1})
+
+
+@pytest.mark.parametrize("retry", [False, True])
+def test_a_run_that_is_given_out_again_asks_for_nothing_twice(
+    tmp_path: Path, retry: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when a worker seems lost and another gets its shards: what is there is left as it is."""
+
+    def run_twice(function: Any, items: Any, *, describe: Any, **_: Any) -> Iterator[Any]:
+        for index, item in enumerate(items):
+            yield index, [function(item), function(item)][1]
+
+    monkeypatch.setattr(jobs, "run", run_twice)
+    with bad_server({} if retry else numbered(6)) as server:
+        urls = write_numbered(tmp_path / "urls.parquet", server.url(""), 6)
+        options = {"format": "parquet", "samples_per_shard": 2}
+        summary = fetch(urls, tmp_path, **options)
+        assert len(server.requests) == 6
+        if retry:
+            server.site = {path: body for path, body in numbered(6).items() if path != "/3.jpg"}
+            summary = fetch(urls, tmp_path, retry_failed="http-4xx", **options)
+            assert len(server.requests) == 12
+    assert (summary.downloaded, summary.failed) == ((5, {"http-4xx": 1}) if retry else (6, {}))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

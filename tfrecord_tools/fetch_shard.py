@@ -18,7 +18,7 @@ from typing import Any
 import pyarrow as pa
 
 from clipkit.errors import InternalError, UserError
-from clipkit.files import disk_errors
+from clipkit.files import remove
 from clipkit.tfrecord_tools import reasons
 from clipkit.tfrecord_tools.download_plan import Output, Shard
 from clipkit.tfrecord_tools.fetch_settings import Fetched, FetchSettings
@@ -203,10 +203,8 @@ class OpenShard:
         folder = new_folder(self.task.layout, self.job.shard.number) if self.job.retry is not None else None
         files = final if folder is None else final.inside(folder)
         if folder is None:
-            with disk_errors(final.state):
-                final.state.unlink(missing_ok=True)
-        for outcome in outcomes:
-            outcome.offset = None
+            # Tars come in steps of 10,240 bytes: the state of a damaged shard may seem right for half of a new one.
+            remove(final.state)
         keys = self.keys()
         table = rows_table(self.rows, keys, outcomes, self.task.checks_hash)
         facts = write_data(self.task.output.format, files, table, outcomes, self.image, self.task.kinds)
