@@ -151,5 +151,10 @@ def fetch_loop(settings: FetchSettings) -> FetchLoop:
 
 @cache
 def picture_maker(settings: PictureSettings) -> PictureMaker:
-    """The process's maker of pictures: img2dataset takes a while to import."""
+    """The process's maker of pictures: img2dataset takes a while to import.
+
+    So does pandas, which pyarrow imports for the first array that it is asked for. Better now than when the first shard
+    is written, and the answers of the next ones wait for a thread.
+    """
+    pa.array([""])
     return PictureMaker(settings)
