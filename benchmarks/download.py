@@ -29,7 +29,8 @@ from _image_host import HOST, make_certificate
 from _pictures import captions, jpegs
 
 LATENCY = 0.02
-SHARD = 500
+# img2dataset starts its processes anew after five shards each, imports and all: with so large shards none does.
+SHARD = 2000
 PROCESSES = 2
 CONNECTIONS = 64
 TICKS = os.sysconf("SC_CLK_TCK")
@@ -283,7 +284,7 @@ def cpu(urls: Path, work: Path, environment: dict[str, str]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--rows", type=int, default=4000)
+    parser.add_argument("--rows", type=int, default=16_000)
     parser.add_argument("--images", type=int, default=2000)
     parser.add_argument("--threads", type=int, nargs="+", default=[16, 32])
     parser.add_argument("--many", type=int, default=10_000_000, help="rows of the large table of the memory's part")
