@@ -2,9 +2,10 @@
 
 Both sides fetch the same table in turn, round after round, with two processes on two cores that they share with the
 host, over HTTP and over HTTPS (a certificate of our own, checked by both), 20 ms before each answer. The images are
-2,000 natural-like JPEGs of 256 px; both sides are told 256 px, keep_ratio, only if bigger, quality 95. img2dataset runs
-with each number of threads that `--threads` names, and the best of them is compared. Rates are from the moment when the
-first shard is begun to when the last is written, so nobody's imports count.
+2,000 natural-like JPEGs of 256 px; both sides are told 256 px, keep_ratio, only if bigger, quality 95, and either to
+keep the bytes of what fits (img2dataset's `skip_reencode`) or to encode all again. img2dataset runs with each number of
+threads that `--threads` names, and the best of them is compared. Rates are from the moment when the first shard is
+begun to when the last is written, so nobody's imports count; those of the whole command stand beside.
 """
 
 import argparse
@@ -33,6 +34,7 @@ LATENCY = 0.02
 SHARD = 2000
 PROCESSES = 2
 CONNECTIONS = 64
+MODES = {"keep": "JPEGs that fit are kept", "encode": "all encoded again"}
 TICKS = os.sysconf("SC_CLK_TCK")
 
 PEER = """
@@ -99,9 +101,10 @@ print(json.dumps({"network": alone / len(rows), **{name: each / len(rows) for na
 
 @dataclass(frozen=True)
 class Measured:
-    """One download: images a second, CPU seconds of the host an image."""
+    """One download: images a second, the same of the whole command, CPU seconds of the host an image."""
 
     rate: float
+    whole_rate: float
     host_cpu: float
 
 
@@ -156,13 +159,15 @@ def measure(script: str, urls: Path, out: Path, width: int, keep: str, host_pid:
     shutil.rmtree(out, ignore_errors=True)
     before = cpu_seconds(host_pid)
     command = [sys.executable, "-c", script, str(urls), str(out), str(width), str(SHARD), keep]
+    began = time.monotonic()
     done = subprocess.run(command, capture_output=True, text=True, check=False)
+    whole = time.monotonic() - began
     stats = [json.loads(path.read_text()) for path in out.glob("*_stats.json")]
     fetched = sum(each["successes"] for each in stats)
     if done.returncode or fetched != rows:
         sys.exit(f"{fetched} of {rows} images came:\n{done.stderr[-3000:]}")
     seconds = max(each["end_time"] for each in stats) - min(each["start_time"] for each in stats)
-    return Measured(rows / seconds, (cpu_seconds(host_pid) - before) / rows)
+    return Measured(rows / seconds, rows / whole, (cpu_seconds(host_pid) - before) / rows)
 
 
 def compare(
@@ -185,7 +190,8 @@ def compare(
         rates = [run.rate for run in runs]
         share = statistics.median(run.host_cpu * run.rate for run in runs)
         rate = f"{statistics.median(rates):7.0f} images/s ({min(rates):.0f} to {max(rates):.0f})"
-        print(f"  {name:28}{rate}; the host took {share:.2f} cores")
+        whole = statistics.median(run.whole_rate for run in runs)
+        print(f"  {name:28}{rate}, {whole:.0f} of the whole command; the host took {share:.2f} cores")
     medians = {name: statistics.median(run.rate for run in runs) for name, runs in found.items()}
     best = max((name for name in medians if name != "clipkit"), key=medians.__getitem__)
     ratios = [ours.rate / theirs.rate for ours, theirs in zip(found["clipkit"], found[best], strict=True)]
@@ -287,6 +293,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=16_000)
     parser.add_argument("--images", type=int, default=2000)
     parser.add_argument("--threads", type=int, nargs="+", default=[16, 32])
+    parser.add_argument("--modes", nargs="+", default=["keep", "encode"], help="keep what fits, or encode all again")
     parser.add_argument("--many", type=int, default=10_000_000, help="rows of the large table of the memory's part")
     parser.add_argument("--parts", nargs="+", default=["http", "https", "cpu", "memory"])
     arguments = parser.parse_args()
@@ -305,9 +312,9 @@ def main() -> None:
             with host(work / "images", LATENCY, certificate) as (base_url, pid):
                 write_table(urls, base_url, arguments.rows, arguments.images)
                 if part in ("http", "https"):
-                    for keep, title in (("keep", "JPEGs that fit are kept"), ("encode", "all encoded again")):
-                        name = f"{part.upper()}, {title}"
-                        compare(name, sides, urls, work, pid, arguments.rows, arguments.rounds, keep)
+                    for mode in arguments.modes:
+                        title = f"{part.upper()}, {MODES[mode]}"
+                        compare(title, sides, urls, work, pid, arguments.rows, arguments.rounds, mode)
                 elif part == "cpu":
                     cpu(urls, work, dict(os.environ))
                 else:
