@@ -46,6 +46,7 @@ from clipkit.image_server import Answer, serve
 from clipkit.manifest import read_manifest
 from clipkit.phash import perceptual_hash_of
 from clipkit.tfrecord_tools import download_work
+from clipkit.tfrecord_tools.download_plan import cut
 from clipkit.tfrecord_tools.download_summary import DownloadSummary
 from clipkit.tfrecord_tools.ledger import read_ledger
 from clipkit.tfrecord_tools.retry import DEFAULT
@@ -399,12 +400,25 @@ def test_this_process_stays_clean(finished: Finished) -> None:
     assert finished and "img2dataset" not in sys.modules and "albumentations" not in sys.modules
 
 
-def test_runs_leave_work_for_every_worker() -> None:
-    jobs_ = [download_work.ShardJob(shard=None) for _ in range(100)]  # type: ignore[arg-type]
-    assert {len(run) for run in download_work.cut_runs(jobs_, 2, "local")} <= {12, 4}
-    assert [len(run) for run in download_work.cut_runs(jobs_[:3], 2, "local")] == [1, 1, 1]
-    assert max(len(run) for run in download_work.cut_runs(jobs_ * 100, 2, "local")) == download_work.RUN_SHARDS
-    assert sum(download_work.cut_runs(jobs_, 7, "ray"), ()) == tuple(jobs_)
+@pytest.mark.parametrize(
+    ("shards", "workers", "engine", "lengths"),
+    [
+        (1, 2, "local", {1}),
+        (3, 2, "local", {2, 1}),
+        (8, 2, "local", {4}),
+        (100, 2, "local", {12, 4}),
+        (10_000, 2, "local", {16}),
+        (10_000, 2, "spark", {4}),
+        (10, 50, "local", {1}),
+    ],
+)
+def test_runs_overlap_shards_and_leave_work_for_every_worker(
+    shards: int, workers: int, engine: jobs.Engine, lengths: set[int]
+) -> None:
+    todo = [download_work.ShardJob(shard) for shard in cut([Path("t")], [shards], [None], 1)]
+    runs = download_work.cut_runs(todo, workers, engine)
+    assert {len(run) for run in runs} == lengths
+    assert [job for run in runs for job in run] == todo
 
 
 def test_images_are_as_asked(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Tables of URLs in all their kinds: their rows by number, and what can't be read gets one line."""
 
 import gzip
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -131,6 +132,29 @@ def test_a_reader_that_goes_on_reads_what_a_new_one_would(tmp_path_factory, grou
             start = data.draw(st.integers(0, rows))
             stop = data.draw(st.integers(start, rows))
             assert reader.read(start, stop)["n"].to_pylist() == list(range(start, stop))
+            numbers = sorted(data.draw(st.sets(st.integers(0, rows - 1))))
+            assert reader.pick(np.array(numbers, np.int64))["n"].to_pylist() == numbers
+
+
+def test_rows_between_those_picked_are_not_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A condition that leaves one row of ten thousand costs no more memory than one that leaves all."""
+    path = tmp_path / "a.parquet"
+    rows = 1_000_000
+    pq.write_table(pa.table({"text": [f"{number:0100d}" for number in range(rows)]}), path, use_dictionary=False)
+    held = []
+    original = RowReader._parts
+
+    def watched(self: RowReader, start: int, stop: int) -> Iterator[tuple[int, pa.RecordBatch]]:
+        for part in original(self, start, stop):
+            held.append(pa.total_allocated_bytes())
+            yield part
+
+    monkeypatch.setattr(RowReader, "_parts", watched)
+    with RowReader(path, ["text"]) as reader:
+        before = pa.total_allocated_bytes()
+        picked = reader.pick(np.arange(0, rows, 10_000))
+    assert [int(text) for text in picked["text"].to_pylist()] == list(range(0, rows, 10_000))
+    assert max(held) - before < 20_000_000  # of 104 MB
 
 
 def test_rising_ranges_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

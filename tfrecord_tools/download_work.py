@@ -29,6 +29,7 @@ R = TypeVar("R")
 RUN_SHARDS = 16
 RUN_SHARDS_OF_CLUSTER = 4
 RUNS_PER_WORKER = 4
+OVERLAPPING = 4  # shards of a run, at least, so that one is fetched while another is written
 STORE_THREADS = 16
 
 
@@ -209,7 +210,8 @@ class Work:
 def cut_runs(todo: Sequence[ShardJob], workers: int, engine: jobs.Engine) -> list[tuple[ShardJob, ...]]:
     """Neighbouring shards together, few enough that all workers have something to do to the end."""
     most = RUN_SHARDS if engine == "local" else RUN_SHARDS_OF_CLUSTER
-    length = min(most, max(1, len(todo) // (workers * RUNS_PER_WORKER)))
+    least = min(OVERLAPPING, -(-len(todo) // workers))
+    length = min(most, max(least, len(todo) // (workers * RUNS_PER_WORKER)))
     return [tuple(todo[start : start + length]) for start in range(0, len(todo), length)]
 
 

@@ -116,11 +116,11 @@ class ShardReader(ExitStack):
             self.reader = self.enter_context(RowReader(shard.table, self.columns.read))
             self.bits = None if shard.mask is None else load_mask(shard.mask)
         self.shard = shard
-        rows = self.reader.read(shard.start, shard.stop)
         if self.bits is None:
+            rows = self.reader.read(shard.start, shard.stop)
             return self.columns.align(rows), list(range(shard.start, shard.stop))
         numbers = wanted_rows(self.bits, shard.start, shard.stop)
-        return self.columns.align(rows.take(pa.array(numbers - shard.start))), numbers.tolist()
+        return self.columns.align(self.reader.pick(numbers)), numbers.tolist()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

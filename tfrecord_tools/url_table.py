@@ -240,12 +240,26 @@ class RowReader:
 
     def read(self, start: int, stop: int) -> pa.Table:
         """The rows `start` to `stop`, in one chunk a column. Raises UserError when the file is damaged."""
+        return self._table(part for _, part in self._parts(start, stop))
+
+    def pick(self, numbers: npt.NDArray[np.int64]) -> pa.Table:
+        """The rows of these numbers, which rise; what lies between is read past and not held. Raises UserError."""
+        return self._table(self._picked(numbers))
+
+    def _table(self, parts: Iterator[pa.RecordBatch]) -> pa.Table:
         try:
-            return pa.Table.from_batches(list(self._slices(start, stop)), self.schema).combine_chunks()
+            return pa.Table.from_batches(list(parts), self.schema).combine_chunks()
         except (pa.ArrowException, OSError, EOFError) as error:
             raise unreadable(self.path, ".parquet", error) from error
 
-    def _slices(self, start: int, stop: int) -> Iterator[pa.RecordBatch]:
+    def _picked(self, numbers: npt.NDArray[np.int64]) -> Iterator[pa.RecordBatch]:
+        if len(numbers):
+            for first, part in self._parts(int(numbers[0]), int(numbers[-1]) + 1):
+                places = numbers[np.searchsorted(numbers, first) : np.searchsorted(numbers, first + part.num_rows)]
+                yield part.take(pa.array(places - first))
+
+    def _parts(self, start: int, stop: int) -> Iterator[tuple[int, pa.RecordBatch]]:
+        """The rows from `start` to `stop` a batch at a time, each with the number of its first row."""
         if start >= stop:
             return
         group = int(np.searchsorted(self.starts, start, side="right")) - 1
@@ -258,7 +272,7 @@ class RowReader:
             skipped = min(start - self.position, batch.num_rows)
             part = batch.slice(skipped, stop - start)
             if part.num_rows:
-                yield part.select(self.columns)
+                yield start, part.select(self.columns)
             start += part.num_rows
             taken = skipped + part.num_rows
             self.rest = batch.slice(taken) if taken < batch.num_rows else None
