@@ -207,7 +207,7 @@ def write_many(path: Path, base_url: str, rows: int, images: int) -> None:
     """A table of made-up rows whose URLs point at a few images, in row groups of a million as published tables have."""
     texts, random = captions(1000), np.random.default_rng(0)
     schema = pa.schema([("url", pa.string()), ("caption", pa.string()), ("n", pa.int64())])
-    with pq.ParquetWriter(path, schema, compression="zstd", use_dictionary=False) as writer:
+    with pq.ParquetWriter(path, schema, use_dictionary=False) as writer:
         for start in range(0, rows, 1_000_000):
             numbers = range(start, min(start + 1_000_000, rows))
             urls = [f"{base_url}/{n % images}.jpg?{n}" for n in numbers]

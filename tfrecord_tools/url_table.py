@@ -24,9 +24,9 @@ TEXT_DELIMITERS = {".csv": ",", ".tsv": "\t", ".csv.gz": ",", ".tsv.gz": "\t"}
 SUFFIXES = (".parquet", *TEXT_DELIMITERS)
 TEXT_BLOCK_BYTES = 16 << 20
 COPY_ROWS = 10_000
-READ_ROWS = 8_192
+READ_ROWS = 4_096
 # A row group of a published table holds a million rows: its pages are read as they are needed.
-READ_BUFFER_BYTES = 1 << 20
+READ_BUFFER_BYTES = 1 << 18
 # Up to this size the whole file is hashed, beyond it samples of it: the check is against the wrong file, not an enemy.
 WHOLE_HASH_BYTES = 256 << 20
 HASH_SAMPLES = 64
