@@ -33,7 +33,7 @@ LATENCY = 0.02
 # img2dataset starts its processes anew after five shards each, imports and all: with so large shards none does.
 SHARD = 2000
 PROCESSES = 2
-CONNECTIONS = 64
+CONNECTIONS = 256  # clipkit's own default
 MODES = {"keep": "JPEGs that fit are kept", "encode": "all encoded again"}
 TICKS = os.sysconf("SC_CLK_TCK")
 
