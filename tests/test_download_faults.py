@@ -21,6 +21,7 @@ from PIL import Image
 from clipkit import jobs
 from clipkit.cli import main
 from clipkit.jobs_local import run_here
+from clipkit.tfrecord_tools.fetch_run import SHARDS_UNDER_WAY
 from clipkit.tfrecord_tools.ledger import read_ledger
 from clipkit.tfrecord_tools.picture import PictureSettings
 
@@ -189,9 +190,13 @@ SAYS = {
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS])
 @pytest.mark.usefixtures("here")
 def test_disk_that_refuses_is_one_line_and_the_run_goes_on(tmp_path: Path, format: str, call: str, code: int) -> None:
-    """From the second shard on: in the spool, when a file is renamed, or when it is flushed."""
-    with bad_server(numbered(6)) as server:
-        urls = write_numbered(tmp_path / "urls.parquet", server.url(""), 6)
+    """Once the first shard is whole: in the spool, when a file is renamed, or when it is flushed.
+
+    There are more shards than a worker has under way, so that some are yet to be fetched by then.
+    """
+    rows = 2 * 2 * SHARDS_UNDER_WAY
+    with bad_server(numbered(rows)) as server:
+        urls = write_numbered(tmp_path / "urls.parquet", server.url(""), rows)
         root = tmp_path / "out" / ("urls/1.0.0" if format == "tfds" else ".")
         options = {"format": format, "samples_per_shard": 2}
         command = ["download", str(urls), str(tmp_path / "out"), "--format", format, "--samples-per-shard", "2"]
@@ -206,8 +211,8 @@ def test_disk_that_refuses_is_one_line_and_the_run_goes_on(tmp_path: Path, forma
         assert not [path for path in root.rglob(".*") if path.name != ".lock"]
         asked = len(server.requests)
         summary = fetch(urls, tmp_path / "out", pictures=PictureSettings(image_size=32), **options)
-        assert (summary.downloaded, summary.failed) == (6, {})
-        assert len(server.requests) - asked < 6  # the first shard was done
+        assert (summary.downloaded, summary.failed) == (rows, {})
+        assert len(server.requests) - asked < rows  # the first shard was done
         whole = fetch(urls, tmp_path / "whole", **options)
     assert file_bytes(summary.out) == file_bytes(whole.out)
 
