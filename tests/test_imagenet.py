@@ -487,7 +487,7 @@ def test_mended_images_are_taken_by_the_next_run(tmp_path):
 def test_a_mended_image_of_the_same_size_is_taken_by_the_next_run(tmp_path):
     good = picture(9)
     source = food(tmp_path / "food", **{"page.jpg": b"<html>".ljust(len(good))})
-    with pytest.raises(UserError, match="1 images"):
+    with pytest.raises(UserError, match="1 image of train"):
         build_imagenet(source, tmp_path / "out", name="food")
     food(source, **{"page.jpg": good})
     assert build_imagenet(source, tmp_path / "out", name="food").splits[0].records == 6

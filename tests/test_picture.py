@@ -386,6 +386,21 @@ def test_any_bytes_end_in_a_picture_or_a_reason(body: bytes, data: st.DataObject
         assert decode(picture.jpg).shape == (picture.height, picture.width, 3)
 
 
+@pytest.mark.parametrize("sampling", [0x14, 0x24, 0x42, 0x31, 0x13])
+def test_chroma_of_a_size_that_turbojpeg_cannot_name_is_decoded(sampling: int) -> None:
+    """Libjpeg itself decodes such files: the picture here is garbled by the changed byte, but the file is whole."""
+    body = bytearray(encoded(natural(40, 60)))
+    luma = body.index(b"\xff\xc0") + 11
+    assert body[luma] == 0x22
+    body[luma] = sampling
+    try:
+        picture = make_picture(bytes(body), SMALL)
+    except PictureError as error:
+        assert "premature end" in error.message
+    else:
+        assert decode(picture.jpg).shape == (picture.height, picture.width, 3)
+
+
 # ---- In a worker -----------------------------------------------------------------------------------------------------
 
 

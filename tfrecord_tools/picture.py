@@ -158,8 +158,9 @@ class PictureMaker:
             raise PictureError(reasons.TRUNCATED, "the image ends before its end")
         if sides := header_size(body):
             self.check_sides(*sides)
-        sides = plain_jpeg_size(body)
-        found = Header("JPEG", None, *sides) if sides else self.read_header(body)
+        # A JPEG whose chroma has a size that TurboJPEG knows no name for looks plain, but only Pillow decodes it.
+        plain = plain_jpeg_size(body) if sides else None
+        found = Header("JPEG", None, *plain) if plain else self.read_header(body)
         with self.large if found.height * found.width > LARGE_PIXELS else contextlib.nullcontext():
             return self.decoded(body, found)
 

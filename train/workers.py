@@ -33,7 +33,7 @@ from clipkit.train.samples import Job, Made, SampleMaker
 
 MAX_DEATHS = 3
 # How long the end of the loader waits for what hangs in the kernel, say on a disk that doesn't answer.
-CLOSE_SECONDS = 1.0
+CLOSE_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
