@@ -37,6 +37,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM
 _MARKER = struct.Struct(">HH")
 _FRAME = struct.Struct(">BHHB")
 _FRAMES = frozenset((0xFFC0, 0xFFC1, 0xFFC2, 0xFFC9, 0xFFCA))  # baseline, extended, progressive; arithmetic coding
+_PROGRESSIVE = frozenset((0xFFC2, 0xFFCA))
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -140,6 +141,23 @@ def plain_jpeg_size(data: Data) -> tuple[int, int] | None:
             at += 2 + length
     except struct.error:  # it ends within its headers
         return None
+
+
+def has_one_scan(data: Data) -> bool:
+    """Whether this is a JPEG whose first scan holds all of it, so that libjpeg reads no other: the usual baseline."""
+    at, colours = 2, 0
+    try:
+        while True:
+            marker, length = _MARKER.unpack_from(data, at)
+            if marker == 0xFFDA:
+                return data[at + 4] == colours
+            if marker in _FRAMES:
+                if marker in _PROGRESSIVE or colours:
+                    return False
+                colours = _FRAME.unpack_from(data, at + 4)[3]
+            at += 2 + length
+    except (struct.error, IndexError):
+        return False
 
 
 def header_size(data: Data) -> tuple[int, int] | None:

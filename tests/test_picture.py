@@ -10,6 +10,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 import zlib
 from pathlib import Path
 from typing import Any
@@ -337,6 +338,23 @@ def test_a_jpeg_of_endless_scans_is_refused() -> None:
     body = encoded(COLOUR, progressive=True)
     at = body.rindex(b"\xff\xda")
     assert "scans" in failure(body[:-2] + body[at:-2] * 100 + body[-2:])[1]
+
+
+@pytest.mark.parametrize("kind", ["all colours in one scan", "a scan for each colour", "progressive"])
+def test_no_jpeg_is_decoded_over_and_over(kind: str) -> None:
+    """Whatever the first scan says it holds, and whatever comes behind it: refused, or no slower than a plain one."""
+    body = bytearray(encoded(natural(240, 320), progressive=kind == "progressive"))
+    scan = body.index(b"\xff\xda")
+    if kind == "a scan for each colour":
+        body[scan:] = b"\xff\xda\x00\x08\x01\x01\x00\x00\x3f\x00" + body[scan + 14 :]
+    scan = body.index(b"\xff\xda")
+    many = bytes(body[:-2] + body[scan:-2] * 200 + body[-2:])
+    began = time.process_time()
+    try:
+        make_picture(many, SMALL)
+    except PictureError as error:
+        assert "scans" in error.message or "damaged" in error.message
+    assert time.process_time() - began < 0.5
 
 
 def test_settings_that_can_not_be() -> None:
