@@ -29,6 +29,8 @@ MERGES = 49152 - 256 - 2
 # megabytes. A full memory is emptied, and fills again with the frequent ones.
 KEPT_WORDS, KEPT_LENGTH = 100_000, 40
 
+LETTERS = re.compile("[a-z]+")
+
 # OpenCLIP writes these two literals into its splitting pattern, so a caption that holds one gets the special id.
 SPECIAL = {"<start_of_text>": SOT, "<end_of_text>": EOT}
 
@@ -86,7 +88,10 @@ class Tokenizer:
         self.to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         self.fast = tokenizers.Tokenizer(self.model)
         self.fast.pre_tokenizer = pre_tokenizers.Sequence([self.split, self.to_bytes])
-        self.kept: dict[str, list[int]] = {}
+        # A word that stands in the vocabulary whole is its own id: most words of most captions are known from the start.
+        ends = (word.removesuffix("</w>") for word in words if word.endswith("</w>"))
+        self.whole = {word: [vocabulary[f"{word}</w>"]] for word in ends if LETTERS.fullmatch(word)}
+        self.kept = dict(self.whole)
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of each caption, cleaned, without start and end, not truncated."""
@@ -100,7 +105,7 @@ class Tokenizer:
         """
         kept = self.kept
         if len(kept) > KEPT_WORDS:
-            kept = self.kept = {}  # another, not emptied: a thread may be reading the old one
+            kept = self.kept = dict(self.whole)  # another, not emptied: a thread may be reading the old one
         rows = [text.split(" ") for text in cleaned]
         new = {word for row in rows for word in row if word not in kept}
         if new:

@@ -29,8 +29,9 @@ from clipkit.train.samples import Job, Kept, Made, SampleMaker
 from clipkit.train.sources import Source
 from clipkit.train.workers import Buffers, Chunk, Hands, Pool, ProcessHands, ThreadHands
 
-# More threads than this wait for the interpreter's lock more than they gain; from there on workers are processes.
-MAX_THREADS = 2
+# More threads than this wait for the interpreter's lock more than they gain; from there on workers are processes. Where
+# images are warped, two threads still do better: they share what a small dataset keeps decoded (`samples.Kept`).
+MAX_THREADS, MAX_WARPING_THREADS = 1, 2
 SMALLEST_CHUNK, LARGEST_CHUNK = 16, 128
 # The order is worked out for so many positions at once: a short stretch costs as much as this.
 ORDER_SPAN = 4096
@@ -75,7 +76,7 @@ def batches(
         syntax=config.text_reduction == "syntax",
     )
     if processes is None:
-        processes = workers > MAX_THREADS
+        processes = workers > (MAX_WARPING_THREADS if config.augmentation.is_affine else MAX_THREADS)
     loader = Loader(job, config, workers, processes and workers > 0, prefetch if workers else 0, warn or warn_on_stderr)
     loader.keys = keys
     return loader.run(start, stop, rank, world)
