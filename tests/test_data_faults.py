@@ -330,7 +330,7 @@ def stalling(source, *arguments, **options):
                 threading.Event().wait()
             yield from pairs([record])
     source.pairs = stall
-    return real(source, *arguments, **options)
+    return real(source, *arguments, **options | {"processes": False})
 loop.batches = stalling
 summary = loop.train(debug(), Path(sys.argv[1]), Path(sys.argv[2]), device_name="cpu", workers=2)
 print(summary.finished, summary.samples_seen)
