@@ -39,6 +39,9 @@ _FRAME = struct.Struct(">BHHB")
 _FRAMES = frozenset((0xFFC0, 0xFFC1, 0xFFC2, 0xFFC9, 0xFFCA))  # baseline, extended, progressive; arithmetic coding
 _PROGRESSIVE = frozenset((0xFFC2, 0xFFCA))
 
+# EXIF's tag for how the image is to be turned, 1 for not at all, and the type it has.
+ORIENTATION, _SHORT = 0x0112, 3
+
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -117,10 +120,11 @@ def decode_plain_jpeg(data: Data, height: int, width: int, scale: int, smooth_ch
         return None  # Pillow forgives more, and has the better words for what it doesn't
 
 
-def plain_jpeg_size(data: Data) -> tuple[int, int] | None:
-    """(height, width) of a JPEG that libjpeg-turbo alone does right: grey or colour, no EXIF block that may turn it.
+def plain_jpeg_size(data: Data, exif: bool = True) -> tuple[int, int] | None:
+    """(height, width) of a JPEG that libjpeg-turbo alone does right: grey or colour, no EXIF or XMP that turns it.
 
-    The headers are walked up to the image's data here, once for all: libjpeg would take as long for the size alone.
+    None too for one with an EXIF block when `exif` is False. The headers are walked up to the image's data here, once
+    for all: libjpeg would take as long for the size alone.
     """
     if data[:2] != b"\xff\xd8":
         return None
@@ -136,11 +140,33 @@ def plain_jpeg_size(data: Data) -> tuple[int, int] | None:
                     return None
                 size = height, width
             # Else no marker at all, or a frame of a kind that libjpeg doesn't know.
-            elif marker < 0xFFC4 or length < 2 or (marker == 0xFFE1 and data[at + 4 : at + 9] == b"Exif\0"):
+            elif marker < 0xFFC4 or length < 2:
                 return None
+            elif marker == 0xFFE1:
+                segment = bytes(data[at + 4 : at + 2 + length])
+                is_exif = segment[:5] == b"Exif\0"
+                if not (exif and is_upright(segment[6:]) if is_exif else b"tiff:Orientation" not in segment):
+                    return None
             at += 2 + length
     except struct.error:  # it ends within its headers
         return None
+
+
+def is_upright(exif: bytes) -> bool:
+    """Whether the TIFF structure that EXIF is says that nothing is to be turned; False where it can't be read."""
+    order = {b"II*\0": "<", b"MM\0*": ">"}.get(exif[:4])
+    if order is None:
+        return False
+    try:
+        (first,) = struct.unpack_from(f"{order}I", exif, 4)
+        (count,) = struct.unpack_from(f"{order}H", exif, first)
+        for at in range(first + 2, first + 2 + 12 * count, 12):
+            tag, kind, values, value = struct.unpack_from(f"{order}HHIH", exif, at)
+            if tag == ORIENTATION:
+                return (kind, values, value) == (_SHORT, 1, 1)
+    except struct.error:
+        return False
+    return True
 
 
 def has_one_scan(data: Data) -> bool:

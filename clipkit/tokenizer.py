@@ -88,7 +88,7 @@ class Tokenizer:
         self.to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         self.fast = tokenizers.Tokenizer(self.model)
         self.fast.pre_tokenizer = pre_tokenizers.Sequence([self.split, self.to_bytes])
-        # A word that stands in the vocabulary whole is its own id: most words of most captions are known from the start.
+        # A word that stands in the vocabulary whole is its own id: most words are known from the start.
         ends = (word.removesuffix("</w>") for word in words if word.endswith("</w>"))
         self.whole = {word: [vocabulary[f"{word}</w>"]] for word in ends if LETTERS.fullmatch(word)}
         self.kept = dict(self.whole)

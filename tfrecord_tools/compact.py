@@ -14,9 +14,17 @@ import simplejpeg
 from PIL import Image
 
 from clipkit.errors import UserError
-from clipkit.images import MAX_PIXELS, UInt8Array, check_size, decode, header_size, jpeg_scale, plain_jpeg_size
+from clipkit.images import (
+    MAX_PIXELS,
+    ORIENTATION,
+    UInt8Array,
+    check_size,
+    decode,
+    header_size,
+    jpeg_scale,
+    plain_jpeg_size,
+)
 
-ORIENTATION = 0x0112
 # How much larger than the copy libjpeg's reduced image has to be: its way of reducing, within blocks of 8 x 8, leaves
 # edges in the picture that averaging then takes out (mean error at 64 px: 1.6 of 255 in place of 3.9).
 MARGIN = 1.5

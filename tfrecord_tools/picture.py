@@ -24,6 +24,7 @@ from clipkit.errors import UserError
 from clipkit.images import (
     FORMATS,
     MAX_PIXELS,
+    ORIENTATION,
     ImageError,
     check_size,
     describe_failure,
@@ -42,7 +43,6 @@ OPENCV_MAX_PIXELS = 1 << 30
 # On its way a picture takes about nine bytes a pixel; the largest of several threads together would fill a worker's
 # memory, so those above this size are made one at a time.
 LARGE_PIXELS = 8_000_000
-ORIENTATION = 0x0112
 ROTATED = range(2, 9)
 
 
@@ -159,7 +159,7 @@ class PictureMaker:
         if sides := header_size(body):
             self.check_sides(*sides)
         # A JPEG whose chroma has a size that TurboJPEG knows no name for looks plain, but only Pillow decodes it.
-        plain = plain_jpeg_size(body) if sides else None
+        plain = plain_jpeg_size(body, exif=False) if sides else None
         found = Header("JPEG", None, *plain) if plain else self.read_header(body)
         with self.large if found.height * found.width > LARGE_PIXELS else contextlib.nullcontext():
             return self.decoded(body, found)
