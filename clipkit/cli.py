@@ -10,7 +10,17 @@ from typing import Any
 import click
 
 from clipkit import __version__, cli_data, cli_download
-from clipkit.cli_options import Anything, Count, Folder, OneLineErrors, as_json, print_json
+from clipkit.cli_options import (
+    Anything,
+    Count,
+    Folder,
+    OneLineErrors,
+    as_json,
+    cache_folder,
+    cache_gigabytes,
+    print_json,
+)
+from clipkit.errors import UserError
 
 # The exit code of a command that a signal ended in good order: what a shell reports for SIGTERM.
 STOPPED = 143
@@ -45,10 +55,8 @@ main.add_command(cli_data.purge)
 @click.option("--resume", is_flag=True, help="Go on from the newest checkpoint in the run, if there is one.")
 @click.option("--init", type=Folder, help="Begin with the weights of this checkpoint.")
 @click.option("--workers", type=click.IntRange(min=0), help="Loader workers. [default: by the number of cores]")
-@click.option("--cache", type=Folder, help="Folder to keep data in that come over the network.")
-@click.option(
-    "--cache-gb", type=click.FloatRange(min=0, min_open=True), default=10.0, show_default=True, help="Its most."
-)
+@cache_folder
+@cache_gigabytes
 @click.option("--eval-data", type=Anything, help="Zero-shot data to evaluate on while training.")
 @click.option("--eval-label", default="label", show_default=True, help="Label column of --eval-data.")
 @click.option("--eval-templates", default="openai-80", show_default=True, help="As zeroshot's --templates.")
@@ -122,25 +130,35 @@ def train(
 
 
 @main.command("bench-data")
-@click.argument("data", metavar="DIR")
+@click.argument("data", nargs=-1, required=True, metavar="PATH[=WEIGHT]...")
 @click.option("--image-size", type=Count, help="Side of the input in pixels. [default: 112, or the recipe's]")
 @click.option("--recipe", "recipe_name", metavar="NAME", help="Take sizes, augmentation and text reduction from it.")
+@click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Change the recipe; may be repeated.")
+@cache_folder
+@cache_gigabytes
 @click.option("--workers", type=click.IntRange(min=0), help="Loader workers. [default: by the number of cores]")
 @click.option("--seconds", type=click.FloatRange(min=0.1), default=10.0, show_default=True, help="How long to measure.")
 @click.option(
     "--need", type=click.FloatRange(min=0, min_open=True), help="Samples/s to reach. [default: what a GPU takes]"
 )
 @as_json
-def bench_data(data: str, recipe_name: str | None, as_json: bool, **options: Any) -> None:
-    """Measure how fast DIR gives training samples, what a GPU would need, and say what to change.
+def bench_data(
+    data: tuple[str, ...], recipe_name: str | None, assignments: tuple[str, ...], as_json: bool, **options: Any
+) -> None:
+    """Measure how fast data give training samples, what a GPU would need, and say what to change.
 
-    DIR is what `train --data` takes. Without a recipe, images are cropped as CLIPA does and captions cut at 16 tokens.
+    PATH is what `train --data` takes; several are mixed. Without a recipe, images are cropped as CLIPA does and
+    captions cut at 16 tokens.
     """
+    from clipkit.config import set_values
     from clipkit.train.bench_data import bench_data as stage
     from clipkit.train.loader_findings import print_findings
     from clipkit.train.recipes import find_recipe
 
-    found = stage(data, recipe=find_recipe(recipe_name) if recipe_name else None, **options)
+    if assignments and not recipe_name:
+        raise UserError("--set changes a recipe: name it with --recipe")
+    recipe = set_values(find_recipe(recipe_name), assignments) if recipe_name else None
+    found = stage(data, recipe=recipe, **options)
     if as_json:
         print_json(found.to_json())
     else:

@@ -101,3 +101,8 @@ engine = click.option(
     show_default=True,
     help="Where the shards are worked on: this machine, or a Ray or Spark cluster that you have.",
 )
+
+cache_folder = click.option("--cache", type=Folder, help="Folder to keep data in that come over the network.")
+cache_gigabytes = click.option(
+    "--cache-gb", type=click.FloatRange(min=0, min_open=True), default=10.0, show_default=True, help="Its most."
+)

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 from natural_images import encoded, natural
+from small_dataset import write_pairs
 
 from clipkit.cli import main
 from clipkit.device import pick
@@ -91,6 +92,17 @@ def test_json_holds_the_same_and_what_follows(pairs_dataset: Path) -> None:
     for each in found["needs"]:
         assert each["cores"] == math.ceil(each["samples_per_s"] / found["samples_per_core_s"])
     assert 0 < found["busy"] <= 1
+
+
+def test_mixtures_and_changed_recipes_are_measured(pairs_dataset: Path, tmp_path: Path) -> None:
+    other = write_pairs(tmp_path / "other", [20])
+    changes = ["--set", "stages.0.image_size=48", "--set", "stages.0.text_reduction=block", "--cache", tmp_path]
+    result = run(f"{pairs_dataset}=3", f"{other}=1", "--recipe", "debug", *changes, "--seconds", 0.1, "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert (found["image_size"], found["text_reduction"]) == (48, "block")
+    assert str(pairs_dataset) in str(found["data"])
+    assert str(other) in str(found["data"])
 
 
 # ---- What is counted -------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from clipkit import __version__
 from clipkit.cli import main
 
 OPTIONS = {
-    "bench-data": "data --image-size --recipe --workers --seconds --need --json",
+    "bench-data": "data --image-size --recipe --set --cache --cache-gb --workers --seconds --need --json",
     "build-imagenet": "source out --name --split --labels --classes --subset --max-bad --workers --engine --json",
     "build-tfds": "shards out --name --image-column --caption-column --where --dedup --split --resize --quality "
     "--precompute --shuffle --shard-megabytes --in-place --workers --engine --json",
@@ -103,6 +103,8 @@ def test_clipa_b16_is_the_published_recipe():
         (["report", "none"], "none doesn't exist"),
         (["bench-data", "none"], "none doesn't exist"),
         (["bench-data", "DATASET", "--recipe", "debgu"], "unknown recipe 'debgu': did you mean debug?"),
+        (["bench-data", "DATASET", "--set", "seed=1"], "name it with --recipe"),
+        (["bench-data", "DATASET", "--recipe", "debug", "--set", "sed=1"], "sed"),
         (["download", "none.parquet", "out"], "none.parquet doesn't exist"),
         (["build-tfds", "none", "out", "--name", "x"], "shards none don't exist"),
         (["verify", "none"], "dataset none doesn't exist"),

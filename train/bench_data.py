@@ -23,7 +23,7 @@ from clipkit.train.augment import Augmentation, cut, geometry_draws
 from clipkit.train.batch import LoaderConfig
 from clipkit.train.data import batches
 from clipkit.train.loader_findings import COMPACT_QUALITY, PUBLISHED, Compact, Findings, Need, Reading
-from clipkit.train.open_source import open_source
+from clipkit.train.open_source import CACHE_GB, open_source
 from clipkit.train.optimizer import make_optimizer
 from clipkit.train.recipes import Recipe, Stage, loader_config, model_at
 from clipkit.train.sources import Pair, Source
@@ -36,7 +36,7 @@ TRIED = 128
 
 
 def bench_data(
-    data: str | Path,
+    data: str | Path | Sequence[str | Path],
     *,
     recipe: Recipe | None = None,
     image_size: int | None = None,
@@ -44,8 +44,10 @@ def bench_data(
     seconds: float = 10.0,
     need: float | None = None,
     device_name: str = "auto",
+    cache: Path | None = None,
+    cache_gb: float = CACHE_GB,
 ) -> Findings:
-    """Measure the loader on `data` (as in `open_source`) for so many seconds.
+    """Measure the loader on `data` for so many seconds; `data`, `cache` and `cache_gb` are as in `open_source`.
 
     Sizes, augmentation and text reduction are those of the recipe's first stage, or CLIPA's crop without one;
     `image_size` (default 112) goes before the recipe's. `need` is in samples/s; without it, the machine's GPU is
@@ -57,7 +59,7 @@ def bench_data(
     else:
         stage = replace(recipe.stages[0], image_size=image_size or recipe.stages[0].image_size)
         config = replace(loader_config(recipe, stage), batch_size=BATCH)
-    opened = open_source(data, block_size=config.block_size)
+    opened = open_source(data, cache=cache, cache_gb=cache_gb, block_size=config.block_size)
     source = opened.source(precomputed=config.text_reduction == "syntax")
     device = pick(device_name)
     if workers is None:  # what a run would have; without a GPU the question is what the machine could feed
