@@ -9,13 +9,10 @@ killed ends with the weights of the unbroken one.
 import contextlib
 import itertools
 import math
-import signal
-import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -29,12 +26,12 @@ from clipkit.files import lock, remove, write_json
 from clipkit.log import MetricsWriter, NullWriter, Progress, Writer, forget_metrics_after
 from clipkit.model import CLIP, build, load_state
 from clipkit.tokenizer import Tokenizer
-from clipkit.train.batch import Batch
 from clipkit.train.data import batches
 from clipkit.train.open_source import CACHE_GB, Data, open_source
 from clipkit.train.optimizer import learning_rate_at, make_optimizer
 from clipkit.train.recipes import Recipe, Stage, check_recipe, loader_config, model_at, preprocess_at
 from clipkit.train.step import train_step
+from clipkit.train.stopping import Stop, stop_on_signal, until_stopped
 from clipkit.train.stopwatch import Stopwatch
 
 
@@ -49,16 +46,11 @@ class Run:
     writer: Writer
     task: Task | None
     workers: int | None
+    stop: Stop
     samples_seen: int = 0
     seconds: float = 0.0
     bad_samples: int = 0
     saved_at: float = 0.0
-    stop_asked: bool = False
-    """This process got a signal."""
-    waiting: bool = False
-    """This process waits for data."""
-    stopped: bool = False
-    """All ranks have agreed to stop."""
 
 
 @dataclass(frozen=True)
@@ -135,17 +127,18 @@ def train(
             write_json(folder / "config.json", describe_run(recipe, found, device))
         writer: Writer = MetricsWriter(folder, start.samples_seen if start else 0) if device.is_first else NullWriter()
         stack.callback(writer.close)
-        run = Run(recipe, folder, found, device, writer, task if device.is_first else None, workers)
+        stop = Stop(alone=device.world == 1)
+        run = Run(recipe, folder, found, device, writer, task if device.is_first else None, workers, stop)
         if start:
             run.samples_seen, run.seconds = start.samples_seen, float(start.state["seconds"])
             run.bad_samples = int(start.state["bad_samples"])
-        stack.enter_context(stop_on_signal(run))
+        stack.enter_context(stop_on_signal(stop))
 
         # ---- The stages: each begins with the weights of the one before, and a fresh optimizer ---------------------
         loss, stage_start = math.nan, 0
         for stage in recipe.stages:
             stage_end = stage_start + stage.samples
-            if run.samples_seen < stage_end and not run.stopped:
+            if run.samples_seen < stage_end and not run.stop.agreed:
                 model = build(model_at(recipe, stage), seed=recipe.seed)
                 if tensors is not None:
                     load_state(model, tensors)
@@ -183,7 +176,7 @@ def run_stage(run: Run, stage: Stage, stage_start: int, model: CLIP, optimizer: 
     watch = Stopwatch(run.samples_seen)
     start = run.samples_seen - stage_start
     with contextlib.closing(loader), progress_line(run, f"train {stage.name}", stage.samples, start) as progress:
-        for batch in watch.time_waiting(until_stopped(run, loader)):
+        for batch in watch.time_waiting(until_stopped(run.stop, loader)):
             before, run.samples_seen = run.samples_seen, run.samples_seen + stage.batch_size
             run.bad_samples += batch.bad
             is_end = run.samples_seen >= stage_end
@@ -199,10 +192,10 @@ def run_stage(run: Run, stage: Stage, stage_start: int, model: CLIP, optimizer: 
             device.set_learning_rate(optimizer, learning_rate)
             step_loss, grad_norm = train_step(wrapped, optimizer, device.batch(batch.arrays()), recipe, device)
             loss_sum, steps = loss_sum + step_loss, steps + 1
-            run.stopped, must_save = device.agree(run.stop_asked, is_checkpoint_due(run, before))
+            run.stop.agreed, must_save = device.agree(run.stop.asked, is_checkpoint_due(run, before))
 
             # ---- Log: the only place where the loop waits for the device ---------------------------------------------
-            if is_end or run.stopped or is_due(cadence.log_samples, before, run.samples_seen):
+            if is_end or run.stop.agreed or is_due(cadence.log_samples, before, run.samples_seen):
                 loss = device.mean(loss_sum).item() / steps
                 loss_sum, steps = torch.zeros_like(loss_sum), 0
                 if not math.isfinite(loss):
@@ -227,43 +220,22 @@ def run_stage(run: Run, stage: Stage, stage_start: int, model: CLIP, optimizer: 
             # ---- Evaluate, then save: a run that is killed in between evaluates again --------------------------------
             with watch.paused():
                 must_evaluate = is_end or is_due(cadence.evaluate_samples, before, run.samples_seen)
-                if run.task and must_evaluate and (is_end or not run.stopped):
+                if run.task and must_evaluate and (is_end or not run.stop.agreed):
                     prepared = preprocess_at(recipe, stage)
                     found = evaluate(model, Tokenizer(), prepared, run.task, device, precision=recipe.precision)
                     run.writer.write({"samples_seen": run.samples_seen, "stage": stage.name, **dict(found)})
-                if is_end or run.stopped or must_save:
+                if is_end or run.stop.agreed or must_save:
                     save(run, stage, model, optimizer, step_loss + grad_norm)
-                if is_end or run.stopped or must_save or must_evaluate:
+                if is_end or run.stop.agreed or must_save or must_evaluate:
                     device.barrier()
-            if run.stopped:
+            if run.stop.agreed:
                 break
         else:
             # Stopped while waiting: the steps since the last checkpoint, where there were any, are saved.
             place = checkpoint.place(run.folder, run.samples_seen)
-            if run.stopped and run.samples_seen - stage_start > start and not place.exists():
+            if run.stop.agreed and run.samples_seen - stage_start > start and not place.exists():
                 save(run, stage, model, optimizer, step_loss + grad_norm)
     return loss
-
-
-class StopWaitingError(Exception):
-    """A signal came while data were waited for."""
-
-
-def until_stopped(run: Run, loader: Iterator[Batch]) -> Iterator[Batch]:
-    """The loader's batches, but a stop that is asked for while one is waited for is a stop at once: data that stall
-    may never come. A batch that is lost by that hasn't been counted as seen.
-    """
-    while True:
-        try:
-            run.waiting = True
-            batch = next(loader, None)
-            run.waiting = False
-        except StopWaitingError:
-            run.waiting, run.stopped = False, True
-            return
-        if batch is None:
-            return
-        yield batch
 
 
 def is_due(every: int | None, before: int, now: int) -> bool:
@@ -361,28 +333,3 @@ def describe_run(recipe: Recipe, data: Data, device: Device) -> dict[str, Any]:
             "arithmetic": device.arithmetic(recipe.precision),
         },
     }
-
-
-@contextlib.contextmanager
-def stop_on_signal(run: Run) -> Iterator[None]:
-    """SIGTERM and Ctrl-C ask for a checkpoint after the step under way; a second Ctrl-C interrupts at once.
-
-    Several ranks have to stop at the same step, so none of them gives up waiting for its data alone.
-    """
-
-    def ask(number: int, frame: FrameType | None) -> None:
-        if run.stop_asked and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        run.stop_asked = True
-        if run.waiting and run.device.world == 1:
-            raise StopWaitingError
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
