@@ -12,11 +12,12 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import skimage
+from natural_images import encoded
 from PIL import Image
 
 from clipkit.counter_rng import sample_keys
 from clipkit.images import UInt8Array, jpeg_scale, plain_jpeg_size
-from clipkit.train.augment import GEOMETRY_DRAWS, Augmentation, central_box, cut, geometry_draws
+from clipkit.train.augment import GEOMETRY_DRAWS, Augmentation, cut, geometry_draws
 from clipkit.train.crop import Box, crop_box, scaled_crop
 
 SKIMAGE = Path(skimage.__file__).parent / "data"
@@ -45,6 +46,8 @@ class Crop:
     """The crop that was cut, decoded in full and resized by Pillow's antialiased bicubic."""
     drawn: UInt8Array
     """The same of the crop as it was drawn, before it came to lie on the grid of a shrunk decoding."""
+    box: Box
+    """The crop that was cut, in pixels of the JPEG."""
     scale: int
     """How far the JPEG was shrunk in decoding."""
     moved: float
@@ -60,18 +63,21 @@ def photographs() -> dict[str, UInt8Array]:
     return found
 
 
-def stored(kind: str) -> dict[str, bytes]:
-    """The photographs as the JPEGs of a `STORED` kind of dataset."""
-    side, quality = STORED[kind]
-    jpegs = {}
+def shrunk(side: int) -> dict[str, Image.Image]:
+    """The photographs with a shorter side of `side` pixels."""
+    images = {}
     for name, pixels in photographs().items():
         height, width = pixels.shape[:2]
         scale = side / min(height, width)
-        file = io.BytesIO()
         target = round(width * scale), round(height * scale)
-        Image.fromarray(pixels).resize(target, Image.Resampling.BICUBIC).save(file, "JPEG", quality=quality)
-        jpegs[name] = file.getvalue()
-    return jpegs
+        images[name] = Image.fromarray(pixels).resize(target, Image.Resampling.BICUBIC)
+    return images
+
+
+def stored(kind: str) -> dict[str, bytes]:
+    """The photographs as the JPEGs of a `STORED` kind of dataset."""
+    side, quality = STORED[kind]
+    return {name: encoded(image, quality=quality) for name, image in shrunk(side).items()}
 
 
 def crops(jpegs: Iterable[bytes], size: int, count: int = CROPS) -> Iterator[Crop]:
@@ -88,6 +94,7 @@ def crops(jpegs: Iterable[bytes], size: int, count: int = CROPS) -> Iterator[Cro
             fast=cut(data, size, FAST, row),
             plain=by_pillow(data, box, size),
             drawn=by_pillow(data, drawn, size),
+            box=box,
             scale=scale,
             moved=moved(box, drawn, size),
         )
@@ -97,24 +104,38 @@ def centre(data: bytes, size: int) -> Crop:
     """The central square of a JPEG, as training cuts it when it cuts no other."""
     full = plain_jpeg_size(data)
     assert full is not None
-    drawn, scale = central_box(*full), jpeg_scale(*full, size, size)
-    top, left, height, width = (scale * edge for edge in central_box(-(-full[0] // scale), -(-full[1] // scale)))
+    scale = jpeg_scale(*full, size, size)
+    drawn, box = central(full, 1), central(full, scale)
     return Crop(
         fast=cut(data, size, Augmentation(), [1.0] * GEOMETRY_DRAWS),
-        plain=by_pillow(data, (top, left, height, width), size),
+        plain=by_pillow(data, box, size),
         drawn=by_pillow(data, drawn, size),
+        box=box,
         scale=scale,
-        moved=moved((top, left, height, width), drawn, size),
+        moved=moved(box, drawn, size),
     )
+
+
+def central(full: tuple[int, int], scale: int) -> Box:
+    """The central square of an image of that height and width, on the grid of its decoding at 1/`scale`."""
+    height, width = (-(-side // scale) for side in full)
+    side = min(height, width)
+    return (height - side) // 2 * scale, (width - side) // 2 * scale, side * scale, side * scale
 
 
 def by_pillow(data: bytes, box: Box, size: int) -> UInt8Array:
     """A crop of an encoded image by nothing but Pillow, as torchvision's `resized_crop` and OpenCLIP make it."""
-    top, left, height, width = box
     with Image.open(io.BytesIO(data)) as image:
-        # A crop on the grid may reach beyond an edge that no whole pixel of the shrunk image ends at.
-        part = image.crop((left, top, min(left + width, image.width), min(top + height, image.height)))
-        return np.asarray(part.resize((size, size), Image.Resampling.BICUBIC))
+        return resized(image, box, size)
+
+
+def resized(
+    image: Image.Image, box: Box, size: int, resampling: Image.Resampling = Image.Resampling.BICUBIC
+) -> UInt8Array:
+    """A crop of a picture at `size`, antialiased. A crop on the grid may reach a little beyond the last pixel."""
+    top, left, height, width = box
+    part = image.crop((left, top, min(left + width, image.width), min(top + height, image.height)))
+    return np.asarray(part.resize((size, size), resampling))
 
 
 def moved(box: Box, drawn: Box, size: int) -> float:
