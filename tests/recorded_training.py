@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from clipkit.files import as_path
 from clipkit.train import loop
 from clipkit.train.batch import Batch
 from clipkit.train.data import batches
@@ -60,5 +61,5 @@ def train_recorded(data: Path, run: Path, log: Path, workers: int, kill_at: int 
 
 
 if __name__ == "__main__":
-    folders, numbers = sys.argv[1:4], sys.argv[4:]
-    train_recorded(*map(Path, folders), *map(int, numbers))
+    (place, *folders), numbers = sys.argv[1:4], sys.argv[4:]
+    train_recorded(as_path(place), *map(Path, folders), *map(int, numbers))

@@ -15,8 +15,11 @@ from typing import Any
 
 import pytest
 import torch
+from object_store import s3 as s3
+from object_store import s3_server as s3_server
 from recorded_training import train_recorded
 from safetensors.torch import load_file
+from source_kinds import upload
 
 from clipkit import checkpoint
 
@@ -69,7 +72,7 @@ def expected(undisturbed: Path) -> list[Sample]:
 def test_any_number_of_workers_gives_the_same_samples(
     pairs_dataset: Path, expected: list[Sample], tmp_path: Path, workers: int
 ) -> None:
-    """Four workers are processes, two are threads."""
+    """These are processes; the one of the undisturbed run is a thread."""
     assert train_recorded(pairs_dataset, tmp_path / "run", tmp_path / "log", workers).finished
     assert assert_same(tmp_path / "log", expected) == list(range(SAMPLES))
 
@@ -111,3 +114,15 @@ def test_two_ranks_killed_and_resumed_get_what_one_gets(
     assert done.stderr.count("train full: 128/128 samples") == done.stderr.count("train full") == 1
     assert "waits for data" in done.stderr
     assert len(assert_same(log, expected)) > SAMPLES
+
+
+def test_two_ranks_and_their_workers_read_a_store_through_one_cache(
+    pairs_dataset: Path, expected: list[Sample], tmp_path: Path, s3: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is kept beside them in a temporary folder goes with the last of the six processes."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    data = upload(pairs_dataset, f"{s3}/pairs")
+    done = train_apart(2, data, tmp_path / "run", tmp_path / "log", 2)
+    assert done.returncode == 0, done.stderr
+    assert sorted(assert_same(tmp_path / "log", expected)) == list(range(SAMPLES))
+    assert not list(tmp_path.glob("clipkit-blocks-*"))

@@ -112,7 +112,8 @@ def open_source(
     ranks of this machine share, which is gone with the last of them.
     Raises UserError for a weight that is no number, for weights given to some alone, and whatever the kinds raise.
     """
-    wanted = [parse_data(each) for each in ([data] if isinstance(data, (str, Path)) else data)]
+    several = data if isinstance(data, Sequence) and not isinstance(data, str) else [data]
+    wanted = [parse_data(each) for each in several]
     if not wanted:
         raise UserError("no --data given: name a dataset folder")
     if len({each.weight is None for each in wanted}) > 1:
