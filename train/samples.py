@@ -8,6 +8,7 @@ import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -23,7 +24,8 @@ from clipkit.train.sources import Pair, Source
 # A broken record is replaced by one of the next ones of its block; a block this broken is a broken dataset.
 MAX_TRIES = 16
 # So many records of a chunk are read before the first of them is decoded: each kind of work goes faster in a row.
-READ_TOGETHER = 32
+# Of large images fewer, by their bytes.
+READ_TOGETHER, READ_TOGETHER_BYTES = 32, 32_000_000
 # A dataset whose images, decoded, fit into so many bytes is decoded once; one that doesn't is never kept in part.
 KEPT_BYTES = 400_000_000
 
@@ -70,6 +72,14 @@ class Sample:
     priorities: list[int] | None
 
 
+class Text(NamedTuple):
+    """What stays of a sample until its chunk is made. Its image doesn't: a hundred large ones fill the memory."""
+
+    caption: str
+    ids: list[int] | None
+    priorities: list[int] | None
+
+
 Kept = dict[int, Sample]
 
 
@@ -98,21 +108,23 @@ class SampleMaker:
         keys_B = sample_keys(self.job.seed, positions_B)
         draws = geometry_draws(keys_B).tolist()
         used_B = records_B.copy()
-        samples: list[Sample] = []
+        texts: list[Text] = []
         bad: list[tuple[str, str]] = []
         records = records_B.tolist()
         for first in range(0, len(records), READ_TOGETHER):
-            found = list(self.samples(records[first : first + READ_TOGETHER]))
-            clock.lap("read")
-            for index, sample in enumerate(found, first):
-                used_B[index], chosen = self.use(records[index], sample, draws[index], image_BHWC[index], bad)
-                samples.append(chosen)
-            clock.lap("image")
+            coming = enumerate(self.samples(records[first : first + READ_TOGETHER]), first)
+            while found := together(coming):
+                clock.lap("read")
+                for index, sample in found:
+                    used_B[index], chosen = self.use(records[index], sample, draws[index], image_BHWC[index], bad)
+                    texts.append(Text(chosen.caption, chosen.ids, chosen.priorities))
+                found.clear()
+                clock.lap("image")
         recolour(image_BHWC, self.job.augmentation, keys_B)
         clock.lap("colour")
-        ids = self.ids(samples)
-        priorities = self.priorities(samples, ids)
-        caption_B = np.array([caption_hash(sample.caption) for sample in samples], np.int64)
+        ids = self.ids(texts)
+        priorities = self.priorities(texts, ids)
+        caption_B = np.array([caption_hash(text.caption) for text in texts], np.int64)
         clock.lap("text")
         return Made(used_B, ids, priorities, caption_B, bad, clock.seconds)
 
@@ -185,17 +197,28 @@ class SampleMaker:
         self.kept[record] = Sample(image, sample.caption, sample.ids, sample.priorities)
         return self.kept[record]
 
-    def ids(self, samples: Sequence[Sample]) -> list[list[int]]:
+    def ids(self, texts: Sequence[Text]) -> list[list[int]]:
         """Token ids of the captions."""
-        encoded = iter(self.tokenizer.encode_cleaned([sample.caption for sample in samples if sample.ids is None]))
-        return [next(encoded) if sample.ids is None else sample.ids for sample in samples]
+        encoded = iter(self.tokenizer.encode_cleaned([text.caption for text in texts if text.ids is None]))
+        return [next(encoded) if text.ids is None else text.ids for text in texts]
 
-    def priorities(self, samples: Sequence[Sample], ids: Sequence[list[int]]) -> list[list[int]] | None:
+    def priorities(self, texts: Sequence[Text], ids: Sequence[list[int]]) -> list[list[int]] | None:
         """The class of each id's word, where they are wanted."""
         if self.tag is None:
             return None
-        tagged = iter(self.tag([row for sample, row in zip(samples, ids, strict=True) if sample.priorities is None]))
-        return [next(tagged) if sample.priorities is None else sample.priorities for sample in samples]
+        tagged = iter(self.tag([row for text, row in zip(texts, ids, strict=True) if text.priorities is None]))
+        return [next(tagged) if text.priorities is None else text.priorities for text in texts]
+
+
+def together(coming: Iterator[tuple[int, Sample | UserError]]) -> list[tuple[int, Sample | UserError]]:
+    """The samples that come next, until their images take READ_TOGETHER_BYTES; [] at the end."""
+    found, size = [], 0
+    for index, sample in coming:
+        found.append((index, sample))
+        size += len(sample.image) if isinstance(sample, Sample) else 0
+        if size >= READ_TOGETHER_BYTES:
+            break
+    return found
 
 
 def usable(pair: Pair | UserError) -> Sample | UserError:
