@@ -41,10 +41,11 @@ SPECIAL = {"<start_of_text>": SOT, "<end_of_text>": EOT}
 PATTERN = r"<[sſ]tart_of_text>|<end_of_text>|'[sſ]|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^ \u0345\p{L}\p{N}]+"
 
 
-# Typography that ftfy makes plain, and what is left of a caption that neither it nor `html.unescape` would change: an
-# ampersand before a space is no entity, and no sign of mojibake is made of ASCII, dashes and dots alone.
+# Typography that ftfy makes plain, and the captions that neither it nor `html.unescape` would change in any other way:
+# an ampersand before a space is no entity, and no sign of mojibake is made of ASCII, dashes, dots and curly quotes
+# alone, or of a Latin letter with an accent between two characters of ASCII (ftfy's `badness.py` wants more beside it).
 STRAIGHT = str.maketrans("‘’“”", "''\"\"")
-UNTOUCHED = re.compile("(?:[ -%'-~–—…]|&(?= |$))*")
+UNTOUCHED = re.compile("(?:[ -%'-~–—…‘’“”]|&(?= |$)|(?<![^ -~])[ÀÁÄ-ÖØ-Üß-öø-ü](?![^ -~]))*")
 
 
 def clean(text: str) -> str:
@@ -54,8 +55,8 @@ def clean(text: str) -> str:
     control character, no escape sequence, no character above 127). So does what UNTOUCHED describes.
     """
     if not (text.isascii() and text.isprintable() and "&" not in text):
-        straight = text.translate(STRAIGHT)
-        text = straight if UNTOUCHED.fullmatch(straight) else html.unescape(html.unescape(ftfy.fix_text(text)))
+        plain = UNTOUCHED.fullmatch(text)
+        text = text.translate(STRAIGHT) if plain else html.unescape(html.unescape(ftfy.fix_text(text)))
     return " ".join(text.split()).lower()
 
 

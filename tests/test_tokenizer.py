@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from clipkit import tokenizer as tokenizer_module
 from clipkit.embedded import clip_merges, emoji_parquet
 from clipkit.errors import UserError
-from clipkit.tokenizer import EOT, SOT, STRAIGHT, VOCAB_SIZE, Tokenizer, clean
+from clipkit.tokenizer import EOT, SOT, STRAIGHT, UNTOUCHED, VOCAB_SIZE, Tokenizer, clean
 
 PIECES = [
     "“curly”", "it’s", "don't", "WE'LL", "I'M", "you'Ve", "'ſ", "they'd've", "``x´´", "<b>bold</b>",
@@ -93,6 +93,7 @@ def test_padding_and_truncation_equal_openclip(tokenizer: Tokenizer, peer, conte
     st.text(st.characters(max_codepoint=0x7F) | st.sampled_from("&;#<>'’é \xa0\x85ſ"))
     | st.text(st.sampled_from("‘’“”–—…& \n-<'aZ0;"))
     | st.lists(st.sampled_from(["’", "”", "…", "–", "&", " ", "quot;", "lt", "Ã", "â", "€", "a", "\n"])).map("".join)
+    | st.text(st.sampled_from("àéÉñößÀÃÂÎÐØÙ‘’“”–…&;® ²€°ab.'1"))
 )
 @settings(max_examples=1000, deadline=None)
 def test_the_short_cut_of_cleaning_changes_nothing(text: str) -> None:
@@ -103,9 +104,22 @@ def test_the_short_cut_of_cleaning_changes_nothing(text: str) -> None:
 def test_no_short_run_of_typography_is_taken_for_mojibake() -> None:
     """The patterns of ftfy are at most so long; that it leaves these alone is what the short cut rests on."""
     for length in (1, 2, 3):
-        for characters in itertools.product("‘’“”–—…&aZ0 .'", repeat=length):
+        for characters in itertools.product("‘’“”–—…&aZ0 .'éÉà", repeat=length):
             text = "".join(characters)
-            assert ftfy.fix_text(text) == text.translate(STRAIGHT), repr(text)
+            if UNTOUCHED.fullmatch(text):
+                assert ftfy.fix_text(text) == text.translate(STRAIGHT), repr(text)
+
+
+def test_every_letter_with_an_accent_is_left_alone_in_a_word() -> None:
+    """With each printable character of ASCII on either side of it."""
+    letters = [character for character in map(chr, range(0xC0, 0x17F)) if UNTOUCHED.fullmatch(character)]
+    assert {"é", "É", "ü", "ß"} < set(letters)
+    assert not {"Ã", "Â", "×", "÷", "œ"} & set(letters)
+    for letter in letters:
+        for one, other in itertools.product(map(chr, range(32, 127)), "aZ 0'-&"):
+            for text in (f"{one}{letter}{other}", f"{other}{letter}{one}", f"ca{other} {letter} {one}fe"):
+                if UNTOUCHED.fullmatch(text):
+                    assert ftfy.fix_text(text) == text
 
 
 def test_words_that_are_kept_have_the_ids_they_have_in_a_caption(monkeypatch: pytest.MonkeyPatch) -> None:
