@@ -57,13 +57,13 @@ def jpegs(count: int, seed: int = 0) -> list[bytes]:
     return [simplejpeg.encode_jpeg(picture(random), QUALITY, colorsubsampling="420") for _ in range(count)]
 
 
-def compacted(data: bytes) -> bytes:
-    """A JPEG's compact copy."""
+def compacted(data: bytes, side: int = COMPACT_SIDE, quality: int = COMPACT_QUALITY) -> bytes:
+    """A JPEG's compact copy, its shorter side `side` pixels."""
     image = decode(data)
-    scale = COMPACT_SIDE / min(image.shape[:2])
+    scale = side / min(image.shape[:2])
     size = round(image.shape[1] * scale), round(image.shape[0] * scale)
     small = cv2.resize(image, size, interpolation=cv2.INTER_AREA).astype(np.uint8, copy=False)
-    return simplejpeg.encode_jpeg(small, COMPACT_QUALITY, colorsubsampling="420")
+    return simplejpeg.encode_jpeg(small, quality, colorsubsampling="420")
 
 
 def captions(count: int, seed: int = 0) -> list[str]:
