@@ -72,7 +72,7 @@ def print_pixels() -> None:
     print("\n".join(moves))
 
 
-def others_differ(crop: Crop, data: bytes, source: UInt8Array, size: int) -> tuple[float, float, float]:
+def others_differ(crop: Crop, data: bytes, source: UInt8Array, size: int) -> tuple[float, ...]:
     """How far other ways are from Pillow's bicubic on the same crop of a full decoding: the mean of areas, Pillow's
     bilinear, and Pillow's bicubic of the picture before it became a JPEG."""
     image = decode(data)
