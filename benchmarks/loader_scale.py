@@ -51,7 +51,7 @@ RATES = {  # the first of each kind is what the others are compared with
     "records": ((10_000, 32), (100_000, 32), (1_000_000, 32)),
     "shards": ((100_000, 2), (100_000, 32), (100_000, 1024)),
 }
-WARM, SAMPLES = 4096, 16_384
+WARM, SAMPLES = 4096, 32_768
 MANY = 10_000_000, 1000
 FEW = 10_000, 1
 BATCHES = 8  # more than the loader has buffers
