@@ -30,6 +30,8 @@ Interpolation = Literal["bicubic", "bilinear"]
 Data = bytes | memoryview
 
 MAX_PIXELS = 80_000_000
+# What Pillow decoded is made RGB in strips of so many pixels.
+STRIP_PIXELS = 2_000_000
 # Pictures alone: Pillow would also start other programs (EPS) or read scientific files.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "ICO")
 
@@ -241,7 +243,8 @@ def decode_with_pillow(data: Data, max_pixels: int) -> UInt8Array:
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             check_size(image.height, image.width, max_pixels)
-            return to_rgb(ImageOps.exif_transpose(image))
+            ImageOps.exif_transpose(image, in_place=True)
+            return to_rgb(image)
     except (UserError, MemoryError):
         raise
     except Exception as error:  # Pillow's decoders raise nearly every built-in exception on broken bytes
@@ -268,6 +271,18 @@ def to_rgb(image: Image.Image) -> UInt8Array:
             pixels /= 257
         grey = np.clip(np.rint(pixels), 0, 255).astype(np.uint8)
         return np.repeat(grey[:, :, None], 3, axis=2)
+    if image.width * image.height <= STRIP_PIXELS:
+        return opaque(image)
+    # Pillow copies at each step, four bytes a pixel: of 80 million pixels that would be more than a gigabyte.
+    pixels, rows = np.empty((image.height, image.width, 3), np.uint8), max(1, STRIP_PIXELS // image.width)
+    for top in range(0, image.height, rows):
+        bottom = min(top + rows, image.height)
+        pixels[top:bottom] = opaque(image.crop((0, top, image.width, bottom)))
+    return pixels
+
+
+def opaque(image: Image.Image) -> UInt8Array:
+    """uint8[H, W, 3], transparency laid on white."""
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

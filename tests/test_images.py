@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
+from clipkit import images
 from clipkit.images import (
     CLIP_MEAN,
     CLIP_STD,
@@ -122,6 +123,30 @@ def test_palette_with_transparency() -> None:
     greys = Image.fromarray(np.array([[0, 100]], np.uint8)).convert("LA")
     greys.putalpha(Image.fromarray(np.array([[0, 255]], np.uint8)))
     assert decode(encoded(greys, "PNG"))[0].tolist() == [[255] * 3, [100] * 3]
+
+
+@pytest.mark.parametrize("rows", [1, 5, 63])
+def test_what_is_turned_into_rgb_in_strips_is_the_same(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    alpha = Image.fromarray(PIXELS[:, :, 0])
+    palette, clear = COLOUR.quantize(16), COLOUR.convert("RGBA")
+    clear.putalpha(alpha)
+    upright = Image.Exif()
+    upright[0x0112] = 6
+    kinds = [
+        encoded(COLOUR, "PNG"),
+        encoded(COLOUR, "PNG", transparency=tuple(PIXELS[3, 4].tolist())),
+        encoded(clear, "PNG"),
+        encoded(Image.merge("LA", (alpha, alpha)), "PNG"),
+        encoded(alpha.convert("1"), "PNG"),
+        encoded(palette, "PNG", transparency=3),
+        encoded(palette, "GIF", transparency=3),
+        encoded(COLOUR.convert("CMYK"), "JPEG"),
+        encoded(COLOUR, "JPEG", exif=upright.tobytes()),
+    ]
+    whole = [decode(data) for data in kinds]
+    monkeypatch.setattr(images, "STRIP_PIXELS", rows * 96)
+    for data, expected in zip(kinds, whole, strict=True):
+        np.testing.assert_array_equal(decode(data), expected)
 
 
 def test_first_frame_of_an_animation() -> None:

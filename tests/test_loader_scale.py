@@ -8,6 +8,7 @@ import os
 import shutil
 import struct
 import time
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
@@ -21,6 +22,7 @@ from clipkit import dataset as dataset_module
 from clipkit import range_reader
 from clipkit.dataset import open_dataset
 from clipkit.features import Feature
+from clipkit.images import MAX_PIXELS
 from clipkit.manifest import Shard, Source, SplitManifest, index_path, write_manifest
 from clipkit.records import RecordWriter, encode_example
 from clipkit.tfrecord_tools.metadata import shard_name, write_metadata
@@ -48,6 +50,19 @@ def padded(data: bytes, size: int) -> bytes:
     """The JPEG with comments in its header, `size` bytes in all or a little more."""
     comment = struct.pack(">HH", 0xFFFE, 0xFFFF) + bytes(0xFFFF - 2)
     return data[:2] + comment * -(-(size - len(data)) // len(comment)) + data[2:]
+
+
+def png(height: int, width: int) -> bytes:
+    """Grey with transparency, all pixels alike."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    squeeze = zlib.compressobj(1)
+    rows = [squeeze.compress(bytes(1 + 2 * width)) for _ in range(height)]
+    header = struct.pack(">IIBBBBB", width, height, 8, 4, 0, 0, 0)
+    data = b"".join([*rows, squeeze.flush()])
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
 
 
 def write_linked(folder: Path, images: Sequence[bytes], records: int, shards: int) -> Path:
@@ -193,6 +208,20 @@ def test_a_worker_takes_less_than_700_mb_for_large_images_alone(folder: Path, si
     loader.close()
     assert batch.bad == 0
     assert size / 1e6 < peak < WORKER_MEGABYTES
+
+
+def test_a_worker_takes_less_than_700_mb_for_an_image_of_64_megapixels(folder: Path) -> None:
+    """Pillow has to decode it, whole and with four bytes a pixel."""
+    side = 8000
+    assert side**2 < MAX_PIXELS
+    source = RecordSource(open_dataset(write_linked(folder / "largest", [png(side, side)], 1, 1)))
+    loader = batches(source, replace(CONFIG, batch_size=1), workers=1, processes=True, prefetch=0)
+    batch = next(loader)
+    (worker,) = workers()
+    peak = megabytes(worker, "VmHWM")
+    loader.close()
+    assert batch.bad == 0
+    assert 4 * side**2 / 1e6 < peak < WORKER_MEGABYTES
 
 
 def test_memory_doesnt_grow_with_the_samples_that_were_made(folder: Path) -> None:
