@@ -55,9 +55,9 @@ def test_the_central_square_is_that_of_a_full_decoding(kind: str, size: int) -> 
 
 
 @pytest.mark.parametrize(("kind", "size"), RANDOM)
-def test_a_crop_is_as_drawn_where_nothing_is_shrunk_and_else_within_a_pixel_of_it(kind: str, size: int) -> None:
+def test_a_crop_is_as_drawn_where_nothing_is_shrunk_and_else_within_half_a_pixel_of_it(kind: str, size: int) -> None:
     for crop in found(kind, size):
-        assert crop.moved <= 1
+        assert crop.moved <= 0.5
         if crop.scale == 1:
             assert crop.moved == 0
             np.testing.assert_array_equal(crop.plain, crop.drawn)
@@ -65,14 +65,17 @@ def test_a_crop_is_as_drawn_where_nothing_is_shrunk_and_else_within_a_pixel_of_i
 
 @pytest.mark.parametrize("size", [32, 64, 112])
 def test_crops_on_the_grid_are_where_crops_as_drawn_are(size: int) -> None:
-    """Taken together they are moved nowhere, and neither larger nor smaller: they are other draws, as likely."""
+    """Taken together they are moved nowhere, and neither larger nor smaller: they are other draws, as likely.
+
+    But for the halves, which go to the even side: at an image's edges that side is the edge.
+    """
     drawn, cut_boxes = [], []
     for row in geometry_draws(sample_keys(2, np.arange(4000))).tolist():
         drawn.append(crop_box(256, 384, EXACT.crop_area, EXACT.crop_ratio, row))
         cut_boxes.append(scaled_crop(256, 384, drawn[-1], size)[0])
     ours, theirs = np.array(cut_boxes, float), np.array(drawn, float)
     # A box is [top, left, height, width].
-    assert np.abs((ours - theirs).mean(axis=0)).max() < 0.1
+    assert np.abs((ours - theirs).mean(axis=0)).max() < 0.2
     assert np.abs(ours.std(axis=0) / theirs.std(axis=0) - 1).max() < 0.01
 
 

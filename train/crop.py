@@ -117,13 +117,12 @@ def random_resized_crop_of(
 def scaled_crop(height: int, width: int, box: Box, size: int) -> tuple[Box, int]:
     """How far a JPEG may shrink in decoding for a crop to `size`, and the crop with its edges on that grid.
 
-    The crop moves by half a pixel of the shrunk image at the most, and still lies on the same pixels in both.
+    Each edge moves by half a pixel of the shrunk image at the most, and still lies on the same pixels in both.
     """
     top, left, h, w = box
     scale = jpeg_scale(height, width, -(-height * size // h), -(-width * size // w))
-    rows, columns = max(1, round(h / scale)), max(1, round(w / scale))
-    top, left = (
-        min(round(top / scale), -(-height // scale) - rows),
-        min(round(left / scale), -(-width // scale) - columns),
-    )
-    return (top * scale, left * scale, rows * scale, columns * scale), scale
+    first, last = round(top / scale), min(round((top + h) / scale), -(-height // scale))
+    begin, end = round(left / scale), min(round((left + w) / scale), -(-width // scale))
+    rows, columns = max(1, last - first), max(1, end - begin)
+    first, begin = min(first, -(-height // scale) - rows), min(begin, -(-width // scale) - columns)
+    return (first * scale, begin * scale, rows * scale, columns * scale), scale
