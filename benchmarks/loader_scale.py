@@ -205,17 +205,15 @@ def measure_starts(few: Path, many: Path, rounds: int, rows: list[dict[str, Any]
 
 
 def measure_memory(datasets: Sequence[tuple[str, Path, Sequence[int], int]], rows: list[dict[str, Any]]) -> None:
-    print("\nPeak of resident memory, MB: the larger of two workers, and the loader's own process (torch included);")
-    print("of these, memory that all share: the batch buffers")
-    print(f"{'':44}{'size':>6}{'batch':>7}{'a worker':>12}{'loader':>10}{'shared':>10}")
+    print("\nPeak of resident memory, MB: the larger of two workers, and the loader's own process (torch included)")
+    print(f"{'':44}{'size':>6}{'batch':>7}{'a worker':>12}{'of it shared':>14}{'loader':>10}{'of it shared':>14}")
     for name, data, sizes, count in datasets:
         for size, batch in itertools.product(sizes, (256, 1024)):
             answer = run(data, size, batch, workers=2, start=0, count=count)
-            worker = max(answer["workers"], key=lambda each: each["VmHWM"])
-            shared = max(each["RssShmem"] for each in (*answer["workers"], answer["own"]))
-            peaks = f"{worker['VmHWM']:12,.0f}{answer['own']['VmHWM']:10,.0f}{shared:10,.0f}"
-            print(f"{name:44}{size:6}{batch:7,}{peaks}", flush=True)
-            rows.append({"memory": name, "size": size, "batch": batch, "worker": worker, "loader": answer["own"]})
+            worker, own = max(answer["workers"], key=lambda each: each["VmHWM"]), answer["own"]
+            cells = f"{worker['VmHWM']:12,.0f}{worker['RssShmem']:14,.0f}{own['VmHWM']:10,.0f}{own['RssShmem']:14,.0f}"
+            print(f"{name:44}{size:6}{batch:7,}{cells}", flush=True)
+            rows.append({"memory": name, "size": size, "batch": batch, "worker": worker, "loader": own})
 
 
 def run(data: Path, size: int, batch: int, *, workers: int, start: int, count: int) -> dict[str, Any]:

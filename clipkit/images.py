@@ -274,11 +274,11 @@ def to_rgb(image: Image.Image) -> UInt8Array:
     if image.width * image.height <= STRIP_PIXELS:
         return opaque(image)
     # Pillow copies at each step, four bytes a pixel: of 80 million pixels that would be more than a gigabyte.
-    pixels, rows = np.empty((image.height, image.width, 3), np.uint8), max(1, STRIP_PIXELS // image.width)
+    whole, rows = np.empty((image.height, image.width, 3), np.uint8), max(1, STRIP_PIXELS // image.width)
     for top in range(0, image.height, rows):
         bottom = min(top + rows, image.height)
-        pixels[top:bottom] = opaque(image.crop((0, top, image.width, bottom)))
-    return pixels
+        whole[top:bottom] = opaque(image.crop((0, top, image.width, bottom)))
+    return whole
 
 
 def opaque(image: Image.Image) -> UInt8Array:
