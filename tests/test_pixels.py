@@ -76,7 +76,7 @@ def test_crops_on_the_grid_are_where_crops_as_drawn_are(size: int) -> None:
     ours, theirs = np.array(cut_boxes, float), np.array(drawn, float)
     # A box is [top, left, height, width].
     assert np.abs((ours - theirs).mean(axis=0)).max() < 0.2
-    assert np.abs(ours.std(axis=0) / theirs.std(axis=0) - 1).max() < 0.01
+    assert np.abs(ours.std(axis=0) / theirs.std(axis=0) - 1).max() < 0.02
 
 
 @pytest.mark.parametrize("kind", STORED)

@@ -72,7 +72,8 @@ class Augmentation:
     """Probability of one rectangle (a sixth to two fifths of each side) in a random colour."""
     exact: bool = False
     """Decode the whole image and resize the crop by Pillow's antialiased bicubic, as OpenCLIP does: two to
-    four times the work for pixels that differ by one or two levels (docs/pixels.md). A warp (`is_affine`) has no exact way."""
+    four times the work for pixels that differ by one or two levels (docs/pixels.md). A warp (`is_affine`) has no exact
+    way."""
 
     @property
     def is_affine(self) -> bool:
