@@ -131,6 +131,37 @@ def test_a_reader_of_local_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         reader.read(2, 0, 10)
 
 
+LIMITED = """
+import os, resource, sys
+from pathlib import Path
+from clipkit.range_reader import KnownFile, RangeReader
+folder, spare, hard = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+first, second = (RangeReader(folder, [KnownFile(f"{number}", 4) for number in range(200)]) for _ in range(2))
+now = len(os.listdir("/proc/self/fd"))
+resource.setrlimit(resource.RLIMIT_NOFILE, (now + spare, now + hard))
+for number in range(200):
+    assert first.read(number, 0, 4) == b"%04d" % number
+print(len(first._open), resource.getrlimit(resource.RLIMIT_NOFILE)[0] - now)
+print(second.read(7, 0, 4).decode())
+"""
+
+
+def limited(folder: Path, spare: int, hard: int) -> subprocess.CompletedProcess[str]:
+    """Read 200 files in a process that may open only so many more."""
+    command = [sys.executable, "-c", LIMITED, str(folder), str(spare), str(hard)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_a_process_may_not_open_many_files(tmp_path: Path) -> None:
+    """The limit is raised where it can be; else some are closed."""
+    for number in range(200):
+        (tmp_path / f"{number}").write_bytes(b"%04d" % number)
+    assert limited(tmp_path, 60, 300).stdout.split() == ["200", "300", "0007"]
+    kept, limit, last = limited(tmp_path, 60, 60).stdout.split()
+    assert 30 <= int(kept) < int(limit) == 60
+    assert last == "0007"
+
+
 # ---- The cache -------------------------------------------------------------------------------------------------------
 
 
