@@ -2,7 +2,7 @@
 
 The JPEGs are mixtures of smooth random fields, edges and texture, whose mean size is that of natural photos at the same
 side and quality; how much texture each has varies, so their sizes spread as photos' do. Captions follow the frequencies
-of words in English text, with the numbers, capitals and other alphabets that web captions have.
+of words in English text, with the numbers, names, capitals and accents that web captions have.
 """
 
 import json
@@ -89,6 +89,8 @@ def captions(count: int, seed: int = 0) -> list[str]:
                 chosen[place] += "’s"
             case 6:
                 chosen[place] = "“Café & crème”"
+            case 7 | 8 | 9:  # a name that no vocabulary has
+                chosen[place] = chosen[place] + words[int(random.integers(len(words)))]
         chosen[0] = chosen[0].capitalize()
         found.append(" ".join(chosen) + f" {number}" * (number % 7 == 0))
     return found
