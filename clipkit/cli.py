@@ -85,17 +85,12 @@ def train(
     images, or of images with a table; local, or in a store such as s3://. The run's folder gets checkpoints,
     metrics.jsonl and TensorBoard files. Under `torchrun` every process takes its part of each batch.
     """
-    import gc
-
     from clipkit.config import set_values
     from clipkit.eval.zeroshot import open_task
     from clipkit.log import duration
     from clipkit.train.loop import train as stage
     from clipkit.train.recipes import find_recipe
 
-    # What torch and timm have made is there to stay: looking through it for garbage takes 0.2 s each time, 0.8 s at the
-    # end of the process, which Ctrl-C would wait for.
-    gc.freeze()
     recipe = set_values(find_recipe(recipe_name), assignments)
     task = None
     if eval_data:

@@ -11,6 +11,7 @@ import fcntl
 import json
 import os
 import re
+import resource
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from clipkit import remote
 from clipkit.errors import UserError
 from clipkit.remote import is_remote as is_remote
 
+MAX_OPEN_FILES = 65_536
 WRITTEN_BESIDE = re.compile(r"\..+\.\d+")  # the temporary names of `write_beside`
 
 
@@ -207,6 +209,16 @@ def read_json_lines(path: Path) -> list[Any]:
         with contextlib.suppress(json.JSONDecodeError):
             values.append(json.loads(line))
     return values
+
+
+def allow_many_files() -> int:
+    """Raise this process's limit of open files as far as it may, for connections and shards; what it is then."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MAX_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_OPEN_FILES)
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return MAX_OPEN_FILES if soft == resource.RLIM_INFINITY else soft
+    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    return wanted
 
 
 def require_file(path: Path, what: str) -> Path:

@@ -9,6 +9,7 @@ gives Pillow's pixels; all else through Pillow. Pixels are uint8 until they are 
 import io
 import struct
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -130,28 +131,41 @@ def plain_jpeg_size(data: Data, exif: bool = True) -> tuple[int, int] | None:
     """
     if data[:2] != b"\xff\xd8":
         return None
-    at, size = 2, None
+    size = None
     try:
-        while True:
-            marker, length = _MARKER.unpack_from(data, at)
-            if marker == 0xFFDA:  # the image's data begin
-                return size
+        for marker, at, length in jpeg_segments(data):
             if marker in _FRAMES:
-                precision, height, width, colours = _FRAME.unpack_from(data, at + 4)
+                precision, height, width, colours = _FRAME.unpack_from(data, at)
                 if precision != 8 or colours not in (1, 3) or size:
                     return None
                 size = height, width
-            # Else no marker at all, or a frame of a kind that libjpeg doesn't know.
-            elif marker < 0xFFC4 or length < 2:
+            elif marker < 0xFFC4:  # a frame of a kind that libjpeg doesn't know
                 return None
             elif marker == 0xFFE1:
-                segment = bytes(data[at + 4 : at + 2 + length])
+                segment = bytes(data[at : at + length])
                 is_exif = segment[:5] == b"Exif\0"
                 if not (exif and is_upright(segment[6:]) if is_exif else b"tiff:Orientation" not in segment):
                     return None
-            at += 2 + length
-    except struct.error:  # it ends within its headers
+    except struct.error:
         return None
+    return size
+
+
+def jpeg_segments(data: Data) -> Iterator[tuple[int, int, int]]:
+    """(marker, place, length) of the contents of each segment of a JPEG, up to the first scan's header.
+
+    Raises struct.error for a file that ends before, and for one with fill bytes or markers without a length in between:
+    a guess about these could lead to other segments than libjpeg sees.
+    """
+    at = 2
+    while True:
+        marker, length = _MARKER.unpack_from(data, at)
+        if not 0xFFC0 <= marker < 0xFFFF or 0xFFD0 <= marker < 0xFFDA or length < 2:
+            raise struct.error
+        yield marker, at + 4, length - 2
+        if marker == 0xFFDA:  # the image's data begin
+            return
+        at += 2 + length
 
 
 def is_upright(exif: bytes) -> bool:
@@ -173,19 +187,18 @@ def is_upright(exif: bytes) -> bool:
 
 def has_one_scan(data: Data) -> bool:
     """Whether this is a JPEG whose first scan holds all of it, so that libjpeg reads no other: the usual baseline."""
-    at, colours = 2, 0
+    colours = 0
     try:
-        while True:
-            marker, length = _MARKER.unpack_from(data, at)
+        for marker, at, _ in jpeg_segments(data):
             if marker == 0xFFDA:
-                return data[at + 4] == colours
+                return data[at] == colours
             if marker in _FRAMES:
                 if marker in _PROGRESSIVE or colours:
                     return False
-                colours = _FRAME.unpack_from(data, at + 4)[3]
-            at += 2 + length
+                colours = _FRAME.unpack_from(data, at)[3]
     except (struct.error, IndexError):
-        return False
+        pass
+    return False
 
 
 def header_size(data: Data) -> tuple[int, int] | None:
@@ -223,7 +236,7 @@ def check_size(height: int, width: int, max_pixels: int) -> None:
 
 
 def is_plain_webp(data: Data) -> bool:
-    """Whether this is a single WebP image without transparency, animation or EXIF."""
+    """Whether this is a single WebP image without transparency, animation, EXIF or XMP."""
     if data[:4] != b"RIFF" or data[8:12] != b"WEBP":
         return False
     match data[12:16]:
@@ -232,7 +245,7 @@ def is_plain_webp(data: Data) -> bool:
         case b"VP8L":
             return len(data) > 24 and not data[24] & 0x10
         case b"VP8X":
-            return not data[20] & 0x1A
+            return not data[20] & 0x1E  # ICC profiles (0x20) change nothing here
     return False
 
 

@@ -11,7 +11,6 @@ cut short while it is in use kills the process where `pread` gives an error that
 import errno
 import os
 import random
-import resource
 import sys
 import threading
 import time
@@ -22,11 +21,12 @@ from pathlib import Path
 from typing import Any
 
 from clipkit.errors import UserError
-from clipkit.files import is_remote
+from clipkit.files import allow_many_files, is_remote
 from clipkit.remote import as_upath, is_transient, retried, store_errors
 
-# More than the blocks that the loader's order is among at a time (`train.order`), each of which may be in another file.
-_MAX_OPEN = 320
+# As many files as the loader's order has blocks at a time (`train.order`), or nearly: each may be in another one. Where
+# a process may not open many, several readers and all else must fit into what it may.
+_MAX_OPEN, _SHARE = 320, 8
 
 ATTEMPTS = 6
 FIRST_PAUSE = 0.5  # seconds before the second attempt; twice as long before each further one
@@ -167,6 +167,7 @@ class RangeReader:
     def _start(self) -> None:
         self._lock = threading.Lock()
         self._open: OrderedDict[int, _Open | _OpenRemote] = OrderedDict()
+        self._most = max(1, min(_MAX_OPEN, allow_many_files() // _SHARE))
 
     def __getstate__(self) -> dict[str, Any]:
         return {"folder": self.folder, "files": self.files}
@@ -200,36 +201,11 @@ class RangeReader:
                 self._open.move_to_end(number)
                 return file
         path = self.path(number)
-        file = _OpenRemote(path) if is_remote(path) else self._open_local(path)
+        file = _OpenRemote(path) if is_remote(path) else _Open(path)
         if file.bytes != self.files[number].bytes:  # the offsets are those of another file
             raise UserError(f"{path} has changed since the dataset was opened (clipkit purge?): run the command again")
         with self._lock:
             self._open[number] = file
-            if len(self._open) > _MAX_OPEN:
+            if len(self._open) > self._most:
                 self._open.popitem(last=False)
         return file
-
-    def _open_local(self, path: Path) -> _Open:
-        """Open a file. Where the process has too many open it is allowed more, and else some of these are closed."""
-        while True:
-            try:
-                return _Open(path)
-            except OSError as error:
-                if error.errno != errno.EMFILE or not (_allow_more_files() or self._close_some()):
-                    raise
-
-    def _close_some(self) -> bool:
-        with self._lock:
-            count = -(-len(self._open) // 2)
-            for _ in range(count):
-                self._open.popitem(last=False)
-        return count > 0
-
-
-def _allow_more_files() -> bool:
-    """Raise this process's limit to what the system lets it have; False when it is there already."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft == hard:
-        return False
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    return True

@@ -21,9 +21,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from natural_images import encoded, natural
 from PIL import Image, features
+from PIL.PngImagePlugin import PngInfo
 
 from clipkit.errors import UserError
-from clipkit.images import decode
+from clipkit.images import ImageError, decode, has_one_scan, plain_jpeg_size
 from clipkit.tfrecord_tools import picture, reasons
 from clipkit.tfrecord_tools.img2dataset_parts import import_resizer
 from clipkit.tfrecord_tools.picture import Picture, PictureError, PictureMaker, PictureSettings, make_picture
@@ -338,6 +339,50 @@ def test_a_jpeg_of_endless_scans_is_refused() -> None:
     body = encoded(COLOUR, progressive=True)
     at = body.rindex(b"\xff\xda")
     assert "scans" in failure(body[:-2] + body[at:-2] * 100 + body[-2:])[1]
+
+
+def hidden(body: bytes) -> bytes:
+    """The JPEG with a fill byte before its frame, and a comment in which who stumbles over that sees another frame."""
+    frame = body.index(b"\xff\xc2" if b"\xff\xc2" in body else b"\xff\xc0")
+    lie = b"\xff\xc0\x00\x11\x08\x00\x64\x00\x64\x03" + bytes(9) + b"\xff\xda\x00\x0c\x03" + bytes(9)
+    # Read from the fill byte on, the marker is FFFF and its length the frame's own marker: C200 or C000.
+    reach = frame + 2 + int.from_bytes(body[frame + 1 : frame + 2] + b"\x00", "big")
+    tables = bytearray(b"\xff\xfe\xff\xff" + bytes(0xFFFD))
+    changed = bytearray(body[:frame] + b"\xff" + body[frame:])
+    end_of_frame = frame + 1 + 2 + int.from_bytes(body[frame + 2 : frame + 4], "big")
+    changed[end_of_frame:end_of_frame] = tables
+    changed[reach : reach + len(lie)] = lie
+    return bytes(changed)
+
+
+def test_a_fill_byte_hides_neither_size_nor_scans() -> None:
+    large = hidden(encoded(natural(300, 400)))
+    assert plain_jpeg_size(large) is None
+    with pytest.raises(ImageError, match="more than"):
+        decode(large, max_pixels=100_000)
+    body = encoded(COLOUR, progressive=True)
+    at = body.rindex(b"\xff\xda")
+    many = hidden(body[:-2] + body[at:-2] * 100 + body[-2:])
+    assert not has_one_scan(many)
+    assert "scans" in failure(many)[1]
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("side", [20, 100])
+def test_what_xmp_turns_is_turned_too(kind: str, side: int) -> None:
+    """Resized or kept: the sides that are told are those that are seen, and what is encoded anew lies upright."""
+    turned = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><r tiff:Orientation="6"/></x:xmpmeta>'
+    body = encoded(natural(40, 60), kind, **({"pnginfo": png_xmp(turned)} if kind == "PNG" else {"xmp": turned}))
+    picture = make_picture(body, PictureSettings(image_size=side, resize_mode="keep_ratio", resize_only_if_bigger=True))
+    assert picture.height > picture.width
+    assert decode(picture.jpg).shape == (picture.height, picture.width, 3)
+    assert decode(body).shape == (60, 40, 3)
+
+
+def png_xmp(text: bytes) -> PngInfo:
+    info = PngInfo()
+    info.add_itxt("XML:com.adobe.xmp", text.decode())
+    return info
 
 
 @pytest.mark.parametrize("kind", ["all colours in one scan", "a scan for each colour", "progressive"])

@@ -2,7 +2,6 @@
 
 import asyncio
 import errno
-import resource
 import socket
 import ssl
 from functools import cache
@@ -17,7 +16,6 @@ from clipkit.tfrecord_tools.resolver import Resolver
 
 KEEP_ALIVE_SECONDS = 8.0
 READ_BYTES = 1 << 17
-MAX_OPEN_FILES = 65_536
 # What says that this machine is out of sockets or ports, and nothing about a host.
 STARVED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL})
 
@@ -89,14 +87,6 @@ def guarded_sockets(allow_private: bool) -> Any:
         return socket.socket(family, kind, protocol)
 
     return make
-
-
-def allow_many_files() -> None:
-    """Raise this process's limit of open files as far as it may: each connection is one."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = MAX_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_OPEN_FILES)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 class ByteBudget:

@@ -11,9 +11,10 @@ from collections import Counter, deque
 from types import TracebackType
 from typing import Self
 
+from clipkit.files import allow_many_files
 from clipkit.tfrecord_tools import reasons
 from clipkit.tfrecord_tools.congestion import Concurrency
-from clipkit.tfrecord_tools.connect import ByteBudget, allow_many_files
+from clipkit.tfrecord_tools.connect import ByteBudget
 from clipkit.tfrecord_tools.exchange import Exchange, Outcome, one_line
 from clipkit.tfrecord_tools.fetch_job import FetchStats, Handle, Handover, Job, Rows, Ticket, run_handler
 from clipkit.tfrecord_tools.fetch_settings import DISALLOWED_TAGS, Fetched, FetchSettings, user_agent

@@ -184,7 +184,8 @@ class PictureMaker:
             with Image.open(io.BytesIO(body), formats=FORMATS) as image:
                 self.check_sides(image.height, image.width)
                 block = body if image.format == "TIFF" else image.info.get("exif", b"")
-                rotated = image.getexif().get(ORIENTATION) in ROTATED if block else False
+                may_turn = block or "xmp" in image.info or "XML:com.adobe.xmp" in image.info
+                rotated = image.getexif().get(ORIENTATION) in ROTATED if may_turn else False
                 # An MPO is a JPEG with more behind it.
                 kind = "JPEG" if image.format == "MPO" else image.format or ""
                 return Header(

@@ -61,6 +61,8 @@ def until_stopped(stop: Stop, loader: Iterator[Batch]) -> Iterator[Batch]:
     while True:
         try:
             stop.waiting = True
+            if stop.asked and stop.alone:  # while evaluating or saving: data may stall as well then
+                raise StopWaitingError
             batch = next(loader, None)
             stop.waiting = False
         except StopWaitingError:

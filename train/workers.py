@@ -32,8 +32,9 @@ from clipkit.train.order import Int64Array
 from clipkit.train.samples import Job, Made, SampleMaker
 
 MAX_DEATHS = 3
-# How long the end of the loader waits for what hangs in the kernel, say on a disk that doesn't answer.
-CLOSE_SECONDS = 0.5
+# How long the end of the loader waits for threads that may hang in the kernel, say on a disk that doesn't answer, and
+# for processes that were killed: these go at once, unless the machine is busy.
+CLOSE_SECONDS, KILL_SECONDS = 0.5, 5.0
 
 
 @dataclass(frozen=True)
@@ -161,7 +162,7 @@ class ProcessHands:
             if self.process is not None:
                 self.process.kill()
                 with contextlib.suppress(subprocess.TimeoutExpired):
-                    self.process.wait(CLOSE_SECONDS)
+                    self.process.wait(KILL_SECONDS)
 
 
 class Pool:
