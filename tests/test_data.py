@@ -251,6 +251,15 @@ def test_too_many_bad_records_stop_the_run_with_names() -> None:
     assert sum(batch.bad for batch in allowed) == 50
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_a_dataset_that_keeps_to_the_limit_is_not_stopped_by_chance(seed: int) -> None:
+    """Exactly 1% are broken; somewhere in a random order more than that share have been seen."""
+    config = LoaderConfig(image_size=16, context_length=8, batch_size=50, block_size=10, seed=seed)
+    source = pairs(1200, dict.fromkeys(range(0, 1200, 100), "image"))
+    found = list(batches(source, config, 0, 2400, workers=0, warn=lambda _: None))
+    assert sum(batch.bad for batch in found) == 24
+
+
 def test_a_block_of_bad_records_stops_the_run() -> None:
     config = LoaderConfig(image_size=16, context_length=8, batch_size=4, block_size=4)
     with pytest.raises(UserError, match=r"4 records next to each other .* part-0:\d"):

@@ -2,6 +2,8 @@
 
 import json
 import pickle
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -9,7 +11,10 @@ from typing import Any
 
 import fsspec
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from natural_images import encoded, natural
 from object_store import s3 as s3
 from object_store import s3_server as s3_server
 from small_dataset import pair_columns, write_dataset
@@ -38,6 +43,33 @@ def test_in_a_store(kind: str, written: dict[str, Path], s3: str, own_places: Pa
     while list(own_places.glob("clipkit-blocks-*")) and time.monotonic() < deadline:
         time.sleep(0.01)  # threads that read ahead end one after the other
     assert not list(own_places.glob("clipkit-blocks-*"))
+
+
+READ_ONE_BATCH = """
+import sys
+from clipkit.train.batch import LoaderConfig
+from clipkit.train.data import batches
+from clipkit.train.open_source import open_source
+source = open_source(sys.argv[1], block_size=8).source()
+next(batches(source, LoaderConfig(16, 8, 8), workers=1))
+"""
+
+
+def test_a_process_that_ends_while_it_reads_ahead_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The threads end before the cache is removed, else they would write into it again."""
+    images = [encoded(natural(40, 60, number)) for number in range(20)]
+    table = pa.table({"jpg": images * 100, "caption": [f"picture {number}" for number in range(2000)]})
+    (tmp_path / "data").mkdir()
+    pq.write_table(table, tmp_path / "data" / "a.parquet", row_group_size=100)
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
+    for _ in range(3):
+        command = [sys.executable, "-c", READ_ONE_BATCH, str(tmp_path / "data")]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert (done.returncode, "Fatal" in done.stderr) == (0, False), done.stderr
+        assert not list((tmp_path / "tmp").glob("clipkit-blocks-*"))
 
 
 @pytest.mark.parametrize("where", ["tars", "dataset"])

@@ -7,6 +7,8 @@ left to the worker that really needs it, and fails or is told there.
 
 import queue
 import threading
+import time
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -19,6 +21,7 @@ from clipkit.train.order import WINDOW_BLOCKS, Int64Array
 from clipkit.train.sources import Pair, Source
 
 THREADS = 16
+END_SECONDS = 1.0
 _REMEMBERED = 8 * WINDOW_BLOCKS
 # More than this is not asked for: then it is the network that is too slow, and the oldest wishes come first.
 _MOST_WAITING = 2 * WINDOW_BLOCKS
@@ -93,14 +96,21 @@ class AheadSource(Source):
             ]
             for thread in self._threads:
                 thread.start()
+            # The threads hold the queue and not this object, so they can be told when it is gone. At the process's end
+            # that comes before the cache is removed, which was there first: who still wrote would make it anew.
+            weakref.finalize(self, _end, self._wishes, self._threads)
 
-    def __del__(self) -> None:
-        # The threads hold the queue and not this object, so they can be told when it is gone.
-        if self.__dict__.get("_threads"):
-            with self._wishes.mutex:
-                self._wishes.queue.clear()
-            for _ in self._threads:
-                self._wishes.put_nowait(-1)
+
+def _end(wishes: "queue.Queue[int]", threads: Sequence[threading.Thread]) -> None:
+    """Have the threads end after the block at hand, and wait for those that don't hang in the network."""
+    with wishes.mutex:
+        wishes.queue.clear()
+    for _ in threads:
+        wishes.put_nowait(-1)
+    deadline = time.monotonic() + END_SECONDS
+    for thread in threads:
+        if thread is not threading.current_thread():
+            thread.join(max(0.0, deadline - time.monotonic()))
 
 
 def _work(wishes: "queue.Queue[int]", fill: Fill, block_records: int, num_records: int) -> None:

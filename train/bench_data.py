@@ -67,7 +67,7 @@ def bench_data(
     samples, elapsed, phases = run_loader(source, config, workers, seconds, device)
     reading, pairs = read_alone(source, config, first=samples + BATCH)
     return Findings(
-        data=str(opened.places()),
+        data=", ".join(map(str, data)) if isinstance(data, (list, tuple)) and len(data) > 1 else str(opened.places()),
         records=source.num_records,
         image_size=config.image_size,
         text_reduction=config.text_reduction,

@@ -7,6 +7,7 @@ state but the number of samples seen.
 """
 
 import contextlib
+import math
 import sys
 import weakref
 from collections import deque
@@ -37,8 +38,9 @@ SMALLEST_CHUNK, LARGEST_CHUNK = 16, 128
 ORDER_SPAN = 4096
 # A batch that doesn't come is reported within half a minute, the batches ahead of it included.
 STALL_SECONDS = 20.0
-# The share of bad records is judged as if at least so many samples had been seen, so that one of ten stops nothing.
-BAD_BASE = 1000
+# The share of bad records is judged as if at least so many samples had been seen, so that one of ten stops nothing, and
+# so many standard deviations above the share that is allowed, so that chance doesn't stop a run that keeps within it.
+BAD_BASE, BAD_DEVIATIONS = 1000, 3.0
 REMEMBERED_BAD = 1000
 
 
@@ -241,9 +243,10 @@ class Loader:
             if key not in self.told and len(self.told) < REMEMBERED_BAD:
                 self.told[key] = reason
                 self.warn(f"{key} is replaced by its neighbour: {reason}")
-        if self.bad > self.config.max_bad * max(self.seen, BAD_BASE):
+        allowed = self.config.max_bad * max(self.seen, BAD_BASE)
+        if self.bad > allowed + BAD_DEVIATIONS * math.sqrt(allowed):
             examples = "; ".join(f"{key} ({reason})" for key, reason in list(self.told.items())[:3])
             raise UserError(
                 f"{self.bad:,} of {self.seen + self.bad:,} records are broken, more than {self.config.max_bad:.0%}, "
-                f"among them {examples}: build the dataset anew, or allow more with --set max_bad"
+                f"among them {examples}: see clipkit verify and build the dataset anew, or train with --set max_bad=0.1, say"
             )

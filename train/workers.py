@@ -216,8 +216,11 @@ class Pool:
 def serve() -> None:
     """The life of a worker process: orders come in on stdin, answers go out on stdout, pixels into shared memory."""
     import signal
+    import warnings
 
     import cv2
+
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # of EXIF blocks, which nobody here wants to read
 
     # Ctrl-C reaches the whole group; the trainer decides what it means, and its end closes our stdin.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
