@@ -248,5 +248,5 @@ class Loader:
             examples = "; ".join(f"{key} ({reason})" for key, reason in list(self.told.items())[:3])
             raise UserError(
                 f"{self.bad:,} of {self.seen + self.bad:,} records are broken, more than {self.config.max_bad:.0%}, "
-                f"among them {examples}: see clipkit verify and build the dataset anew, or train with --set max_bad=0.1, say"
+                f"among them {examples}: see clipkit verify and build the dataset anew, or train with --set max_bad=0.1"
             )
