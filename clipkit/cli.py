@@ -4,6 +4,7 @@ Stages are imported inside the commands, so that `--help` loads neither torch no
 """
 
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,6 @@ from clipkit.cli_options import (
     print_json,
 )
 from clipkit.errors import UserError
-
-# The exit code of a command that a signal ended in good order: what a shell reports for SIGTERM.
-STOPPED = 143
 
 
 @click.group(cls=OneLineErrors, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -121,7 +119,8 @@ def train(
             f"stopped at {summary.samples_seen:,} samples: run the same command with --resume to go on", err=True
         )
     if not summary.finished:
-        raise SystemExit(STOPPED)
+        # What a shell reports for a process that a signal ended; another rank may have got it.
+        raise SystemExit(128 + (summary.signal or signal.SIGTERM))
 
 
 @main.command("bench-data")

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import shutil
+import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -396,8 +397,26 @@ def test_private_addresses_are_refused_unless_allowed(tmp_path: Path) -> None:
             assert summary.downloaded == downloaded
 
 
-def test_this_process_stays_clean(finished: Finished) -> None:
-    assert finished and "img2dataset" not in sys.modules and "albumentations" not in sys.modules
+DRIVER = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from download_site import fetch
+
+if __name__ == "__main__":
+    summary = fetch(sys.argv[2], sys.argv[3], format="webdataset")
+    print(summary.downloaded, [name for name in ("img2dataset", "albumentations", "torch") if name in sys.modules])
+"""
+
+
+def test_the_process_that_leads_imports_nothing_heavy(tmp_path: Path) -> None:
+    """In one of its own: what other tests have imported is in this one."""
+    with serve({"/a.jpg": Answer(JPEG)}) as base_url:
+        urls = write_urls(tmp_path / "u.parquet", url=[f"{base_url}/a.jpg"], caption=["a"])
+        (tmp_path / "driver.py").write_text(DRIVER)
+        command = [sys.executable, str(tmp_path / "driver.py"), str(Path(__file__).parent), str(urls)]
+        done = subprocess.run([*command, str(tmp_path / "out")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "1 []"
 
 
 @pytest.mark.parametrize(

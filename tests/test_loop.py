@@ -123,7 +123,7 @@ def test_sigterm_saves_and_the_run_goes_on_from_there(unbroken, pairs_dataset, t
 
     monkeypatch.setattr(loop, "train_step", step)
     stopped = train(debug(), pairs_dataset, tmp_path, device_name="cpu", workers=1)
-    assert (stopped.finished, stopped.samples_seen) == (False, 5 * 16)
+    assert (stopped.finished, stopped.samples_seen, stopped.signal) == (False, 5 * 16, signal.SIGTERM)
     assert checkpoint.load(tmp_path).samples_seen == 5 * 16
     train(debug(), pairs_dataset, tmp_path, device_name="cpu", resume=True, workers=1)
     assert_same_weights(tmp_path, unbroken)

@@ -27,7 +27,7 @@ def test_a_signal_ends_the_wait_for_data(number: int) -> None:
     with stop_on_signal(stop):
         threading.Timer(0.1, os.kill, (os.getpid(), number)).start()
         assert list(until_stopped(stop, endless(stalls=True))) == ["a", "b"]
-    assert stop.asked and stop.agreed and not stop.waiting
+    assert (stop.signal, stop.agreed, stop.waiting) == (number, True, False)
     assert time.monotonic() - began < 30
 
 

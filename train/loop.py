@@ -65,6 +65,8 @@ class Summary:
     finished: bool
     speaks: bool
     """Whether this is the first rank, which tells of the run."""
+    signal: int | None = None
+    """The signal that this process got, if any."""
 
     def to_json(self) -> dict[str, Any]:
         """The summary as JSON values."""
@@ -151,7 +153,8 @@ def train(
                 tensors = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
             stage_start = stage_end
     finished = run.samples_seen >= stage_start
-    return Summary(folder, checkpoint.latest(folder), run.samples_seen, run.seconds, loss, finished, device.is_first)
+    newest = checkpoint.latest(folder)
+    return Summary(folder, newest, run.samples_seen, run.seconds, loss, finished, device.is_first, stop.signal)
 
 
 def run_stage(run: Run, stage: Stage, stage_start: int, model: CLIP, optimizer: torch.optim.Optimizer) -> float:

@@ -20,12 +20,17 @@ class Stop:
 
     alone: bool
     """Whether this is the only process of the run."""
-    asked: bool = False
-    """This process got a signal."""
+    signal: int | None = None
+    """The first signal that this process got."""
     agreed: bool = False
     """All processes are to stop now."""
     waiting: bool = False
     """This process waits for data."""
+
+    @property
+    def asked(self) -> bool:
+        """Whether this process got a signal."""
+        return self.signal is not None
 
 
 class StopWaitingError(Exception):
@@ -39,7 +44,7 @@ def stop_on_signal(stop: Stop) -> Iterator[None]:
     def ask(number: int, frame: FrameType | None) -> None:
         if stop.asked and number == signal.SIGINT:
             raise KeyboardInterrupt
-        stop.asked = True
+        stop.signal = stop.signal or number
         if stop.waiting and stop.alone:
             raise StopWaitingError
 
