@@ -15,10 +15,11 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
+from importlib import import_module
 from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
@@ -62,7 +63,8 @@ class Answer:
 
 # ---- The sides: each takes a request and gives the number of samples of each batch -----------------------------------
 
-Batches = Callable[[Request], Iterator[tuple[int, dict[str, float]]]]
+Counted = Generator[tuple[int, dict[str, float]], None, None]
+Batches = Callable[[Request], Counted]
 
 
 def clipkit_side() -> Batches:
@@ -71,7 +73,7 @@ def clipkit_side() -> Batches:
     from clipkit.train.data import LoaderConfig, batches
     from clipkit.train.sources import RecordSource
 
-    def run(request: Request) -> Iterator[tuple[int, dict[str, float]]]:
+    def run(request: Request) -> Counted:
         config = LoaderConfig(request.image_size, CONTEXT_LENGTH, BATCH, Augmentation(crop_area=CROP_AREA))
         source = RecordSource(open_dataset(Path(request.folder) / "tfds"))
         loader = batches(source, config, request.start, workers=WORKERS, processes=request.processes)
@@ -99,7 +101,7 @@ def openclip_side() -> Batches:
     openclip.tar_file_expander = partial(tar_file_expander, eof_value=None)
     tokenizer = SimpleTokenizer()
 
-    def run(request: Request) -> Iterator[tuple[int, dict[str, float]]]:
+    def run(request: Request) -> Counted:
         tars = sorted((Path(request.folder) / "tars").glob("*.tar"))
         arguments = SimpleNamespace(
             train_data=f"{request.folder}/tars/{{00000..{len(tars) - 1:05d}}}.tar",
@@ -121,8 +123,7 @@ def openclip_side() -> Batches:
 
 def tfds_side() -> Batches:
     os.environ.update(TF_CPP_MIN_LOG_LEVEL="3")
-    # Triton (of torch) first: loaded after TensorFlow it would end the process.
-    import triton  # noqa: F401, I001
+    import_module("triton")  # torch's: loaded after TensorFlow it would end the process
     import tensorflow as tf
     import tensorflow_datasets as tfds
     import torch
@@ -158,7 +159,7 @@ def tfds_side() -> Batches:
                 image = self.transform(Image.fromarray(sample["jpg"]))
                 yield image, tokenizer(sample["txt"].decode("utf-8"))[0]
 
-    def run(request: Request) -> Iterator[tuple[int, dict[str, float]]]:
+    def run(request: Request) -> Counted:
         torch.manual_seed(request.start)
         for images, _ in DataLoader(Pairs(request), batch_size=BATCH, num_workers=WORKERS):
             yield len(images), {}
@@ -234,7 +235,7 @@ def measure(run: Batches, request: Request) -> Answer:
         for phase, value in seconds.items():
             phases[phase] = phases.get(phase, 0.0) + value
     answer = Answer(seen, time.perf_counter() - start, tree_seconds(os.getpid()) - spent, phases)
-    loader.close()  # type: ignore[attr-defined]
+    loader.close()
     return answer
 
 

@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -147,7 +148,7 @@ def measure_builds(folder: Path, count: int, rounds: int) -> None:
     rates: dict[str, list[float]] = {name: [] for name in rows}
     for _ in range(rounds):
         for name, (options, unit) in rows.items():
-            seconds = spent(lambda options=options: build(folder / "tars", folder / "out", **options))  # type: ignore[misc]
+            seconds = spent(partial(build, folder / "tars", folder / "out", **options))
             rates[name].append((megabytes if unit == "MB/s" else count) / seconds)
     for name, (_, unit) in rows.items():
         print(f"build-tfds from a tar, {name:28}{spread(rates[name], unit)}")

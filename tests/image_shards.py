@@ -3,6 +3,7 @@
 import importlib.util
 import io
 import json
+import tarfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -78,3 +79,22 @@ def img2dataset_writer() -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def tar_of_odd_names(path: Path, tar_format: int) -> Path:
+    """A tar with long and foreign names, as far as the format has them, files of all lengths, a folder and a link."""
+    names = ["a.jpg", "part/b.JPG", "x" * 90 + "/" + "y" * 60 + ".txt", "c." + "z" * 95]
+    if tar_format != tarfile.USTAR_FORMAT:
+        names += ["d" * 300 + ".jpg", "é/猫.txt"]
+    with tarfile.open(path, "w", format=tar_format) as tar:
+        folder = tarfile.TarInfo("folder")
+        folder.type = tarfile.DIRTYPE
+        tar.addfile(folder)
+        for number, name in enumerate(names):
+            member = tarfile.TarInfo(name)
+            member.size, member.mtime = number * 511, 1.5 if tar_format == tarfile.PAX_FORMAT else 1
+            tar.addfile(member, io.BytesIO(bytes([number]) * member.size))
+        link = tarfile.TarInfo("link.jpg")
+        link.type, link.linkname = tarfile.SYMTYPE, "a.jpg"
+        tar.addfile(link)
+    return path

@@ -395,23 +395,22 @@ def test_no_jpeg_is_decoded_over_and_over(kind: str) -> None:
     scan = body.index(b"\xff\xda")
     many = bytes(body[:-2] + body[scan:-2] * 200 + body[-2:])
     began = time.process_time()
-    try:
-        make_picture(many, SMALL)
-    except PictureError as error:
-        assert "scans" in error.message or "damaged" in error.message
+    assert has_one_scan(many) == (kind == "all colours in one scan")
+    assert ("Didn't expect more than one scan" if has_one_scan(many) else "scans)") in failure(many, SMALL)[1]
     assert time.process_time() - began < 0.5
 
 
 def test_settings_that_can_not_be() -> None:
-    for wrong, message in [
+    wrong: list[tuple[dict[str, Any], str]] = [
         ({"resize_mode": "stretch"}, "unknown resize mode 'stretch': choose no, keep_ratio"),
         ({"image_size": 0}, "image size 0"),
         ({"quality": 101}, "quality 101"),
         ({"max_pixels": 2 << 30}, "max pixels 2147483648 is out of range"),
         ({"max_aspect_ratio": 0.5}, "max aspect ratio 0.5"),
-    ]:
+    ]
+    for values, message in wrong:
         with pytest.raises(UserError, match=message):
-            PictureMaker(PictureSettings(**wrong))  # type: ignore[arg-type]
+            PictureMaker(PictureSettings(**values))
 
 
 BODIES = [
@@ -456,11 +455,10 @@ def test_chroma_of_a_size_that_turbojpeg_cannot_name_is_decoded(sampling: int) -
     luma = body.index(b"\xff\xc0") + 11
     assert body[luma] == 0x22
     body[luma] = sampling
-    try:
-        picture = make_picture(bytes(body), SMALL)
-    except PictureError as error:
-        assert "premature end" in error.message
+    if sampling == 0x14:  # here the changed byte asks for more data than the file has
+        assert "premature end" in failure(bytes(body), SMALL)[1]
     else:
+        picture = make_picture(bytes(body), SMALL)
         assert decode(picture.jpg).shape == (picture.height, picture.width, 3)
 
 

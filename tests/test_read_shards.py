@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
-from image_shards import img2dataset_writer, pair, picture, write_tar, write_tars
+from image_shards import img2dataset_writer, pair, picture, tar_of_odd_names, write_tar, write_tars
 from tensorflow_process import with_tensorflow
 
 from clipkit.errors import UserError
@@ -74,25 +74,11 @@ def test_tfrecords_of_img2datasets_own_writer(tmp_path):
 
 @pytest.mark.parametrize("tar_format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 def test_names_and_contents_are_those_of_tarfile(tmp_path, tar_format):
-    names = ["a.jpg", "folder/b.txt", "x" * 90 + "/" + "y" * 90 + ".json", "c." + "z" * 95]
-    if tar_format != tarfile.USTAR_FORMAT:
-        names += ["d" * 300 + ".jpg", "é/猫.txt"]
-    path = tmp_path / "some.tar"
-    with tarfile.open(path, "w", format=tar_format) as tar:
-        folder = tarfile.TarInfo("folder")
-        folder.type = tarfile.DIRTYPE
-        tar.addfile(folder)
-        for number, name in enumerate(names):
-            member = tarfile.TarInfo(name)
-            member.size, member.mtime = number * 511, 1.5 if tar_format == tarfile.PAX_FORMAT else 1
-            tar.addfile(member, io.BytesIO(bytes([number]) * member.size))
-        link = tarfile.TarInfo("link.jpg")
-        link.type, link.linkname = tarfile.SYMTYPE, "a.jpg"
-        tar.addfile(link)
+    path = tar_of_odd_names(tmp_path / "some.tar", tar_format)
     with tarfile.open(path) as tar:
         expected = [(m.name, tar.extractfile(m).read()) for m in tar.getmembers() if m.isreg()]
     assert [(name, data) for _, name, data in read_members(path)] == expected
-    assert [name for name, _ in expected] == names
+    assert len(expected) == (4 if tar_format == tarfile.USTAR_FORMAT else 6)
 
 
 def test_a_size_over_eight_gigabytes_is_read_as_such():

@@ -1,6 +1,5 @@
 """Where each pair lies in tars, parquet and tables is found out once, kept, and found anew when files change."""
 
-import io
 import json
 import os
 import shutil
@@ -10,7 +9,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from image_shards import pair, picture, write_tar
+from image_shards import pair, picture, tar_of_odd_names, write_tar
 from source_kinds import TOTAL, caption, check_pairs, jpg, tars
 from source_kinds import own_places as own_places
 from source_kinds import written as written
@@ -97,18 +96,7 @@ def test_tars_of_other_writers(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("form", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT, tarfile.USTAR_FORMAT])
 def test_members_stand_where_the_standard_library_finds_them(form: int, tmp_path: Path) -> None:
-    path = tmp_path / "x.tar"
-    names = ["a.jpg", "part/b.JPG", "x" * 90 + "/" + "y" * 60 + ".txt", "c.json"]
-    if form != tarfile.USTAR_FORMAT:
-        names += ["z" * 300 + ".jpg", "é.txt"]
-    with tarfile.open(path, "w", format=form) as tar:
-        folder = tarfile.TarInfo("folder")
-        folder.type = tarfile.DIRTYPE
-        tar.addfile(folder)
-        for number, name in enumerate(names):
-            info = tarfile.TarInfo(name)
-            info.size = 300 * number
-            tar.addfile(info, io.BytesIO(bytes(300 * number)))
+    path = tar_of_odd_names(tmp_path / "x.tar", form)
     data = path.read_bytes()
     found = read_headers(lambda start, length: data[start : start + length], path)
     with tarfile.open(path) as tar:

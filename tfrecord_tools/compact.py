@@ -5,25 +5,14 @@ Large JPEGs are decoded at a half, a quarter or an eighth of their size, which c
 left is reduced by averaging areas. The same bytes in give the same bytes out, with the same versions of the libraries.
 """
 
-import io
 from dataclasses import dataclass
 
 import cv2
 import numpy as np
 import simplejpeg
-from PIL import Image
 
 from clipkit.errors import UserError
-from clipkit.images import (
-    MAX_PIXELS,
-    ORIENTATION,
-    UInt8Array,
-    check_size,
-    decode,
-    header_size,
-    jpeg_scale,
-    plain_jpeg_size,
-)
+from clipkit.images import MAX_PIXELS, UInt8Array, check_size, decode, jpeg_scale, plain_jpeg_size
 
 # How much larger than the copy libjpeg's reduced image has to be: its way of reducing, within blocks of 8 x 8, leaves
 # edges in the picture that averaging then takes out (mean error at 64 px: 1.6 of 255 in place of 3.9).
@@ -47,7 +36,7 @@ def compact(image: bytes, size: int, quality: int) -> Compacted:
     """
     if size < 1 or not 1 <= quality <= 100:
         raise UserError(f"can't resize to {size} px at quality {quality}: give 1 px or more, and a quality of 1 to 100")
-    sides = upright_jpeg_size(image)
+    sides = plain_jpeg_size(image)
     if sides and min(sides) <= size:
         read_jpeg(image, *sides, scale=8)  # whether it can be read at all
         return Compacted(image, sides[1], sides[0])
@@ -68,20 +57,6 @@ def fit(height: int, width: int, size: int) -> tuple[int, int]:
     if shorter <= size:
         return height, width
     return max(1, round(height * size / shorter)), max(1, round(width * size / shorter))
-
-
-def upright_jpeg_size(image: bytes) -> tuple[int, int] | None:
-    """(height, width) of a grey or colour JPEG that EXIF doesn't rotate; None for all else."""
-    if image[:2] != b"\xff\xd8":
-        return None
-    if sides := plain_jpeg_size(image):
-        return sides
-    try:
-        with Image.open(io.BytesIO(image), formats=["JPEG", "MPO"]) as header:
-            rotated = header.getexif().get(ORIENTATION) in range(2, 9)
-            return None if rotated or header.mode not in ("L", "RGB") else header_size(image)
-    except Exception:  # whatever is wrong with it, decoding it says so better
-        return None
 
 
 def read_jpeg(image: bytes, height: int, width: int, scale: int) -> UInt8Array:

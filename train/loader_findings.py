@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from clipkit.config import to_json
+from clipkit.log import counted
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -128,13 +129,13 @@ def advice(found: Findings) -> list[str]:
     if lacking and cores > found.workers:
         here = f"--workers {cores}" if cores <= found.cores else f"this machine has {found.cores}"
         lines.append(
-            f"More workers: {plural(cores, 'core')} give {need.samples_per_s:,.0f} samples/s as the data are ({here})."
+            f"More workers: {counted(cores, 'core')} give {need.samples_per_s:,.0f} samples/s as the data are ({here})."
         )
     if found.compact is not None and found.compact_gain >= WORTH:
         lines.append(
             f"A compact copy (clipkit build-tfds … --resize {found.compact.side} --quality {COMPACT_QUALITY}): "
             f"{found.compact_gain:.1f} times as many samples/s, {1 / found.compact.bytes_gain:.0%} of the bytes; "
-            f"{plural(found.cores_for(need, found.compact_gain), 'core')} would do."
+            f"{counted(found.cores_for(need, found.compact_gain), 'core')} would do."
         )
     text = found.phases_us.get("text", 0.0) / total
     # Training reads stored columns for the syntax way alone.
@@ -152,7 +153,7 @@ def print_findings(found: Findings) -> None:
     from rich.text import Text
 
     console = Console()
-    workers = plural(found.workers, "worker")
+    workers = counted(found.workers, "worker")
     console.print(
         Text(
             f"{found.data}: {found.records:,} records, images of {found.reading.image_bytes / 1e3:,.1f} KB\n"
@@ -197,8 +198,3 @@ def need_table(found: Findings) -> "Table":
         copy = [str(found.cores_for(need, found.compact_gain))] if has_copy else []
         table.add_row(need.who, f"{need.samples_per_s:,.0f}", str(found.cores_for(need)), *copy)
     return table
-
-
-def plural(count: int, what: str) -> str:
-    """`1 core`, `2 cores`."""
-    return f"{count} {what}" + "s" * (count != 1)
