@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 XLA := .venv-xla
 BIN := $(VENV)/bin
+# What is compiled on installing.
+NATIVE := setup.py $(wildcard train/csrc/*)
 UV := $(BIN)/uv
 # Where this is set, every process compiles torch's, timm's and TensorFlow's sources anew: 20 s each time.
 unexport PYTHONDONTWRITEBYTECODE
@@ -25,15 +27,15 @@ $(UV):
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt uv
 
 # The stamps are newer than what they were made from, so an install runs only when the pins change.
-$(VENV)/.demo: $(UV) setup.cfg constraints.txt
+$(VENV)/.demo: $(UV) setup.cfg $(NATIVE) constraints.txt
 	$(UV) pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[download,report]'
 	@touch $@
 
-$(VENV)/.dev: $(UV) setup.cfg constraints.txt
+$(VENV)/.dev: $(UV) setup.cfg $(NATIVE) constraints.txt
 	$(UV) pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[dev]'
 	@touch $@ $(VENV)/.demo
 
-$(XLA)/.xla: $(UV) setup.cfg constraints-tpu.txt
+$(XLA)/.xla: $(UV) setup.cfg $(NATIVE) constraints-tpu.txt
 	$(UV) venv --quiet --allow-existing --python $(PYTHON) $(XLA)
 	$(UV) pip install --quiet --python $(XLA)/bin/python --constraint constraints-tpu.txt --editable '.[tpu]'
 	@touch $@

@@ -16,8 +16,15 @@ import numpy.typing as npt
 
 from clipkit.counter_rng import uniform
 from clipkit.errors import UserError
-from clipkit.images import Data, UInt8Array, decode, decode_scaled
-from clipkit.train.crop import Box, crop_box, crop_resize, exact_crop_resize, random_resized_crop_of
+from clipkit.images import Data, UInt8Array, decode, decode_scaled, plain_jpeg_size
+from clipkit.train.crop import (
+    Box,
+    crop_box,
+    crop_of_jpeg,
+    crop_resize,
+    exact_crop_resize,
+    random_resized_crop_of,
+)
 
 # Streams of random numbers, each for one use (see counter_rng).
 GEOMETRY, COLOUR, ERASING = range(100, 103)
@@ -137,7 +144,9 @@ def cut(
 
 def central(data: Data, size: int, out: UInt8Array | None = None) -> UInt8Array:
     """The central square of an encoded image."""
-    image = decode_scaled(data, size, size)
+    if full := plain_jpeg_size(data):
+        return crop_of_jpeg(data, full, central_box(*full), size, out)
+    image = decode(data)
     return crop_resize(image, central_box(*image.shape[:2]), size, out)
 
 

@@ -1,4 +1,9 @@
-"""Random resized crops for training, from encoded bytes where that is cheaper (a JPEG is shrunk while decoding)."""
+"""Random resized crops for training, from encoded bytes where that is cheaper.
+
+A JPEG is decoded only as far as its crop needs, and resized in the same pass, by compiled code (train/csrc). What that
+doesn't read (progressive files, other formats), and everything where it couldn't be compiled, is decoded by a library,
+a JPEG shrunk while decoding, and resized by OpenCV.
+"""
 
 import math
 from collections.abc import Sequence
@@ -18,6 +23,16 @@ from clipkit.images import (
     jpeg_scale,
     plain_jpeg_size,
 )
+
+try:
+    from clipkit.train.jpeg_crop import crop as crop_jpeg
+except ImportError:  # installed where there is no C compiler
+
+    def crop_jpeg(
+        data: Data, box: tuple[float, float, float, float], size: int, out: UInt8Array, plain: bool = False, /
+    ) -> bool:
+        return False
+
 
 Box = tuple[int, int, int, int]
 
@@ -98,15 +113,27 @@ def random_resized_crop_of(
     uniforms: Sequence[float],
     out: UInt8Array | None = None,
 ) -> UInt8Array:
-    """The same from encoded bytes: a JPEG is decoded no larger than the crop needs. Raises ImageError.
-
-    The crop is then the nearest one whose edges are whole pixels of the shrunk image (`scaled_crop`).
-    """
+    """The same from encoded bytes: a JPEG is decoded no larger than the crop needs. Raises ImageError."""
     full = plain_jpeg_size(data)
     if full is None:
         return random_resized_crop(decode(data), size, area, ratio, uniforms, out)
+    return crop_of_jpeg(data, full, crop_box(*full, area, ratio, uniforms), size, out)
+
+
+def crop_of_jpeg(data: Data, full: tuple[int, int], box: Box, size: int, out: UInt8Array | None = None) -> UInt8Array:
+    """The box of a JPEG of the size that `plain_jpeg_size` found. Raises ImageError."""
     check_size(*full, MAX_PIXELS)
-    box, scale = scaled_crop(*full, crop_box(*full, area, ratio, uniforms), size)
+    if out is None:
+        out = np.empty((size, size, 3), np.uint8)
+    return out if crop_jpeg(data, box, size, out) else crop_of_shrunk_jpeg(data, full, box, size, out)
+
+
+def crop_of_shrunk_jpeg(data: Data, full: tuple[int, int], box: Box, size: int, out: UInt8Array) -> UInt8Array:
+    """The same by the library, for what the compiled code doesn't do.
+
+    The crop is then the nearest one whose edges are whole pixels of the shrunk image (`scaled_crop`).
+    """
+    box, scale = scaled_crop(*full, box, size)
     image = decode_plain_jpeg(data, *full, scale, smooth_chroma=min(box[2:]) <= SHARP * scale * size)
     if image is None:
         return crop_resize(decode_with_pillow(data, MAX_PIXELS), box, size, out)

@@ -1,0 +1,14 @@
+/* kernel.c again, for processors with AVX2. */
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#ifdef __clang__
+#pragma clang attribute push(__attribute__((target("avx2,bmi,bmi2,lzcnt"))), apply_to = function)
+#else
+#pragma GCC target("avx2,bmi,bmi2,lzcnt")
+#endif
+#define CROP crop_avx2
+#include "kernel.c"
+#ifdef __clang__
+#pragma clang attribute pop
+#endif
+#endif
