@@ -13,8 +13,8 @@ setup(
             depends=["train/csrc/jpeg_crop.h", "train/csrc/kernel.c"],
             # No flag may let the compiler change a sum: every machine is to give the same pixels (kernel.c).
             extra_compile_args=[
-                *("-std=c11", "-O3", "-fvisibility=hidden"),
-                *("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),
+                *("-std=c11", "-O3", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno"),
+                *("-fno-trapping-math", "-fno-signed-zeros", "-ffinite-math-only"),
             ],
             py_limited_api=True,
             optional=True,

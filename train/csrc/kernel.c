@@ -21,6 +21,11 @@
 #define CROP crop_plain
 #endif
 
+/* As many numbers as a register holds. */
+#ifndef WIDTH
+#define WIDTH 4
+#endif
+typedef float Vector __attribute__((vector_size(4 * WIDTH)));
 typedef float Four __attribute__((vector_size(16)));
 typedef uint8_t Bytes __attribute__((vector_size(16)));
 
@@ -247,7 +252,7 @@ static Resampling plan(double begin, double extent, int limit, int pixels) {
     Resampling r = {.first = (int)floor(begin), .last = (int)ceil(begin + extent), .begin = begin, .step = step};
     if (r.last > limit) r.last = limit;
     if (r.first >= r.last) r.first = r.last - 1;
-    r.taps = (int)ceil(4 * stretch) + 1;
+    r.taps = (int)ceil(4 * stretch); /* as many pixels have their centre within the filter, which is 0 at its ends */
     if (r.taps > r.last - r.first) r.taps = r.last - r.first;
     return r;
 }
@@ -284,20 +289,32 @@ static void fill_weights(const Resampling *r, int pixels, float *distance, float
     }
 }
 
-/* out[pixels][lanes] from in[][lanes], lanes a multiple of 16. */
-static inline void resample(const Resampling *r, int pixels, const float *in, size_t in_stride, float *out,
-                            size_t out_stride, size_t lanes) {
-    for (int x = 0; x < pixels; x++, out += out_stride) {
-        const float *from = in + (size_t)r->start[x] * in_stride;
-        for (size_t lane = 0; lane < lanes; lane += 16) {
-            float sum[16] = {0};
-            for (int t = 0; t < r->taps; t++) {
-                float weight = r->weights[(size_t)t * (size_t)pixels + (size_t)x];
-                const float *pixel = from + (size_t)t * in_stride + lane;
-                for (int i = 0; i < 16; i++) sum[i] += weight * pixel[i];
+/* One output pixel of many lanes (a multiple of 16) side by side: out[lanes] from in[][lanes]. Where `taps` is known when
+ * this is compiled, its weights stay in registers. */
+static inline void resample_by(int taps, const float *weights, size_t pixels, const float *in, size_t stride,
+                               float *restrict out, size_t lanes) {
+    for (size_t lane = 0; lane < lanes; lane += 16) {
+        Vector sum[16 / WIDTH] = {0}, part;
+        for (int t = 0; t < taps; t++)
+            for (size_t i = 0; i < 16 / WIDTH; i++) {
+                memcpy(&part, in + (size_t)t * stride + lane + i * WIDTH, sizeof part);
+                sum[i] += part * weights[(size_t)t * pixels];
             }
-            memcpy(out + lane, sum, sizeof sum);
-        }
+        for (size_t i = 0; i < 16 / WIDTH; i++) memcpy(out + lane + i * WIDTH, &sum[i], sizeof part);
+    }
+}
+
+static inline void resample(const Resampling *r, size_t pixels, size_t x, const float *in, size_t stride, float *out,
+                            size_t lanes) {
+    const float *weights = r->weights + x;
+    in += (size_t)r->start[x] * stride;
+    switch (r->taps) {
+    case 4: resample_by(4, weights, pixels, in, stride, out, lanes); break;
+    case 5: resample_by(5, weights, pixels, in, stride, out, lanes); break;
+    case 6: resample_by(6, weights, pixels, in, stride, out, lanes); break;
+    case 7: resample_by(7, weights, pixels, in, stride, out, lanes); break;
+    case 8: resample_by(8, weights, pixels, in, stride, out, lanes); break;
+    default: resample_by(r->taps, weights, pixels, in, stride, out, lanes);
     }
 }
 
@@ -318,7 +335,9 @@ static inline void put_row(const float *luma, const float *blue, const float *re
             Bytes four;
             memcpy(&four, packed + i, 16);
             four = SHUFFLE16(four, 0, 1, 2, 4, 5, 6, 8, 9, 10, 12, 13, 14, 3, 3, 3, 3);
-            memcpy(to, &four, pixels - first - i < 4 ? 3 * (size_t)(pixels - first - i) : 12);
+            int many = pixels - first - i;
+            if (many >= 4) memcpy(to, &four, 12);
+            else memcpy(to, &four, 3 * (size_t)many);
         }
     }
 }
@@ -389,39 +408,55 @@ static inline bool read_blocks(Frame *frame, const uint8_t *data, size_t size, u
     return rows < all_rows || (bits_left(&in, bytes, length) < 8 && data[at + 1] == 0xD9);
 }
 
+/* The plane's columns become `pixels`, and its pixels come to lie row by row: out[rows][lanes]. */
+static inline void narrow(const Component *one, const Resampling *across, const Resampling *down, size_t pixels,
+                          float *four, float *out, size_t lanes) {
+    size_t stride = (size_t)one->stride, rows = round_up((size_t)(down->last - down->first), 16);
+    size_t left = (size_t)(across->first - (one->first_column << one->log_scale));
+    const float *corner = one->plane + left * stride + (down->first - (one->first_row << one->log_scale));
+    for (size_t x = 0; x < pixels; x += 4) {
+        for (size_t i = 0; i < 4 && x + i < pixels; i++)
+            resample(across, pixels, x + i, corner, stride, four + i * stride, rows);
+        for (size_t y = 0; y < rows; y += 4) transpose4(four + y, stride, out + y * lanes + x, lanes);
+    }
+}
+
+static size_t plane_floats(const Component *one) {
+    size_t columns = (size_t)(one->last_column - one->first_column) << one->log_scale;
+    return columns * (size_t)one->stride + 32; /* whole vectors are read from any place */
+}
+
+static bool has_room(Memory *memory, size_t bytes) {
+    if (memory->size >= bytes) return true;
+    free(memory->start);
+    memory->start = malloc(bytes);
+    memory->size = memory->start ? bytes : 0;
+    return memory->start;
+}
+
 bool CROP(Frame *frame, const uint8_t *data, size_t size, Box box, int pixels, uint8_t *out, Memory *memory) {
     if (!(box.top >= 0 && box.left >= 0 && box.height > 0 && box.width > 0 && box.top + box.height <= frame->height &&
           box.left + box.width <= frame->width))
         return false;
     Resampling across[3], down[3];
-    size_t lanes = round_up((size_t)pixels, 16), tallest = 0, floats = 2 * lanes, places = 0;
+    size_t side = (size_t)pixels, lanes = round_up(side, 16), tallest = 0, floats = 0;
     for (int c = 0; c < frame->components; c++) {
         Component *one = &frame->component[c];
         plan_component(frame, one, box, pixels, &across[c], &down[c]);
-        floats += (size_t)one->stride * ((size_t)(one->last_column - one->first_column) << one->log_scale) + 32;
-        floats += (size_t)(across[c].taps + down[c].taps) * (size_t)pixels;
-        places += 2 * (size_t)pixels;
         if ((size_t)one->stride > tallest) tallest = (size_t)one->stride;
+        floats += plane_floats(one) + (size_t)(across[c].taps + down[c].taps) * side + (size_t)one->stride * lanes;
     }
-    floats += 2 * lanes * tallest + 3 * lanes * lanes;
-    size_t needed = floats * sizeof(float) + places * sizeof(int) + (size - frame->scan) + PAD;
-    if (memory->size < needed) {
-        free(memory->start);
-        memory->start = malloc(needed);
-        memory->size = memory->start ? needed : 0;
-        if (!memory->start) return false;
-    }
-    float *at = memory->start, *wide = at, *tall = wide + lanes * tallest, *planes = tall + lanes * tallest;
-    float *distance = planes + 3 * lanes * lanes, *sum = distance + lanes;
-    at = sum + lanes;
+    floats += 5 * lanes + 4 * tallest;
+    if (!has_room(memory, floats * sizeof(float) + 6 * side * sizeof(int) + (size - frame->scan) + PAD)) return false;
+    float *at = memory->start, *distance = at, *sum = at + lanes, *row[3] = {at + 2 * lanes, at + 3 * lanes, at + 4 * lanes};
+    float *four = at + 5 * lanes, *narrowed[3];
+    at = four + 4 * tallest;
     for (int c = 0; c < frame->components; c++) {
         Component *one = &frame->component[c];
-        one->plane = at;
-        at += (size_t)one->stride * ((size_t)(one->last_column - one->first_column) << one->log_scale) + 32;
-    }
-    for (int c = 0; c < frame->components; c++) {
-        across[c].weights = at, at += (size_t)across[c].taps * (size_t)pixels;
-        down[c].weights = at, at += (size_t)down[c].taps * (size_t)pixels;
+        one->plane = at, at += plane_floats(one);
+        narrowed[c] = at, at += (size_t)one->stride * lanes;
+        across[c].weights = at, at += (size_t)across[c].taps * side;
+        down[c].weights = at, at += (size_t)down[c].taps * side;
     }
     int *place = (int *)at;
     for (int c = 0; c < frame->components; c++) {
@@ -437,18 +472,12 @@ bool CROP(Frame *frame, const uint8_t *data, size_t size, Box box, int pixels, u
             fill_weights(&across[c], pixels, distance, sum);
             fill_weights(&down[c], pixels, distance, sum);
         }
-        const float *corner = one->plane + (size_t)(across[c].first - (one->first_column << one->log_scale)) * (size_t)one->stride +
-                              (down[c].first - (one->first_row << one->log_scale));
-        size_t rows = round_up((size_t)(down[c].last - down[c].first), 16);
-        resample(&across[c], pixels, corner, (size_t)one->stride, wide, tallest, rows);
-        for (size_t x = 0; x < lanes; x += 4)
-            for (size_t y = 0; y < rows; y += 4) transpose4(wide + x * tallest + y, tallest, tall + y * lanes + x, lanes);
-        resample(&down[c], pixels, tall, lanes, planes + (size_t)c * lanes * lanes, lanes, lanes);
+        narrow(one, &across[c], &down[c], side, four, narrowed[c], lanes);
     }
-    for (size_t y = 0; y < (size_t)pixels; y++) {
-        const float *luma = planes + y * lanes, *blue = luma + lanes * lanes, *red = blue + lanes * lanes;
-        bool grey = frame->components == 1;
-        put_row(luma, grey ? NULL : blue, grey ? NULL : red, pixels, out + 3 * y * (size_t)pixels);
+    bool grey = frame->components == 1;
+    for (size_t y = 0; y < side; y++) {
+        for (int c = 0; c < frame->components; c++) resample(&down[c], side, y, narrowed[c], lanes, row[c], lanes);
+        put_row(row[0], grey ? NULL : row[1], grey ? NULL : row[2], pixels, out + 3 * y * side);
     }
     return true;
 }

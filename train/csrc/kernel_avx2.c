@@ -7,6 +7,7 @@
 #pragma GCC target("avx2,bmi,bmi2,lzcnt")
 #endif
 #define CROP crop_avx2
+#define WIDTH 8
 #include "kernel.c"
 #ifdef __clang__
 #pragma clang attribute pop
