@@ -49,8 +49,8 @@ static bool make_table(Huffman *table, const uint8_t *counts, const uint8_t *sym
             uint64_t size = symbols[place] & 15, run = symbols[place] >> 4, bits = (uint64_t)length + size;
             if (is_dc ? symbols[place] > 11 : size > 10 || (!size && run && run != 15)) return false;
             if (!is_dc && !symbols[place]) run = END_OF_BLOCK;
-            Entry entry = bits | bits << 8 | (uint64_t)length << 16 | (63 - size) << 24 | 63ull << 40 | (run + 1) << 48 |
-                          run << 56;
+            Entry entry = bits | bits << 8 | (uint64_t)length << 16 | (63 - size) << 24 | 63ull << 40 |
+                          (run + 1) << 48 | run << 56;
             table->symbol[place] = entry;
             if (length > LOOKUP) continue;
             int spare = LOOKUP - length;
@@ -88,7 +88,8 @@ static bool read_huffman(Frame *frame, const uint8_t *at, const uint8_t *end) {
         if (total > 256 || end - at < 17 + total) return false;
         const Huffman *table = NULL;
         for (int i = is_dc ? 0 : 2; i < (is_dc ? 2 : 4); i++)
-            if (total == STANDARD_SYMBOLS[i] && !memcmp(at + 1, STANDARD[i], 16 + (size_t)total)) table = &standard_tables[i];
+            if (total == STANDARD_SYMBOLS[i] && !memcmp(at + 1, STANDARD[i], 16 + (size_t)total))
+                table = &standard_tables[i];
         if (!table) {
             Huffman *own = &frame->own[which + 4 * is_dc];
             if (!make_table(own, at + 1, at + 17, is_dc)) return false;
@@ -120,7 +121,8 @@ static bool read_frame(Frame *frame, const uint8_t *at, const uint8_t *end) {
         Component *one = &frame->component[c];
         at += c ? 3 : 6;
         one->id = at[0], one->h = at[1] >> 4, one->v = at[1] & 15, one->quant = at[2];
-        if (frame->components == 1) one->h = one->v = 1; /* a single colour's blocks come row by row, whatever it says */
+        if (frame->components == 1)
+            one->h = one->v = 1; /* a single colour's blocks come row by row, whatever it says */
         if (one->h < 1 || one->h > 2 || one->v < 1 || one->v > 2 || one->quant > 3) return false;
         if (one->h > frame->h_max) frame->h_max = one->h;
         if (one->v > frame->v_max) frame->v_max = one->v;
@@ -166,9 +168,7 @@ bool read_headers(Frame *frame, const uint8_t *data, size_t size) {
             if (end - begin != 2) return false;
             frame->restart_interval = begin[0] << 8 | begin[1];
             break;
-        case 0xE0:
-            jfif |= end - begin >= 5 && !memcmp(begin, "JFIF", 5);
-            break;
+        case 0xE0: jfif |= end - begin >= 5 && !memcmp(begin, "JFIF", 5); break;
         case 0xEE: /* Adobe's says how colours are coded: 1 is YCbCr */
             if (end - begin >= 12 && !memcmp(begin, "Adobe", 5)) {
                 if (begin[11] != 1) return false;

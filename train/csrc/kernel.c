@@ -6,8 +6,8 @@
  * it shrinks), at the fractional place of the crop, brightness and colours each at their own resolution, and turned to
  * RGB at the size of the output.
  *
- * All sums are of single floats in a fixed order, so that every machine gives the same pixels: build without contraction
- * (-ffp-contract=off) and without -ffast-math. Loops over 4, 8 or 16 numbers are written for the compiler to make vectors
+ * All sums are of single floats in a fixed order, so that every machine gives the same pixels: build with
+ * -ffp-contract=off and without -ffast-math. Loops over 4, 8 or 16 numbers are there for the compiler to make vectors
  * of.
  */
 
@@ -31,11 +31,11 @@ typedef uint8_t Bytes __attribute__((vector_size(16)));
 
 #if defined(__clang__) || __GNUC__ >= 12
 #define SHUFFLE4(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#define SHUFFLE16(a, ...) __builtin_shufflevector(a, a, __VA_ARGS__)
+#define SHUFFLE16(a, ...)   __builtin_shufflevector(a, a, __VA_ARGS__)
 #else
 typedef int32_t Order4 __attribute__((vector_size(16)));
 #define SHUFFLE4(a, b, ...) __builtin_shuffle(a, b, (Order4){__VA_ARGS__})
-#define SHUFFLE16(a, ...) __builtin_shuffle(a, (Bytes){__VA_ARGS__})
+#define SHUFFLE16(a, ...)   __builtin_shuffle(a, (Bytes){__VA_ARGS__})
 #endif
 #define UNLIKELY(x) __builtin_expect(!!(x), 0)
 
@@ -92,8 +92,8 @@ static inline Entry look_up(const Huffman *table, uint64_t bits) {
 
 /* Read one block; with `store`, its numbers but the first into `block`, which must be zeros and have a 65th place.
  *
- * Returns how far its numbers reach: 0 where there is but the first, -1 where the data are broken. Two numbers are taken
- * at a time where the table has them: all that one step waits for is the entry of the last.
+ * Returns how far its numbers reach: 0 where there is but the first, -1 where the data are broken. Two numbers are
+ * taken at a time where the table has them: all that one step waits for is the entry of the last.
  */
 static inline int read_block(Stream *stream, Component *one, int16_t *block, bool store) {
     Stream in = *stream;
@@ -197,7 +197,8 @@ static inline void inverse4(const float *in, float *out) {
 
 /* What a frequency is to be multiplied by before the transforms above. */
 static float frequency_scale(int log_scale, int frequency) {
-    if (log_scale == 3) return (float)((frequency ? cos(frequency * 3.14159265358979323846 / 16) * sqrt(2) : 1) / sqrt(8));
+    if (log_scale == 3)
+        return (float)((frequency ? cos(frequency * 3.14159265358979323846 / 16) * sqrt(2) : 1) / sqrt(8));
     return log_scale == 2 && frequency % 2 ? 0.5f : (float)sqrt(0.125);
 }
 
@@ -242,8 +243,8 @@ typedef struct {
     int first, last; /* pixels of the plane that are used */
     int taps;
     double begin, step;
-    int *start;      /* of each output pixel, from `first` on */
-    float *weights;  /* [taps][pixels] */
+    int *start;     /* of each output pixel, from `first` on */
+    float *weights; /* [taps][pixels] */
 } Resampling;
 
 /* How [begin, begin + extent) of a plane of `limit` pixels becomes `pixels`; the weights come later. */
@@ -289,8 +290,8 @@ static void fill_weights(const Resampling *r, int pixels, float *distance, float
     }
 }
 
-/* One output pixel of many lanes (a multiple of 16) side by side: out[lanes] from in[][lanes]. Where `taps` is known when
- * this is compiled, its weights stay in registers. */
+/* One output pixel of many lanes (a multiple of 16) side by side: out[lanes] from in[][lanes]. Where `taps` is known
+ * when this is compiled, its weights stay in registers. */
 static inline void resample_by(int taps, const float *weights, size_t pixels, const float *in, size_t stride,
                                float *restrict out, size_t lanes) {
     for (size_t lane = 0; lane < lanes; lane += 16) {
@@ -320,7 +321,7 @@ static inline void resample(const Resampling *r, size_t pixels, size_t x, const 
 
 /* ---- Colour ------------------------------------------------------------------------------------------------------ */
 
-/* YCbCr as JFIF has it, or brightness alone, to uint8[pixels][3]; the rows may be read up to the next multiple of 16. */
+/* YCbCr as JFIF has it, or brightness alone, to uint8[pixels][3]. The rows are read up to the next multiple of 16. */
 static inline void put_row(const float *luma, const float *blue, const float *red, int pixels, uint8_t *out) {
     for (int first = 0; first < pixels; first += 16) {
         uint32_t packed[16];
@@ -347,7 +348,8 @@ static inline void put_row(const float *luma, const float *blue, const float *re
 static inline size_t round_up(size_t n, size_t to) { return (n + to - 1) / to * to; }
 
 /* The blocks that a colour needs, and how far they may shrink: to no fewer pixels than the output has. */
-static void plan_component(const Frame *frame, Component *one, Box box, int pixels, Resampling *across, Resampling *down) {
+static void plan_component(const Frame *frame, Component *one, Box box, int pixels, Resampling *across,
+                           Resampling *down) {
     double x = (double)one->h / frame->h_max, y = (double)one->v / frame->v_max;
     int log = 0;
     while (log < 3 && (box.width * x * (1 << log) < 8 * pixels || box.height * y * (1 << log) < 8 * pixels)) log++;
@@ -434,6 +436,12 @@ static bool has_room(Memory *memory, size_t bytes) {
     return memory->start;
 }
 
+static inline float *carve(float **free_part, size_t count) {
+    float *start = *free_part;
+    *free_part += count;
+    return start;
+}
+
 bool CROP(Frame *frame, const uint8_t *data, size_t size, Box box, int pixels, uint8_t *out, Memory *memory) {
     if (!(box.top >= 0 && box.left >= 0 && box.height > 0 && box.width > 0 && box.top + box.height <= frame->height &&
           box.left + box.width <= frame->width))
@@ -448,15 +456,15 @@ bool CROP(Frame *frame, const uint8_t *data, size_t size, Box box, int pixels, u
     }
     floats += 5 * lanes + 4 * tallest;
     if (!has_room(memory, floats * sizeof(float) + 6 * side * sizeof(int) + (size - frame->scan) + PAD)) return false;
-    float *at = memory->start, *distance = at, *sum = at + lanes, *row[3] = {at + 2 * lanes, at + 3 * lanes, at + 4 * lanes};
-    float *four = at + 5 * lanes, *narrowed[3];
-    at = four + 4 * tallest;
+    float *at = memory->start, *distance = carve(&at, lanes), *sum = carve(&at, lanes);
+    float *four = carve(&at, 4 * tallest), *row[3], *narrowed[3];
+    for (int c = 0; c < 3; c++) row[c] = carve(&at, lanes);
     for (int c = 0; c < frame->components; c++) {
         Component *one = &frame->component[c];
-        one->plane = at, at += plane_floats(one);
-        narrowed[c] = at, at += (size_t)one->stride * lanes;
-        across[c].weights = at, at += (size_t)across[c].taps * side;
-        down[c].weights = at, at += (size_t)down[c].taps * side;
+        one->plane = carve(&at, plane_floats(one));
+        narrowed[c] = carve(&at, (size_t)one->stride * lanes);
+        across[c].weights = carve(&at, (size_t)across[c].taps * side);
+        down[c].weights = carve(&at, (size_t)down[c].taps * side);
     }
     int *place = (int *)at;
     for (int c = 0; c < frame->components; c++) {

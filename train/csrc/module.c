@@ -45,8 +45,8 @@ static PyObject *crop(PyObject *module, PyObject *arguments) {
     Py_buffer data, out;
     Box box;
     int pixels, plain = 0;
-    if (!PyArg_ParseTuple(arguments, "y*(dddd)iw*|p:crop", &data, &box.top, &box.left, &box.height, &box.width, &pixels, &out,
-                          &plain))
+    if (!PyArg_ParseTuple(arguments, "y*(dddd)iw*|p:crop", &data, &box.top, &box.left, &box.height, &box.width, &pixels,
+                          &out, &plain))
         return NULL;
     Workplace *place = spare ? spare : calloc(1, sizeof *place);
     spare = NULL;
