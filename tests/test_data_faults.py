@@ -96,6 +96,18 @@ def test_damaged_records_are_replaced_counted_and_named(
         assert "checksum" in named[0]
 
 
+def test_a_run_names_a_damaged_record_once_in_all_its_stages_and_counts_each_time(
+    dataset: Dataset, tmp_path: Path
+) -> None:
+    spoil(dataset, [40])
+    arguments = ["train", "--data", str(dataset.path), "--recipe", "debug", "--out", str(tmp_path / "run"), "--json"]
+    result = CliRunner().invoke(main, [*arguments, "--device", "cpu", "--workers", "1"])
+    assert result.exit_code == 0, result.output
+    assert result.stderr.count(f"{dataset.key(40)} is replaced by its neighbour: ") == 1
+    # 320 samples are three epochs of 96 records and a third of another: in two stages.
+    assert json.loads(result.stdout)["bad_samples"] in (3, 4)
+
+
 def test_too_much_damage_ends_training_with_the_names(dataset: Dataset, tmp_path: Path) -> None:
     spoil(dataset, [0, 7, *range(30, 60, 3)])
     arguments = ["train", "--data", str(dataset.path), "--recipe", "debug", "--out", str(tmp_path / "run")]

@@ -57,13 +57,15 @@ def batches(
     prefetch: int = 2,
     keys: bool = False,
     warn: Callable[[str], None] | None = None,
+    bad_told: dict[str, str] | None = None,
 ) -> Generator[Batch, None, None]:
     """Batches from `start` samples seen up to `stop` (for ever when None): this rank's contiguous share of each.
 
     `stop - start` must be a multiple of the batch size, for shapes are static. `workers` 0 makes each batch when it is
     asked for; else so many make up to `prefetch` batches ahead, as threads, or as `processes` (chosen by their number
     when None). `keys` fills `Batch.keys`. `warn` gets one line for each broken record, dead or stalled worker (default:
-    stderr). Closing the generator ends all workers.
+    stderr). `bad_told` are the broken records that were named before, with the reasons, and gets those that are named
+    now. Closing the generator ends all workers.
 
     Raises UserError at once for a configuration that can't be, and later when a shard is gone or when more than
     `max_bad` of the records are broken.
@@ -81,6 +83,8 @@ def batches(
         processes = workers > (MAX_WARPING_THREADS if config.augmentation.is_affine else MAX_THREADS)
     loader = Loader(job, config, workers, processes and workers > 0, prefetch if workers else 0, warn or warn_on_stderr)
     loader.keys = keys
+    if bad_told is not None:
+        loader.told = bad_told
     return loader.run(start, stop, rank, world)
 
 

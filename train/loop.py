@@ -11,7 +11,7 @@ import itertools
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,8 @@ class Run:
     samples_seen: int = 0
     seconds: float = 0.0
     bad_samples: int = 0
+    bad_told: dict[str, str] = field(default_factory=dict)
+    """The records that couldn't be used and were named, with the reasons."""
     saved_at: float = 0.0
 
 
@@ -67,6 +69,8 @@ class Summary:
     """Whether this is the first rank, which tells of the run."""
     signal: int | None = None
     """The signal that this process got, if any."""
+    bad_samples: int = 0
+    """Records that couldn't be used and were replaced, each time that they came."""
 
     def to_json(self) -> dict[str, Any]:
         """The summary as JSON values."""
@@ -77,6 +81,7 @@ class Summary:
             "seconds": self.seconds,
             "loss": self.loss if math.isfinite(self.loss) else None,
             "finished": self.finished,
+            "bad_samples": self.bad_samples,
         }
 
 
@@ -154,7 +159,9 @@ def train(
             stage_start = stage_end
     finished = run.samples_seen >= stage_start
     newest = checkpoint.latest(folder)
-    return Summary(folder, newest, run.samples_seen, run.seconds, loss, finished, device.is_first, stop.signal)
+    return Summary(
+        folder, newest, run.samples_seen, run.seconds, loss, finished, device.is_first, stop.signal, run.bad_samples
+    )
 
 
 def run_stage(run: Run, stage: Stage, stage_start: int, model: CLIP, optimizer: torch.optim.Optimizer) -> float:
@@ -172,6 +179,7 @@ def run_stage(run: Run, stage: Stage, stage_start: int, model: CLIP, optimizer: 
         rank=device.rank,
         world=device.world,
         workers=workers,
+        bad_told=run.bad_told,
     )
     loss = math.nan
     loss_sum, steps = torch.zeros((), device=device.torch_device), 0
