@@ -206,6 +206,11 @@ def test_cores_follow_from_what_one_gives() -> None:
     assert "this machine has 4" in one(advice(replace(FOUND, cores=4)), "More workers")
 
 
+def test_a_missing_compiler_is_told() -> None:
+    assert "install a C compiler" in one(advice(replace(FOUND, compiled=False)), "JPEGs take twice as long")
+    assert not [line for line in advice(FOUND) if "compile" in line]
+
+
 def test_enough_is_enough() -> None:
     lines = advice(replace(FOUND, needs=(Need("a small GPU", 1500.0),)))
     assert lines == ["The loader gives what is needed (a small GPU)."]

@@ -44,6 +44,13 @@ def test_every_extra_is_looked_for(monkeypatch, extra):
     assert f"[{extra}] isn't installed ({missing}): pip install 'clipkit[{extra}]'" in examine().notes
 
 
+def test_a_person_is_told_where_nothing_was_compiled(monkeypatch):
+    monkeypatch.setattr(doctor, "find_device", lambda problems: "cpu")
+    assert not any("compile" in note for note in examine().notes)
+    monkeypatch.setattr(doctor, "find_spec", lambda name: None)
+    assert any("install a C compiler and then clipkit again" in note for note in examine().notes)
+
+
 def test_the_extras_are_those_of_the_package():
     """Whoever gives an extra a package more tells doctor too."""
     config = configparser.ConfigParser()

@@ -21,6 +21,7 @@ from clipkit.errors import UserError
 from clipkit.images import UInt8Array, decode
 from clipkit.train.augment import Augmentation, cut, geometry_draws
 from clipkit.train.batch import LoaderConfig
+from clipkit.train.crop import COMPILED
 from clipkit.train.data import batches
 from clipkit.train.loader_findings import COMPACT_QUALITY, PUBLISHED, Compact, Findings, Need, Reading
 from clipkit.train.open_source import CACHE_GB, open_source
@@ -80,6 +81,7 @@ def bench_data(
         reading=reading,
         compact=try_compact(pairs, config.image_size, config.augmentation),
         needs=who_needs(need, recipe, stage, device),
+        compiled=COMPILED,
     )
 
 

@@ -26,7 +26,10 @@ from clipkit.images import (
 
 try:
     from clipkit.train.jpeg_crop import crop as crop_jpeg
+
+    COMPILED = True
 except ImportError:  # installed where there is no C compiler
+    COMPILED = False
 
     def crop_jpeg(
         data: Data, box: tuple[float, float, float, float], size: int, out: UInt8Array, plain: bool = False, /

@@ -77,6 +77,8 @@ class Findings:
     reading: Reading
     compact: Compact | None
     needs: tuple[Need, ...]
+    compiled: bool = True
+    """Whether the decoder of JPEGs was compiled when clipkit was installed."""
 
     @property
     def samples_per_s(self) -> float:
@@ -125,6 +127,11 @@ def advice(found: Findings) -> list[str]:
         lines.append(
             f"The workers compute {found.busy:.0%} of their time though data come at once: other processes use the "
             "cores, or there are more workers than cores."
+        )
+    if not found.compiled:
+        lines.append(
+            "JPEGs take twice as long as they could: install a C compiler and then clipkit again, which compiles its "
+            "decoder."
         )
     if lacking and cores > found.workers:
         here = f"--workers {cores}" if cores <= found.cores else f"this machine has {found.cores}"
