@@ -50,6 +50,7 @@ def test_the_wheel_holds_every_module_and_data_file(wheel):
     wanted |= {path.relative_to(ROOT).as_posix() for path in (ROOT / "clipkit" / "data").rglob("*") if path.is_file()}
     wanted |= {f"clipkit/{path.name}" for path in (ROOT / "clipkit").glob("*.j2")} | {"clipkit/py.typed"}
     wanted |= {f"clipkit/{s}/{path.name}" for s in ("tfrecord_tools", "eval") for path in (ROOT / s).glob("*.j2")}
+    wanted |= {"clipkit/jpeg_crop.abi3.so", "clipkit/jpeg_crop.pyi"}
     assert wanted - shipped == set()
     strangers = {name.split("/")[0] for name in shipped} - {"clipkit"}
     assert all(name.endswith(".dist-info") for name in strangers)
@@ -62,6 +63,8 @@ def test_the_wheel_works_outside_the_checkout(wheel, tmp_path):
     code = (
         "import clipkit.train.loop, clipkit.eval.report, clipkit.tfrecord_tools.build, clipkit.embedded as e\n"
         "assert e.emoji_parquet('train').is_file() and e.clip_merges().is_file()\n"
+        "import clipkit.train.crop\n"
+        "assert clipkit.train.crop.COMPILED\n"
         "print(clipkit.train.loop.__file__)"
     )
     environment = os.environ | {"PYTHONPATH": str(tmp_path / "site")}
