@@ -1,8 +1,8 @@
 """Draws docs/pixels.png and prints the tables of docs/pixels.md: training's fast pixels beside exact ones.
 
-Run `PYTHONPATH=tests python docs/pixels.py` after a change to `clipkit/train/crop.py`; it needs matplotlib and
-scikit-image, whose photographs it takes. With `--run RUN --data EVAL` it also shows the images of EVAL to the model of
-RUN in both ways. tests/test_pixels.py holds the differences of the pixels to bounds.
+Run `PYTHONPATH=tests python docs/pixels.py` after a change to `clipkit/train/crop.py` or `clipkit/train/csrc`. It needs
+matplotlib and scikit-image, whose photographs it takes. With `--run RUN --data EVAL` it also shows the images of EVAL
+to the model of RUN in each way. tests/test_pixels.py holds the differences of the pixels to bounds.
 """
 
 import argparse
@@ -16,7 +16,21 @@ import matplotlib.pyplot as plt
 import numpy as np
 from natural_images import encoded
 from numpy.typing import NDArray
-from photographs import EXACT, FAST, STORED, Crop, centre, crops, difference, resized, shrunk, stored
+from photographs import (
+    EXACT,
+    FAST,
+    FILES,
+    STORED,
+    Crop,
+    centre,
+    crops,
+    difference,
+    dimensions,
+    library_pixels,
+    resized,
+    shrunk,
+    stored,
+)
 from PIL import Image
 
 from clipkit import checkpoint
@@ -29,7 +43,8 @@ from clipkit.eval.zeroshot import classify
 from clipkit.images import Preprocess, UInt8Array, decode, eval_transform
 from clipkit.model import CLIP
 from clipkit.tokenizer import Tokenizer
-from clipkit.train.augment import Augmentation, central, cut, geometry_draws
+from clipkit.train.augment import Augmentation, central, central_box, cut, geometry_draws
+from clipkit.train.crop import crop_box
 
 SIZES = (64, 112, 224)
 CROPS = 100
@@ -47,29 +62,44 @@ Make = Callable[[int, bytes, int], UInt8Array]
 
 def print_pixels() -> None:
     """Mean absolute differences to Pillow's pixels, in levels of 255, and what others would be."""
-    print("| stored as | crop to | fast | worst photo | central square | area mean | bilinear | the JPEG itself |")
-    moves = []
+    print(
+        "| stored as | crop to | fast | worst photo | central square | library | area mean | bilinear | JPEG itself |"
+    )
+    fallback = []
     for kind, (side, quality) in STORED.items():
         jpegs = stored(kind)
         sources = [decode(encoded(image, "PNG")) for image in shrunk(side).values()]
         for size in SIZES:
             every = list(crops(jpegs.values(), size, CROPS))
-            found = np.array([difference(crop.fast, crop.plain) for crop in every])
-            photos = found.reshape(CROPS, -1).mean(axis=0)
-            middle = np.mean([difference(crop.fast, crop.plain) for crop in map(centre, jpegs.values(), cycle([size]))])
+            middles = [centre(data, size) for data in jpegs.values()]
+            fast = [each_photo([difference(crop.fast, crop.plain) for crop in found]) for found in (every, middles)]
+            drawn = [
+                each_photo([difference(crop.library.pixels, crop.plain) for crop in found])
+                for found in (every, middles)
+            ]
+            cut_so = [
+                each_photo([difference(crop.library.pixels, crop.library.plain) for crop in found])
+                for found in (every, middles)
+            ]
             others = np.mean(
                 [others_differ(*each, size) for each in zip(every, cycle(jpegs.values()), cycle(sources))], 0
             )
-            numbers = " | ".join(f"{value:.2f}" for value in (found.mean(), photos.max(), middle, *others))
+            values = (fast[0].mean(), fast[0].max(), fast[1].mean(), drawn[0].mean(), *others)
+            numbers = " | ".join(f"{value:.2f}" for value in values)
             print(f"| {side} px, quality {quality} | {size} px | {numbers} |")
-            shrinks = np.mean([crop.scale > 1 for crop in every])
-            drawn = np.mean([difference(crop.fast, crop.drawn) for crop in every])
-            moved = [crop.moved for crop in every if crop.scale > 1] or [0.0]
-            moves.append(
-                f"| {side} px | {size} px | {shrinks:.0%} | {np.mean(moved):.2f} | {max(moved):.2f} | {drawn:.2f} |"
-            )
-    print("\n| stored as | crop to | shrunk in decoding | moved by, mean | at most | against the crop as drawn |")
-    print("\n".join(moves))
+            shrinks = np.mean([crop.library.scale > 1 for crop in every])
+            moved = [crop.library.moved for crop in every if crop.library.scale > 1] or [0.0]
+            values = (cut_so[0].mean(), cut_so[0].max(), cut_so[1].mean(), np.mean(moved), max(moved))
+            numbers = " | ".join(f"{value:.2f}" for value in (*values, drawn[0].mean(), drawn[1].mean()))
+            fallback.append(f"| {side} px | {size} px | {shrinks:.0%} | {numbers} |")
+    print("\n| stored as | crop to | shrunk | mean | worst | central | moved | at most | as drawn | central as drawn |")
+    print("\n".join(fallback))
+
+
+def each_photo(amounts: Sequence[float]) -> NDArray[np.float64]:
+    """Means by photograph, of crops that take the photographs in turn."""
+    photo_means: NDArray[np.float64] = np.reshape(amounts, (-1, len(FILES))).mean(axis=0)
+    return photo_means
 
 
 def others_differ(crop: Crop, data: bytes, source: UInt8Array, size: int) -> tuple[float, ...]:
@@ -102,8 +132,6 @@ def draw(path: Path) -> None:
                 ax.set_yticks([])
                 ax.spines[:].set_color("#cbd2d9")
             row[3 * column + 2].set_xlabel(f"{amount.mean():.2f} of 255 on average", fontsize=9, color=SOFT)
-            shrinks = f"decoded at 1/{crop.scale}" if crop.scale > 1 else "decoded in full"
-            row[3 * column].set_xlabel(shrinks, fontsize=9, color=SOFT)
     for column, size in enumerate(SIZES[:2]):
         for place, title in enumerate((f"Fast, {size} px", f"Exact, {size} px", "Difference × 10")):
             axes[0, 3 * column + place].set_title(title, loc="left", fontsize=12, fontweight="bold", color=INK, pad=8)
@@ -132,6 +160,17 @@ def random_crops(augmentation: Augmentation, seed: int, count: int) -> Make:
     """The crop of each image that training would cut with this seed."""
     rows = geometry_draws(sample_keys(seed, np.arange(count))).tolist()
     return lambda place, data, size: cut(data, size, augmentation, rows[place])
+
+
+def library_crops(seed: int, count: int) -> Make:
+    """The same crops, cut as training does where the compiled code doesn't."""
+    rows = geometry_draws(sample_keys(seed, np.arange(count))).tolist()
+
+    def make(place: int, data: bytes, size: int) -> UInt8Array:
+        box = crop_box(*dimensions(data), FAST.crop_area, FAST.crop_ratio, rows[place])
+        return library_pixels(data, box, size)
+
+    return make
 
 
 def magnified(exact: Make, fast: Make) -> Make:
@@ -196,7 +235,7 @@ class Evaluation:
 
 
 def print_zeroshot(run: Path, data: Path, templates: str) -> None:
-    """Accuracy with both kinds of pixels, on the central square and on random crops, from both kinds of JPEG."""
+    """Accuracy with each kind of pixels, on the central square and on random crops, from both kinds of JPEG."""
     loaded = checkpoint.load(run)
     task = open_task(data, templates_name=templates)
     count = len(task.images)
@@ -207,7 +246,12 @@ def print_zeroshot(run: Path, data: Path, templates: str) -> None:
     )
     for side, quality in STORED.values():
         jpegs = Task(as_jpegs(task.images, side, quality), task.classes, task.templates)
-        makes = {"exact": [evaluated], "fast": [centred], LARGER: [magnified(evaluated, centred)]}
+        makes = {
+            "exact": [evaluated],
+            "fast": [centred],
+            LARGER: [magnified(evaluated, centred)],
+            "library": [centred_by_library],
+        }
         evaluation.print_ways(f"{side} px | central square", ways(jpegs, makes))
         exact, fast, others = (
             [random_crops(augmentation, seed, count) for seed in seeds]
@@ -218,7 +262,8 @@ def print_zeroshot(run: Path, data: Path, templates: str) -> None:
             )
         )
         larger = [magnified(*pair) for pair in zip(exact, fast, strict=True)]
-        makes = {"exact": exact, "fast": fast, LARGER: larger, "exact, other crops": others}
+        library = [library_crops(seed, count) for seed in range(DRAWS)]
+        makes = {"exact": exact, "fast": fast, LARGER: larger, "library": library, "exact, other crops": others}
         evaluation.print_ways(f"{side} px | random crops", ways(jpegs, makes))
 
 
@@ -235,6 +280,11 @@ def evaluated(place: int, data: bytes, size: int) -> UInt8Array:
 def centred(place: int, data: bytes, size: int) -> UInt8Array:
     """The central square as training makes it."""
     return central(data, size)
+
+
+def centred_by_library(place: int, data: bytes, size: int) -> UInt8Array:
+    """The central square as training makes it where the compiled code doesn't."""
+    return library_pixels(data, central_box(*dimensions(data)), size)
 
 
 def hits(top_DNK: NDArray[np.int64], labels_N: NDArray[np.int64], k: int) -> NDArray[np.bool_]:

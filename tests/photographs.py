@@ -1,7 +1,7 @@
 """Natural photographs for tests, from the files of installed packages, and their crops as training makes them.
 
-Every loader cuts crops at places of its own. `crops` gives the pixels of training's fast way beside Pillow's, for the
-very crop that was cut and for the one as it was drawn.
+`crops` gives the pixels of training's fast way beside Pillow's of the same crop, and those of the way that training
+takes where its compiled code doesn't read a file or couldn't be compiled.
 """
 
 import io
@@ -16,9 +16,9 @@ from natural_images import encoded
 from PIL import Image
 
 from clipkit.counter_rng import sample_keys
-from clipkit.images import UInt8Array, jpeg_scale, plain_jpeg_size
-from clipkit.train.augment import GEOMETRY_DRAWS, Augmentation, cut, geometry_draws
-from clipkit.train.crop import Box, crop_box, scaled_crop
+from clipkit.images import UInt8Array, plain_jpeg_size
+from clipkit.train.augment import GEOMETRY_DRAWS, Augmentation, central_box, cut, geometry_draws
+from clipkit.train.crop import Box, crop_box, crop_of_shrunk_jpeg, scaled_crop
 
 SKIMAGE = Path(skimage.__file__).parent / "data"
 FILES = (
@@ -37,21 +37,31 @@ CROPS = 12
 
 
 @dataclass(frozen=True, eq=False)
+class LibraryCrop:
+    """A crop as training cuts it where the compiled code doesn't: on the grid of a shrunk decoding."""
+
+    pixels: UInt8Array
+    """uint8[size, size, 3]."""
+    plain: UInt8Array
+    """The crop that was cut, decoded in full and resized by Pillow's antialiased bicubic."""
+    scale: int
+    """How far the JPEG was shrunk in decoding."""
+    moved: float
+    """How far an edge moved at most from where it was drawn, in pixels of the output."""
+
+
+@dataclass(frozen=True, eq=False)
 class Crop:
-    """A random crop three times, uint8[size, size, 3] each."""
+    """A crop in three ways, uint8[size, size, 3] each."""
 
     fast: UInt8Array
     """As training cuts it."""
     plain: UInt8Array
-    """The crop that was cut, decoded in full and resized by Pillow's antialiased bicubic."""
-    drawn: UInt8Array
-    """The same of the crop as it was drawn, before it came to lie on the grid of a shrunk decoding."""
+    """Decoded in full and resized by Pillow's antialiased bicubic."""
+    library: LibraryCrop
+    """As training cuts it where the compiled code doesn't."""
     box: Box
-    """The crop that was cut, in pixels of the JPEG."""
-    scale: int
-    """How far the JPEG was shrunk in decoding."""
-    moved: float
-    """How far an edge moved at most, in pixels of the output."""
+    """The crop as it was drawn, in pixels of the JPEG."""
 
 
 def photographs() -> dict[str, UInt8Array]:
@@ -86,41 +96,34 @@ def crops(jpegs: Iterable[bytes], size: int, count: int = CROPS) -> Iterator[Cro
     rows = geometry_draws(sample_keys(1, np.arange(count * len(jpegs)))).tolist()
     for number, row in enumerate(rows):
         data = jpegs[number % len(jpegs)]
-        full = plain_jpeg_size(data)
-        assert full is not None
-        drawn = crop_box(*full, FAST.crop_area, FAST.crop_ratio, row)
-        box, scale = scaled_crop(*full, drawn, size)
-        yield Crop(
-            fast=cut(data, size, FAST, row),
-            plain=by_pillow(data, box, size),
-            drawn=by_pillow(data, drawn, size),
-            box=box,
-            scale=scale,
-            moved=moved(box, drawn, size),
-        )
+        box = crop_box(*dimensions(data), FAST.crop_area, FAST.crop_ratio, row)
+        yield Crop(cut(data, size, FAST, row), by_pillow(data, box, size), by_library(data, box, size), box)
 
 
 def centre(data: bytes, size: int) -> Crop:
     """The central square of a JPEG, as training cuts it when it cuts no other."""
+    box = central_box(*dimensions(data))
+    fast = cut(data, size, Augmentation(), [1.0] * GEOMETRY_DRAWS)
+    return Crop(fast, by_pillow(data, box, size), by_library(data, box, size), box)
+
+
+def dimensions(data: bytes) -> tuple[int, int]:
+    """Height and width of a JPEG."""
     full = plain_jpeg_size(data)
     assert full is not None
-    scale = jpeg_scale(*full, size, size)
-    drawn, box = central(full, 1), central(full, scale)
-    return Crop(
-        fast=cut(data, size, Augmentation(), [1.0] * GEOMETRY_DRAWS),
-        plain=by_pillow(data, box, size),
-        drawn=by_pillow(data, drawn, size),
-        box=box,
-        scale=scale,
-        moved=moved(box, drawn, size),
-    )
+    return full
 
 
-def central(full: tuple[int, int], scale: int) -> Box:
-    """The central square of an image of that height and width, on the grid of its decoding at 1/`scale`."""
-    height, width = (-(-side // scale) for side in full)
-    side = min(height, width)
-    return (height - side) // 2 * scale, (width - side) // 2 * scale, side * scale, side * scale
+def by_library(data: bytes, drawn: Box, size: int) -> LibraryCrop:
+    """A crop by libjpeg's shrunk decoding and OpenCV."""
+    box, scale = scaled_crop(*dimensions(data), drawn, size)
+    pixels = library_pixels(data, drawn, size)
+    return LibraryCrop(pixels, by_pillow(data, box, size), scale, moved(box, drawn, size))
+
+
+def library_pixels(data: bytes, box: Box, size: int) -> UInt8Array:
+    """uint8[size, size, 3]: those alone."""
+    return crop_of_shrunk_jpeg(data, dimensions(data), box, size, np.empty((size, size, 3), np.uint8))
 
 
 def by_pillow(data: bytes, box: Box, size: int) -> UInt8Array:

@@ -1,4 +1,7 @@
-"""Training's fast pixels are those of a full decoding and antialiased bicubic, on natural photographs."""
+"""Training's fast pixels are those of a full decoding and antialiased bicubic, on natural photographs.
+
+Both by the compiled code and by the library that stands in for it.
+"""
 
 import io
 from functools import cache
@@ -15,12 +18,22 @@ from clipkit.images import plain_jpeg_size
 from clipkit.train.augment import GEOMETRY_DRAWS, Augmentation, cut, geometry_draws
 from clipkit.train.crop import crop_box, scaled_crop
 
-# What was measured (docs/pixels.md) and 5% more, in levels of 255. No value may reach 2.5.
+# What was measured on these crops and 5% more, in levels of 255 (docs/pixels.md has more crops). None may reach LIMIT.
+LIMIT = 2.5
 RANDOM = {
+    ("standard", 64): 0.67, ("standard", 112): 0.92, ("standard", 224): 0.74,
+    ("compact", 64): 0.97, ("compact", 112): 0.91, ("compact", 224): 0.91,
+}  # fmt: skip
+CENTRAL = {
+    ("standard", 64): 2.41, ("standard", 112): 1.45, ("standard", 224): 0.72,
+    ("compact", 64): 2.49, ("compact", 112): 0.88, ("compact", 224): 0.88,
+}  # fmt: skip
+# The library's way, from the crop that it cut.
+LIBRARY_RANDOM = {
     ("standard", 64): 1.64, ("standard", 112): 1.38, ("standard", 224): 0.73,
     ("compact", 64): 1.32, ("compact", 112): 0.97, ("compact", 224): 0.82,
 }  # fmt: skip
-CENTRAL = {
+LIBRARY_CENTRAL = {
     ("standard", 64): 1.97, ("standard", 112): 2.15, ("standard", 224): 0.88,
     ("compact", 64): 2.43, ("compact", 112): 1.20, ("compact", 224): 0.80,
 }  # fmt: skip
@@ -37,34 +50,55 @@ def found(kind: str, size: int) -> tuple[Crop, ...]:
     return tuple(crops(jpegs(kind), size))
 
 
+@cache
+def central(kind: str, size: int) -> tuple[Crop, ...]:
+    return tuple(centre(data, size) for data in jpegs(kind))
+
+
 @pytest.mark.parametrize(("kind", "size"), RANDOM)
 def test_random_crops_are_those_of_a_full_decoding(kind: str, size: int) -> None:
     every = found(kind, size)
-    assert {crop.scale for crop in every} == SCALES.get((kind, size), {1})
-    assert np.mean([difference(crop.fast, crop.plain) for crop in every]) < RANDOM[kind, size] < 2.5
+    assert np.mean([difference(crop.fast, crop.plain) for crop in every]) < RANDOM[kind, size] < LIMIT
     # No colour is shifted and nothing is brighter: what differs is detail, either way.
     bias = np.mean([crop.fast.astype(int) - crop.plain for crop in every], axis=(0, 1, 2))
-    assert np.abs(bias).max() < 0.25
+    assert np.abs(bias).max() < 0.11
 
 
 @pytest.mark.parametrize(("kind", "size"), CENTRAL)
 def test_the_central_square_is_that_of_a_full_decoding(kind: str, size: int) -> None:
-    every = [centre(data, size) for data in jpegs(kind)]
-    assert np.mean([difference(crop.fast, crop.plain) for crop in every]) < CENTRAL[kind, size] < 2.5
+    every = central(kind, size)
+    assert np.mean([difference(crop.fast, crop.plain) for crop in every]) < CENTRAL[kind, size] < LIMIT
+
+
+@pytest.mark.parametrize(("kind", "size"), LIBRARY_RANDOM)
+def test_random_crops_by_the_library_are_those_of_a_full_decoding(kind: str, size: int) -> None:
+    every = [crop.library for crop in found(kind, size)]
+    assert {crop.scale for crop in every} == SCALES.get((kind, size), {1})
+    assert np.mean([difference(crop.pixels, crop.plain) for crop in every]) < LIBRARY_RANDOM[kind, size] < LIMIT
+    bias = np.mean([crop.pixels.astype(int) - crop.plain for crop in every], axis=(0, 1, 2))
+    assert np.abs(bias).max() < 0.25
+
+
+@pytest.mark.parametrize(("kind", "size"), LIBRARY_CENTRAL)
+def test_the_central_square_by_the_library_is_that_of_a_full_decoding(kind: str, size: int) -> None:
+    every = [crop.library for crop in central(kind, size)]
+    assert np.mean([difference(crop.pixels, crop.plain) for crop in every]) < LIBRARY_CENTRAL[kind, size] < LIMIT
     assert max(crop.moved for crop in every) <= 0.5
 
 
-@pytest.mark.parametrize(("kind", "size"), RANDOM)
-def test_a_crop_is_as_drawn_where_nothing_is_shrunk_and_else_within_half_a_pixel_of_it(kind: str, size: int) -> None:
+@pytest.mark.parametrize(("kind", "size"), LIBRARY_RANDOM)
+def test_by_the_library_a_crop_is_as_drawn_where_nothing_is_shrunk_and_else_within_half_a_pixel_of_it(
+    kind: str, size: int
+) -> None:
     for crop in found(kind, size):
-        assert crop.moved <= 0.5
-        if crop.scale == 1:
-            assert crop.moved == 0
-            np.testing.assert_array_equal(crop.plain, crop.drawn)
+        assert crop.library.moved <= 0.5
+        if crop.library.scale == 1:
+            assert crop.library.moved == 0
+            np.testing.assert_array_equal(crop.library.plain, crop.plain)
 
 
 @pytest.mark.parametrize("size", [32, 64, 112])
-def test_crops_on_the_grid_are_where_crops_as_drawn_are(size: int) -> None:
+def test_crops_on_the_grid_of_the_library_are_where_crops_as_drawn_are(size: int) -> None:
     """Taken together they are moved nowhere, and neither larger nor smaller: they are other draws, as likely.
 
     But for the halves, which go to the even side: at an image's edges that side is the edge.
@@ -91,5 +125,5 @@ def test_exact_is_pillow_and_torchvision(kind: str, size: int) -> None:
             box = crop_box(*full, EXACT.crop_area, EXACT.crop_ratio, row)
             expected = resized_crop(image, *box, [size, size], InterpolationMode.BICUBIC)
             np.testing.assert_array_equal(cut(data, size, EXACT, row), np.asarray(expected))
-        middle = centre(data, size).drawn
+        middle = centre(data, size).plain
         np.testing.assert_array_equal(cut(data, size, Augmentation(exact=True), [1.0] * GEOMETRY_DRAWS), middle)
