@@ -8,9 +8,9 @@ from setuptools import Extension, setup
 setup(
     ext_modules=[
         Extension(
-            "clipkit.train.jpeg_crop",
-            sources=[f"train/csrc/{name}.c" for name in ("module", "headers", "kernel", "kernel_avx2")],
-            depends=["train/csrc/jpeg_crop.h", "train/csrc/kernel.c"],
+            "clipkit.jpeg_crop",
+            sources=[f"clipkit/csrc/{name}.c" for name in ("module", "headers", "kernel", "kernel_avx2")],
+            depends=["clipkit/csrc/jpeg_crop.h", "clipkit/csrc/kernel.c"],
             # No flag may let the compiler change a sum: every machine is to give the same pixels (kernel.c).
             extra_compile_args=[
                 *("-std=c11", "-O3", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno"),

@@ -1,6 +1,6 @@
 """Random resized crops for training, from encoded bytes where that is cheaper.
 
-A JPEG is decoded only as far as its crop needs, and resized in the same pass, by compiled code (train/csrc). What that
+A JPEG is decoded only as far as its crop needs, and resized in the same pass, by compiled code (clipkit/csrc). What that
 doesn't read (progressive files, other formats), and everything where it couldn't be compiled, is decoded by a library,
 a JPEG shrunk while decoding, and resized by OpenCV.
 """
@@ -25,7 +25,7 @@ from clipkit.images import (
 )
 
 try:
-    from clipkit.train.jpeg_crop import crop as crop_jpeg
+    from clipkit.jpeg_crop import crop as crop_jpeg
 
     COMPILED = True
 except ImportError:  # installed where there is no C compiler

@@ -44,9 +44,10 @@ static bool make_table(Huffman *table, const uint8_t *counts, const uint8_t *sym
     memset(table->entry, 0, sizeof table->entry);
     for (int length = 1; length <= 16; length++, code <<= 1) {
         table->offset[length] = place - (int)code;
-        if (code + counts[length - 1] > 1u << length) return false;
+        if (code + counts[length - 1] >= 1u << length) return false; /* no code is all ones */
         for (int i = 0; i < counts[length - 1]; i++, code++, place++) {
             uint64_t size = symbols[place] & 15, run = symbols[place] >> 4, bits = (uint64_t)length + size;
+            if (place > 255) return false;
             if (is_dc ? symbols[place] > 11 : size > 10 || (!size && run && run != 15)) return false;
             if (!is_dc && !symbols[place]) run = END_OF_BLOCK;
             Entry entry = bits | bits << 8 | (uint64_t)length << 16 | (63 - size) << 24 | 63ull << 40 |
@@ -117,6 +118,7 @@ static bool read_frame(Frame *frame, const uint8_t *at, const uint8_t *end) {
     if (frame->components || end - at < 6 || at[0] != 8) return false;
     frame->height = at[1] << 8 | at[2], frame->width = at[3] << 8 | at[4], frame->components = at[5];
     if (!frame->height || !frame->width || (at[5] != 1 && at[5] != 3) || end - at != 6 + 3 * at[5]) return false;
+    int blocks = 0;
     for (int c = 0; c < frame->components; c++) {
         Component *one = &frame->component[c];
         at += c ? 3 : 6;
@@ -126,8 +128,9 @@ static bool read_frame(Frame *frame, const uint8_t *at, const uint8_t *end) {
         if (one->h < 1 || one->h > 2 || one->v < 1 || one->v > 2 || one->quant > 3) return false;
         if (one->h > frame->h_max) frame->h_max = one->h;
         if (one->v > frame->v_max) frame->v_max = one->v;
+        blocks += one->h * one->v;
     }
-    return true;
+    return blocks <= 10;
 }
 
 static bool read_scan(Frame *frame, const uint8_t *at, const uint8_t *end) {
@@ -139,7 +142,8 @@ static bool read_scan(Frame *frame, const uint8_t *at, const uint8_t *end) {
         one->dc = frame->dc[dc], one->ac = frame->ac[ac], one->dc_value = 0;
         if (!one->dc || !one->ac) return false;
     }
-    return true;
+    const uint8_t *selection = end - 3; /* all 64 frequencies, in one go */
+    return selection[0] == 0 && selection[1] == 63 && selection[2] == 0;
 }
 
 bool read_headers(Frame *frame, const uint8_t *data, size_t size) {
@@ -168,7 +172,7 @@ bool read_headers(Frame *frame, const uint8_t *data, size_t size) {
             if (end - begin != 2) return false;
             frame->restart_interval = begin[0] << 8 | begin[1];
             break;
-        case 0xE0: jfif |= end - begin >= 5 && !memcmp(begin, "JFIF", 5); break;
+        case 0xE0: jfif |= end - begin >= 14 && !memcmp(begin, "JFIF", 5); break;
         case 0xEE: /* Adobe's says how colours are coded: 1 is YCbCr */
             if (end - begin >= 12 && !memcmp(begin, "Adobe", 5)) {
                 if (begin[11] != 1) return false;
@@ -185,8 +189,8 @@ bool read_headers(Frame *frame, const uint8_t *data, size_t size) {
             if (frame->restart_interval && (data[size - 2] != 0xFF || data[size - 1] != 0xD9)) return false;
             frame->scan = at;
             return true;
-        default: /* other frames, marks that stand alone, fill bytes */
-            if (marker < 0xC4 || (marker > 0xC4 && marker < 0xDB) || marker == 0xDC || marker == 0xFF) return false;
+        default: /* what applications and people wrote; else another kind of frame, or none that is known */
+            if (!(marker > 0xE0 && marker <= 0xEF) && marker != 0xFE) return false;
         }
     }
 }

@@ -1,4 +1,4 @@
-"""Crops of JPEGs, decoded and resized in one pass (train/csrc)."""
+"""Crops of JPEGs, decoded and resized in one pass (clipkit/csrc)."""
 
 from clipkit.images import Data, UInt8Array
 

@@ -11,7 +11,7 @@
  * share the first-level cache with the pixels. With eleven more numbers come in pairs, and nothing is faster. */
 #define LOOKUP 10
 
-/* Zeros behind the data, more than an MCU can take (12 blocks of 64 numbers of 26 bits): its end is checked but once.
+/* Zeros behind the data, more than an MCU can take (10 blocks of 64 numbers of 26 bits): its end is checked but once.
  */
 #define PAD 4096
 
