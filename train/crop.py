@@ -1,8 +1,8 @@
 """Random resized crops for training, from encoded bytes where that is cheaper.
 
-A JPEG is decoded only as far as its crop needs, and resized in the same pass, by compiled code (clipkit/csrc). What that
-doesn't read (progressive files, other formats), and everything where it couldn't be compiled, is decoded by a library,
-a JPEG shrunk while decoding, and resized by OpenCV.
+A JPEG is decoded only as far as its crop needs, and resized in the same pass, by compiled code (clipkit/csrc). What
+that doesn't read (progressive files, other formats), and everything where it couldn't be compiled, is decoded by a
+library, a JPEG shrunk while decoding, and resized by OpenCV.
 """
 
 import math
