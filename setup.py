@@ -16,6 +16,7 @@ setup(
                 *("-std=c11", "-O3", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno"),
                 *("-fno-trapping-math", "-fno-signed-zeros", "-ffinite-math-only"),
             ],
+            libraries=["m"],
             py_limited_api=True,
             optional=True,
         )
