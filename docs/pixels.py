@@ -43,7 +43,7 @@ from clipkit.eval.zeroshot import classify
 from clipkit.images import Preprocess, UInt8Array, decode, eval_transform
 from clipkit.model import CLIP
 from clipkit.tokenizer import Tokenizer
-from clipkit.train.augment import Augmentation, central, central_box, cut, geometry_draws
+from clipkit.train.augment import LUMA, Augmentation, central, central_box, cut, geometry_draws
 from clipkit.train.crop import crop_box
 
 SIZES = (64, 112, 224)
@@ -94,6 +94,20 @@ def print_pixels() -> None:
             fallback.append(f"| {side} px | {size} px | {shrinks:.0%} | {numbers} |")
     print("\n| stored as | crop to | shrunk | mean | worst | central | moved | at most | as drawn | central as drawn |")
     print("\n".join(fallback))
+
+
+def print_full_colour() -> None:
+    """The central squares where JPEGs keep colour at half the resolution (4:2:0), as usual, and where at all of it."""
+    print("\n| stored as | crop to | 4:2:0 | brightness alone | 4:4:4 |")
+    for side, quality in STORED.values():
+        for size in SIZES:
+            values = []
+            for subsampling in ("4:2:0", "4:4:4"):
+                jpegs = [encoded(image, quality=quality, subsampling=subsampling) for image in shrunk(side).values()]
+                every = [centre(data, size) for data in jpegs]
+                values.append(np.mean([difference(crop.fast, crop.plain) for crop in every]))
+                values.append(np.mean([np.abs((crop.fast.astype(float) - crop.plain) @ LUMA) for crop in every]))
+            print(f"| {side} px | {size} px | {values[0]:.2f} | {values[1]:.2f} | {values[2]:.2f} |")
 
 
 def each_photo(amounts: Sequence[float]) -> NDArray[np.float64]:
@@ -317,6 +331,7 @@ def main() -> None:
     if (arguments.run is None) != (arguments.data is None):
         parser.error("--run and --data go together")
     print_pixels()
+    print_full_colour()
     path = Path(__file__).with_name("pixels.png")
     draw(path)
     print(path)

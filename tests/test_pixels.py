@@ -21,13 +21,12 @@ from clipkit.train.crop import crop_box, scaled_crop
 # What was measured on these crops and 5% more, in levels of 255 (docs/pixels.md has more crops). None may reach LIMIT.
 LIMIT = 2.5
 RANDOM = {
-    ("standard", 64): 0.67, ("standard", 112): 0.92, ("standard", 224): 0.74,
+    ("standard", 64): 0.56, ("standard", 112): 0.74, ("standard", 224): 0.74,
     ("compact", 64): 0.97, ("compact", 112): 0.91, ("compact", 224): 0.91,
 }  # fmt: skip
-# Compact at 64 px measures 2.73, above LIMIT, so its bound is LIMIT: what shrinks by just 2, 4 or 8 is not filtered.
 CENTRAL = {
-    ("standard", 64): 2.41, ("standard", 112): 1.45, ("standard", 224): 0.72,
-    ("compact", 64): 2.499, ("compact", 112): 0.88, ("compact", 224): 0.88,
+    ("standard", 64): 0.50, ("standard", 112): 0.70, ("standard", 224): 0.72,
+    ("compact", 64): 1.21, ("compact", 112): 0.88, ("compact", 224): 0.88,
 }  # fmt: skip
 # The library's way, from the crop that it cut.
 LIBRARY_RANDOM = {
@@ -62,7 +61,7 @@ def test_random_crops_are_those_of_a_full_decoding(kind: str, size: int) -> None
     assert np.mean([difference(crop.fast, crop.plain) for crop in every]) < RANDOM[kind, size] < LIMIT
     # No colour is shifted and nothing is brighter: what differs is detail, either way.
     bias = np.mean([crop.fast.astype(int) - crop.plain for crop in every], axis=(0, 1, 2))
-    assert np.abs(bias).max() < 0.11
+    assert np.abs(bias).max() < 0.103
 
 
 @pytest.mark.parametrize(("kind", "size"), CENTRAL)

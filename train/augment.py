@@ -78,9 +78,9 @@ class Augmentation:
     erase: float = 0.0
     """Probability of one rectangle (a sixth to two fifths of each side) in a random colour."""
     exact: bool = False
-    """Decode the whole image and resize the crop by Pillow's antialiased bicubic, as OpenCLIP does: two to
-    four times the work for pixels that differ by one or two levels (docs/pixels.md). A warp (`is_affine`) has no exact
-    way."""
+    """Decode the whole image and resize the crop by Pillow's antialiased bicubic, as OpenCLIP does: three to four times
+    the work for pixels that differ by about one level of 255 or less. Twice the work, and one to five levels, where no
+    compiled code cuts the crop (docs/pixels.md). A warp (`is_affine`) has no exact way."""
 
     @property
     def is_affine(self) -> bool:
