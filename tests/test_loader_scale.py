@@ -247,6 +247,23 @@ def test_memory_doesnt_grow_with_the_samples_that_were_made(folder: Path) -> Non
     assert peak < WORKER_MEGABYTES
 
 
+def test_a_worker_keeps_no_pages_of_large_batches(few: Path) -> None:
+    """The buffers take 600 MB together; what is in them is what it is without a worker."""
+    config = replace(CONFIG, image_size=224, batch_size=1024)
+    source = open_source(few).source()
+    loader = batches(source, config, workers=1, processes=True, prefetch=1)
+    made = list(islice(loader, 2))
+    (worker,) = workers()
+    shared = megabytes(worker, "RssShmem")
+    plain = list(islice(batches(source, config, workers=0), 2))
+    for ours, theirs in zip(made, plain, strict=True):
+        np.testing.assert_array_equal(ours.records_B, theirs.records_B)
+        np.testing.assert_array_equal(ours.image_BHWC, theirs.image_BHWC)
+    loader.close()
+    assert 4 * made[0].image_BHWC.nbytes / 1e6 > 600
+    assert shared < 100
+
+
 # ---- Rate ------------------------------------------------------------------------------------------------------------
 
 
