@@ -67,7 +67,6 @@ class Dataset:
         self._blocks = CachedRanges(self._files, self.cache) if self.cache else None
         self._index = self._load_index()
         self._found: dict[int, np.ndarray] = {}
-        self._paths = [self.path / shard.file for shard in self.shards]  # joined here, not for each record
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if not name.startswith("_")}
@@ -131,7 +130,7 @@ class Dataset:
         """The bytes of record `i`, CRC checked. Raises RecordError when damaged, UserError when its shard is gone."""
         shard, number = self.locate(i)
         start, end = self._range(shard, number, number + 1)
-        path = self._paths[shard]
+        path = self.path / self.shards[shard].file
         if self._blocks is None:
             return unframe(self._files.read(shard, start, end), start, path)
         block = self._block(i)

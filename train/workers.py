@@ -256,8 +256,9 @@ def serve() -> None:
             except Exception as error:
                 answer = portable(error)
             if len(memory) > LARGE_BUFFERS:
-                start = slot * int(np.prod(shape)) + first * int(np.prod(shape[1:]))
-                give_back(memory, start, start + len(positions_B) * int(np.prod(shape[1:])))
+                image_bytes = int(np.prod(shape[1:]))
+                start = (slot * shape[0] + first) * image_bytes
+                give_back(memory, start, start + len(positions_B) * image_bytes)
             send(answers, pickle.dumps(answer, protocol=5))
     except (EOFError, BrokenPipeError):
         pass
