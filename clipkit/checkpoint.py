@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from clipkit.config import from_json, to_json
 from clipkit.errors import UserError
-from clipkit.files import read_json, remove, require_dir, write_beside, write_json
+from clipkit.storage.files import read_json, remove, require_dir, write_beside, write_json
 
 if TYPE_CHECKING:
     from clipkit.images import Preprocess

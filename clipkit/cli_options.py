@@ -7,8 +7,8 @@ from typing import Any, NoReturn
 import click
 
 from clipkit.errors import InternalError, UserError
-from clipkit.files import disk_message
-from clipkit.remote import comes_from_store, store_message
+from clipkit.storage.files import disk_message
+from clipkit.storage.stores import comes_from_store, store_message
 
 Folder = click.Path(path_type=Path, file_okay=False)
 Anything = click.Path(path_type=Path)
@@ -22,7 +22,7 @@ class Place(click.ParamType[Path]):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
         """A Path as `files.as_path` makes it."""
-        from clipkit.files import as_path
+        from clipkit.storage.files import as_path
 
         return as_path(value)
 

@@ -16,14 +16,14 @@ from typing import Any
 
 import numpy as np
 
-from clipkit.block_cache import BlockCache, CachedRanges
+from clipkit.storage.cache import BlockCache, CachedRanges
 from clipkit.errors import UserError
 from clipkit.features import Feature, parse_features
-from clipkit.files import as_path, is_remote, local_copy, read_json
+from clipkit.storage.files import as_path, is_remote, local_copy, read_json
 from clipkit.manifest import CLIPKIT_FOLDER, SplitManifest, index_path, read_manifest
-from clipkit.range_reader import KnownFile, RangeReader, read_whole
+from clipkit.storage.ranges import KnownFile, RangeReader, read_whole
 from clipkit.records import RecordError, decode_example, index_records, unframe
-from clipkit.remote import list_folder, reading
+from clipkit.storage.stores import list_folder, reading
 
 
 @dataclass(frozen=True)

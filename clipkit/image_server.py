@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from clipkit.files import write_beside
+from clipkit.storage.files import write_beside
 
 HOST = "127.0.0.1"
 MAX_REQUEST_BYTES = 32_768

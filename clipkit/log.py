@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
-from clipkit.files import append_json_line, read_json_lines, write_beside
+from clipkit.storage.files import append_json_line, read_json_lines, write_beside
 
 if TYPE_CHECKING:
     from rich.progress import TaskID

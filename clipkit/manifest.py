@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from clipkit.errors import UserError
-from clipkit.files import read_json, write_json
+from clipkit.storage.files import read_json, write_json
 
 CLIPKIT_FOLDER = "clipkit"
 

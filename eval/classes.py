@@ -13,7 +13,7 @@ from typing import Literal, cast, get_args
 from clipkit import embedded
 from clipkit.config import did_you_mean
 from clipkit.errors import UserError
-from clipkit.files import read_json, require_file
+from clipkit.storage.files import read_json, require_file
 
 Pooling = Literal["mean", "sum"]
 

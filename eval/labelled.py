@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from clipkit import embedded
 from clipkit.errors import UserError
 from clipkit.eval.classes import nearest
-from clipkit.files import read_json
+from clipkit.storage.files import read_json
 
 IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"))
 IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "img", "image_bytes", "bytes")

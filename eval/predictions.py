@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from clipkit.errors import UserError
-from clipkit.files import write_beside
+from clipkit.storage.files import write_beside
 
 if TYPE_CHECKING:
     from clipkit.eval.task import Task

@@ -14,7 +14,7 @@ from clipkit.errors import UserError
 from clipkit.eval import predictions, report_data, results
 from clipkit.eval.report_data import DataFacts, StageCost
 from clipkit.eval.results import METRICS, Result, verdict
-from clipkit.files import require_dir, write_beside
+from clipkit.storage.files import require_dir, write_beside
 from clipkit.page import render
 
 SEED = 0

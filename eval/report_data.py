@@ -14,7 +14,7 @@ import numpy as np
 
 from clipkit.errors import UserError
 from clipkit.eval.results import METRICS
-from clipkit.files import read_json, read_json_lines
+from clipkit.storage.files import read_json, read_json_lines
 
 SAMPLE = 20_000
 SIZES = 2_000

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clipkit.charts import percent
-from clipkit.files import disk_errors, read_json_lines, write_beside
+from clipkit.storage.files import disk_errors, read_json_lines, write_beside
 
 if TYPE_CHECKING:
     from rich.table import Table

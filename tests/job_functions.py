@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from clipkit.errors import UserError
-from clipkit.files import write_beside
+from clipkit.storage.files import write_beside
 
 
 def square(number: int) -> int:

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from clipkit.files import as_path
+from clipkit.storage.files import as_path
 from clipkit.train import loop
 from clipkit.train.batch import Batch
 from clipkit.train.data import batches

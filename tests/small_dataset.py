@@ -8,7 +8,7 @@ import numpy as np
 from image_shards import picture
 
 from clipkit.features import Feature
-from clipkit.files import write_beside
+from clipkit.storage.files import write_beside
 from clipkit.manifest import Shard, Source, SplitManifest, index_path, write_manifest
 from clipkit.records import RecordWriter, encode_example
 from clipkit.tfrecord_tools.metadata import shard_name, write_metadata

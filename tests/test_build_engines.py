@@ -15,8 +15,8 @@ from image_shards import pair, picture, write_tar
 from object_store import s3 as s3
 from object_store import s3_server as s3_server
 
-from clipkit.files import as_path
-from clipkit.remote import as_upath
+from clipkit.storage.files import as_path
+from clipkit.storage.stores import as_upath
 from clipkit.tfrecord_tools.build import build_tfds
 
 OPTIONS = {"dedup": "caption", "shuffle": 7, "split": "train=0.8,test=0.2", "where": "width > 1"}

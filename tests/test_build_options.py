@@ -19,7 +19,7 @@ from clipkit.cli import main
 from clipkit.dataset import open_dataset
 from clipkit.errors import UserError
 from clipkit.features import Feature
-from clipkit.files import write_beside
+from clipkit.storage.files import write_beside
 from clipkit.manifest import read_manifest
 from clipkit.syntax import Syntax
 from clipkit.tfrecord_tools.build import build_tfds

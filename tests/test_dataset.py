@@ -9,11 +9,11 @@ import pytest
 from image_shards import pair, picture, write_tar
 from small_dataset import PAIR_FEATURES, pair_columns, write_dataset
 
-import clipkit.range_reader
+import clipkit.storage.ranges
 from clipkit.dataset import open_dataset
 from clipkit.errors import UserError
 from clipkit.features import Feature, parse_features
-from clipkit.files import as_path
+from clipkit.storage.files import as_path
 from clipkit.records import RecordError, read_records
 from clipkit.tfrecord_tools.build import build_tfds
 from clipkit.tfrecord_tools.inspection import inspect
@@ -85,7 +85,7 @@ def test_missing_values_lists_and_bools(tmp_path):
 
 
 def test_opening_touches_no_shard_and_reading_keeps_few_open(built, monkeypatch):
-    monkeypatch.setattr(clipkit.range_reader, "_MAX_OPEN", 1)
+    monkeypatch.setattr(clipkit.storage.ranges, "_MAX_OPEN", 1)
     dataset = open_dataset(built)
     assert not dataset._files._open
     records = [dataset.read(i) for i in range(7)]

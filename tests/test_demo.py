@@ -16,7 +16,7 @@ from clipkit import checkpoint, demo
 from clipkit.cli import main
 from clipkit.dataset import open_dataset
 from clipkit.errors import InternalError, UserError
-from clipkit.files import read_json, read_json_lines
+from clipkit.storage.files import read_json, read_json_lines
 
 run_child = demo.run_child
 Fake = Callable[[list[str]], tuple[int, int]]

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from clipkit import jobs
 from clipkit.errors import UserError
-from clipkit.files import lock
+from clipkit.storage.files import lock
 from clipkit.image_server import Answer, serve
 from clipkit.tfrecord_tools import download as download_module
 from clipkit.tfrecord_tools import download_plan

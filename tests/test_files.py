@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from clipkit import files
+from clipkit.storage import files
 from clipkit.errors import UserError
-from clipkit.files import (
+from clipkit.storage.files import (
     WRITTEN_BESIDE,
     append_json_line,
     clear_leftovers,
@@ -105,7 +105,7 @@ def test_an_output_that_cannot_be_written_is_refused():
 
 def test_a_folder_is_held_by_one_process_at_a_time(tmp_path):
     code = (
-        "import sys; from pathlib import Path; from clipkit.files import lock\n"
+        "import sys; from pathlib import Path; from clipkit.storage.files import lock\n"
         "with lock(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
     )
     with subprocess.Popen(

@@ -18,7 +18,7 @@ from clipkit.cli import main
 from clipkit.dataset import open_dataset
 from clipkit.errors import UserError
 from clipkit.features import Feature
-from clipkit.files import as_path
+from clipkit.storage.files import as_path
 from clipkit.records import RecordError, RecordWriter, decode_example, encode_example, index_records, read_records
 from clipkit.tfrecord_tools import in_place, in_place_shard
 from clipkit.tfrecord_tools.in_place import build_in_place

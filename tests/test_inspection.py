@@ -18,7 +18,7 @@ from clipkit.cli import main
 from clipkit.dataset import Dataset
 from clipkit.errors import UserError
 from clipkit.features import Feature
-from clipkit.files import as_path
+from clipkit.storage.files import as_path
 from clipkit.tfrecord_tools import inspection_captions, inspection_pictures
 from clipkit.tfrecord_tools.inspection import inspect, sample_places
 from clipkit.tfrecord_tools.inspection_captions import _kept, caption_facts, pieces_of

@@ -24,7 +24,7 @@ from job_functions import alive, square, wait_until
 
 from clipkit import jobs, jobs_ray, jobs_spark
 from clipkit.errors import UserError
-from clipkit.files import clear_leftovers
+from clipkit.storage.files import clear_leftovers
 
 TESTS = Path(__file__).parent
 MARK = "CLIPKIT_TEST_MARK"

@@ -20,7 +20,7 @@ import pytest
 from PIL import Image
 
 from clipkit import dataset as dataset_module
-from clipkit import range_reader
+from clipkit.storage import ranges as range_reader
 from clipkit.dataset import open_dataset
 from clipkit.features import Feature
 from clipkit.images import MAX_PIXELS

@@ -30,7 +30,7 @@ from clipkit.cli import main
 from clipkit.dataset import open_dataset
 from clipkit.errors import UserError
 from clipkit.features import Feature
-from clipkit.files import WRITTEN_BESIDE, as_path, read_json, read_json_lines
+from clipkit.storage.files import WRITTEN_BESIDE, as_path, read_json, read_json_lines
 from clipkit.image_server import Answer, serve
 from clipkit.manifest import Source, read_manifest, write_manifest
 from clipkit.records import read_records

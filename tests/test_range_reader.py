@@ -17,11 +17,12 @@ import numpy as np
 import pytest
 from range_server import ERROR, MISSING, OK, RESET, SHORT, STALL, range_server
 
-from clipkit import block_cache, range_reader
-from clipkit.block_cache import BlockCache, CachedRanges, scratch_cache
+from clipkit.storage import cache as block_cache
+from clipkit.storage import ranges as range_reader
+from clipkit.storage.cache import BlockCache, CachedRanges, scratch_cache
 from clipkit.errors import UserError
-from clipkit.files import as_path
-from clipkit.range_reader import KnownFile, RangeReader, read_object, read_range, read_whole
+from clipkit.storage.files import as_path
+from clipkit.storage.ranges import KnownFile, RangeReader, read_object, read_range, read_whole
 
 DATA = np.random.default_rng(0).bytes(100_000)
 
@@ -134,7 +135,7 @@ def test_a_reader_of_local_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 LIMITED = """
 import os, resource, sys
 from pathlib import Path
-from clipkit.range_reader import KnownFile, RangeReader
+from clipkit.storage.ranges import KnownFile, RangeReader
 folder, soft, hard = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 readers = [RangeReader(folder, [KnownFile(f"{number}", 4) for number in range(400)]) for _ in range(4)]
@@ -313,7 +314,7 @@ def test_a_scratch_cache_is_shared_and_goes_with_its_last_user(tmp_path: Path, m
 
 def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code = (
-        "import sys, time\nfrom clipkit.block_cache import scratch_cache\n"
+        "import sys, time\nfrom clipkit.storage.cache import scratch_cache\n"
         "cache = scratch_cache('first', 100000)\ncache.put('a', b'abc')\nprint('made', flush=True)\ntime.sleep(600)\n"
     )
     environment = {**os.environ, "TMPDIR": str(tmp_path)}

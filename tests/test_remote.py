@@ -19,10 +19,11 @@ from click.testing import CliRunner
 from object_store import s3 as s3
 from object_store import s3_server as s3_server
 
-from clipkit import remote, remote_lock
+from clipkit.storage import stores as remote
+from clipkit.storage import lease as remote_lock
 from clipkit.cli import main
 from clipkit.errors import InternalError, UserError
-from clipkit.files import (
+from clipkit.storage.files import (
     append_json_line,
     as_path,
     clear_leftovers,
@@ -117,7 +118,7 @@ def test_a_missing_package_names_its_extra(text, package, remedy):
     # In a process of its own, because fsspec remembers what it found.
     code = (
         "import sys; sys.modules[sys.argv[1]] = None\n"
-        "from clipkit.errors import UserError; from clipkit.files import as_path\n"
+        "from clipkit.errors import UserError; from clipkit.storage.files import as_path\n"
         "try: as_path(sys.argv[2])\n"
         "except UserError as error: print(error)"
     )
@@ -127,7 +128,7 @@ def test_a_missing_package_names_its_extra(text, package, remedy):
 
 def test_nothing_remote_is_loaded_for_local_work(tmp_path):
     code = (
-        "import sys; from clipkit.files import *; from clipkit.files import as_path, write_json, lock\n"
+        "import sys; from clipkit.storage.files import *; from clipkit.storage.files import as_path, write_json, lock\n"
         "folder = as_path(sys.argv[1])\n"
         "with lock(folder): write_json(folder / 'x.json', 1)\n"
         "print([name for name in ('fsspec', 'upath', 's3fs', 'aiohttp') if name in sys.modules])"
@@ -216,7 +217,7 @@ def test_other_processes_are_seen_at_once(s3):
     folder = as_path(s3) / "x"
     write_json(folder / "1", 1)
     assert names(folder) == ["1"]
-    code = "import sys; from clipkit.files import as_path, write_json; write_json(as_path(sys.argv[1]) / '2', 2)"
+    code = "import sys; from clipkit.storage.files import as_path, write_json; write_json(as_path(sys.argv[1]) / '2', 2)"
     subprocess.run([sys.executable, "-c", code, str(folder)], check=True)
     assert names(folder) == ["1", "2"] and read_json(folder / "2") == 2
 
@@ -315,7 +316,7 @@ def test_refusals_of_the_store_are_lines_and_bugs_are_not():
 def test_what_killed_processes_left_on_the_way_goes(scratch_disk):
     code = (
         "import os, signal, sys, tempfile; tempfile.tempdir = sys.argv[1]\n"
-        "from clipkit.remote import scratch\n"
+        "from clipkit.storage.stores import scratch\n"
         "with scratch() as folder:\n"
         "    (folder / 'x').write_text('x'); print(folder, flush=True); sys.stdin.read()"
     )

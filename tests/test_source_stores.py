@@ -23,9 +23,9 @@ from source_kinds import kind as kind
 from source_kinds import own_places as own_places
 from source_kinds import written as written
 
-from clipkit import range_reader
+from clipkit.storage import ranges as range_reader
 from clipkit.errors import UserError
-from clipkit.files import as_path
+from clipkit.storage.files import as_path
 from clipkit.records import RecordError
 from clipkit.train import ahead_source
 from clipkit.train import open_source as opening

@@ -19,8 +19,8 @@ from source_kinds import own_places as own_places
 from source_kinds import place as place
 from source_kinds import written as written
 
-from clipkit import block_cache
-from clipkit.block_cache import BlockCache
+from clipkit.storage import cache as block_cache
+from clipkit.storage.cache import BlockCache
 from clipkit.dataset import open_dataset
 from clipkit.errors import UserError
 from clipkit.features import Feature

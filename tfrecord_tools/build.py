@@ -21,7 +21,7 @@ from pathlib import Path
 from clipkit.dataset import open_dataset
 from clipkit.errors import UserError
 from clipkit.features import parse_features
-from clipkit.files import as_path, clear_leftovers, is_remote, lock, read_json, remove
+from clipkit.storage.files import as_path, clear_leftovers, is_remote, lock, read_json, remove
 from clipkit.jobs import Engine
 from clipkit.log import size_text
 from clipkit.manifest import CLIPKIT_FOLDER, Source, SplitManifest, add_counts, read_manifest, write_manifest

@@ -7,10 +7,10 @@ from typing import cast
 import numpy as np
 
 from clipkit.features import Feature, Kind
-from clipkit.files import write_beside
+from clipkit.storage.files import write_beside
 from clipkit.manifest import CLIPKIT_FOLDER, index_path
-from clipkit.remote import reading
-from clipkit.tfrecord_tools.arrays import load_array
+from clipkit.storage.stores import reading
+from clipkit.storage.arrays import load_array
 from clipkit.tfrecord_tools.build_shard import ShardJob, ShardState
 from clipkit.tfrecord_tools.schema import EMPTY_LIST, LIST
 

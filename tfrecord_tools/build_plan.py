@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from clipkit.errors import UserError
-from clipkit.files import is_remote, read_json, write_json
+from clipkit.storage.files import is_remote, read_json, write_json
 from clipkit.tfrecord_tools.dedup import Method, check_dedup
 from clipkit.tfrecord_tools.precompute import check_precompute
 from clipkit.tfrecord_tools.prepare import Part, check_sizes

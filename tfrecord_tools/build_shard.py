@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from clipkit.files import read_json, write_beside, write_json
+from clipkit.storage.files import read_json, write_beside, write_json
 from clipkit.manifest import Shard, Source
-from clipkit.tfrecord_tools.arrays import save_array
+from clipkit.storage.arrays import save_array
 from clipkit.tfrecord_tools.dedup import DecideJob, duplicates_in
 from clipkit.tfrecord_tools.pair_writer import PairWriter
 from clipkit.tfrecord_tools.prepare import Part, Preparation, Prepared, parts_told, prepared

@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from clipkit.errors import UserError
-from clipkit.files import read_json, write_json
+from clipkit.storage.files import read_json, write_json
 from clipkit.images import ImageError
 from clipkit.phash import perceptual_hash_of
 from clipkit.tfrecord_tools.prepare import Part, Preparation, judged, parts_told

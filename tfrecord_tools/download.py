@@ -15,7 +15,7 @@ from typing import Any
 
 from clipkit import jobs
 from clipkit.errors import UserError
-from clipkit.files import as_path, disk_errors, lock, remove, require_writable
+from clipkit.storage.files import as_path, disk_errors, lock, remove, require_writable
 from clipkit.tfrecord_tools.download_plan import FORMATS, Format, Output, make_plan
 from clipkit.tfrecord_tools.download_summary import DownloadSummary
 from clipkit.tfrecord_tools.download_work import Work

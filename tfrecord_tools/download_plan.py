@@ -14,7 +14,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from clipkit.errors import UserError
-from clipkit.files import read_json, write_beside, write_json
+from clipkit.storage.files import read_json, write_beside, write_json
 from clipkit.tfrecord_tools.picture import PictureSettings
 from clipkit.tfrecord_tools.table_columns import Columns
 from clipkit.tfrecord_tools.url_table import count_rows, fingerprint, open_parquet, rows_path, unreadable

@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from clipkit import jobs
 from clipkit.errors import InternalError, UserError
-from clipkit.files import clear_leftovers, disk_errors, is_remote, read_json, remove, write_json
+from clipkit.storage.files import clear_leftovers, disk_errors, is_remote, read_json, remove, write_json
 from clipkit.tfrecord_tools.advice import way_on
 from clipkit.tfrecord_tools.download_plan import Plan, Shard, settings_of
 from clipkit.tfrecord_tools.download_progress import counters, watch

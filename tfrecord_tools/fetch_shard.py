@@ -18,7 +18,7 @@ from typing import Any
 import pyarrow as pa
 
 from clipkit.errors import InternalError, UserError
-from clipkit.files import remove
+from clipkit.storage.files import remove
 from clipkit.tfrecord_tools import reasons
 from clipkit.tfrecord_tools.download_plan import Output, Shard
 from clipkit.tfrecord_tools.fetch_settings import Fetched, FetchSettings

@@ -7,7 +7,7 @@ from typing import cast
 import numpy as np
 
 from clipkit.features import Feature, Kind
-from clipkit.files import write_beside
+from clipkit.storage.files import write_beside
 from clipkit.manifest import Shard as ManifestShard
 from clipkit.manifest import Source, SplitManifest, index_path, read_manifest, write_manifest
 from clipkit.tfrecord_tools.download_plan import Plan

@@ -11,7 +11,7 @@ from collections import Counter, deque
 from types import TracebackType
 from typing import Self
 
-from clipkit.files import allow_many_files
+from clipkit.storage.files import allow_many_files
 from clipkit.tfrecord_tools import reasons
 from clipkit.tfrecord_tools.congestion import Concurrency
 from clipkit.tfrecord_tools.connect import ByteBudget

@@ -19,7 +19,7 @@ import numpy as np
 from clipkit import jobs
 from clipkit.dataset import open_dataset
 from clipkit.errors import UserError
-from clipkit.files import (
+from clipkit.storage.files import (
     clear_leftovers,
     disk_errors,
     is_remote,

@@ -13,7 +13,7 @@ from typing import Any
 import google_crc32c
 import numpy as np
 
-from clipkit.files import disk_errors, read_json, sync_file, write_beside, write_json
+from clipkit.storage.files import disk_errors, read_json, sync_file, write_beside, write_json
 from clipkit.manifest import Shard, Source
 from clipkit.records import (
     FOOTER_BYTES,

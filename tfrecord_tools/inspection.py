@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from clipkit.dataset import Dataset, Layout, open_dataset, read_layout
 from clipkit.errors import UserError
 from clipkit.features import Feature
-from clipkit.files import as_path, local_copy
+from clipkit.storage.files import as_path, local_copy
 from clipkit.log import Progress
 from clipkit.manifest import CLIPKIT_FOLDER, read_manifest
 from clipkit.records import RecordError

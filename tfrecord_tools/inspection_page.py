@@ -10,7 +10,7 @@ from typing import Any
 
 from clipkit.charts import histogram, size
 from clipkit.dataset import Dataset, open_dataset, read_layout
-from clipkit.files import as_path, require_writable, write_beside, write_json
+from clipkit.storage.files import as_path, require_writable, write_beside, write_json
 from clipkit.images import ImageError, decode_scaled
 from clipkit.manifest import CLIPKIT_FOLDER
 from clipkit.page import render

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from clipkit.errors import UserError
-from clipkit.files import read_json, write_beside, write_json
+from clipkit.storage.files import read_json, write_beside, write_json
 from clipkit.manifest import Shard, Source
 from clipkit.records import RecordWriter, encode_example
 from clipkit.tfrecord_tools.image_listing import WHOLE_FILE, Image

@@ -16,7 +16,7 @@ import numpy as np
 from clipkit import jobs
 from clipkit.dataset import open_dataset
 from clipkit.errors import UserError
-from clipkit.files import read_json, write_beside, write_json
+from clipkit.storage.files import read_json, write_beside, write_json
 from clipkit.log import counted
 from clipkit.manifest import CLIPKIT_FOLDER, SplitManifest, index_path
 from clipkit.tfrecord_tools.image_listing import Image

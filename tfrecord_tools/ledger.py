@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from clipkit.errors import UserError
-from clipkit.files import local_copy, write_beside
+from clipkit.storage.files import local_copy, write_beside
 from clipkit.tfrecord_tools.purge_shard import PURGED
 
 LEDGER_FOLDER = "ledger"

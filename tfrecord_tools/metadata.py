@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from clipkit.features import Feature
-from clipkit.files import write_beside, write_json
+from clipkit.storage.files import write_beside, write_json
 from clipkit.manifest import SplitManifest
 
 VERSION = "1.0.0"

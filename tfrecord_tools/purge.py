@@ -26,7 +26,7 @@ import numpy.typing as npt
 from clipkit import jobs
 from clipkit.dataset import Layout, open_dataset, read_layout
 from clipkit.errors import UserError
-from clipkit.files import as_path, clear_leftovers, lock, read_json, remove, write_beside
+from clipkit.storage.files import as_path, clear_leftovers, lock, read_json, remove, write_beside
 from clipkit.log import Progress, counted, size_text
 from clipkit.manifest import CLIPKIT_FOLDER
 from clipkit.tfrecord_tools.purge_finish import finish

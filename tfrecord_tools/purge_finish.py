@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from clipkit.dataset import Layout, journal_path
-from clipkit.files import local_copy, read_json, remove, write_beside, write_json
+from clipkit.storage.files import local_copy, read_json, remove, write_beside, write_json
 from clipkit.manifest import CLIPKIT_FOLDER, SplitManifest, index_path, write_manifest
 from clipkit.tfrecord_tools.purge_ledger import with_failures
 from clipkit.tfrecord_tools.purge_list import RemovalList, UInt64Array

@@ -21,7 +21,7 @@ import pyarrow as pa
 
 from clipkit.errors import UserError
 from clipkit.features import Feature
-from clipkit.files import disk_errors, local_copy, require_file
+from clipkit.storage.files import disk_errors, local_copy, require_file
 from clipkit.tfrecord_tools.url_table import find_tables, open_bytes, open_parquet, open_text, read_schema, unreadable
 
 # Hashes in hexadecimal: which of these a column is, its name says. All can be computed from the stored image.

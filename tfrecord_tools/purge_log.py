@@ -18,7 +18,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from clipkit.files import local_copy, write_beside
+from clipkit.storage.files import local_copy, write_beside
 from clipkit.manifest import CLIPKIT_FOLDER
 from clipkit.tfrecord_tools.purge_list import LINES, RemovalList, UInt64Array, find, read_values
 

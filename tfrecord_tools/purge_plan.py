@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from clipkit.dataset import journal_path
 from clipkit.errors import UserError
-from clipkit.files import local_copy, read_json, write_beside, write_json
+from clipkit.storage.files import local_copy, read_json, write_beside, write_json
 from clipkit.manifest import CLIPKIT_FOLDER
 
 FORMAT = 1

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from clipkit.files import local_copy
+from clipkit.storage.files import local_copy
 from clipkit.tfrecord_tools.purge_list import LINES
 from clipkit.tfrecord_tools.purge_log import purged_path
 from clipkit.tfrecord_tools.shard_state import SPLIT

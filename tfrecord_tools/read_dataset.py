@@ -9,7 +9,7 @@ from typing import Any
 
 from clipkit.errors import UserError
 from clipkit.features import Feature, parse_features
-from clipkit.files import read_json
+from clipkit.storage.files import read_json
 from clipkit.pair_table import CAPTION_NAMES, find_name
 from clipkit.records import RecordError, decode_example, read_range
 from clipkit.tfrecord_tools.read_parquet import USUAL, Columns

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from clipkit.errors import UserError
-from clipkit.files import is_remote, local_copy, read_json, remove
+from clipkit.storage.files import is_remote, local_copy, read_json, remove
 from clipkit.pair_table import find_table, is_table
-from clipkit.remote import reading
+from clipkit.storage.stores import reading
 from clipkit.tfrecord_tools.read_dataset import dataset_features, read_dataset
 from clipkit.tfrecord_tools.read_folder import FolderSizes, copy_table, read_folder
 from clipkit.tfrecord_tools.read_parquet import USUAL, Columns, image_column, open_parquet, read_parquet, row_at

@@ -8,8 +8,8 @@ what is still there: doing that twice does no harm. A folder without one was lef
 import secrets
 from pathlib import Path
 
-from clipkit.files import disk_errors, is_remote, remove, sync_file
-from clipkit.remote import as_upath, retried, store_errors
+from clipkit.storage.files import disk_errors, is_remote, remove, sync_file
+from clipkit.storage.stores import as_upath, retried, store_errors
 from clipkit.tfrecord_tools.shard_state import Layout, ShardFiles
 
 

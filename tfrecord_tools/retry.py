@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from clipkit.errors import UserError
-from clipkit.files import read_json, remove, write_json
+from clipkit.storage.files import read_json, remove, write_json
 from clipkit.tfrecord_tools.download_plan import Shard
 from clipkit.tfrecord_tools.fetch_shard import ShardJob
 from clipkit.tfrecord_tools.reasons import BLOCKED_ADDRESS, PASSING, REASONS

@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from clipkit.files import local_copy, write_beside
+from clipkit.storage.files import local_copy, write_beside
 from clipkit.records import decode_example, read_records
 from clipkit.tfrecord_tools.download_plan import Format
 from clipkit.tfrecord_tools.ledger import LEDGER, Outcome

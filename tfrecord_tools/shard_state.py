@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Self
 
-from clipkit.files import disk_errors, write_json
+from clipkit.storage.files import disk_errors, write_json
 from clipkit.manifest import CLIPKIT_FOLDER
 from clipkit.tfrecord_tools.download_plan import Format
 from clipkit.tfrecord_tools.ledger import LEDGER_FOLDER

@@ -18,10 +18,10 @@ import numpy as np
 import numpy.typing as npt
 
 from clipkit.counter_rng import sample_keys
-from clipkit.files import is_remote, read_json, write_beside, write_json
+from clipkit.storage.files import is_remote, read_json, write_beside, write_json
 from clipkit.manifest import Shard
 from clipkit.records import RecordWriter, unframe
-from clipkit.tfrecord_tools.arrays import load_array, save_array
+from clipkit.storage.arrays import load_array, save_array
 from clipkit.tfrecord_tools.build_shard import FORMATS
 from clipkit.tfrecord_tools.pair_writer import count_format
 from clipkit.tfrecord_tools.sorted_rows import KEY_END, gone, read_bytes, read_sorted, write_sorted

@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from clipkit.errors import UserError
-from clipkit.files import is_remote, write_beside
-from clipkit.remote import as_upath, store_errors
+from clipkit.storage.files import is_remote, write_beside
+from clipkit.storage.stores import as_upath, store_errors
 
 BUCKETS = 1 << 12
 KEY_END = 1 << 64

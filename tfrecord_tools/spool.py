@@ -4,7 +4,7 @@ import os
 import tempfile
 import threading
 
-from clipkit.files import disk_errors, is_remote
+from clipkit.storage.files import disk_errors, is_remote
 from clipkit.tfrecord_tools.shard_state import Layout
 
 

@@ -17,8 +17,8 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from clipkit.errors import UserError
-from clipkit.files import disk_errors, is_remote, local_copy, write_beside
-from clipkit.remote import as_upath, store_errors
+from clipkit.storage.files import disk_errors, is_remote, local_copy, write_beside
+from clipkit.storage.stores import as_upath, store_errors
 
 TEXT_DELIMITERS = {".csv": ",", ".tsv": "\t", ".csv.gz": ",", ".tsv.gz": "\t"}
 SUFFIXES = (".parquet", *TEXT_DELIMITERS)

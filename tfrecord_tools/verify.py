@@ -16,7 +16,7 @@ import numpy as np
 
 from clipkit import jobs
 from clipkit.dataset import Layout, read_layout
-from clipkit.files import WRITTEN_BESIDE, as_path
+from clipkit.storage.files import WRITTEN_BESIDE, as_path
 from clipkit.log import Progress, counted, duration, size_text
 from clipkit.manifest import CLIPKIT_FOLDER, Shard, index_path
 from clipkit.tfrecord_tools.verify_metadata import (

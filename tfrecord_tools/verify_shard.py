@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from clipkit.errors import UserError
 from clipkit.features import Feature
-from clipkit.files import local_copy
+from clipkit.storage.files import local_copy
 from clipkit.records import FOOTER_BYTES, HEADER_BYTES, RecordError, decode_example, masked_crc32c, unframe
 
 # What to do about a problem; `verify` words it for the shard.

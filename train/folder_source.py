@@ -12,13 +12,13 @@ from typing import Any
 
 import pyarrow as pa
 
-from clipkit.block_cache import BlockCache
+from clipkit.storage.cache import BlockCache
 from clipkit.errors import UserError
-from clipkit.files import is_remote, local_copy, read_json, remove, write_beside, write_json
+from clipkit.storage.files import is_remote, local_copy, read_json, remove, write_beside, write_json
 from clipkit.images import ImageError
 from clipkit.pair_table import read_pair_table
-from clipkit.range_reader import read_object
-from clipkit.remote import Listed
+from clipkit.storage.ranges import read_object
+from clipkit.storage.stores import Listed
 from clipkit.train.source_index import index_place, waiting_lock
 from clipkit.train.sources import Pair, Source
 

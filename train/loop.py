@@ -22,7 +22,7 @@ from clipkit.config import differences, to_json
 from clipkit.device import Device, pick
 from clipkit.errors import UserError
 from clipkit.eval.zeroshot import Task, evaluate
-from clipkit.files import lock, remove, write_json
+from clipkit.storage.files import lock, remove, write_json
 from clipkit.log import MetricsWriter, NullWriter, Progress, Writer, forget_metrics_after
 from clipkit.model import CLIP, build, load_state
 from clipkit.tokenizer import Tokenizer

@@ -13,12 +13,12 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from clipkit.block_cache import BlockCache, scratch_cache
+from clipkit.storage.cache import BlockCache, scratch_cache
 from clipkit.dataset import Dataset, open_dataset, unfinished
 from clipkit.errors import UserError
-from clipkit.files import as_path, is_remote
+from clipkit.storage.files import as_path, is_remote
 from clipkit.pair_table import find_table, is_table
-from clipkit.remote import Listed, list_folder, reading
+from clipkit.storage.stores import Listed, list_folder, reading
 from clipkit.train.ahead_source import AheadSource
 from clipkit.train.folder_source import open_folder
 from clipkit.train.labelled_source import IMAGE_FIELD as LABELLED_IMAGE

@@ -1,7 +1,7 @@
 """Training straight from parquet files that hold the images, as img2dataset or Hugging Face leave them.
 
 Parquet gives a row only with the others of its row group, so a group is decoded once, laid down in parts that any
-worker reads from (`clipkit.block_cache`), and left there while the order goes on among the same blocks. Groups of
+worker reads from (`clipkit.storage.cache`), and left there while the order goes on among the same blocks. Groups of
 more than some hundred rows make the order wait for rows that it doesn't want yet: `clipkit build-tfds` helps.
 """
 
@@ -17,12 +17,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from clipkit.block_cache import BlockCache
+from clipkit.storage.cache import BlockCache
 from clipkit.errors import UserError
 from clipkit.images import ImageError
 from clipkit.pair_table import CAPTION_NAMES, find_image_column, find_name
-from clipkit.range_reader import KnownFile, RangeReader
-from clipkit.remote import Listed
+from clipkit.storage.ranges import KnownFile, RangeReader
+from clipkit.storage.stores import Listed
 from clipkit.train.source_index import FolderIndex, open_index
 from clipkit.train.sources import Pair, Source
 

@@ -20,10 +20,10 @@ import numpy as np
 
 from clipkit import jobs
 from clipkit.errors import UserError
-from clipkit.files import is_remote, make_folder, read_json, remove, require_writable, write_beside, write_json
+from clipkit.storage.files import is_remote, make_folder, read_json, remove, require_writable, write_beside, write_json
 from clipkit.log import Progress
 from clipkit.manifest import CLIPKIT_FOLDER
-from clipkit.remote import Listed
+from clipkit.storage.stores import Listed
 
 REMOTE_THREADS = 8
 # Starting processes takes longer than looking at shards of so many bytes.

@@ -13,13 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from clipkit.block_cache import BlockCache, CachedRanges
+from clipkit.storage.cache import BlockCache, CachedRanges
 from clipkit.errors import UserError
-from clipkit.files import is_remote
+from clipkit.storage.files import is_remote
 from clipkit.images import ImageError
-from clipkit.range_reader import KnownFile, RangeReader
+from clipkit.storage.ranges import KnownFile, RangeReader
 from clipkit.records import RecordError
-from clipkit.remote import Listed
+from clipkit.storage.stores import Listed
 from clipkit.tar import index_tar
 from clipkit.train.source_index import FolderIndex, open_index
 from clipkit.train.sources import Pair, Source

@@ -18,9 +18,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from clipkit import remote
+from clipkit.storage import stores as remote
 from clipkit.errors import UserError
-from clipkit.remote import is_remote as is_remote
+from clipkit.storage.stores import is_remote as is_remote
 
 MAX_OPEN_FILES = 65_536
 WRITTEN_BESIDE = re.compile(r"\..+\.\d+")  # the temporary names of `write_beside`
@@ -264,7 +264,7 @@ def lock(folder: Path) -> Iterator[None]:
     Raises UserError when another process holds it.
     """
     if is_remote(folder):
-        from clipkit.remote_lock import hold
+        from clipkit.storage.lease import hold
 
         with hold(folder / ".lock"):
             yield

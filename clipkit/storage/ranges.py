@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from clipkit.errors import UserError
-from clipkit.files import allow_many_files, is_remote
-from clipkit.remote import as_upath, is_transient, retried, store_errors
+from clipkit.storage.files import allow_many_files, is_remote
+from clipkit.storage.stores import as_upath, is_transient, retried, store_errors
 
 # As many files as the loader's order has blocks at a time (`train.order`), or nearly: each may be in another one. Where
 # a process may not open many, several readers and all else must fit into what it may.

@@ -27,8 +27,8 @@ from typing import Any
 import google_crc32c
 
 from clipkit.errors import UserError
-from clipkit.files import WRITTEN_BESIDE, disk_errors, make_folder
-from clipkit.range_reader import RangeReader
+from clipkit.storage.files import WRITTEN_BESIDE, disk_errors, make_folder
+from clipkit.storage.ranges import RangeReader
 
 _MAX_OPEN = 256
 _MAX_KNOWN = 1 << 16  # entries whose checksum this process has checked

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from clipkit.files import is_remote, write_beside
-from clipkit.remote import store_errors
+from clipkit.storage.files import is_remote, write_beside
+from clipkit.storage.stores import store_errors
 
 
 def save_array(path: Path, values: npt.NDArray[Any]) -> None:

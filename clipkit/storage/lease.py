@@ -22,7 +22,7 @@ from pathlib import Path
 
 from clipkit.config import to_json
 from clipkit.errors import UserError
-from clipkit.remote import put_bytes, remove, retried, store_errors
+from clipkit.storage.stores import put_bytes, remove, retried, store_errors
 
 REFRESH_SECONDS = 60.0
 STALE_SECONDS = 300.0
