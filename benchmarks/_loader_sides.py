@@ -68,7 +68,7 @@ Batches = Callable[[Request], Counted]
 
 
 def clipkit_side() -> Batches:
-    from clipkit.dataset import open_dataset
+    from clipkit.formats.dataset import open_dataset
     from clipkit.train.augment import Augmentation
     from clipkit.train.data import LoaderConfig, batches
     from clipkit.train.sources import RecordSource
@@ -176,9 +176,9 @@ def decode_all(request: Request, worker: int) -> tuple[float, float]:
     import simplejpeg
 
     from clipkit.counter_rng import sample_keys
-    from clipkit.dataset import open_dataset
+    from clipkit.formats.dataset import open_dataset
     from clipkit.images import plain_jpeg_size
-    from clipkit.records import decode_example
+    from clipkit.formats.records import decode_example
     from clipkit.train.augment import geometry_draws
     from clipkit.train.crop import crop_box, scaled_crop
     from clipkit.train.order import record_indices

@@ -23,7 +23,7 @@ import numpy as np
 import webdataset
 
 from clipkit.images import UInt8Array
-from clipkit.records import RecordWriter, encode_example
+from clipkit.formats.records import RecordWriter, encode_example
 from clipkit.tfrecord_tools.build import build_tfds
 from clipkit.tfrecord_tools.in_place import build_in_place
 

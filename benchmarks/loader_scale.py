@@ -38,10 +38,10 @@ import simplejpeg
 from _loader_sides import Request
 from loader import Side
 
-from clipkit.features import Feature
+from clipkit.formats.features import Feature
 from clipkit.images import decode
-from clipkit.manifest import Shard, Source, SplitManifest, index_path, write_manifest
-from clipkit.records import RecordWriter, encode_example
+from clipkit.formats.manifest import Shard, Source, SplitManifest, index_path, write_manifest
+from clipkit.formats.records import RecordWriter, encode_example
 from clipkit.tfrecord_tools.metadata import shard_name, write_metadata
 
 SIDE, QUALITY = 64, 50

@@ -152,7 +152,7 @@ class MetricsWriter:
         """Go on with a run that stands at `samples_seen`."""
         from tensorboard.compat.proto.event_pb2 import SessionLog
 
-        from clipkit.records import RecordWriter
+        from clipkit.formats.records import RecordWriter
 
         self.path = run / "metrics.jsonl"
         folder = run / "tensorboard"

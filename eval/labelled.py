@@ -178,7 +178,7 @@ def from_folder(path: Path, split: str | None) -> LabelledImages:
 
 def from_tfds(path: Path, label: str, split: str) -> LabelledImages:
     """A TFDS directory: the image is `image` or `jpg`, the label a ClassLabel, a number or a text."""
-    from clipkit.dataset import open_dataset
+    from clipkit.formats.dataset import open_dataset
 
     dataset = open_dataset(path, split=split)
     if not dataset.num_records:

@@ -186,8 +186,8 @@ def shape_of(model: Mapping[str, Any], image_size: int, context_length: int) -> 
 
 def data_facts(path: Path, split: str) -> DataFacts:
     """Read the dataset's metadata and a random sample of its records. Raises UserError when it isn't in reach."""
-    from clipkit.dataset import open_dataset
-    from clipkit.manifest import read_manifest
+    from clipkit.formats.dataset import open_dataset
+    from clipkit.formats.manifest import read_manifest
     from clipkit.tokenizer import Tokenizer, clean
 
     dataset = open_dataset(path, split=split)

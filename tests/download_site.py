@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from clipkit.dataset import open_dataset
+from clipkit.formats.dataset import open_dataset
 from clipkit.image_server import Answer, serve
 from clipkit.tfrecord_tools.download import download
 from clipkit.tfrecord_tools.download_summary import DownloadSummary

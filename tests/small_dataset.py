@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 from image_shards import picture
 
-from clipkit.features import Feature
+from clipkit.formats.features import Feature
 from clipkit.storage.files import write_beside
-from clipkit.manifest import Shard, Source, SplitManifest, index_path, write_manifest
-from clipkit.records import RecordWriter, encode_example
+from clipkit.formats.manifest import Shard, Source, SplitManifest, index_path, write_manifest
+from clipkit.formats.records import RecordWriter, encode_example
 from clipkit.tfrecord_tools.metadata import shard_name, write_metadata
 from clipkit.tfrecord_tools.sample import image_format
 

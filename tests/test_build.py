@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from image_shards import pair, picture, write_tar, write_tars
 
 from clipkit import images
-from clipkit.dataset import open_dataset
+from clipkit.formats.dataset import open_dataset
 from clipkit.errors import UserError
-from clipkit.features import Feature
-from clipkit.manifest import read_manifest
-from clipkit.records import RecordWriter, encode_example, index_records
+from clipkit.formats.features import Feature
+from clipkit.formats.manifest import read_manifest
+from clipkit.formats.records import RecordWriter, encode_example, index_records
 from clipkit.tfrecord_tools.build import BuildProgress, build_tfds
 from clipkit.tfrecord_tools.schema import fit, unify
 

@@ -13,7 +13,7 @@ KILLER = """
 import faulthandler, json, os, random, shutil, signal, sys, time
 from pathlib import Path
 from clipkit.tfrecord_tools import build
-from clipkit.manifest import read_manifest
+from clipkit.formats.manifest import read_manifest
 from test_build import contents
 
 os.fsync = lambda descriptor: None

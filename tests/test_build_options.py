@@ -16,11 +16,11 @@ from PIL import Image
 from tensorflow_process import with_tensorflow
 
 from clipkit.cli import main
-from clipkit.dataset import open_dataset
+from clipkit.formats.dataset import open_dataset
 from clipkit.errors import UserError
-from clipkit.features import Feature
+from clipkit.formats.features import Feature
 from clipkit.storage.files import write_beside
-from clipkit.manifest import read_manifest
+from clipkit.formats.manifest import read_manifest
 from clipkit.syntax import Syntax
 from clipkit.tfrecord_tools.build import build_tfds
 from clipkit.tfrecord_tools.build_summary import BuildProgress

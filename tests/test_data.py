@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 from image_shards import picture
 
-from clipkit.dataset import Dataset, open_dataset
+from clipkit.formats.dataset import Dataset, open_dataset
 from clipkit.errors import UserError
-from clipkit.records import RecordError, encode_example
+from clipkit.formats.records import RecordError, encode_example
 from clipkit.tokenizer import SOT, Tokenizer
 from clipkit.train import data, samples
 from clipkit.train import workers as worker_module
@@ -327,7 +327,7 @@ def test_closing_leaves_nothing_behind(dataset: Dataset, source: RecordSource, p
 def test_workers_end_with_a_killed_trainer(pairs_dataset: Path) -> None:
     script = f"""
 import sys
-from clipkit.dataset import open_dataset
+from clipkit.formats.dataset import open_dataset
 from clipkit.train.data import LoaderConfig, batches
 from clipkit.train.sources import RecordSource
 config = LoaderConfig(image_size=16, context_length=8, batch_size=8)

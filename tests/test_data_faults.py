@@ -18,7 +18,7 @@ from small_dataset import write_pairs
 
 from clipkit import checkpoint
 from clipkit.cli import main
-from clipkit.dataset import Dataset, open_dataset
+from clipkit.formats.dataset import Dataset, open_dataset
 from clipkit.errors import UserError
 from clipkit.train import data as data_module
 from clipkit.train.augment import Augmentation

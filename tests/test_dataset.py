@@ -10,11 +10,11 @@ from image_shards import pair, picture, write_tar
 from small_dataset import PAIR_FEATURES, pair_columns, write_dataset
 
 import clipkit.storage.ranges
-from clipkit.dataset import open_dataset
+from clipkit.formats.dataset import open_dataset
 from clipkit.errors import UserError
-from clipkit.features import Feature, parse_features
+from clipkit.formats.features import Feature, parse_features
 from clipkit.storage.files import as_path
-from clipkit.records import RecordError, read_records
+from clipkit.formats.records import RecordError, read_records
 from clipkit.tfrecord_tools.build import build_tfds
 from clipkit.tfrecord_tools.inspection import inspect
 from clipkit.tfrecord_tools.verify import verify

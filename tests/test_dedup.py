@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from image_shards import pair, picture, write_tar
 from natural_images import encoded, natural
 
-from clipkit.dataset import open_dataset
+from clipkit.formats.dataset import open_dataset
 from clipkit.errors import UserError
-from clipkit.manifest import read_manifest
+from clipkit.formats.manifest import read_manifest
 from clipkit.phash import distance, perceptual_hash_of
 from clipkit.tfrecord_tools import dedup
 from clipkit.tfrecord_tools.build import build_tfds

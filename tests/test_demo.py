@@ -14,7 +14,7 @@ import pytest
 
 from clipkit import checkpoint, demo
 from clipkit.cli import main
-from clipkit.dataset import open_dataset
+from clipkit.formats.dataset import open_dataset
 from clipkit.errors import InternalError, UserError
 from clipkit.storage.files import read_json, read_json_lines
 

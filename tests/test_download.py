@@ -41,10 +41,10 @@ from tensorflow_process import with_tensorflow
 from webdataset import tariterators
 
 from clipkit import jobs
-from clipkit.dataset import open_dataset
+from clipkit.formats.dataset import open_dataset
 from clipkit.errors import UserError
 from clipkit.image_server import Answer, serve
-from clipkit.manifest import read_manifest
+from clipkit.formats.manifest import read_manifest
 from clipkit.phash import perceptual_hash_of
 from clipkit.tfrecord_tools import download_work
 from clipkit.tfrecord_tools.download_plan import cut

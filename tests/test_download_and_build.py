@@ -5,7 +5,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 from download_site import examples, fetch, site, table
 
-from clipkit.dataset import open_dataset
+from clipkit.formats.dataset import open_dataset
 from clipkit.tfrecord_tools.build import build_tfds
 
 

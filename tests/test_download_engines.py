@@ -15,7 +15,7 @@ from object_store import s3 as s3
 from object_store import s3_server as s3_server
 
 from clipkit import jobs
-from clipkit.dataset import open_dataset
+from clipkit.formats.dataset import open_dataset
 from clipkit.errors import UserError
 from clipkit.storage.files import as_path, remove
 from clipkit.jobs_local import run_here

@@ -13,7 +13,7 @@ from bad_server import bad_server
 from download_site import encoded, file_bytes, numbered, write_numbered
 from killed_downloads import Driver, driver
 
-from clipkit.records import read_records
+from clipkit.formats.records import read_records
 from clipkit.tfrecord_tools.read_tar import read_tar
 
 COUNT, SHARD = 12, 4

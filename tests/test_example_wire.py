@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clipkit.records import decode_example, encode_example
+from clipkit.formats.records import decode_example, encode_example
 from clipkit.tfrecord_tools.example_wire import ExampleWire
 
 NAMES = st.sampled_from(["a", "n", "txt", "jpg", "column", "x" * 127, "y" * 130, "é"])

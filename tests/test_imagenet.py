@@ -26,12 +26,12 @@ from test_build import contents
 
 from clipkit import embedded
 from clipkit.cli import main
-from clipkit.dataset import Dataset, open_dataset
+from clipkit.formats.dataset import Dataset, open_dataset
 from clipkit.errors import UserError
 from clipkit.eval.labelled import open_labelled
 from clipkit.eval.zeroshot import open_task
 from clipkit.storage.files import as_path
-from clipkit.records import decode_example, read_records
+from clipkit.formats.records import decode_example, read_records
 from clipkit.tfrecord_tools import imagenet, labelled_shard
 from clipkit.tfrecord_tools.imagenet import build_imagenet
 from clipkit.tfrecord_tools.truncation import is_truncated

@@ -15,11 +15,11 @@ from tensorflow_process import with_tensorflow
 from test_build import contents
 
 from clipkit.cli import main
-from clipkit.dataset import open_dataset
+from clipkit.formats.dataset import open_dataset
 from clipkit.errors import UserError
-from clipkit.features import Feature
+from clipkit.formats.features import Feature
 from clipkit.storage.files import as_path
-from clipkit.records import RecordError, RecordWriter, decode_example, encode_example, index_records, read_records
+from clipkit.formats.records import RecordError, RecordWriter, decode_example, encode_example, index_records, read_records
 from clipkit.tfrecord_tools import in_place, in_place_shard
 from clipkit.tfrecord_tools.in_place import build_in_place
 from clipkit.train.sources import IMAGE_FIELD, TEXT_FIELD

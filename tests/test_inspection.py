@@ -15,9 +15,9 @@ from small_dataset import PAIR_FEATURES, pair_columns, write_dataset, write_pair
 
 from clipkit.charts import histogram
 from clipkit.cli import main
-from clipkit.dataset import Dataset
+from clipkit.formats.dataset import Dataset
 from clipkit.errors import UserError
-from clipkit.features import Feature
+from clipkit.formats.features import Feature
 from clipkit.storage.files import as_path
 from clipkit.tfrecord_tools import inspection_captions, inspection_pictures
 from clipkit.tfrecord_tools.inspection import inspect, sample_places

@@ -19,13 +19,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clipkit import dataset as dataset_module
+from clipkit.formats import dataset as dataset_module
 from clipkit.storage import ranges as range_reader
-from clipkit.dataset import open_dataset
-from clipkit.features import Feature
+from clipkit.formats.dataset import open_dataset
+from clipkit.formats.features import Feature
 from clipkit.images import MAX_PIXELS
-from clipkit.manifest import Shard, Source, SplitManifest, index_path, write_manifest
-from clipkit.records import RecordWriter, encode_example
+from clipkit.formats.manifest import Shard, Source, SplitManifest, index_path, write_manifest
+from clipkit.formats.records import RecordWriter, encode_example
 from clipkit.tfrecord_tools.metadata import shard_name, write_metadata
 from clipkit.train.augment import Augmentation
 from clipkit.train.data import Batch, LoaderConfig, batches

@@ -6,8 +6,8 @@ from image_shards import pair, picture, write_tar
 from tensorflow_process import with_tensorflow
 
 from clipkit import images
-from clipkit.features import Feature, parse_features
-from clipkit.manifest import Shard, SplitManifest
+from clipkit.formats.features import Feature, parse_features
+from clipkit.formats.manifest import Shard, SplitManifest
 from clipkit.tfrecord_tools.build import build_tfds
 from clipkit.tfrecord_tools.metadata import dataset_info_json, features_json, shard_name
 

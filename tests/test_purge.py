@@ -27,13 +27,13 @@ from small_dataset import PAIR_FEATURES, jpg, pair_columns, write_dataset, write
 from tensorflow_process import with_tensorflow
 
 from clipkit.cli import main
-from clipkit.dataset import open_dataset
+from clipkit.formats.dataset import open_dataset
 from clipkit.errors import UserError
-from clipkit.features import Feature
+from clipkit.formats.features import Feature
 from clipkit.storage.files import WRITTEN_BESIDE, as_path, read_json, read_json_lines
 from clipkit.image_server import Answer, serve
-from clipkit.manifest import Source, read_manifest, write_manifest
-from clipkit.records import read_records
+from clipkit.formats.manifest import Source, read_manifest, write_manifest
+from clipkit.formats.records import read_records
 from clipkit.tfrecord_tools import purge_list, purge_shard
 from clipkit.tfrecord_tools.download import download
 from clipkit.tfrecord_tools.fetch_settings import FetchSettings

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from image_shards import img2dataset_writer, pair, picture, write_tar
 
 from clipkit.errors import UserError
-from clipkit.features import Feature
-from clipkit.records import RecordWriter, encode_example
+from clipkit.formats.features import Feature
+from clipkit.formats.records import RecordWriter, encode_example
 from clipkit.tfrecord_tools.build_plan import cut, parts_between
 from clipkit.tfrecord_tools.metadata import features_json
 from clipkit.tfrecord_tools.read_parquet import Columns

@@ -9,8 +9,8 @@ from image_shards import img2dataset_writer, pair, picture, tar_of_odd_names, wr
 from tensorflow_process import with_tensorflow
 
 from clipkit.errors import UserError
-from clipkit.records import RecordError, RecordWriter, encode_example
-from clipkit.tar import header_number
+from clipkit.formats.records import RecordError, RecordWriter, encode_example
+from clipkit.formats.tar import header_number
 from clipkit.tfrecord_tools.read_shards import find_shards, read_shard
 from clipkit.tfrecord_tools.read_tar import read_members
 from clipkit.tfrecord_tools.sample import image_format

@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tensorflow_process import with_tensorflow
 
-from clipkit import records
+from clipkit.formats import records
 from clipkit.errors import UserError
-from clipkit.records import (
+from clipkit.formats.records import (
     RecordError,
     RecordWriter,
     decode_example,
@@ -31,7 +31,7 @@ COLUMNS = st.dictionaries(st.text(max_size=20), st.one_of(SCALAR, LIST, st.none(
 # TensorFlow on both sides, in a process of its own, where our message classes live beside TensorFlow's.
 WITH_TENSORFLOW = """
 from pathlib import Path
-from clipkit.records import RecordWriter, decode_example, encode_example, read_records
+from clipkit.formats.records import RecordWriter, decode_example, encode_example, read_records
 import tensorflow as tf
 from hypothesis import given, settings
 from test_records import COLUMNS, as_lists

@@ -11,7 +11,7 @@ from download_site import JPEG, examples, fetch, file_bytes, members, write_urls
 
 from clipkit import jobs
 from clipkit.cli_download import PASSING
-from clipkit.dataset import open_dataset
+from clipkit.formats.dataset import open_dataset
 from clipkit.errors import UserError
 from clipkit.image_server import Answer, serve
 from clipkit.tfrecord_tools import reasons

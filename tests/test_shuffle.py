@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from image_shards import pair, write_tar, write_tars
 
-from clipkit.dataset import open_dataset
+from clipkit.formats.dataset import open_dataset
 from clipkit.errors import UserError
-from clipkit.manifest import read_manifest
+from clipkit.formats.manifest import read_manifest
 from clipkit.tfrecord_tools import shuffle
 from clipkit.tfrecord_tools.build import build_tfds
 from clipkit.tfrecord_tools.sorted_rows import read_sorted, write_sorted

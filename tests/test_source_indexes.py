@@ -15,7 +15,7 @@ from source_kinds import own_places as own_places
 from source_kinds import written as written
 
 from clipkit.errors import UserError
-from clipkit.tar import read_headers
+from clipkit.formats.tar import read_headers
 from clipkit.train.open_source import open_source
 from clipkit.train.sources import Pair
 

@@ -26,7 +26,7 @@ from source_kinds import written as written
 from clipkit.storage import ranges as range_reader
 from clipkit.errors import UserError
 from clipkit.storage.files import as_path
-from clipkit.records import RecordError
+from clipkit.formats.records import RecordError
 from clipkit.train import ahead_source
 from clipkit.train import open_source as opening
 from clipkit.train.data import batches

@@ -21,10 +21,10 @@ from source_kinds import written as written
 
 from clipkit.storage import cache as block_cache
 from clipkit.storage.cache import BlockCache
-from clipkit.dataset import open_dataset
+from clipkit.formats.dataset import open_dataset
 from clipkit.errors import UserError
-from clipkit.features import Feature
-from clipkit.records import RecordError
+from clipkit.formats.features import Feature
+from clipkit.formats.records import RecordError
 from clipkit.train import open_source as opening
 from clipkit.train.data import batches
 from clipkit.train.open_source import open_source, parse_data

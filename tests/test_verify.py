@@ -13,9 +13,9 @@ from small_dataset import pair_columns, write_dataset, write_pairs
 
 from clipkit.cli import main
 from clipkit.errors import UserError
-from clipkit.features import Feature
+from clipkit.formats.features import Feature
 from clipkit.storage.files import as_path
-from clipkit.records import RecordWriter, encode_example, index_records
+from clipkit.formats.records import RecordWriter, encode_example, index_records
 from clipkit.tfrecord_tools import purge as purging
 from clipkit.tfrecord_tools.verify import verify
 

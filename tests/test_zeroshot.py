@@ -27,7 +27,7 @@ from clipkit.eval.task import Task, open_task
 from clipkit.eval.zeroshot import classify, evaluate, measures, zeroshot
 from clipkit.images import Preprocess
 from clipkit.model import CLIP, ImageConfig, ModelConfig, TextConfig, build
-from clipkit.records import RecordWriter, encode_example
+from clipkit.formats.records import RecordWriter, encode_example
 from clipkit.tokenizer import Tokenizer
 
 SMALL = ModelConfig(

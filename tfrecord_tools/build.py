@@ -18,13 +18,13 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from clipkit.dataset import open_dataset
+from clipkit.formats.dataset import open_dataset
 from clipkit.errors import UserError
-from clipkit.features import parse_features
+from clipkit.formats.features import parse_features
 from clipkit.storage.files import as_path, clear_leftovers, is_remote, lock, read_json, remove
 from clipkit.jobs import Engine
 from clipkit.log import size_text
-from clipkit.manifest import CLIPKIT_FOLDER, Source, SplitManifest, add_counts, read_manifest, write_manifest
+from clipkit.formats.manifest import CLIPKIT_FOLDER, Source, SplitManifest, add_counts, read_manifest, write_manifest
 from clipkit.tfrecord_tools.build_finish import features_of, kinds_of, write_index, write_skipped
 from clipkit.tfrecord_tools.build_passes import Runner, gather_pass, hash_pass, write_pass
 from clipkit.tfrecord_tools.build_plan import BuildOptions, look, make_options, plan

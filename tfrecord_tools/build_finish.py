@@ -6,9 +6,9 @@ from typing import cast
 
 import numpy as np
 
-from clipkit.features import Feature, Kind
+from clipkit.formats.features import Feature, Kind
 from clipkit.storage.files import write_beside
-from clipkit.manifest import CLIPKIT_FOLDER, index_path
+from clipkit.formats.manifest import CLIPKIT_FOLDER, index_path
 from clipkit.storage.stores import reading
 from clipkit.storage.arrays import load_array
 from clipkit.tfrecord_tools.build_shard import ShardJob, ShardState

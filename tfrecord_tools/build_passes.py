@@ -20,7 +20,7 @@ from typing import TypeVar
 
 from clipkit import jobs
 from clipkit.errors import UserError
-from clipkit.manifest import Shard
+from clipkit.formats.manifest import Shard
 from clipkit.tfrecord_tools.build_shard import ShardJob, ShardState, Work, build_shard, read_state
 from clipkit.tfrecord_tools.build_summary import BuildProgress
 from clipkit.tfrecord_tools.dedup import (

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from clipkit.storage.files import read_json, write_beside, write_json
-from clipkit.manifest import Shard, Source
+from clipkit.formats.manifest import Shard, Source
 from clipkit.storage.arrays import save_array
 from clipkit.tfrecord_tools.dedup import DecideJob, duplicates_in
 from clipkit.tfrecord_tools.pair_writer import PairWriter

@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from clipkit.log import Progress, counted, size_text
-from clipkit.manifest import CLIPKIT_FOLDER, SplitManifest
+from clipkit.formats.manifest import CLIPKIT_FOLDER, SplitManifest
 
 
 @dataclass(frozen=True)

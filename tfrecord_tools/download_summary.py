@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from clipkit.manifest import add_counts
+from clipkit.formats.manifest import add_counts
 from clipkit.tfrecord_tools.download_plan import Plan
 from clipkit.tfrecord_tools.ledger import FAILURES_FILE
 from clipkit.tfrecord_tools.probe import ProbeResult

@@ -17,8 +17,8 @@ after record: they are looked up rather than parsed. What isn't laid out like th
 from collections import Counter
 from typing import NamedTuple
 
-from clipkit.records import decode_example
-from clipkit.tar import IMAGE_SUFFIXES
+from clipkit.formats.records import decode_example
+from clipkit.formats.tar import IMAGE_SUFFIXES
 
 # How a column's values can look in one record.
 EMPTY = "empty"  # the bytes "", which img2dataset writes for a null of any type

@@ -6,10 +6,10 @@ from typing import cast
 
 import numpy as np
 
-from clipkit.features import Feature, Kind
+from clipkit.formats.features import Feature, Kind
 from clipkit.storage.files import write_beside
-from clipkit.manifest import Shard as ManifestShard
-from clipkit.manifest import Source, SplitManifest, index_path, read_manifest, write_manifest
+from clipkit.formats.manifest import Shard as ManifestShard
+from clipkit.formats.manifest import Source, SplitManifest, index_path, read_manifest, write_manifest
 from clipkit.tfrecord_tools.download_plan import Plan
 from clipkit.tfrecord_tools.ledger import read_offsets
 from clipkit.tfrecord_tools.metadata import write_metadata

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from clipkit.errors import UserError
-from clipkit.tar import IMAGE_SUFFIXES
+from clipkit.formats.tar import IMAGE_SUFFIXES
 
 WHOLE_FILE = -1
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from clipkit import jobs
-from clipkit.dataset import open_dataset
+from clipkit.formats.dataset import open_dataset
 from clipkit.errors import UserError
 from clipkit.storage.files import (
     clear_leftovers,
@@ -32,7 +32,7 @@ from clipkit.storage.files import (
     write_json,
 )
 from clipkit.log import Progress
-from clipkit.manifest import CLIPKIT_FOLDER, Shard, SplitManifest, add_counts, index_path, read_manifest, write_manifest
+from clipkit.formats.manifest import CLIPKIT_FOLDER, Shard, SplitManifest, add_counts, index_path, read_manifest, write_manifest
 from clipkit.tfrecord_tools.build_summary import summarise
 from clipkit.tfrecord_tools.in_place_columns import check_columns, features_of, misfits, unify_looks
 from clipkit.tfrecord_tools.in_place_shard import InPlaceJob, Looked, look_at, read_looked, rewrite

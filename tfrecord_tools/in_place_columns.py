@@ -9,9 +9,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
 from clipkit.errors import UserError
-from clipkit.features import Feature, Kind
-from clipkit.records import Value
-from clipkit.tar import IMAGE_SUFFIXES
+from clipkit.formats.features import Feature, Kind
+from clipkit.formats.records import Value
+from clipkit.formats.tar import IMAGE_SUFFIXES
 from clipkit.tfrecord_tools.example_wire import CAPTION, EMPTY, FLOAT, FLOATS, INT, INTS, NOTHING, TEXT, TEXTS
 from clipkit.tfrecord_tools.sample import DROPPED_COLUMNS
 from clipkit.tfrecord_tools.schema import EMPTY_LIST, LIST, widest

@@ -14,8 +14,8 @@ import google_crc32c
 import numpy as np
 
 from clipkit.storage.files import disk_errors, read_json, sync_file, write_beside, write_json
-from clipkit.manifest import Shard, Source
-from clipkit.records import (
+from clipkit.formats.manifest import Shard, Source
+from clipkit.formats.records import (
     FOOTER_BYTES,
     HEADER_BYTES,
     RecordError,

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from clipkit.log import counted
-from clipkit.manifest import CLIPKIT_FOLDER
+from clipkit.formats.manifest import CLIPKIT_FOLDER
 from clipkit.tfrecord_tools.build_summary import BuildSummary
 
 

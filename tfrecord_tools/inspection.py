@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from clipkit.dataset import Dataset, Layout, open_dataset, read_layout
+from clipkit.formats.dataset import Dataset, Layout, open_dataset, read_layout
 from clipkit.errors import UserError
-from clipkit.features import Feature
+from clipkit.formats.features import Feature
 from clipkit.storage.files import as_path, local_copy
 from clipkit.log import Progress
-from clipkit.manifest import CLIPKIT_FOLDER, read_manifest
-from clipkit.records import RecordError
+from clipkit.formats.manifest import CLIPKIT_FOLDER, read_manifest
+from clipkit.formats.records import RecordError
 from clipkit.tfrecord_tools.inspection_captions import CaptionFacts, caption_facts
 from clipkit.tfrecord_tools.inspection_pictures import PictureFacts, Pictures
 from clipkit.tfrecord_tools.inspection_values import Histogram, histogram_of

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from clipkit.charts import histogram, size
-from clipkit.dataset import Dataset, open_dataset, read_layout
+from clipkit.formats.dataset import Dataset, open_dataset, read_layout
 from clipkit.storage.files import as_path, require_writable, write_beside, write_json
 from clipkit.images import ImageError, decode_scaled
-from clipkit.manifest import CLIPKIT_FOLDER
+from clipkit.formats.manifest import CLIPKIT_FOLDER
 from clipkit.page import render
 from clipkit.tfrecord_tools.inspection import SAMPLE, Inspection, caption_column, image_column, inspect, usual_split
 from clipkit.tfrecord_tools.inspection_captions import CONTEXTS, Example, Reduction

@@ -20,8 +20,8 @@ import numpy as np
 
 from clipkit.errors import UserError
 from clipkit.storage.files import read_json, write_beside, write_json
-from clipkit.manifest import Shard, Source
-from clipkit.records import RecordWriter, encode_example
+from clipkit.formats.manifest import Shard, Source
+from clipkit.formats.records import RecordWriter, encode_example
 from clipkit.tfrecord_tools.image_listing import WHOLE_FILE, Image
 from clipkit.tfrecord_tools.pair_writer import TFDS_FORMATS, as_jpeg
 from clipkit.tfrecord_tools.sample import NOT_AN_IMAGE, TRUNCATED_IMAGE, image_format

@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 
 from clipkit import jobs
-from clipkit.dataset import open_dataset
+from clipkit.formats.dataset import open_dataset
 from clipkit.errors import UserError
 from clipkit.storage.files import read_json, write_beside, write_json
 from clipkit.log import counted
-from clipkit.manifest import CLIPKIT_FOLDER, SplitManifest, index_path
+from clipkit.formats.manifest import CLIPKIT_FOLDER, SplitManifest, index_path
 from clipkit.tfrecord_tools.image_listing import Image
 from clipkit.tfrecord_tools.labelled_shard import (
     LabelledShardJob,

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from clipkit.log import counted, size_text
-from clipkit.manifest import CLIPKIT_FOLDER
+from clipkit.formats.manifest import CLIPKIT_FOLDER
 from clipkit.tfrecord_tools.build_summary import BuildSummary
 
 

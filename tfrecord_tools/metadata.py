@@ -6,7 +6,7 @@ Missing values. A missing value is a key that isn't in the record. TFDS reads su
 - `Sequence(dtype)` of length 0 or 1: tells a missing text from an empty one, but can't be batched, and each reader must
   unpack it.
 clipkit writes the first, and only for columns in which a value is missing somewhere; the others are plain scalars.
-Whoever must tell "" from missing reads the record itself (`clipkit.dataset` gives None).
+Whoever must tell "" from missing reads the record itself (`clipkit.formats.dataset` gives None).
 A bool column with missing values is declared as int64, for TFDS would read the missing ones as False. Missing lists are
 read as empty ones. Floats are float32, as `tf.train.Example` has it.
 """
@@ -15,9 +15,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from clipkit.features import Feature
+from clipkit.formats.features import Feature
 from clipkit.storage.files import write_beside, write_json
-from clipkit.manifest import SplitManifest
+from clipkit.formats.manifest import SplitManifest
 
 VERSION = "1.0.0"
 DESCRIPTION = "Image-text pairs written by clipkit."

@@ -16,8 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from clipkit.errors import UserError
-from clipkit.manifest import Shard, Source
-from clipkit.records import RecordWriter, encode_example
+from clipkit.formats.manifest import Shard, Source
+from clipkit.formats.records import RecordWriter, encode_example
 from clipkit.tfrecord_tools.sample import (
     NO_IMAGE,
     NOT_AN_IMAGE,

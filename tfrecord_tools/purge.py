@@ -24,11 +24,11 @@ import numpy as np
 import numpy.typing as npt
 
 from clipkit import jobs
-from clipkit.dataset import Layout, open_dataset, read_layout
+from clipkit.formats.dataset import Layout, open_dataset, read_layout
 from clipkit.errors import UserError
 from clipkit.storage.files import as_path, clear_leftovers, lock, read_json, remove, write_beside
 from clipkit.log import Progress, counted, size_text
-from clipkit.manifest import CLIPKIT_FOLDER
+from clipkit.formats.manifest import CLIPKIT_FOLDER
 from clipkit.tfrecord_tools.purge_finish import finish
 from clipkit.tfrecord_tools.purge_ledger import KNOWN, LedgerJob, download_layout, finish_download, purge_ledger
 from clipkit.tfrecord_tools.purge_list import RemovalList, UInt64Array, empty_list, open_list, wanted_entries

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from clipkit.dataset import Layout, journal_path
+from clipkit.formats.dataset import Layout, journal_path
 from clipkit.storage.files import local_copy, read_json, remove, write_beside, write_json
-from clipkit.manifest import CLIPKIT_FOLDER, SplitManifest, index_path, write_manifest
+from clipkit.formats.manifest import CLIPKIT_FOLDER, SplitManifest, index_path, write_manifest
 from clipkit.tfrecord_tools.purge_ledger import with_failures
 from clipkit.tfrecord_tools.purge_list import RemovalList, UInt64Array
 from clipkit.tfrecord_tools.purge_log import log_path, rewrite_lines, write_purged

@@ -14,10 +14,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from clipkit.dataset import Layout
+from clipkit.formats.dataset import Layout
 from clipkit.errors import UserError
 from clipkit.storage.files import local_copy, read_json, write_json
-from clipkit.manifest import CLIPKIT_FOLDER, SplitManifest, add_counts
+from clipkit.formats.manifest import CLIPKIT_FOLDER, SplitManifest, add_counts
 from clipkit.tfrecord_tools import ledger, shard_state
 from clipkit.tfrecord_tools.ledger import Outcome, read_ledger, write_ledger
 from clipkit.tfrecord_tools.purge_list import find

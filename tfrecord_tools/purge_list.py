@@ -20,7 +20,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from clipkit.errors import UserError
-from clipkit.features import Feature
+from clipkit.formats.features import Feature
 from clipkit.storage.files import disk_errors, local_copy, require_file
 from clipkit.tfrecord_tools.url_table import find_tables, open_bytes, open_parquet, open_text, read_schema, unreadable
 

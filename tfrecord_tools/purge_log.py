@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from clipkit.storage.files import local_copy, write_beside
-from clipkit.manifest import CLIPKIT_FOLDER
+from clipkit.formats.manifest import CLIPKIT_FOLDER
 from clipkit.tfrecord_tools.purge_list import LINES, RemovalList, UInt64Array, find, read_values
 
 PURGED_TABLE = pa.schema(

@@ -16,10 +16,10 @@ import numpy as np
 import numpy.typing as npt
 
 from clipkit.errors import UserError
-from clipkit.features import Feature
+from clipkit.formats.features import Feature
 from clipkit.storage.files import local_copy, read_json, write_beside, write_json
-from clipkit.manifest import Shard, Source
-from clipkit.records import RecordWriter, decode_example, read_records
+from clipkit.formats.manifest import Shard, Source
+from clipkit.formats.records import RecordWriter, decode_example, read_records
 from clipkit.tfrecord_tools.purge_list import HASHES, find
 from clipkit.tfrecord_tools.sample import image_format
 

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from clipkit.errors import UserError
-from clipkit.features import Feature, parse_features
+from clipkit.formats.features import Feature, parse_features
 from clipkit.storage.files import read_json
-from clipkit.pair_table import CAPTION_NAMES, find_name
-from clipkit.records import RecordError, decode_example, read_range
+from clipkit.formats.tables import CAPTION_NAMES, find_name
+from clipkit.formats.records import RecordError, decode_example, read_range
 from clipkit.tfrecord_tools.read_parquet import USUAL, Columns
 from clipkit.tfrecord_tools.sample import NO_IMAGE, Sample
 

@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from clipkit.errors import UserError
-from clipkit.pair_table import CAPTION_NAMES, find_image_column, find_name, holds_images
+from clipkit.formats.tables import CAPTION_NAMES, find_image_column, find_name, holds_images
 from clipkit.tfrecord_tools.sample import DROPPED_COLUMNS, NO_IMAGE, Sample
 
 BATCH_ROWS = 64

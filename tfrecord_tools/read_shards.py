@@ -11,7 +11,7 @@ from pathlib import Path
 
 from clipkit.errors import UserError
 from clipkit.storage.files import is_remote, local_copy, read_json, remove
-from clipkit.pair_table import find_table, is_table
+from clipkit.formats.tables import find_table, is_table
 from clipkit.storage.stores import reading
 from clipkit.tfrecord_tools.read_dataset import dataset_features, read_dataset
 from clipkit.tfrecord_tools.read_folder import FolderSizes, copy_table, read_folder
@@ -81,7 +81,7 @@ def find_dataset(path: Path) -> Path | None:
 
 def dataset_shards(folder: Path, split: str) -> list[Path]:
     """The shards of a split of a dataset directory, or of its only split. Raises UserError when they can't be told."""
-    from clipkit.dataset import open_dataset
+    from clipkit.formats.dataset import open_dataset
 
     info = read_json(folder / "dataset_info.json")
     try:

@@ -2,7 +2,7 @@
 
 The headers are parsed here because the standard library's `tarfile` and `webdataset` spend 300 to 400 µs on a sample
 of 34 KB, four times what the whole of a build may take; this reader spends about 40. What it takes for an archive, and
-what for a damaged one, is `clipkit.tar`'s.
+what for a damaged one, is `clipkit.formats.tar`'s.
 """
 
 import json
@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from clipkit.errors import UserError
-from clipkit.tar import BLOCK as _BLOCK
-from clipkit.tar import IMAGE_SUFFIXES, TarError, header_name, header_size, read_pax, split_name
+from clipkit.formats.tar import BLOCK as _BLOCK
+from clipkit.formats.tar import IMAGE_SUFFIXES, TarError, header_name, header_size, read_pax, split_name
 from clipkit.tfrecord_tools.sample import BAD_METADATA, BAD_TEXT, DROPPED_COLUMNS, NO_IMAGE, Sample
 
 _CHUNK_BYTES = 1 << 18  # read at once; larger ones leave the processor's cache before they are looked at

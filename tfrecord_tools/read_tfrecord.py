@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from clipkit.records import RecordError, decode_example, read_range
-from clipkit.tar import IMAGE_SUFFIXES
+from clipkit.formats.records import RecordError, decode_example, read_range
+from clipkit.formats.tar import IMAGE_SUFFIXES
 from clipkit.tfrecord_tools.sample import BAD_TEXT, DROPPED_COLUMNS, NO_IMAGE, Sample
 
 

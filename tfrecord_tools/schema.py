@@ -11,7 +11,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from clipkit.records import Value
+from clipkit.formats.records import Value
 
 KINDS = ("bool", "int", "float", "text")
 LIST = "list of "

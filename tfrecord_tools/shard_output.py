@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from clipkit.storage.files import local_copy, write_beside
-from clipkit.records import decode_example, read_records
+from clipkit.formats.records import decode_example, read_records
 from clipkit.tfrecord_tools.download_plan import Format
 from clipkit.tfrecord_tools.ledger import LEDGER, Outcome
 from clipkit.tfrecord_tools.pair_writer import PairWriter

@@ -19,8 +19,8 @@ import numpy.typing as npt
 
 from clipkit.counter_rng import sample_keys
 from clipkit.storage.files import is_remote, read_json, write_beside, write_json
-from clipkit.manifest import Shard
-from clipkit.records import RecordWriter, unframe
+from clipkit.formats.manifest import Shard
+from clipkit.formats.records import RecordWriter, unframe
 from clipkit.storage.arrays import load_array, save_array
 from clipkit.tfrecord_tools.build_shard import FORMATS
 from clipkit.tfrecord_tools.pair_writer import count_format

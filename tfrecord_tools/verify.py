@@ -15,10 +15,10 @@ from typing import Any, TypeVar
 import numpy as np
 
 from clipkit import jobs
-from clipkit.dataset import Layout, read_layout
+from clipkit.formats.dataset import Layout, read_layout
 from clipkit.storage.files import WRITTEN_BESIDE, as_path
 from clipkit.log import Progress, counted, duration, size_text
-from clipkit.manifest import CLIPKIT_FOLDER, Shard, index_path
+from clipkit.formats.manifest import CLIPKIT_FOLDER, Shard, index_path
 from clipkit.tfrecord_tools.verify_metadata import (
     index_fits,
     leftovers,

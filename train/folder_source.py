@@ -16,7 +16,7 @@ from clipkit.storage.cache import BlockCache
 from clipkit.errors import UserError
 from clipkit.storage.files import is_remote, local_copy, read_json, remove, write_beside, write_json
 from clipkit.images import ImageError
-from clipkit.pair_table import read_pair_table
+from clipkit.formats.tables import read_pair_table
 from clipkit.storage.ranges import read_object
 from clipkit.storage.stores import Listed
 from clipkit.train.source_index import index_place, waiting_lock

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from clipkit.storage.cache import BlockCache, scratch_cache
-from clipkit.dataset import Dataset, open_dataset, unfinished
+from clipkit.formats.dataset import Dataset, open_dataset, unfinished
 from clipkit.errors import UserError
 from clipkit.storage.files import as_path, is_remote
-from clipkit.pair_table import find_table, is_table
+from clipkit.formats.tables import find_table, is_table
 from clipkit.storage.stores import Listed, list_folder, reading
 from clipkit.train.ahead_source import AheadSource
 from clipkit.train.folder_source import open_folder

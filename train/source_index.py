@@ -22,7 +22,7 @@ from clipkit import jobs
 from clipkit.errors import UserError
 from clipkit.storage.files import is_remote, make_folder, read_json, remove, require_writable, write_beside, write_json
 from clipkit.log import Progress
-from clipkit.manifest import CLIPKIT_FOLDER
+from clipkit.formats.manifest import CLIPKIT_FOLDER
 from clipkit.storage.stores import Listed
 
 REMOTE_THREADS = 8

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol
 from clipkit.counter_rng import UInt64Array
 from clipkit.errors import UserError
 from clipkit.images import ImageError
-from clipkit.records import RecordError, decode_example
+from clipkit.formats.records import RecordError, decode_example
 from clipkit.train.order import Int64Array, record_indices
 
 IMAGE_FIELD, TEXT_FIELD = "jpg", "txt"
@@ -65,7 +65,7 @@ class Source(ABC):
 
 
 class Examples(Protocol):
-    """Numbered tf.train.Example records: `clipkit.dataset.Dataset`, or what does as it does."""
+    """Numbered tf.train.Example records: `clipkit.formats.dataset.Dataset`, or what does as it does."""
 
     @property
     def num_records(self) -> int: ...

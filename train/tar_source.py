@@ -18,9 +18,9 @@ from clipkit.errors import UserError
 from clipkit.storage.files import is_remote
 from clipkit.images import ImageError
 from clipkit.storage.ranges import KnownFile, RangeReader
-from clipkit.records import RecordError
+from clipkit.formats.records import RecordError
 from clipkit.storage.stores import Listed
-from clipkit.tar import index_tar
+from clipkit.formats.tar import index_tar
 from clipkit.train.source_index import FolderIndex, open_index
 from clipkit.train.sources import Pair, Source
 
@@ -148,7 +148,7 @@ def open_tars(
 
 
 def index_shard(folder: Path, shard: Listed) -> np.ndarray:
-    """The rows of one tar (`clipkit.tar.INDEX_DTYPE`)."""
+    """The rows of one tar (`clipkit.formats.tar.INDEX_DTYPE`)."""
     reader = RangeReader(folder, [KnownFile(shard.name, shard.bytes, shard.version)])
     ahead = _REMOTE_AHEAD if is_remote(folder) else _LOCAL_AHEAD
     chunk, base = b"", 0

@@ -13,7 +13,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from clipkit.errors import UserError
-from clipkit.tar import IMAGE_SUFFIXES
+from clipkit.formats.tar import IMAGE_SUFFIXES
 
 IMAGE_NAMES = (*sorted(IMAGE_SUFFIXES), "image", "img", "image_bytes", "bytes")
 CAPTION_NAMES = ("txt", "caption", "text", "title")
