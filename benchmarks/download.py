@@ -72,8 +72,8 @@ if __name__ == "__main__":
 CPU = """
 import json, sys, time
 from pathlib import Path
-from clipkit import jobs
-from clipkit.jobs_local import run_here
+from clipkit.jobs import run as jobs
+from clipkit.jobs.local import run_here
 from clipkit.tfrecord_tools.download import download
 from clipkit.tfrecord_tools.fetch_run import fetch_loop, picture_maker
 from clipkit.tfrecord_tools.fetch_settings import FetchSettings

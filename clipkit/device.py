@@ -23,7 +23,7 @@ import torch
 import torch.distributed
 from torch.utils.checkpoint import checkpoint
 
-from clipkit import jobs
+from clipkit.jobs import run as jobs
 from clipkit.errors import UserError
 
 GOOGLE_PCI_VENDOR = "0x1ae0"

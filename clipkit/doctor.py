@@ -15,7 +15,7 @@ from packaging.specifiers import SpecifierSet
 
 from clipkit.config import to_json
 from clipkit.errors import UserError
-from clipkit.jobs_spark import java_problem
+from clipkit.jobs.spark import java_problem
 
 CORE = (
     "torch",

@@ -16,7 +16,7 @@ from typing import Any, cast
 
 import job_functions
 
-from clipkit import jobs
+from clipkit.jobs import run as jobs
 
 
 def run(engine: str, function: Callable[[int], Any], items: Sequence[int], workers: int | None = 2) -> Iterator[Any]:

@@ -19,8 +19,8 @@ from pathlib import Path
 import pandas, rich.console, rich.progress  # else each fork imports them for itself
 sys.path.insert(0, sys.argv[1])
 from download_site import NETWORK, PICTURES, fetch
-from clipkit import jobs
-from clipkit.jobs_local import run_here
+from clipkit.jobs import run as jobs
+from clipkit.jobs.local import run_here
 from clipkit.tfrecord_tools.fetch_run import fetch_run
 from clipkit.tfrecord_tools.picture import PictureMaker
 

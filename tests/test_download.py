@@ -40,7 +40,7 @@ from PIL import Image
 from tensorflow_process import with_tensorflow
 from webdataset import tariterators
 
-from clipkit import jobs
+from clipkit.jobs import run as jobs
 from clipkit.formats.dataset import open_dataset
 from clipkit.errors import UserError
 from clipkit.image_server import Answer, serve

@@ -14,11 +14,11 @@ from download_site import fetch, file_bytes, numbered, write_numbered
 from object_store import s3 as s3
 from object_store import s3_server as s3_server
 
-from clipkit import jobs
+from clipkit.jobs import run as jobs
 from clipkit.formats.dataset import open_dataset
 from clipkit.errors import UserError
 from clipkit.storage.files import as_path, remove
-from clipkit.jobs_local import run_here
+from clipkit.jobs.local import run_here
 from clipkit.tfrecord_tools.retry import DEFAULT
 
 COUNT, SHARD = 12, 3

@@ -18,9 +18,9 @@ from dns_server import NXDOMAIN, SILENT, dns_server, every
 from download_site import JPEG, NETWORK, encoded, examples, fetch, file_bytes, numbered, write_numbered, write_urls
 from PIL import Image
 
-from clipkit import jobs
+from clipkit.jobs import run as jobs
 from clipkit.cli import main
-from clipkit.jobs_local import run_here
+from clipkit.jobs.local import run_here
 from clipkit.tfrecord_tools.fetch_run import SHARDS_UNDER_WAY
 from clipkit.tfrecord_tools.ledger import read_ledger
 from clipkit.tfrecord_tools.picture import PictureSettings

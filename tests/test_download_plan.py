@@ -11,7 +11,7 @@ from download_site import JPEG, examples, fetch, write_urls
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clipkit import jobs
+from clipkit.jobs import run as jobs
 from clipkit.errors import UserError
 from clipkit.storage.files import lock
 from clipkit.image_server import Answer, serve

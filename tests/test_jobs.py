@@ -21,7 +21,7 @@ from job_functions import (
     square_after_death,
 )
 
-from clipkit import jobs
+from clipkit.jobs import run as jobs
 from clipkit.errors import InternalError, UserError
 
 
@@ -133,7 +133,7 @@ def test_leaving_early_stops_the_workers() -> None:
 # the last of them to be gone.
 PARENT = """
 import os, signal, sys, threading
-from clipkit import jobs
+from clipkit.jobs import run as jobs
 
 def stop(number):
     print(os.getpid(), flush=True)

@@ -22,7 +22,9 @@ from typing import IO, Any
 import pytest
 from job_functions import alive, square, wait_until
 
-from clipkit import jobs, jobs_ray, jobs_spark
+from clipkit.jobs import run as jobs
+from clipkit.jobs import ray as jobs_ray
+from clipkit.jobs import spark as jobs_spark
 from clipkit.errors import UserError
 from clipkit.storage.files import clear_leftovers
 

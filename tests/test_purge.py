@@ -574,7 +574,7 @@ def test_a_dataset_of_tfds_itself_without_a_manifest(tmp_path):
 
 MOMENTS = 50
 # Imported once, so that a child's time is the purge's own.
-PRELOAD = ["clipkit.tfrecord_tools.purge", "clipkit.jobs_local", "rich.progress", "pyarrow.compute", "pandas"]
+PRELOAD = ["clipkit.tfrecord_tools.purge", "clipkit.jobs.local", "rich.progress", "pyarrow.compute", "pandas"]
 
 
 def run_child(data, listed, seconds=None):

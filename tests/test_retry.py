@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from download_site import JPEG, examples, fetch, file_bytes, members, write_urls
 
-from clipkit import jobs
+from clipkit.jobs import run as jobs
 from clipkit.cli_download import PASSING
 from clipkit.formats.dataset import open_dataset
 from clipkit.errors import UserError

@@ -22,7 +22,7 @@ from clipkit.formats.dataset import open_dataset
 from clipkit.errors import UserError
 from clipkit.formats.features import parse_features
 from clipkit.storage.files import as_path, clear_leftovers, is_remote, lock, read_json, remove
-from clipkit.jobs import Engine
+from clipkit.jobs.run import Engine
 from clipkit.log import size_text
 from clipkit.formats.manifest import CLIPKIT_FOLDER, Source, SplitManifest, add_counts, read_manifest, write_manifest
 from clipkit.tfrecord_tools.build_finish import features_of, kinds_of, write_index, write_skipped

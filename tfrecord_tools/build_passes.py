@@ -18,7 +18,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TypeVar
 
-from clipkit import jobs
+from clipkit.jobs import run as jobs
 from clipkit.errors import UserError
 from clipkit.formats.manifest import Shard
 from clipkit.tfrecord_tools.build_shard import ShardJob, ShardState, Work, build_shard, read_state

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from clipkit import jobs
+from clipkit.jobs import run as jobs
 from clipkit.errors import UserError
 from clipkit.storage.files import as_path, disk_errors, lock, remove, require_writable
 from clipkit.tfrecord_tools.download_plan import FORMATS, Format, Output, make_plan

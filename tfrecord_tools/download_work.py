@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
-from clipkit import jobs
+from clipkit.jobs import run as jobs
 from clipkit.errors import InternalError, UserError
 from clipkit.storage.files import clear_leftovers, disk_errors, is_remote, read_json, remove, write_json
 from clipkit.tfrecord_tools.advice import way_on

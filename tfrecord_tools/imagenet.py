@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from clipkit import embedded, jobs
+from clipkit import embedded
+from clipkit.jobs import run as jobs
 from clipkit.errors import UserError
 from clipkit.formats.features import Feature, parse_features
 from clipkit.storage.files import clear_leftovers, is_remote, lock, read_json, remove

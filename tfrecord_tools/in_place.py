@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from clipkit import jobs
+from clipkit.jobs import run as jobs
 from clipkit.formats.dataset import open_dataset
 from clipkit.errors import UserError
 from clipkit.storage.files import (

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from clipkit import jobs
+from clipkit.jobs import run as jobs
 from clipkit.formats.dataset import open_dataset
 from clipkit.errors import UserError
 from clipkit.storage.files import read_json, write_beside, write_json

@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from clipkit import jobs
+from clipkit.jobs import run as jobs
 from clipkit.formats.dataset import Layout, open_dataset, read_layout
 from clipkit.errors import UserError
 from clipkit.storage.files import as_path, clear_leftovers, lock, read_json, remove, write_beside

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from clipkit import jobs
+from clipkit.jobs import run as jobs
 from clipkit.formats.dataset import Layout, read_layout
 from clipkit.storage.files import WRITTEN_BESIDE, as_path
 from clipkit.log import Progress, counted, duration, size_text

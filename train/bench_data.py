@@ -14,7 +14,7 @@ import cv2
 import numpy as np
 import simplejpeg
 
-from clipkit import jobs
+from clipkit.jobs import run as jobs
 from clipkit.counter_rng import sample_keys
 from clipkit.device import Device, pick
 from clipkit.errors import UserError

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from clipkit import jobs
+from clipkit.jobs import run as jobs
 from clipkit.errors import UserError
 from clipkit.storage.files import is_remote, make_folder, read_json, remove, require_writable, write_beside, write_json
 from clipkit.log import Progress

@@ -46,14 +46,14 @@ def run(
     Leaving the loop early, Ctrl-C included, stops the work.
     """
     if engine == "ray":
-        from clipkit.jobs_ray import run_on_ray
+        from clipkit.jobs.ray import run_on_ray
 
         return run_on_ray(function, items, workers, describe, attempts)
     if engine == "spark":
-        from clipkit.jobs_spark import run_on_spark
+        from clipkit.jobs.spark import run_on_spark
 
         return run_on_spark(function, items, workers, describe, attempts)
-    from clipkit.jobs_local import run_here, run_workers
+    from clipkit.jobs.local import run_here, run_workers
 
     workers = min(cores() if workers is None else max(workers, 1), len(items))
     if workers <= 1 and not isolate:

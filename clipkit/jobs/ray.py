@@ -18,8 +18,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from clipkit.errors import UserError
-from clipkit.jobs import cores
-from clipkit.jobs_worker import STOP_SECONDS, Answer, answer_packed, death, kept_signals, pack, result_of, unlike
+from clipkit.jobs.run import cores
+from clipkit.jobs.worker import STOP_SECONDS, Answer, answer_packed, death, kept_signals, pack, result_of, unlike
 
 T = TypeVar("T")
 R = TypeVar("R")

@@ -17,7 +17,7 @@ from multiprocessing import connection
 from multiprocessing.context import SpawnProcess
 from typing import Any, TypeVar
 
-from clipkit.jobs_worker import STOP_SECONDS, Answer, answer, death, result_of
+from clipkit.jobs.worker import STOP_SECONDS, Answer, answer, death, result_of
 
 T = TypeVar("T")
 R = TypeVar("R")

@@ -26,8 +26,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from clipkit.errors import UserError
-from clipkit.jobs import cores
-from clipkit.jobs_worker import Answer, answer_packed, death, kept_signals, pack, result_of, unlike
+from clipkit.jobs.run import cores
+from clipkit.jobs.worker import Answer, answer_packed, death, kept_signals, pack, result_of, unlike
 
 T = TypeVar("T")
 R = TypeVar("R")
