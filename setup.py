@@ -8,7 +8,7 @@ from setuptools import Extension, setup
 setup(
     ext_modules=[
         Extension(
-            "clipkit.jpeg_crop",
+            "clipkit.pixels.jpeg_crop",
             sources=[f"clipkit/csrc/{name}.c" for name in ("module", "headers", "kernel", "kernel_avx2")],
             depends=["clipkit/csrc/jpeg_crop.h", "clipkit/csrc/kernel.c"],
             # No flag may let the compiler change a sum: every machine is to give the same pixels (kernel.c).

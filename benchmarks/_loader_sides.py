@@ -177,7 +177,7 @@ def decode_all(request: Request, worker: int) -> tuple[float, float]:
 
     from clipkit.counter_rng import sample_keys
     from clipkit.formats.dataset import open_dataset
-    from clipkit.images import plain_jpeg_size
+    from clipkit.pixels.images import plain_jpeg_size
     from clipkit.formats.records import decode_example
     from clipkit.train.augment import geometry_draws
     from clipkit.train.crop import crop_box, scaled_crop

@@ -13,7 +13,7 @@ import numpy as np
 import simplejpeg
 import webdataset
 
-from clipkit.images import UInt8Array, decode
+from clipkit.pixels.images import UInt8Array, decode
 from clipkit.tokenizer import MERGES, Tokenizer
 
 SIDE, QUALITY = 256, 95

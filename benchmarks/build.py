@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import webdataset
 
-from clipkit.images import UInt8Array
+from clipkit.pixels.images import UInt8Array
 from clipkit.formats.records import RecordWriter, encode_example
 from clipkit.tfrecord_tools.build import build_tfds
 from clipkit.tfrecord_tools.in_place import build_in_place

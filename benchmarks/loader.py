@@ -23,7 +23,7 @@ import numpy as np
 from _loader_sides import CROP_AREA, CROP_RATIO, Answer, Request
 
 from clipkit.counter_rng import sample_keys
-from clipkit.images import decode, plain_jpeg_size
+from clipkit.pixels.images import decode, plain_jpeg_size
 from clipkit.train.augment import geometry_draws
 from clipkit.train.crop import crop_box, exact_crop_resize, random_resized_crop_of
 

@@ -39,7 +39,7 @@ from _loader_sides import Request
 from loader import Side
 
 from clipkit.formats.features import Feature
-from clipkit.images import decode
+from clipkit.pixels.images import decode
 from clipkit.formats.manifest import Shard, Source, SplitManifest, index_path, write_manifest
 from clipkit.formats.records import RecordWriter, encode_example
 from clipkit.tfrecord_tools.metadata import shard_name, write_metadata

@@ -24,7 +24,7 @@ from clipkit.errors import UserError
 from clipkit.storage.files import read_json, remove, require_dir, write_beside, write_json
 
 if TYPE_CHECKING:
-    from clipkit.images import Preprocess
+    from clipkit.pixels.images import Preprocess
     from clipkit.model import CLIP, ModelConfig
 
 FORMAT = 1
@@ -56,7 +56,7 @@ class Checkpoint:
     @property
     def preprocess(self) -> "Preprocess":
         """How an image becomes pixels at evaluation."""
-        from clipkit.images import Preprocess
+        from clipkit.pixels.images import Preprocess
 
         return from_json(Preprocess, self.config["preprocess"], f"{self.path}/config.json: preprocess")
 

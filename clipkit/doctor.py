@@ -80,7 +80,7 @@ def examine() -> Findings:
         for extra, packages in EXTRAS.items()
         if (missing := [name for name in packages if versions[name] is None])
     ]
-    if find_spec("clipkit.jpeg_crop") is None:
+    if find_spec("clipkit.pixels.jpeg_crop") is None:
         notes.append(
             "the decoder of JPEGs isn't compiled, so training reads images at half the speed: install a C compiler and "
             "then clipkit again"

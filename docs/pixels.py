@@ -40,7 +40,7 @@ from clipkit.eval.labelled import LabelledImages
 from clipkit.eval.metrics import wilson
 from clipkit.eval.task import Pixels, Task, open_task, stack
 from clipkit.eval.zeroshot import classify
-from clipkit.images import Preprocess, UInt8Array, decode, eval_transform
+from clipkit.pixels.images import Preprocess, UInt8Array, decode, eval_transform
 from clipkit.model import CLIP
 from clipkit.tokenizer import Tokenizer
 from clipkit.train.augment import LUMA, Augmentation, central, central_box, cut, geometry_draws

@@ -41,7 +41,7 @@ def thumbnail(data: bytes) -> bytes:
     """A copy of at most 128 pixels as WebP, which every browser shows; b"" when it isn't an image."""
     from PIL import Image
 
-    from clipkit.images import decode
+    from clipkit.pixels.images import decode
 
     try:
         picture = Image.fromarray(decode(data))

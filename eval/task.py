@@ -15,7 +15,7 @@ from clipkit.eval.classes import Classes, Templates, check_pooling, name_classes
 from clipkit.eval.classifier import Prompts, tokenise
 from clipkit.eval.labelled import LabelledImages, open_labelled
 from clipkit.eval.results import digest
-from clipkit.images import Preprocess, decode, eval_transform
+from clipkit.pixels.images import Preprocess, decode, eval_transform
 from clipkit.tokenizer import Tokenizer
 
 KEEP_PIXELS_BYTES = 1 << 30

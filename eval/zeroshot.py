@@ -20,7 +20,7 @@ from clipkit.eval.metrics import Measure, largest_class, measure
 from clipkit.eval.results import Result
 from clipkit.eval.task import Task, hashes, open_task
 from clipkit.storage.files import require_writable
-from clipkit.images import Preprocess, normalise
+from clipkit.pixels.images import Preprocess, normalise
 from clipkit.log import Progress
 from clipkit.tokenizer import Tokenizer
 

@@ -16,7 +16,7 @@ from natural_images import encoded
 from PIL import Image
 
 from clipkit.counter_rng import sample_keys
-from clipkit.images import UInt8Array, plain_jpeg_size
+from clipkit.pixels.images import UInt8Array, plain_jpeg_size
 from clipkit.train.augment import GEOMETRY_DRAWS, Augmentation, central_box, cut, geometry_draws
 from clipkit.train.crop import Box, crop_box, crop_of_shrunk_jpeg, scaled_crop
 

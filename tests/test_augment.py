@@ -12,7 +12,7 @@ from test_images import PIXELS, encoded, jpeg, picture
 
 from clipkit.counter_rng import sample_keys
 from clipkit.errors import UserError
-from clipkit.images import UInt8Array, eval_transform
+from clipkit.pixels.images import UInt8Array, eval_transform
 from clipkit.train.augment import Augmentation, colour_matrices, cut, geometry_draws, recolour
 from clipkit.train.crop import crop_box
 

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from image_shards import pair, picture, write_tar, write_tars
 
-from clipkit import images
+from clipkit.pixels import images
 from clipkit.formats.dataset import open_dataset
 from clipkit.errors import UserError
 from clipkit.formats.features import Feature

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from clipkit import checkpoint
 from clipkit.device import pick
 from clipkit.errors import UserError
-from clipkit.images import Preprocess
+from clipkit.pixels.images import Preprocess
 from clipkit.model import ImageConfig, ModelConfig, TextConfig, build
 from clipkit.train.optimizer import OptimizerConfig, make_optimizer
 

@@ -10,7 +10,7 @@ from natural_images import encoded, natural
 from PIL import Image
 
 from clipkit.errors import UserError
-from clipkit.images import ImageError, decode
+from clipkit.pixels.images import ImageError, decode
 from clipkit.tfrecord_tools.compact import Compacted, compact, fit
 
 

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from test_images import PIXELS, encoded, jpeg, picture
 
-from clipkit.images import UInt8Array, decode, plain_jpeg_size
+from clipkit.pixels.images import UInt8Array, decode, plain_jpeg_size
 from clipkit.train import crop as crop_module
 from clipkit.train.crop import (
     Box,

@@ -13,7 +13,7 @@ from natural_images import encoded, natural
 from clipkit.formats.dataset import open_dataset
 from clipkit.errors import UserError
 from clipkit.formats.manifest import read_manifest
-from clipkit.phash import distance, perceptual_hash_of
+from clipkit.pixels.phash import distance, perceptual_hash_of
 from clipkit.tfrecord_tools import dedup
 from clipkit.tfrecord_tools.build import build_tfds
 from clipkit.tfrecord_tools.dedup import NEAR_BITS, near_duplicates, near_earlier, place, rotated, runs_of

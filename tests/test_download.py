@@ -45,7 +45,7 @@ from clipkit.formats.dataset import open_dataset
 from clipkit.errors import UserError
 from clipkit.image_server import Answer, serve
 from clipkit.formats.manifest import read_manifest
-from clipkit.phash import perceptual_hash_of
+from clipkit.pixels.phash import perceptual_hash_of
 from clipkit.tfrecord_tools import download_work
 from clipkit.tfrecord_tools.download_plan import cut
 from clipkit.tfrecord_tools.download_summary import DownloadSummary

@@ -8,7 +8,7 @@ from natural_images import encoded, natural
 from PIL import Image
 
 from clipkit.errors import UserError
-from clipkit.phash import perceptual_hash
+from clipkit.pixels.phash import perceptual_hash
 from clipkit.tfrecord_tools.hash_check import HashKind, check_hash, parse_phash
 
 PIXELS = natural(256, 320, 1)

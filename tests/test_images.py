@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from clipkit import images
-from clipkit.images import (
+from clipkit.pixels import images
+from clipkit.pixels.images import (
     CLIP_MEAN,
     CLIP_STD,
     ImageError,

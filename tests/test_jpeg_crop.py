@@ -16,8 +16,8 @@ from natural_images import encoded, natural
 from photographs import photographs
 from PIL import Image
 
-from clipkit.images import ImageError, UInt8Array, plain_jpeg_size
-from clipkit.jpeg_crop import crop
+from clipkit.pixels.images import ImageError, UInt8Array, plain_jpeg_size
+from clipkit.pixels.jpeg_crop import crop
 from clipkit.train.crop import Box, crop_of_jpeg, exact_crop_resize, random_resized_crop_of
 
 WAYS: tuple[dict[str, object], ...] = (
@@ -337,7 +337,7 @@ def test_the_interpreter_is_free_meanwhile() -> None:
 def test_without_the_module_the_library_crops() -> None:
     program = """
 import sys
-sys.modules["clipkit.jpeg_crop"] = None
+sys.modules["clipkit.pixels.jpeg_crop"] = None
 from clipkit.train import crop
 assert not crop.COMPILED
 data = sys.stdin.buffer.read()

@@ -23,7 +23,7 @@ from clipkit.formats import dataset as dataset_module
 from clipkit.storage import ranges as range_reader
 from clipkit.formats.dataset import open_dataset
 from clipkit.formats.features import Feature
-from clipkit.images import MAX_PIXELS
+from clipkit.pixels.images import MAX_PIXELS
 from clipkit.formats.manifest import Shard, Source, SplitManifest, index_path, write_manifest
 from clipkit.formats.records import RecordWriter, encode_example
 from clipkit.tfrecord_tools.metadata import shard_name, write_metadata

@@ -5,7 +5,7 @@ import pytest
 from image_shards import pair, picture, write_tar
 from tensorflow_process import with_tensorflow
 
-from clipkit import images
+from clipkit.pixels import images
 from clipkit.formats.features import Feature, parse_features
 from clipkit.formats.manifest import Shard, SplitManifest
 from clipkit.tfrecord_tools.build import build_tfds

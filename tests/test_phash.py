@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from natural_images import encoded, natural
 from PIL import Image
 
-from clipkit.images import ImageError
-from clipkit.phash import SAME_PICTURE, distance, perceptual_hash, perceptual_hash_of
+from clipkit.pixels.images import ImageError
+from clipkit.pixels.phash import SAME_PICTURE, distance, perceptual_hash, perceptual_hash_of
 
 
 def pattern(height: int, width: int, step: int) -> np.ndarray:

@@ -24,7 +24,7 @@ from PIL import Image, features
 from PIL.PngImagePlugin import PngInfo
 
 from clipkit.errors import UserError
-from clipkit.images import ImageError, decode, has_one_scan, plain_jpeg_size
+from clipkit.pixels.images import ImageError, decode, has_one_scan, plain_jpeg_size
 from clipkit.tfrecord_tools import picture, reasons
 from clipkit.tfrecord_tools.img2dataset_parts import import_resizer
 from clipkit.tfrecord_tools.picture import Picture, PictureError, PictureMaker, PictureSettings, make_picture

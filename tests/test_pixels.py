@@ -14,7 +14,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import resized_crop
 
 from clipkit.counter_rng import sample_keys
-from clipkit.images import plain_jpeg_size
+from clipkit.pixels.images import plain_jpeg_size
 from clipkit.train.augment import GEOMETRY_DRAWS, Augmentation, cut, geometry_draws
 from clipkit.train.crop import crop_box, scaled_crop
 

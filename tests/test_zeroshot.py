@@ -25,7 +25,7 @@ from clipkit.eval.classifier import class_embeddings, tokenise
 from clipkit.eval.labelled import open_labelled
 from clipkit.eval.task import Task, open_task
 from clipkit.eval.zeroshot import classify, evaluate, measures, zeroshot
-from clipkit.images import Preprocess
+from clipkit.pixels.images import Preprocess
 from clipkit.model import CLIP, ImageConfig, ModelConfig, TextConfig, build
 from clipkit.formats.records import RecordWriter, encode_example
 from clipkit.tokenizer import Tokenizer

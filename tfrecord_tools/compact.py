@@ -12,7 +12,7 @@ import numpy as np
 import simplejpeg
 
 from clipkit.errors import UserError
-from clipkit.images import MAX_PIXELS, UInt8Array, check_size, decode, jpeg_scale, plain_jpeg_size
+from clipkit.pixels.images import MAX_PIXELS, UInt8Array, check_size, decode, jpeg_scale, plain_jpeg_size
 
 # How much larger than the copy libjpeg's reduced image has to be: its way of reducing, within blocks of 8 x 8, leaves
 # edges in the picture that averaging then takes out (mean error at 64 px: 1.6 of 255 in place of 3.9).
@@ -32,7 +32,7 @@ def compact(image: bytes, size: int, quality: int) -> Compacted:
     """An encoded image of any format as a JPEG, upright, its shorter side `size` pixels, or its own where that is less.
 
     A JPEG that is upright and no larger keeps its bytes. `quality` is libjpeg's, 1 to 100; chroma is halved (4:2:0).
-    Raises clipkit.images.ImageError for an image that can't be decoded, UserError for a size or quality that can't be.
+    Raises clipkit.pixels.images.ImageError for an image that can't be decoded, UserError for a size or quality that can't be.
     """
     if size < 1 or not 1 <= quality <= 100:
         raise UserError(f"can't resize to {size} px at quality {quality}: give 1 px or more, and a quality of 1 to 100")

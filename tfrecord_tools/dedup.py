@@ -24,8 +24,8 @@ import numpy.typing as npt
 
 from clipkit.errors import UserError
 from clipkit.storage.files import read_json, write_json
-from clipkit.images import ImageError
-from clipkit.phash import perceptual_hash_of
+from clipkit.pixels.images import ImageError
+from clipkit.pixels.phash import perceptual_hash_of
 from clipkit.tfrecord_tools.prepare import Part, Preparation, judged, parts_told
 from clipkit.tfrecord_tools.sample import Sample
 from clipkit.tfrecord_tools.sorted_rows import BUCKETS, KEY_END, read_sorted, write_sorted

@@ -12,8 +12,8 @@ import re
 from typing import Literal, get_args
 
 from clipkit.errors import UserError
-from clipkit.images import ImageError
-from clipkit.phash import SAME_PICTURE, distance, perceptual_hash_of
+from clipkit.pixels.images import ImageError
+from clipkit.pixels.phash import SAME_PICTURE, distance, perceptual_hash_of
 
 HashKind = Literal["md5", "sha1", "sha256", "sha512"]
 HashResult = Literal["exact", "re-encoded", "changed", "differs", "unchecked"]
@@ -33,7 +33,7 @@ def check_hash(
     - `differs`: the digest is another, and without a perceptual hash nobody can tell `re-encoded` from `changed`.
     - `unchecked`: the table says neither for this row.
 
-    `expected` is in hex digits, in any case; `expected_phash` is an int as `clipkit.phash` makes it (of a hex string
+    `expected` is in hex digits, in any case; `expected_phash` is an int as `clipkit.pixels.phash` makes it (of a hex string
     in a table: `parse_phash`). Raises UserError as `check_digest` does.
     """
     if expected:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from clipkit.images import ImageError, decode, header_size
-from clipkit.phash import SAME_PICTURE, perceptual_hash_of
+from clipkit.pixels.images import ImageError, decode, header_size
+from clipkit.pixels.phash import SAME_PICTURE, perceptual_hash_of
 from clipkit.tfrecord_tools.inspection_values import Histogram, histogram_of
 from clipkit.tfrecord_tools.sample import image_format
 

@@ -151,7 +151,7 @@ def as_jpeg(image: bytes) -> bytes:
     # Here and not above: most shards have nothing to convert, and the decoders would cost each worker a second to load.
     import simplejpeg
 
-    from clipkit import images
+    from clipkit.pixels import images
 
     encoded: bytes = simplejpeg.encode_jpeg(
         images.decode(image), quality=CONVERTED_QUALITY, colorspace="RGB", colorsubsampling="444"

@@ -21,7 +21,7 @@ import cv2
 from PIL import Image
 
 from clipkit.errors import UserError
-from clipkit.images import (
+from clipkit.pixels.images import (
     FORMATS,
     MAX_PIXELS,
     ORIENTATION,
@@ -151,7 +151,7 @@ class PictureMaker:
             raise PictureError(reasons.OTHER, "the memory is too small to decode the image") from error
 
     def make(self, body: bytes) -> Picture:
-        """The same, but raises ImageError where `clipkit.images` does."""
+        """The same, but raises ImageError where `clipkit.pixels.images` does."""
         if not body:
             raise PictureError(reasons.EMPTY, "the answer has no bytes")
         if is_truncated(body):

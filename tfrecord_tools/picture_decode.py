@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import simplejpeg
 
-from clipkit.images import ImageError, UInt8Array, decode, has_one_scan
+from clipkit.pixels.images import ImageError, UInt8Array, decode, has_one_scan
 
 START_OF_SCAN = b"\xff\xda"
 # A progressive JPEG has some ten scans, each over all pixels; a file made to waste time has thousands.

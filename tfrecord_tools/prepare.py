@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from clipkit.errors import UserError
-from clipkit.images import ImageError
+from clipkit.pixels.images import ImageError
 from clipkit.tfrecord_tools.compact import compact
 from clipkit.tfrecord_tools.condition import Condition
 from clipkit.tfrecord_tools.pair_writer import judge, stored_image

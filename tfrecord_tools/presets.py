@@ -19,7 +19,7 @@ class Preset:
     """A digest of the image's bytes as they were when the table was made; see `clipkit.tfrecord_tools.hash_check`."""
     hash_kind: Literal["md5", "sha1", "sha256", "sha512"] | None = None
     phash_column: str | None = None
-    """A perceptual hash as `clipkit.phash` makes it."""
+    """A perceptual hash as `clipkit.pixels.phash` makes it."""
     similarity: str | None = None
     """Cosine of CLIP ViT-B/32's embeddings of image and caption, -1 to 1."""
     nsfw: str | None = None

@@ -196,7 +196,7 @@ class Columns:
 def _decode(values: Mapping[str, list[Any]], columns: list[str], place: str, found: Found) -> int:
     """Decode a record's images in full and return how many there were."""
     # Here and not above: the decoders take a second to load, and a check without them takes less.
-    from clipkit.images import ImageError, decode
+    from clipkit.pixels.images import ImageError, decode
 
     decoded = 0
     for name in columns:

@@ -65,7 +65,7 @@ def check_tar(check: TarCheck) -> ShardReport:
 
 
 def _decode(key: str, image: bytes, found: Found) -> int:
-    from clipkit.images import ImageError, decode
+    from clipkit.pixels.images import ImageError, decode
 
     try:
         decode(image)

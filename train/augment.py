@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from clipkit.counter_rng import uniform
 from clipkit.errors import UserError
-from clipkit.images import Data, UInt8Array, decode, decode_scaled, plain_jpeg_size
+from clipkit.pixels.images import Data, UInt8Array, decode, decode_scaled, plain_jpeg_size
 from clipkit.train.crop import (
     Box,
     crop_box,

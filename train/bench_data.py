@@ -18,7 +18,7 @@ from clipkit.jobs import run as jobs
 from clipkit.counter_rng import sample_keys
 from clipkit.device import Device, pick
 from clipkit.errors import UserError
-from clipkit.images import UInt8Array, decode
+from clipkit.pixels.images import UInt8Array, decode
 from clipkit.train.augment import Augmentation, cut, geometry_draws
 from clipkit.train.batch import LoaderConfig
 from clipkit.train.crop import COMPILED

@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from clipkit.images import (
+from clipkit.pixels.images import (
     MAX_PIXELS,
     Data,
     UInt8Array,
@@ -25,7 +25,7 @@ from clipkit.images import (
 )
 
 try:
-    from clipkit.jpeg_crop import crop as crop_jpeg
+    from clipkit.pixels.jpeg_crop import crop as crop_jpeg
 
     COMPILED = True
 except ImportError:  # installed where there is no C compiler

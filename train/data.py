@@ -21,7 +21,7 @@ import numpy as np
 
 from clipkit.counter_rng import UInt64Array, sample_keys
 from clipkit.errors import UserError
-from clipkit.images import UInt8Array
+from clipkit.pixels.images import UInt8Array
 from clipkit.tokenizer import Tokenizer
 from clipkit.tokens import reduce_text
 from clipkit.train.batch import Batch, LoaderConfig, check, keep_indices

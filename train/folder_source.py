@@ -15,7 +15,7 @@ import pyarrow as pa
 from clipkit.storage.cache import BlockCache
 from clipkit.errors import UserError
 from clipkit.storage.files import is_remote, local_copy, read_json, remove, write_beside, write_json
-from clipkit.images import ImageError
+from clipkit.pixels.images import ImageError
 from clipkit.formats.tables import read_pair_table
 from clipkit.storage.ranges import read_object
 from clipkit.storage.stores import Listed

@@ -7,7 +7,7 @@ from clipkit.formats.dataset import Dataset
 from clipkit.errors import UserError
 from clipkit.eval.classes import fill, name_classes
 from clipkit.eval.labelled import number_names
-from clipkit.images import ImageError
+from clipkit.pixels.images import ImageError
 from clipkit.train.sources import Pair, RecordSource
 
 IMAGE_FIELD, LABEL_FIELD = "image", "label"

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from clipkit.storage.cache import BlockCache
 from clipkit.errors import UserError
-from clipkit.images import ImageError
+from clipkit.pixels.images import ImageError
 from clipkit.formats.tables import CAPTION_NAMES, find_image_column, find_name
 from clipkit.storage.ranges import KnownFile, RangeReader
 from clipkit.storage.stores import Listed

@@ -15,7 +15,7 @@ import torch
 from clipkit.config import did_you_mean
 from clipkit.device import Device, Precision
 from clipkit.errors import UserError
-from clipkit.images import CLIP_MEAN, CLIP_STD, Preprocess
+from clipkit.pixels.images import CLIP_MEAN, CLIP_STD, Preprocess
 from clipkit.model import CLIP, ImageConfig, ModelConfig, TextConfig, vit_b16
 from clipkit.tokens import ImageMethod, TextMethod
 from clipkit.train.augment import Augmentation

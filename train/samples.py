@@ -15,7 +15,7 @@ import numpy as np
 
 from clipkit.counter_rng import UInt64Array, sample_keys
 from clipkit.errors import UserError
-from clipkit.images import ImageError, UInt8Array
+from clipkit.pixels.images import ImageError, UInt8Array
 from clipkit.tokenizer import Tokenizer, clean
 from clipkit.train.augment import Augmentation, cut, geometry_draws, recolour, warpable
 from clipkit.train.order import Int64Array

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol
 
 from clipkit.counter_rng import UInt64Array
 from clipkit.errors import UserError
-from clipkit.images import ImageError
+from clipkit.pixels.images import ImageError
 from clipkit.formats.records import RecordError, decode_example
 from clipkit.train.order import Int64Array, record_indices
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from clipkit.device import Device
-from clipkit.images import normalise
+from clipkit.pixels.images import normalise
 from clipkit.loss import info_nce, sigmoid_loss
 from clipkit.train.recipes import Recipe
 

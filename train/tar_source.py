@@ -16,7 +16,7 @@ import numpy as np
 from clipkit.storage.cache import BlockCache, CachedRanges
 from clipkit.errors import UserError
 from clipkit.storage.files import is_remote
-from clipkit.images import ImageError
+from clipkit.pixels.images import ImageError
 from clipkit.storage.ranges import KnownFile, RangeReader
 from clipkit.formats.records import RecordError
 from clipkit.storage.stores import Listed

@@ -27,7 +27,7 @@ import numpy as np
 
 from clipkit.counter_rng import UInt64Array
 from clipkit.errors import UserError
-from clipkit.images import UInt8Array
+from clipkit.pixels.images import UInt8Array
 from clipkit.train.order import Int64Array
 from clipkit.train.samples import Job, Made, SampleMaker
 

@@ -1,4 +1,4 @@
-/* The Python module `clipkit.jpeg_crop`; its types and documentation are in jpeg_crop.pyi. */
+/* The Python module `clipkit.pixels.jpeg_crop`; its types and documentation are in jpeg_crop.pyi. */
 
 #define PY_SSIZE_T_CLEAN
 #define Py_LIMITED_API 0x030B0000

@@ -1,6 +1,6 @@
 """Crops of JPEGs, decoded and resized in one pass (clipkit/csrc)."""
 
-from clipkit.images import Data, UInt8Array
+from clipkit.pixels.images import Data, UInt8Array
 
 def crop(
     data: Data, box: tuple[float, float, float, float], size: int, out: UInt8Array, plain: bool = False, /

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from clipkit.images import UInt8Array, decode_scaled
+from clipkit.pixels.images import UInt8Array, decode_scaled
 
 SIDE = 32
 KEPT = 8
@@ -39,7 +39,7 @@ def perceptual_hash(image_HWC: UInt8Array) -> int:
 def perceptual_hash_of(data: bytes) -> int:
     """The same of an encoded image. A JPEG is decoded no larger than it has to be, which may turn a bit or two.
 
-    Raises clipkit.images.ImageError for what can't be decoded.
+    Raises clipkit.pixels.images.ImageError for what can't be decoded.
     """
     return perceptual_hash(decode_scaled(data, MIN_DECODED_SIDE, MIN_DECODED_SIDE))
 
