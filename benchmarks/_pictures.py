@@ -14,7 +14,7 @@ import simplejpeg
 import webdataset
 
 from clipkit.pixels.images import UInt8Array, decode
-from clipkit.tokenizer import MERGES, Tokenizer
+from clipkit.text.tokenizer import MERGES, Tokenizer
 
 SIDE, QUALITY = 256, 95
 COMPACT_SIDE, COMPACT_QUALITY = 128, 90

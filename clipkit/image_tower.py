@@ -15,7 +15,7 @@ from clipkit.errors import UserError
 from clipkit.model_config import ImageConfig
 from clipkit.pos_embed import sincos_2d
 from clipkit.text_tower import Recompute, run_blocks
-from clipkit.tokens import gather_tokens
+from clipkit.text.tokens import gather_tokens
 
 
 class ConvStem(nn.Module):

@@ -16,9 +16,9 @@ from PIL import Image
 
 from clipkit import counter_rng
 from clipkit.embedded import emoji_parquet
-from clipkit.syntax import ADJECTIVE, NOUN, OTHER, VERB, Syntax
-from clipkit.tokenizer import Tokenizer
-from clipkit.tokens import TextMethod, image_keep_indices, reduce_text, resize_images
+from clipkit.text.syntax import ADJECTIVE, NOUN, OTHER, VERB, Syntax
+from clipkit.text.tokenizer import Tokenizer
+from clipkit.text.tokens import TextMethod, image_keep_indices, reduce_text, resize_images
 
 PAIR = ("fluent-emoji", "oncoming taxi")
 PATCH = 8

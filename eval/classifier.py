@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from clipkit.device import Device, Precision
-from clipkit.tokenizer import Tokenizer
+from clipkit.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from clipkit.model import CLIP

@@ -188,7 +188,7 @@ def data_facts(path: Path, split: str) -> DataFacts:
     """Read the dataset's metadata and a random sample of its records. Raises UserError when it isn't in reach."""
     from clipkit.formats.dataset import open_dataset
     from clipkit.formats.manifest import read_manifest
-    from clipkit.tokenizer import Tokenizer, clean
+    from clipkit.text.tokenizer import Tokenizer, clean
 
     dataset = open_dataset(path, split=split)
     total = dataset.num_records

@@ -16,7 +16,7 @@ from clipkit.eval.classifier import Prompts, tokenise
 from clipkit.eval.labelled import LabelledImages, open_labelled
 from clipkit.eval.results import digest
 from clipkit.pixels.images import Preprocess, decode, eval_transform
-from clipkit.tokenizer import Tokenizer
+from clipkit.text.tokenizer import Tokenizer
 
 KEEP_PIXELS_BYTES = 1 << 30
 UNREADABLE_SHARE = 0.01

@@ -22,7 +22,7 @@ from clipkit.eval.task import Task, hashes, open_task
 from clipkit.storage.files import require_writable
 from clipkit.pixels.images import Preprocess, normalise
 from clipkit.log import Progress
-from clipkit.tokenizer import Tokenizer
+from clipkit.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from clipkit.model import CLIP

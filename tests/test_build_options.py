@@ -21,11 +21,11 @@ from clipkit.errors import UserError
 from clipkit.formats.features import Feature
 from clipkit.storage.files import write_beside
 from clipkit.formats.manifest import read_manifest
-from clipkit.syntax import Syntax
+from clipkit.text.syntax import Syntax
 from clipkit.tfrecord_tools.build import build_tfds
 from clipkit.tfrecord_tools.build_summary import BuildProgress
 from clipkit.tfrecord_tools.compact import compact
-from clipkit.tokenizer import Tokenizer
+from clipkit.text.tokenizer import Tokenizer
 
 SMALL = 0.02  # megabytes
 

@@ -19,7 +19,7 @@ from image_shards import picture
 from clipkit.formats.dataset import Dataset, open_dataset
 from clipkit.errors import UserError
 from clipkit.formats.records import RecordError, encode_example
-from clipkit.tokenizer import SOT, Tokenizer
+from clipkit.text.tokenizer import SOT, Tokenizer
 from clipkit.train import data, samples
 from clipkit.train import workers as worker_module
 from clipkit.train.augment import Augmentation
@@ -357,7 +357,7 @@ sys.stdin.read()
 
 def test_worker_processes_import_no_torch() -> None:
     script = (
-        "import sys, clipkit.train.workers; assert 'torch' not in sys.modules and 'clipkit.tokens' not in sys.modules"
+        "import sys, clipkit.train.workers; assert 'torch' not in sys.modules and 'clipkit.text.tokens' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", script], check=True)
 

@@ -25,8 +25,8 @@ from clipkit.tfrecord_tools.inspection_captions import _kept, caption_facts, pie
 from clipkit.tfrecord_tools.inspection_page import inspect_dataset, stretches
 from clipkit.tfrecord_tools.inspection_pictures import Pictures, neighbours
 from clipkit.tfrecord_tools.inspection_values import histogram_of
-from clipkit.tokenizer import Tokenizer
-from clipkit.tokens import reduce_text
+from clipkit.text.tokenizer import Tokenizer
+from clipkit.text.tokens import reduce_text
 
 LONG = (
     "two brown dogs and a small black cat slowly walk along the old wooden fence of a green garden behind the house "

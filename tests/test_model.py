@@ -30,7 +30,7 @@ from clipkit.model import (
 )
 from clipkit.openclip_weights import convert, load_openclip
 from clipkit.pos_embed import resize_text_positions, sincos_2d
-from clipkit.tokenizer import EOT, SOT
+from clipkit.text.tokenizer import EOT, SOT
 
 TINY = ModelConfig(
     embed_dim=16,

@@ -6,11 +6,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clipkit import syntax
+from clipkit.text import syntax
 from clipkit.errors import UserError
-from clipkit.syntax import ADJECTIVE, NOUN, OTHER, VERB, Syntax, load_tagger
-from clipkit.tokenizer import Tokenizer, clean
-from clipkit.tokens import reduce_text
+from clipkit.text.syntax import ADJECTIVE, NOUN, OTHER, VERB, Syntax, load_tagger
+from clipkit.text.tokenizer import Tokenizer, clean
+from clipkit.text.tokens import reduce_text
 
 
 @pytest.fixture(scope="module")

@@ -14,10 +14,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clipkit import tokenizer as tokenizer_module
+from clipkit.text import tokenizer as tokenizer_module
 from clipkit.embedded import clip_merges, emoji_parquet
 from clipkit.errors import UserError
-from clipkit.tokenizer import EOT, SOT, STRAIGHT, UNTOUCHED, VOCAB_SIZE, Tokenizer, clean
+from clipkit.text.tokenizer import EOT, SOT, STRAIGHT, UNTOUCHED, VOCAB_SIZE, Tokenizer, clean
 
 PIECES = [
     "“curly”", "it’s", "don't", "WE'LL", "I'M", "you'Ve", "'ſ", "they'd've", "``x´´", "<b>bold</b>",

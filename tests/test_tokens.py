@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from clipkit import counter_rng
 from clipkit.errors import UserError
-from clipkit.tokenizer import EOT, SOT, Tokenizer
-from clipkit.tokens import gather_tokens, image_keep_indices, reduce_text, resize_images, window_size
+from clipkit.text.tokenizer import EOT, SOT, Tokenizer
+from clipkit.text.tokens import gather_tokens, image_keep_indices, reduce_text, resize_images, window_size
 
 GRIDS = st.tuples(st.integers(1, 12), st.integers(1, 12))
 KEYS = st.lists(st.integers(0, 2**64 - 1), min_size=1, max_size=5)

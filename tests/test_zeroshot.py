@@ -28,7 +28,7 @@ from clipkit.eval.zeroshot import classify, evaluate, measures, zeroshot
 from clipkit.pixels.images import Preprocess
 from clipkit.model import CLIP, ImageConfig, ModelConfig, TextConfig, build
 from clipkit.formats.records import RecordWriter, encode_example
-from clipkit.tokenizer import Tokenizer
+from clipkit.text.tokenizer import Tokenizer
 
 SMALL = ModelConfig(
     embed_dim=32,

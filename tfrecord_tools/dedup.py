@@ -29,7 +29,7 @@ from clipkit.pixels.phash import perceptual_hash_of
 from clipkit.tfrecord_tools.prepare import Part, Preparation, judged, parts_told
 from clipkit.tfrecord_tools.sample import Sample
 from clipkit.tfrecord_tools.sorted_rows import BUCKETS, KEY_END, read_sorted, write_sorted
-from clipkit.tokenizer import clean
+from clipkit.text.tokenizer import clean
 
 Method = Literal["sha256", "caption", "phash"]
 METHODS = ("sha256", "caption", "phash")

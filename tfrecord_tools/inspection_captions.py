@@ -14,10 +14,10 @@ import numpy.typing as npt
 from tokenizers import decoders
 
 from clipkit.errors import UserError
-from clipkit.syntax import ADJECTIVE, NOUN, VERB, Syntax
+from clipkit.text.syntax import ADJECTIVE, NOUN, VERB, Syntax
 from clipkit.tfrecord_tools.inspection_values import Histogram, histogram_of
-from clipkit.tokenizer import SPECIAL, Tokenizer, clean
-from clipkit.tokens import TextMethod, reduce_text
+from clipkit.text.tokenizer import SPECIAL, Tokenizer, clean
+from clipkit.text.tokens import TextMethod, reduce_text
 
 CONTEXTS = (8, 16, 32)
 METHODS: tuple[TextMethod, ...] = get_args(TextMethod)

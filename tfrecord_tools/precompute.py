@@ -1,8 +1,8 @@
 """What a trainer would else make of each caption again and again, made once when the dataset is built.
 
-`tokens` is a list of ints: what `clipkit.tokenizer.Tokenizer.encode` gives, so without start and end and not cut.
-`syntax` is a list of ints, one for each token: what `clipkit.syntax.Syntax.priorities` gives for them (0 noun, 1
-adjective, 2 verb, 3 other). The two are the arguments `ids` and `priorities` of `clipkit.tokens.reduce_text`.
+`tokens` is a list of ints: what `clipkit.text.tokenizer.Tokenizer.encode` gives, so without start and end and not cut.
+`syntax` is a list of ints, one for each token: what `clipkit.text.syntax.Syntax.priorities` gives for them (0 noun, 1
+adjective, 2 verb, 3 other). The two are the arguments `ids` and `priorities` of `clipkit.text.tokens.reduce_text`.
 """
 
 from collections.abc import Sequence
@@ -10,10 +10,10 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 from clipkit.errors import UserError
-from clipkit.tokenizer import Tokenizer
+from clipkit.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from clipkit.syntax import Syntax
+    from clipkit.text.syntax import Syntax
 
 TOKENS, SYNTAX = "tokens", "syntax"
 PRECOMPUTED = (TOKENS, SYNTAX)
@@ -25,7 +25,7 @@ def check_precompute(wanted: Sequence[str]) -> tuple[str, ...]:
         if name not in PRECOMPUTED:
             raise UserError(f"can't precompute {name!r}: choose among {', '.join(PRECOMPUTED)}")
     if SYNTAX in wanted:
-        from clipkit.syntax import load_tagger
+        from clipkit.text.syntax import load_tagger
 
         load_tagger()
     return tuple(name for name in PRECOMPUTED if name in wanted)
@@ -50,6 +50,6 @@ def tokenizer() -> Tokenizer:
 @cache
 def syntax() -> "Syntax":
     """One a process: its memory of tagged words makes it a hundred times as fast."""
-    from clipkit.syntax import Syntax
+    from clipkit.text.syntax import Syntax
 
     return Syntax(tokenizer())

@@ -7,7 +7,7 @@ import numpy as np
 from clipkit.counter_rng import UInt64Array
 from clipkit.errors import UserError
 from clipkit.pixels.images import UInt8Array
-from clipkit.tokens import ImageMethod, TextMethod, image_keep_indices, reduce_text
+from clipkit.text.tokens import ImageMethod, TextMethod, image_keep_indices, reduce_text
 from clipkit.train.augment import Augmentation
 from clipkit.train.order import Int64Array
 from clipkit.train.sources import Examples, Source

@@ -22,8 +22,8 @@ import numpy as np
 from clipkit.counter_rng import UInt64Array, sample_keys
 from clipkit.errors import UserError
 from clipkit.pixels.images import UInt8Array
-from clipkit.tokenizer import Tokenizer
-from clipkit.tokens import reduce_text
+from clipkit.text.tokenizer import Tokenizer
+from clipkit.text.tokens import reduce_text
 from clipkit.train.batch import Batch, LoaderConfig, check, keep_indices
 from clipkit.train.order import Int64Array
 from clipkit.train.samples import Job, Kept, Made, SampleMaker

@@ -17,7 +17,7 @@ from clipkit.device import Device, Precision
 from clipkit.errors import UserError
 from clipkit.pixels.images import CLIP_MEAN, CLIP_STD, Preprocess
 from clipkit.model import CLIP, ImageConfig, ModelConfig, TextConfig, vit_b16
-from clipkit.tokens import ImageMethod, TextMethod
+from clipkit.text.tokens import ImageMethod, TextMethod
 from clipkit.train.augment import Augmentation
 from clipkit.train.batch import LoaderConfig
 from clipkit.train.batch import check as check_loader

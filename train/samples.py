@@ -16,7 +16,7 @@ import numpy as np
 from clipkit.counter_rng import UInt64Array, sample_keys
 from clipkit.errors import UserError
 from clipkit.pixels.images import ImageError, UInt8Array
-from clipkit.tokenizer import Tokenizer, clean
+from clipkit.text.tokenizer import Tokenizer, clean
 from clipkit.train.augment import Augmentation, cut, geometry_draws, recolour, warpable
 from clipkit.train.order import Int64Array
 from clipkit.train.sources import Pair, Source
@@ -95,7 +95,7 @@ class SampleMaker:
         self.kept = kept if job.augmentation.is_affine else None
         self.tag: Priorities | None = None
         if job.syntax:
-            from clipkit.syntax import Syntax
+            from clipkit.text.syntax import Syntax
 
             self.tag = Syntax(self.tokenizer).priorities
 

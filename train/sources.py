@@ -31,7 +31,7 @@ class Pair(NamedTuple):
     ids: list[int] | None = None
     """The caption's token ids where they were computed before: whole, without start and end."""
     priorities: list[int] | None = None
-    """The class of each id's word (`clipkit.syntax`), where it was computed before."""
+    """The class of each id's word (`clipkit.text.syntax`), where it was computed before."""
 
 
 class Source(ABC):

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from tokenizers import decoders
 
 from clipkit.errors import UserError
-from clipkit.tokenizer import SPECIAL, VOCAB_SIZE, Tokenizer
+from clipkit.text.tokenizer import SPECIAL, VOCAB_SIZE, Tokenizer
 
 NOUN, ADJECTIVE, VERB, OTHER = range(4)
 
@@ -47,7 +47,7 @@ def load_tagger() -> Tagger:
 
 
 class Syntax:
-    """Priorities for the `syntax` way of `clipkit.tokens.reduce_text`. One a worker: it holds its cache of words."""
+    """Priorities for the `syntax` way of `clipkit.text.tokens.reduce_text`. One a worker: it holds its cache of words."""
 
     def __init__(self, tokenizer: Tokenizer, tagger: Tagger | None = None) -> None:
         self.tagger = tagger or load_tagger()

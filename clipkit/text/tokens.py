@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from clipkit import counter_rng
 from clipkit.errors import UserError
-from clipkit.tokenizer import EOT, SOT
+from clipkit.text.tokenizer import EOT, SOT
 
 ImageMethod = Literal["random", "grid", "block"]
 TextMethod = Literal["truncate", "random", "block", "syntax"]
@@ -131,7 +131,7 @@ def reduce_text(
     """Captions' ids, without start and end, to int32[B, context_length]: start, the ids kept, end, then zeros.
 
     A caption that fits is kept whole by every method. `truncate` with any keys equals the tokenizer's own call.
-    `syntax` needs `priorities`, one for each id, the lowest kept first (`clipkit.syntax.Syntax.priorities`).
+    `syntax` needs `priorities`, one for each id, the lowest kept first (`clipkit.text.syntax.Syntax.priorities`).
     """
     if context_length < 3:
         raise UserError(f"{context_length} text tokens leave no room between start and end: take 3 or more")
