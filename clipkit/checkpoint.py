@@ -25,7 +25,7 @@ from clipkit.storage.files import read_json, remove, require_dir, write_beside, 
 
 if TYPE_CHECKING:
     from clipkit.pixels.images import Preprocess
-    from clipkit.model import CLIP, ModelConfig
+    from clipkit.model.clip import CLIP, ModelConfig
 
 FORMAT = 1
 TOKENIZER = "clip-bpe"
@@ -49,7 +49,7 @@ class Checkpoint:
     @property
     def model_config(self) -> "ModelConfig":
         """The architecture."""
-        from clipkit.model import ModelConfig
+        from clipkit.model.clip import ModelConfig
 
         return from_json(ModelConfig, self.config["model"], f"{self.path}/config.json: model")
 
@@ -172,7 +172,7 @@ def build_model(checkpoint: Checkpoint) -> "CLIP":
 
     Raises UserError that names the first tensor which doesn't fit the architecture in `config.json`.
     """
-    from clipkit.model import build, load_state
+    from clipkit.model.clip import build, load_state
 
     model = build(checkpoint.model_config)
     load_state(model, checkpoint.tensors)

@@ -19,7 +19,7 @@ from clipkit.device import Device, Precision
 from clipkit.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from clipkit.model import CLIP
+    from clipkit.model.clip import CLIP
 
 Number = TypeVar("Number", bound=np.generic)
 

@@ -155,7 +155,7 @@ def shape_of(model: Mapping[str, Any], image_size: int, context_length: int) -> 
 
     import torch
 
-    from clipkit.model import CLIP, ModelConfig
+    from clipkit.model.clip import CLIP, ModelConfig
 
     config = ModelConfig.from_dict(model)
     config = replace(

@@ -25,7 +25,7 @@ from clipkit.log import Progress
 from clipkit.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from clipkit.model import CLIP
+    from clipkit.model.clip import CLIP
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,7 +10,7 @@ from clipkit import checkpoint
 from clipkit.device import pick
 from clipkit.errors import UserError
 from clipkit.pixels.images import Preprocess
-from clipkit.model import ImageConfig, ModelConfig, TextConfig, build
+from clipkit.model.clip import ImageConfig, ModelConfig, TextConfig, build
 from clipkit.train.optimizer import OptimizerConfig, make_optimizer
 
 

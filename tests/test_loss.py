@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from clipkit.loss import SameCaption, info_nce, sigmoid_loss
+from clipkit.model.loss import SameCaption, info_nce, sigmoid_loss
 
 CAPTION_B = torch.tensor([11, 22, 11, 33, 44, 33, 11, 55])
 
@@ -148,7 +148,7 @@ WORKER = """
 import sys
 import torch
 import torch.distributed as dist
-from clipkit.loss import info_nce, sigmoid_loss
+from clipkit.model.loss import info_nce, sigmoid_loss
 
 folder, rank = sys.argv[1], int(sys.argv[2])
 dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)

@@ -1,4 +1,4 @@
-"""The model against OpenCLIP's, and the promises of `clipkit.model`."""
+"""The model against OpenCLIP's, and the promises of `clipkit.model.clip`."""
 
 import copy
 import dataclasses
@@ -14,8 +14,8 @@ from open_clip.pos_embed import get_2d_sincos_pos_embed
 
 from clipkit.device import pick
 from clipkit.errors import UserError
-from clipkit.image_tower import prime_factors
-from clipkit.model import (
+from clipkit.model.image_tower import prime_factors
+from clipkit.model.clip import (
     CLIP,
     ImageConfig,
     ModelConfig,
@@ -28,8 +28,8 @@ from clipkit.model import (
     vit_l14,
     vit_l16,
 )
-from clipkit.openclip_weights import convert, load_openclip
-from clipkit.pos_embed import resize_text_positions, sincos_2d
+from clipkit.interop.openclip import convert, load_openclip
+from clipkit.model.pos_embed import resize_text_positions, sincos_2d
 from clipkit.text.tokenizer import EOT, SOT
 
 TINY = ModelConfig(

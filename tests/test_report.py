@@ -18,7 +18,7 @@ from clipkit.eval import predictions, report_data, results
 from clipkit.eval.metrics import wilson
 from clipkit.eval.report import report, walls
 from clipkit.eval.results import Result
-from clipkit.model_config import ImageConfig, ModelConfig, TextConfig
+from clipkit.model.config import ImageConfig, ModelConfig, TextConfig
 
 MODEL = ModelConfig(
     embed_dim=16,

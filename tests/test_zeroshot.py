@@ -26,7 +26,7 @@ from clipkit.eval.labelled import open_labelled
 from clipkit.eval.task import Task, open_task
 from clipkit.eval.zeroshot import classify, evaluate, measures, zeroshot
 from clipkit.pixels.images import Preprocess
-from clipkit.model import CLIP, ImageConfig, ModelConfig, TextConfig, build
+from clipkit.model.clip import CLIP, ImageConfig, ModelConfig, TextConfig, build
 from clipkit.formats.records import RecordWriter, encode_example
 from clipkit.text.tokenizer import Tokenizer
 

@@ -209,7 +209,7 @@ def step_need(recipe: Recipe, stage: Stage, device: Device, seconds: float = 3.0
     """What one device takes when data are always there: optimizer steps on one batch that stays."""
     import torch
 
-    from clipkit.model import build
+    from clipkit.model.clip import build
     from clipkit.train.step import train_step
 
     model = build(model_at(recipe, stage), seed=recipe.seed).to(device.torch_device)

@@ -24,7 +24,7 @@ from clipkit.errors import UserError
 from clipkit.eval.zeroshot import Task, evaluate
 from clipkit.storage.files import lock, remove, write_json
 from clipkit.log import MetricsWriter, NullWriter, Progress, Writer, forget_metrics_after
-from clipkit.model import CLIP, build, load_state
+from clipkit.model.clip import CLIP, build, load_state
 from clipkit.text.tokenizer import Tokenizer
 from clipkit.train.data import batches
 from clipkit.train.open_source import CACHE_GB, Data, open_source

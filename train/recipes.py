@@ -16,7 +16,7 @@ from clipkit.config import did_you_mean
 from clipkit.device import Device, Precision
 from clipkit.errors import UserError
 from clipkit.pixels.images import CLIP_MEAN, CLIP_STD, Preprocess
-from clipkit.model import CLIP, ImageConfig, ModelConfig, TextConfig, vit_b16
+from clipkit.model.clip import CLIP, ImageConfig, ModelConfig, TextConfig, vit_b16
 from clipkit.text.tokens import ImageMethod, TextMethod
 from clipkit.train.augment import Augmentation
 from clipkit.train.batch import LoaderConfig

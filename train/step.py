@@ -12,7 +12,7 @@ import torch
 
 from clipkit.device import Device
 from clipkit.pixels.images import normalise
-from clipkit.loss import info_nce, sigmoid_loss
+from clipkit.model.loss import info_nce, sigmoid_loss
 from clipkit.train.recipes import Recipe
 
 Tensors = dict[str, torch.Tensor]

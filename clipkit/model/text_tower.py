@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clipkit.errors import UserError
-from clipkit.model_config import TextConfig
+from clipkit.model.config import TextConfig
 
 Recompute = Callable[..., Tensor]
 """Calls a function so that its activations are computed again in the backward pass: `recompute(function, x)`."""

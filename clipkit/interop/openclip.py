@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from clipkit.errors import UserError
-from clipkit.model import CLIP, allocate, load_state
-from clipkit.model_config import ModelConfig
+from clipkit.model.clip import CLIP, allocate, load_state
+from clipkit.model.config import ModelConfig
 
 # Numbers that OpenAI stores among the weights, and masks that can be computed.
 NOT_WEIGHTS = {"input_resolution", "context_length", "vocab_size", "attn_mask", "text.attn_mask"}

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clipkit.errors import UserError
-from clipkit.image_tower import ConvStem, ImageTower
-from clipkit.model_config import ImageConfig, ModelConfig, TextConfig, check_choices, vit_b16, vit_b32, vit_l14, vit_l16
-from clipkit.pos_embed import resize_image_positions, resize_text_positions
-from clipkit.text_tower import Recompute, TextTower
+from clipkit.model.image_tower import ConvStem, ImageTower
+from clipkit.model.config import ImageConfig, ModelConfig, TextConfig, check_choices, vit_b16, vit_b32, vit_l14, vit_l16
+from clipkit.model.pos_embed import resize_image_positions, resize_text_positions
+from clipkit.model.text_tower import Recompute, TextTower
 
 __all__ = [
     "CLIP",
@@ -190,7 +190,7 @@ def allocate(config: ModelConfig) -> CLIP:
 def load_state(model: CLIP, tensors: Mapping[str, Tensor]) -> None:
     """Copy a checkpoint's tensors into `model`, whatever device and dtype it is in.
 
-    Image positions of another grid are interpolated, text positions cut or interpolated (`clipkit.pos_embed`); a model
+    Image positions of another grid are interpolated, text positions cut or interpolated (`clipkit.model.pos_embed`); a model
     with fixed positions keeps its own. Anything else that doesn't fit is a UserError, and then nothing was copied.
     """
     state = model.state_dict()

@@ -12,9 +12,9 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from clipkit.errors import UserError
-from clipkit.model_config import ImageConfig
-from clipkit.pos_embed import sincos_2d
-from clipkit.text_tower import Recompute, run_blocks
+from clipkit.model.config import ImageConfig
+from clipkit.model.pos_embed import sincos_2d
+from clipkit.model.text_tower import Recompute, run_blocks
 from clipkit.text.tokens import gather_tokens
 
 
