@@ -13,7 +13,7 @@ from image_shards import picture
 from PIL import Image
 from small_dataset import PAIR_FEATURES, pair_columns, write_dataset, write_pairs
 
-from clipkit.charts import histogram
+from clipkit.page.charts import histogram
 from clipkit.cli import main
 from clipkit.formats.dataset import Dataset
 from clipkit.errors import UserError

@@ -11,7 +11,8 @@ import pytest
 from browser import Browser
 from PIL import Image
 
-from clipkit import charts, log
+from clipkit import log
+from clipkit.page import charts
 from clipkit.config import to_json
 from clipkit.errors import UserError
 from clipkit.eval import predictions, report_data, results

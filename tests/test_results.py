@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from clipkit import charts
+from clipkit.page import charts
 from clipkit.eval import results
 from clipkit.eval.metrics import wilson
 from clipkit.eval.results import Result

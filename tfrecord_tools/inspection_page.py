@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clipkit.charts import histogram, size
+from clipkit.page.charts import histogram, size
 from clipkit.formats.dataset import Dataset, open_dataset, read_layout
 from clipkit.storage.files import as_path, require_writable, write_beside, write_json
 from clipkit.pixels.images import ImageError, decode_scaled
 from clipkit.formats.manifest import CLIPKIT_FOLDER
-from clipkit.page import render
+from clipkit.page.render import render
 from clipkit.tfrecord_tools.inspection import SAMPLE, Inspection, caption_column, image_column, inspect, usual_split
 from clipkit.tfrecord_tools.inspection_captions import CONTEXTS, Example, Reduction
 from clipkit.tfrecord_tools.inspection_pictures import Group
