@@ -1,5 +1,5 @@
 """`python -m clipkit` is the same as `clipkit`."""
 
-from clipkit.cli import main
+from clipkit.cli.main import main
 
 main()

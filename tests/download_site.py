@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from clipkit.formats.dataset import open_dataset
-from clipkit.image_server import Answer, serve
+from clipkit.cli.demo_server import Answer, serve
 from clipkit.tfrecord_tools.download import download
 from clipkit.tfrecord_tools.download_summary import DownloadSummary
 from clipkit.tfrecord_tools.fetch_settings import FetchSettings

@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from natural_images import encoded, natural
 from small_dataset import write_pairs
 
-from clipkit.cli import main
+from clipkit.cli.main import main
 from clipkit.device import pick
 from clipkit.errors import UserError
 from clipkit.train import bench_data as module

@@ -15,7 +15,7 @@ from natural_images import encoded, natural
 from PIL import Image
 from tensorflow_process import with_tensorflow
 
-from clipkit.cli import main
+from clipkit.cli.main import main
 from clipkit.formats.dataset import open_dataset
 from clipkit.errors import UserError
 from clipkit.formats.features import Feature

@@ -6,7 +6,7 @@ import pytest
 from click.testing import CliRunner
 
 from clipkit import __version__
-from clipkit.cli import main
+from clipkit.cli.main import main
 
 OPTIONS = {
     "bench-data": "data --image-size --recipe --set --cache --cache-gb --workers --seconds --need --json",

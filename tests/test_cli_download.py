@@ -10,8 +10,8 @@ from bad_server import bad_server
 from click.testing import CliRunner
 from download_site import numbered, write_numbered
 
-from clipkit.cli import main
-from clipkit.cli_download import PASSING
+from clipkit.cli.main import main
+from clipkit.cli.download import PASSING
 from clipkit.tfrecord_tools import download as stage
 from clipkit.tfrecord_tools.download_summary import DownloadSummary
 from clipkit.tfrecord_tools.fetch_settings import FetchSettings, user_agent

@@ -17,7 +17,7 @@ from click.testing import CliRunner
 from small_dataset import write_pairs
 
 from clipkit import checkpoint
-from clipkit.cli import main
+from clipkit.cli.main import main
 from clipkit.formats.dataset import Dataset, open_dataset
 from clipkit.errors import UserError
 from clipkit.train import data as data_module

@@ -12,8 +12,9 @@ import click
 import pyarrow.parquet as pq
 import pytest
 
-from clipkit import checkpoint, demo
-from clipkit.cli import main
+from clipkit import checkpoint
+from clipkit.cli import demo
+from clipkit.cli.main import main
 from clipkit.formats.dataset import open_dataset
 from clipkit.errors import InternalError, UserError
 from clipkit.storage.files import read_json, read_json_lines
@@ -136,7 +137,8 @@ def test_child_tells_its_exit_code_and_memory() -> None:
 
 PARENT = """
 import signal
-from clipkit import checkpoint, demo
+from clipkit import checkpoint
+from clipkit.cli import demo
 demo.run_child(["-c", "import signal; print('ready', flush=True); signal.pause()"])
 """
 
@@ -159,14 +161,15 @@ def test_output_that_cannot_be_written(tmp_path: Path) -> None:
 
 
 def test_importing_the_demo_is_light() -> None:
-    script = "import sys, clipkit.demo; print([m for m in ('numpy', 'torch', 'pyarrow') if m in sys.modules])"
+    script = "import sys, clipkit.cli.demo; print([m for m in ('numpy', 'torch', 'pyarrow') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout == "[]\n"
 
 
 TINY = """
 import sys
 from pathlib import Path
-from clipkit import checkpoint, demo
+from clipkit import checkpoint
+from clipkit.cli import demo
 demo.run_demo(Path(sys.argv[1]), recipe="debug", limit=120, settings=["stages.0.samples=1600"])
 """
 

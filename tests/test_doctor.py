@@ -7,9 +7,9 @@ import pytest
 from click.testing import CliRunner
 from packaging.requirements import Requirement
 
-from clipkit import doctor
-from clipkit.cli import main
-from clipkit.doctor import EXTRAS, clashes, examine, version_of, wanted_torch
+from clipkit.cli import doctor
+from clipkit.cli.main import main
+from clipkit.cli.doctor import EXTRAS, clashes, examine, version_of, wanted_torch
 
 NOTHING = dict.fromkeys(("torch", "torchvision", "torch_xla", "tensorflow"))
 

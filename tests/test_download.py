@@ -43,7 +43,7 @@ from webdataset import tariterators
 from clipkit.jobs import run as jobs
 from clipkit.formats.dataset import open_dataset
 from clipkit.errors import UserError
-from clipkit.image_server import Answer, serve
+from clipkit.cli.demo_server import Answer, serve
 from clipkit.formats.manifest import read_manifest
 from clipkit.pixels.phash import perceptual_hash_of
 from clipkit.tfrecord_tools import download_work

@@ -19,7 +19,7 @@ from download_site import JPEG, NETWORK, encoded, examples, fetch, file_bytes, n
 from PIL import Image
 
 from clipkit.jobs import run as jobs
-from clipkit.cli import main
+from clipkit.cli.main import main
 from clipkit.jobs.local import run_here
 from clipkit.tfrecord_tools.fetch_run import SHARDS_UNDER_WAY
 from clipkit.tfrecord_tools.ledger import read_ledger

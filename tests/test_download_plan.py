@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from clipkit.jobs import run as jobs
 from clipkit.errors import UserError
 from clipkit.storage.files import lock
-from clipkit.image_server import Answer, serve
+from clipkit.cli.demo_server import Answer, serve
 from clipkit.tfrecord_tools import download as download_module
 from clipkit.tfrecord_tools import download_plan
 from clipkit.tfrecord_tools.download import dataset_name, download

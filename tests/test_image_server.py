@@ -15,9 +15,9 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from clipkit import image_server
+from clipkit.cli import demo_server as image_server
 from clipkit.embedded import emoji_parquet
-from clipkit.image_server import Answer, serve
+from clipkit.cli.demo_server import Answer, serve
 
 SITE = {"/a/1.webp": Answer(b"first"), "/a/2.webp": Answer(b"second"), "/a/3.webp": Answer(None)}
 

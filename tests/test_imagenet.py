@@ -25,7 +25,7 @@ from tensorflow_process import with_tensorflow
 from test_build import contents
 
 from clipkit import embedded
-from clipkit.cli import main
+from clipkit.cli.main import main
 from clipkit.formats.dataset import Dataset, open_dataset
 from clipkit.errors import UserError
 from clipkit.eval.labelled import open_labelled

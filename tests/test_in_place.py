@@ -14,7 +14,7 @@ from image_shards import picture
 from tensorflow_process import with_tensorflow
 from test_build import contents
 
-from clipkit.cli import main
+from clipkit.cli.main import main
 from clipkit.formats.dataset import open_dataset
 from clipkit.errors import UserError
 from clipkit.formats.features import Feature

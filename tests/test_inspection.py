@@ -14,7 +14,7 @@ from PIL import Image
 from small_dataset import PAIR_FEATURES, pair_columns, write_dataset, write_pairs
 
 from clipkit.page.charts import histogram
-from clipkit.cli import main
+from clipkit.cli.main import main
 from clipkit.formats.dataset import Dataset
 from clipkit.errors import UserError
 from clipkit.formats.features import Feature

@@ -90,7 +90,7 @@ def test_no_module_is_named_after_one_of_the_standard_library():
 @pytest.mark.parametrize("arguments", [["--help"], ["download", "--help"], ["train", "--help"], ["zeroshot", "--help"]])
 def test_help_loads_neither_torch_nor_numpy(arguments):
     code = (
-        "import sys\nfrom clipkit.cli import main\n"
+        "import sys\nfrom clipkit.cli.main import main\n"
         f"try:\n    main({arguments!r})\nexcept SystemExit as end:\n    assert end.code == 0\n"
         "heavy = {'torch', 'numpy', 'tensorflow', 'timm', 'cv2', 'rich', 'pyarrow'}\n"
         "print(sorted({name.split('.')[0] for name in sys.modules} & heavy))"

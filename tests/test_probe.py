@@ -13,9 +13,9 @@ from click.testing import CliRunner
 from download_site import JPEG, PICTURES, fetch, write_urls
 from scipy.stats import binomtest
 
-from clipkit.cli import main
+from clipkit.cli.main import main
 from clipkit.errors import UserError
-from clipkit.image_server import Answer, serve
+from clipkit.cli.demo_server import Answer, serve
 from clipkit.tfrecord_tools.advice import ADVICE, way_on
 from clipkit.tfrecord_tools.download_plan import Output, make_plan
 from clipkit.tfrecord_tools.probe import LOWER, ProbeResult, size, wilson

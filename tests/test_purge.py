@@ -26,12 +26,12 @@ from purge_child import purge_in_a_child
 from small_dataset import PAIR_FEATURES, jpg, pair_columns, write_dataset, write_pairs
 from tensorflow_process import with_tensorflow
 
-from clipkit.cli import main
+from clipkit.cli.main import main
 from clipkit.formats.dataset import open_dataset
 from clipkit.errors import UserError
 from clipkit.formats.features import Feature
 from clipkit.storage.files import WRITTEN_BESIDE, as_path, read_json, read_json_lines
-from clipkit.image_server import Answer, serve
+from clipkit.cli.demo_server import Answer, serve
 from clipkit.formats.manifest import Source, read_manifest, write_manifest
 from clipkit.formats.records import read_records
 from clipkit.tfrecord_tools import purge_list, purge_shard

@@ -21,7 +21,7 @@ from object_store import s3_server as s3_server
 
 from clipkit.storage import stores as remote
 from clipkit.storage import lease as remote_lock
-from clipkit.cli import main
+from clipkit.cli.main import main
 from clipkit.errors import InternalError, UserError
 from clipkit.storage.files import (
     append_json_line,
@@ -413,7 +413,7 @@ def test_what_a_stage_lets_through_is_one_line_of_the_command(monkeypatch, error
     def examine():
         raise error
 
-    monkeypatch.setattr("clipkit.doctor.examine", examine)
+    monkeypatch.setattr("clipkit.cli.doctor.examine", examine)
     result = CliRunner().invoke(main, ["doctor"])
     if message:
         assert (result.exit_code, result.stderr.count("\n")) == (2, 1) and message in result.stderr

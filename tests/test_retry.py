@@ -10,10 +10,10 @@ import pytest
 from download_site import JPEG, examples, fetch, file_bytes, members, write_urls
 
 from clipkit.jobs import run as jobs
-from clipkit.cli_download import PASSING
+from clipkit.cli.download import PASSING
 from clipkit.formats.dataset import open_dataset
 from clipkit.errors import UserError
-from clipkit.image_server import Answer, serve
+from clipkit.cli.demo_server import Answer, serve
 from clipkit.tfrecord_tools import reasons
 from clipkit.tfrecord_tools.download_plan import Shard
 from clipkit.tfrecord_tools.retry import DEFAULT, Retry, begin_retry, end_retry, parse_reasons, retry_jobs

@@ -260,7 +260,7 @@ def test_a_run_goes_on_with_the_same_data_and_weights_alone(written: dict[str, P
 def test_the_command_hands_over_what_it_was_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from click.testing import CliRunner
 
-    from clipkit.cli import main
+    from clipkit.cli.main import main
     from clipkit.train import loop
 
     told: dict[str, Any] = {}

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from image_shards import pair, picture, write_tar
 from small_dataset import pair_columns, write_dataset, write_pairs
 
-from clipkit.cli import main
+from clipkit.cli.main import main
 from clipkit.errors import UserError
 from clipkit.formats.features import Feature
 from clipkit.storage.files import as_path

@@ -17,7 +17,7 @@ from clipkit.train.recipes import debug
 # Runs the command in this very process and says how often XLA compiled.
 COUNT_COMPILATIONS = """
 import sys
-from clipkit.cli import main
+from clipkit.cli.main import main
 main(sys.argv[1:], standalone_mode=False)
 import torch_xla.debug.metrics as metrics
 print("compilations", metrics.metric_data("CompileTime")[0])

@@ -140,7 +140,7 @@ def serve_pictures(out: Path, limit: int | None) -> Iterator[None]:
     """
     import pyarrow.parquet as pq
 
-    from clipkit import image_server
+    from clipkit.cli import demo_server as image_server
 
     pairs = pq.read_table(emoji_parquet("train")).slice(0, limit)
     table = out / "urls.parquet"

@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from clipkit.cli_options import Count, Place, SectionedCommand, SectionedOption, as_json, engine, print_json, tell
+from clipkit.cli.options import Count, Place, SectionedCommand, SectionedOption, as_json, engine, print_json, tell
 
 RETRY = "--retry-failed"
 # Those that may pass by themselves; `clipkit.tfrecord_tools.retry.DEFAULT` is the same, and slow to import. With

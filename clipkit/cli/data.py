@@ -9,8 +9,8 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from clipkit.cli_download import option
-from clipkit.cli_options import Anything, Count, Folder, Place, SectionedCommand, as_json, engine, tell
+from clipkit.cli.download import option
+from clipkit.cli.options import Anything, Count, Folder, Place, SectionedCommand, as_json, engine, tell
 from clipkit.errors import UserError
 
 

@@ -10,8 +10,10 @@ from typing import Any
 
 import click
 
-from clipkit import __version__, cli_data, cli_download
-from clipkit.cli_options import (
+from clipkit import __version__
+from clipkit.cli import data as cli_data
+from clipkit.cli import download as cli_download
+from clipkit.cli.options import (
     Anything,
     Count,
     Folder,
@@ -220,7 +222,7 @@ def report(run: Path) -> None:
 @click.option("--out", type=Folder, default="demo-run", show_default=True, help="Folder for all that the demo makes.")
 def demo(out: Path) -> None:
     """Run the whole pipeline on embedded pictures: URLs, shards, dataset, CLIP, zero-shot numbers, report."""
-    from clipkit.demo import run_demo
+    from clipkit.cli.demo import run_demo
 
     run_demo(out)
 
@@ -229,7 +231,7 @@ def demo(out: Path) -> None:
 @as_json
 def doctor(as_json: bool) -> None:
     """Say what is installed, which device will be used and why, and which versions don't go together."""
-    from clipkit.doctor import examine, print_findings
+    from clipkit.cli.doctor import examine, print_findings
 
     findings = examine()
     if as_json:
