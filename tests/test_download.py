@@ -49,7 +49,7 @@ from clipkit.pixels.phash import perceptual_hash_of
 from clipkit.tfrecord_tools import download_work
 from clipkit.tfrecord_tools.download_plan import cut
 from clipkit.tfrecord_tools.download_summary import DownloadSummary
-from clipkit.tfrecord_tools.ledger import read_ledger
+from clipkit.tfrecord_tools.account.ledger import read_ledger
 from clipkit.tfrecord_tools.retry import DEFAULT
 
 Finished = dict[str, tuple[Path, Path, DownloadSummary]]

@@ -40,7 +40,7 @@ from clipkit.tfrecord_tools.fetch_settings import FetchSettings
 from clipkit.tfrecord_tools.purge import purge
 from clipkit.tfrecord_tools.purge_list import find, open_list, read_values, wanted_entries
 from clipkit.tfrecord_tools.purge_log import PURGED_TABLE, purged_path
-from clipkit.tfrecord_tools.purged_rows import purged_rows
+from clipkit.tfrecord_tools.account.purged import purged_rows
 from clipkit.tfrecord_tools.verify import verify
 
 

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from clipkit.storage.files import as_path
-from clipkit.tfrecord_tools.replace_shard import commit, new_folder, recover
-from clipkit.tfrecord_tools.shard_state import Layout, ShardFiles
+from clipkit.tfrecord_tools.account.replace_shard import commit, new_folder, recover
+from clipkit.tfrecord_tools.account.shard_state import Layout, ShardFiles
 from clipkit.tfrecord_tools.spool import Spool
 
 

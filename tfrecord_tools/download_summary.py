@@ -7,10 +7,10 @@ from typing import Any
 
 from clipkit.formats.manifest import add_counts
 from clipkit.tfrecord_tools.download_plan import Plan
-from clipkit.tfrecord_tools.ledger import FAILURES_FILE
+from clipkit.tfrecord_tools.account.ledger import FAILURES_FILE
 from clipkit.tfrecord_tools.probe import ProbeResult
 from clipkit.tfrecord_tools.reasons import PASSING
-from clipkit.tfrecord_tools.shard_state import Layout, ShardState
+from clipkit.tfrecord_tools.account.shard_state import Layout, ShardState
 
 
 @dataclass(frozen=True)

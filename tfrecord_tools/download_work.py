@@ -17,10 +17,10 @@ from clipkit.tfrecord_tools.download_progress import counters, watch
 from clipkit.tfrecord_tools.download_summary import DownloadSummary, summarise
 from clipkit.tfrecord_tools.fetch_shard import ShardJob, Task
 from clipkit.tfrecord_tools.finish_dataset import differs, kinds_of_all, was_changed, write_dataset
-from clipkit.tfrecord_tools.ledger import FAILURES_FILE, LEDGER_FOLDER, write_failures
-from clipkit.tfrecord_tools.replace_shard import recover
+from clipkit.tfrecord_tools.account.ledger import FAILURES_FILE, LEDGER_FOLDER, write_failures
+from clipkit.tfrecord_tools.account.replace_shard import recover
 from clipkit.tfrecord_tools.retry import begin_retry, end_retry, retry_jobs
-from clipkit.tfrecord_tools.shard_state import ShardState, is_whole, load_state
+from clipkit.tfrecord_tools.account.shard_state import ShardState, is_whole, load_state
 
 T = TypeVar("T")
 R = TypeVar("R")

@@ -23,8 +23,8 @@ from clipkit.tfrecord_tools.fetch_shard import OpenShard, ShardJob, Task
 from clipkit.tfrecord_tools.finish_dataset import differs
 from clipkit.tfrecord_tools.http_fetch import Fetcher
 from clipkit.tfrecord_tools.picture import PictureMaker, PictureSettings
-from clipkit.tfrecord_tools.replace_shard import recover
-from clipkit.tfrecord_tools.shard_state import ShardState, read_state
+from clipkit.tfrecord_tools.account.replace_shard import recover
+from clipkit.tfrecord_tools.account.shard_state import ShardState, read_state
 from clipkit.tfrecord_tools.table_columns import Columns
 from clipkit.tfrecord_tools.url_table import RowReader
 

@@ -23,11 +23,11 @@ from clipkit.tfrecord_tools import reasons
 from clipkit.tfrecord_tools.download_plan import Output, Shard
 from clipkit.tfrecord_tools.fetch_settings import Fetched, FetchSettings
 from clipkit.tfrecord_tools.hash_check import check_hash, parse_phash
-from clipkit.tfrecord_tools.ledger import Outcome, read_ledger, write_ledger
+from clipkit.tfrecord_tools.account.ledger import Outcome, read_ledger, write_ledger
 from clipkit.tfrecord_tools.picture import PictureError, PictureMaker
 from clipkit.tfrecord_tools.purge_shard import PURGED
-from clipkit.tfrecord_tools.purged_rows import purged_rows
-from clipkit.tfrecord_tools.replace_shard import commit, new_folder
+from clipkit.tfrecord_tools.account.purged import purged_rows
+from clipkit.tfrecord_tools.account.replace_shard import commit, new_folder
 from clipkit.tfrecord_tools.sample import EMPTY_CAPTION, caption_problem
 from clipkit.tfrecord_tools.shard_output import (
     NOT_FETCHED,
@@ -38,7 +38,7 @@ from clipkit.tfrecord_tools.shard_output import (
     status_of,
     write_data,
 )
-from clipkit.tfrecord_tools.shard_state import Layout, ShardState, file_sizes, load_state, write_state
+from clipkit.tfrecord_tools.account.shard_state import Layout, ShardState, file_sizes, load_state, write_state
 from clipkit.tfrecord_tools.spool import Spool
 
 # What a hash says when the image isn't the one that the table speaks of, as far as anybody can tell.

@@ -50,7 +50,7 @@ from clipkit.tfrecord_tools.purge_shard import (
     find_records,
     purge_shard,
 )
-from clipkit.tfrecord_tools.shard_state import SPLIT
+from clipkit.tfrecord_tools.account.shard_state import SPLIT
 
 Item = TypeVar("Item", Target, PurgeJob, LedgerJob)
 Result = TypeVar("Result")

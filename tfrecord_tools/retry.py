@@ -13,7 +13,7 @@ from clipkit.storage.files import read_json, remove, write_json
 from clipkit.tfrecord_tools.download_plan import Shard
 from clipkit.tfrecord_tools.fetch_shard import ShardJob
 from clipkit.tfrecord_tools.reasons import BLOCKED_ADDRESS, PASSING, REASONS
-from clipkit.tfrecord_tools.shard_state import ShardState
+from clipkit.tfrecord_tools.account.shard_state import ShardState
 
 DEFAULT = ",".join(sorted(PASSING))
 

@@ -15,12 +15,12 @@ import pyarrow.parquet as pq
 from clipkit.storage.files import local_copy, write_beside
 from clipkit.formats.records import decode_example, read_records
 from clipkit.tfrecord_tools.download_plan import Format
-from clipkit.tfrecord_tools.ledger import LEDGER, Outcome
+from clipkit.tfrecord_tools.account.ledger import LEDGER, Outcome
 from clipkit.tfrecord_tools.pair_writer import PairWriter
 from clipkit.tfrecord_tools.read_tar import read_tar
 from clipkit.tfrecord_tools.sample import DROPPED_COLUMNS
 from clipkit.tfrecord_tools.schema import KindWidenedError
-from clipkit.tfrecord_tools.shard_state import ShardFiles
+from clipkit.tfrecord_tools.account.shard_state import ShardFiles
 from clipkit.tfrecord_tools.tar_writer import PairTar
 
 SUCCESS, NOT_FETCHED, NOT_USABLE = "success", "failed_to_download", "failed_to_resize"

@@ -5,7 +5,7 @@ import tempfile
 import threading
 
 from clipkit.storage.files import disk_errors, is_remote
-from clipkit.tfrecord_tools.shard_state import Layout
+from clipkit.tfrecord_tools.account.shard_state import Layout
 
 
 class Spool:

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from clipkit.storage.files import local_copy
 from clipkit.tfrecord_tools.purge_list import LINES
 from clipkit.tfrecord_tools.purge_log import purged_path
-from clipkit.tfrecord_tools.shard_state import SPLIT
+from clipkit.tfrecord_tools.account.shard_state import SPLIT
 
 COLUMNS = ["purge", "by", "value", "url", "key", "split"]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from clipkit.storage.files import disk_errors, is_remote, remove, sync_file
 from clipkit.storage.stores import as_upath, retried, store_errors
-from clipkit.tfrecord_tools.shard_state import Layout, ShardFiles
+from clipkit.tfrecord_tools.account.shard_state import Layout, ShardFiles
 
 
 def new_folder(layout: Layout, number: int) -> Path:
