@@ -22,7 +22,7 @@ from clipkit.formats.features import Feature
 from clipkit.formats.manifest import read_manifest
 from clipkit.formats.records import RecordWriter, encode_example, index_records
 from clipkit.tfrecord_tools.build import BuildProgress, build_tfds
-from clipkit.tfrecord_tools.schema import fit, unify
+from clipkit.tfrecord_tools.tables.kinds import fit, unify
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -180,7 +180,7 @@ VALUES = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text
 @given(st.lists(st.dictionaries(st.sampled_from("abc"), VALUES), max_size=6), st.randoms())
 def test_kinds_do_not_depend_on_the_order_of_shards(records, random):
     def kinds_of(records):
-        from clipkit.tfrecord_tools.schema import KindWidenedError
+        from clipkit.tfrecord_tools.tables.kinds import KindWidenedError
 
         kinds: dict[str, str] = {}
         while True:

@@ -21,7 +21,7 @@ from clipkit.tfrecord_tools.download import dataset_name, download
 from clipkit.tfrecord_tools.download_plan import cut, cut_wanted, load_mask, wanted_rows, write_mask
 from clipkit.tfrecord_tools.fetch_settings import FetchSettings
 from clipkit.tfrecord_tools.picture import PictureSettings
-from clipkit.tfrecord_tools.table_columns import column_kind, common_type
+from clipkit.tfrecord_tools.tables.columns import column_kind, common_type
 
 
 def test_missing_column_names_the_columns_and_a_preset(tmp_path: Path) -> None:

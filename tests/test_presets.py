@@ -2,7 +2,7 @@
 
 import pytest
 
-from clipkit.tfrecord_tools.presets import PRESETS, fitting_presets, spelt_as
+from clipkit.tfrecord_tools.tables.presets import PRESETS, fitting_presets, spelt_as
 
 # The columns of the files themselves, as the sources named in presets.py have them.
 PUBLISHED = {

@@ -20,7 +20,7 @@ from clipkit.tfrecord_tools.advice import ADVICE, way_on
 from clipkit.tfrecord_tools.download_plan import Output, make_plan
 from clipkit.tfrecord_tools.probe import LOWER, ProbeResult, size, wilson
 from clipkit.tfrecord_tools.probe_rows import MAX_ROW_GROUPS, sample_rows
-from clipkit.tfrecord_tools.table_columns import Columns
+from clipkit.tfrecord_tools.tables.columns import Columns
 
 ANSWERS = {"/ok.jpg": Answer(JPEG), "/busy.jpg": Answer(b"", status=HTTPStatus.BAD_GATEWAY)}
 

@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from clipkit.errors import UserError
-from clipkit.tfrecord_tools import url_table
-from clipkit.tfrecord_tools.url_table import RowReader
+from clipkit.tfrecord_tools.tables import url_table
+from clipkit.tfrecord_tools.tables.url_table import RowReader
 
 
 @pytest.mark.parametrize(

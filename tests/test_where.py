@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clipkit.errors import UserError
-from clipkit.tfrecord_tools.where import RowFilter, check_where, connect, select, select_rows
+from clipkit.tfrecord_tools.tables.where import RowFilter, check_where, connect, select, select_rows
 
 TABLE = pa.table(
     {
@@ -221,7 +221,7 @@ def test_without_duckdb_the_extra_is_named() -> None:
     code = (
         "import sys; sys.modules['duckdb'] = None\n"
         "import pyarrow as pa\nfrom clipkit.errors import UserError\n"
-        "from clipkit.tfrecord_tools.where import check_where\n"
+        "from clipkit.tfrecord_tools.tables.where import check_where\n"
         "try: check_where('a > 1', pa.schema([('a', pa.int64())]))\n"
         "except UserError as error: print(error)"
     )

@@ -36,7 +36,7 @@ from clipkit.tfrecord_tools.dedup import (
 )
 from clipkit.tfrecord_tools.metadata import shard_name
 from clipkit.tfrecord_tools.prepare import Preparation
-from clipkit.tfrecord_tools.schema import unify
+from clipkit.tfrecord_tools.tables.kinds import unify
 from clipkit.tfrecord_tools.shuffle import (
     GatherJob,
     Stretch,

@@ -22,7 +22,7 @@ from clipkit.tfrecord_tools.dedup import DecideJob, duplicates_in
 from clipkit.tfrecord_tools.pair_writer import PairWriter
 from clipkit.tfrecord_tools.prepare import Part, Preparation, Prepared, parts_told, prepared
 from clipkit.tfrecord_tools.sample import NOT_WANTED
-from clipkit.tfrecord_tools.schema import KindWidenedError
+from clipkit.tfrecord_tools.tables.kinds import KindWidenedError
 
 # The formats that `image_format` tells, by the numbers that notes have for them.
 FORMATS = ("jpeg", "png", "bmp", "webp", "gif", "tiff", "avif")

@@ -27,8 +27,8 @@ from clipkit.tfrecord_tools.probe import ProbeResult, probe
 from clipkit.tfrecord_tools.purge_plan import refuse_unfinished_purge
 from clipkit.tfrecord_tools.retry import parse_reasons
 from clipkit.tfrecord_tools.account.shard_state import Layout
-from clipkit.tfrecord_tools.table_columns import check_tables, choose_columns, column_kind
-from clipkit.tfrecord_tools.url_table import find_tables, read_schema, table_suffix
+from clipkit.tfrecord_tools.tables.columns import check_tables, choose_columns, column_kind
+from clipkit.tfrecord_tools.tables.url_table import find_tables, read_schema, table_suffix
 
 NEEDED = ("img2dataset", "aiohttp", "aiodns", "protego")
 SAMPLES_PER_SHARD = 10_000

@@ -16,8 +16,8 @@ import pyarrow as pa
 from clipkit.errors import UserError
 from clipkit.storage.files import read_json, write_beside, write_json
 from clipkit.tfrecord_tools.picture import PictureSettings
-from clipkit.tfrecord_tools.table_columns import Columns
-from clipkit.tfrecord_tools.url_table import count_rows, fingerprint, open_parquet, rows_path, unreadable
+from clipkit.tfrecord_tools.tables.columns import Columns
+from clipkit.tfrecord_tools.tables.url_table import count_rows, fingerprint, open_parquet, rows_path, unreadable
 
 Format = Literal["tfds", "webdataset", "parquet"]
 FORMATS: tuple[Format, ...] = ("tfds", "webdataset", "parquet")
@@ -135,7 +135,7 @@ def recall(memory: Path, settings: dict[str, Any], fingerprints: list[str], urls
 
 def write_mask(table: Path, path: Path, where: str) -> int:
     """Remember as bits which rows of a parquet file fulfil the condition; return how many do. Raises UserError."""
-    from clipkit.tfrecord_tools.where import RowFilter, iter_masks
+    from clipkit.tfrecord_tools.tables.where import RowFilter, iter_masks
 
     bits, rest, wanted = [], np.zeros(0, np.bool_), 0
     try:

@@ -25,8 +25,8 @@ from clipkit.tfrecord_tools.http_fetch import Fetcher
 from clipkit.tfrecord_tools.picture import PictureMaker, PictureSettings
 from clipkit.tfrecord_tools.account.replace_shard import recover
 from clipkit.tfrecord_tools.account.shard_state import ShardState, read_state
-from clipkit.tfrecord_tools.table_columns import Columns
-from clipkit.tfrecord_tools.url_table import RowReader
+from clipkit.tfrecord_tools.tables.columns import Columns
+from clipkit.tfrecord_tools.tables.url_table import RowReader
 
 # Each holds its rows in memory and its images on the disk.
 SHARDS_UNDER_WAY = 4

@@ -13,7 +13,7 @@ from clipkit.formats.manifest import Source, SplitManifest, index_path, read_man
 from clipkit.tfrecord_tools.download_plan import Plan
 from clipkit.tfrecord_tools.account.ledger import read_offsets
 from clipkit.tfrecord_tools.metadata import write_metadata
-from clipkit.tfrecord_tools.schema import EMPTY_LIST, LIST, unify
+from clipkit.tfrecord_tools.tables.kinds import EMPTY_LIST, LIST, unify
 from clipkit.tfrecord_tools.account.shard_state import SPLIT, Layout, ShardState
 
 

@@ -14,7 +14,7 @@ from clipkit.formats.records import Value
 from clipkit.formats.tar import IMAGE_SUFFIXES
 from clipkit.tfrecord_tools.example_wire import CAPTION, EMPTY, FLOAT, FLOATS, INT, INTS, NOTHING, TEXT, TEXTS
 from clipkit.tfrecord_tools.sample import DROPPED_COLUMNS
-from clipkit.tfrecord_tools.schema import EMPTY_LIST, LIST, widest
+from clipkit.tfrecord_tools.tables.kinds import EMPTY_LIST, LIST, widest
 
 IMAGE = "jpg"
 _TYPES = {TEXT: "text", TEXTS: "text", INT: "int", INTS: "int", FLOAT: "float", FLOATS: "float"}

@@ -26,8 +26,8 @@ from clipkit.tfrecord_tools.read_parquet import (
     read_rows,
 )
 from clipkit.tfrecord_tools.sample import Sample
-from clipkit.tfrecord_tools.schema import arrow_type, fit, kind_of, unify
-from clipkit.tfrecord_tools.url_table import copy_text, open_text, unreadable
+from clipkit.tfrecord_tools.tables.kinds import arrow_type, fit, kind_of, unify
+from clipkit.tfrecord_tools.tables.url_table import copy_text, open_text, unreadable
 
 COPY_ROWS = 4_096
 SUMS = 100_000  # at most so many sums of sizes are held, however long the table

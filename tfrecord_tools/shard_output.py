@@ -19,7 +19,7 @@ from clipkit.tfrecord_tools.account.ledger import LEDGER, Outcome
 from clipkit.tfrecord_tools.pair_writer import PairWriter
 from clipkit.tfrecord_tools.read_tar import read_tar
 from clipkit.tfrecord_tools.sample import DROPPED_COLUMNS
-from clipkit.tfrecord_tools.schema import KindWidenedError
+from clipkit.tfrecord_tools.tables.kinds import KindWidenedError
 from clipkit.tfrecord_tools.account.shard_state import ShardFiles
 from clipkit.tfrecord_tools.tar_writer import PairTar
 

@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from clipkit.errors import UserError
 from clipkit.tfrecord_tools.hash_check import HASH_KINDS, HashKind
-from clipkit.tfrecord_tools.presets import PRESETS, Preset, fitting_presets
+from clipkit.tfrecord_tools.tables.presets import PRESETS, Preset, fitting_presets
 
 PHASH = "phash"
 # Columns that a download makes itself, so that an input column of that name can't be kept.
