@@ -14,7 +14,7 @@ from download_site import encoded, file_bytes, numbered, write_numbered
 from killed_downloads import Driver, driver
 
 from clipkit.formats.records import read_records
-from clipkit.tfrecord_tools.read_tar import read_tar
+from clipkit.tfrecord_tools.readers.tar import read_tar
 
 COUNT, SHARD = 12, 4
 KILLS = 50

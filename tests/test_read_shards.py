@@ -11,8 +11,8 @@ from tensorflow_process import with_tensorflow
 from clipkit.errors import UserError
 from clipkit.formats.records import RecordError, RecordWriter, encode_example
 from clipkit.formats.tar import header_number
-from clipkit.tfrecord_tools.read_shards import find_shards, read_shard
-from clipkit.tfrecord_tools.read_tar import read_members
+from clipkit.tfrecord_tools.readers.shards import find_shards, read_shard
+from clipkit.tfrecord_tools.readers.tar import read_members
 from clipkit.tfrecord_tools.sample import image_format
 
 META = {

@@ -35,8 +35,8 @@ from clipkit.tfrecord_tools.condition import kinds_of as kinds_of_samples
 from clipkit.tfrecord_tools.metadata import VERSION, shard_name, write_metadata
 from clipkit.tfrecord_tools.prepare import Part, Preparation, part_left
 from clipkit.tfrecord_tools.purge_plan import refuse_unfinished_purge
-from clipkit.tfrecord_tools.read_parquet import Columns
-from clipkit.tfrecord_tools.read_shards import InputShard, find_shards, open_shard
+from clipkit.tfrecord_tools.readers.parquet import Columns
+from clipkit.tfrecord_tools.readers.shards import InputShard, find_shards, open_shard
 from clipkit.tfrecord_tools.shuffle import stretch_path
 
 SHARD_MEGABYTES = 256

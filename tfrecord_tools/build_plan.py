@@ -18,8 +18,8 @@ from clipkit.storage.files import is_remote, read_json, write_json
 from clipkit.tfrecord_tools.dedup import Method, check_dedup
 from clipkit.tfrecord_tools.precompute import check_precompute
 from clipkit.tfrecord_tools.prepare import Part, check_sizes
-from clipkit.tfrecord_tools.read_parquet import Columns
-from clipkit.tfrecord_tools.read_shards import InputShard, places_in, read_shard
+from clipkit.tfrecord_tools.readers.parquet import Columns
+from clipkit.tfrecord_tools.readers.shards import InputShard, places_in, read_shard
 from clipkit.tfrecord_tools.sample import Sample
 
 # A look at the data before it is cut: what columns there are, and how much of it will be left.

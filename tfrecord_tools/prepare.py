@@ -18,7 +18,7 @@ from clipkit.tfrecord_tools.compact import compact
 from clipkit.tfrecord_tools.condition import Condition
 from clipkit.tfrecord_tools.pair_writer import judge, stored_image
 from clipkit.tfrecord_tools.precompute import precompute
-from clipkit.tfrecord_tools.read_shards import InputShard, read_shard
+from clipkit.tfrecord_tools.readers.shards import InputShard, read_shard
 from clipkit.tfrecord_tools.sample import DUPLICATE, NOT_AN_IMAGE, NOT_WANTED, Sample
 
 BATCH_SAMPLES = 256

@@ -17,7 +17,7 @@ from clipkit.formats.records import decode_example, read_records
 from clipkit.tfrecord_tools.download_plan import Format
 from clipkit.tfrecord_tools.account.ledger import LEDGER, Outcome
 from clipkit.tfrecord_tools.pair_writer import PairWriter
-from clipkit.tfrecord_tools.read_tar import read_tar
+from clipkit.tfrecord_tools.readers.tar import read_tar
 from clipkit.tfrecord_tools.sample import DROPPED_COLUMNS
 from clipkit.tfrecord_tools.tables.kinds import KindWidenedError
 from clipkit.tfrecord_tools.account.shard_state import ShardFiles

@@ -17,7 +17,7 @@ from clipkit.errors import UserError
 from clipkit.storage.files import is_remote, local_copy, write_beside
 from clipkit.formats.tables import CAPTION_NAMES, FILE_NAMES, find_name, json_rows
 from clipkit.storage.stores import as_upath, reading
-from clipkit.tfrecord_tools.read_parquet import (
+from clipkit.tfrecord_tools.readers.parquet import (
     USUAL,
     Columns,
     caption_column,

@@ -13,11 +13,11 @@ from clipkit.errors import UserError
 from clipkit.storage.files import is_remote, local_copy, read_json, remove
 from clipkit.formats.tables import find_table, is_table
 from clipkit.storage.stores import reading
-from clipkit.tfrecord_tools.read_dataset import dataset_features, read_dataset
-from clipkit.tfrecord_tools.read_folder import FolderSizes, copy_table, read_folder
-from clipkit.tfrecord_tools.read_parquet import USUAL, Columns, image_column, open_parquet, read_parquet, row_at
-from clipkit.tfrecord_tools.read_tar import read_tar
-from clipkit.tfrecord_tools.read_tfrecord import read_tfrecord
+from clipkit.tfrecord_tools.readers.dataset import dataset_features, read_dataset
+from clipkit.tfrecord_tools.readers.folder import FolderSizes, copy_table, read_folder
+from clipkit.tfrecord_tools.readers.parquet import USUAL, Columns, image_column, open_parquet, read_parquet, row_at
+from clipkit.tfrecord_tools.readers.tar import read_tar
+from clipkit.tfrecord_tools.readers.tfrecord import read_tfrecord
 from clipkit.tfrecord_tools.sample import Sample
 
 SUFFIXES = (".tar", ".tfrecord", ".parquet")

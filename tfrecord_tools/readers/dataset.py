@@ -12,7 +12,7 @@ from clipkit.formats.features import Feature, parse_features
 from clipkit.storage.files import read_json
 from clipkit.formats.tables import CAPTION_NAMES, find_name
 from clipkit.formats.records import RecordError, decode_example, read_range
-from clipkit.tfrecord_tools.read_parquet import USUAL, Columns
+from clipkit.tfrecord_tools.readers.parquet import USUAL, Columns
 from clipkit.tfrecord_tools.sample import NO_IMAGE, Sample
 
 
