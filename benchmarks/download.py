@@ -55,7 +55,7 @@ OURS = """
 import sys
 from clipkit.tfrecord_tools.download import download
 from clipkit.tfrecord_tools.fetch_settings import FetchSettings
-from clipkit.tfrecord_tools.picture import PictureSettings
+from clipkit.tfrecord_tools.pictures.picture import PictureSettings
 
 if __name__ == "__main__":
     urls, out, connections, shard, keep = sys.argv[1:]
@@ -77,7 +77,7 @@ from clipkit.jobs.local import run_here
 from clipkit.tfrecord_tools.download import download
 from clipkit.tfrecord_tools.fetch_run import fetch_loop, picture_maker
 from clipkit.tfrecord_tools.fetch_settings import FetchSettings
-from clipkit.tfrecord_tools.picture import PictureSettings
+from clipkit.tfrecord_tools.pictures.picture import PictureSettings
 import pyarrow.parquet as pq
 
 urls, out, connections = sys.argv[1:]

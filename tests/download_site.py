@@ -18,7 +18,7 @@ from clipkit.cli.demo_server import Answer, serve
 from clipkit.tfrecord_tools.download import download
 from clipkit.tfrecord_tools.download_summary import DownloadSummary
 from clipkit.tfrecord_tools.fetch_settings import FetchSettings
-from clipkit.tfrecord_tools.picture import PictureSettings
+from clipkit.tfrecord_tools.pictures.picture import PictureSettings
 
 NETWORK = FetchSettings(allow_private_hosts=True, timeout=60, deadline=60, per_host=64)
 PICTURES = PictureSettings(image_size=32)

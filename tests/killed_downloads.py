@@ -22,7 +22,7 @@ from download_site import NETWORK, PICTURES, fetch
 from clipkit.jobs import run as jobs
 from clipkit.jobs.local import run_here
 from clipkit.tfrecord_tools.fetch_run import fetch_run
-from clipkit.tfrecord_tools.picture import PictureMaker
+from clipkit.tfrecord_tools.pictures.picture import PictureMaker
 
 PictureMaker(PICTURES)
 

@@ -24,7 +24,7 @@ from clipkit.formats.manifest import read_manifest
 from clipkit.text.syntax import Syntax
 from clipkit.tfrecord_tools.build import build_tfds
 from clipkit.tfrecord_tools.build_summary import BuildProgress
-from clipkit.tfrecord_tools.compact import compact
+from clipkit.tfrecord_tools.pictures.compact import compact
 from clipkit.text.tokenizer import Tokenizer
 
 SMALL = 0.02  # megabytes

@@ -15,7 +15,7 @@ from clipkit.cli.download import PASSING
 from clipkit.tfrecord_tools import download as stage
 from clipkit.tfrecord_tools.download_summary import DownloadSummary
 from clipkit.tfrecord_tools.fetch_settings import FetchSettings, user_agent
-from clipkit.tfrecord_tools.picture import PictureSettings
+from clipkit.tfrecord_tools.pictures.picture import PictureSettings
 
 DEFAULTS = inspect.signature(stage.download).parameters
 SUMMARY = DownloadSummary(Path("out"), "tfds", 10, 2, 5, {"dns": 2, "http-4xx": 1}, 0, {"exact": 5}, 1, 100, 200, 0)

@@ -11,7 +11,7 @@ from PIL import Image
 
 from clipkit.errors import UserError
 from clipkit.pixels.images import ImageError, decode
-from clipkit.tfrecord_tools.compact import Compacted, compact, fit
+from clipkit.tfrecord_tools.pictures.compact import Compacted, compact, fit
 
 
 def reduced(pixels: np.ndarray, width: int, height: int, quality: int = 90) -> np.ndarray:

@@ -23,7 +23,7 @@ from clipkit.cli.main import main
 from clipkit.jobs.local import run_here
 from clipkit.tfrecord_tools.fetch_run import SHARDS_UNDER_WAY
 from clipkit.tfrecord_tools.account.ledger import read_ledger
-from clipkit.tfrecord_tools.picture import PictureSettings
+from clipkit.tfrecord_tools.pictures.picture import PictureSettings
 
 
 @pytest.fixture

@@ -34,7 +34,7 @@ from clipkit.storage.files import as_path
 from clipkit.formats.records import decode_example, read_records
 from clipkit.tfrecord_tools import imagenet, labelled_shard
 from clipkit.tfrecord_tools.imagenet import build_imagenet
-from clipkit.tfrecord_tools.truncation import is_truncated
+from clipkit.tfrecord_tools.pictures.sniff import is_truncated
 
 WNIDS = [entry["wnid"] for entry in embedded.imagenet_classes()]
 

@@ -25,9 +25,10 @@ from PIL.PngImagePlugin import PngInfo
 
 from clipkit.errors import UserError
 from clipkit.pixels.images import ImageError, decode, has_one_scan, plain_jpeg_size
-from clipkit.tfrecord_tools import picture, reasons
-from clipkit.tfrecord_tools.img2dataset_parts import import_resizer
-from clipkit.tfrecord_tools.picture import Picture, PictureError, PictureMaker, PictureSettings, make_picture
+from clipkit.tfrecord_tools import reasons
+from clipkit.tfrecord_tools.pictures import picture
+from clipkit.tfrecord_tools.pictures.resizer import import_resizer
+from clipkit.tfrecord_tools.pictures.picture import Picture, PictureError, PictureMaker, PictureSettings, make_picture
 
 PIXELS = natural(200, 300)
 COLOUR = Image.fromarray(PIXELS)
@@ -258,7 +259,7 @@ def test_the_pixel_cap_is_read_from_the_header(tmp_path: Path) -> None:
         (tmp_path / kind).write_bytes(huge(kind))
     code = (
         "import resource, sys, pathlib\n"
-        "from clipkit.tfrecord_tools.picture import *\n"
+        "from clipkit.tfrecord_tools.pictures.picture import *\n"
         "maker = PictureMaker(PictureSettings())\n"
         "resource.setrlimit(resource.RLIMIT_AS, (3 << 30, 3 << 30))\n"
         "for path in sorted(pathlib.Path(sys.argv[1]).iterdir()):\n"
@@ -511,7 +512,7 @@ def test_large_pictures_are_made_one_at_a_time(monkeypatch: pytest.MonkeyPatch) 
 def test_importing_the_resizer_is_light_and_hides_nothing_afterwards() -> None:
     code = (
         "import sys\n"
-        "from clipkit.tfrecord_tools.img2dataset_parts import import_resizer\n"
+        "from clipkit.tfrecord_tools.pictures.resizer import import_resizer\n"
         "import_resizer()\n"
         "print([name for name in ('torch', 'pandas', 'wandb', 'fire') if name in sys.modules])\n"
         "import importlib.util\n"

@@ -3,7 +3,7 @@
 import pytest
 from download_site import JPEG, encoded
 
-from clipkit.tfrecord_tools.truncation import is_truncated
+from clipkit.tfrecord_tools.pictures.sniff import is_truncated
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])

@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from clipkit.errors import UserError
 from clipkit.storage.files import read_json, write_beside, write_json
-from clipkit.tfrecord_tools.picture import PictureSettings
+from clipkit.tfrecord_tools.pictures.picture import PictureSettings
 from clipkit.tfrecord_tools.tables.columns import Columns
 from clipkit.tfrecord_tools.tables.url_table import count_rows, fingerprint, open_parquet, rows_path, unreadable
 

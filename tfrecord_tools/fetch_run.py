@@ -22,7 +22,7 @@ from clipkit.tfrecord_tools.fetch_settings import Fetched, FetchSettings
 from clipkit.tfrecord_tools.fetch_shard import OpenShard, ShardJob, Task
 from clipkit.tfrecord_tools.finish_dataset import differs
 from clipkit.tfrecord_tools.http_fetch import Fetcher
-from clipkit.tfrecord_tools.picture import PictureMaker, PictureSettings
+from clipkit.tfrecord_tools.pictures.picture import PictureMaker, PictureSettings
 from clipkit.tfrecord_tools.account.replace_shard import recover
 from clipkit.tfrecord_tools.account.shard_state import ShardState, read_state
 from clipkit.tfrecord_tools.tables.columns import Columns

@@ -22,9 +22,9 @@ from clipkit.storage.files import remove
 from clipkit.tfrecord_tools import reasons
 from clipkit.tfrecord_tools.download_plan import Output, Shard
 from clipkit.tfrecord_tools.fetch_settings import Fetched, FetchSettings
-from clipkit.tfrecord_tools.hash_check import check_hash, parse_phash
+from clipkit.tfrecord_tools.pictures.hash_check import check_hash, parse_phash
 from clipkit.tfrecord_tools.account.ledger import Outcome, read_ledger, write_ledger
-from clipkit.tfrecord_tools.picture import PictureError, PictureMaker
+from clipkit.tfrecord_tools.pictures.picture import PictureError, PictureMaker
 from clipkit.tfrecord_tools.purge_shard import PURGED
 from clipkit.tfrecord_tools.account.purged import purged_rows
 from clipkit.tfrecord_tools.account.replace_shard import commit, new_folder

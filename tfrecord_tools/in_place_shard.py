@@ -36,7 +36,7 @@ from clipkit.tfrecord_tools.sample import (
     caption_problem,
     image_format,
 )
-from clipkit.tfrecord_tools.truncation import END_OF_FILE, is_truncated
+from clipkit.tfrecord_tools.pictures.sniff import END_OF_FILE, is_truncated
 
 # What is read at once: many records, and little enough to stay in the processor's cache.
 _CHUNK_BYTES = 1 << 21

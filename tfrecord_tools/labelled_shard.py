@@ -25,7 +25,7 @@ from clipkit.formats.records import RecordWriter, encode_example
 from clipkit.tfrecord_tools.image_listing import WHOLE_FILE, Image
 from clipkit.tfrecord_tools.pair_writer import TFDS_FORMATS, as_jpeg
 from clipkit.tfrecord_tools.sample import NOT_AN_IMAGE, TRUNCATED_IMAGE, image_format
-from clipkit.tfrecord_tools.truncation import is_truncated
+from clipkit.tfrecord_tools.pictures.sniff import is_truncated
 
 CMYK = "cmyk jpeg"
 # TFDS's `jpeg_cmyk_to_rgb` and `png_to_jpeg`: TensorFlow's encoder at this quality.

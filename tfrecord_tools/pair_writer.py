@@ -27,7 +27,7 @@ from clipkit.tfrecord_tools.sample import (
     image_format,
 )
 from clipkit.tfrecord_tools.tables.kinds import fit
-from clipkit.tfrecord_tools.truncation import is_truncated
+from clipkit.tfrecord_tools.pictures.sniff import is_truncated
 
 # TensorFlow's decode_image gives four dimensions for WebP and GIF and knows no TIFF or AVIF, so TFDS's Image feature
 # fails on them.

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from clipkit.errors import UserError
 from clipkit.pixels.images import ImageError
-from clipkit.tfrecord_tools.compact import compact
+from clipkit.tfrecord_tools.pictures.compact import compact
 from clipkit.tfrecord_tools.condition import Condition
 from clipkit.tfrecord_tools.pair_writer import judge, stored_image
 from clipkit.tfrecord_tools.precompute import precompute

@@ -136,7 +136,7 @@ def download(urls: Path, out: Path, as_json: bool, keep: str | None, **options: 
     """
     from clipkit.tfrecord_tools.download import download as stage
     from clipkit.tfrecord_tools.fetch_settings import FetchSettings, user_agent
-    from clipkit.tfrecord_tools.picture import PictureSettings
+    from clipkit.tfrecord_tools.pictures.picture import PictureSettings
     from clipkit.tfrecord_tools.probe import ProbeResult
 
     def take(*names: str) -> dict[str, Any]:

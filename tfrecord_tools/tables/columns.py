@@ -8,7 +8,7 @@ from typing import cast
 import pyarrow as pa
 
 from clipkit.errors import UserError
-from clipkit.tfrecord_tools.hash_check import HASH_KINDS, HashKind
+from clipkit.tfrecord_tools.pictures.hash_check import HASH_KINDS, HashKind
 from clipkit.tfrecord_tools.tables.presets import PRESETS, Preset, fitting_presets
 
 PHASH = "phash"
