@@ -42,7 +42,7 @@ from clipkit.formats.features import Feature
 from clipkit.pixels.images import decode
 from clipkit.formats.manifest import Shard, Source, SplitManifest, index_path, write_manifest
 from clipkit.formats.records import RecordWriter, encode_example
-from clipkit.tfrecord_tools.metadata import shard_name, write_metadata
+from clipkit.tfrecord_tools.writing.metadata import shard_name, write_metadata
 
 SIDE, QUALITY = 64, 50
 IMAGES, CAPTIONS = 200, 10_000

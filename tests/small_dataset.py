@@ -11,7 +11,7 @@ from clipkit.formats.features import Feature
 from clipkit.storage.files import write_beside
 from clipkit.formats.manifest import Shard, Source, SplitManifest, index_path, write_manifest
 from clipkit.formats.records import RecordWriter, encode_example
-from clipkit.tfrecord_tools.metadata import shard_name, write_metadata
+from clipkit.tfrecord_tools.writing.metadata import shard_name, write_metadata
 from clipkit.tfrecord_tools.sample import image_format
 
 PAIR_FEATURES = {

@@ -216,7 +216,7 @@ def test_a_full_disk_in_any_pass_is_one_line_and_the_rest_goes_on(tmp_path, monk
     build(tmp_path, "expected", **options)
     targets = {
         "hashing": ("clipkit.tfrecord_tools.dedup.write_sorted", _full_beside),
-        "writing": ("clipkit.tfrecord_tools.pair_writer.RecordWriter.write", _full),
+        "writing": ("clipkit.tfrecord_tools.writing.pair_writer.RecordWriter.write", _full),
         "sorting": ("clipkit.tfrecord_tools.shuffle.write_sorted", _full_beside),
         "gathering": ("clipkit.tfrecord_tools.shuffle.unframe", _full),
     }

@@ -26,7 +26,7 @@ from clipkit.formats.features import Feature
 from clipkit.pixels.images import MAX_PIXELS
 from clipkit.formats.manifest import Shard, Source, SplitManifest, index_path, write_manifest
 from clipkit.formats.records import RecordWriter, encode_example
-from clipkit.tfrecord_tools.metadata import shard_name, write_metadata
+from clipkit.tfrecord_tools.writing.metadata import shard_name, write_metadata
 from clipkit.train.augment import Augmentation
 from clipkit.train.data import Batch, LoaderConfig, batches
 from clipkit.train.open_source import open_source

@@ -9,7 +9,7 @@ from clipkit.pixels import images
 from clipkit.formats.features import Feature, parse_features
 from clipkit.formats.manifest import Shard, SplitManifest
 from clipkit.tfrecord_tools.build import build_tfds
-from clipkit.tfrecord_tools.metadata import dataset_info_json, features_json, shard_name
+from clipkit.tfrecord_tools.writing.metadata import dataset_info_json, features_json, shard_name
 
 FEATURES = {
     "jpg": Feature("image"),

@@ -15,7 +15,7 @@ from clipkit.errors import UserError
 from clipkit.formats.features import Feature
 from clipkit.formats.records import RecordWriter, encode_example
 from clipkit.tfrecord_tools.build_plan import cut, parts_between
-from clipkit.tfrecord_tools.metadata import features_json
+from clipkit.tfrecord_tools.writing.metadata import features_json
 from clipkit.tfrecord_tools.readers.parquet import Columns
 from clipkit.tfrecord_tools.readers.shards import InputShard, find_shards, open_shard, places_in, read_shard
 

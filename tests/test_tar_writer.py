@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from clipkit.errors import InternalError
 from clipkit.tfrecord_tools.readers.tar import read_tar
-from clipkit.tfrecord_tools.tar_writer import PairTar, header
+from clipkit.tfrecord_tools.writing.pair_tar import PairTar, header
 
 PAIRS = st.lists(st.tuples(st.binary(max_size=1500), st.text(max_size=20)), max_size=5)
 

@@ -34,7 +34,7 @@ from clipkit.tfrecord_tools.dedup import (
     read_hashed,
     runs_of,
 )
-from clipkit.tfrecord_tools.metadata import shard_name
+from clipkit.tfrecord_tools.writing.metadata import shard_name
 from clipkit.tfrecord_tools.prepare import Preparation
 from clipkit.tfrecord_tools.tables.kinds import unify
 from clipkit.tfrecord_tools.shuffle import (

@@ -21,7 +21,7 @@ from clipkit.tfrecord_tools.download_summary import DownloadSummary
 from clipkit.tfrecord_tools.download_work import Work
 from clipkit.tfrecord_tools.fetch_settings import FetchSettings
 from clipkit.tfrecord_tools.fetch_shard import Task
-from clipkit.tfrecord_tools.metadata import VERSION
+from clipkit.tfrecord_tools.writing.metadata import VERSION
 from clipkit.tfrecord_tools.pictures.picture import PictureSettings
 from clipkit.tfrecord_tools.probe import ProbeResult, probe
 from clipkit.tfrecord_tools.purge_plan import refuse_unfinished_purge

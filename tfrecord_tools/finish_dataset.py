@@ -12,7 +12,7 @@ from clipkit.formats.manifest import Shard as ManifestShard
 from clipkit.formats.manifest import Source, SplitManifest, index_path, read_manifest, write_manifest
 from clipkit.tfrecord_tools.download_plan import Plan
 from clipkit.tfrecord_tools.account.ledger import read_offsets
-from clipkit.tfrecord_tools.metadata import write_metadata
+from clipkit.tfrecord_tools.writing.metadata import write_metadata
 from clipkit.tfrecord_tools.tables.kinds import EMPTY_LIST, LIST, unify
 from clipkit.tfrecord_tools.account.shard_state import SPLIT, Layout, ShardState
 

@@ -28,7 +28,7 @@ from clipkit.tfrecord_tools.image_listing import Image, Part, SplitSource, find_
 from clipkit.tfrecord_tools.labelled_shard import LabelledShardJob
 from clipkit.tfrecord_tools.labelled_split import build_split, check_same, plan_shards, work_folder
 from clipkit.tfrecord_tools.labelled_summary import LabelledSummary
-from clipkit.tfrecord_tools.metadata import VERSION, write_metadata
+from clipkit.tfrecord_tools.writing.metadata import VERSION, write_metadata
 from clipkit.tfrecord_tools.purge_plan import refuse_unfinished_purge
 
 IMAGENET, IMAGENET_VERSION = "imagenet2012", "5.1.0"

@@ -37,7 +37,7 @@ from clipkit.tfrecord_tools.build_summary import summarise
 from clipkit.tfrecord_tools.in_place_columns import check_columns, features_of, misfits, unify_looks
 from clipkit.tfrecord_tools.in_place_shard import InPlaceJob, Looked, look_at, read_looked, rewrite
 from clipkit.tfrecord_tools.in_place_summary import InPlaceSummary
-from clipkit.tfrecord_tools.metadata import shard_name, write_metadata
+from clipkit.tfrecord_tools.writing.metadata import shard_name, write_metadata
 from clipkit.tfrecord_tools.purge_plan import refuse_unfinished_purge
 
 SUFFIX = ".tfrecord"

@@ -27,7 +27,7 @@ from clipkit.formats.records import (
 )
 from clipkit.tfrecord_tools.example_wire import ExampleWire, Pair
 from clipkit.tfrecord_tools.in_place_columns import convert
-from clipkit.tfrecord_tools.pair_writer import TFDS_FORMATS
+from clipkit.tfrecord_tools.writing.pair_writer import TFDS_FORMATS
 from clipkit.tfrecord_tools.sample import (
     BAD_TEXT,
     NO_IMAGE,

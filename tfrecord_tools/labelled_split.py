@@ -27,7 +27,7 @@ from clipkit.tfrecord_tools.labelled_shard import (
     offsets_path,
     read_labelled_state,
 )
-from clipkit.tfrecord_tools.metadata import shard_name
+from clipkit.tfrecord_tools.writing.metadata import shard_name
 
 _NAMED_AT_MOST = 5
 

@@ -13,7 +13,7 @@ from clipkit.storage.files import disk_errors, write_json
 from clipkit.formats.manifest import CLIPKIT_FOLDER
 from clipkit.tfrecord_tools.download_plan import Format
 from clipkit.tfrecord_tools.account.ledger import LEDGER_FOLDER
-from clipkit.tfrecord_tools.metadata import shard_name
+from clipkit.tfrecord_tools.writing.metadata import shard_name
 
 SPLIT = "train"
 MIN_SHARD_DIGITS = 5
