@@ -54,7 +54,7 @@ if __name__ == "__main__":
 OURS = """
 import sys
 from clipkit.tfrecord_tools.download import download
-from clipkit.tfrecord_tools.fetch_settings import FetchSettings
+from clipkit.tfrecord_tools.web.settings import FetchSettings
 from clipkit.tfrecord_tools.pictures.picture import PictureSettings
 
 if __name__ == "__main__":
@@ -76,7 +76,7 @@ from clipkit.jobs import run as jobs
 from clipkit.jobs.local import run_here
 from clipkit.tfrecord_tools.download import download
 from clipkit.tfrecord_tools.fetch_run import fetch_loop, picture_maker
-from clipkit.tfrecord_tools.fetch_settings import FetchSettings
+from clipkit.tfrecord_tools.web.settings import FetchSettings
 from clipkit.tfrecord_tools.pictures.picture import PictureSettings
 import pyarrow.parquet as pq
 

@@ -17,7 +17,7 @@ from clipkit.formats.dataset import open_dataset
 from clipkit.cli.demo_server import Answer, serve
 from clipkit.tfrecord_tools.download import download
 from clipkit.tfrecord_tools.download_summary import DownloadSummary
-from clipkit.tfrecord_tools.fetch_settings import FetchSettings
+from clipkit.tfrecord_tools.web.settings import FetchSettings
 from clipkit.tfrecord_tools.pictures.picture import PictureSettings
 
 NETWORK = FetchSettings(allow_private_hosts=True, timeout=60, deadline=60, per_host=64)

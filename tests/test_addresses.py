@@ -7,13 +7,13 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from clipkit.tfrecord_tools.addresses import (
+from clipkit.tfrecord_tools.web.addresses import (
     BlockedAddressError,
     check_address,
     parse_ipv4_number,
     special_kind,
 )
-from clipkit.tfrecord_tools.web_urls import BadUrlError, RefusedSchemeError, parse_redirect, parse_url
+from clipkit.tfrecord_tools.web.urls import BadUrlError, RefusedSchemeError, parse_redirect, parse_url
 
 IPV4 = st.integers(0, 2**32 - 1).map(lambda number: str(ipaddress.IPv4Address(number)))
 IPV6 = st.integers(0, 2**128 - 1).map(lambda number: str(ipaddress.IPv6Address(number)))

@@ -14,7 +14,7 @@ from clipkit.cli.main import main
 from clipkit.cli.download import PASSING
 from clipkit.tfrecord_tools import download as stage
 from clipkit.tfrecord_tools.download_summary import DownloadSummary
-from clipkit.tfrecord_tools.fetch_settings import FetchSettings, user_agent
+from clipkit.tfrecord_tools.web.settings import FetchSettings, user_agent
 from clipkit.tfrecord_tools.pictures.picture import PictureSettings
 
 DEFAULTS = inspect.signature(stage.download).parameters

@@ -9,7 +9,7 @@ from bad_server import bomb
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clipkit.tfrecord_tools.content_coding import CodingError, Decompressor, TooLargeError
+from clipkit.tfrecord_tools.web.compression import CodingError, Decompressor, TooLargeError
 
 
 def raw_deflate(data: bytes) -> bytes:

@@ -19,7 +19,7 @@ from clipkit.tfrecord_tools import download as download_module
 from clipkit.tfrecord_tools import download_plan
 from clipkit.tfrecord_tools.download import dataset_name, download
 from clipkit.tfrecord_tools.download_plan import cut, cut_wanted, load_mask, wanted_rows, write_mask
-from clipkit.tfrecord_tools.fetch_settings import FetchSettings
+from clipkit.tfrecord_tools.web.settings import FetchSettings
 from clipkit.tfrecord_tools.pictures.picture import PictureSettings
 from clipkit.tfrecord_tools.tables.columns import column_kind, common_type
 

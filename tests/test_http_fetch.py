@@ -16,10 +16,10 @@ from bad_server import BODY, BadServer, Dials, bad_server, only_loopback, refusi
 from dns_server import NXDOMAIN, SERVFAIL, SILENT, dns_server, every
 
 from clipkit.errors import UserError
-from clipkit.tfrecord_tools import hosts
-from clipkit.tfrecord_tools.http_fetch import Fetched, Fetcher, FetchSettings, fetch_all, user_agent
-from clipkit.tfrecord_tools.permissions import Decision
-from clipkit.tfrecord_tools.web_urls import parse_url
+from clipkit.tfrecord_tools.web import hosts
+from clipkit.tfrecord_tools.web.fetcher import Fetched, Fetcher, FetchSettings, fetch_all, user_agent
+from clipkit.tfrecord_tools.web.permissions import Decision
+from clipkit.tfrecord_tools.web.urls import parse_url
 
 SETTINGS = FetchSettings(allow_private_hosts=True, timeout=5.0, deadline=15.0, user_agent=user_agent("tests"))
 PUBLIC = "23.192.228.80"  # stands for a public host; the guard dials a loopback server in its place
@@ -567,7 +567,7 @@ def test_rows_are_drawn_as_needed_and_a_host_in_order_stalls_no_other() -> None:
 
 @pytest.mark.parametrize("look_ahead", [10, 500])
 def test_the_look_ahead_is_bounded(look_ahead: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("clipkit.tfrecord_tools.http_fetch.PREFETCH", 5)
+    monkeypatch.setattr("clipkit.tfrecord_tools.web.fetcher.PREFETCH", 5)
     drawn = handled = most = 0
 
     def rows() -> Iterator[tuple[int, str]]:
@@ -588,7 +588,7 @@ def test_the_look_ahead_is_bounded(look_ahead: int, monkeypatch: pytest.MonkeyPa
 
 
 def test_slow_handlers_hold_fetching_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("clipkit.tfrecord_tools.handling.MAX_WAITING", 4)
+    monkeypatch.setattr("clipkit.tfrecord_tools.web.threads.MAX_WAITING", 4)
     gate = threading.Event()
     handled: list[int] = []
 
@@ -677,7 +677,7 @@ def test_a_cancelled_call_leaves_the_fetcher_usable(server: BadServer) -> None:
 
 
 def test_large_bodies_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("clipkit.tfrecord_tools.http_fetch.LARGE_BODY_BYTES", 5_000_000)
+    monkeypatch.setattr("clipkit.tfrecord_tools.web.fetcher.LARGE_BODY_BYTES", 5_000_000)
     body = bytes(3_000_000)
     with bad_server({"/large": body}, latency=0.05) as server:
         results = fetch(*[server.url("/large")] * 12, max_bytes=4_000_000)

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clipkit.tfrecord_tools.fetch_settings import DISALLOWED_TAGS
-from clipkit.tfrecord_tools.permissions import PLAIN, Decision, Tag, decide, parse_date, parse_tags
+from clipkit.tfrecord_tools.web.settings import DISALLOWED_TAGS
+from clipkit.tfrecord_tools.web.permissions import PLAIN, Decision, Tag, decide, parse_date, parse_tags
 
 
 def judge(*headers: str, tdm: str | None = None, **changes: Any) -> Decision:

@@ -12,9 +12,9 @@ import pytest
 from dns_server import NXDOMAIN, REFUSED, SERVFAIL, SILENT, TRUNCATED, DnsServer, dns_server, every
 
 from clipkit.errors import UserError
-from clipkit.tfrecord_tools import resolver
-from clipkit.tfrecord_tools.addresses import BlockedAddressError
-from clipkit.tfrecord_tools.resolver import Resolver, UnresolvedError, check_resolvers
+from clipkit.tfrecord_tools.web import resolver
+from clipkit.tfrecord_tools.web.addresses import BlockedAddressError
+from clipkit.tfrecord_tools.web.resolver import Resolver, UnresolvedError, check_resolvers
 
 PUBLIC = "23.192.228.80"
 

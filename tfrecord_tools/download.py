@@ -19,7 +19,7 @@ from clipkit.storage.files import as_path, disk_errors, lock, remove, require_wr
 from clipkit.tfrecord_tools.download_plan import FORMATS, Format, Output, make_plan
 from clipkit.tfrecord_tools.download_summary import DownloadSummary
 from clipkit.tfrecord_tools.download_work import Work
-from clipkit.tfrecord_tools.fetch_settings import FetchSettings
+from clipkit.tfrecord_tools.web.settings import FetchSettings
 from clipkit.tfrecord_tools.fetch_shard import Task
 from clipkit.tfrecord_tools.writing.metadata import VERSION
 from clipkit.tfrecord_tools.pictures.picture import PictureSettings

@@ -24,7 +24,7 @@ from clipkit.tfrecord_tools.reasons import OTHER, REASONS
 from clipkit.tfrecord_tools.sample import EMPTY_CAPTION
 
 if TYPE_CHECKING:
-    from clipkit.tfrecord_tools.http_fetch import Fetcher
+    from clipkit.tfrecord_tools.web.fetcher import Fetcher
 
 OK = "ok"
 NAMES = (OK, *REASONS, EMPTY_CAPTION, PURGED)

@@ -21,7 +21,7 @@ from clipkit.errors import InternalError, UserError
 from clipkit.storage.files import remove
 from clipkit.tfrecord_tools import reasons
 from clipkit.tfrecord_tools.download_plan import Output, Shard
-from clipkit.tfrecord_tools.fetch_settings import Fetched, FetchSettings
+from clipkit.tfrecord_tools.web.settings import Fetched, FetchSettings
 from clipkit.tfrecord_tools.pictures.hash_check import check_hash, parse_phash
 from clipkit.tfrecord_tools.account.ledger import Outcome, read_ledger, write_ledger
 from clipkit.tfrecord_tools.pictures.picture import PictureError, PictureMaker

@@ -10,7 +10,7 @@ from clipkit.log import duration
 from clipkit.tfrecord_tools import reasons
 from clipkit.tfrecord_tools.advice import ADVICE
 from clipkit.tfrecord_tools.download_plan import Plan
-from clipkit.tfrecord_tools.fetch_settings import FetchSettings
+from clipkit.tfrecord_tools.web.settings import FetchSettings
 from clipkit.tfrecord_tools.sample import EMPTY_CAPTION, caption_problem
 
 SEED = 0

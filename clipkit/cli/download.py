@@ -135,7 +135,7 @@ def download(urls: Path, out: Path, as_json: bool, keep: str | None, **options: 
     listed with its reason in clipkit/failures.parquet of the output.
     """
     from clipkit.tfrecord_tools.download import download as stage
-    from clipkit.tfrecord_tools.fetch_settings import FetchSettings, user_agent
+    from clipkit.tfrecord_tools.web.settings import FetchSettings, user_agent
     from clipkit.tfrecord_tools.pictures.picture import PictureSettings
     from clipkit.tfrecord_tools.probe import ProbeResult
 

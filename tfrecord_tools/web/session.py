@@ -10,9 +10,9 @@ from typing import Any
 import aiohttp
 
 from clipkit.errors import UserError
-from clipkit.tfrecord_tools.addresses import check_address
-from clipkit.tfrecord_tools.fetch_settings import FetchSettings
-from clipkit.tfrecord_tools.resolver import Resolver
+from clipkit.tfrecord_tools.web.addresses import check_address
+from clipkit.tfrecord_tools.web.settings import FetchSettings
+from clipkit.tfrecord_tools.web.resolver import Resolver
 
 KEEP_ALIVE_SECONDS = 8.0
 READ_BYTES = 1 << 17

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from aiohttp.abc import AbstractResolver, ResolveResult
 
 from clipkit.errors import UserError
-from clipkit.tfrecord_tools.addresses import BlockedAddressError, check_address
+from clipkit.tfrecord_tools.web.addresses import BlockedAddressError, check_address
 
 CACHE_SECONDS = 600.0
 CACHE_NAMES = 100_000

@@ -5,8 +5,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
-from clipkit.tfrecord_tools.fetch_settings import Fetched
-from clipkit.tfrecord_tools.web_urls import WebUrl
+from clipkit.tfrecord_tools.web.settings import Fetched
+from clipkit.tfrecord_tools.web.urls import WebUrl
 
 Rows = Iterable[tuple[int, str]]
 Handle = Callable[[Fetched], None]

@@ -14,13 +14,13 @@ from dataclasses import dataclass
 import aiohttp
 
 from clipkit.tfrecord_tools import reasons
-from clipkit.tfrecord_tools.addresses import BlockedAddressError
-from clipkit.tfrecord_tools.connect import STARVED, ByteBudget, open_session
-from clipkit.tfrecord_tools.content_coding import KNOWN, CodingError, Decompressor, TooLargeError
-from clipkit.tfrecord_tools.fetch_settings import FetchSettings
-from clipkit.tfrecord_tools.permissions import NOTHING_SAID, Decision, decide, parse_date
-from clipkit.tfrecord_tools.resolver import Resolver, UnresolvedError
-from clipkit.tfrecord_tools.web_urls import BadUrlError, WebUrl, parse_redirect
+from clipkit.tfrecord_tools.web.addresses import BlockedAddressError
+from clipkit.tfrecord_tools.web.session import STARVED, ByteBudget, open_session
+from clipkit.tfrecord_tools.web.compression import KNOWN, CodingError, Decompressor, TooLargeError
+from clipkit.tfrecord_tools.web.settings import FetchSettings
+from clipkit.tfrecord_tools.web.permissions import NOTHING_SAID, Decision, decide, parse_date
+from clipkit.tfrecord_tools.web.resolver import Resolver, UnresolvedError
+from clipkit.tfrecord_tools.web.urls import BadUrlError, WebUrl, parse_redirect
 
 REDIRECTS = frozenset({301, 302, 303, 307, 308})
 DRAIN_BYTES = 65_536

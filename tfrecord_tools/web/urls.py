@@ -13,7 +13,7 @@ from urllib.parse import unquote
 import idna
 from yarl import URL
 
-from clipkit.tfrecord_tools.addresses import parse_ipv4_number
+from clipkit.tfrecord_tools.web.addresses import parse_ipv4_number
 
 SCHEMES = ("http", "https")
 MAX_CHARACTERS = 8_000  # servers refuse longer request lines
