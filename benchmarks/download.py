@@ -53,7 +53,7 @@ if __name__ == "__main__":
 
 OURS = """
 import sys
-from clipkit.tfrecord_tools.download import download
+from clipkit.tfrecord_tools.download.command import download
 from clipkit.tfrecord_tools.web.settings import FetchSettings
 from clipkit.tfrecord_tools.pictures.picture import PictureSettings
 
@@ -74,8 +74,8 @@ import json, sys, time
 from pathlib import Path
 from clipkit.jobs import run as jobs
 from clipkit.jobs.local import run_here
-from clipkit.tfrecord_tools.download import download
-from clipkit.tfrecord_tools.fetch_run import fetch_loop, picture_maker
+from clipkit.tfrecord_tools.download.command import download
+from clipkit.tfrecord_tools.download.worker import fetch_loop, picture_maker
 from clipkit.tfrecord_tools.web.settings import FetchSettings
 from clipkit.tfrecord_tools.pictures.picture import PictureSettings
 import pyarrow.parquet as pq

@@ -15,8 +15,8 @@ from PIL import Image
 
 from clipkit.formats.dataset import open_dataset
 from clipkit.cli.demo_server import Answer, serve
-from clipkit.tfrecord_tools.download import download
-from clipkit.tfrecord_tools.download_summary import DownloadSummary
+from clipkit.tfrecord_tools.download.command import download
+from clipkit.tfrecord_tools.download.summary import DownloadSummary
 from clipkit.tfrecord_tools.web.settings import FetchSettings
 from clipkit.tfrecord_tools.pictures.picture import PictureSettings
 

@@ -12,8 +12,8 @@ from download_site import numbered, write_numbered
 
 from clipkit.cli.main import main
 from clipkit.cli.download import PASSING
-from clipkit.tfrecord_tools import download as stage
-from clipkit.tfrecord_tools.download_summary import DownloadSummary
+from clipkit.tfrecord_tools.download import command as stage
+from clipkit.tfrecord_tools.download.summary import DownloadSummary
 from clipkit.tfrecord_tools.web.settings import FetchSettings, user_agent
 from clipkit.tfrecord_tools.pictures.picture import PictureSettings
 

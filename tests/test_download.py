@@ -46,11 +46,11 @@ from clipkit.errors import UserError
 from clipkit.cli.demo_server import Answer, serve
 from clipkit.formats.manifest import read_manifest
 from clipkit.pixels.phash import perceptual_hash_of
-from clipkit.tfrecord_tools import download_work
-from clipkit.tfrecord_tools.download_plan import cut
-from clipkit.tfrecord_tools.download_summary import DownloadSummary
+from clipkit.tfrecord_tools.download import work as download_work
+from clipkit.tfrecord_tools.download.plan import cut
+from clipkit.tfrecord_tools.download.summary import DownloadSummary
 from clipkit.tfrecord_tools.account.ledger import read_ledger
-from clipkit.tfrecord_tools.retry import DEFAULT
+from clipkit.tfrecord_tools.download.retry import DEFAULT
 
 Finished = dict[str, tuple[Path, Path, DownloadSummary]]
 FORMATS = ("tfds", "webdataset", "parquet")

@@ -19,7 +19,7 @@ from clipkit.formats.dataset import open_dataset
 from clipkit.errors import UserError
 from clipkit.storage.files import as_path, remove
 from clipkit.jobs.local import run_here
-from clipkit.tfrecord_tools.retry import DEFAULT
+from clipkit.tfrecord_tools.download.retry import DEFAULT
 
 COUNT, SHARD = 12, 3
 

@@ -21,7 +21,7 @@ from PIL import Image
 from clipkit.jobs import run as jobs
 from clipkit.cli.main import main
 from clipkit.jobs.local import run_here
-from clipkit.tfrecord_tools.fetch_run import SHARDS_UNDER_WAY
+from clipkit.tfrecord_tools.download.worker import SHARDS_UNDER_WAY
 from clipkit.tfrecord_tools.account.ledger import read_ledger
 from clipkit.tfrecord_tools.pictures.picture import PictureSettings
 

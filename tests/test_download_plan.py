@@ -15,10 +15,10 @@ from clipkit.jobs import run as jobs
 from clipkit.errors import UserError
 from clipkit.storage.files import lock
 from clipkit.cli.demo_server import Answer, serve
-from clipkit.tfrecord_tools import download as download_module
-from clipkit.tfrecord_tools import download_plan
-from clipkit.tfrecord_tools.download import dataset_name, download
-from clipkit.tfrecord_tools.download_plan import cut, cut_wanted, load_mask, wanted_rows, write_mask
+from clipkit.tfrecord_tools.download import command as download_module
+from clipkit.tfrecord_tools.download import plan as download_plan
+from clipkit.tfrecord_tools.download.command import dataset_name, download
+from clipkit.tfrecord_tools.download.plan import cut, cut_wanted, load_mask, wanted_rows, write_mask
 from clipkit.tfrecord_tools.web.settings import FetchSettings
 from clipkit.tfrecord_tools.pictures.picture import PictureSettings
 from clipkit.tfrecord_tools.tables.columns import column_kind, common_type

@@ -11,8 +11,8 @@ from bad_server import bad_server
 from download_site import NETWORK, fetch, numbered, write_numbered
 
 from clipkit.log import Progress
-from clipkit.tfrecord_tools import download_progress
-from clipkit.tfrecord_tools.download_progress import DownloadLine, LiveCounts, counters, note, read_counts, watch
+from clipkit.tfrecord_tools.download import progress as download_progress
+from clipkit.tfrecord_tools.download.progress import DownloadLine, LiveCounts, counters, note, read_counts, watch
 from clipkit.tfrecord_tools.reasons import REASONS
 
 

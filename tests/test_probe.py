@@ -17,9 +17,9 @@ from clipkit.cli.main import main
 from clipkit.errors import UserError
 from clipkit.cli.demo_server import Answer, serve
 from clipkit.tfrecord_tools.advice import ADVICE, way_on
-from clipkit.tfrecord_tools.download_plan import Output, make_plan
-from clipkit.tfrecord_tools.probe import LOWER, ProbeResult, size, wilson
-from clipkit.tfrecord_tools.probe_rows import MAX_ROW_GROUPS, sample_rows
+from clipkit.tfrecord_tools.download.plan import Output, make_plan
+from clipkit.tfrecord_tools.download.probe import LOWER, ProbeResult, size, wilson
+from clipkit.tfrecord_tools.download.probe_worker import MAX_ROW_GROUPS, sample_rows
 from clipkit.tfrecord_tools.tables.columns import Columns
 
 ANSWERS = {"/ok.jpg": Answer(JPEG), "/busy.jpg": Answer(b"", status=HTTPStatus.BAD_GATEWAY)}

@@ -35,7 +35,7 @@ from clipkit.cli.demo_server import Answer, serve
 from clipkit.formats.manifest import Source, read_manifest, write_manifest
 from clipkit.formats.records import read_records
 from clipkit.tfrecord_tools import purge_list, purge_shard
-from clipkit.tfrecord_tools.download import download
+from clipkit.tfrecord_tools.download.command import download
 from clipkit.tfrecord_tools.web.settings import FetchSettings
 from clipkit.tfrecord_tools.purge import purge
 from clipkit.tfrecord_tools.purge_list import find, open_list, read_values, wanted_entries

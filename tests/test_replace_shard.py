@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from clipkit.storage.files import as_path
 from clipkit.tfrecord_tools.account.replace_shard import commit, new_folder, recover
 from clipkit.tfrecord_tools.account.shard_state import Layout, ShardFiles
-from clipkit.tfrecord_tools.spool import Spool
+from clipkit.tfrecord_tools.download.spool import Spool
 
 
 def every(files: ShardFiles) -> list[Path]:

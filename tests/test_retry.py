@@ -15,8 +15,8 @@ from clipkit.formats.dataset import open_dataset
 from clipkit.errors import UserError
 from clipkit.cli.demo_server import Answer, serve
 from clipkit.tfrecord_tools import reasons
-from clipkit.tfrecord_tools.download_plan import Shard
-from clipkit.tfrecord_tools.retry import DEFAULT, Retry, begin_retry, end_retry, parse_reasons, retry_jobs
+from clipkit.tfrecord_tools.download.plan import Shard
+from clipkit.tfrecord_tools.download.retry import DEFAULT, Retry, begin_retry, end_retry, parse_reasons, retry_jobs
 from clipkit.tfrecord_tools.account.shard_state import ShardState
 
 GOOD, BUSY, GONE = Answer(JPEG), Answer(b"", status=HTTPStatus.BAD_GATEWAY), Answer(b"", status=HTTPStatus.NOT_FOUND)

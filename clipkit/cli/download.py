@@ -8,7 +8,7 @@ import click
 from clipkit.cli.options import Count, Place, SectionedCommand, SectionedOption, as_json, engine, print_json, tell
 
 RETRY = "--retry-failed"
-# Those that may pass by themselves; `clipkit.tfrecord_tools.retry.DEFAULT` is the same, and slow to import. With
+# Those that may pass by themselves; `clipkit.tfrecord_tools.download.retry.DEFAULT` is the same, and slow to import. With
 # --allow-private-hosts, which an earlier run may have lacked, the stage takes the refused ones along.
 PASSING = "connect,dns,http-5xx,rate-limited,timeout,truncated"
 
@@ -134,10 +134,10 @@ def download(urls: Path, out: Path, as_json: bool, keep: str | None, **options: 
     was stopped. Hosts that forbid the use of their images (X-Robots-Tag, TDM reservation) are obeyed. What failed is
     listed with its reason in clipkit/failures.parquet of the output.
     """
-    from clipkit.tfrecord_tools.download import download as stage
+    from clipkit.tfrecord_tools.download.command import download as stage
     from clipkit.tfrecord_tools.web.settings import FetchSettings, user_agent
     from clipkit.tfrecord_tools.pictures.picture import PictureSettings
-    from clipkit.tfrecord_tools.probe import ProbeResult
+    from clipkit.tfrecord_tools.download.probe import ProbeResult
 
     def take(*names: str) -> dict[str, Any]:
         return {name: options.pop(name) for name in names}

@@ -11,7 +11,7 @@ from typing import Self
 
 from clipkit.storage.files import disk_errors, write_json
 from clipkit.formats.manifest import CLIPKIT_FOLDER
-from clipkit.tfrecord_tools.download_plan import Format
+from clipkit.tfrecord_tools.download.plan import Format
 from clipkit.tfrecord_tools.account.ledger import LEDGER_FOLDER
 from clipkit.tfrecord_tools.writing.metadata import shard_name
 

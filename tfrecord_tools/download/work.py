@@ -12,14 +12,14 @@ from clipkit.jobs import run as jobs
 from clipkit.errors import InternalError, UserError
 from clipkit.storage.files import clear_leftovers, disk_errors, is_remote, read_json, remove, write_json
 from clipkit.tfrecord_tools.advice import way_on
-from clipkit.tfrecord_tools.download_plan import Plan, Shard, settings_of
-from clipkit.tfrecord_tools.download_progress import counters, watch
-from clipkit.tfrecord_tools.download_summary import DownloadSummary, summarise
-from clipkit.tfrecord_tools.fetch_shard import ShardJob, Task
-from clipkit.tfrecord_tools.finish_dataset import differs, kinds_of_all, was_changed, write_dataset
+from clipkit.tfrecord_tools.download.plan import Plan, Shard, settings_of
+from clipkit.tfrecord_tools.download.progress import counters, watch
+from clipkit.tfrecord_tools.download.summary import DownloadSummary, summarise
+from clipkit.tfrecord_tools.download.shard import ShardJob, Task
+from clipkit.tfrecord_tools.download.finish import differs, kinds_of_all, was_changed, write_dataset
 from clipkit.tfrecord_tools.account.ledger import FAILURES_FILE, LEDGER_FOLDER, write_failures
 from clipkit.tfrecord_tools.account.replace_shard import recover
-from clipkit.tfrecord_tools.retry import begin_retry, end_retry, retry_jobs
+from clipkit.tfrecord_tools.download.retry import begin_retry, end_retry, retry_jobs
 from clipkit.tfrecord_tools.account.shard_state import ShardState, is_whole, load_state
 
 T = TypeVar("T")
@@ -157,7 +157,7 @@ class Work:
         if not todo:
             return
         # Only here, so that what fetching imports stays out of this process.
-        from clipkit.tfrecord_tools.fetch_run import fetch_run
+        from clipkit.tfrecord_tools.download.worker import fetch_run
 
         runs = cut_runs(todo, self.workers or jobs.cores(), self.engine)
         with (

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from clipkit.storage.files import local_copy, write_beside
 from clipkit.formats.records import decode_example, read_records
-from clipkit.tfrecord_tools.download_plan import Format
+from clipkit.tfrecord_tools.download.plan import Format
 from clipkit.tfrecord_tools.account.ledger import LEDGER, Outcome
 from clipkit.tfrecord_tools.writing.pair_writer import PairWriter
 from clipkit.tfrecord_tools.readers.tar import read_tar

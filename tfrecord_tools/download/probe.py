@@ -9,7 +9,7 @@ from clipkit.jobs import run as jobs
 from clipkit.log import duration
 from clipkit.tfrecord_tools import reasons
 from clipkit.tfrecord_tools.advice import ADVICE
-from clipkit.tfrecord_tools.download_plan import Plan
+from clipkit.tfrecord_tools.download.plan import Plan
 from clipkit.tfrecord_tools.web.settings import FetchSettings
 from clipkit.tfrecord_tools.sample import EMPTY_CAPTION, caption_problem
 
@@ -79,7 +79,7 @@ def probe(plan: Plan, count: int, network: FetchSettings, processes: int) -> Pro
 
     Works with as many processes and connections as the download will. Raises UserError for tables that can't be read.
     """
-    from clipkit.tfrecord_tools.probe_rows import ProbePart, fetch_part, name_part, sample_rows
+    from clipkit.tfrecord_tools.download.probe_worker import ProbePart, fetch_part, name_part, sample_rows
 
     sample = sample_rows(plan, count, SEED)
     urls = sample["url"].to_pylist()

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from clipkit.errors import UserError
 from clipkit.storage.files import read_json, remove, write_json
-from clipkit.tfrecord_tools.download_plan import Shard
-from clipkit.tfrecord_tools.fetch_shard import ShardJob
+from clipkit.tfrecord_tools.download.plan import Shard
+from clipkit.tfrecord_tools.download.shard import ShardJob
 from clipkit.tfrecord_tools.reasons import BLOCKED_ADDRESS, PASSING, REASONS
 from clipkit.tfrecord_tools.account.shard_state import ShardState
 

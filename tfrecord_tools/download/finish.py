@@ -10,7 +10,7 @@ from clipkit.formats.features import Feature, Kind
 from clipkit.storage.files import write_beside
 from clipkit.formats.manifest import Shard as ManifestShard
 from clipkit.formats.manifest import Source, SplitManifest, index_path, read_manifest, write_manifest
-from clipkit.tfrecord_tools.download_plan import Plan
+from clipkit.tfrecord_tools.download.plan import Plan
 from clipkit.tfrecord_tools.account.ledger import read_offsets
 from clipkit.tfrecord_tools.writing.metadata import write_metadata
 from clipkit.tfrecord_tools.tables.kinds import EMPTY_LIST, LIST, unify

@@ -12,8 +12,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from clipkit.tfrecord_tools.download_plan import Plan, load_mask, wanted_rows
-from clipkit.tfrecord_tools.fetch_run import fetch_loop, picture_maker
+from clipkit.tfrecord_tools.download.plan import Plan, load_mask, wanted_rows
+from clipkit.tfrecord_tools.download.worker import fetch_loop, picture_maker
 from clipkit.tfrecord_tools.web.settings import Fetched, FetchSettings
 from clipkit.tfrecord_tools.pictures.picture import PictureError, PictureSettings
 from clipkit.tfrecord_tools.tables.url_table import RowReader, open_parquet, row_group_starts

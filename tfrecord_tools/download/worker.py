@@ -16,11 +16,11 @@ from functools import cache
 
 import pyarrow as pa
 
-from clipkit.tfrecord_tools.download_plan import Shard, load_mask, wanted_rows
-from clipkit.tfrecord_tools.download_progress import LiveCounts
+from clipkit.tfrecord_tools.download.plan import Shard, load_mask, wanted_rows
+from clipkit.tfrecord_tools.download.progress import LiveCounts
 from clipkit.tfrecord_tools.web.settings import Fetched, FetchSettings
-from clipkit.tfrecord_tools.fetch_shard import OpenShard, ShardJob, Task
-from clipkit.tfrecord_tools.finish_dataset import differs
+from clipkit.tfrecord_tools.download.shard import OpenShard, ShardJob, Task
+from clipkit.tfrecord_tools.download.finish import differs
 from clipkit.tfrecord_tools.web.fetcher import Fetcher
 from clipkit.tfrecord_tools.pictures.picture import PictureMaker, PictureSettings
 from clipkit.tfrecord_tools.account.replace_shard import recover
