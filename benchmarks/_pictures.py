@@ -98,7 +98,7 @@ def captions(count: int, seed: int = 0) -> list[str]:
 
 def write(folder: Path, samples: int, unique: int) -> None:
     """`standard` and `compact` in `folder`, each as tars in `tars/` and as a dataset directory in `tfds/`."""
-    from clipkit.tfrecord_tools.build import build_tfds
+    from clipkit.tfrecord_tools.build.command import build_tfds
 
     images, texts = jpegs(unique), captions(samples)
     sizes = []

@@ -24,7 +24,7 @@ import webdataset
 
 from clipkit.pixels.images import UInt8Array
 from clipkit.formats.records import RecordWriter, encode_example
-from clipkit.tfrecord_tools.build import build_tfds
+from clipkit.tfrecord_tools.build.command import build_tfds
 from clipkit.tfrecord_tools.in_place import build_in_place
 
 SIDE = 256
@@ -57,7 +57,7 @@ for line in sys.stdin:
 ONE_SIZE = """
 import json, re, sys, time
 from pathlib import Path
-from clipkit.tfrecord_tools.build import build_tfds
+from clipkit.tfrecord_tools.build.command import build_tfds
 shards, out, options = Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
 start, wall = time.process_time(), time.perf_counter()
 summary = build_tfds(shards, out, "bench", progress=lambda now: None, shard_megabytes=16, **options)

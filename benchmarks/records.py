@@ -20,7 +20,7 @@ import webdataset
 
 from clipkit.formats.dataset import open_dataset
 from clipkit.formats.records import RecordWriter, decode_example, encode_example, index_records, read_records
-from clipkit.tfrecord_tools.build import build_tfds
+from clipkit.tfrecord_tools.build.command import build_tfds
 
 IMAGE_BYTES = 34_000  # the mean of img2dataset's images at 256 px, quality 95
 

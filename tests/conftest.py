@@ -73,7 +73,7 @@ def pairs(count: int) -> list[tuple[str, dict[str, bytes]]]:
 @pytest.fixture(scope="session")
 def pairs_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A dataset directory of 96 pairs in three shards, made by clipkit itself."""
-    from clipkit.tfrecord_tools.build import build_tfds
+    from clipkit.tfrecord_tools.build.command import build_tfds
 
     folder = tmp_path_factory.mktemp("pairs")
     shards = folder / "shards"

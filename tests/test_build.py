@@ -21,7 +21,7 @@ from clipkit.errors import UserError
 from clipkit.formats.features import Feature
 from clipkit.formats.manifest import read_manifest
 from clipkit.formats.records import RecordWriter, encode_example, index_records
-from clipkit.tfrecord_tools.build import BuildProgress, build_tfds
+from clipkit.tfrecord_tools.build.command import BuildProgress, build_tfds
 from clipkit.tfrecord_tools.tables.kinds import fit, unify
 
 
@@ -233,7 +233,7 @@ def test_workers_change_nothing(tmp_path):
 KILLED = """
 import json, os, shutil, signal, sys
 from pathlib import Path
-from clipkit.tfrecord_tools import build
+from clipkit.tfrecord_tools.build import command as build
 from test_build import contents
 
 os.fsync = lambda descriptor: None

@@ -17,7 +17,7 @@ from object_store import s3_server as s3_server
 
 from clipkit.storage.files import as_path
 from clipkit.storage.stores import as_upath
-from clipkit.tfrecord_tools.build import build_tfds
+from clipkit.tfrecord_tools.build.command import build_tfds
 
 OPTIONS = {"dedup": "caption", "shuffle": 7, "split": "train=0.8,test=0.2", "where": "width > 1"}
 
@@ -60,7 +60,7 @@ else:
     settings = {"spark.ui.enabled": "false", "spark.log.level": "OFF"}
     settings |= {"spark.driver.bindAddress": "127.0.0.1", "spark.driver.host": "127.0.0.1"}
     SparkContext(conf=SparkConf().setMaster("local[2,3]").setAll(list(settings.items())))
-from clipkit.tfrecord_tools.build import build_tfds
+from clipkit.tfrecord_tools.build.command import build_tfds
 shards, out, engine, options = sys.argv[1], sys.argv[2], sys.argv[3], eval(sys.argv[4])
 build_tfds(shards, out, "pairs", shard_megabytes=0.02, engine=engine, workers=2, progress=lambda _: None, **options)
 """

@@ -12,7 +12,7 @@ from image_shards import pair, write_tar
 KILLER = """
 import faulthandler, json, os, random, shutil, signal, sys, time
 from pathlib import Path
-from clipkit.tfrecord_tools import build
+from clipkit.tfrecord_tools.build import command as build
 from clipkit.formats.manifest import read_manifest
 from test_build import contents
 

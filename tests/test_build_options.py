@@ -22,8 +22,8 @@ from clipkit.formats.features import Feature
 from clipkit.storage.files import write_beside
 from clipkit.formats.manifest import read_manifest
 from clipkit.text.syntax import Syntax
-from clipkit.tfrecord_tools.build import build_tfds
-from clipkit.tfrecord_tools.build_summary import BuildProgress
+from clipkit.tfrecord_tools.build.command import build_tfds
+from clipkit.tfrecord_tools.build.progress import BuildProgress
 from clipkit.tfrecord_tools.pictures.compact import compact
 from clipkit.text.tokenizer import Tokenizer
 
@@ -171,7 +171,7 @@ def test_changed_options_are_not_taken_for_the_same_build(tmp_path, monkeypatch)
     with pytest.raises(UserError, match="already holds a split 'train' made with other options"):
         build(tmp_path)
     shutil.rmtree(tmp_path / "out")
-    monkeypatch.setattr("clipkit.tfrecord_tools.build.write_manifest", lambda *_: os.kill(os.getpid(), 0) or 1 / 0)
+    monkeypatch.setattr("clipkit.tfrecord_tools.build.command.write_manifest", lambda *_: os.kill(os.getpid(), 0) or 1 / 0)
     with pytest.raises(ZeroDivisionError):
         build(tmp_path, dedup="sha256")
     with pytest.raises(UserError, match="begun with other options or another shard size: remove that folder"):
@@ -215,10 +215,10 @@ def test_a_full_disk_in_any_pass_is_one_line_and_the_rest_goes_on(tmp_path, monk
     options = {"dedup": "caption", "shuffle": 3}
     build(tmp_path, "expected", **options)
     targets = {
-        "hashing": ("clipkit.tfrecord_tools.dedup.write_sorted", _full_beside),
+        "hashing": ("clipkit.tfrecord_tools.build.dedup.write_sorted", _full_beside),
         "writing": ("clipkit.tfrecord_tools.writing.pair_writer.RecordWriter.write", _full),
-        "sorting": ("clipkit.tfrecord_tools.shuffle.write_sorted", _full_beside),
-        "gathering": ("clipkit.tfrecord_tools.shuffle.unframe", _full),
+        "sorting": ("clipkit.tfrecord_tools.build.shuffle.write_sorted", _full_beside),
+        "gathering": ("clipkit.tfrecord_tools.build.shuffle.unframe", _full),
     }
     done: list[str] = []
     with monkeypatch.context() as patch:

@@ -14,9 +14,9 @@ from clipkit.formats.dataset import open_dataset
 from clipkit.errors import UserError
 from clipkit.formats.manifest import read_manifest
 from clipkit.pixels.phash import distance, perceptual_hash_of
-from clipkit.tfrecord_tools import dedup
-from clipkit.tfrecord_tools.build import build_tfds
-from clipkit.tfrecord_tools.dedup import NEAR_BITS, near_duplicates, near_earlier, place, rotated, runs_of
+from clipkit.tfrecord_tools.build import dedup
+from clipkit.tfrecord_tools.build.command import build_tfds
+from clipkit.tfrecord_tools.build.dedup import NEAR_BITS, near_duplicates, near_earlier, place, rotated, runs_of
 
 
 def keys(folder, split="train"):

@@ -6,7 +6,7 @@ import pyarrow.parquet as pq
 from download_site import examples, fetch, site, table
 
 from clipkit.formats.dataset import open_dataset
-from clipkit.tfrecord_tools.build import build_tfds
+from clipkit.tfrecord_tools.build.command import build_tfds
 
 
 def test_dataset_is_what_building_from_tars_gives(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from clipkit import checkpoint
 from clipkit.config import set_values
 from clipkit.errors import UserError
 from clipkit.log import read_metrics
-from clipkit.tfrecord_tools.build import build_tfds
+from clipkit.tfrecord_tools.build.command import build_tfds
 from clipkit.train import loop
 from clipkit.train.loop import is_due, train
 from clipkit.train.recipes import debug

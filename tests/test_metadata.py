@@ -8,7 +8,7 @@ from tensorflow_process import with_tensorflow
 from clipkit.pixels import images
 from clipkit.formats.features import Feature, parse_features
 from clipkit.formats.manifest import Shard, SplitManifest
-from clipkit.tfrecord_tools.build import build_tfds
+from clipkit.tfrecord_tools.build.command import build_tfds
 from clipkit.tfrecord_tools.writing.metadata import dataset_info_json, features_json, shard_name
 
 FEATURES = {

@@ -14,7 +14,7 @@ from image_shards import img2dataset_writer, pair, picture, write_tar
 from clipkit.errors import UserError
 from clipkit.formats.features import Feature
 from clipkit.formats.records import RecordWriter, encode_example
-from clipkit.tfrecord_tools.build_plan import cut, parts_between
+from clipkit.tfrecord_tools.build.plan import cut, parts_between
 from clipkit.tfrecord_tools.writing.metadata import features_json
 from clipkit.tfrecord_tools.readers.parquet import Columns
 from clipkit.tfrecord_tools.readers.shards import InputShard, find_shards, open_shard, places_in, read_shard

@@ -9,9 +9,9 @@ from image_shards import pair, write_tar, write_tars
 from clipkit.formats.dataset import open_dataset
 from clipkit.errors import UserError
 from clipkit.formats.manifest import read_manifest
-from clipkit.tfrecord_tools import shuffle
-from clipkit.tfrecord_tools.build import build_tfds
-from clipkit.tfrecord_tools.sorted_rows import read_sorted, write_sorted
+from clipkit.tfrecord_tools.build import shuffle
+from clipkit.tfrecord_tools.build.command import build_tfds
+from clipkit.tfrecord_tools.build.sorted_rows import read_sorted, write_sorted
 from clipkit.tfrecord_tools.verify import verify
 
 SAMPLES, SHARDS = 600, 6
@@ -103,7 +103,7 @@ def test_shards_that_were_gathered_from_other_records_are_gathered_anew(tmp_path
         return shuffle.gather(job)
 
     with monkeypatch.context() as patch:
-        patch.setattr("clipkit.tfrecord_tools.build_passes.gather", gather_one)
+        patch.setattr("clipkit.tfrecord_tools.build.passes.gather", gather_one)
         with pytest.raises(KeyboardInterrupt):
             build(tmp_path / "shards", tmp_path / "out", shard_megabytes=0.015)
     assert gathered[0].exists()

@@ -22,7 +22,7 @@ from clipkit.formats.features import Feature, parse_features
 from clipkit.storage.files import clear_leftovers, is_remote, lock, read_json, remove
 from clipkit.log import Progress, counted
 from clipkit.formats.manifest import CLIPKIT_FOLDER, SplitManifest, read_manifest, write_manifest
-from clipkit.tfrecord_tools.build_summary import summarise
+from clipkit.tfrecord_tools.build.progress import summarise
 from clipkit.tfrecord_tools.image_labels import label_images
 from clipkit.tfrecord_tools.image_listing import Image, Part, SplitSource, find_splits, list_part
 from clipkit.tfrecord_tools.labelled_shard import LabelledShardJob

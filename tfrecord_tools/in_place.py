@@ -33,7 +33,7 @@ from clipkit.storage.files import (
 )
 from clipkit.log import Progress
 from clipkit.formats.manifest import CLIPKIT_FOLDER, Shard, SplitManifest, add_counts, index_path, read_manifest, write_manifest
-from clipkit.tfrecord_tools.build_summary import summarise
+from clipkit.tfrecord_tools.build.progress import summarise
 from clipkit.tfrecord_tools.in_place_columns import check_columns, features_of, misfits, unify_looks
 from clipkit.tfrecord_tools.in_place_shard import InPlaceJob, Looked, look_at, read_looked, rewrite
 from clipkit.tfrecord_tools.in_place_summary import InPlaceSummary

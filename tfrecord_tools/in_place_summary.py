@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from clipkit.log import counted
 from clipkit.formats.manifest import CLIPKIT_FOLDER
-from clipkit.tfrecord_tools.build_summary import BuildSummary
+from clipkit.tfrecord_tools.build.progress import BuildSummary
 
 
 @dataclass(frozen=True)

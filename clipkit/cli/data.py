@@ -59,7 +59,7 @@ def build_tfds(
         return
     if out is None:
         raise UserError("build-tfds needs OUT, the folder for the dataset: give it behind SHARDS, or --in-place")
-    from clipkit.tfrecord_tools.build import build_tfds as stage
+    from clipkit.tfrecord_tools.build.command import build_tfds as stage
 
     wanted = [name.strip() for name in precompute.split(",")] if precompute else []
     summary = stage(shards, out, precompute=wanted, **options)

@@ -11,7 +11,7 @@ from clipkit.storage.files import write_beside
 from clipkit.formats.manifest import CLIPKIT_FOLDER, index_path
 from clipkit.storage.stores import reading
 from clipkit.storage.arrays import load_array
-from clipkit.tfrecord_tools.build_shard import ShardJob, ShardState
+from clipkit.tfrecord_tools.build.shard import ShardJob, ShardState
 from clipkit.tfrecord_tools.tables.kinds import EMPTY_LIST, LIST
 
 IMAGE_COLUMN, CAPTION_COLUMN = "jpg", "txt"

@@ -15,9 +15,9 @@ import numpy.typing as npt
 from clipkit.errors import UserError
 from clipkit.pixels.images import ImageError
 from clipkit.tfrecord_tools.pictures.compact import compact
-from clipkit.tfrecord_tools.condition import Condition
+from clipkit.tfrecord_tools.build.condition import Condition
 from clipkit.tfrecord_tools.writing.pair_writer import judge, stored_image
-from clipkit.tfrecord_tools.precompute import precompute
+from clipkit.tfrecord_tools.build.precompute import precompute
 from clipkit.tfrecord_tools.readers.shards import InputShard, read_shard
 from clipkit.tfrecord_tools.sample import DUPLICATE, NOT_AN_IMAGE, NOT_WANTED, Sample
 

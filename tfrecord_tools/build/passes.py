@@ -21,9 +21,9 @@ from typing import TypeVar
 from clipkit.jobs import run as jobs
 from clipkit.errors import UserError
 from clipkit.formats.manifest import Shard
-from clipkit.tfrecord_tools.build_shard import ShardJob, ShardState, Work, build_shard, read_state
-from clipkit.tfrecord_tools.build_summary import BuildProgress
-from clipkit.tfrecord_tools.dedup import (
+from clipkit.tfrecord_tools.build.shard import ShardJob, ShardState, Work, build_shard, read_state
+from clipkit.tfrecord_tools.build.progress import BuildProgress
+from clipkit.tfrecord_tools.build.dedup import (
     DecideJob,
     HashJob,
     Method,
@@ -35,9 +35,9 @@ from clipkit.tfrecord_tools.dedup import (
     runs_of,
 )
 from clipkit.tfrecord_tools.writing.metadata import shard_name
-from clipkit.tfrecord_tools.prepare import Preparation
+from clipkit.tfrecord_tools.build.prepare import Preparation
 from clipkit.tfrecord_tools.tables.kinds import unify
-from clipkit.tfrecord_tools.shuffle import (
+from clipkit.tfrecord_tools.build.shuffle import (
     GatherJob,
     Stretch,
     gather,

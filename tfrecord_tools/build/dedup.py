@@ -26,9 +26,9 @@ from clipkit.errors import UserError
 from clipkit.storage.files import read_json, write_json
 from clipkit.pixels.images import ImageError
 from clipkit.pixels.phash import perceptual_hash_of
-from clipkit.tfrecord_tools.prepare import Part, Preparation, judged, parts_told
+from clipkit.tfrecord_tools.build.prepare import Part, Preparation, judged, parts_told
 from clipkit.tfrecord_tools.sample import Sample
-from clipkit.tfrecord_tools.sorted_rows import BUCKETS, KEY_END, read_sorted, write_sorted
+from clipkit.tfrecord_tools.build.sorted_rows import BUCKETS, KEY_END, read_sorted, write_sorted
 from clipkit.text.tokenizer import clean
 
 Method = Literal["sha256", "caption", "phash"]

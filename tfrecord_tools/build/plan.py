@@ -15,9 +15,9 @@ from typing import Any
 
 from clipkit.errors import UserError
 from clipkit.storage.files import is_remote, read_json, write_json
-from clipkit.tfrecord_tools.dedup import Method, check_dedup
-from clipkit.tfrecord_tools.precompute import check_precompute
-from clipkit.tfrecord_tools.prepare import Part, check_sizes
+from clipkit.tfrecord_tools.build.dedup import Method, check_dedup
+from clipkit.tfrecord_tools.build.precompute import check_precompute
+from clipkit.tfrecord_tools.build.prepare import Part, check_sizes
 from clipkit.tfrecord_tools.readers.parquet import Columns
 from clipkit.tfrecord_tools.readers.shards import InputShard, places_in, read_shard
 from clipkit.tfrecord_tools.sample import Sample
