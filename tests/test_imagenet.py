@@ -32,8 +32,9 @@ from clipkit.eval.labelled import open_labelled
 from clipkit.eval.zeroshot import open_task
 from clipkit.storage.files import as_path
 from clipkit.formats.records import decode_example, read_records
-from clipkit.tfrecord_tools import imagenet, labelled_shard
-from clipkit.tfrecord_tools.imagenet import build_imagenet
+from clipkit.tfrecord_tools.labelled import imagenet
+from clipkit.tfrecord_tools.labelled import shard as labelled_shard
+from clipkit.tfrecord_tools.labelled.imagenet import build_imagenet
 from clipkit.tfrecord_tools.pictures.sniff import is_truncated
 
 WNIDS = [entry["wnid"] for entry in embedded.imagenet_classes()]
@@ -599,7 +600,7 @@ def test_workers_change_nothing(tmp_path, monkeypatch):
 KILLED = """
 import os, shutil, signal, sys
 from pathlib import Path
-from clipkit.tfrecord_tools import imagenet
+from clipkit.tfrecord_tools.labelled import imagenet
 from test_build import contents
 
 imagenet.SHARD_MEGABYTES = 0.004
@@ -669,7 +670,7 @@ def test_finished_shards_are_not_made_again(tmp_path, monkeypatch):
         made.append(job.path.name)
         return build(job)
 
-    monkeypatch.setattr("clipkit.tfrecord_tools.labelled_split.build_labelled_shard", counted)
+    monkeypatch.setattr("clipkit.tfrecord_tools.labelled.split.build_labelled_shard", counted)
     with pytest.raises(KeyboardInterrupt):
         build_imagenet(source, tmp_path / "out", subset=True)
     stop_at = 5

@@ -98,7 +98,7 @@ def build_imagenet(source: Path, out: Path, as_json: bool, **options: Any) -> No
     for each class, or a flat validation folder with --labels. Another set is named by --name and becomes
     OUT/NAME/1.0.0.
     """
-    from clipkit.tfrecord_tools.imagenet import build_imagenet as stage
+    from clipkit.tfrecord_tools.labelled.imagenet import build_imagenet as stage
 
     summary = stage(source, out, **options)
     tell(summary, as_json)

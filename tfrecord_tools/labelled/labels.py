@@ -14,7 +14,7 @@ from pathlib import Path
 
 from clipkit.errors import UserError
 from clipkit.log import counted
-from clipkit.tfrecord_tools.image_listing import Image
+from clipkit.tfrecord_tools.labelled.listing import Image
 
 KAGGLE_LABELS = "LOC_val_solution.csv"
 DEVKIT = "ILSVRC2012_devkit_t12"

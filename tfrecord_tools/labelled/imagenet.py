@@ -23,11 +23,11 @@ from clipkit.storage.files import clear_leftovers, is_remote, lock, read_json, r
 from clipkit.log import Progress, counted
 from clipkit.formats.manifest import CLIPKIT_FOLDER, SplitManifest, read_manifest, write_manifest
 from clipkit.tfrecord_tools.build.progress import summarise
-from clipkit.tfrecord_tools.image_labels import label_images
-from clipkit.tfrecord_tools.image_listing import Image, Part, SplitSource, find_splits, list_part
-from clipkit.tfrecord_tools.labelled_shard import LabelledShardJob
-from clipkit.tfrecord_tools.labelled_split import build_split, check_same, plan_shards, work_folder
-from clipkit.tfrecord_tools.labelled_summary import LabelledSummary
+from clipkit.tfrecord_tools.labelled.labels import label_images
+from clipkit.tfrecord_tools.labelled.listing import Image, Part, SplitSource, find_splits, list_part
+from clipkit.tfrecord_tools.labelled.shard import LabelledShardJob
+from clipkit.tfrecord_tools.labelled.split import build_split, check_same, plan_shards, work_folder
+from clipkit.tfrecord_tools.labelled.summary import LabelledSummary
 from clipkit.tfrecord_tools.writing.metadata import VERSION, write_metadata
 from clipkit.tfrecord_tools.purge_plan import refuse_unfinished_purge
 

@@ -19,8 +19,8 @@ from clipkit.errors import UserError
 from clipkit.storage.files import read_json, write_beside, write_json
 from clipkit.log import counted
 from clipkit.formats.manifest import CLIPKIT_FOLDER, SplitManifest, index_path
-from clipkit.tfrecord_tools.image_listing import Image
-from clipkit.tfrecord_tools.labelled_shard import (
+from clipkit.tfrecord_tools.labelled.listing import Image
+from clipkit.tfrecord_tools.labelled.shard import (
     LabelledShardJob,
     LabelledShardState,
     build_labelled_shard,

@@ -22,7 +22,7 @@ from clipkit.errors import UserError
 from clipkit.storage.files import read_json, write_beside, write_json
 from clipkit.formats.manifest import Shard, Source
 from clipkit.formats.records import RecordWriter, encode_example
-from clipkit.tfrecord_tools.image_listing import WHOLE_FILE, Image
+from clipkit.tfrecord_tools.labelled.listing import WHOLE_FILE, Image
 from clipkit.tfrecord_tools.writing.pair_writer import TFDS_FORMATS, as_jpeg
 from clipkit.tfrecord_tools.sample import NOT_AN_IMAGE, TRUNCATED_IMAGE, image_format
 from clipkit.tfrecord_tools.pictures.sniff import is_truncated
