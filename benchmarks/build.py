@@ -25,7 +25,7 @@ import webdataset
 from clipkit.pixels.images import UInt8Array
 from clipkit.formats.records import RecordWriter, encode_example
 from clipkit.tfrecord_tools.build.command import build_tfds
-from clipkit.tfrecord_tools.in_place import build_in_place
+from clipkit.tfrecord_tools.in_place.command import build_in_place
 
 SIDE = 256
 QUALITY = 95

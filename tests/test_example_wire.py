@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from clipkit.formats.records import decode_example, encode_example
-from clipkit.tfrecord_tools.example_wire import ExampleWire
+from clipkit.tfrecord_tools.in_place.example_wire import ExampleWire
 
 NAMES = st.sampled_from(["a", "n", "txt", "jpg", "column", "x" * 127, "y" * 130, "é"])
 VALUES = st.one_of(

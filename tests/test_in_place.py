@@ -20,8 +20,9 @@ from clipkit.errors import UserError
 from clipkit.formats.features import Feature
 from clipkit.storage.files import as_path
 from clipkit.formats.records import RecordError, RecordWriter, decode_example, encode_example, index_records, read_records
-from clipkit.tfrecord_tools import in_place, in_place_shard
-from clipkit.tfrecord_tools.in_place import build_in_place
+from clipkit.tfrecord_tools.in_place import command as in_place
+from clipkit.tfrecord_tools.in_place import shard as in_place_shard
+from clipkit.tfrecord_tools.in_place.command import build_in_place
 from clipkit.train.sources import IMAGE_FIELD, TEXT_FIELD
 
 FIXTURE = Path(__file__).parent / "data" / "img2dataset-tfrecord"
@@ -206,7 +207,7 @@ def test_workers_change_nothing(shards, tmp_path):
 KILLED = """
 import os, shutil, signal, sys
 from pathlib import Path
-from clipkit.tfrecord_tools import in_place
+from clipkit.tfrecord_tools.in_place import command as in_place
 from test_build import contents
 
 os.fsync = lambda descriptor: None

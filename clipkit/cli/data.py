@@ -67,7 +67,7 @@ def build_tfds(
 
 
 def _build_in_place(folder: Path, as_json: bool, options: dict[str, Any]) -> None:
-    from clipkit.tfrecord_tools.in_place import build_in_place as stage
+    from clipkit.tfrecord_tools.in_place.command import build_in_place as stage
 
     taken = ("name", "split", "workers", "engine")
     context = click.get_current_context()

@@ -34,9 +34,9 @@ from clipkit.storage.files import (
 from clipkit.log import Progress
 from clipkit.formats.manifest import CLIPKIT_FOLDER, Shard, SplitManifest, add_counts, index_path, read_manifest, write_manifest
 from clipkit.tfrecord_tools.build.progress import summarise
-from clipkit.tfrecord_tools.in_place_columns import check_columns, features_of, misfits, unify_looks
-from clipkit.tfrecord_tools.in_place_shard import InPlaceJob, Looked, look_at, read_looked, rewrite
-from clipkit.tfrecord_tools.in_place_summary import InPlaceSummary
+from clipkit.tfrecord_tools.in_place.columns import check_columns, features_of, misfits, unify_looks
+from clipkit.tfrecord_tools.in_place.shard import InPlaceJob, Looked, look_at, read_looked, rewrite
+from clipkit.tfrecord_tools.in_place.summary import InPlaceSummary
 from clipkit.tfrecord_tools.writing.metadata import shard_name, write_metadata
 from clipkit.tfrecord_tools.purge_plan import refuse_unfinished_purge
 

@@ -25,8 +25,8 @@ from clipkit.formats.records import (
     masked_crc32c,
     unframe,
 )
-from clipkit.tfrecord_tools.example_wire import ExampleWire, Pair
-from clipkit.tfrecord_tools.in_place_columns import convert
+from clipkit.tfrecord_tools.in_place.example_wire import ExampleWire, Pair
+from clipkit.tfrecord_tools.in_place.columns import convert
 from clipkit.tfrecord_tools.writing.pair_writer import TFDS_FORMATS
 from clipkit.tfrecord_tools.sample import (
     BAD_TEXT,
