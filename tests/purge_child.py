@@ -4,7 +4,7 @@ import os
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from clipkit.tfrecord_tools.purge import purge
+from clipkit.tfrecord_tools.purge.command import purge
 
 
 def purge_in_a_child(data: Path, listed: Path, pipe: Connection) -> None:

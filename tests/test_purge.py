@@ -34,12 +34,13 @@ from clipkit.storage.files import WRITTEN_BESIDE, as_path, read_json, read_json_
 from clipkit.cli.demo_server import Answer, serve
 from clipkit.formats.manifest import Source, read_manifest, write_manifest
 from clipkit.formats.records import read_records
-from clipkit.tfrecord_tools import purge_list, purge_shard
+from clipkit.tfrecord_tools.purge import removals as purge_list
+from clipkit.tfrecord_tools.purge import shard as purge_shard
 from clipkit.tfrecord_tools.download.command import download
 from clipkit.tfrecord_tools.web.settings import FetchSettings
-from clipkit.tfrecord_tools.purge import purge
-from clipkit.tfrecord_tools.purge_list import find, open_list, read_values, wanted_entries
-from clipkit.tfrecord_tools.purge_log import PURGED_TABLE, purged_path
+from clipkit.tfrecord_tools.purge.command import purge
+from clipkit.tfrecord_tools.purge.removals import find, open_list, read_values, wanted_entries
+from clipkit.tfrecord_tools.purge.log import PURGED_TABLE, purged_path
 from clipkit.tfrecord_tools.account.purged import purged_rows
 from clipkit.tfrecord_tools.verify import verify
 
@@ -347,7 +348,7 @@ def stop_in(monkeypatch, name):
             raise UserError("the disk is full")
         return real(job)
 
-    monkeypatch.setattr("clipkit.tfrecord_tools.purge.purge_shard", stop)
+    monkeypatch.setattr("clipkit.tfrecord_tools.purge.command.purge_shard", stop)
 
 
 def test_another_purge_waits_for_the_one_that_is_not_finished(data, tmp_path, monkeypatch):
@@ -373,7 +374,7 @@ def test_a_worker_that_comes_late_removes_nothing_more(data, tmp_path, monkeypat
     """A worker taken for lost may begin a shard that another has rewritten: its numbers would be other records'."""
     jobs = []
     real = purge_shard.purge_shard
-    monkeypatch.setattr("clipkit.tfrecord_tools.purge.purge_shard", lambda job: (jobs.append(job), real(job))[1])
+    monkeypatch.setattr("clipkit.tfrecord_tools.purge.command.purge_shard", lambda job: (jobs.append(job), real(job))[1])
     purge(data, write_list(tmp_path / "list.txt", urls(4, 7, 19)))
     before = contents(data)
     for job in jobs:
@@ -574,7 +575,7 @@ def test_a_dataset_of_tfds_itself_without_a_manifest(tmp_path):
 
 MOMENTS = 50
 # Imported once, so that a child's time is the purge's own.
-PRELOAD = ["clipkit.tfrecord_tools.purge", "clipkit.jobs.local", "rich.progress", "pyarrow.compute", "pandas"]
+PRELOAD = ["clipkit.tfrecord_tools.purge.command", "clipkit.jobs.local", "rich.progress", "pyarrow.compute", "pandas"]
 
 
 def run_child(data, listed, seconds=None):

@@ -16,7 +16,7 @@ from clipkit.errors import UserError
 from clipkit.formats.features import Feature
 from clipkit.storage.files import as_path
 from clipkit.formats.records import RecordWriter, encode_example, index_records
-from clipkit.tfrecord_tools import purge as purging
+from clipkit.tfrecord_tools.purge import command as purging
 from clipkit.tfrecord_tools.verify import verify
 
 

@@ -148,7 +148,7 @@ def purge(path: Path, removals: Path, as_json: bool, **options: Any) -> None:
     URLs and keys must be equal to the letter. Only the shards concerned are written again; the same command goes on
     where it was stopped, and until then nothing opens the dataset.
     """
-    from clipkit.tfrecord_tools.purge import purge as stage
+    from clipkit.tfrecord_tools.purge.command import purge as stage
 
     summary = stage(path, removals, **options)
     tell(summary, as_json)

@@ -12,8 +12,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from clipkit.storage.files import local_copy
-from clipkit.tfrecord_tools.purge_list import LINES
-from clipkit.tfrecord_tools.purge_log import purged_path
+from clipkit.tfrecord_tools.purge.removals import LINES
+from clipkit.tfrecord_tools.purge.log import purged_path
 from clipkit.tfrecord_tools.account.shard_state import SPLIT
 
 COLUMNS = ["purge", "by", "value", "url", "key", "split"]

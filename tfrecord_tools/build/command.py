@@ -34,7 +34,7 @@ from clipkit.tfrecord_tools.build.condition import Condition
 from clipkit.tfrecord_tools.build.condition import kinds_of as kinds_of_samples
 from clipkit.tfrecord_tools.writing.metadata import VERSION, shard_name, write_metadata
 from clipkit.tfrecord_tools.build.prepare import Part, Preparation, part_left
-from clipkit.tfrecord_tools.purge_plan import refuse_unfinished_purge
+from clipkit.tfrecord_tools.purge.plan import refuse_unfinished_purge
 from clipkit.tfrecord_tools.readers.parquet import Columns
 from clipkit.tfrecord_tools.readers.shards import InputShard, find_shards, open_shard
 from clipkit.tfrecord_tools.build.shuffle import stretch_path

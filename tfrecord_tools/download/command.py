@@ -24,7 +24,7 @@ from clipkit.tfrecord_tools.download.shard import Task
 from clipkit.tfrecord_tools.writing.metadata import VERSION
 from clipkit.tfrecord_tools.pictures.picture import PictureSettings
 from clipkit.tfrecord_tools.download.probe import ProbeResult, probe
-from clipkit.tfrecord_tools.purge_plan import refuse_unfinished_purge
+from clipkit.tfrecord_tools.purge.plan import refuse_unfinished_purge
 from clipkit.tfrecord_tools.download.retry import parse_reasons
 from clipkit.tfrecord_tools.account.shard_state import Layout
 from clipkit.tfrecord_tools.tables.columns import check_tables, choose_columns, column_kind

@@ -25,7 +25,7 @@ from clipkit.tfrecord_tools.web.settings import Fetched, FetchSettings
 from clipkit.tfrecord_tools.pictures.hash_check import check_hash, parse_phash
 from clipkit.tfrecord_tools.account.ledger import Outcome, read_ledger, write_ledger
 from clipkit.tfrecord_tools.pictures.picture import PictureError, PictureMaker
-from clipkit.tfrecord_tools.purge_shard import PURGED
+from clipkit.tfrecord_tools.purge.shard import PURGED
 from clipkit.tfrecord_tools.account.purged import purged_rows
 from clipkit.tfrecord_tools.account.replace_shard import commit, new_folder
 from clipkit.tfrecord_tools.sample import EMPTY_CAPTION, caption_problem

@@ -38,7 +38,7 @@ from clipkit.tfrecord_tools.in_place.columns import check_columns, features_of, 
 from clipkit.tfrecord_tools.in_place.shard import InPlaceJob, Looked, look_at, read_looked, rewrite
 from clipkit.tfrecord_tools.in_place.summary import InPlaceSummary
 from clipkit.tfrecord_tools.writing.metadata import shard_name, write_metadata
-from clipkit.tfrecord_tools.purge_plan import refuse_unfinished_purge
+from clipkit.tfrecord_tools.purge.plan import refuse_unfinished_purge
 
 SUFFIX = ".tfrecord"
 

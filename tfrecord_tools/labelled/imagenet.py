@@ -29,7 +29,7 @@ from clipkit.tfrecord_tools.labelled.shard import LabelledShardJob
 from clipkit.tfrecord_tools.labelled.split import build_split, check_same, plan_shards, work_folder
 from clipkit.tfrecord_tools.labelled.summary import LabelledSummary
 from clipkit.tfrecord_tools.writing.metadata import VERSION, write_metadata
-from clipkit.tfrecord_tools.purge_plan import refuse_unfinished_purge
+from clipkit.tfrecord_tools.purge.plan import refuse_unfinished_purge
 
 IMAGENET, IMAGENET_VERSION = "imagenet2012", "5.1.0"
 IMAGENET_COUNTS = {"train": 1_281_167, "validation": 50_000}

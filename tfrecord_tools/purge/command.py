@@ -29,11 +29,11 @@ from clipkit.errors import UserError
 from clipkit.storage.files import as_path, clear_leftovers, lock, read_json, remove, write_beside
 from clipkit.log import Progress, counted, size_text
 from clipkit.formats.manifest import CLIPKIT_FOLDER
-from clipkit.tfrecord_tools.purge_finish import finish
-from clipkit.tfrecord_tools.purge_ledger import KNOWN, LedgerJob, download_layout, finish_download, purge_ledger
-from clipkit.tfrecord_tools.purge_list import RemovalList, UInt64Array, empty_list, open_list, wanted_entries
-from clipkit.tfrecord_tools.purge_log import purged_before, was_recorded
-from clipkit.tfrecord_tools.purge_plan import (
+from clipkit.tfrecord_tools.purge.finish import finish
+from clipkit.tfrecord_tools.purge.ledger import KNOWN, LedgerJob, download_layout, finish_download, purge_ledger
+from clipkit.tfrecord_tools.purge.removals import RemovalList, UInt64Array, empty_list, open_list, wanted_entries
+from clipkit.tfrecord_tools.purge.log import purged_before, was_recorded
+from clipkit.tfrecord_tools.purge.plan import (
     Plan,
     PlannedShard,
     read_numbers,
@@ -42,7 +42,7 @@ from clipkit.tfrecord_tools.purge_plan import (
     work_folder,
     write_plan,
 )
-from clipkit.tfrecord_tools.purge_shard import (
+from clipkit.tfrecord_tools.purge.shard import (
     PurgeJob,
     ShardState,
     Target,

@@ -21,8 +21,8 @@ from clipkit.formats.manifest import CLIPKIT_FOLDER, SplitManifest, add_counts
 from clipkit.tfrecord_tools.account import ledger
 from clipkit.tfrecord_tools.account import shard_state
 from clipkit.tfrecord_tools.account.ledger import Outcome, read_ledger, write_ledger
-from clipkit.tfrecord_tools.purge_list import find
-from clipkit.tfrecord_tools.purge_shard import PURGED, ShardState, offsets_path, read_removed
+from clipkit.tfrecord_tools.purge.removals import find
+from clipkit.tfrecord_tools.purge.shard import PURGED, ShardState, offsets_path, read_removed
 from clipkit.tfrecord_tools.account.shard_state import ShardFiles, file_sizes, load_state, write_state
 
 # Columns of a ledger by which a row that gave no image can be meant.

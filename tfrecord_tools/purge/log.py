@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from clipkit.storage.files import local_copy, write_beside
 from clipkit.formats.manifest import CLIPKIT_FOLDER
-from clipkit.tfrecord_tools.purge_list import LINES, RemovalList, UInt64Array, find, read_values
+from clipkit.tfrecord_tools.purge.removals import LINES, RemovalList, UInt64Array, find, read_values
 
 PURGED_TABLE = pa.schema(
     [
