@@ -42,7 +42,7 @@ from clipkit.tfrecord_tools.purge.command import purge
 from clipkit.tfrecord_tools.purge.removals import find, open_list, read_values, wanted_entries
 from clipkit.tfrecord_tools.purge.log import PURGED_TABLE, purged_path
 from clipkit.tfrecord_tools.account.purged import purged_rows
-from clipkit.tfrecord_tools.verify import verify
+from clipkit.tfrecord_tools.verify.command import verify
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from clipkit.formats.manifest import read_manifest
 from clipkit.tfrecord_tools.build import shuffle
 from clipkit.tfrecord_tools.build.command import build_tfds
 from clipkit.tfrecord_tools.build.sorted_rows import read_sorted, write_sorted
-from clipkit.tfrecord_tools.verify import verify
+from clipkit.tfrecord_tools.verify.command import verify
 
 SAMPLES, SHARDS = 600, 6
 

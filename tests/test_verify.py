@@ -17,7 +17,7 @@ from clipkit.formats.features import Feature
 from clipkit.storage.files import as_path
 from clipkit.formats.records import RecordWriter, encode_example, index_records
 from clipkit.tfrecord_tools.purge import command as purging
-from clipkit.tfrecord_tools.verify import verify
+from clipkit.tfrecord_tools.verify.command import verify
 
 
 @pytest.fixture(scope="module")

@@ -126,7 +126,7 @@ def verify(path: Path, as_json: bool, **options: Any) -> None:
     DIR is a dataset of clipkit or of TFDS, or a folder of img2dataset's tars. Nothing is written. The exit code is 2
     when something is wrong; for each file it is said what to do.
     """
-    from clipkit.tfrecord_tools.verify import verify as stage
+    from clipkit.tfrecord_tools.verify.command import verify as stage
 
     summary = stage(path, **options)
     tell(summary, as_json)

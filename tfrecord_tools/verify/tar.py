@@ -15,7 +15,7 @@ from clipkit.errors import UserError
 from clipkit.storage.files import local_copy, read_json
 from clipkit.tfrecord_tools.readers.tar import read_tar
 from clipkit.tfrecord_tools.sample import BAD_METADATA, BAD_TEXT, image_format
-from clipkit.tfrecord_tools.verify_shard import FETCH, Found, ShardReport
+from clipkit.tfrecord_tools.verify.shard import FETCH, Found, ShardReport
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import numpy as np
 from clipkit.formats.dataset import Layout, journal_path
 from clipkit.storage.files import WRITTEN_BESIDE, disk_errors, read_json
 from clipkit.formats.manifest import CLIPKIT_FOLDER, index_path
-from clipkit.tfrecord_tools.verify_shard import FETCH, FINISH, INDEX, PURGE, REBUILD, Problem
+from clipkit.tfrecord_tools.verify.shard import FETCH, FINISH, INDEX, PURGE, REBUILD, Problem
 
 
 def index_fits(layout: Layout, split: str) -> bool:

@@ -19,15 +19,15 @@ from clipkit.formats.dataset import Layout, read_layout
 from clipkit.storage.files import WRITTEN_BESIDE, as_path
 from clipkit.log import Progress, counted, duration, size_text
 from clipkit.formats.manifest import CLIPKIT_FOLDER, Shard, index_path
-from clipkit.tfrecord_tools.verify_metadata import (
+from clipkit.tfrecord_tools.verify.metadata import (
     index_fits,
     leftovers,
     metadata_problems,
     remedy,
     unfinished_purge,
 )
-from clipkit.tfrecord_tools.verify_shard import FINISH, Problem, ShardCheck, ShardReport, check_shard
-from clipkit.tfrecord_tools.verify_tar import TarCheck, check_tar
+from clipkit.tfrecord_tools.verify.shard import FINISH, Problem, ShardCheck, ShardReport, check_shard
+from clipkit.tfrecord_tools.verify.tar import TarCheck, check_tar
 
 Check = TypeVar("Check", ShardCheck, TarCheck)
 
