@@ -19,12 +19,13 @@ from clipkit.formats.dataset import Dataset
 from clipkit.errors import UserError
 from clipkit.formats.features import Feature
 from clipkit.storage.files import as_path
-from clipkit.tfrecord_tools import inspection_captions, inspection_pictures
-from clipkit.tfrecord_tools.inspection import inspect, sample_places
-from clipkit.tfrecord_tools.inspection_captions import _kept, caption_facts, pieces_of
-from clipkit.tfrecord_tools.inspection_page import inspect_dataset, stretches
-from clipkit.tfrecord_tools.inspection_pictures import Pictures, neighbours
-from clipkit.tfrecord_tools.inspection_values import histogram_of
+from clipkit.tfrecord_tools.inspection import captions as inspection_captions
+from clipkit.tfrecord_tools.inspection import pictures as inspection_pictures
+from clipkit.tfrecord_tools.inspection.numbers import inspect, sample_places
+from clipkit.tfrecord_tools.inspection.captions import _kept, caption_facts, pieces_of
+from clipkit.tfrecord_tools.inspection.command import inspect_dataset, stretches
+from clipkit.tfrecord_tools.inspection.pictures import Pictures, neighbours
+from clipkit.tfrecord_tools.inspection.histogram import histogram_of
 from clipkit.text.tokenizer import Tokenizer
 from clipkit.text.tokens import reduce_text
 

@@ -166,7 +166,7 @@ def inspect(path: Path, as_json: bool, **options: Any) -> None:
     The page is inspection.html, one file that loads nothing; the same numbers stand beside it in inspection.json.
     With a --split other than the usual one, its name is in theirs: inspection-validation.html.
     """
-    from clipkit.tfrecord_tools.inspection_page import inspect_dataset as stage
+    from clipkit.tfrecord_tools.inspection.command import inspect_dataset as stage
 
     summary = stage(path, **options)
     tell(summary, as_json)

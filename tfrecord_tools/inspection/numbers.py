@@ -21,9 +21,9 @@ from clipkit.storage.files import as_path, local_copy
 from clipkit.log import Progress
 from clipkit.formats.manifest import CLIPKIT_FOLDER, read_manifest
 from clipkit.formats.records import RecordError
-from clipkit.tfrecord_tools.inspection_captions import CaptionFacts, caption_facts
-from clipkit.tfrecord_tools.inspection_pictures import PictureFacts, Pictures
-from clipkit.tfrecord_tools.inspection_values import Histogram, histogram_of
+from clipkit.tfrecord_tools.inspection.captions import CaptionFacts, caption_facts
+from clipkit.tfrecord_tools.inspection.pictures import PictureFacts, Pictures
+from clipkit.tfrecord_tools.inspection.histogram import Histogram, histogram_of
 
 SEED = 0
 SAMPLE = 10_000

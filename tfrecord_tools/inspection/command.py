@@ -14,10 +14,10 @@ from clipkit.storage.files import as_path, require_writable, write_beside, write
 from clipkit.pixels.images import ImageError, decode_scaled
 from clipkit.formats.manifest import CLIPKIT_FOLDER
 from clipkit.page.render import render
-from clipkit.tfrecord_tools.inspection import SAMPLE, Inspection, caption_column, image_column, inspect, usual_split
-from clipkit.tfrecord_tools.inspection_captions import CONTEXTS, Example, Reduction
-from clipkit.tfrecord_tools.inspection_pictures import Group
-from clipkit.tfrecord_tools.inspection_values import Histogram
+from clipkit.tfrecord_tools.inspection.numbers import SAMPLE, Inspection, caption_column, image_column, inspect, usual_split
+from clipkit.tfrecord_tools.inspection.captions import CONTEXTS, Example, Reduction
+from clipkit.tfrecord_tools.inspection.pictures import Group
+from clipkit.tfrecord_tools.inspection.histogram import Histogram
 
 TILES = 24
 TILE_PIXELS = 112

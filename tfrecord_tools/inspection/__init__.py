@@ -1,0 +1,1 @@
+"""tfrecord_tools/inspection"""
