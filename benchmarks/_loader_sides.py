@@ -71,7 +71,7 @@ def clipkit_side() -> Batches:
     from clipkit.formats.dataset import open_dataset
     from clipkit.train.augment import Augmentation
     from clipkit.train.data import LoaderConfig, batches
-    from clipkit.train.sources import RecordSource
+    from clipkit.train.sources.source import RecordSource
 
     def run(request: Request) -> Counted:
         config = LoaderConfig(request.image_size, CONTEXT_LENGTH, BATCH, Augmentation(crop_area=CROP_AREA))

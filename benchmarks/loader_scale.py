@@ -63,7 +63,7 @@ from pathlib import Path
 began, request = float(sys.argv[1]), json.loads(sys.argv[2])
 from clipkit.train.augment import Augmentation
 from clipkit.train.data import LoaderConfig, batches
-from clipkit.train.open_source import open_source
+from clipkit.train.sources.open import open_source
 
 def memory(process):
     lines = Path(f"/proc/{process}/status").read_text().splitlines()

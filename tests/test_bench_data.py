@@ -22,7 +22,7 @@ from clipkit.train.augment import Augmentation
 from clipkit.train.bench_data import compact_side, plain_config, read_alone, step_need, try_compact
 from clipkit.train.loader_findings import PUBLISHED, Compact, Findings, Need, Reading, advice
 from clipkit.train.recipes import debug
-from clipkit.train.sources import Pair, Source
+from clipkit.train.sources.source import Pair, Source
 
 FOUND = Findings(
     data="data",

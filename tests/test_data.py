@@ -24,7 +24,7 @@ from clipkit.train import data, samples
 from clipkit.train import workers as worker_module
 from clipkit.train.augment import Augmentation
 from clipkit.train.data import Batch, LoaderConfig, batches
-from clipkit.train.sources import Pair, RecordSource, Source
+from clipkit.train.sources.source import Pair, RecordSource, Source
 
 CONFIG = LoaderConfig(
     image_size=32,
@@ -329,7 +329,7 @@ def test_workers_end_with_a_killed_trainer(pairs_dataset: Path) -> None:
 import sys
 from clipkit.formats.dataset import open_dataset
 from clipkit.train.data import LoaderConfig, batches
-from clipkit.train.sources import RecordSource
+from clipkit.train.sources.source import RecordSource
 config = LoaderConfig(image_size=16, context_length=8, batch_size=8)
 loader = batches(RecordSource(open_dataset({str(pairs_dataset)!r})), config, workers=1, processes=True)
 next(loader)

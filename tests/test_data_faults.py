@@ -23,7 +23,7 @@ from clipkit.errors import UserError
 from clipkit.train import data as data_module
 from clipkit.train.augment import Augmentation
 from clipkit.train.data import Batch, LoaderConfig, batches
-from clipkit.train.sources import RecordSource
+from clipkit.train.sources.source import RecordSource
 
 CONFIG = LoaderConfig(
     image_size=32,

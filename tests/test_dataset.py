@@ -18,7 +18,7 @@ from clipkit.formats.records import RecordError, read_records
 from clipkit.tfrecord_tools.build.command import build_tfds
 from clipkit.tfrecord_tools.inspection.numbers import inspect
 from clipkit.tfrecord_tools.verify.command import verify
-from clipkit.train.open_source import open_source
+from clipkit.train.sources.open import open_source
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ from clipkit.formats.records import RecordError, RecordWriter, decode_example, e
 from clipkit.tfrecord_tools.in_place import command as in_place
 from clipkit.tfrecord_tools.in_place import shard as in_place_shard
 from clipkit.tfrecord_tools.in_place.command import build_in_place
-from clipkit.train.sources import IMAGE_FIELD, TEXT_FIELD
+from clipkit.train.sources.source import IMAGE_FIELD, TEXT_FIELD
 
 FIXTURE = Path(__file__).parent / "data" / "img2dataset-tfrecord"
 

@@ -29,8 +29,8 @@ from clipkit.formats.records import RecordWriter, encode_example
 from clipkit.tfrecord_tools.writing.metadata import shard_name, write_metadata
 from clipkit.train.augment import Augmentation
 from clipkit.train.data import Batch, LoaderConfig, batches
-from clipkit.train.open_source import open_source
-from clipkit.train.sources import RecordSource
+from clipkit.train.sources.open import open_source
+from clipkit.train.sources.source import RecordSource
 
 CONFIG = LoaderConfig(image_size=32, context_length=8, batch_size=256, augmentation=Augmentation(crop_area=(0.4, 1.0)))
 SHARD_RECORDS, MANY_SHARDS = 10_000, 1000

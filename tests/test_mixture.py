@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from clipkit.errors import UserError
-from clipkit.train.mixture import Member, Mixture, assign, member_seed, share, whole_weights
+from clipkit.train.sources.mixture import Member, Mixture, assign, member_seed, share, whole_weights
 from clipkit.train.order import record_indices
-from clipkit.train.sources import Pair, Source
+from clipkit.train.sources.source import Pair, Source
 
 WEIGHTS = st.lists(st.integers(1, 1 << 27), min_size=1, max_size=9)
 SMALL_WEIGHTS = st.lists(st.integers(1, 40), min_size=1, max_size=9)

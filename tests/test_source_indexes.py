@@ -16,14 +16,14 @@ from source_kinds import written as written
 
 from clipkit.errors import UserError
 from clipkit.formats.tar import read_headers
-from clipkit.train.open_source import open_source
-from clipkit.train.sources import Pair
+from clipkit.train.sources.open import open_source
+from clipkit.train.sources.source import Pair
 
 
 def test_tars_are_gone_through_once_and_again_where_they_change(
     written: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from clipkit.train import tar_source
+    from clipkit.train.sources import tars as tar_source
 
     place = tars(tmp_path / "data")
     looked_at = []
@@ -53,7 +53,7 @@ def test_tars_are_gone_through_once_and_again_where_they_change(
 def test_the_index_of_a_read_only_folder_lies_in_the_users_cache(
     where: str, written: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from clipkit.train import source_index
+    from clipkit.train.sources import index as source_index
 
     place = Path(shutil.copytree(written[where], tmp_path / "data", ignore=shutil.ignore_patterns("clipkit")))
     real = source_index.require_writable

@@ -27,10 +27,10 @@ from clipkit.storage import ranges as range_reader
 from clipkit.errors import UserError
 from clipkit.storage.files import as_path
 from clipkit.formats.records import RecordError
-from clipkit.train import ahead_source
-from clipkit.train import open_source as opening
+from clipkit.train.sources import ahead as ahead_source
+from clipkit.train.sources import open as opening
 from clipkit.train.data import batches
-from clipkit.train.open_source import open_source
+from clipkit.train.sources.open import open_source
 
 
 def test_in_a_store(kind: str, written: dict[str, Path], s3: str, own_places: Path) -> None:
@@ -49,7 +49,7 @@ READ_ONE_BATCH = """
 import sys
 from clipkit.train.batch import LoaderConfig
 from clipkit.train.data import batches
-from clipkit.train.open_source import open_source
+from clipkit.train.sources.open import open_source
 source = open_source(sys.argv[1], block_size=8).source()
 next(batches(source, LoaderConfig(16, 8, 8), workers=1))
 """

@@ -25,10 +25,10 @@ from clipkit.formats.dataset import open_dataset
 from clipkit.errors import UserError
 from clipkit.formats.features import Feature
 from clipkit.formats.records import RecordError
-from clipkit.train import open_source as opening
+from clipkit.train.sources import open as opening
 from clipkit.train.data import batches
-from clipkit.train.open_source import open_source, parse_data
-from clipkit.train.sources import Pair
+from clipkit.train.sources.open import open_source, parse_data
+from clipkit.train.sources.source import Pair
 
 
 def test_every_pair_at_any_place(place: Path) -> None:

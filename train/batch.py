@@ -10,7 +10,7 @@ from clipkit.pixels.images import UInt8Array
 from clipkit.text.tokens import ImageMethod, TextMethod, image_keep_indices, reduce_text
 from clipkit.train.augment import Augmentation
 from clipkit.train.order import Int64Array
-from clipkit.train.sources import Examples, Source
+from clipkit.train.sources.source import Examples, Source
 
 
 @dataclass(frozen=True)

@@ -24,10 +24,10 @@ from clipkit.train.batch import LoaderConfig
 from clipkit.train.crop import COMPILED
 from clipkit.train.data import batches
 from clipkit.train.loader_findings import COMPACT_QUALITY, PUBLISHED, Compact, Findings, Need, Reading
-from clipkit.train.open_source import CACHE_GB, open_source
+from clipkit.train.sources.open import CACHE_GB, open_source
 from clipkit.train.optimizer import make_optimizer
 from clipkit.train.recipes import Recipe, Stage, loader_config, model_at
-from clipkit.train.sources import Pair, Source
+from clipkit.train.sources.source import Pair, Source
 
 # Batches of another size hold the same samples; these fit into any memory.
 BATCH = 256

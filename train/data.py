@@ -27,7 +27,7 @@ from clipkit.text.tokens import reduce_text
 from clipkit.train.batch import Batch, LoaderConfig, check, keep_indices
 from clipkit.train.order import Int64Array
 from clipkit.train.samples import Job, Kept, Made, SampleMaker
-from clipkit.train.sources import Source
+from clipkit.train.sources.source import Source
 from clipkit.train.workers import Buffers, Chunk, Hands, Pool, ProcessHands, ThreadHands
 
 # More threads than this wait for the interpreter's lock more than they gain; from there on workers are processes. Where

@@ -22,7 +22,7 @@ from clipkit.train.augment import Augmentation
 from clipkit.train.batch import LoaderConfig
 from clipkit.train.batch import check as check_loader
 from clipkit.train.optimizer import OptimizerConfig
-from clipkit.train.sources import Examples, Source
+from clipkit.train.sources.source import Examples, Source
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from clipkit.pixels.images import ImageError, UInt8Array
 from clipkit.text.tokenizer import Tokenizer, clean
 from clipkit.train.augment import Augmentation, cut, geometry_draws, recolour, warpable
 from clipkit.train.order import Int64Array
-from clipkit.train.sources import Pair, Source
+from clipkit.train.sources.source import Pair, Source
 
 # A broken record is replaced by one of the next ones of its block; a block this broken is a broken dataset.
 MAX_TRIES = 16

@@ -8,7 +8,7 @@ from clipkit.errors import UserError
 from clipkit.eval.classes import fill, name_classes
 from clipkit.eval.labelled import number_names
 from clipkit.pixels.images import ImageError
-from clipkit.train.sources import Pair, RecordSource
+from clipkit.train.sources.source import Pair, RecordSource
 
 IMAGE_FIELD, LABEL_FIELD = "image", "label"
 TEMPLATE = "a photo of a {}"

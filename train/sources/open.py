@@ -19,14 +19,14 @@ from clipkit.errors import UserError
 from clipkit.storage.files import as_path, is_remote
 from clipkit.formats.tables import find_table, is_table
 from clipkit.storage.stores import Listed, list_folder, reading
-from clipkit.train.ahead_source import AheadSource
-from clipkit.train.folder_source import open_folder
-from clipkit.train.labelled_source import IMAGE_FIELD as LABELLED_IMAGE
-from clipkit.train.labelled_source import LABEL_FIELD, LabelledSource, class_captions
-from clipkit.train.mixture import Member, Mixture
-from clipkit.train.parquet_source import has_images, open_parquets
-from clipkit.train.sources import IMAGE_FIELD, TEXT_FIELD, RecordSource, Source
-from clipkit.train.tar_source import open_tars
+from clipkit.train.sources.ahead import AheadSource
+from clipkit.train.sources.folder import open_folder
+from clipkit.train.sources.labelled import IMAGE_FIELD as LABELLED_IMAGE
+from clipkit.train.sources.labelled import LABEL_FIELD, LabelledSource, class_captions
+from clipkit.train.sources.mixture import Member, Mixture
+from clipkit.train.sources.parquets import has_images, open_parquets
+from clipkit.train.sources.source import IMAGE_FIELD, TEXT_FIELD, RecordSource, Source
+from clipkit.train.sources.tars import open_tars
 
 CACHE_GB = 10.0
 KINDS = "a dataset directory, tars, parquet files with images, or images with a table of captions"

@@ -19,8 +19,8 @@ from clipkit.pixels.images import ImageError
 from clipkit.formats.tables import read_pair_table
 from clipkit.storage.ranges import read_object
 from clipkit.storage.stores import Listed
-from clipkit.train.source_index import index_place, waiting_lock
-from clipkit.train.sources import Pair, Source
+from clipkit.train.sources.index import index_place, waiting_lock
+from clipkit.train.sources.source import Pair, Source
 
 _BATCH_ROWS = 4_096
 _SCHEMA = pa.schema([("file", pa.large_string()), ("caption", pa.large_string())])

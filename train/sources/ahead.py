@@ -18,7 +18,7 @@ import numpy as np
 from clipkit.counter_rng import UInt64Array
 from clipkit.errors import UserError
 from clipkit.train.order import WINDOW_BLOCKS, Int64Array
-from clipkit.train.sources import Pair, Source
+from clipkit.train.sources.source import Pair, Source
 
 THREADS = 16
 END_SECONDS = 1.0

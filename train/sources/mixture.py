@@ -20,7 +20,7 @@ import numpy as np
 from clipkit.counter_rng import UInt64Array, mix_int
 from clipkit.errors import UserError
 from clipkit.train.order import Int64Array
-from clipkit.train.sources import Pair, Source
+from clipkit.train.sources.source import Pair, Source
 
 # Positions are multiplied by weights in 64 bits.
 _MAX_TOTAL = 1 << 31

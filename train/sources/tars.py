@@ -21,8 +21,8 @@ from clipkit.storage.ranges import KnownFile, RangeReader
 from clipkit.formats.records import RecordError
 from clipkit.storage.stores import Listed
 from clipkit.formats.tar import index_tar
-from clipkit.train.source_index import FolderIndex, open_index
-from clipkit.train.sources import Pair, Source
+from clipkit.train.sources.index import FolderIndex, open_index
+from clipkit.train.sources.source import Pair, Source
 
 # Enough for the headers and small members between two images.
 _LOCAL_AHEAD = 8 << 10

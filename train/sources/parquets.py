@@ -23,8 +23,8 @@ from clipkit.pixels.images import ImageError
 from clipkit.formats.tables import CAPTION_NAMES, find_image_column, find_name
 from clipkit.storage.ranges import KnownFile, RangeReader
 from clipkit.storage.stores import Listed
-from clipkit.train.source_index import FolderIndex, open_index
-from clipkit.train.sources import Pair, Source
+from clipkit.train.sources.index import FolderIndex, open_index
+from clipkit.train.sources.source import Pair, Source
 
 PART_ROWS = 64
 _BUFFER_BYTES = 1 << 20
