@@ -69,8 +69,8 @@ Batches = Callable[[Request], Counted]
 
 def clipkit_side() -> Batches:
     from clipkit.formats.dataset import open_dataset
-    from clipkit.train.augment import Augmentation
-    from clipkit.train.data import LoaderConfig, batches
+    from clipkit.train.loader.augment import Augmentation
+    from clipkit.train.loader.loader import LoaderConfig, batches
     from clipkit.train.sources.source import RecordSource
 
     def run(request: Request) -> Counted:
@@ -179,8 +179,8 @@ def decode_all(request: Request, worker: int) -> tuple[float, float]:
     from clipkit.formats.dataset import open_dataset
     from clipkit.pixels.images import plain_jpeg_size
     from clipkit.formats.records import decode_example
-    from clipkit.train.augment import geometry_draws
-    from clipkit.train.crop import crop_box, scaled_crop
+    from clipkit.train.loader.augment import geometry_draws
+    from clipkit.train.loader.crop import crop_box, scaled_crop
     from clipkit.train.order import record_indices
 
     dataset = open_dataset(Path(request.folder) / "tfds")

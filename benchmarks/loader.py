@@ -24,8 +24,8 @@ from _loader_sides import CROP_AREA, CROP_RATIO, Answer, Request
 
 from clipkit.counter_rng import sample_keys
 from clipkit.pixels.images import decode, plain_jpeg_size
-from clipkit.train.augment import geometry_draws
-from clipkit.train.crop import crop_box, exact_crop_resize, random_resized_crop_of
+from clipkit.train.loader.augment import geometry_draws
+from clipkit.train.loader.crop import crop_box, exact_crop_resize, random_resized_crop_of
 
 SIDES = ("clipkit", "openclip", "tfds", "limit")
 CASES = (("standard", 64), ("standard", 112), ("standard", 224), ("compact", 64), ("compact", 112))

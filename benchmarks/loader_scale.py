@@ -61,8 +61,8 @@ ONE_RUN = """
 import json, os, sys, time
 from pathlib import Path
 began, request = float(sys.argv[1]), json.loads(sys.argv[2])
-from clipkit.train.augment import Augmentation
-from clipkit.train.data import LoaderConfig, batches
+from clipkit.train.loader.augment import Augmentation
+from clipkit.train.loader.loader import LoaderConfig, batches
 from clipkit.train.sources.open import open_source
 
 def memory(process):

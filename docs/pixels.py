@@ -43,8 +43,8 @@ from clipkit.eval.zeroshot import classify
 from clipkit.pixels.images import Preprocess, UInt8Array, decode, eval_transform
 from clipkit.model.clip import CLIP
 from clipkit.text.tokenizer import Tokenizer
-from clipkit.train.augment import LUMA, Augmentation, central, central_box, cut, geometry_draws
-from clipkit.train.crop import crop_box
+from clipkit.train.loader.augment import LUMA, Augmentation, central, central_box, cut, geometry_draws
+from clipkit.train.loader.crop import crop_box
 
 SIZES = (64, 112, 224)
 CROPS = 100

@@ -13,7 +13,7 @@ import pytest
 from image_shards import img2dataset_writer, pair, picture, write_tar
 from small_dataset import pair_columns, write_dataset
 
-from clipkit.train.data import LoaderConfig
+from clipkit.train.loader.loader import LoaderConfig
 from clipkit.train.sources.source import Pair, Source
 
 COUNTS = (70, 0, 50, 40)

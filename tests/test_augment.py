@@ -13,8 +13,8 @@ from test_images import PIXELS, encoded, jpeg, picture
 from clipkit.counter_rng import sample_keys
 from clipkit.errors import UserError
 from clipkit.pixels.images import UInt8Array, eval_transform
-from clipkit.train.augment import Augmentation, colour_matrices, cut, geometry_draws, recolour
-from clipkit.train.crop import crop_box
+from clipkit.train.loader.augment import Augmentation, colour_matrices, cut, geometry_draws, recolour
+from clipkit.train.loader.crop import crop_box
 
 EVERYTHING = Augmentation(
     crop_area=(0.5, 1.3), flip=0.5, rotation=20, shear=5, translation=0.1, brightness=0.3, contrast=0.3, saturation=0.4,

@@ -18,7 +18,7 @@ from clipkit.cli.main import main
 from clipkit.device import pick
 from clipkit.errors import UserError
 from clipkit.train import bench_data as module
-from clipkit.train.augment import Augmentation
+from clipkit.train.loader.augment import Augmentation
 from clipkit.train.bench_data import compact_side, plain_config, read_alone, step_need, try_compact
 from clipkit.train.loader_findings import PUBLISHED, Compact, Findings, Need, Reading, advice
 from clipkit.train.recipes import debug

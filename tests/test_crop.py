@@ -13,8 +13,8 @@ from PIL import Image
 from test_images import PIXELS, encoded, jpeg, picture
 
 from clipkit.pixels.images import UInt8Array, decode, plain_jpeg_size
-from clipkit.train import crop as crop_module
-from clipkit.train.crop import (
+from clipkit.train.loader import crop as crop_module
+from clipkit.train.loader.crop import (
     Box,
     crop_box,
     crop_of_shrunk_jpeg,

@@ -20,10 +20,11 @@ from clipkit.formats.dataset import Dataset, open_dataset
 from clipkit.errors import UserError
 from clipkit.formats.records import RecordError, encode_example
 from clipkit.text.tokenizer import SOT, Tokenizer
-from clipkit.train import data, samples
-from clipkit.train import workers as worker_module
-from clipkit.train.augment import Augmentation
-from clipkit.train.data import Batch, LoaderConfig, batches
+from clipkit.train.loader import loader as data
+from clipkit.train.loader import samples
+from clipkit.train.loader import workers as worker_module
+from clipkit.train.loader.augment import Augmentation
+from clipkit.train.loader.loader import Batch, LoaderConfig, batches
 from clipkit.train.sources.source import Pair, RecordSource, Source
 
 CONFIG = LoaderConfig(
@@ -303,7 +304,7 @@ def children() -> list[int]:
             status, command = (folder / "status").read_text(), (folder / "cmdline").read_bytes()
         except OSError:
             continue
-        if f"PPid:\t{os.getpid()}\n" in status and b"clipkit.train.workers" in command:
+        if f"PPid:\t{os.getpid()}\n" in status and b"clipkit.train.loader.workers" in command:
             found.append(int(folder.name))
     return found
 
@@ -328,7 +329,7 @@ def test_workers_end_with_a_killed_trainer(pairs_dataset: Path) -> None:
     script = f"""
 import sys
 from clipkit.formats.dataset import open_dataset
-from clipkit.train.data import LoaderConfig, batches
+from clipkit.train.loader.loader import LoaderConfig, batches
 from clipkit.train.sources.source import RecordSource
 config = LoaderConfig(image_size=16, context_length=8, batch_size=8)
 loader = batches(RecordSource(open_dataset({str(pairs_dataset)!r})), config, workers=1, processes=True)
@@ -357,7 +358,7 @@ sys.stdin.read()
 
 def test_worker_processes_import_no_torch() -> None:
     script = (
-        "import sys, clipkit.train.workers; assert 'torch' not in sys.modules and 'clipkit.text.tokens' not in sys.modules"
+        "import sys, clipkit.train.loader.workers; assert 'torch' not in sys.modules and 'clipkit.text.tokens' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", script], check=True)
 

@@ -20,9 +20,9 @@ from clipkit import checkpoint
 from clipkit.cli.main import main
 from clipkit.formats.dataset import Dataset, open_dataset
 from clipkit.errors import UserError
-from clipkit.train import data as data_module
-from clipkit.train.augment import Augmentation
-from clipkit.train.data import Batch, LoaderConfig, batches
+from clipkit.train.loader import loader as data_module
+from clipkit.train.loader.augment import Augmentation
+from clipkit.train.loader.loader import Batch, LoaderConfig, batches
 from clipkit.train.sources.source import RecordSource
 
 CONFIG = LoaderConfig(
@@ -160,7 +160,7 @@ def workers_of(process: int) -> list[int]:
             status, command = (folder / "status").read_text(), (folder / "cmdline").read_bytes()
         except OSError:
             continue
-        if f"PPid:\t{process}\n" in status and b"clipkit.train.workers" in command:
+        if f"PPid:\t{process}\n" in status and b"clipkit.train.loader.workers" in command:
             found.append(int(folder.name))
     return found
 
@@ -330,7 +330,8 @@ def test_ctrl_c_ends_training_and_leaves_nothing_behind(dataset: Dataset, tmp_pa
 STALLING = """
 import itertools, sys, threading
 from pathlib import Path
-from clipkit.train import data, loop
+from clipkit.train import loop
+from clipkit.train.loader import loader as data
 from clipkit.train.recipes import debug
 data.STALL_SECONDS = 0.5
 real = loop.batches

@@ -18,7 +18,7 @@ from PIL import Image
 
 from clipkit.pixels.images import ImageError, UInt8Array, plain_jpeg_size
 from clipkit.pixels.jpeg_crop import crop
-from clipkit.train.crop import Box, crop_of_jpeg, exact_crop_resize, random_resized_crop_of
+from clipkit.train.loader.crop import Box, crop_of_jpeg, exact_crop_resize, random_resized_crop_of
 
 WAYS: tuple[dict[str, object], ...] = (
     {},
@@ -338,7 +338,7 @@ def test_without_the_module_the_library_crops() -> None:
     program = """
 import sys
 sys.modules["clipkit.pixels.jpeg_crop"] = None
-from clipkit.train import crop
+from clipkit.train.loader import crop
 assert not crop.COMPILED
 data = sys.stdin.buffer.read()
 sys.stdout.buffer.write(crop.crop_of_jpeg(data, (200, 200), (0, 0, 200, 200), 50).tobytes())

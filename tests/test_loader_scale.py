@@ -27,8 +27,8 @@ from clipkit.pixels.images import MAX_PIXELS
 from clipkit.formats.manifest import Shard, Source, SplitManifest, index_path, write_manifest
 from clipkit.formats.records import RecordWriter, encode_example
 from clipkit.tfrecord_tools.writing.metadata import shard_name, write_metadata
-from clipkit.train.augment import Augmentation
-from clipkit.train.data import Batch, LoaderConfig, batches
+from clipkit.train.loader.augment import Augmentation
+from clipkit.train.loader.loader import Batch, LoaderConfig, batches
 from clipkit.train.sources.open import open_source
 from clipkit.train.sources.source import RecordSource
 
@@ -121,7 +121,7 @@ def workers() -> list[int]:
     for task in Path("/proc/self/task").iterdir():
         with contextlib.suppress(FileNotFoundError):  # a thread or a process that has just ended
             for child in map(int, (task / "children").read_text().split()):
-                if b"clipkit.train.workers" in Path(f"/proc/{child}/cmdline").read_bytes():
+                if b"clipkit.train.loader.workers" in Path(f"/proc/{child}/cmdline").read_bytes():
                     found.append(child)
     return found
 

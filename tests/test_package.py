@@ -63,8 +63,8 @@ def test_the_wheel_works_outside_the_checkout(wheel, tmp_path):
     code = (
         "import clipkit.train.loop, clipkit.eval.report, clipkit.tfrecord_tools.build.command, clipkit.embedded as e\n"
         "assert e.emoji_parquet('train').is_file() and e.clip_merges().is_file()\n"
-        "import clipkit.train.crop\n"
-        "assert clipkit.train.crop.COMPILED\n"
+        "import clipkit.train.loader.crop\n"
+        "assert clipkit.train.loader.crop.COMPILED\n"
         "print(clipkit.train.loop.__file__)"
     )
     environment = os.environ | {"PYTHONPATH": str(tmp_path / "site")}

@@ -15,8 +15,8 @@ from torchvision.transforms.functional import resized_crop
 
 from clipkit.counter_rng import sample_keys
 from clipkit.pixels.images import plain_jpeg_size
-from clipkit.train.augment import GEOMETRY_DRAWS, Augmentation, cut, geometry_draws
-from clipkit.train.crop import crop_box, scaled_crop
+from clipkit.train.loader.augment import GEOMETRY_DRAWS, Augmentation, cut, geometry_draws
+from clipkit.train.loader.crop import crop_box, scaled_crop
 
 # What was measured on these crops and 5% more, in levels of 255 (docs/pixels.md has more crops). None may reach LIMIT.
 LIMIT = 2.5

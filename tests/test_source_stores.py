@@ -29,7 +29,7 @@ from clipkit.storage.files import as_path
 from clipkit.formats.records import RecordError
 from clipkit.train.sources import ahead as ahead_source
 from clipkit.train.sources import open as opening
-from clipkit.train.data import batches
+from clipkit.train.loader.loader import batches
 from clipkit.train.sources.open import open_source
 
 
@@ -47,8 +47,8 @@ def test_in_a_store(kind: str, written: dict[str, Path], s3: str, own_places: Pa
 
 READ_ONE_BATCH = """
 import sys
-from clipkit.train.batch import LoaderConfig
-from clipkit.train.data import batches
+from clipkit.train.loader.batch import LoaderConfig
+from clipkit.train.loader.loader import batches
 from clipkit.train.sources.open import open_source
 source = open_source(sys.argv[1], block_size=8).source()
 next(batches(source, LoaderConfig(16, 8, 8), workers=1))

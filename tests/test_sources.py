@@ -26,7 +26,7 @@ from clipkit.errors import UserError
 from clipkit.formats.features import Feature
 from clipkit.formats.records import RecordError
 from clipkit.train.sources import open as opening
-from clipkit.train.data import batches
+from clipkit.train.loader.loader import batches
 from clipkit.train.sources.open import open_source, parse_data
 from clipkit.train.sources.source import Pair
 

@@ -19,10 +19,10 @@ from clipkit.counter_rng import sample_keys
 from clipkit.device import Device, pick
 from clipkit.errors import UserError
 from clipkit.pixels.images import UInt8Array, decode
-from clipkit.train.augment import Augmentation, cut, geometry_draws
-from clipkit.train.batch import LoaderConfig
-from clipkit.train.crop import COMPILED
-from clipkit.train.data import batches
+from clipkit.train.loader.augment import Augmentation, cut, geometry_draws
+from clipkit.train.loader.batch import LoaderConfig
+from clipkit.train.loader.crop import COMPILED
+from clipkit.train.loader.loader import batches
 from clipkit.train.loader_findings import COMPACT_QUALITY, PUBLISHED, Compact, Findings, Need, Reading
 from clipkit.train.sources.open import CACHE_GB, open_source
 from clipkit.train.optimizer import make_optimizer

@@ -26,7 +26,7 @@ from clipkit.storage.files import lock, remove, write_json
 from clipkit.log import MetricsWriter, NullWriter, Progress, Writer, forget_metrics_after
 from clipkit.model.clip import CLIP, build, load_state
 from clipkit.text.tokenizer import Tokenizer
-from clipkit.train.data import batches
+from clipkit.train.loader.loader import batches
 from clipkit.train.sources.open import CACHE_GB, Data, open_source
 from clipkit.train.optimizer import learning_rate_at, make_optimizer
 from clipkit.train.recipes import Recipe, Stage, check_recipe, loader_config, model_at, preprocess_at

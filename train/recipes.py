@@ -18,9 +18,9 @@ from clipkit.errors import UserError
 from clipkit.pixels.images import CLIP_MEAN, CLIP_STD, Preprocess
 from clipkit.model.clip import CLIP, ImageConfig, ModelConfig, TextConfig, vit_b16
 from clipkit.text.tokens import ImageMethod, TextMethod
-from clipkit.train.augment import Augmentation
-from clipkit.train.batch import LoaderConfig
-from clipkit.train.batch import check as check_loader
+from clipkit.train.loader.augment import Augmentation
+from clipkit.train.loader.batch import LoaderConfig
+from clipkit.train.loader.batch import check as check_loader
 from clipkit.train.optimizer import OptimizerConfig
 from clipkit.train.sources.source import Examples, Source
 

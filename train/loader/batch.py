@@ -8,7 +8,7 @@ from clipkit.counter_rng import UInt64Array
 from clipkit.errors import UserError
 from clipkit.pixels.images import UInt8Array
 from clipkit.text.tokens import ImageMethod, TextMethod, image_keep_indices, reduce_text
-from clipkit.train.augment import Augmentation
+from clipkit.train.loader.augment import Augmentation
 from clipkit.train.order import Int64Array
 from clipkit.train.sources.source import Examples, Source
 

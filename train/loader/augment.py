@@ -17,7 +17,7 @@ import numpy.typing as npt
 from clipkit.counter_rng import uniform
 from clipkit.errors import UserError
 from clipkit.pixels.images import Data, UInt8Array, decode, decode_scaled, plain_jpeg_size
-from clipkit.train.crop import (
+from clipkit.train.loader.crop import (
     Box,
     crop_box,
     crop_of_jpeg,

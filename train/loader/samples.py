@@ -17,7 +17,7 @@ from clipkit.counter_rng import UInt64Array, sample_keys
 from clipkit.errors import UserError
 from clipkit.pixels.images import ImageError, UInt8Array
 from clipkit.text.tokenizer import Tokenizer, clean
-from clipkit.train.augment import Augmentation, cut, geometry_draws, recolour, warpable
+from clipkit.train.loader.augment import Augmentation, cut, geometry_draws, recolour, warpable
 from clipkit.train.order import Int64Array
 from clipkit.train.sources.source import Pair, Source
 

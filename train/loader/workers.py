@@ -29,7 +29,7 @@ from clipkit.counter_rng import UInt64Array
 from clipkit.errors import UserError
 from clipkit.pixels.images import UInt8Array
 from clipkit.train.order import Int64Array
-from clipkit.train.samples import Job, Made, SampleMaker
+from clipkit.train.loader.samples import Job, Made, SampleMaker
 
 MAX_DEATHS = 3
 # How long the end of the loader waits for threads that may hang in the kernel, say on a disk that doesn't answer, and
@@ -130,7 +130,7 @@ class ProcessHands:
             path = os.pathsep.join(folder or str(Path.cwd()) for folder in sys.path)
             environment = {**os.environ, "PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
             self.process = subprocess.Popen(
-                [sys.executable, "-P", "-c", "from clipkit.train.workers import serve; serve()"],
+                [sys.executable, "-P", "-c", "from clipkit.train.loader.workers import serve; serve()"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 pass_fds=(self.file,),
