@@ -17,10 +17,10 @@ from small_dataset import write_pairs
 from clipkit.cli.main import main
 from clipkit.device import pick
 from clipkit.errors import UserError
-from clipkit.train import bench_data as module
+from clipkit.train.bench import command as module
 from clipkit.train.loader.augment import Augmentation
-from clipkit.train.bench_data import compact_side, plain_config, read_alone, step_need, try_compact
-from clipkit.train.loader_findings import PUBLISHED, Compact, Findings, Need, Reading, advice
+from clipkit.train.bench.command import compact_side, plain_config, read_alone, step_need, try_compact
+from clipkit.train.bench.findings import PUBLISHED, Compact, Findings, Need, Reading, advice
 from clipkit.train.recipes import debug
 from clipkit.train.sources.source import Pair, Source
 

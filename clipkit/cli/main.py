@@ -147,8 +147,8 @@ def bench_data(
     captions cut at 16 tokens.
     """
     from clipkit.config import set_values
-    from clipkit.train.bench_data import bench_data as stage
-    from clipkit.train.loader_findings import print_findings
+    from clipkit.train.bench.command import bench_data as stage
+    from clipkit.train.bench.findings import print_findings
     from clipkit.train.recipes import find_recipe
 
     if assignments and not recipe_name:

@@ -23,7 +23,7 @@ from clipkit.train.loader.augment import Augmentation, cut, geometry_draws
 from clipkit.train.loader.batch import LoaderConfig
 from clipkit.train.loader.crop import COMPILED
 from clipkit.train.loader.loader import batches
-from clipkit.train.loader_findings import COMPACT_QUALITY, PUBLISHED, Compact, Findings, Need, Reading
+from clipkit.train.bench.findings import COMPACT_QUALITY, PUBLISHED, Compact, Findings, Need, Reading
 from clipkit.train.sources.open import CACHE_GB, open_source
 from clipkit.train.optimizer import make_optimizer
 from clipkit.train.recipes import Recipe, Stage, loader_config, model_at
