@@ -4,7 +4,7 @@ VENV := .venv
 XLA := .venv-xla
 BIN := $(VENV)/bin
 # What is compiled on installing.
-NATIVE := setup.py $(wildcard clipkit/csrc/*)
+NATIVE := setup.py $(wildcard clipkit/pixels/csrc/*)
 UV := $(BIN)/uv
 # Where this is set, every process compiles torch's, timm's and TensorFlow's sources anew: 20 s each time.
 unexport PYTHONDONTWRITEBYTECODE

@@ -9,8 +9,8 @@ setup(
     ext_modules=[
         Extension(
             "clipkit.pixels.jpeg_crop",
-            sources=[f"clipkit/csrc/{name}.c" for name in ("module", "headers", "kernel", "kernel_avx2")],
-            depends=["clipkit/csrc/jpeg_crop.h", "clipkit/csrc/kernel.c"],
+            sources=[f"clipkit/pixels/csrc/{name}.c" for name in ("module", "headers", "kernel", "kernel_avx2")],
+            depends=["clipkit/pixels/csrc/jpeg_crop.h", "clipkit/pixels/csrc/kernel.c"],
             # No flag may let the compiler change a sum: every machine is to give the same pixels (kernel.c).
             extra_compile_args=[
                 *("-std=c11", "-O3", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno"),

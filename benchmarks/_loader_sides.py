@@ -177,8 +177,8 @@ def decode_all(request: Request, worker: int) -> tuple[float, float]:
 
     from clipkit.counter_rng import sample_keys
     from clipkit.formats.dataset import open_dataset
-    from clipkit.pixels.images import plain_jpeg_size
     from clipkit.formats.records import decode_example
+    from clipkit.pixels.images import plain_jpeg_size
     from clipkit.train.loader.augment import geometry_draws
     from clipkit.train.loader.crop import crop_box, scaled_crop
     from clipkit.train.order import record_indices

@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 import webdataset
 
-from clipkit.pixels.images import UInt8Array
 from clipkit.formats.records import RecordWriter, encode_example
+from clipkit.pixels.images import UInt8Array
 from clipkit.tfrecord_tools.build.command import build_tfds
 from clipkit.tfrecord_tools.in_place.command import build_in_place
 

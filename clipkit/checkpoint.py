@@ -24,8 +24,8 @@ from clipkit.errors import UserError
 from clipkit.storage.files import read_json, remove, require_dir, write_beside, write_json
 
 if TYPE_CHECKING:
-    from clipkit.pixels.images import Preprocess
     from clipkit.model.clip import CLIP, ModelConfig
+    from clipkit.pixels.images import Preprocess
 
 FORMAT = 1
 TOKENIZER = "clip-bpe"

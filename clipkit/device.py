@@ -23,8 +23,8 @@ import torch
 import torch.distributed
 from torch.utils.checkpoint import checkpoint
 
-from clipkit.jobs import run as jobs
 from clipkit.errors import UserError
+from clipkit.jobs import run as jobs
 
 GOOGLE_PCI_VENDOR = "0x1ae0"
 

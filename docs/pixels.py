@@ -40,8 +40,8 @@ from clipkit.eval.labelled import LabelledImages
 from clipkit.eval.metrics import wilson
 from clipkit.eval.task import Pixels, Task, open_task, stack
 from clipkit.eval.zeroshot import classify
-from clipkit.pixels.images import Preprocess, UInt8Array, decode, eval_transform
 from clipkit.model.clip import CLIP
+from clipkit.pixels.images import Preprocess, UInt8Array, decode, eval_transform
 from clipkit.text.tokenizer import Tokenizer
 from clipkit.train.loader.augment import LUMA, Augmentation, central, central_box, cut, geometry_draws
 from clipkit.train.loader.crop import crop_box

@@ -19,9 +19,9 @@ from clipkit.eval.classifier import class_embeddings, pad_rows
 from clipkit.eval.metrics import Measure, largest_class, measure
 from clipkit.eval.results import Result
 from clipkit.eval.task import Task, hashes, open_task
-from clipkit.storage.files import require_writable
-from clipkit.pixels.images import Preprocess, normalise
 from clipkit.log import Progress
+from clipkit.pixels.images import Preprocess, normalise
+from clipkit.storage.files import require_writable
 from clipkit.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from clipkit.device import Device
-from clipkit.pixels.images import normalise
 from clipkit.model.loss import info_nce, sigmoid_loss
+from clipkit.pixels.images import normalise
 from clipkit.train.recipes import Recipe
 
 Tensors = dict[str, torch.Tensor]

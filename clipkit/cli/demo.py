@@ -20,8 +20,8 @@ from urllib.parse import urlsplit
 
 from clipkit.embedded import emoji_groups, emoji_parquet
 from clipkit.errors import InternalError, UserError
-from clipkit.storage.files import lock, read_json, read_json_lines, remove, write_json
 from clipkit.log import duration
+from clipkit.storage.files import lock, read_json, read_json_lines, remove, write_json
 
 BROKEN_SHARE = 0.03
 SEED = 0

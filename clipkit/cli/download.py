@@ -135,9 +135,9 @@ def download(urls: Path, out: Path, as_json: bool, keep: str | None, **options: 
     listed with its reason in clipkit/failures.parquet of the output.
     """
     from clipkit.tfrecord_tools.download.command import download as stage
-    from clipkit.tfrecord_tools.web.settings import FetchSettings, user_agent
-    from clipkit.tfrecord_tools.pictures.picture import PictureSettings
     from clipkit.tfrecord_tools.download.probe import ProbeResult
+    from clipkit.tfrecord_tools.pictures.picture import PictureSettings
+    from clipkit.tfrecord_tools.web.settings import FetchSettings, user_agent
 
     def take(*names: str) -> dict[str, Any]:
         return {name: options.pop(name) for name in names}

@@ -16,13 +16,13 @@ from typing import Any
 
 import numpy as np
 
-from clipkit.storage.cache import BlockCache, CachedRanges
 from clipkit.errors import UserError
 from clipkit.formats.features import Feature, parse_features
-from clipkit.storage.files import as_path, is_remote, local_copy, read_json
 from clipkit.formats.manifest import CLIPKIT_FOLDER, SplitManifest, index_path, read_manifest
-from clipkit.storage.ranges import KnownFile, RangeReader, read_whole
 from clipkit.formats.records import RecordError, decode_example, index_records, unframe
+from clipkit.storage.cache import BlockCache, CachedRanges
+from clipkit.storage.files import as_path, is_remote, local_copy, read_json
+from clipkit.storage.ranges import KnownFile, RangeReader, read_whole
 from clipkit.storage.stores import list_folder, reading
 
 

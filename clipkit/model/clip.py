@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clipkit.errors import UserError
-from clipkit.model.image_tower import ConvStem, ImageTower
 from clipkit.model.config import ImageConfig, ModelConfig, TextConfig, check_choices, vit_b16, vit_b32, vit_l14, vit_l16
+from clipkit.model.image_tower import ConvStem, ImageTower
 from clipkit.model.pos_embed import resize_image_positions, resize_text_positions
 from clipkit.model.text_tower import Recompute, TextTower
 

@@ -6,9 +6,9 @@ The stages' templates extend `page.html.j2`, which holds the style, the script u
 from collections.abc import Mapping
 from typing import Any
 
-from clipkit.page.charts import count, percent, share, short, size
 from clipkit.errors import UserError
 from clipkit.log import duration
+from clipkit.page.charts import count, percent, share, short, size
 
 
 def render(package: str, template: str, contents: Mapping[str, Any]) -> str:

@@ -18,8 +18,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from clipkit.storage import stores as remote
 from clipkit.errors import UserError
+from clipkit.storage import stores as remote
 from clipkit.storage.stores import is_remote as is_remote
 
 MAX_OPEN_FILES = 65_536

@@ -12,9 +12,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from clipkit.storage.files import local_copy
-from clipkit.tfrecord_tools.purge.removals import LINES
-from clipkit.tfrecord_tools.purge.log import purged_path
 from clipkit.tfrecord_tools.account.shard_state import SPLIT
+from clipkit.tfrecord_tools.purge.log import purged_path
+from clipkit.tfrecord_tools.purge.removals import LINES
 
 COLUMNS = ["purge", "by", "value", "url", "key", "split"]
 

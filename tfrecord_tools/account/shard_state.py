@@ -9,10 +9,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Self
 
-from clipkit.storage.files import disk_errors, write_json
 from clipkit.formats.manifest import CLIPKIT_FOLDER
-from clipkit.tfrecord_tools.download.plan import Format
+from clipkit.storage.files import disk_errors, write_json
 from clipkit.tfrecord_tools.account.ledger import LEDGER_FOLDER
+from clipkit.tfrecord_tools.download.plan import Format
 from clipkit.tfrecord_tools.writing.metadata import shard_name
 
 SPLIT = "train"

@@ -23,13 +23,13 @@ import numpy as np
 import numpy.typing as npt
 
 from clipkit.errors import UserError
-from clipkit.storage.files import read_json, write_json
 from clipkit.pixels.images import ImageError
 from clipkit.pixels.phash import perceptual_hash_of
-from clipkit.tfrecord_tools.build.prepare import Part, Preparation, judged, parts_told
-from clipkit.tfrecord_tools.sample import Sample
-from clipkit.tfrecord_tools.build.sorted_rows import BUCKETS, KEY_END, read_sorted, write_sorted
+from clipkit.storage.files import read_json, write_json
 from clipkit.text.tokenizer import clean
+from clipkit.tfrecord_tools.build.prepare import Part, Preparation, judged, parts_told
+from clipkit.tfrecord_tools.build.sorted_rows import BUCKETS, KEY_END, read_sorted, write_sorted
+from clipkit.tfrecord_tools.sample import Sample
 
 Method = Literal["sha256", "caption", "phash"]
 METHODS = ("sha256", "caption", "phash")

@@ -18,11 +18,9 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TypeVar
 
-from clipkit.jobs import run as jobs
 from clipkit.errors import UserError
 from clipkit.formats.manifest import Shard
-from clipkit.tfrecord_tools.build.shard import ShardJob, ShardState, Work, build_shard, read_state
-from clipkit.tfrecord_tools.build.progress import BuildProgress
+from clipkit.jobs import run as jobs
 from clipkit.tfrecord_tools.build.dedup import (
     DecideJob,
     HashJob,
@@ -34,9 +32,9 @@ from clipkit.tfrecord_tools.build.dedup import (
     read_hashed,
     runs_of,
 )
-from clipkit.tfrecord_tools.writing.metadata import shard_name
 from clipkit.tfrecord_tools.build.prepare import Preparation
-from clipkit.tfrecord_tools.tables.kinds import unify
+from clipkit.tfrecord_tools.build.progress import BuildProgress
+from clipkit.tfrecord_tools.build.shard import ShardJob, ShardState, Work, build_shard, read_state
 from clipkit.tfrecord_tools.build.shuffle import (
     GatherJob,
     Stretch,
@@ -45,6 +43,8 @@ from clipkit.tfrecord_tools.build.shuffle import (
     index_records,
     read_gathered,
 )
+from clipkit.tfrecord_tools.tables.kinds import unify
+from clipkit.tfrecord_tools.writing.metadata import shard_name
 
 T = TypeVar("T")
 R = TypeVar("R")

@@ -14,12 +14,12 @@ import numpy.typing as npt
 
 from clipkit.errors import UserError
 from clipkit.pixels.images import ImageError
-from clipkit.tfrecord_tools.pictures.compact import compact
 from clipkit.tfrecord_tools.build.condition import Condition
-from clipkit.tfrecord_tools.writing.pair_writer import judge, stored_image
 from clipkit.tfrecord_tools.build.precompute import precompute
+from clipkit.tfrecord_tools.pictures.compact import compact
 from clipkit.tfrecord_tools.readers.shards import InputShard, read_shard
 from clipkit.tfrecord_tools.sample import DUPLICATE, NOT_AN_IMAGE, NOT_WANTED, Sample
+from clipkit.tfrecord_tools.writing.pair_writer import judge, stored_image
 
 BATCH_SAMPLES = 256
 BATCH_BYTES = 1 << 20  # of images, that they are still in the processor's cache when they are written

@@ -7,8 +7,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from clipkit.log import Progress, counted, size_text
 from clipkit.formats.manifest import CLIPKIT_FOLDER, SplitManifest
+from clipkit.log import Progress, counted, size_text
 
 
 @dataclass(frozen=True)

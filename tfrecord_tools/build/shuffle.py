@@ -18,13 +18,13 @@ import numpy as np
 import numpy.typing as npt
 
 from clipkit.counter_rng import sample_keys
-from clipkit.storage.files import is_remote, read_json, write_beside, write_json
 from clipkit.formats.manifest import Shard
 from clipkit.formats.records import RecordWriter, unframe
 from clipkit.storage.arrays import load_array, save_array
+from clipkit.storage.files import is_remote, read_json, write_beside, write_json
 from clipkit.tfrecord_tools.build.shard import FORMATS
-from clipkit.tfrecord_tools.writing.pair_writer import count_format
 from clipkit.tfrecord_tools.build.sorted_rows import KEY_END, gone, read_bytes, read_sorted, write_sorted
+from clipkit.tfrecord_tools.writing.pair_writer import count_format
 
 ENTRY = np.dtype([("key", "<u8"), ("offset", "<u8"), ("length", "<u4"), ("stretch", "<u4"), ("format", "u1")])
 INDEX_RECORDS = 2_000_000  # keys sorted at a time, some 150 MB of memory

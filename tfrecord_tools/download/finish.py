@@ -7,14 +7,14 @@ from typing import cast
 import numpy as np
 
 from clipkit.formats.features import Feature, Kind
-from clipkit.storage.files import write_beside
 from clipkit.formats.manifest import Shard as ManifestShard
 from clipkit.formats.manifest import Source, SplitManifest, index_path, read_manifest, write_manifest
-from clipkit.tfrecord_tools.download.plan import Plan
+from clipkit.storage.files import write_beside
 from clipkit.tfrecord_tools.account.ledger import read_offsets
-from clipkit.tfrecord_tools.writing.metadata import write_metadata
-from clipkit.tfrecord_tools.tables.kinds import EMPTY_LIST, LIST, unify
 from clipkit.tfrecord_tools.account.shard_state import SPLIT, Layout, ShardState
+from clipkit.tfrecord_tools.download.plan import Plan
+from clipkit.tfrecord_tools.tables.kinds import EMPTY_LIST, LIST, unify
+from clipkit.tfrecord_tools.writing.metadata import write_metadata
 
 
 def kinds_of_all(states: Sequence[ShardState]) -> dict[str, str]:

@@ -12,16 +12,16 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from clipkit.storage.files import local_copy, write_beside
 from clipkit.formats.records import decode_example, read_records
-from clipkit.tfrecord_tools.download.plan import Format
+from clipkit.storage.files import local_copy, write_beside
 from clipkit.tfrecord_tools.account.ledger import LEDGER, Outcome
-from clipkit.tfrecord_tools.writing.pair_writer import PairWriter
+from clipkit.tfrecord_tools.account.shard_state import ShardFiles
+from clipkit.tfrecord_tools.download.plan import Format
 from clipkit.tfrecord_tools.readers.tar import read_tar
 from clipkit.tfrecord_tools.sample import DROPPED_COLUMNS
 from clipkit.tfrecord_tools.tables.kinds import KindWidenedError
-from clipkit.tfrecord_tools.account.shard_state import ShardFiles
 from clipkit.tfrecord_tools.writing.pair_tar import PairTar
+from clipkit.tfrecord_tools.writing.pair_writer import PairWriter
 
 SUCCESS, NOT_FETCHED, NOT_USABLE = "success", "failed_to_download", "failed_to_resize"
 # Rows whose metadata are Python objects at a time, and images of a row group of a parquet file.

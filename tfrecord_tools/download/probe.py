@@ -10,8 +10,8 @@ from clipkit.log import duration
 from clipkit.tfrecord_tools import reasons
 from clipkit.tfrecord_tools.advice import ADVICE
 from clipkit.tfrecord_tools.download.plan import Plan
-from clipkit.tfrecord_tools.web.settings import FetchSettings
 from clipkit.tfrecord_tools.sample import EMPTY_CAPTION, caption_problem
+from clipkit.tfrecord_tools.web.settings import FetchSettings
 
 SEED = 0
 LOWER = {

@@ -10,10 +10,10 @@ from pathlib import Path
 
 from clipkit.errors import UserError
 from clipkit.storage.files import read_json, remove, write_json
+from clipkit.tfrecord_tools.account.shard_state import ShardState
 from clipkit.tfrecord_tools.download.plan import Shard
 from clipkit.tfrecord_tools.download.shard import ShardJob
 from clipkit.tfrecord_tools.reasons import BLOCKED_ADDRESS, PASSING, REASONS
-from clipkit.tfrecord_tools.account.shard_state import ShardState
 
 DEFAULT = ",".join(sorted(PASSING))
 

@@ -20,15 +20,10 @@ import pyarrow as pa
 from clipkit.errors import InternalError, UserError
 from clipkit.storage.files import remove
 from clipkit.tfrecord_tools import reasons
-from clipkit.tfrecord_tools.download.plan import Output, Shard
-from clipkit.tfrecord_tools.web.settings import Fetched, FetchSettings
-from clipkit.tfrecord_tools.pictures.hash_check import check_hash, parse_phash
 from clipkit.tfrecord_tools.account.ledger import Outcome, read_ledger, write_ledger
-from clipkit.tfrecord_tools.pictures.picture import PictureError, PictureMaker
-from clipkit.tfrecord_tools.purge.shard import PURGED
 from clipkit.tfrecord_tools.account.purged import purged_rows
 from clipkit.tfrecord_tools.account.replace_shard import commit, new_folder
-from clipkit.tfrecord_tools.sample import EMPTY_CAPTION, caption_problem
+from clipkit.tfrecord_tools.account.shard_state import Layout, ShardState, file_sizes, load_state, write_state
 from clipkit.tfrecord_tools.download.output import (
     NOT_FETCHED,
     NOT_USABLE,
@@ -38,8 +33,13 @@ from clipkit.tfrecord_tools.download.output import (
     status_of,
     write_data,
 )
-from clipkit.tfrecord_tools.account.shard_state import Layout, ShardState, file_sizes, load_state, write_state
+from clipkit.tfrecord_tools.download.plan import Output, Shard
 from clipkit.tfrecord_tools.download.spool import Spool
+from clipkit.tfrecord_tools.pictures.hash_check import check_hash, parse_phash
+from clipkit.tfrecord_tools.pictures.picture import PictureError, PictureMaker
+from clipkit.tfrecord_tools.purge.shard import PURGED
+from clipkit.tfrecord_tools.sample import EMPTY_CAPTION, caption_problem
+from clipkit.tfrecord_tools.web.settings import Fetched, FetchSettings
 
 # What a hash says when the image isn't the one that the table speaks of, as far as anybody can tell.
 CHANGED = ("changed", "differs")

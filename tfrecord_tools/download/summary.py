@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from clipkit.formats.manifest import add_counts
-from clipkit.tfrecord_tools.download.plan import Plan
 from clipkit.tfrecord_tools.account.ledger import FAILURES_FILE
+from clipkit.tfrecord_tools.account.shard_state import Layout, ShardState
+from clipkit.tfrecord_tools.download.plan import Plan
 from clipkit.tfrecord_tools.download.probe import ProbeResult
 from clipkit.tfrecord_tools.reasons import PASSING
-from clipkit.tfrecord_tools.account.shard_state import Layout, ShardState
 
 
 @dataclass(frozen=True)

@@ -8,19 +8,19 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
-from clipkit.jobs import run as jobs
 from clipkit.errors import InternalError, UserError
+from clipkit.jobs import run as jobs
 from clipkit.storage.files import clear_leftovers, disk_errors, is_remote, read_json, remove, write_json
-from clipkit.tfrecord_tools.advice import way_on
-from clipkit.tfrecord_tools.download.plan import Plan, Shard, settings_of
-from clipkit.tfrecord_tools.download.progress import counters, watch
-from clipkit.tfrecord_tools.download.summary import DownloadSummary, summarise
-from clipkit.tfrecord_tools.download.shard import ShardJob, Task
-from clipkit.tfrecord_tools.download.finish import differs, kinds_of_all, was_changed, write_dataset
 from clipkit.tfrecord_tools.account.ledger import FAILURES_FILE, LEDGER_FOLDER, write_failures
 from clipkit.tfrecord_tools.account.replace_shard import recover
-from clipkit.tfrecord_tools.download.retry import begin_retry, end_retry, retry_jobs
 from clipkit.tfrecord_tools.account.shard_state import ShardState, is_whole, load_state
+from clipkit.tfrecord_tools.advice import way_on
+from clipkit.tfrecord_tools.download.finish import differs, kinds_of_all, was_changed, write_dataset
+from clipkit.tfrecord_tools.download.plan import Plan, Shard, settings_of
+from clipkit.tfrecord_tools.download.progress import counters, watch
+from clipkit.tfrecord_tools.download.retry import begin_retry, end_retry, retry_jobs
+from clipkit.tfrecord_tools.download.shard import ShardJob, Task
+from clipkit.tfrecord_tools.download.summary import DownloadSummary, summarise
 
 T = TypeVar("T")
 R = TypeVar("R")

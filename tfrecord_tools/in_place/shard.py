@@ -13,7 +13,6 @@ from typing import Any
 import google_crc32c
 import numpy as np
 
-from clipkit.storage.files import disk_errors, read_json, sync_file, write_beside, write_json
 from clipkit.formats.manifest import Shard, Source
 from clipkit.formats.records import (
     FOOTER_BYTES,
@@ -25,9 +24,10 @@ from clipkit.formats.records import (
     masked_crc32c,
     unframe,
 )
-from clipkit.tfrecord_tools.in_place.example_wire import ExampleWire, Pair
+from clipkit.storage.files import disk_errors, read_json, sync_file, write_beside, write_json
 from clipkit.tfrecord_tools.in_place.columns import convert
-from clipkit.tfrecord_tools.writing.pair_writer import TFDS_FORMATS
+from clipkit.tfrecord_tools.in_place.example_wire import ExampleWire, Pair
+from clipkit.tfrecord_tools.pictures.sniff import END_OF_FILE, is_truncated
 from clipkit.tfrecord_tools.sample import (
     BAD_TEXT,
     NO_IMAGE,
@@ -36,7 +36,7 @@ from clipkit.tfrecord_tools.sample import (
     caption_problem,
     image_format,
 )
-from clipkit.tfrecord_tools.pictures.sniff import END_OF_FILE, is_truncated
+from clipkit.tfrecord_tools.writing.pair_writer import TFDS_FORMATS
 
 # What is read at once: many records, and little enough to stay in the processor's cache.
 _CHUNK_BYTES = 1 << 21

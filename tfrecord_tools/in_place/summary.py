@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass, field
 
-from clipkit.log import counted
 from clipkit.formats.manifest import CLIPKIT_FOLDER
+from clipkit.log import counted
 from clipkit.tfrecord_tools.build.progress import BuildSummary
 
 

@@ -15,9 +15,9 @@ from tokenizers import decoders
 
 from clipkit.errors import UserError
 from clipkit.text.syntax import ADJECTIVE, NOUN, VERB, Syntax
-from clipkit.tfrecord_tools.inspection.histogram import Histogram, histogram_of
 from clipkit.text.tokenizer import SPECIAL, Tokenizer, clean
 from clipkit.text.tokens import TextMethod, reduce_text
+from clipkit.tfrecord_tools.inspection.histogram import Histogram, histogram_of
 
 CONTEXTS = (8, 16, 32)
 METHODS: tuple[TextMethod, ...] = get_args(TextMethod)

@@ -8,16 +8,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clipkit.page.charts import histogram, size
 from clipkit.formats.dataset import Dataset, open_dataset, read_layout
-from clipkit.storage.files import as_path, require_writable, write_beside, write_json
-from clipkit.pixels.images import ImageError, decode_scaled
 from clipkit.formats.manifest import CLIPKIT_FOLDER
+from clipkit.page.charts import histogram, size
 from clipkit.page.render import render
-from clipkit.tfrecord_tools.inspection.numbers import SAMPLE, Inspection, caption_column, image_column, inspect, usual_split
+from clipkit.pixels.images import ImageError, decode_scaled
+from clipkit.storage.files import as_path, require_writable, write_beside, write_json
 from clipkit.tfrecord_tools.inspection.captions import CONTEXTS, Example, Reduction
-from clipkit.tfrecord_tools.inspection.pictures import Group
 from clipkit.tfrecord_tools.inspection.histogram import Histogram
+from clipkit.tfrecord_tools.inspection.numbers import (
+    SAMPLE,
+    Inspection,
+    caption_column,
+    image_column,
+    inspect,
+    usual_split,
+)
+from clipkit.tfrecord_tools.inspection.pictures import Group
 
 TILES = 24
 TILE_PIXELS = 112

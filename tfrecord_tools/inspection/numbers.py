@@ -14,16 +14,16 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from clipkit.formats.dataset import Dataset, Layout, open_dataset, read_layout
 from clipkit.errors import UserError
+from clipkit.formats.dataset import Dataset, Layout, open_dataset, read_layout
 from clipkit.formats.features import Feature
-from clipkit.storage.files import as_path, local_copy
-from clipkit.log import Progress
 from clipkit.formats.manifest import CLIPKIT_FOLDER, read_manifest
 from clipkit.formats.records import RecordError
+from clipkit.log import Progress
+from clipkit.storage.files import as_path, local_copy
 from clipkit.tfrecord_tools.inspection.captions import CaptionFacts, caption_facts
-from clipkit.tfrecord_tools.inspection.pictures import PictureFacts, Pictures
 from clipkit.tfrecord_tools.inspection.histogram import Histogram, histogram_of
+from clipkit.tfrecord_tools.inspection.pictures import PictureFacts, Pictures
 
 SEED = 0
 SAMPLE = 10_000

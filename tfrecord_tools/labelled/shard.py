@@ -19,13 +19,13 @@ from typing import Any
 import numpy as np
 
 from clipkit.errors import UserError
-from clipkit.storage.files import read_json, write_beside, write_json
 from clipkit.formats.manifest import Shard, Source
 from clipkit.formats.records import RecordWriter, encode_example
+from clipkit.storage.files import read_json, write_beside, write_json
 from clipkit.tfrecord_tools.labelled.listing import WHOLE_FILE, Image
-from clipkit.tfrecord_tools.writing.pair_writer import TFDS_FORMATS, as_jpeg
-from clipkit.tfrecord_tools.sample import NOT_AN_IMAGE, TRUNCATED_IMAGE, image_format
 from clipkit.tfrecord_tools.pictures.sniff import is_truncated
+from clipkit.tfrecord_tools.sample import NOT_AN_IMAGE, TRUNCATED_IMAGE, image_format
+from clipkit.tfrecord_tools.writing.pair_writer import TFDS_FORMATS, as_jpeg
 
 CMYK = "cmyk jpeg"
 # TFDS's `jpeg_cmyk_to_rgb` and `png_to_jpeg`: TensorFlow's encoder at this quality.

@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from clipkit.jobs import run as jobs
-from clipkit.formats.dataset import open_dataset
 from clipkit.errors import UserError
-from clipkit.storage.files import read_json, write_beside, write_json
-from clipkit.log import counted
+from clipkit.formats.dataset import open_dataset
 from clipkit.formats.manifest import CLIPKIT_FOLDER, SplitManifest, index_path
+from clipkit.jobs import run as jobs
+from clipkit.log import counted
+from clipkit.storage.files import read_json, write_beside, write_json
 from clipkit.tfrecord_tools.labelled.listing import Image
 from clipkit.tfrecord_tools.labelled.shard import (
     LabelledShardJob,

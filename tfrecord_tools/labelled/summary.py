@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clipkit.log import counted, size_text
 from clipkit.formats.manifest import CLIPKIT_FOLDER
+from clipkit.log import counted, size_text
 from clipkit.tfrecord_tools.build.progress import BuildSummary
 
 

@@ -32,8 +32,8 @@ from clipkit.pixels.images import (
     plain_jpeg_size,
 )
 from clipkit.tfrecord_tools import reasons
-from clipkit.tfrecord_tools.pictures.resizer import import_resizer
 from clipkit.tfrecord_tools.pictures.decode import Bitmap, Header, check_jpeg, decode_jpeg, decode_odd, read_exif
+from clipkit.tfrecord_tools.pictures.resizer import import_resizer
 from clipkit.tfrecord_tools.pictures.sniff import is_truncated
 
 ResizeMode = Literal["no", "keep_ratio", "center_crop", "border", "keep_ratio_largest"]

@@ -23,15 +23,15 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from clipkit.jobs import run as jobs
-from clipkit.formats.dataset import Layout, open_dataset, read_layout
 from clipkit.errors import UserError
-from clipkit.storage.files import as_path, clear_leftovers, lock, read_json, remove, write_beside
-from clipkit.log import Progress, counted, size_text
+from clipkit.formats.dataset import Layout, open_dataset, read_layout
 from clipkit.formats.manifest import CLIPKIT_FOLDER
+from clipkit.jobs import run as jobs
+from clipkit.log import Progress, counted, size_text
+from clipkit.storage.files import as_path, clear_leftovers, lock, read_json, remove, write_beside
+from clipkit.tfrecord_tools.account.shard_state import SPLIT
 from clipkit.tfrecord_tools.purge.finish import finish
 from clipkit.tfrecord_tools.purge.ledger import KNOWN, LedgerJob, download_layout, finish_download, purge_ledger
-from clipkit.tfrecord_tools.purge.removals import RemovalList, UInt64Array, empty_list, open_list, wanted_entries
 from clipkit.tfrecord_tools.purge.log import purged_before, was_recorded
 from clipkit.tfrecord_tools.purge.plan import (
     Plan,
@@ -42,6 +42,7 @@ from clipkit.tfrecord_tools.purge.plan import (
     work_folder,
     write_plan,
 )
+from clipkit.tfrecord_tools.purge.removals import RemovalList, UInt64Array, empty_list, open_list, wanted_entries
 from clipkit.tfrecord_tools.purge.shard import (
     PurgeJob,
     ShardState,
@@ -50,7 +51,6 @@ from clipkit.tfrecord_tools.purge.shard import (
     find_records,
     purge_shard,
 )
-from clipkit.tfrecord_tools.account.shard_state import SPLIT
 
 Item = TypeVar("Item", Target, PurgeJob, LedgerJob)
 Result = TypeVar("Result")

@@ -13,12 +13,12 @@ import numpy as np
 import numpy.typing as npt
 
 from clipkit.formats.dataset import Layout, journal_path
-from clipkit.storage.files import local_copy, read_json, remove, write_beside, write_json
 from clipkit.formats.manifest import CLIPKIT_FOLDER, SplitManifest, index_path, write_manifest
+from clipkit.storage.files import local_copy, read_json, remove, write_beside, write_json
 from clipkit.tfrecord_tools.purge.ledger import with_failures
-from clipkit.tfrecord_tools.purge.removals import RemovalList, UInt64Array
 from clipkit.tfrecord_tools.purge.log import log_path, rewrite_lines, write_purged
 from clipkit.tfrecord_tools.purge.plan import Plan, state_path, work_folder
+from clipkit.tfrecord_tools.purge.removals import RemovalList, UInt64Array
 from clipkit.tfrecord_tools.purge.shard import PURGED, ShardState, less, offsets_path, read_removed
 
 

@@ -14,16 +14,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from clipkit.formats.dataset import Layout
 from clipkit.errors import UserError
-from clipkit.storage.files import local_copy, read_json, write_json
+from clipkit.formats.dataset import Layout
 from clipkit.formats.manifest import CLIPKIT_FOLDER, SplitManifest, add_counts
-from clipkit.tfrecord_tools.account import ledger
-from clipkit.tfrecord_tools.account import shard_state
+from clipkit.storage.files import local_copy, read_json, write_json
+from clipkit.tfrecord_tools.account import ledger, shard_state
 from clipkit.tfrecord_tools.account.ledger import Outcome, read_ledger, write_ledger
+from clipkit.tfrecord_tools.account.shard_state import ShardFiles, file_sizes, load_state, write_state
 from clipkit.tfrecord_tools.purge.removals import find
 from clipkit.tfrecord_tools.purge.shard import PURGED, ShardState, offsets_path, read_removed
-from clipkit.tfrecord_tools.account.shard_state import ShardFiles, file_sizes, load_state, write_state
 
 # Columns of a ledger by which a row that gave no image can be meant.
 KNOWN = ("url", "key")

@@ -18,8 +18,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from clipkit.storage.files import local_copy, write_beside
 from clipkit.formats.manifest import CLIPKIT_FOLDER
+from clipkit.storage.files import local_copy, write_beside
 from clipkit.tfrecord_tools.purge.removals import LINES, RemovalList, UInt64Array, find, read_values
 
 PURGED_TABLE = pa.schema(

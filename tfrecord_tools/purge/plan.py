@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from clipkit.formats.dataset import journal_path
 from clipkit.errors import UserError
-from clipkit.storage.files import local_copy, read_json, write_beside, write_json
+from clipkit.formats.dataset import journal_path
 from clipkit.formats.manifest import CLIPKIT_FOLDER
+from clipkit.storage.files import local_copy, read_json, write_beside, write_json
 
 FORMAT = 1
 

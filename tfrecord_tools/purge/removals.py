@@ -22,7 +22,14 @@ import pyarrow as pa
 from clipkit.errors import UserError
 from clipkit.formats.features import Feature
 from clipkit.storage.files import disk_errors, local_copy, require_file
-from clipkit.tfrecord_tools.tables.url_table import find_tables, open_bytes, open_parquet, open_text, read_schema, unreadable
+from clipkit.tfrecord_tools.tables.url_table import (
+    find_tables,
+    open_bytes,
+    open_parquet,
+    open_text,
+    read_schema,
+    unreadable,
+)
 
 # Hashes in hexadecimal: which of these a column is, its name says. All can be computed from the stored image.
 HASHES = {"sha256": 64, "md5": 32, "sha1": 40, "sha512": 128}

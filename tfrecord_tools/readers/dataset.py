@@ -9,9 +9,9 @@ from typing import Any
 
 from clipkit.errors import UserError
 from clipkit.formats.features import Feature, parse_features
-from clipkit.storage.files import read_json
-from clipkit.formats.tables import CAPTION_NAMES, find_name
 from clipkit.formats.records import RecordError, decode_example, read_range
+from clipkit.formats.tables import CAPTION_NAMES, find_name
+from clipkit.storage.files import read_json
 from clipkit.tfrecord_tools.readers.parquet import USUAL, Columns
 from clipkit.tfrecord_tools.sample import NO_IMAGE, Sample
 

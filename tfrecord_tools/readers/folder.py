@@ -14,8 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from clipkit.errors import UserError
-from clipkit.storage.files import is_remote, local_copy, write_beside
 from clipkit.formats.tables import CAPTION_NAMES, FILE_NAMES, find_name, json_rows
+from clipkit.storage.files import is_remote, local_copy, write_beside
 from clipkit.storage.stores import as_upath, reading
 from clipkit.tfrecord_tools.readers.parquet import (
     USUAL,

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from clipkit.errors import UserError
-from clipkit.storage.files import is_remote, local_copy, read_json, remove
 from clipkit.formats.tables import find_table, is_table
+from clipkit.storage.files import is_remote, local_copy, read_json, remove
 from clipkit.storage.stores import reading
 from clipkit.tfrecord_tools.readers.dataset import dataset_features, read_dataset
 from clipkit.tfrecord_tools.readers.folder import FolderSizes, copy_table, read_folder

@@ -14,11 +14,11 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from clipkit.jobs import run as jobs
 from clipkit.formats.dataset import Layout, read_layout
-from clipkit.storage.files import WRITTEN_BESIDE, as_path
-from clipkit.log import Progress, counted, duration, size_text
 from clipkit.formats.manifest import CLIPKIT_FOLDER, Shard, index_path
+from clipkit.jobs import run as jobs
+from clipkit.log import Progress, counted, duration, size_text
+from clipkit.storage.files import WRITTEN_BESIDE, as_path
 from clipkit.tfrecord_tools.verify.metadata import (
     index_fits,
     leftovers,

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from clipkit.formats.dataset import Layout, journal_path
-from clipkit.storage.files import WRITTEN_BESIDE, disk_errors, read_json
 from clipkit.formats.manifest import CLIPKIT_FOLDER, index_path
+from clipkit.storage.files import WRITTEN_BESIDE, disk_errors, read_json
 from clipkit.tfrecord_tools.verify.shard import FETCH, FINISH, INDEX, PURGE, REBUILD, Problem
 
 

@@ -17,8 +17,8 @@ import numpy.typing as npt
 
 from clipkit.errors import UserError
 from clipkit.formats.features import Feature
-from clipkit.storage.files import local_copy
 from clipkit.formats.records import FOOTER_BYTES, HEADER_BYTES, RecordError, decode_example, masked_crc32c, unframe
+from clipkit.storage.files import local_copy
 
 # What to do about a problem; `verify` words it for the shard.
 FETCH, PURGE, INDEX, REBUILD, FINISH = "fetch", "purge", "index", "rebuild", "finish"

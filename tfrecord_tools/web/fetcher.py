@@ -14,14 +14,14 @@ from typing import Self
 from clipkit.storage.files import allow_many_files
 from clipkit.tfrecord_tools import reasons
 from clipkit.tfrecord_tools.web.concurrency import Concurrency
-from clipkit.tfrecord_tools.web.session import ByteBudget
-from clipkit.tfrecord_tools.web.request import Exchange, Outcome, one_line
-from clipkit.tfrecord_tools.web.job import FetchStats, Handle, Handover, Job, Rows, Ticket, run_handler
-from clipkit.tfrecord_tools.web.settings import DISALLOWED_TAGS, Fetched, FetchSettings, user_agent
-from clipkit.tfrecord_tools.web.threads import Handlers
 from clipkit.tfrecord_tools.web.hosts import UNREACHABLE, HostQueues
+from clipkit.tfrecord_tools.web.job import FetchStats, Handle, Handover, Job, Rows, Ticket, run_handler
+from clipkit.tfrecord_tools.web.request import Exchange, Outcome, one_line
 from clipkit.tfrecord_tools.web.resolver import Resolver
 from clipkit.tfrecord_tools.web.robots import RobotsTxt
+from clipkit.tfrecord_tools.web.session import ByteBudget
+from clipkit.tfrecord_tools.web.settings import DISALLOWED_TAGS, Fetched, FetchSettings, user_agent
+from clipkit.tfrecord_tools.web.threads import Handlers
 from clipkit.tfrecord_tools.web.urls import BadUrlError, parse_url
 
 __all__ = ["DISALLOWED_TAGS", "FetchSettings", "FetchStats", "Fetched", "Fetcher", "fetch_all", "user_agent"]

@@ -15,11 +15,11 @@ import aiohttp
 
 from clipkit.tfrecord_tools import reasons
 from clipkit.tfrecord_tools.web.addresses import BlockedAddressError
-from clipkit.tfrecord_tools.web.session import STARVED, ByteBudget, open_session
 from clipkit.tfrecord_tools.web.compression import KNOWN, CodingError, Decompressor, TooLargeError
-from clipkit.tfrecord_tools.web.settings import FetchSettings
 from clipkit.tfrecord_tools.web.permissions import NOTHING_SAID, Decision, decide, parse_date
 from clipkit.tfrecord_tools.web.resolver import Resolver, UnresolvedError
+from clipkit.tfrecord_tools.web.session import STARVED, ByteBudget, open_session
+from clipkit.tfrecord_tools.web.settings import FetchSettings
 from clipkit.tfrecord_tools.web.urls import BadUrlError, WebUrl, parse_redirect
 
 REDIRECTS = frozenset({301, 302, 303, 307, 308})

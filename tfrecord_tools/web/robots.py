@@ -6,8 +6,8 @@ from collections import OrderedDict
 import protego
 
 from clipkit.tfrecord_tools import reasons
-from clipkit.tfrecord_tools.web.request import Exchange, Outcome
 from clipkit.tfrecord_tools.web.permissions import NOTHING_SAID, Decision
+from clipkit.tfrecord_tools.web.request import Exchange, Outcome
 from clipkit.tfrecord_tools.web.urls import WebUrl, parse_url
 
 MAX_BYTES = 512 << 10  # section 2.5: at least 500 KiB are to be read

@@ -11,8 +11,8 @@ import aiohttp
 
 from clipkit.errors import UserError
 from clipkit.tfrecord_tools.web.addresses import check_address
-from clipkit.tfrecord_tools.web.settings import FetchSettings
 from clipkit.tfrecord_tools.web.resolver import Resolver
+from clipkit.tfrecord_tools.web.settings import FetchSettings
 
 KEEP_ALIVE_SECONDS = 8.0
 READ_BYTES = 1 << 17

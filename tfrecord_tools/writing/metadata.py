@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from clipkit.formats.features import Feature
-from clipkit.storage.files import write_beside, write_json
 from clipkit.formats.manifest import SplitManifest
+from clipkit.storage.files import write_beside, write_json
 
 VERSION = "1.0.0"
 DESCRIPTION = "Image-text pairs written by clipkit."

@@ -18,6 +18,7 @@ import numpy.typing as npt
 from clipkit.errors import UserError
 from clipkit.formats.manifest import Shard, Source
 from clipkit.formats.records import RecordWriter, encode_example
+from clipkit.tfrecord_tools.pictures.sniff import is_truncated
 from clipkit.tfrecord_tools.sample import (
     NO_IMAGE,
     NOT_AN_IMAGE,
@@ -27,7 +28,6 @@ from clipkit.tfrecord_tools.sample import (
     image_format,
 )
 from clipkit.tfrecord_tools.tables.kinds import fit
-from clipkit.tfrecord_tools.pictures.sniff import is_truncated
 
 # TensorFlow's decode_image gives four dimensions for WebP and GIF and knows no TIFF or AVIF, so TFDS's Image feature
 # fails on them.

@@ -14,19 +14,19 @@ import cv2
 import numpy as np
 import simplejpeg
 
-from clipkit.jobs import run as jobs
 from clipkit.counter_rng import sample_keys
 from clipkit.device import Device, pick
 from clipkit.errors import UserError
+from clipkit.jobs import run as jobs
 from clipkit.pixels.images import UInt8Array, decode
+from clipkit.train.bench.findings import COMPACT_QUALITY, PUBLISHED, Compact, Findings, Need, Reading
 from clipkit.train.loader.augment import Augmentation, cut, geometry_draws
 from clipkit.train.loader.batch import LoaderConfig
 from clipkit.train.loader.crop import COMPILED
 from clipkit.train.loader.loader import batches
-from clipkit.train.bench.findings import COMPACT_QUALITY, PUBLISHED, Compact, Findings, Need, Reading
-from clipkit.train.sources.open import CACHE_GB, open_source
 from clipkit.train.optimizer import make_optimizer
 from clipkit.train.recipes import Recipe, Stage, loader_config, model_at
+from clipkit.train.sources.open import CACHE_GB, open_source
 from clipkit.train.sources.source import Pair, Source
 
 # Batches of another size hold the same samples; these fit into any memory.

@@ -25,10 +25,10 @@ from clipkit.pixels.images import UInt8Array
 from clipkit.text.tokenizer import Tokenizer
 from clipkit.text.tokens import reduce_text
 from clipkit.train.loader.batch import Batch, LoaderConfig, check, keep_indices
-from clipkit.train.order import Int64Array
 from clipkit.train.loader.samples import Job, Kept, Made, SampleMaker
-from clipkit.train.sources.source import Source
 from clipkit.train.loader.workers import Buffers, Chunk, Hands, Pool, ProcessHands, ThreadHands
+from clipkit.train.order import Int64Array
+from clipkit.train.sources.source import Source
 
 # More threads than this wait for the interpreter's lock more than they gain; from there on workers are processes. Where
 # images are warped, two threads still do better: they share what a small dataset keeps decoded (`samples.Kept`).

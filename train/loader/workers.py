@@ -28,8 +28,8 @@ import numpy as np
 from clipkit.counter_rng import UInt64Array
 from clipkit.errors import UserError
 from clipkit.pixels.images import UInt8Array
-from clipkit.train.order import Int64Array
 from clipkit.train.loader.samples import Job, Made, SampleMaker
+from clipkit.train.order import Int64Array
 
 MAX_DEATHS = 3
 # How long the end of the loader waits for threads that may hang in the kernel, say on a disk that doesn't answer, and

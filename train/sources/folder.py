@@ -12,11 +12,11 @@ from typing import Any
 
 import pyarrow as pa
 
-from clipkit.storage.cache import BlockCache
 from clipkit.errors import UserError
-from clipkit.storage.files import is_remote, local_copy, read_json, remove, write_beside, write_json
-from clipkit.pixels.images import ImageError
 from clipkit.formats.tables import read_pair_table
+from clipkit.pixels.images import ImageError
+from clipkit.storage.cache import BlockCache
+from clipkit.storage.files import is_remote, local_copy, read_json, remove, write_beside, write_json
 from clipkit.storage.ranges import read_object
 from clipkit.storage.stores import Listed
 from clipkit.train.sources.index import index_place, waiting_lock

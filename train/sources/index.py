@@ -18,11 +18,11 @@ from typing import Any
 
 import numpy as np
 
-from clipkit.jobs import run as jobs
 from clipkit.errors import UserError
-from clipkit.storage.files import is_remote, make_folder, read_json, remove, require_writable, write_beside, write_json
-from clipkit.log import Progress
 from clipkit.formats.manifest import CLIPKIT_FOLDER
+from clipkit.jobs import run as jobs
+from clipkit.log import Progress
+from clipkit.storage.files import is_remote, make_folder, read_json, remove, require_writable, write_beside, write_json
 from clipkit.storage.stores import Listed
 
 REMOTE_THREADS = 8

@@ -3,10 +3,10 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from clipkit.formats.dataset import Dataset
 from clipkit.errors import UserError
 from clipkit.eval.classes import fill, name_classes
 from clipkit.eval.labelled import number_names
+from clipkit.formats.dataset import Dataset
 from clipkit.pixels.images import ImageError
 from clipkit.train.sources.source import Pair, RecordSource
 

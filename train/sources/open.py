@@ -13,11 +13,11 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from clipkit.storage.cache import BlockCache, scratch_cache
-from clipkit.formats.dataset import Dataset, open_dataset, unfinished
 from clipkit.errors import UserError
-from clipkit.storage.files import as_path, is_remote
+from clipkit.formats.dataset import Dataset, open_dataset, unfinished
 from clipkit.formats.tables import find_table, is_table
+from clipkit.storage.cache import BlockCache, scratch_cache
+from clipkit.storage.files import as_path, is_remote
 from clipkit.storage.stores import Listed, list_folder, reading
 from clipkit.train.sources.ahead import AheadSource
 from clipkit.train.sources.folder import open_folder

@@ -17,10 +17,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from clipkit.storage.cache import BlockCache
 from clipkit.errors import UserError
-from clipkit.pixels.images import ImageError
 from clipkit.formats.tables import CAPTION_NAMES, find_image_column, find_name
+from clipkit.pixels.images import ImageError
+from clipkit.storage.cache import BlockCache
 from clipkit.storage.ranges import KnownFile, RangeReader
 from clipkit.storage.stores import Listed
 from clipkit.train.sources.index import FolderIndex, open_index

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple, Protocol
 
 from clipkit.counter_rng import UInt64Array
 from clipkit.errors import UserError
-from clipkit.pixels.images import ImageError
 from clipkit.formats.records import RecordError, decode_example
+from clipkit.pixels.images import ImageError
 from clipkit.train.order import Int64Array, record_indices
 
 IMAGE_FIELD, TEXT_FIELD = "jpg", "txt"

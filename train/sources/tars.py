@@ -13,14 +13,14 @@ from typing import Any
 
 import numpy as np
 
-from clipkit.storage.cache import BlockCache, CachedRanges
 from clipkit.errors import UserError
-from clipkit.storage.files import is_remote
-from clipkit.pixels.images import ImageError
-from clipkit.storage.ranges import KnownFile, RangeReader
 from clipkit.formats.records import RecordError
-from clipkit.storage.stores import Listed
 from clipkit.formats.tar import index_tar
+from clipkit.pixels.images import ImageError
+from clipkit.storage.cache import BlockCache, CachedRanges
+from clipkit.storage.files import is_remote
+from clipkit.storage.ranges import KnownFile, RangeReader
+from clipkit.storage.stores import Listed
 from clipkit.train.sources.index import FolderIndex, open_index
 from clipkit.train.sources.source import Pair, Source
 

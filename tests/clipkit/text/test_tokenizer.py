@@ -1,0 +1,166 @@
+"""Ids equal OpenCLIP's on captions of every nasty kind; the cleaning's short cut changes nothing."""
+
+import html
+import itertools
+import os
+import random
+import unicodedata
+from concurrent.futures import ThreadPoolExecutor
+
+import ftfy
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from clipkit.embedded import clip_merges, emoji_parquet
+from clipkit.errors import UserError
+from clipkit.text import tokenizer as tokenizer_module
+from clipkit.text.tokenizer import EOT, SOT, STRAIGHT, UNTOUCHED, VOCAB_SIZE, Tokenizer, clean
+
+PIECES = [
+    "“curly”", "it’s", "don't", "WE'LL", "I'M", "you'Ve", "'ſ", "they'd've", "``x´´", "<b>bold</b>",
+    "&amp;", "&amp;amp;", "&amp;amp;lt;", "&lt;br&gt;", "&nbsp;", "&#39;s", "&#x27;", "&copy", "&notit;",
+    "&NTILDE;", "&#0;", "&#xD800;", "& ", "AT&T", "\x00", "\x07bell", "\x1b[31mred\x1b[0m", "\x1c",
+    "\x1f", "\x7f", "\x85", "\x0b", "\x0c", "\r\n", "\r", "\n\n", "\t", "\u2028", "\u3000", "\u200b",
+    "\u200d", "\ufeff", "\u00ad", "\u202e", "schÃ¶n", "â€œquotedâ€", "voilÃ le", "ï¿½", "ＬＯＵＤ",
+    "ﬁne ﬂower", "ß", "İstanbul", "ıI", "K", "ſ", "ǅ", "Ω", "é", "e\u0301", "ñandú", "Ελλάδα", "Москва",
+    "עברית", "العربية", "हिन्दी", "ไทย", "日本語のテキスト", "中文，标点。", "한국어", "ｶﾀｶﾅ", "٣٤",
+    "½", "Ⅷ", "x²", "1234567890", "3.14", "10,000", "😀", "👨‍👩‍👧‍👦", "🏳️‍🌈", "👍🏽", "🇨🇭",
+    "✨✨✨", "♥", "™", "—", "…", "...", "!!!", "???", "#tag", "@user", "http://a.b/c?d=e&f=g",
+    "<start_of_text>", "<end_of_text>", "<END_OF_TEXT>", "<ſtart_of_text>", "!<end_of_text>",
+    "<start_of_text", "<|endoftext|>", "<|startoftext|>", "</w>", "cat</w>", "Ġ", "\\n", "\\u00e9",
+    "a_b-c", "IMG_2034.JPG", "aaaaaaaaaaaaaaaaaaaaaaaa", "supercalifragilisticexpialidocious", "x" * 300,
+    "", " ",
+]  # fmt: skip
+
+
+def varied_captions(n: int, seed: int) -> list[str]:
+    """Emoji captions cut and spiced with the nasty pieces, plus random code points; the same for the same seed."""
+    rng = random.Random(seed)
+    table = pq.read_table(emoji_parquet("train"), columns=["caption"])
+    words = [word for caption in table["caption"].to_pylist() for word in caption.split()]
+    captions = [*PIECES]
+    while len(captions) < n:
+        parts = rng.choices(words, k=rng.randint(0, 8)) + rng.choices(PIECES, k=rng.randint(0, 4))
+        for _ in range(rng.randint(0, 2)):
+            parts.append("".join(chr(rng.choice(RANGES)[rng.randint(0, 94)]) for _ in range(rng.randint(1, 6))))
+        parts = [rng.choice([str.upper, str.title, str])(part) for part in parts]
+        rng.shuffle(parts)
+        caption = rng.choice([" ", " ", "", ", "]).join(parts)
+        # Code points without a meaning yet are letters to one engine and not to another, by the age of their tables.
+        if all(unicodedata.category(character) != "Cn" for character in clean(caption)):
+            captions.append(caption)
+    return captions
+
+
+# Blocks of 95 code points, from ASCII (control characters too) to emoji and ideographs.
+RANGES = [
+    range(start, start + 95) for start in (0, 32, 32, 128, 192, 0x300, 0x400, 0x600, 0x2000, 0x4E00, 0xFF00, 0x1F600)
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer()
+
+
+@pytest.fixture(scope="module")
+def peer():
+    from open_clip.tokenizer import SimpleTokenizer
+
+    return SimpleTokenizer()
+
+
+def test_ids_equal_openclip(tokenizer: Tokenizer, peer) -> None:
+    captions = varied_captions(int(os.environ.get("CLIPKIT_TOKENIZER_CAPTIONS", "12000")), seed=0)
+    for caption, ids in zip(captions, tokenizer.encode(captions), strict=True):
+        assert ids == peer.encode(caption), repr(caption)
+
+
+@pytest.mark.parametrize("context_length", [8, 16, 77])
+def test_padding_and_truncation_equal_openclip(tokenizer: Tokenizer, peer, context_length: int) -> None:
+    captions = varied_captions(300, seed=1)
+    ids_BT = tokenizer(captions, context_length)
+    assert ids_BT.dtype == np.int32
+    np.testing.assert_array_equal(ids_BT, peer(captions, context_length).numpy())
+    long = tokenizer("cat " * 200, context_length)[0]
+    assert (long[0], long[-1]) == (SOT, EOT)
+
+
+@given(
+    st.text(st.characters(max_codepoint=0x7F) | st.sampled_from("&;#<>'’é \xa0\x85ſ"))
+    | st.text(st.sampled_from("‘’“”–—…& \n-<'aZ0;"))
+    | st.lists(st.sampled_from(["’", "”", "…", "–", "&", " ", "quot;", "lt", "Ã", "â", "€", "a", "\n"])).map("".join)
+    | st.text(st.sampled_from("àéÉñößÀÃÂÎÐØÙ‘’“”–…&;® ²€°ab.'1"))
+)
+@settings(max_examples=1000, deadline=None)
+def test_the_short_cut_of_cleaning_changes_nothing(text: str) -> None:
+    plain = html.unescape(html.unescape(ftfy.fix_text(text))).strip()
+    assert clean(text) == " ".join(plain.split()).strip().lower()
+
+
+def test_no_short_run_of_typography_is_taken_for_mojibake() -> None:
+    """The patterns of ftfy are at most so long; that it leaves these alone is what the short cut rests on."""
+    for length in (1, 2, 3):
+        for characters in itertools.product("‘’“”–—…&aZ0 .'éÉà", repeat=length):
+            text = "".join(characters)
+            if UNTOUCHED.fullmatch(text):
+                assert ftfy.fix_text(text) == text.translate(STRAIGHT), repr(text)
+
+
+def test_every_letter_with_an_accent_is_left_alone_in_a_word() -> None:
+    """With each printable character of ASCII on either side of it."""
+    letters = [character for character in map(chr, range(0xC0, 0x17F)) if UNTOUCHED.fullmatch(character)]
+    assert {"é", "É", "ü", "ß"} < set(letters)
+    assert not {"Ã", "Â", "×", "÷", "œ"} & set(letters)
+    for letter in letters:
+        for one, other in itertools.product(map(chr, range(32, 127)), "aZ 0'-&"):
+            for text in (f"{one}{letter}{other}", f"{other}{letter}{one}", f"ca{other} {letter} {one}fe"):
+                if UNTOUCHED.fullmatch(text):
+                    assert ftfy.fix_text(text) == text
+
+
+def test_words_that_are_kept_have_the_ids_they_have_in_a_caption(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several threads share a memory that is full again and again."""
+    captions = [clean(caption) for caption in varied_captions(600, seed=2)]
+    tokenizer = Tokenizer()
+    known = len(tokenizer.kept)
+    monkeypatch.setattr(tokenizer_module, "KEPT_WORDS", known + 50)
+    expected = tokenizer.encode_words(captions)  # whole, by the library
+    most: list[int] = []
+
+    def encode(_: int) -> list[list[int]]:
+        rows = []
+        for start in range(0, len(captions), 20):
+            rows += tokenizer.encode_cleaned(captions[start : start + 20])
+            most.append(len(tokenizer.kept) - known)
+        return rows
+
+    with ThreadPoolExecutor(3) as pool:
+        for rows in pool.map(encode, range(3)):
+            assert rows == expected
+    assert max(most) < 2000 < sum(most)
+    assert max(map(len, tokenizer.kept)) <= tokenizer_module.KEPT_LENGTH
+
+
+def test_words_that_are_known_from_the_start_have_the_ids_that_the_library_gives() -> None:
+    """All of them: a token's own letters might be merged another way before they come to it."""
+    tokenizer = Tokenizer()
+    words = list(tokenizer.kept)
+    assert len(words) > 30_000
+    assert tokenizer.encode_words(words) == list(tokenizer.kept.values())
+
+
+def test_vocabulary(tokenizer: Tokenizer) -> None:
+    assert tokenizer.model.token_to_id("<end_of_text>") == EOT == VOCAB_SIZE - 1
+    assert tokenizer("", 4).tolist() == [[SOT, EOT, 0, 0]]
+    assert tokenizer([], 4).shape == (0, 4)
+
+
+def test_foreign_merges_are_refused(tmp_path) -> None:
+    broken = tmp_path / "merges.txt.gz"
+    broken.write_bytes(clip_merges().read_bytes()[:1000])
+    with pytest.raises(UserError, match=r"merges\.txt\.gz"):
+        Tokenizer(broken)

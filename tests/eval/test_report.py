@@ -1,0 +1,250 @@
+"""The page is whole in a real browser: it renders, logs no error, loads nothing, and every picture shows."""
+
+import io
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from browser import Browser
+from PIL import Image
+
+from clipkit import log
+from clipkit.config import to_json
+from clipkit.errors import UserError
+from clipkit.eval import predictions, report_data, results
+from clipkit.eval.metrics import wilson
+from clipkit.eval.report import report, walls
+from clipkit.eval.results import Result
+from clipkit.model.config import ImageConfig, ModelConfig, TextConfig
+from clipkit.page import charts
+
+MODEL = ModelConfig(
+    embed_dim=16,
+    image=ImageConfig(
+        "vit_tiny_patch16_224", image_size=32, patch_size=8, width=32, depth=2, heads=2, class_token=True
+    ),
+    text=TextConfig(context_length=16, width=32, depth=1, heads=2),
+)
+STAGES = [
+    {"name": "reduced", "samples": 8000, "batch_size": 100, "image_size": 32, "context_length": 8, "image_keep": 6},
+    {"name": "full", "samples": 2000, "batch_size": 100, "image_size": 64, "context_length": 16, "image_keep": None},
+]
+
+
+def picture(colour: tuple[int, int, int]) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (40, 30), colour).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def write_run(run: Path, data: Path) -> Path:
+    """A run with every part of the page filled. The numbers are invented."""
+    run.mkdir(parents=True)
+    config = {
+        "clipkit": "0.1.0",
+        "torch": "2.15.0",
+        "recipe": {"name": "invented <recipe>", "model": to_json(MODEL), "stages": STAGES},
+        "data": str(data),
+        "dataset": {"name": "shapes", "split": "train", "records": 4},
+        "device": {"kind": "cpu", "hardware": "CPU, 1 threads", "devices": 1, "arithmetic": "float32"},
+    }
+    (run / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    lines = []
+    for number in range(1, 101):
+        seen = number * 100
+        line = {
+            "samples_seen": seen,
+            "stage": "reduced" if seen <= 8000 else "full",
+            "loss": 5 / number,
+            "lr": 1e-3 / number,
+        }
+        line |= {
+            "logit_scale": 14.0 + number,
+            "grad_norm": 1.0,
+            "samples_per_s": 50.0,
+            "data_wait": 0.25,
+            "seconds": number * 2.0,
+        }
+        lines.append(line)
+        if number % 50 == 0:
+            lines.append({"samples_seen": seen, "stage": "x", "shapes/top1": number / 400, "shapes/top5": number / 200})
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    rng = np.random.default_rng(0)
+    names = [f"shape & <{number}>" for number in range(20)]
+    rows: list[dict[str, Any]] = []
+    for number in range(60):
+        label, guesses = names[number % 20], [names[place] for place in rng.permutation(20)[:5]]
+        image = predictions.thumbnail(picture((number * 4, 90, 200)))
+        rows.append(
+            {"key": str(number), "label": label, "correct": guesses[0] == label, "guesses": guesses, "image": image}
+            | {"probabilities": [0.4, 0.2, 0.1, 0.05, 0.01], "problem": None}
+        )
+    bad = {"key": "bad.jpg", "label": names[0], "correct": False, "guesses": [], "image": None, "probabilities": []}
+    rows.append(bad | {"problem": "not an image"})
+    predictions.write(run / "predictions-shapes.parquet", rows, {"task": "shapes", "samples_seen": 10_000})
+    hashes = {"classes": "0123456789abcdef", "templates": "b", "split": "c", "preprocessing": "d"}
+    for metric, value, chance in (("top1", 0.25, 1 / 20), ("top5", 0.26, 5 / 20)):
+        low, high = wilson(value, 60)
+        made = Result(
+            metric, value, low, high, 60, chance, 20, "shapes", "x", 10_000, "checkpoints/000000010000", hashes
+        )
+        results.write(run, [made])
+    stages = [{"name": "download", "command": "x", "seconds": 12.0, "peak_memory_bytes": 10**8}]
+    (run / "demo.json").write_text(json.dumps({"stages": stages}), encoding="utf-8")
+    return run
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("report")
+    return report(write_run(folder / "run", folder / "nowhere"))
+
+
+def test_a_browser_shows_the_page(page: Path, browser: Browser) -> None:
+    shots = []
+    for width, scheme in ((1200, "light"), (390, "light"), (1200, "dark")):
+        browser.open(page, width, scheme)
+        pictures = browser.evaluate("[...document.images].map(i => i.complete && i.naturalWidth > 0)")
+        assert len(pictures) >= 12
+        assert all(pictures)
+        assert browser.evaluate("document.documentElement.scrollWidth") <= width, "the page is wider than the screen"
+        assert browser.evaluate("document.querySelectorAll('figure.chart svg polyline').length") >= 6
+        # Text in a chart stays readable where the chart is scaled.
+        heights = "[...document.querySelectorAll('svg .tick')].map(text => text.getBoundingClientRect().height)"
+        assert min(browser.evaluate(heights)) >= 9
+        shots.append(browser.screenshot())
+        assert browser.problems() == []
+        assert browser.requests() == [page.as_uri()]
+    assert shots[0].std() > 5, "the picture of the page is blank"
+    assert shots[0].mean() > 180 > 90 > shots[2].mean(), "light is light and dark is dark"
+
+
+def test_the_pointer_reads_a_curve(page: Path, browser: Browser) -> None:
+    browser.open(page, 1200, "light")
+    browser.evaluate(
+        "{const s = document.querySelector('.chart svg'), b = s.getBoundingClientRect();"
+        "s.dispatchEvent(new PointerEvent('pointermove', {clientX: b.right - 20, clientY: b.top + 50}))}"
+    )
+    assert browser.evaluate("document.querySelector('.chart .said').textContent").startswith("9.")
+
+
+def test_the_page_says_what_the_run_holds(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    numbers = ["25.0%", "15.8% – 37.2%", "chance 5.0%", "10,000 samples seen", "3m 20s"]
+    words = [
+        "invented &lt;recipe&gt;",
+        "not distinguishable from chance",
+        "reduced",
+        "shape &amp; &lt;3&gt;",
+        "bad.jpg",
+    ]
+    for shown in [*numbers, *words, "download"]:
+        assert shown in text, shown
+    assert "<3>" not in text
+    for outside in ("http://", "https://", 'src="/', "url("):
+        assert outside not in text, outside
+
+
+@pytest.mark.parametrize(
+    "files", [["config.json"], ["metrics.jsonl"], ["results.jsonl"], ["config.json", "metrics.jsonl"]]
+)
+def test_a_run_with_parts_missing_has_a_page(tmp_path: Path, browser: Browser, files: list[str]) -> None:
+    whole = write_run(tmp_path / "whole", tmp_path / "nowhere")
+    run = tmp_path / "run"
+    run.mkdir()
+    for name in files:
+        shutil.copy(whole / name, run)
+    browser.open(report(run), 1200, "light")
+    text = browser.evaluate("document.body.innerText")
+    assert ("No metrics yet" in text) == ("metrics.jsonl" not in files)
+    assert ("No results yet" in text) == ("results.jsonl" not in files)
+    assert "No guesses yet" in text
+    assert "NaN" not in text
+
+
+def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="isn't a run: give the folder that clipkit train wrote"):
+        report(tmp_path)
+    with pytest.raises(UserError, match="doesn't exist"):
+        report(tmp_path / "nothing")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_data_that_is_gone_is_named(page: Path) -> None:
+    assert "The data isn’t in reach: dataset" in page.read_text(encoding="utf-8")
+
+
+def test_costs_add_up(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", tmp_path)
+    metrics = report_data.read_metrics(run)
+    reduced, full = report_data.stage_costs(report_data.read_config(run), metrics)
+    assert (reduced.done, full.done) == (8000, 2000)
+    assert (reduced.seconds, full.seconds) == (160.0, 40.0)
+    assert (reduced.image_tokens, reduced.text_tokens) == (6 + 1, 8)
+    assert (full.image_tokens, full.text_tokens) == (64 + 1, 16)
+    # By hand for the full stage: 12 D² weights a layer, D = 32; two layers and one; patches of 8 × 8 × 3.
+    image = 2 * (2 * 12 * 32**2) * 65 + 4 * 65**2 * 32 * 2 + 2 * (32 * 8 * 8 * 3) * 64
+    text = 2 * (12 * 32**2) * 16 + 4 * 16**2 * 32
+    assert full.flops == 3 * (image + text)
+
+
+def test_an_unfinished_stage_counts_what_is_done(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", tmp_path)
+    reduced, full = report_data.stage_costs(report_data.read_config(run), report_data.read_metrics(run)[:40])
+    assert (reduced.done, full.done, full.seconds) == (4000, 0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [
+        (0, 10, [0, 2.5, 5, 7.5, 10]),
+        (0.1, 0.9, [0.2, 0.4, 0.6, 0.8]),
+        (3, 3, [3]),
+        (0, 312_320, [0, 100_000, 200_000, 300_000]),
+    ],
+)
+def test_ticks_are_round_and_inside(low: float, high: float, expected: list[float]) -> None:
+    assert charts.ticks(low, high, 4) == pytest.approx(expected)
+
+
+def test_short_numbers() -> None:
+    shown = [charts.short(value) for value in (0, 0.0002, 0.5, 12, 999.9, 12_800, 3.2e6, 1.28e10, 999_999)]
+    assert shown == ["0", "2e-4", "0.5", "12", "1k", "12.8k", "3.2M", "12.8B", "1M"]
+
+
+def test_sizes_of_data() -> None:
+    shown = [charts.size(value) for value in (0, 34_567 / 4, 950, 3.2e6, 3.2e9, 999_999_999, 1.5e12, 2e15)]
+    assert shown == ["0 B", "8.64 kB", "950 B", "3.2 MB", "3.2 GB", "1 GB", "1.5 TB", "2 PB"]
+
+
+def test_a_sample_of_a_great_many_records_takes_no_room_for_each() -> None:
+    places = report_data.sample_places(10**13)
+    assert len(places) == report_data.SAMPLE
+    assert places == sorted(set(places)) == report_data.sample_places(10**13)
+    assert (report_data.sample_places(4), report_data.sample_places(0)) == ([0, 1, 2, 3], [])
+
+
+def test_the_wall_counts_the_classes_of_the_task(tmp_path: Path) -> None:
+    """Not those that occur: of many classes a small data set has a few."""
+    row = {"key": "0", "label": "a", "correct": False, "guesses": ["b"], "image": None, "probabilities": [0.4]}
+    for name, about in (("new", {"classes": 1000}), ("old", {})):
+        (tmp_path / name).mkdir()
+        predictions.write(tmp_path / name / "predictions-x.parquet", [row | {"problem": None}], {"task": "x"} | about)
+    assert [walls(tmp_path / name)[0]["classes"] for name in ("new", "old")] == [1000, 1]
+
+
+def test_metrics_of_one_moment_are_one_point(tmp_path: Path) -> None:
+    log.append_json_line(tmp_path / "metrics.jsonl", {"samples_seen": 5, "loss": 1.0})
+    log.append_json_line(tmp_path / "metrics.jsonl", {"samples_seen": 5, "task/top1": 0.5})
+    assert report_data.read_metrics(tmp_path) == [{"samples_seen": 5, "loss": 1.0, "task/top1": 0.5}]
+    assert report_data.evaluations(report_data.read_metrics(tmp_path)) == {"task": ["task/top1"]}
+
+
+def test_thinning_keeps_the_mean_and_leaves_nan_out() -> None:
+    xs, ys = charts.thin(list(range(1001)), [*range(1000), float("nan")])
+    assert len(xs) <= charts.POINTS
+    assert xs == ys
+    assert xs[0] == 2.0

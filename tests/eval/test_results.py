@@ -1,0 +1,121 @@
+"""Results replace their own older line and no other; the words beside a number are true."""
+
+import dataclasses
+import io
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from clipkit.eval import results
+from clipkit.eval.metrics import wilson
+from clipkit.eval.results import Result
+from clipkit.page import charts
+
+HASHES = {"classes": "a", "templates": "b", "split": "c", "preprocessing": "d"}
+
+
+def result(value: float = 0.5, *, n: int = 1000, chance: float = 0.001, **changes: object) -> Result:
+    low, high = wilson(value, n)
+    made = Result(
+        "top1", value, low, high, n, chance, 1000, "emoji", "emoji.parquet", 100, "checkpoints/000000000100", HASHES
+    )
+    return dataclasses.replace(made, **changes)
+
+
+def test_lines_hold_what_the_design_asks_for(tmp_path: Path) -> None:
+    path = results.write(tmp_path / "run", [result()])
+    line = json.loads(path.read_text(encoding="utf-8"))
+    assert set(line) >= {
+        "metric",
+        "value",
+        "low",
+        "high",
+        "n",
+        "chance",
+        "classes",
+        "task",
+        "samples_seen",
+        "checkpoint",
+    }
+    assert set(line["hashes"]) == {"classes", "templates", "split", "preprocessing"}
+    assert results.read(tmp_path / "run") == [result()]
+
+
+def test_a_repeated_measurement_replaces_its_line(tmp_path: Path) -> None:
+    results.write(tmp_path, [result(0.5), result(0.7, metric="top5")])
+    results.write(tmp_path, [result(0.6)])
+    assert [(each.metric, each.value) for each in results.read(tmp_path)] == [("top1", 0.6), ("top5", 0.7)]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"task": "other"}, {"checkpoint": "checkpoints/000000000200"}, {"hashes": HASHES | {"templates": "z"}}],
+    ids=["task", "checkpoint", "templates"],
+)
+def test_another_measurement_is_added(tmp_path: Path, change: dict[str, object]) -> None:
+    results.write(tmp_path, [result(0.5)])
+    results.write(tmp_path, [result(0.6, **change)])
+    assert [each.value for each in results.read(tmp_path)] == [0.5, 0.6]
+
+
+def test_no_results_yet_and_foreign_lines(tmp_path: Path) -> None:
+    assert results.read(tmp_path) == []
+    (tmp_path / "results.jsonl").write_text('{"note": "mine"}\n[1]\n{"metric": "top1"}\n', encoding="utf-8")
+    assert results.read(tmp_path) == []
+
+
+def test_a_failed_write_keeps_the_old_file(tmp_path: Path) -> None:
+    results.write(tmp_path, [result(0.5)])
+    with pytest.raises(TypeError):
+        results.write(tmp_path, [result(0.6, data=object())])
+    assert [each.value for each in results.read(tmp_path)] == [0.5]
+    assert {path.name for path in tmp_path.iterdir()} == {"results.jsonl", ".results.lock"}
+
+
+def test_two_writers_lose_nothing(tmp_path: Path) -> None:
+    """Each opens the lock for itself, so threads stand for processes."""
+    tasks = [f"task {number}" for number in range(16)]
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda task: results.write(tmp_path, [result(task=task)]), tasks))
+    assert {each.task for each in results.read(tmp_path)} == set(tasks)
+
+
+@pytest.mark.parametrize(
+    ("made", "says"),
+    [
+        (result(0.5), ""),
+        (result(0.002, n=500), "not distinguishable from chance"),
+        (result(0.0, n=5000, chance=0.1), "worse than chance"),
+        (result(0.25, chance=0.1, largest_class=0.26), "no better than always guessing the commonest class (26.0%)"),
+        (result(0.25, chance=0.1, largest_class=0.26, metric="mean_per_class_recall"), ""),
+    ],
+)
+def test_verdict(made: Result, says: str) -> None:
+    assert results.verdict(made).startswith(says)
+    assert bool(results.verdict(made)) == bool(says)
+
+
+def test_table_shows_value_interval_chance_and_the_warning() -> None:
+    console = Console(width=160, record=True, file=io.StringIO())
+    console.print(results.table([result(0.0712), result(0.001, metric="top5", chance=0.005)]))
+    text = console.export_text()
+    for shown in ("7.1%", "5.7% – 8.9%", "0.10%", "0.50%", "not distinguishable from chance", "top-5"):
+        assert shown in text
+
+
+def test_percent() -> None:
+    assert [charts.percent(share) for share in (0, 0.00091, 0.0712, 0.5, 1)] == [
+        "0.00%",
+        "0.09%",
+        "7.1%",
+        "50.0%",
+        "100.0%",
+    ]
+
+
+def test_digest_depends_on_content_alone() -> None:
+    assert results.digest({"a": 1, "b": ["ü"]}) == results.digest({"b": ["ü"], "a": 1})
+    assert results.digest(["a", "b"]) != results.digest(["b", "a"])

@@ -1,0 +1,513 @@
+"""The classifier and its accuracy equal OpenCLIP's; the three kinds of data agree; bad input gets its one line."""
+
+import dataclasses
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import open_clip
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from open_clip.transform import image_transform
+from PIL import Image
+
+from clipkit import checkpoint, embedded
+from clipkit.device import pick
+from clipkit.errors import UserError
+from clipkit.eval import predictions, results
+from clipkit.eval.classes import Classes, name_classes, names_by_class, prompts, templates
+from clipkit.eval.classifier import class_embeddings, tokenise
+from clipkit.eval.labelled import open_labelled
+from clipkit.eval.task import Task, open_task
+from clipkit.eval.zeroshot import classify, evaluate, measures, zeroshot
+from clipkit.formats.records import RecordWriter, encode_example
+from clipkit.model.clip import CLIP, ImageConfig, ModelConfig, TextConfig, build
+from clipkit.pixels.images import Preprocess
+from clipkit.text.tokenizer import Tokenizer
+
+SMALL = ModelConfig(
+    embed_dim=32,
+    image=ImageConfig("vit_tiny_patch16_224", image_size=32, patch_size=8, width=32, depth=2, heads=2),
+    text=TextConfig(context_length=32, width=32, depth=2, heads=2),
+)
+PREPROCESS = Preprocess(size=32)
+PAIRS = 120
+
+
+@pytest.fixture(scope="module")
+def model() -> CLIP:
+    return build(SMALL, seed=1).eval()
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer()
+
+
+@pytest.fixture(scope="module")
+def emoji(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Real pictures in classes of unequal size: their groups, cut in two by the first letter."""
+    rows = pq.read_table(embedded.emoji_parquet("heldout")).slice(0, PAIRS).to_pylist()
+    columns = {
+        "image": [row["image"] for row in rows],
+        "label": [f"{row['group']} {'early' if row['label'] < 'c' else 'late'}" for row in rows],
+        "number": [place % 7 for place in range(PAIRS)],
+    }
+    path = tmp_path_factory.mktemp("data") / "emoji.parquet"
+    pq.write_table(pa.table(columns), path)
+    return path
+
+
+@pytest.fixture
+def run(tmp_path: Path, model: CLIP) -> Path:
+    @dataclasses.dataclass(frozen=True)
+    class NoRecipe:
+        name: str = "none"
+
+    config = checkpoint.describe(SMALL, PREPROCESS, NoRecipe())
+    state = {"samples_seen": 64, "stage": "full", "seconds": 1.0, "bad_samples": 0}
+    checkpoint.save(checkpoint.place(tmp_path / "run", 64), tensors=model.state_dict(), config=config, state=state)
+    return tmp_path / "run"
+
+
+def write_parquet(path: Path, **columns: list[Any]) -> Path:
+    pq.write_table(pa.table(columns), path)
+    return path
+
+
+def png(colour: tuple[int, int, int] = (200, 30, 30)) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (24, 20), colour).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+# ---- Parity with OpenCLIP ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["openai-80", "openai-7", "plain"])
+def test_classifier_equals_open_clips(model: CLIP, tokenizer: Tokenizer, name: str) -> None:
+    names = ["tench", "great white shark", "hot dog, in a bun", "Crème brûlée", "hot dog", "cat’s eye"]
+    sentences = templates(name).sentences
+    classes = Classes(tuple(names), tuple((each,) for each in names))
+    mine_CE = class_embeddings(model, tokenise(prompts(classes, sentences), tokenizer, 32), pick("cpu"))
+    theirs_EC = open_clip.build_zero_shot_classifier(
+        model, open_clip.SimpleTokenizer(context_length=32), names, list(sentences), num_classes_per_batch=4
+    )
+    assert mine_CE.shape == (6, 32)
+    torch.testing.assert_close(mine_CE, theirs_EC.T, rtol=0, atol=1e-6)
+
+
+def test_accuracy_equals_open_clips(model: CLIP, tokenizer: Tokenizer, emoji: Path) -> None:
+    task = open_task(emoji, templates_name="openai-7")
+    guesses = classify(model, tokenizer, PREPROCESS, task, pick("cpu"), batch_size=32)
+    found = {each.metric: each for each in measures(task, guesses)}
+
+    rows = pq.read_table(emoji).to_pylist()
+    names = sorted({row["label"] for row in rows})
+    transform = image_transform(32, is_train=False)
+    image_BCHW = torch.stack([transform(Image.open(io.BytesIO(row["image"])).convert("RGB")) for row in rows])
+    sentences = list(templates("openai-7").sentences)
+    with torch.no_grad():
+        classifier = open_clip.build_zero_shot_classifier(
+            model, open_clip.SimpleTokenizer(context_length=32), names, sentences
+        )
+        logits = 100.0 * model.encode_image(image_BCHW) @ classifier
+    target = torch.tensor([names.index(row["label"]) for row in rows])
+    # As open_clip_train's `accuracy`, which itself fails under numpy 2.4.
+    correct_NK = logits.topk(5, 1, True, True)[1].eq(target[:, None])
+    top1, top5 = correct_NK[:, 0].sum().item(), correct_NK.sum().item()
+    assert (found["top1"].value * PAIRS, found["top5"].value * PAIRS) == pytest.approx((top1, top5))
+    assert 0 < top5 < PAIRS
+    np.testing.assert_array_equal(guesses.top_NK, logits.topk(5)[1].numpy())
+    probability_NK = (logits / 100.0 * model.clamped_logit_scale()).softmax(-1).topk(5)[0]
+    np.testing.assert_allclose(guesses.probability_NK, probability_NK.detach().numpy(), atol=1e-5)
+
+
+def test_trimmed_sorted_batches_change_nothing(model: CLIP, tokenizer: Tokenizer) -> None:
+    texts = [["a", "an aardvark of the south " * 3], ["b b b b b", "a"], ["x " * 60]]
+    found_CE = class_embeddings(model, tokenise(texts, tokenizer, 32), pick("cpu"))
+    with torch.no_grad():
+        for number, each in enumerate(texts):
+            whole_BE = model.encode_text(torch.from_numpy(tokenizer(each, 32)))
+            expected_E = torch.nn.functional.normalize(whole_BE.mean(dim=0), dim=0)
+            torch.testing.assert_close(found_CE[number], expected_E, rtol=0, atol=1e-6)
+
+
+def test_prompts_are_shared_counted_and_sorted(tokenizer: Tokenizer) -> None:
+    made = tokenise([["a b", "c"], ["c", "c", "d e f g h i"], ["a b"]], tokenizer, 6)
+    assert made.length_P.tolist() == [3, 4, 6]
+    assert made.cut == 1
+    text_of = {0: "c", 1: "a b", 2: "long"}
+    pairs = sorted((int(c), text_of[int(p)]) for p, c in zip(made.prompt_Q, made.class_Q, strict=True))
+    assert pairs == [(0, "a b"), (0, "c"), (1, "c"), (1, "c"), (1, "long"), (2, "a b")]
+
+
+def test_many_classes_in_many_templates_are_many_batches(
+    model: CLIP, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = prompts(Classes(("a", "b"), (("ant", "small ant"), ("bee",))), templates("openai-80").sentences)
+    made = tokenise(texts, tokenizer, 32)
+    at_once_CE = class_embeddings(model, made, pick("cpu"))
+    monkeypatch.setattr("clipkit.eval.classifier.TOKENS_PER_BATCH", 64)
+    torch.testing.assert_close(class_embeddings(model, made, pick("cpu")), at_once_CE, rtol=0, atol=1e-6)
+
+
+# ---- The three kinds of data ---------------------------------------------------------------------------------------
+
+
+def as_folder(emoji: Path, folder: Path) -> Path:
+    for place, row in enumerate(pq.read_table(emoji).to_pylist()):
+        path = folder / row["label"].replace("/", "-") / f"{place:04d}.webp"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(row["image"])
+    return folder
+
+
+def as_tfds(emoji: Path, folder: Path, *, class_label: bool) -> Path:
+    """A dataset as TFDS writes it, with a ClassLabel or with labels as text, and no folder of clipkit's."""
+    rows = pq.read_table(emoji).to_pylist()
+    names = sorted({row["label"] for row in rows})
+    folder = folder / "shapes" / "1.0.0"
+    folder.mkdir(parents=True)
+    with RecordWriter(folder / "shapes-validation.tfrecord-00000-of-00001") as writer:
+        for row in rows:
+            label = names.index(row["label"]) if class_label else row["label"]
+            writer.write(encode_example({"image": row["image"], "label": label}))
+    package = "tensorflow_datasets.core.features."
+    image = {"pythonClassName": f"{package}image_feature.Image", "image": {"shape": {"dimensions": ["-1", "-1", "3"]}}}
+    label_feature: dict[str, Any] = {"pythonClassName": f"{package}text_feature.Text", "text": {}}
+    if class_label:
+        label_feature = {
+            "pythonClassName": f"{package}class_label_feature.ClassLabel",
+            "classLabel": {"numClasses": str(len(names))},
+        }
+        (folder / "label.labels.txt").write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
+    features = {
+        "pythonClassName": f"{package}features_dict.FeaturesDict",
+        "featuresDict": {"features": {"image": image, "label": label_feature}},
+    }
+    split = {"name": "validation", "shardLengths": [str(len(rows))], "numBytes": "1"}
+    split["filepathTemplate"] = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
+    info = {"name": "shapes", "version": "1.0.0", "fileFormat": "tfrecord", "splits": [split]}
+    (folder / "features.json").write_text(json.dumps(features), encoding="utf-8")
+    (folder / "dataset_info.json").write_text(json.dumps(info), encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["folder", "tfds with classes", "tfds with texts"])
+def test_all_kinds_of_data_give_one_number(
+    model: CLIP, tokenizer: Tokenizer, emoji: Path, tmp_path: Path, kind: str
+) -> None:
+    if kind == "folder":
+        data = as_folder(emoji, tmp_path / "shapes")
+    else:
+        data = as_tfds(emoji, tmp_path, class_label=kind == "tfds with classes")
+    found = [
+        dict(evaluate(model, tokenizer, PREPROCESS, open_task(each, templates_name="plain", name="t"), pick("cpu")))
+        for each in (emoji, data)
+    ]
+    assert found[0] == found[1]
+    assert set(found[0]) == {"t/top1", "t/top5", "t/mean_per_class_recall"}
+
+
+def test_names_of_tasks_say_which_split_and_label(emoji: Path, tmp_path: Path) -> None:
+    as_tfds(emoji, tmp_path / "tfds", class_label=True)
+    as_folder(emoji, tmp_path / "net" / "val")
+    (tmp_path / "net" / "train").mkdir()
+    assert open_labelled(emoji).name == "emoji"
+    assert open_labelled(emoji, label="number").name == "emoji-number"
+    assert open_labelled(tmp_path / "tfds").name == "shapes-validation"
+    assert open_labelled(tmp_path / "net").name == "net-val"
+
+
+def test_classes_may_be_called_as_splits_are(tmp_path: Path) -> None:
+    for name in ("exam", "test", "train"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.png").write_bytes(png())
+    images = open_labelled(tmp_path)
+    assert (images.name, images.label_names) == (tmp_path.name, ("exam", "test", "train"))
+
+
+def test_wnids_get_imagenets_names(tmp_path: Path) -> None:
+    for wnid in ("n01443537", "n01440764"):
+        (tmp_path / wnid).mkdir()
+        (tmp_path / wnid / "a.png").write_bytes(png())
+    task = open_task(tmp_path, templates_name="plain")
+    assert task.classes.titles == ("tench", "goldfish")
+
+
+def test_folders_with_numbers_are_in_the_order_of_the_numbers(tmp_path: Path) -> None:
+    for number in range(1000):
+        (tmp_path / str(number)).mkdir()
+        (tmp_path / str(number) / "a.png").write_bytes(b"")
+    images = open_labelled(tmp_path)
+    assert {key: int(label) for key, label in zip(images.keys, images.labels_N, strict=True)}["10/a.png"] == 10
+    assert name_classes(images.label_names, tmp_path).names[10] == ("brambling",)
+
+
+def test_hugging_faces_image_cells(tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "a.parquet", image=[{"bytes": png(), "path": None}] * 2, label=["x", "y"])
+    assert list(open_labelled(path).read()) == [png(), png()]
+
+
+def test_numbers_need_names(emoji: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"labels are numbers.*--classes"):
+        open_task(emoji, label="number")
+    names = tmp_path / "names.json"
+    names.write_text(json.dumps(["one", "two", "three", "four", "five", "six", "seven"]), encoding="utf-8")
+    task = open_task(emoji, label="number", classes=names)
+    assert task.classes.titles[task.labels_N[3]] == "four"
+    names.write_text(json.dumps(["one"]), encoding="utf-8")
+    with pytest.raises(UserError, match=r"names 1 classes.*has 7"):
+        open_task(emoji, label="number", classes=names)
+
+
+def test_a_class_of_many_names_is_their_mean(model: CLIP, tokenizer: Tokenizer, emoji: Path, tmp_path: Path) -> None:
+    groups = names_by_class(embedded.emoji_parquet("train"), "group", "label")
+    assert len(groups) == 10
+    assert "red apple" in groups["food & drink"]
+    labels = sorted({str(label) for label in pq.read_table(emoji)["label"].to_pylist()})
+    file = tmp_path / "classes.json"
+    file.write_text(json.dumps({"distractor": "a"} | {each: ["ant", "bee"] for each in labels}), encoding="utf-8")
+    task = open_task(emoji, templates_name="a {}", classes=file)
+    # The file's order is the classes' order, and it may hold classes that don't occur.
+    assert task.classes.labels == ("distractor", *labels)
+    assert task.labels_N.min() == 1
+    made_CE = class_embeddings(model, task.prompts(tokenizer, 32), pick("cpu"))
+    with torch.no_grad():
+        mean_E = model.encode_text(torch.from_numpy(tokenizer(["a ant", "a bee"], 32))).mean(dim=0)
+    torch.testing.assert_close(made_CE[1], torch.nn.functional.normalize(mean_E, dim=0), rtol=0, atol=1e-6)
+
+
+# ---- While training ------------------------------------------------------------------------------------------------
+
+
+def test_evaluation_in_training_keeps_what_is_costly(model: CLIP, tokenizer: Tokenizer, emoji: Path) -> None:
+    task = open_task(emoji, templates_name="plain")
+    reads = 0
+    read = task.images.read
+
+    def counted() -> Iterator[bytes]:
+        nonlocal reads
+        reads += 1
+        return read()
+
+    task.images = dataclasses.replace(task.images, read=counted)
+    model.train()
+    first = dict(evaluate(model, tokenizer, PREPROCESS, task, pick("cpu"), batch_size=50))
+    assert model.training
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert dict(evaluate(model, tokenizer, PREPROCESS, task, pick("cpu"), batch_size=50)) == first
+    assert reads == 1
+    assert task.prompts(tokenizer, 32) is task.prompts(tokenizer, 32)
+    # A stage with other sizes prepares them anew.
+    larger = dataclasses.replace(SMALL, image=dataclasses.replace(SMALL.image, image_size=48))
+    dict(evaluate(build(larger), tokenizer, Preprocess(size=48), task, pick("cpu")))
+    assert reads == 2
+    model.eval()
+
+
+# ---- The command ---------------------------------------------------------------------------------------------------
+
+
+def test_numbers_and_guesses_are_written_into_the_run(
+    run: Path, emoji: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = zeroshot(run, emoji, templates="openai-7", device="cpu")
+    again = zeroshot(run / "checkpoints" / "000000000064", emoji, templates="openai-7", device="cpu")
+    assert found == again == results.read(run)
+    assert [each.metric for each in found] == ["top1", "top5", "mean_per_class_recall"]
+    assert {each.checkpoint for each in found} == {"checkpoints/000000000064"}
+    assert found[0].samples_seen == 64
+    assert found[0].chance == pytest.approx(1 / found[0].classes)
+    rows, about = predictions.read(run / "predictions-emoji.parquet")
+    assert (about["task"], about["classes"]) == ("emoji", found[0].classes)
+    assert len(rows) == PAIRS
+    assert np.mean([row["correct"] for row in rows]) == pytest.approx(found[0].value)
+    assert all(row["correct"] == (row["guesses"][0] == row["label"]) for row in rows)
+    assert Image.open(io.BytesIO(rows[0]["image"])).format == "WEBP"
+    assert "were cut" not in capsys.readouterr().err
+
+
+def test_other_templates_are_another_result(run: Path, emoji: Path) -> None:
+    first, second = (zeroshot(run, emoji, templates=name, device="cpu")[0] for name in ("plain", "a photo of a {}."))
+    assert len(results.read(run)) == 6
+    assert {name for name in first.hashes if first.hashes[name] != second.hashes[name]} == {"templates"}
+
+
+def test_outside_of_a_run_nothing_is_written(
+    run: Path, emoji: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    alone = (run / "checkpoints" / "000000000064").rename(tmp_path / "alone")
+    assert zeroshot(alone, emoji, templates="plain", device="cpu")
+    assert "give --out to keep them" in capsys.readouterr().err
+    assert not (tmp_path / "results.jsonl").exists()
+    zeroshot(alone, emoji, templates="plain", device="cpu", out=tmp_path / "kept")
+    assert results.read(tmp_path / "kept")[0].checkpoint == str(alone)
+
+
+def test_an_unwritable_run_is_found_out_before_the_work(
+    run: Path, emoji: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("clipkit.eval.zeroshot.classify", None)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"can't write .*file: a file stands where a folder is needed"):
+        zeroshot(run, emoji, templates="plain", device="cpu", out=tmp_path / "file")
+
+
+def test_numbers_are_kept_where_the_guesses_find_no_room(
+    run: Path, emoji: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise UserError("the disk is full")
+
+    monkeypatch.setattr(predictions, "write", full)
+    with pytest.raises(UserError, match="the disk is full"):
+        zeroshot(run, emoji, templates="plain", device="cpu")
+    assert len(results.read(run)) == 3
+
+
+def test_an_image_that_is_none_is_told_and_left_out(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = [png((place, 0, 0)) for place in range(200)]
+    images[17] = b"<html>not here</html>"
+    data = write_parquet(tmp_path / "d.parquet", image=images, label=["a", "b"] * 100)
+    found = zeroshot(run, data, templates="plain", device="cpu")
+    assert (found[0].n, found[0].unreadable) == (199, 1)
+    assert "1 images can't be read" in capsys.readouterr().err
+    rows, _ = predictions.read(run / "predictions-d.parquet")
+    assert [row["key"] for row in rows if row["problem"]] == ["17"]
+    images[18] = images[19] = b""
+    broken = write_parquet(tmp_path / "e.parquet", image=images, label=["a", "b"] * 100)
+    with pytest.raises(UserError, match=r"e.parquet: 3 of 200 images can't be read, the last one 19"):
+        zeroshot(run, broken, templates="plain", device="cpu")
+    assert {each.task for each in results.read(run)} == {"d"}
+
+
+def test_prompts_that_are_cut_are_told(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = write_parquet(tmp_path / "d.parquet", image=[png(), png()], label=["very " * 40 + "long", "b"])
+    zeroshot(run, data, templates="plain", device="cpu")
+    assert "1 prompts are longer than the 32 text tokens" in capsys.readouterr().err
+
+
+def test_a_broken_model_is_told(model: CLIP, tokenizer: Tokenizer, emoji: Path) -> None:
+    broken = build(SMALL)
+    torch.nn.init.constant_(broken.image_projection.weight, float("nan"))
+    with pytest.raises(UserError, match="the model gives NaN"):
+        classify(broken, tokenizer, PREPROCESS, open_task(emoji, templates_name="plain"), pick("cpu"))
+
+
+# ---- Bad input -----------------------------------------------------------------------------------------------------
+
+
+def test_a_missing_checkpoint(tmp_path: Path, emoji: Path) -> None:
+    with pytest.raises(UserError, match=r"checkpoint .*nothing doesn't exist"):
+        zeroshot(tmp_path / "nothing", emoji)
+
+
+def test_a_checkpoint_of_another_architecture(run: Path, emoji: Path) -> None:
+    config = run / "checkpoints" / "000000000064" / "config.json"
+    content = json.loads(config.read_text(encoding="utf-8"))
+    content["model"]["text"]["width"] = 64
+    config.write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(UserError, match="architecture"):
+        zeroshot(run, emoji, templates="plain", device="cpu")
+    assert results.read(run) == []
+
+
+@pytest.mark.parametrize(
+    ("made", "options", "says"),
+    [
+        ({}, {"label": "lable"}, "has no column 'lable': did you mean label"),
+        ({}, {"templates_name": "openai-8"}, "unknown templates 'openai-8': did you mean openai-80"),
+        ({}, {"templates_name": "none.json"}, "templates file none.json doesn't exist"),
+        ({"image": ["text", "text"]}, {}, "no column of encoded images"),
+        ({"label": ["a", None]}, {}, "row 1 has no 'label'"),
+        ({"image": pa.array([], pa.binary()), "label": pa.array([], pa.string())}, {}, "has no rows"),
+        ({"label": [0, -1]}, {}, "negative"),
+    ],
+)
+def test_bad_data_gets_one_line(tmp_path: Path, made: dict[str, Any], options: dict[str, Any], says: str) -> None:
+    path = write_parquet(tmp_path / "d.parquet", **({"image": [png(), png()], "label": ["a", "b"]} | made))
+    with pytest.raises(UserError, match=says) as caught:
+        open_task(path, **options)
+    assert "\n" not in str(caught.value)
+
+
+def test_data_that_is_none_of_the_three(tmp_path: Path, emoji: Path) -> None:
+    text = tmp_path / "a.txt"
+    text.write_text("hello", encoding="utf-8")
+    for path, says in (
+        (text, "isn't a parquet file"),
+        (tmp_path / "x", "doesn't exist"),
+        (tmp_path, "no class folders"),
+    ):
+        with pytest.raises(UserError, match=says):
+            open_task(path)
+    with pytest.raises(UserError, match="has no split 'train'"):
+        open_task(as_tfds(emoji, tmp_path / "tfds", class_label=True), split="train")
+    with pytest.raises(UserError, match="has no feature 'lable': did you mean label"):
+        open_task(tmp_path / "tfds", label="lable")
+
+
+@pytest.mark.parametrize("column", ["image", "label"])
+def test_a_damaged_page_gets_one_line(tmp_path: Path, column: str) -> None:
+    path = write_parquet(tmp_path / "d.parquet", image=[png()] * 20, label=["a", "b"] * 10)
+    place = pq.read_metadata(path).row_group(0).column(["image", "label"].index(column)).dictionary_page_offset
+    content = bytearray(path.read_bytes())
+    content[place : place + 20] = bytes(20)
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"d\.parquet isn't a parquet file that can be read") as caught:
+        list(open_labelled(path).read())
+    assert "\n" not in str(caught.value)
+
+
+# What Hugging Face's save_to_disk writes, which has a dataset_info.json too.
+@pytest.mark.parametrize("info", [{"splits": {"test": {"name": "test"}}}, {"splits": None}, {"features": {}}, []])
+@pytest.mark.parametrize("folder", ["", "test"])
+def test_a_hugging_face_folder_is_no_tfds_dataset(tmp_path: Path, info: object, folder: str) -> None:
+    (tmp_path / folder).mkdir(exist_ok=True)
+    (tmp_path / folder / "dataset_info.json").write_text(json.dumps(info), encoding="utf-8")
+    (tmp_path / folder / "data-00000-of-00001.arrow").write_bytes(b"")
+    with pytest.raises(UserError, match="holds no class folders with images") as caught:
+        open_task(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ({"objekts": "x"}, "has no class 'activities early', which occurs in"),
+        ({"a": []}, "class 'a' has no name"),
+        ("text", "isn't a list of names or an object"),
+    ],
+)
+def test_bad_classes_files(tmp_path: Path, emoji: Path, content: object, says: str) -> None:
+    file = tmp_path / "classes.json"
+    file.write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(UserError, match=says):
+        open_task(emoji, classes=file)
+
+
+def test_templates_from_files(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text('["a {}.", "{} {{x}}"]', encoding="utf-8")
+    (tmp_path / "b.txt").write_text("one {}\n\n two {} \n", encoding="utf-8")
+    assert templates(str(tmp_path / "a.json")).sentences == ("a {}.", "{} {{x}}")
+    assert templates(str(tmp_path / "b.txt")).sentences == ("one {}", "two {}")
+    assert prompts(Classes(("a",), (("cat {0}",),)), ["a {}.", "{} {{x}}"]) == [["a cat {0}.", "cat {0} {{x}}"]]
+    for content, says in (("no braces", "has no {}"), ("", "holds no template")):
+        (tmp_path / "b.txt").write_text(content, encoding="utf-8")
+        with pytest.raises(UserError, match=says):
+            templates(str(tmp_path / "b.txt"))
+
+
+def test_tasks_are_what_they_say() -> None:
+    task = open_task(embedded.emoji_parquet("heldout"), templates_name="plain")
+    assert isinstance(task, Task)
+    assert (task.name, len(task.images), len(task.classes)) == ("emoji-heldout", 1096, 1096)

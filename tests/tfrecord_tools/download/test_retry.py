@@ -1,0 +1,115 @@
+"""Rows that failed are fetched again when they are asked for, and no others, and join the shards they belong to."""
+
+import dataclasses
+import json
+from http import HTTPStatus
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from download_site import JPEG, examples, fetch, file_bytes, members, write_urls
+
+from clipkit.cli.demo_server import Answer, serve
+from clipkit.cli.download import PASSING
+from clipkit.errors import UserError
+from clipkit.formats.dataset import open_dataset
+from clipkit.jobs import run as jobs
+from clipkit.tfrecord_tools import reasons
+from clipkit.tfrecord_tools.account.shard_state import ShardState
+from clipkit.tfrecord_tools.download.plan import Shard
+from clipkit.tfrecord_tools.download.retry import DEFAULT, Retry, begin_retry, end_retry, parse_reasons, retry_jobs
+
+GOOD, BUSY, GONE = Answer(JPEG), Answer(b"", status=HTTPStatus.BAD_GATEWAY), Answer(b"", status=HTTPStatus.NOT_FOUND)
+PATHS = [f"/{number}.jpg" for number in range(8)]
+
+
+@pytest.mark.parametrize("format", ["tfds", "webdataset", "parquet"])
+def test_failed_rows_are_merged(tmp_path: Path, format: str) -> None:
+    """The shards end with the bytes that they would have had at once; a shard without such rows isn't touched."""
+    first = {path: {1: BUSY, 2: GONE, 4: GONE, 5: BUSY}.get(number % 6, GOOD) for number, path in enumerate(PATHS)}
+    first["/6.jpg"] = first["/7.jpg"] = GOOD
+    with serve(first) as base_url:
+        port = int(base_url.rpartition(":")[2])
+        urls = write_urls(tmp_path / "u.parquet", url=[base_url + path for path in PATHS], caption=PATHS)
+        options = {"format": format, "samples_per_shard": 3}
+        summary = fetch(urls, tmp_path / "out", **options)
+        assert summary.failed == {"http-4xx": 2, "http-5xx": 2}
+    second = {**dict.fromkeys(PATHS, GOOD), "/5.jpg": BUSY}
+    data = sorted(path for path in summary.out.iterdir() if "0002" in path.name and path.suffix != ".json")
+    untouched = {path: path.stat().st_mtime_ns for path in data}
+    with serve(second, port):
+        assert fetch(urls, tmp_path / "out", **options) == summary  # nothing that failed is fetched, or done, by itself
+        retried = fetch(urls, tmp_path / "out", retry_failed=DEFAULT, **options)
+        assert (retried.failed, retried.downloaded, retried.retries) == ({"http-4xx": 2, "http-5xx": 1}, 5, 1)
+        assert {path: path.stat().st_mtime_ns for path in data} == untouched
+        failures = pq.read_table(summary.out / "clipkit" / "failures.parquet")
+        assert failures["url"].to_pylist() == [f"{base_url}/{number}.jpg" for number in (2, 4, 5)]
+        told = json.loads((summary.out / "clipkit" / "download.json").read_text())
+        assert told["rows"] == told["downloaded"] + sum(told["failed"].values()) == 8
+    with serve(dict.fromkeys(PATHS, GOOD), port):
+        last = fetch(urls, tmp_path / "out", retry_failed="http-4xx,http-5xx", **options)
+        at_once = fetch(urls, tmp_path / "at-once", **options)
+    assert dataclasses.replace(last, out=at_once.out, retries=0) == at_once
+    assert file_bytes(last.out) == file_bytes(at_once.out)
+    if format == "tfds":
+        assert [each["txt"] for each in examples(last.out)] == PATHS
+        assert open_dataset(last.out).num_records == 8
+    elif format == "webdataset":
+        assert [sample["txt"].decode() for sample in members(last.out).values()] == PATHS
+
+
+def test_rows_without_a_reason_to_pass_are_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with serve({"/a.jpg": GOOD}) as base_url:
+        urls = write_urls(
+            tmp_path / "u.parquet", url=[f"{base_url}/a.jpg", f"{base_url}/b.jpg", "nonsense"], caption=list("abc")
+        )
+        summary = fetch(urls, tmp_path)
+        monkeypatch.setattr(jobs, "run", None)
+        assert fetch(urls, tmp_path, retry_failed=DEFAULT) == summary
+    assert not (summary.out / "clipkit" / "retry.json").exists()
+
+
+def test_a_retry_comes_with_what_was_missing(tmp_path: Path) -> None:
+    """A run that was killed and is now told to retry fetches both: the shards not made, and the rows that failed."""
+    with serve({path: BUSY if path == "/0.jpg" else GOOD for path in PATHS}) as base_url:
+        port = int(base_url.rpartition(":")[2])
+        urls = write_urls(tmp_path / "u.parquet", url=[base_url + path for path in PATHS], caption=PATHS)
+        summary = fetch(urls, tmp_path, samples_per_shard=4)
+    (summary.out / "clipkit" / "shards" / "00001.json").unlink()
+    with serve(dict.fromkeys(PATHS, GOOD), port):
+        again = fetch(urls, tmp_path, samples_per_shard=4, retry_failed=DEFAULT)
+    assert (again.downloaded, again.failed) == (8, {})
+
+
+def state(round: int = 0, **failed: int) -> ShardState:
+    failed = {name.replace("_", "-"): count for name, count in failed.items()}
+    count = 10
+    return ShardState(
+        count, count - sum(failed.values()), sum(failed.values()), 0, failed, 0, {}, 0, 0, 0.0, 0.0, round, {}
+    )
+
+
+def test_a_killed_retry_goes_on_where_it_was(tmp_path: Path) -> None:
+    shards = [Shard(number, Path("t"), 0, 10, 10) for number in range(4)]
+    states = [state(dns=1), state(http_4xx=2), None, state(1, dns=1)]
+    retry = begin_retry(tmp_path, frozenset({"dns"}), states)
+    assert retry == Retry(2, frozenset({"dns"}))
+    assert [job.shard.number for job in retry_jobs(shards, states, retry)] == [0, 3]
+    states[0] = state(2, dns=1)  # it failed again
+    assert begin_retry(tmp_path, frozenset({"dns"}), states) == retry
+    assert [job.shard.number for job in retry_jobs(shards, states, retry)] == [3]
+    other = begin_retry(tmp_path, frozenset({"dns", "http-4xx"}), states)
+    assert other.round == 3
+    assert [job.shard.number for job in retry_jobs(shards, states, other)] == [0, 1, 3]
+    end_retry(tmp_path)
+    assert begin_retry(tmp_path, frozenset({"dns"}), states).round == 3
+
+
+def test_reasons_by_name() -> None:
+    assert parse_reasons("dns, http-5xx,") == {"dns", "http-5xx"}
+    assert parse_reasons(",".join(reasons.REASONS)) == set(reasons.REASONS)
+    assert PASSING == DEFAULT and "http-4xx" not in DEFAULT and "blocked-address" not in DEFAULT
+    assert parse_reasons(DEFAULT) == reasons.PASSING and parse_reasons("dns", allow_private_hosts=True) == {"dns"}
+    assert parse_reasons(DEFAULT, allow_private_hosts=True) == reasons.PASSING | {"blocked-address"}
+    with pytest.raises(UserError, match="unknown reason '404' in --retry-failed=404: choose among dns, connect, tls"):
+        parse_reasons("404")

@@ -1,0 +1,239 @@
+"""The training loop: what a run leaves, killing it anywhere, and that ranks and micro-batches change nothing."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from colour_pairs import pairs, write_tar
+from safetensors.torch import load_file
+
+from clipkit import checkpoint
+from clipkit.config import set_values
+from clipkit.errors import UserError
+from clipkit.log import read_metrics
+from clipkit.tfrecord_tools.build.command import build_tfds
+from clipkit.train import loop
+from clipkit.train.loop import is_due, train
+from clipkit.train.recipes import debug
+
+
+def weights(run):
+    return load_file(checkpoint.find(run) / "model.safetensors")
+
+
+def losses(run):
+    return [line["loss"] for line in read_metrics(run) if "loss" in line]
+
+
+def assert_same_weights(one, other):
+    ours, theirs = weights(one), weights(other)
+    assert ours.keys() == theirs.keys()
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+
+
+@pytest.fixture(scope="module")
+def unbroken(pairs_dataset, tmp_path_factory):
+    run = tmp_path_factory.mktemp("unbroken")
+    summary = train(debug(), pairs_dataset, run, device_name="cpu", workers=1)
+    assert summary.finished
+    return run
+
+
+def test_a_run_leaves_metrics_checkpoints_and_what_it_was(unbroken, pairs_dataset):
+    metrics = read_metrics(unbroken)
+    assert [line["samples_seen"] for line in metrics] == list(range(16, 321, 16))
+    assert [line["stage"] for line in metrics] == ["reduced"] * 12 + ["full"] * 8
+    assert metrics[-1]["loss"] < metrics[0]["loss"]
+    assert all(0 <= line["data_wait"] <= 1 and line["samples_per_s"] > 0 for line in metrics)
+    assert [line["seconds"] for line in metrics] == sorted(line["seconds"] for line in metrics)
+    config = json.loads((unbroken / "config.json").read_text())
+    assert config["recipe"]["name"] == "debug"
+    assert config["data"] == str(pairs_dataset)
+    assert config["dataset"] == {"name": "colours", "split": "train", "records": 96}
+    # The two newest, and the end of the first stage.
+    assert [int(path.name) for path in checkpoint.checkpoints(unbroken)] == [192, 256, 320]
+    last = checkpoint.load(unbroken)
+    assert (last.model_config.image.image_size, last.model_config.text.context_length) == (48, 16)
+    assert last.preprocess.size == 48
+
+
+def test_the_schedule_is_in_samples(unbroken):
+    rates = [line["lr"] for line in read_metrics(unbroken)]
+    assert rates[:4] == pytest.approx([0.25e-3, 0.5e-3, 0.75e-3, 1e-3])
+    assert rates[12:16] == pytest.approx([0.25e-4, 0.5e-4, 0.75e-4, 1e-4])
+
+
+class KilledError(Exception):
+    """Stands for SIGKILL: nothing that the loop could do happens after it."""
+
+
+@pytest.mark.parametrize("step", [3, 6, 12, 13, 18])
+def test_a_killed_run_goes_on_to_the_same_weights_bit_for_bit(unbroken, pairs_dataset, tmp_path, monkeypatch, step):
+    real, taken = loop.train_step, []
+
+    def killing(*arguments):
+        if len(taken) == step:
+            raise KilledError
+        taken.append(None)
+        return real(*arguments)
+
+    monkeypatch.setattr(loop, "train_step", killing)
+    with pytest.raises(KilledError):
+        train(debug(), pairs_dataset, tmp_path, device_name="cpu", workers=1)
+    monkeypatch.setattr(loop, "train_step", real)
+    train(debug(), pairs_dataset, tmp_path, device_name="cpu", resume=True, workers=2)
+    assert_same_weights(tmp_path, unbroken)
+    assert losses(tmp_path) == losses(unbroken)
+
+
+def test_a_real_sigkill_loses_nothing(unbroken, pairs_dataset, tmp_path):
+    """The process is killed by the kernel at its seventh step, in the middle of everything."""
+    code = (
+        "import os, signal, sys; from pathlib import Path; from clipkit.train import loop\n"
+        "from clipkit.train.recipes import debug\n"
+        "real, taken = loop.train_step, []\n"
+        "def step(*a):\n"
+        "    taken.append(0)\n"
+        "    if len(taken) == 7: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return real(*a)\n"
+        "loop.train_step = step\n"
+        "loop.train(debug(), Path(sys.argv[1]), Path(sys.argv[2]), device_name='cpu', workers=2)\n"
+    )
+    killed = subprocess.run([sys.executable, "-c", code, str(pairs_dataset), str(tmp_path)], capture_output=True)
+    assert killed.returncode == -signal.SIGKILL
+    summary = train(debug(), pairs_dataset, tmp_path, device_name="cpu", resume=True, workers=1)
+    assert summary.finished
+    assert_same_weights(tmp_path, unbroken)
+
+
+def test_sigterm_saves_and_the_run_goes_on_from_there(unbroken, pairs_dataset, tmp_path, monkeypatch):
+    real, taken = loop.train_step, []
+
+    def step(*arguments):
+        taken.append(None)
+        if len(taken) == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*arguments)
+
+    monkeypatch.setattr(loop, "train_step", step)
+    stopped = train(debug(), pairs_dataset, tmp_path, device_name="cpu", workers=1)
+    assert (stopped.finished, stopped.samples_seen, stopped.signal) == (False, 5 * 16, signal.SIGTERM)
+    assert checkpoint.load(tmp_path).samples_seen == 5 * 16
+    train(debug(), pairs_dataset, tmp_path, device_name="cpu", resume=True, workers=1)
+    assert_same_weights(tmp_path, unbroken)
+
+
+def test_a_finished_run_resumes_to_nothing(unbroken, pairs_dataset):
+    before = weights(unbroken)
+    summary = train(debug(), pairs_dataset, unbroken, device_name="cpu", resume=True, workers=1)
+    assert summary.finished
+    assert all(torch.equal(value, before[name]) for name, value in weights(unbroken).items())
+
+
+def test_micro_batches_change_nothing_but_memory(unbroken, pairs_dataset, tmp_path):
+    recipe = set_values(debug(), ["micro_batch=4"])
+    train(recipe, pairs_dataset, tmp_path, device_name="cpu", workers=1)
+    assert losses(tmp_path) == pytest.approx(losses(unbroken), abs=2e-5)
+
+
+def test_two_ranks_learn_what_one_learns(unbroken, pairs_dataset, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "clipkit"]
+    command += ["train", "--data", str(pairs_dataset), "--recipe", "debug", "--out", str(tmp_path), "--device", "cpu"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, "--workers", "1"], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert losses(tmp_path) == pytest.approx(losses(unbroken), abs=2e-5)
+
+
+def test_the_sigmoid_loss_trains(pairs_dataset, tmp_path):
+    recipe = set_values(debug(), ["loss=sigmoid", "model.logit_scale_init=10", "model.logit_bias_init=-10"])
+    train(recipe, pairs_dataset, tmp_path, device_name="cpu", workers=1)
+    found = losses(tmp_path)
+    assert found[-1] < found[0]
+
+
+def test_weights_of_another_run_are_a_beginning(unbroken, pairs_dataset, tmp_path):
+    recipe = replace(debug(), stages=debug().stages[:1])
+    train(recipe, pairs_dataset, tmp_path, device_name="cpu", init=unbroken, workers=1)
+    assert losses(tmp_path)[0] != pytest.approx(losses(unbroken)[0], abs=1e-3)
+
+
+def test_a_run_is_not_overwritten_by_mistake(unbroken, pairs_dataset):
+    with pytest.raises(UserError, match="holds a run of 320 samples: add --resume"):
+        train(debug(), pairs_dataset, unbroken, device_name="cpu")
+
+
+def test_another_recipe_is_not_resumed(unbroken, pairs_dataset):
+    other = set_values(debug(), ["seed=1", "stages.0.learning_rate=1"])
+    with pytest.raises(UserError, match=re.escape("another recipe (seed: 0 -> 1 and 1 more)")):
+        train(other, pairs_dataset, unbroken, device_name="cpu", resume=True)
+
+
+def test_another_dataset_is_not_resumed(unbroken, tmp_path):
+    """The order of the data depends on their number: a dataset that was built again is another one."""
+    (tmp_path / "shards").mkdir()
+    write_tar(tmp_path / "shards" / "00000.tar", pairs(90))
+    other = build_tfds(tmp_path / "shards", tmp_path / "data", "colours").path
+    with pytest.raises(UserError, match=re.escape("another dataset (records: 96 -> 90)")):
+        train(debug(), other, unbroken, device_name="cpu", resume=True)
+
+
+def test_an_evaluation_is_never_lost_to_a_kill(pairs_dataset, tmp_path, monkeypatch):
+    """Killed between evaluating and saving, a run evaluates again; killed before, it still evaluates."""
+    taken = []
+
+    def evaluation(*arguments, precision):
+        assert precision == "float32"
+        taken.append(None)
+        if len(taken) == 2:
+            raise KilledError
+        yield "colours/top1", 0.5
+
+    monkeypatch.setattr(loop, "evaluate", evaluation)
+    recipe = set_values(debug(), ["cadence.evaluate_samples=64"])
+    with pytest.raises(KilledError):
+        train(recipe, pairs_dataset, tmp_path, device_name="cpu", workers=1, task=object())
+    train(recipe, pairs_dataset, tmp_path, device_name="cpu", workers=1, task=object(), resume=True)
+    evaluated = [line["samples_seen"] for line in read_metrics(tmp_path) if "colours/top1" in line]
+    assert evaluated == [64, 128, 192, 256, 320]
+
+
+def test_weights_that_a_step_ruined_are_not_saved(pairs_dataset, tmp_path, monkeypatch):
+    """The loss was still a number, and the gradient was none."""
+    real = loop.train_step
+
+    def ruined(*arguments):
+        loss, norm = real(*arguments)
+        return loss, norm * float("nan")
+
+    monkeypatch.setattr(loop, "train_step", ruined)
+    with pytest.raises(UserError, match="the loss or its gradient is no number"):
+        train(debug(), pairs_dataset, tmp_path, device_name="cpu", workers=1)
+    assert checkpoint.latest(tmp_path) is None
+
+
+def test_activations_computed_again_change_nothing(unbroken, pairs_dataset, tmp_path):
+    recipe = set_values(debug(), ["checkpoint_activations=true"])
+    train(recipe, pairs_dataset, tmp_path, device_name="cpu", workers=1)
+    assert losses(tmp_path) == pytest.approx(losses(unbroken), abs=2e-5)
+
+
+def test_a_loss_that_is_no_number_stops_the_run(pairs_dataset, tmp_path):
+    recipe = set_values(debug(), ["stages.0.learning_rate=1e30", "optimizer.grad_clip=1e30"])
+    says = r"(the loss became \w+|no number) before [\d,]+ samples: begin .* a lower learning rate"
+    with pytest.raises(UserError, match=says):
+        train(recipe, pairs_dataset, tmp_path, device_name="cpu", workers=1)
+
+
+@pytest.mark.parametrize(
+    ("every", "before", "now", "due"),
+    [(None, 0, 10, False), (10, 0, 9, False), (10, 0, 10, True), (10, 10, 19, False), (10, 19, 41, True)],
+)
+def test_something_is_due_when_a_multiple_was_passed(every, before, now, due):
+    assert is_due(every, before, now) is due
