@@ -1,6 +1,6 @@
 """The part of clipkit that is compiled; all else about the package is in setup.cfg.
 
-Without a C compiler the installation goes on, and training decodes its images another way (`clipkit.train.loader.crop`).
+Without a C compiler the installation goes on, and training decodes its images another way (`train/loader/crop.py`).
 """
 
 from setuptools import Extension, setup

@@ -24,7 +24,7 @@ import torch.distributed
 from torch.utils.checkpoint import checkpoint
 
 from clipkit.errors import UserError
-from clipkit.jobs import run as jobs
+from clipkit.jobs.worker import cores
 
 GOOGLE_PCI_VENDOR = "0x1ae0"
 
@@ -166,7 +166,7 @@ class Device:
     def loader_workers(self) -> int:
         """Loader workers for this process: half of its share of the cores where they compute too, else all but one."""
         here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        return max(1, (jobs.cores() // 2 if self.kind == "cpu" else jobs.cores() - here) // here)
+        return max(1, (cores() // 2 if self.kind == "cpu" else cores() - here) // here)
 
     def peak_memory(self) -> int:
         """The most memory held so far, in bytes: of the GPU on CUDA, elsewhere of this process."""

@@ -1,8 +1,9 @@
 """Draws docs/pixels.png and prints the tables of docs/pixels.md: training's fast pixels beside exact ones.
 
-Run `PYTHONPATH=tests python docs/pixels.py` after a change to `clipkit/train/crop.py` or `clipkit/csrc`. It needs
-matplotlib and scikit-image, whose photographs it takes. With `--run RUN --data EVAL` it also shows the images of EVAL
-to the model of RUN in each way. tests/test_pixels.py holds the differences of the pixels to bounds.
+Run `PYTHONPATH=tests/support python docs/pixels.py` after a change to `train/loader/crop.py` or the code in
+`clipkit/pixels/csrc`. It needs matplotlib and scikit-image, whose photographs it takes. With `--run RUN --data EVAL`
+it also shows the images of EVAL to the model of RUN in each way. tests/train/loader/test_pixels.py holds the differences of
+the pixels to bounds.
 """
 
 import argparse

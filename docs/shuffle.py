@@ -1,7 +1,7 @@
 """Draws docs/shuffle.png: how close the block shuffle comes to a full shuffle of a million records, by block size.
 
 Run `python docs/shuffle.py` after a change to `clipkit/train/order.py`; it needs matplotlib, and prints the table of
-docs/shuffle.md. tests/test_order.py holds the same numbers to bounds.
+docs/shuffle.md. tests/train/test_order.py holds the same numbers to bounds.
 """
 
 from dataclasses import dataclass

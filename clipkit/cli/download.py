@@ -8,8 +8,8 @@ import click
 from clipkit.cli.options import Count, Place, SectionedCommand, SectionedOption, as_json, engine, print_json, tell
 
 RETRY = "--retry-failed"
-# Those that may pass by themselves; `clipkit.tfrecord_tools.download.retry.DEFAULT` is the same, and slow to import. With
-# --allow-private-hosts, which an earlier run may have lacked, the stage takes the refused ones along.
+# Those that may pass by themselves; `retry.DEFAULT` is the same, and slow to import. With --allow-private-hosts,
+# which an earlier run may have lacked, the stage takes the refused ones along.
 PASSING = "connect,dns,http-5xx,rate-limited,timeout,truncated"
 
 

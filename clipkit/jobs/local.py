@@ -24,7 +24,7 @@ R = TypeVar("R")
 
 
 def run_here(function: Callable[[T], R], items: Sequence[T], describe: Callable[[T], str]) -> Iterator[tuple[int, R]]:
-    """`jobs.run` in this process, in order."""
+    """`run_jobs` in this process, in order."""
     for index, item in enumerate(items):
         try:
             result = function(item)
@@ -43,7 +43,7 @@ class _Worker:
 def run_workers(
     function: Callable[[T], R], items: Sequence[T], workers: int, describe: Callable[[T], str], attempts: int
 ) -> Iterator[tuple[int, R]]:
-    """`jobs.run` on at most `workers` processes."""
+    """`run_jobs` on at most `workers` processes."""
     holding: dict[_Worker, int] = {}  # the index of the item that each worker works on
     following = iter(range(len(items)))
     deaths: Counter[int] = Counter()

@@ -18,8 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from clipkit.errors import UserError
-from clipkit.jobs.run import cores
-from clipkit.jobs.worker import STOP_SECONDS, Answer, answer_packed, death, kept_signals, pack, result_of, unlike
+from clipkit.jobs.worker import STOP_SECONDS, Answer, answer_packed, cores, death, kept_signals, pack, result_of, unlike
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -39,7 +38,7 @@ def run_on_ray(
     describe: Callable[[T], str],
     attempts: int,
 ) -> Iterator[tuple[int, R]]:
-    """`jobs.run` on Ray. With `workers` of None two items for each CPU are handed in, so that none waits for us."""
+    """`run_jobs` on Ray. With `workers` of None two items for each CPU are handed in, so that none waits for us."""
     ray = _import_ray()
     if not items:
         return

@@ -6,7 +6,6 @@ stops the work. Every item is one shard, which takes seconds to minutes, so what
 millisecond on Ray, a tenth of a second on Spark) doesn't count.
 """
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, TypeVar
 
@@ -17,7 +16,7 @@ Engine = Literal["local", "ray", "spark"]
 ATTEMPTS = 3
 
 
-def run(
+def run_jobs(
     function: Callable[[T], R],
     items: Sequence[T],
     *,
@@ -54,13 +53,9 @@ def run(
 
         return run_on_spark(function, items, workers, describe, attempts)
     from clipkit.jobs.local import run_here, run_workers
+    from clipkit.jobs.worker import cores
 
     workers = min(cores() if workers is None else max(workers, 1), len(items))
     if workers <= 1 and not isolate:
         return run_here(function, items, describe)
     return run_workers(function, items, workers, describe, attempts)
-
-
-def cores() -> int:
-    """How many cores this process may use: fewer than the machine has, in a container or under `taskset`."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -26,8 +26,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from clipkit.errors import UserError
-from clipkit.jobs.run import cores
-from clipkit.jobs.worker import Answer, answer_packed, death, kept_signals, pack, result_of, unlike
+from clipkit.jobs.worker import Answer, answer_packed, cores, death, kept_signals, pack, result_of, unlike
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -44,7 +43,7 @@ def run_on_spark(
     describe: Callable[[T], str],
     attempts: int,
 ) -> Iterator[tuple[int, R]]:
-    """`jobs.run` on Spark. With `workers` of None as many items are handed in as the context has cores."""
+    """`run_jobs` on Spark. With `workers` of None as many items are handed in as the context has cores."""
     try:
         import pyspark
     except ImportError as error:

@@ -1,6 +1,7 @@
 """What every engine does around one item: run it in a worker, bring its answer back, and name it when it fails."""
 
 import contextlib
+import os
 import pickle
 import signal
 import socket
@@ -19,6 +20,11 @@ R = TypeVar("R")
 STOP_SECONDS = 5.0
 
 Answer = tuple[bool, bytes]  # whether it succeeded, and the pickled result or exception
+
+
+def cores() -> int:
+    """How many cores this process may use: fewer than the machine has, in a container or under `taskset`."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def answer(function: Callable[[T], R], item: T) -> Answer:

@@ -190,7 +190,7 @@ def allocate(config: ModelConfig) -> CLIP:
 def load_state(model: CLIP, tensors: Mapping[str, Tensor]) -> None:
     """Copy a checkpoint's tensors into `model`, whatever device and dtype it is in.
 
-    Image positions of another grid are interpolated, text positions cut or interpolated (`clipkit.model.pos_embed`); a model
+    Image positions of another grid are interpolated, text positions cut or interpolated (`pos_embed`); a model
     with fixed positions keeps its own. Anything else that doesn't fit is a UserError, and then nothing was copied.
     """
     state = model.state_dict()

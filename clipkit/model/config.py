@@ -1,6 +1,6 @@
 """What a model is made of, as plain data: it goes into every checkpoint and is all that is needed to build it again.
 
-Nothing here imports torch, so that recipes can be listed and changed at once. `clipkit.model.clip.build` makes the model.
+Nothing here imports torch, so that recipes can be listed and changed at once. `clip.build` makes the model.
 """
 
 import dataclasses

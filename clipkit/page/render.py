@@ -20,7 +20,7 @@ def render(package: str, template: str, contents: Mapping[str, Any]) -> str:
         import jinja2
     except ImportError as error:
         raise UserError("a page needs jinja2: pip install 'clipkit[report]'") from error
-    loader = jinja2.ChoiceLoader([jinja2.PackageLoader(each, ".") for each in (package, "clipkit")])
+    loader = jinja2.ChoiceLoader([jinja2.PackageLoader(each, ".") for each in (package, "clipkit.page")])
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"percent": percent, "short": short, "size": size, "share": share}
     environment.filters |= {"duration": duration, "count": count}

@@ -1,4 +1,4 @@
-"""Crops of JPEGs, decoded and resized in one pass (clipkit/csrc)."""
+"""Crops of JPEGs, decoded and resized in one pass (clipkit/pixels/csrc)."""
 
 from clipkit.pixels.images import Data, UInt8Array
 

@@ -47,7 +47,7 @@ def load_tagger() -> Tagger:
 
 
 class Syntax:
-    """Priorities for the `syntax` way of `clipkit.text.tokens.reduce_text`. One a worker: it holds its cache of words."""
+    """Priorities for the `syntax` way of `tokens.reduce_text`. One a worker: it holds its cache of words."""
 
     def __init__(self, tokenizer: Tokenizer, tagger: Tagger | None = None) -> None:
         self.tagger = tagger or load_tagger()

@@ -16,11 +16,11 @@ from typing import Any, cast
 
 import job_functions
 
-from clipkit.jobs import run as jobs
+from clipkit.jobs.run import Engine, run_jobs
 
 
 def run(engine: str, function: Callable[[int], Any], items: Sequence[int], workers: int | None = 2) -> Iterator[Any]:
-    return jobs.run(function, items, workers=workers, engine=cast(jobs.Engine, engine), describe="shard {:05d}".format)
+    return run_jobs(function, items, workers=workers, engine=cast(Engine, engine), describe="shard {:05d}".format)
 
 
 def same(engine: str, folder: Path) -> object:

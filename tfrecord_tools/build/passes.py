@@ -20,7 +20,7 @@ from typing import TypeVar
 
 from clipkit.errors import UserError
 from clipkit.formats.manifest import Shard
-from clipkit.jobs import run as jobs
+from clipkit.jobs.run import Engine, run_jobs
 from clipkit.tfrecord_tools.build.dedup import (
     DecideJob,
     HashJob,
@@ -55,13 +55,13 @@ class Runner:
     """Where passes run, and who is told of them."""
 
     workers: int | None
-    engine: jobs.Engine
+    engine: Engine
     tell: Callable[[BuildProgress], None]
 
     def run(
         self, function: Callable[[T], R], items: Sequence[T], describe: Callable[[T], str]
     ) -> Iterator[tuple[int, R]]:
-        return jobs.run(function, items, workers=self.workers, engine=self.engine, describe=describe)
+        return run_jobs(function, items, workers=self.workers, engine=self.engine, describe=describe)
 
 
 def hash_pass(

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from clipkit.errors import UserError
-from clipkit.jobs import run as jobs
+from clipkit.jobs.run import Engine
+from clipkit.jobs.worker import cores
 from clipkit.storage.files import as_path, disk_errors, lock, remove, require_writable
 from clipkit.tfrecord_tools.account.shard_state import Layout
 from clipkit.tfrecord_tools.download.plan import FORMATS, Format, Output, make_plan
@@ -56,7 +57,7 @@ def download(
     network: FetchSettings = NETWORK,
     samples_per_shard: int = SAMPLES_PER_SHARD,
     processes: int | None = None,
-    engine: jobs.Engine = "local",
+    engine: Engine = "local",
     retry_failed: str | None = None,
     probe_rows: int | None = None,
     probe_floor: float = PROBE_FLOOR,
@@ -95,7 +96,7 @@ def download(
     if root == urls:
         raise UserError(f"{urls} is both the folder of the tables and the output: choose another output")
     output = Output(format, dataset, columns, pictures, drop_changed, samples_per_shard)
-    processes = processes or (jobs.cores() if engine == "local" else None)
+    processes = processes or (cores() if engine == "local" else None)
     network = dataclasses.replace(network, per_host=max(1, network.per_host // (processes or 1)))
     kinds = {field.name: kind for field in columns.kept if (kind := column_kind(field.type)) is not None}
     require_writable(root)
@@ -107,7 +108,7 @@ def download(
         work = Work(plan, Task(layout, output, network, kinds), processes, engine, str(urls), where)
         found = None
         if probe_rows is not None and not work.has_begun():
-            found = probe(plan, probe_rows, network, processes or jobs.cores())
+            found = probe(plan, probe_rows, network, processes or cores())
             if tell_probe is not None:
                 tell_probe(found)
             refusal = found.refusal(probe_floor)

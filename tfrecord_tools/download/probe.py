@@ -5,7 +5,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from clipkit.jobs import run as jobs
+from clipkit.jobs.run import run_jobs
 from clipkit.log import duration
 from clipkit.tfrecord_tools import reasons
 from clipkit.tfrecord_tools.advice import ADVICE
@@ -94,7 +94,7 @@ def probe(plan: Plan, count: int, network: FetchSettings, processes: int) -> Pro
             wanted.append(url)
     parts = [ProbePart(tuple(wanted[i::processes]), network, plan.output.pictures) for i in range(processes)]
     parts = [part for part in parts if part.urls]
-    found = [result for _, result in jobs.run(fetch_part, parts, workers=len(parts), describe=name_part, isolate=True)]
+    found = [result for _, result in run_jobs(fetch_part, parts, workers=len(parts), describe=name_part, isolate=True)]
     for result in found:
         counts.update(result.counts)
     ok = counts.pop("ok", 0)

@@ -9,7 +9,8 @@ from functools import partial
 from typing import TypeVar
 
 from clipkit.errors import InternalError, UserError
-from clipkit.jobs import run as jobs
+from clipkit.jobs.run import Engine, run_jobs
+from clipkit.jobs.worker import cores
 from clipkit.storage.files import clear_leftovers, disk_errors, is_remote, read_json, remove, write_json
 from clipkit.tfrecord_tools.account.ledger import FAILURES_FILE, LEDGER_FOLDER, write_failures
 from clipkit.tfrecord_tools.account.replace_shard import recover
@@ -43,7 +44,7 @@ class Work:
     plan: Plan
     task: Task
     workers: int | None
-    engine: jobs.Engine
+    engine: Engine
     urls: str
     where: str | None
 
@@ -159,12 +160,12 @@ class Work:
         # Only here, so that what fetching imports stays out of this process.
         from clipkit.tfrecord_tools.download.worker import fetch_run
 
-        runs = cut_runs(todo, self.workers or jobs.cores(), self.engine)
+        runs = cut_runs(todo, self.workers or cores(), self.engine)
         with (
             counters(self.engine == "local") as folder,
             watch(self.plan.rows, counts_before(todo, states), folder) as line,
         ):
-            work = jobs.run(
+            work = run_jobs(
                 partial(fetch_run, task=dataclasses.replace(task, counters=folder)),
                 runs,
                 workers=self.workers,
@@ -207,7 +208,7 @@ class Work:
         return summary
 
 
-def cut_runs(todo: Sequence[ShardJob], workers: int, engine: jobs.Engine) -> list[tuple[ShardJob, ...]]:
+def cut_runs(todo: Sequence[ShardJob], workers: int, engine: Engine) -> list[tuple[ShardJob, ...]]:
     """Neighbouring shards together, few enough that all workers have something to do to the end."""
     most = RUN_SHARDS if engine == "local" else RUN_SHARDS_OF_CLUSTER
     least = min(OVERLAPPING, -(-len(todo) // workers))

@@ -27,7 +27,7 @@ from clipkit.formats.manifest import (
     read_manifest,
     write_manifest,
 )
-from clipkit.jobs import run as jobs
+from clipkit.jobs.run import Engine, run_jobs
 from clipkit.log import Progress
 from clipkit.storage.files import (
     clear_leftovers,
@@ -57,7 +57,7 @@ def build_in_place(
     *,
     split: str = "train",
     workers: int | None = 1,
-    engine: jobs.Engine = "local",
+    engine: Engine = "local",
 ) -> InPlaceSummary:
     """Make the folder of img2dataset's `00000.tfrecord` … itself a dataset, and go on where a killed run stopped.
 
@@ -153,14 +153,14 @@ def _check_downloaded(folder: Path, sources: Sequence[str]) -> None:
         )
 
 
-def _look(job_list: Sequence[InPlaceJob], workers: int | None, engine: jobs.Engine) -> list[Looked]:
+def _look(job_list: Sequence[InPlaceJob], workers: int | None, engine: Engine) -> list[Looked]:
     """What all shards hold; those that weren't looked at yet are read from end to end."""
     found = {job.source: looked for job in job_list if (looked := read_looked(job)) is not None}
     lacking = [job for job in job_list if job.source not in found]
     size = sum(job.source.stat().st_size for job in lacking)
     with Progress("check shards", size // 1_000_000, "MB") as line:
         done = 0
-        running = jobs.run(look_at, lacking, workers=workers, engine=engine, describe=lambda job: job.source.name)
+        running = run_jobs(look_at, lacking, workers=workers, engine=engine, describe=lambda job: job.source.name)
         for index, looked in running:
             job = lacking[index]
             _check_counted(job, looked.shard)
@@ -192,7 +192,7 @@ def _settle(
     wrong: Sequence[Mapping[str, str]],
     kinds: Mapping[str, str],
     workers: int | None,
-    engine: jobs.Engine,
+    engine: Engine,
 ) -> list[Shard]:
     """Write anew what can't stay as it is, and rename all else."""
     shards = [each.shard for each in looked]
@@ -200,7 +200,7 @@ def _settle(
     with Progress("write shards anew", len(places), "shards", quiet=not places) as line:
         function = partial(_rewrite, kinds=dict(kinds))
         items = [(job_list[place], looked[place].shard) for place in places]
-        running = jobs.run(function, items, workers=workers, engine=engine, describe=lambda item: item[0].source.name)
+        running = run_jobs(function, items, workers=workers, engine=engine, describe=lambda item: item[0].source.name)
         for done, (index, shard) in enumerate(running, start=1):
             shards[places[index]] = shard
             line.update(done)

@@ -74,7 +74,9 @@ def inspect_dataset(
     stem = "inspection" if split in (None, usual_split(layout)) else f"inspection-{split}"
     page, numbers = folder / f"{stem}.html", folder / f"{stem}.json"
     inspection = inspect(path, split=split, sample=sample)
-    text = render("clipkit.tfrecord_tools", "inspection.html.j2", contents(inspection) | {"numbers": numbers.name})
+    text = render(
+        "clipkit.tfrecord_tools.inspection", "inspection.html.j2", contents(inspection) | {"numbers": numbers.name}
+    )
     write_json(numbers, inspection.to_json())
     with write_beside(page) as temporary:
         temporary.write_text(text, encoding="utf-8")

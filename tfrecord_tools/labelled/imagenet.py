@@ -19,7 +19,7 @@ from clipkit import embedded
 from clipkit.errors import UserError
 from clipkit.formats.features import Feature, parse_features
 from clipkit.formats.manifest import CLIPKIT_FOLDER, SplitManifest, read_manifest, write_manifest
-from clipkit.jobs import run as jobs
+from clipkit.jobs.run import Engine, run_jobs
 from clipkit.log import Progress, counted
 from clipkit.storage.files import clear_leftovers, is_remote, lock, read_json, remove
 from clipkit.tfrecord_tools.build.progress import summarise
@@ -47,7 +47,7 @@ class _Plan:
     imagenet: bool
     subset: bool
     workers: int | None
-    engine: jobs.Engine
+    engine: Engine
 
 
 def build_imagenet(
@@ -61,7 +61,7 @@ def build_imagenet(
     subset: bool = False,
     max_bad: int = 0,
     workers: int | None = 1,
-    engine: jobs.Engine = "local",
+    engine: Engine = "local",
 ) -> LabelledSummary:
     """Make `out/imagenet2012/5.1.0`, or `out/name/1.0.0` of another set, and go on where a killed run stopped.
 
@@ -71,7 +71,7 @@ def build_imagenet(
     already stay, so a validation set can be joined by its training set later.
     ImageNet must have its 1,000 classes and all its images unless `subset`; even then a label's number is that of the
     whole set. Broken images are left out and named, `max_bad` of them at most. The bytes don't depend on `workers`
-    (None: one a core) and `engine` (see `jobs.run`).
+    (None: one a core) and `engine` (see `run_jobs`).
     Raises UserError for a source that lacks something, an output that holds other data, and names that TFDS doesn't
     allow.
     """
@@ -178,7 +178,7 @@ def _list(plan: _Plan, found: Sequence[SplitSource], labels: Path | None, known:
     parts = [part for split in found for part in split.parts]
     by_part: dict[int, list[Image]] = {}
     with Progress("list images", len(parts), "classes") as line:
-        for index, images in jobs.run(
+        for index, images in run_jobs(
             list_part, parts, workers=plan.workers, engine=plan.engine, describe=_describe_part
         ):
             by_part[index] = images

@@ -16,7 +16,7 @@ import numpy as np
 from clipkit.errors import UserError
 from clipkit.formats.dataset import open_dataset
 from clipkit.formats.manifest import CLIPKIT_FOLDER, SplitManifest, index_path
-from clipkit.jobs import run as jobs
+from clipkit.jobs.run import Engine, run_jobs
 from clipkit.log import counted
 from clipkit.storage.files import read_json, write_beside, write_json
 from clipkit.tfrecord_tools.labelled.listing import Image
@@ -84,7 +84,7 @@ def build_split(
     max_bad: int,
     allow: str,
     workers: int | None,
-    engine: jobs.Engine,
+    engine: Engine,
     tell: Callable[[int, str], None],
 ) -> SplitManifest:
     """Make the shards that aren't there yet, and the index and the list of broken images.
@@ -96,7 +96,7 @@ def build_split(
     states = {job.path: state for job in job_list if (state := read_labelled_state(job)) is not None}
     lacking = [job for job in job_list if job.path not in states]
     done = sum(_bytes(job) for job in job_list if job.path in states)
-    finished = jobs.run(
+    finished = run_jobs(
         build_labelled_shard, lacking, workers=workers, engine=engine, describe=lambda job: job.path.name
     )
     for index, state in finished:

@@ -33,7 +33,7 @@ def check_hash(
     - `differs`: the digest is another, and without a perceptual hash nobody can tell `re-encoded` from `changed`.
     - `unchecked`: the table says neither for this row.
 
-    `expected` is in hex digits, in any case; `expected_phash` is an int as `clipkit.pixels.phash` makes it (of a hex string
+    `expected` is in hex digits, in any case; `expected_phash` is an int as `pixels.phash` makes it (of a hex string
     in a table: `parse_phash`). Raises UserError as `check_digest` does.
     """
     if expected:

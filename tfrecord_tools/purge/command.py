@@ -26,7 +26,7 @@ import numpy.typing as npt
 from clipkit.errors import UserError
 from clipkit.formats.dataset import Layout, open_dataset, read_layout
 from clipkit.formats.manifest import CLIPKIT_FOLDER
-from clipkit.jobs import run as jobs
+from clipkit.jobs.run import Engine, run_jobs
 from clipkit.log import Progress, counted, size_text
 from clipkit.storage.files import as_path, clear_leftovers, lock, read_json, remove, write_beside
 from clipkit.tfrecord_tools.account.shard_state import SPLIT
@@ -108,7 +108,7 @@ def purge(
     *,
     by: str | None = None,
     dry_run: bool = False,
-    engine: jobs.Engine = "local",
+    engine: Engine = "local",
     workers: int | None = 1,
 ) -> PurgeSummary:
     """Remove the records that `removals` lists from all splits of the dataset at `path`; a second run finds none.
@@ -158,7 +158,7 @@ class _Run:
     values: Values
     wanted: UInt64Array
     empty: int
-    engine: jobs.Engine
+    engine: Engine
     workers: int | None
 
 
@@ -289,7 +289,7 @@ def _over_shards(
     done = 0
     counted = sum(sizes) // 1_000_000
     with Progress(label, counted or len(items), "MB" if counted else "shards") as progress:
-        ended = jobs.run(function, items, engine=run.engine, workers=run.workers, describe=_describe)
+        ended = run_jobs(function, items, engine=run.engine, workers=run.workers, describe=_describe)
         for index, result in ended:
             results[index] = result
             done += sizes[index]

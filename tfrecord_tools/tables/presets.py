@@ -16,7 +16,7 @@ class Preset:
     caption: str
     keep: tuple[str, ...] = ()
     hash_column: str | None = None
-    """A digest of the image's bytes as they were when the table was made; see `clipkit.tfrecord_tools.pictures.hash_check`."""
+    """A digest of the image's bytes as they were when the table was made; see `pictures/hash_check.py`."""
     hash_kind: Literal["md5", "sha1", "sha256", "sha512"] | None = None
     phash_column: str | None = None
     """A perceptual hash as `clipkit.pixels.phash` makes it."""

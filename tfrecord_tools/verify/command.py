@@ -16,7 +16,7 @@ import numpy as np
 
 from clipkit.formats.dataset import Layout, read_layout
 from clipkit.formats.manifest import CLIPKIT_FOLDER, Shard, index_path
-from clipkit.jobs import run as jobs
+from clipkit.jobs.run import Engine, run_jobs
 from clipkit.log import Progress, counted, duration, size_text
 from clipkit.storage.files import WRITTEN_BESIDE, as_path
 from clipkit.tfrecord_tools.verify.metadata import (
@@ -81,7 +81,7 @@ class VerifySummary:
 
 
 def verify(
-    path: Path, *, decode: int | None = DECODE, engine: jobs.Engine = "local", workers: int | None = 1
+    path: Path, *, decode: int | None = DECODE, engine: Engine = "local", workers: int | None = 1
 ) -> VerifySummary:
     """Check the dataset at `path`, or a folder of img2dataset's tars, and return all that is wrong.
 
@@ -128,14 +128,14 @@ def _summary(
 
 
 def _run(
-    function: Callable[[Check], ShardReport], checks: Sequence[Check], engine: jobs.Engine, workers: int | None
+    function: Callable[[Check], ShardReport], checks: Sequence[Check], engine: Engine, workers: int | None
 ) -> list[ShardReport]:
     """The reports in the order of the checks, with a progress line in megabytes where sizes are known."""
     sizes = [check.bytes or 0 for check in checks]
     known = all(check.bytes is not None for check in checks)
     reports: list[ShardReport | None] = [None] * len(checks)
     total = sum(sizes) // 1_000_000 if known else len(checks)
-    results = jobs.run(function, checks, engine=engine, workers=workers, describe=lambda check: check.path.name)
+    results = run_jobs(function, checks, engine=engine, workers=workers, describe=lambda check: check.path.name)
     with Progress("verify", total, "MB" if known else "shards") as progress:
         done = bad = 0
         for finished, (index, report) in enumerate(results, 1):
@@ -192,7 +192,7 @@ def _is_folder_of_tars(path: Path) -> bool:
 
 
 def _verify_tars(
-    folder: Path, decode: int | None, engine: jobs.Engine, workers: int | None, started: float
+    folder: Path, decode: int | None, engine: Engine, workers: int | None, started: float
 ) -> VerifySummary:
     files = sorted((file for file in folder.iterdir() if file.suffix == ".tar"), key=lambda each: each.name)
     files = [file for file in files if not file.name.startswith(".")]

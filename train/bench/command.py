@@ -17,7 +17,7 @@ import simplejpeg
 from clipkit.counter_rng import sample_keys
 from clipkit.device import Device, pick
 from clipkit.errors import UserError
-from clipkit.jobs import run as jobs
+from clipkit.jobs.worker import cores
 from clipkit.pixels.images import UInt8Array, decode
 from clipkit.train.bench.findings import COMPACT_QUALITY, PUBLISHED, Compact, Findings, Need, Reading
 from clipkit.train.loader.augment import Augmentation, cut, geometry_draws
@@ -64,7 +64,7 @@ def bench_data(
     source = opened.source(precomputed=config.text_reduction == "syntax")
     device = pick(device_name)
     if workers is None:  # what a run would have; without a GPU the question is what the machine could feed
-        workers = jobs.cores() if device.kind == "cpu" else device.loader_workers()
+        workers = cores() if device.kind == "cpu" else device.loader_workers()
     samples, elapsed, phases = run_loader(source, config, workers, seconds, device)
     reading, pairs = read_alone(source, config, first=samples + BATCH)
     return Findings(
@@ -73,7 +73,7 @@ def bench_data(
         image_size=config.image_size,
         text_reduction=config.text_reduction,
         workers=workers,
-        cores=jobs.cores(),
+        cores=cores(),
         samples=samples,
         seconds=elapsed,
         phases_us={phase: 1e6 * value / samples for phase, value in phases.items()},

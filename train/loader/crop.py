@@ -1,7 +1,7 @@
 """Random resized crops for training, from encoded bytes where that is cheaper.
 
-A JPEG is decoded only as far as its crop needs, and resized in the same pass, by compiled code (clipkit/csrc). What
-that doesn't read (progressive files, other formats), and everything where it couldn't be compiled, is decoded by a
+A JPEG is decoded only as far as its crop needs, and resized in the same pass, by compiled code (`clipkit/pixels/csrc`).
+What that doesn't read (progressive files, other formats), and everything where it couldn't be compiled, is decoded by a
 library, a JPEG shrunk while decoding, and resized by OpenCV.
 """
 
@@ -71,7 +71,7 @@ def crop_box(
 def crop_resize(image: UInt8Array, box: Box, size: int, out: UInt8Array | None = None) -> UInt8Array:
     """The box of an image as uint8[size, size, 3], in `out` where that is given.
 
-    Nearer to Pillow's antialiased bicubic than the mean of an area is (tests/test_crop.py), for half of its time and a
+    Nearer to Pillow's antialiased bicubic than the mean of an area is (test_crop.py), for half of its time and a
     seventh of Pillow's.
     """
     top, left, height, width = box

@@ -20,7 +20,7 @@ import numpy as np
 
 from clipkit.errors import UserError
 from clipkit.formats.manifest import CLIPKIT_FOLDER
-from clipkit.jobs import run as jobs
+from clipkit.jobs.run import run_jobs
 from clipkit.log import Progress
 from clipkit.storage.files import is_remote, make_folder, read_json, remove, require_writable, write_beside, write_json
 from clipkit.storage.stores import Listed
@@ -130,7 +130,7 @@ def _over(function: Callable[[Listed], None], todo: Sequence[Listed], remote: bo
             yield from pool.map(function, todo)
     else:
         workers = 1 if sum(shard.bytes for shard in todo) < FEW_BYTES else None
-        yield from jobs.run(function, todo, workers=workers, describe=lambda shard: shard.name)
+        yield from run_jobs(function, todo, workers=workers, describe=lambda shard: shard.name)
 
 
 def _make_part(shard: Listed, folder: Path, work: Path, make: MakeRows) -> None:

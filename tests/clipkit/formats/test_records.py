@@ -7,7 +7,7 @@ import google_crc32c
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from record_columns import COLUMNS, as_lists
+from record_columns import COLUMNS, LIST, SCALAR, as_lists
 from tensorflow_process import with_tensorflow
 
 from clipkit.errors import UserError

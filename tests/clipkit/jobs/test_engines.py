@@ -24,8 +24,8 @@ from job_functions import alive, square, wait_until
 
 from clipkit.errors import UserError
 from clipkit.jobs import ray as jobs_ray
-from clipkit.jobs import run as jobs
 from clipkit.jobs import spark as jobs_spark
+from clipkit.jobs.run import run_jobs
 from clipkit.storage.files import clear_leftovers
 
 SUPPORT = Path(__file__).parents[2] / "support"
@@ -268,7 +268,7 @@ def test_the_items_of_a_lost_machine_are_done_by_others(ray_cluster: RayCluster,
 def test_a_missing_package_is_one_line(engine: Any, package: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(UserError, match=rf"pip install 'clipkit\[{engine}\]'"):
-        next(jobs.run(square, [1], engine=engine))
+        next(run_jobs(square, [1], engine=engine))
 
 
 def test_a_cluster_that_is_not_there_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -277,7 +277,7 @@ def test_a_cluster_that_is_not_there_is_one_line(monkeypatch: pytest.MonkeyPatch
         jobs_ray.connect(None, 2)
     monkeypatch.setenv("SPARK_MASTER", "sparc://x")
     with pytest.raises(UserError, match="SPARK_MASTER=sparc://x: give spark://HOST:PORT"):
-        next(jobs.run(square, [1], engine="spark"))
+        next(run_jobs(square, [1], engine="spark"))
 
 
 @pytest.mark.parametrize(
@@ -301,11 +301,11 @@ def test_java_is_looked_at_before_spark_is(
         assert jobs_spark.java_problem() is None
     else:
         with pytest.raises(UserError, match=problem):
-            next(jobs.run(square, [1], engine="spark"))
+            next(run_jobs(square, [1], engine="spark"))
 
 
 def test_a_missing_java_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("JAVA_HOME", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match=r"Spark needs Java, and there is none on the PATH: install Java 17"):
-        next(jobs.run(square, [1], engine="spark"))
+        next(run_jobs(square, [1], engine="spark"))

@@ -44,9 +44,10 @@ from clipkit.cli.demo_server import Answer, serve
 from clipkit.errors import UserError
 from clipkit.formats.dataset import open_dataset
 from clipkit.formats.manifest import read_manifest
-from clipkit.jobs import run as jobs
+from clipkit.jobs.run import Engine
 from clipkit.pixels.phash import perceptual_hash_of
 from clipkit.tfrecord_tools.account.ledger import read_ledger
+from clipkit.tfrecord_tools.download import work
 from clipkit.tfrecord_tools.download import work as download_work
 from clipkit.tfrecord_tools.download.plan import cut
 from clipkit.tfrecord_tools.download.retry import DEFAULT
@@ -243,7 +244,7 @@ def test_columns_that_differ_between_shards_get_one_kind(tmp_path: Path) -> None
 @pytest.mark.parametrize("format", FORMATS)
 def test_finished_download_does_nothing(finished: Finished, format: str, monkeypatch: pytest.MonkeyPatch) -> None:
     urls, out, summary = finished[format]
-    monkeypatch.setattr(jobs, "run", None)
+    monkeypatch.setattr(work, "run_jobs", None)
 
     def changes() -> dict[Path, int]:
         return {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file() and path.name != ".lock"}
@@ -282,7 +283,7 @@ def test_summary_is_withdrawn_while_shards_are_missing(
     out = tmp_path / "laion400m" / "1.0.0"
     shutil.copytree(whole, out)
     (out / "clipkit" / "shards" / "00001.json").unlink()
-    monkeypatch.setattr(jobs, "run", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(work, "run_jobs", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         fetch(urls, tmp_path, preset="laion400m")
     assert not (out / "clipkit" / "download.json").exists() and not (out / "dataset_info.json").exists()
@@ -302,7 +303,7 @@ def test_what_was_purged_does_not_come_back(
     manifest["splits"]["train"]["shards"][0]["records"] -= 1
     path.write_text(json.dumps(manifest))
     os.truncate(out / "laion400m-train.tfrecord-00000-of-00003", 100)
-    monkeypatch.setattr(jobs, "run", None)
+    monkeypatch.setattr(work, "run_jobs", None)
     assert replace(fetch(urls, tmp_path, preset="laion400m"), out=whole) == summary
     with pytest.raises(UserError, match=r"was changed since it was downloaded \(clipkit purge\?\)"):
         fetch(urls, tmp_path, preset="laion400m", retry_failed="connect")
@@ -432,7 +433,7 @@ def test_the_process_that_leads_imports_nothing_heavy(tmp_path: Path) -> None:
     ],
 )
 def test_runs_overlap_shards_and_leave_work_for_every_worker(
-    shards: int, workers: int, engine: jobs.Engine, lengths: set[int]
+    shards: int, workers: int, engine: Engine, lengths: set[int]
 ) -> None:
     todo = [download_work.ShardJob(shard) for shard in cut([Path("t")], [shards], [None], 1)]
     runs = download_work.cut_runs(todo, workers, engine)

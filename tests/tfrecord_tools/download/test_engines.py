@@ -16,9 +16,9 @@ from object_store import s3_server as s3_server
 
 from clipkit.errors import UserError
 from clipkit.formats.dataset import open_dataset
-from clipkit.jobs import run as jobs
 from clipkit.jobs.local import run_here
 from clipkit.storage.files import as_path, remove
+from clipkit.tfrecord_tools.download import work
 from clipkit.tfrecord_tools.download.retry import DEFAULT
 
 COUNT, SHARD = 12, 3
@@ -68,7 +68,7 @@ def test_on_a_cluster_started_for_it(urls: Path, whole: dict[str, bytes], tmp_pa
 
 def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """The workers' part too: the memory file system is this process's own."""
-    monkeypatch.setattr(jobs, "run", lambda function, items, *, describe, **_: run_here(function, items, describe))
+    monkeypatch.setattr(work, "run_jobs", lambda function, items, *, describe, **_: run_here(function, items, describe))
 
 
 @pytest.mark.parametrize("format", ["tfds", "webdataset", "parquet"])

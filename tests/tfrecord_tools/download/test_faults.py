@@ -19,9 +19,9 @@ from download_site import JPEG, NETWORK, encoded, examples, fetch, file_bytes, n
 from PIL import Image
 
 from clipkit.cli.main import main
-from clipkit.jobs import run as jobs
 from clipkit.jobs.local import run_here
 from clipkit.tfrecord_tools.account.ledger import read_ledger
+from clipkit.tfrecord_tools.download import work
 from clipkit.tfrecord_tools.download.worker import SHARDS_UNDER_WAY
 from clipkit.tfrecord_tools.pictures.picture import PictureSettings
 
@@ -29,7 +29,7 @@ from clipkit.tfrecord_tools.pictures.picture import PictureSettings
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The workers' part in this process, where the guard over the sockets stands."""
-    monkeypatch.setattr(jobs, "run", lambda function, items, *, describe, **_: run_here(function, items, describe))
+    monkeypatch.setattr(work, "run_jobs", lambda function, items, *, describe, **_: run_here(function, items, describe))
     with only_loopback():
         yield
 
@@ -161,7 +161,7 @@ def test_a_run_that_is_given_out_again_asks_for_nothing_twice(
         for index, item in enumerate(items):
             yield index, [function(item), function(item)][1]
 
-    monkeypatch.setattr(jobs, "run", run_twice)
+    monkeypatch.setattr(work, "run_jobs", run_twice)
     with bad_server({} if retry else numbered(6)) as server:
         urls = write_numbered(tmp_path / "urls.parquet", server.url(""), 6)
         options = {"format": "parquet", "samples_per_shard": 2}

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 from clipkit.cli.demo_server import Answer, serve
 from clipkit.errors import UserError
-from clipkit.jobs import run as jobs
 from clipkit.storage.files import lock
 from clipkit.tfrecord_tools.download import command as download_module
 from clipkit.tfrecord_tools.download import plan as download_plan
+from clipkit.tfrecord_tools.download import work
 from clipkit.tfrecord_tools.download.command import dataset_name, download
 from clipkit.tfrecord_tools.download.plan import cut, cut_wanted, load_mask, wanted_rows, write_mask
 from clipkit.tfrecord_tools.pictures.picture import PictureSettings
@@ -106,7 +106,7 @@ def test_output_that_cannot_be_used(tmp_path: Path) -> None:
 
 
 def test_changed_table_or_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jobs, "run", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(work, "run_jobs", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
     urls = write_urls(tmp_path / "u.parquet")
     options = {"format": "webdataset", "where": "caption != 'b'"}
     with pytest.raises(KeyboardInterrupt):

@@ -13,9 +13,9 @@ from clipkit.cli.demo_server import Answer, serve
 from clipkit.cli.download import PASSING
 from clipkit.errors import UserError
 from clipkit.formats.dataset import open_dataset
-from clipkit.jobs import run as jobs
 from clipkit.tfrecord_tools import reasons
 from clipkit.tfrecord_tools.account.shard_state import ShardState
+from clipkit.tfrecord_tools.download import work
 from clipkit.tfrecord_tools.download.plan import Shard
 from clipkit.tfrecord_tools.download.retry import DEFAULT, Retry, begin_retry, end_retry, parse_reasons, retry_jobs
 
@@ -64,7 +64,7 @@ def test_rows_without_a_reason_to_pass_are_left_alone(tmp_path: Path, monkeypatc
             tmp_path / "u.parquet", url=[f"{base_url}/a.jpg", f"{base_url}/b.jpg", "nonsense"], caption=list("abc")
         )
         summary = fetch(urls, tmp_path)
-        monkeypatch.setattr(jobs, "run", None)
+        monkeypatch.setattr(work, "run_jobs", None)
         assert fetch(urls, tmp_path, retry_failed=DEFAULT) == summary
     assert not (summary.out / "clipkit" / "retry.json").exists()
 

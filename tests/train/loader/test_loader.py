@@ -357,7 +357,10 @@ sys.stdin.read()
 
 
 def test_worker_processes_import_no_torch() -> None:
-    script = "import sys, clipkit.train.loader.workers; assert 'torch' not in sys.modules and 'clipkit.text.tokens' not in sys.modules"
+    script = (
+        "import sys, clipkit.train.loader.workers\n"
+        "assert 'torch' not in sys.modules and 'clipkit.text.tokens' not in sys.modules"
+    )
     subprocess.run([sys.executable, "-c", script], check=True)
 
 
