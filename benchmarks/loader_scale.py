@@ -38,11 +38,12 @@ import simplejpeg
 from _loader_sides import Request
 from loader import Side
 
+from clipkit.formats.dataset import shard_name
 from clipkit.formats.features import Feature
 from clipkit.formats.manifest import Shard, Source, SplitManifest, index_path, write_manifest
 from clipkit.formats.records import RecordWriter, encode_example
 from clipkit.pixels.images import decode
-from clipkit.tfrecord_tools.writing.metadata import shard_name, write_metadata
+from clipkit.tfrecord_tools.writing.metadata import write_metadata
 
 SIDE, QUALITY = 64, 50
 IMAGES, CAPTIONS = 200, 10_000

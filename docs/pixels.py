@@ -2,8 +2,8 @@
 
 Run `PYTHONPATH=tests/support python docs/pixels.py` after a change to `train/loader/crop.py` or the code in
 `clipkit/pixels/csrc`. It needs matplotlib and scikit-image, whose photographs it takes. With `--run RUN --data EVAL`
-it also shows the images of EVAL to the model of RUN in each way. tests/train/loader/test_pixels.py holds the differences of
-the pixels to bounds.
+it also shows the images of EVAL to the model of RUN in each way. tests/train/loader/test_pixels.py holds the
+differences of the pixels to bounds.
 """
 
 import argparse

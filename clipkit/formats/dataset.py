@@ -25,6 +25,8 @@ from clipkit.storage.files import as_path, is_remote, local_copy, read_json
 from clipkit.storage.ranges import KnownFile, RangeReader, read_whole
 from clipkit.storage.stores import list_folder, reading
 
+VERSION = "1.0.0"  # of every dataset: the folder below its name
+
 
 @dataclass(frozen=True)
 class ShardFile:
@@ -240,6 +242,11 @@ class Layout:
         """Whether the manifest counts other shards or records than dataset_info.json."""
         manifest = self.manifest.get(split)
         return manifest is not None and [shard.records for shard in manifest.shards] != self.lengths[split]
+
+
+def shard_name(name: str, split: str, number: int, count: int) -> str:
+    """The file name of one shard as TFDS's default template has it."""
+    return f"{name}-{split}.tfrecord-{number:05d}-of-{count:05d}"
 
 
 def read_layout(path: Path) -> Layout:

@@ -41,16 +41,14 @@ def wheel(tmp_path_factory) -> Path:
 
 def test_the_wheel_holds_every_module_and_data_file(wheel):
     shipped = set(zipfile.ZipFile(wheel).namelist())
-    wanted = {path.relative_to(ROOT).as_posix() for path in (ROOT / "clipkit").rglob("*.py")}
-    wanted |= {
-        f"clipkit/{path.relative_to(ROOT).as_posix()}"
-        for s in ("tfrecord_tools", "train", "eval")
-        for path in (ROOT / s).rglob("*.py")
-    }
+    wanted = set()
+    for folder in ("clipkit", "tfrecord_tools", "train", "eval"):
+        inside = "" if folder == "clipkit" else "clipkit/"
+        for pattern in ("*.py", "*.j2", "*.pyi"):
+            wanted |= {inside + path.relative_to(ROOT).as_posix() for path in (ROOT / folder).rglob(pattern)}
     wanted |= {path.relative_to(ROOT).as_posix() for path in (ROOT / "clipkit" / "data").rglob("*") if path.is_file()}
-    wanted |= {f"clipkit/{path.name}" for path in (ROOT / "clipkit").glob("*.j2")} | {"clipkit/py.typed"}
-    wanted |= {f"clipkit/{s}/{path.name}" for s in ("tfrecord_tools", "eval") for path in (ROOT / s).glob("*.j2")}
-    wanted |= {"clipkit/jpeg_crop.abi3.so", "clipkit/jpeg_crop.pyi"}
+    wanted |= {"clipkit/py.typed", "clipkit/pixels/jpeg_crop.abi3.so"}
+    assert {"clipkit/page/page.html.j2", "clipkit/pixels/jpeg_crop.pyi", "clipkit/cli/main.py"} <= wanted
     assert wanted - shipped == set()
     strangers = {name.split("/")[0] for name in shipped} - {"clipkit"}
     assert all(name.endswith(".dist-info") for name in strangers)

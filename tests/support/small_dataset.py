@@ -7,12 +7,13 @@ from typing import Any
 import numpy as np
 from image_shards import picture
 
+from clipkit.formats.dataset import shard_name
 from clipkit.formats.features import Feature
 from clipkit.formats.manifest import Shard, Source, SplitManifest, index_path, write_manifest
 from clipkit.formats.records import RecordWriter, encode_example
 from clipkit.storage.files import write_beside
-from clipkit.tfrecord_tools.sample import image_format
-from clipkit.tfrecord_tools.writing.metadata import shard_name, write_metadata
+from clipkit.tfrecord_tools.pictures.sniff import image_format
+from clipkit.tfrecord_tools.writing.metadata import write_metadata
 
 PAIR_FEATURES = {
     "jpg": Feature("image"),
@@ -61,7 +62,7 @@ def write_dataset(
                     index.append(writer.write(encode_example(columns)))
                     kind = image_format(columns[image]) or "unknown"
                     formats[kind] = formats.get(kind, 0) + 1
-            source = Source(f"{number:05d}.tar", 1000, len(records) + 1, len(records), {"no caption": 1})
+            source = Source(f"{number:05d}.tar", 1000, len(records) + 1, len(records), {"no-caption": 1})
             checksum = f"{writer.checksum:08x}"
             entries.append(Shard(path.name, writer.records, writer.bytes, checksum, (source,), formats))
         told[split] = SplitManifest(tuple(entries))

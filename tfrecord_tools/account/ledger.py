@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from clipkit.errors import UserError
 from clipkit.storage.files import local_copy, write_beside
-from clipkit.tfrecord_tools.purge.shard import PURGED
+from clipkit.tfrecord_tools.reasons import PURGED
 
 LEDGER_FOLDER = "ledger"
 FAILURES_FILE = "failures.parquet"

@@ -11,12 +11,37 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from clipkit.errors import UserError
+from clipkit.formats.dataset import journal_path
+from clipkit.formats.manifest import CLIPKIT_FOLDER
 from clipkit.storage.files import local_copy
 from clipkit.tfrecord_tools.account.shard_state import SPLIT
-from clipkit.tfrecord_tools.purge.log import purged_path
-from clipkit.tfrecord_tools.purge.removals import LINES
 
+PURGED_TABLE = pa.schema(
+    [
+        ("purge", pa.string()),
+        ("by", pa.string()),
+        ("value", pa.string()),
+        ("matched", pa.bool_()),
+        ("url", pa.string()),
+        ("key", pa.string()),
+        ("split", pa.string()),
+        ("shard", pa.string()),
+    ]
+)
+LINES = 10_000  # rows of a list that are held at a time
 COLUMNS = ["purge", "by", "value", "url", "key", "split"]
+
+
+def refuse_unfinished_purge(folder: Path) -> None:
+    """Raise UserError when a purge of the dataset in `folder` isn't finished, for whatever would write into it."""
+    if journal_path(folder).exists():
+        raise UserError(f"{folder}: a purge isn't finished, run the same clipkit purge command again")
+
+
+def purged_path(folder: Path) -> Path:
+    """Where everything that must not come back is listed: rows of PURGED_TABLE."""
+    return folder / CLIPKIT_FOLDER / "purged.parquet"
 
 
 def purged_rows(folder: Path, urls: Sequence[str | None], keys: Sequence[str]) -> dict[int, str]:

@@ -7,13 +7,15 @@ changed since is noticed. For img2dataset's formats it is the `00000_stats.json`
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self
 
+from clipkit.formats.dataset import shard_name
 from clipkit.formats.manifest import CLIPKIT_FOLDER
 from clipkit.storage.files import disk_errors, write_json
 from clipkit.tfrecord_tools.account.ledger import LEDGER_FOLDER
-from clipkit.tfrecord_tools.download.plan import Format
-from clipkit.tfrecord_tools.writing.metadata import shard_name
+
+Format = Literal["tfds", "webdataset", "parquet"]
+FORMATS: tuple[Format, ...] = ("tfds", "webdataset", "parquet")
 
 SPLIT = "train"
 MIN_SHARD_DIGITS = 5

@@ -19,25 +19,26 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from clipkit.errors import UserError
-from clipkit.formats.dataset import open_dataset
+from clipkit.formats.dataset import VERSION, open_dataset, shard_name
 from clipkit.formats.features import parse_features
 from clipkit.formats.manifest import CLIPKIT_FOLDER, Source, SplitManifest, add_counts, read_manifest, write_manifest
 from clipkit.jobs.run import Engine
 from clipkit.log import size_text
 from clipkit.storage.files import as_path, clear_leftovers, is_remote, lock, read_json, remove
+from clipkit.tfrecord_tools.account.purged import refuse_unfinished_purge
 from clipkit.tfrecord_tools.build.condition import Condition
 from clipkit.tfrecord_tools.build.condition import kinds_of as kinds_of_samples
 from clipkit.tfrecord_tools.build.passes import Runner, gather_pass, hash_pass, write_pass
 from clipkit.tfrecord_tools.build.plan import BuildOptions, look, make_options, plan
 from clipkit.tfrecord_tools.build.prepare import Part, Preparation, part_left
-from clipkit.tfrecord_tools.build.progress import BuildProgress, BuildSummary, ProgressLines, summarise_splits
+from clipkit.tfrecord_tools.build.progress import BuildProgress, ProgressLines
 from clipkit.tfrecord_tools.build.shard import ShardJob, ShardState, Work
 from clipkit.tfrecord_tools.build.shuffle import stretch_path
-from clipkit.tfrecord_tools.purge.plan import refuse_unfinished_purge
 from clipkit.tfrecord_tools.readers.parquet import Columns
 from clipkit.tfrecord_tools.readers.shards import InputShard, find_shards, open_shard
 from clipkit.tfrecord_tools.writing.finish import features_of, kinds_of, write_index, write_skipped
-from clipkit.tfrecord_tools.writing.metadata import VERSION, shard_name, write_metadata
+from clipkit.tfrecord_tools.writing.metadata import write_metadata
+from clipkit.tfrecord_tools.writing.summary import BuildSummary, summarise_splits
 
 SHARD_MEGABYTES = 256
 QUALITY = 90

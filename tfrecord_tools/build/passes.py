@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from clipkit.errors import UserError
+from clipkit.formats.dataset import shard_name
 from clipkit.formats.manifest import Shard
 from clipkit.jobs.run import Engine, run_jobs
 from clipkit.tfrecord_tools.build.dedup import (
@@ -44,7 +45,6 @@ from clipkit.tfrecord_tools.build.shuffle import (
     read_gathered,
 )
 from clipkit.tfrecord_tools.tables.kinds import unify
-from clipkit.tfrecord_tools.writing.metadata import shard_name
 
 T = TypeVar("T")
 R = TypeVar("R")

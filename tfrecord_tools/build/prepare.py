@@ -18,7 +18,8 @@ from clipkit.tfrecord_tools.build.condition import Condition
 from clipkit.tfrecord_tools.build.precompute import precompute
 from clipkit.tfrecord_tools.pictures.compact import compact
 from clipkit.tfrecord_tools.readers.shards import InputShard, read_shard
-from clipkit.tfrecord_tools.sample import DUPLICATE, NOT_AN_IMAGE, NOT_WANTED, Sample
+from clipkit.tfrecord_tools.reasons import DUPLICATE, NOT_AN_IMAGE, NOT_WANTED
+from clipkit.tfrecord_tools.sample import Sample
 from clipkit.tfrecord_tools.writing.pair_writer import judge, stored_image
 
 BATCH_SAMPLES = 256

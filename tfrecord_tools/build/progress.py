@@ -1,14 +1,11 @@
 """What a build tells: its progress while it runs, its counts when it is done."""
 
-from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
-from clipkit.formats.manifest import CLIPKIT_FOLDER, SplitManifest
-from clipkit.log import Progress, counted, size_text
+from clipkit.log import Progress
 
 
 @dataclass(frozen=True)
@@ -25,49 +22,6 @@ class BuildProgress:
     shards_total: int
     records: int
     skipped: int
-
-
-@dataclass(frozen=True)
-class BuildSummary:
-    """What a build made: samples = records + the sum of `skipped`. `built` is False when all was there already.
-
-    Where one call made several splits, `split` names them all, the counts are of all, and `by_split` has the records.
-    """
-
-    path: Path
-    name: str
-    split: str
-    shards: int
-    samples: int
-    records: int
-    bytes: int
-    skipped: dict[str, int]
-    formats: dict[str, int]
-    converted: dict[str, int]
-    built: bool
-    by_split: dict[str, int] = field(default_factory=dict)
-
-    def to_json(self) -> dict[str, Any]:
-        """The counts, and the path as text."""
-        return {**asdict(self), "path": str(self.path)}
-
-    def text(self) -> str:
-        """A few lines for a person."""
-        there = "" if self.built else " (there already)"
-        lines = [
-            f"{self.records:,} of {counted(self.samples, 'sample')}, {size_text(self.bytes)} in "
-            f"{counted(self.shards, 'shard')}: split {self.split} of {self.path}{there}"
-        ]
-        if self.by_split:
-            lines.append(", ".join(f"{split} {records:,}" for split, records in self.by_split.items()))
-        if self.skipped:
-            reasons = ", ".join(f"{reason} {count:,}" for reason, count in self.skipped.items())
-            files = " and ".join(f"skipped-{split}.jsonl" for split in self.split.split(","))
-            lines.append(f"skipped: {reasons}; each sample, but for --where, in {self.path / CLIPKIT_FOLDER / files}")
-        if self.converted:
-            formats = ", ".join(f"{name} {count:,}" for name, count in self.converted.items())
-            lines.append(f"stored as JPEG, since TFDS can't decode them: {formats}")
-        return "\n".join(lines)
 
 
 class ProgressLines:
@@ -99,33 +53,3 @@ class ProgressLines:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.stack.__exit__(kind, error, trace)
-
-
-def summarise(folder: Path, name: str, split: str, manifest: SplitManifest, built: bool) -> BuildSummary:
-    """The summary of a split that is whole."""
-    return BuildSummary(
-        path=folder,
-        name=name,
-        split=split,
-        shards=len(manifest.shards),
-        samples=manifest.samples,
-        records=manifest.records,
-        bytes=manifest.bytes,
-        skipped=manifest.skipped,
-        formats=manifest.formats,
-        converted=manifest.converted,
-        built=built,
-    )
-
-
-def summarise_splits(folder: Path, name: str, splits: Mapping[str, SplitManifest], built: bool) -> BuildSummary:
-    """The summary of the splits that one call makes."""
-    if len(splits) == 1:
-        ((split, manifest),) = splits.items()
-        return summarise(folder, name, split, manifest, built)
-    whole = SplitManifest(
-        tuple(shard for manifest in splits.values() for shard in manifest.shards),
-        tuple(source for manifest in splits.values() for source in manifest.sources),
-    )
-    summary = summarise(folder, name, ",".join(splits), whole, built)
-    return replace(summary, by_split={split: manifest.records for split, manifest in splits.items()})

@@ -20,12 +20,10 @@ from clipkit.storage.arrays import save_array
 from clipkit.storage.files import read_json, write_beside, write_json
 from clipkit.tfrecord_tools.build.dedup import DecideJob, duplicates_in
 from clipkit.tfrecord_tools.build.prepare import Part, Preparation, Prepared, parts_told, prepared
-from clipkit.tfrecord_tools.sample import NOT_WANTED
+from clipkit.tfrecord_tools.pictures.sniff import FORMATS
+from clipkit.tfrecord_tools.reasons import NOT_WANTED
 from clipkit.tfrecord_tools.tables.kinds import KindWidenedError
 from clipkit.tfrecord_tools.writing.pair_writer import PairWriter
-
-# The formats that `image_format` tells, by the numbers that notes have for them.
-FORMATS = ("jpeg", "png", "bmp", "webp", "gif", "tiff", "avif")
 
 
 @dataclass(frozen=True)

@@ -14,22 +14,22 @@ from pathlib import Path
 from typing import Any
 
 from clipkit.errors import UserError
+from clipkit.formats.dataset import VERSION
 from clipkit.jobs.run import Engine
 from clipkit.jobs.worker import cores
 from clipkit.storage.files import as_path, disk_errors, lock, remove, require_writable
-from clipkit.tfrecord_tools.account.shard_state import Layout
-from clipkit.tfrecord_tools.download.plan import FORMATS, Format, Output, make_plan
+from clipkit.tfrecord_tools.account.purged import refuse_unfinished_purge
+from clipkit.tfrecord_tools.account.shard_state import FORMATS, Format, Layout
+from clipkit.tfrecord_tools.download.plan import Output, make_plan
 from clipkit.tfrecord_tools.download.probe import ProbeResult, probe
 from clipkit.tfrecord_tools.download.retry import parse_reasons
 from clipkit.tfrecord_tools.download.shard import Task
 from clipkit.tfrecord_tools.download.summary import DownloadSummary
 from clipkit.tfrecord_tools.download.work import Work
 from clipkit.tfrecord_tools.pictures.picture import PictureSettings
-from clipkit.tfrecord_tools.purge.plan import refuse_unfinished_purge
 from clipkit.tfrecord_tools.tables.columns import check_tables, choose_columns, column_kind
 from clipkit.tfrecord_tools.tables.url_table import find_tables, read_schema, table_suffix
 from clipkit.tfrecord_tools.web.settings import FetchSettings
-from clipkit.tfrecord_tools.writing.metadata import VERSION
 
 NEEDED = ("img2dataset", "aiohttp", "aiodns", "protego")
 SAMPLES_PER_SHARD = 10_000

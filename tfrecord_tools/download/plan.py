@@ -7,7 +7,7 @@ a table's rows and how many of them are wanted.
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,12 +15,10 @@ import pyarrow as pa
 
 from clipkit.errors import UserError
 from clipkit.storage.files import read_json, write_beside, write_json
+from clipkit.tfrecord_tools.account.shard_state import Format
 from clipkit.tfrecord_tools.pictures.picture import PictureSettings
 from clipkit.tfrecord_tools.tables.columns import Columns
 from clipkit.tfrecord_tools.tables.url_table import count_rows, fingerprint, open_parquet, rows_path, unreadable
-
-Format = Literal["tfds", "webdataset", "parquet"]
-FORMATS: tuple[Format, ...] = ("tfds", "webdataset", "parquet")
 
 
 @dataclass(frozen=True)

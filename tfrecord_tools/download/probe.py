@@ -8,9 +8,9 @@ from typing import Any
 from clipkit.jobs.run import run_jobs
 from clipkit.log import duration
 from clipkit.tfrecord_tools import reasons
-from clipkit.tfrecord_tools.advice import ADVICE
 from clipkit.tfrecord_tools.download.plan import Plan
-from clipkit.tfrecord_tools.sample import EMPTY_CAPTION, caption_problem
+from clipkit.tfrecord_tools.reasons import ADVICE, EMPTY_CAPTION
+from clipkit.tfrecord_tools.sample import caption_problem
 from clipkit.tfrecord_tools.web.settings import FetchSettings
 
 SEED = 0

@@ -19,9 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from clipkit.log import Progress
-from clipkit.tfrecord_tools.purge.shard import PURGED
-from clipkit.tfrecord_tools.reasons import OTHER, REASONS
-from clipkit.tfrecord_tools.sample import EMPTY_CAPTION
+from clipkit.tfrecord_tools.reasons import EMPTY_CAPTION, OTHER, PURGED, REASONS
 
 if TYPE_CHECKING:
     from clipkit.tfrecord_tools.web.fetcher import Fetcher

@@ -37,8 +37,8 @@ from clipkit.tfrecord_tools.download.plan import Output, Shard
 from clipkit.tfrecord_tools.download.spool import Spool
 from clipkit.tfrecord_tools.pictures.hash_check import check_hash, parse_phash
 from clipkit.tfrecord_tools.pictures.picture import PictureError, PictureMaker
-from clipkit.tfrecord_tools.purge.shard import PURGED
-from clipkit.tfrecord_tools.sample import EMPTY_CAPTION, caption_problem
+from clipkit.tfrecord_tools.reasons import EMPTY_CAPTION, PURGED
+from clipkit.tfrecord_tools.sample import caption_problem
 from clipkit.tfrecord_tools.web.settings import Fetched, FetchSettings
 
 # What a hash says when the image isn't the one that the table speaks of, as far as anybody can tell.

@@ -15,13 +15,13 @@ from clipkit.storage.files import clear_leftovers, disk_errors, is_remote, read_
 from clipkit.tfrecord_tools.account.ledger import FAILURES_FILE, LEDGER_FOLDER, write_failures
 from clipkit.tfrecord_tools.account.replace_shard import recover
 from clipkit.tfrecord_tools.account.shard_state import ShardState, is_whole, load_state
-from clipkit.tfrecord_tools.advice import way_on
 from clipkit.tfrecord_tools.download.finish import differs, kinds_of_all, was_changed, write_dataset
 from clipkit.tfrecord_tools.download.plan import Plan, Shard, settings_of
 from clipkit.tfrecord_tools.download.progress import counters, watch
 from clipkit.tfrecord_tools.download.retry import begin_retry, end_retry, retry_jobs
 from clipkit.tfrecord_tools.download.shard import ShardJob, Task
 from clipkit.tfrecord_tools.download.summary import DownloadSummary, summarise
+from clipkit.tfrecord_tools.reasons import remedy_after_download
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -199,7 +199,7 @@ class Work:
                 why = ", ".join(f"{reason} {number:,}" for reason, number in summary.failed.items())
                 raise UserError(
                     f"not one of {self.plan.rows:,} rows gave an image ({why}; each is in "
-                    f"{layout.own / FAILURES_FILE}): {way_on(next(iter(summary.failed)))}"
+                    f"{layout.own / FAILURES_FILE}): {remedy_after_download(next(iter(summary.failed)))}"
                 )
             write_dataset(layout, self.plan, states)
         told = {**summary.to_json(), "urls": self.urls, "settings": settings_of(self.task.output, self.where)}

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from clipkit.errors import UserError
-from clipkit.formats.dataset import open_dataset
+from clipkit.formats.dataset import open_dataset, shard_name
 from clipkit.formats.manifest import (
     CLIPKIT_FOLDER,
     Shard,
@@ -41,12 +41,12 @@ from clipkit.storage.files import (
     write_beside,
     write_json,
 )
-from clipkit.tfrecord_tools.build.progress import summarise
+from clipkit.tfrecord_tools.account.purged import refuse_unfinished_purge
 from clipkit.tfrecord_tools.in_place.columns import check_columns, features_of, misfits, unify_looks
 from clipkit.tfrecord_tools.in_place.shard import InPlaceJob, Looked, look_at, read_looked, rewrite
 from clipkit.tfrecord_tools.in_place.summary import InPlaceSummary
-from clipkit.tfrecord_tools.purge.plan import refuse_unfinished_purge
-from clipkit.tfrecord_tools.writing.metadata import shard_name, write_metadata
+from clipkit.tfrecord_tools.writing.metadata import write_metadata
+from clipkit.tfrecord_tools.writing.summary import summarise
 
 SUFFIX = ".tfrecord"
 

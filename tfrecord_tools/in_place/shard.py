@@ -27,15 +27,9 @@ from clipkit.formats.records import (
 from clipkit.storage.files import disk_errors, read_json, sync_file, write_beside, write_json
 from clipkit.tfrecord_tools.in_place.columns import convert
 from clipkit.tfrecord_tools.in_place.example_wire import ExampleWire, Pair
-from clipkit.tfrecord_tools.pictures.sniff import END_OF_FILE, is_truncated
-from clipkit.tfrecord_tools.sample import (
-    BAD_TEXT,
-    NO_IMAGE,
-    NOT_AN_IMAGE,
-    TRUNCATED_IMAGE,
-    caption_problem,
-    image_format,
-)
+from clipkit.tfrecord_tools.pictures.sniff import END_OF_FILE, image_format, is_truncated
+from clipkit.tfrecord_tools.reasons import BAD_TEXT, NO_IMAGE, NOT_AN_IMAGE, TRUNCATED
+from clipkit.tfrecord_tools.sample import caption_problem
 from clipkit.tfrecord_tools.writing.pair_writer import TFDS_FORMATS
 
 # What is read at once: many records, and little enough to stay in the processor's cache.
@@ -157,7 +151,7 @@ def _judge_image(pair: Pair) -> tuple[str | None, str | None]:
     if kind is None:
         return None, NOT_AN_IMAGE
     if is_truncated(image):
-        return kind, TRUNCATED_IMAGE
+        return kind, TRUNCATED
     return kind, None if kind in TFDS_FORMATS else f"{kind} image, which TFDS can't decode"
 
 

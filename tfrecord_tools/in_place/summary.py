@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from clipkit.formats.manifest import CLIPKIT_FOLDER
 from clipkit.log import counted
-from clipkit.tfrecord_tools.build.progress import BuildSummary
+from clipkit.tfrecord_tools.writing.summary import BuildSummary
 
 
 @dataclass(frozen=True)

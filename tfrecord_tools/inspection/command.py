@@ -15,8 +15,7 @@ from clipkit.page.render import render
 from clipkit.pixels.images import ImageError, decode_scaled
 from clipkit.storage.files import as_path, require_writable, write_beside, write_json
 from clipkit.tfrecord_tools.inspection.captions import CONTEXTS, Example, Reduction
-from clipkit.tfrecord_tools.inspection.histogram import Histogram
-from clipkit.tfrecord_tools.inspection.numbers import (
+from clipkit.tfrecord_tools.inspection.figures import (
     SAMPLE,
     Inspection,
     caption_column,
@@ -24,6 +23,7 @@ from clipkit.tfrecord_tools.inspection.numbers import (
     inspect,
     usual_split,
 )
+from clipkit.tfrecord_tools.inspection.histogram import Histogram
 from clipkit.tfrecord_tools.inspection.pictures import Group
 
 TILES = 24

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from clipkit.pixels.images import ImageError, decode, header_size
 from clipkit.pixels.phash import SAME_PICTURE, perceptual_hash_of
 from clipkit.tfrecord_tools.inspection.histogram import Histogram, histogram_of
-from clipkit.tfrecord_tools.sample import image_format
+from clipkit.tfrecord_tools.pictures.sniff import image_format
 
 # Comparing each with each takes the square of their number; so many take half a minute.
 MOST_COMPARED = 20_000

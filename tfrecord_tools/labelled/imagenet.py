@@ -17,19 +17,20 @@ from pathlib import Path
 
 from clipkit import embedded
 from clipkit.errors import UserError
+from clipkit.formats.dataset import VERSION
 from clipkit.formats.features import Feature, parse_features
 from clipkit.formats.manifest import CLIPKIT_FOLDER, SplitManifest, read_manifest, write_manifest
 from clipkit.jobs.run import Engine, run_jobs
 from clipkit.log import Progress, counted
 from clipkit.storage.files import clear_leftovers, is_remote, lock, read_json, remove
-from clipkit.tfrecord_tools.build.progress import summarise
+from clipkit.tfrecord_tools.account.purged import refuse_unfinished_purge
 from clipkit.tfrecord_tools.labelled.labels import label_images
 from clipkit.tfrecord_tools.labelled.listing import Image, Part, SplitSource, find_splits, list_part
 from clipkit.tfrecord_tools.labelled.shard import LabelledShardJob
 from clipkit.tfrecord_tools.labelled.split import build_split, check_same, plan_shards, work_folder
 from clipkit.tfrecord_tools.labelled.summary import LabelledSummary
-from clipkit.tfrecord_tools.purge.plan import refuse_unfinished_purge
-from clipkit.tfrecord_tools.writing.metadata import VERSION, write_metadata
+from clipkit.tfrecord_tools.writing.metadata import write_metadata
+from clipkit.tfrecord_tools.writing.summary import summarise
 
 IMAGENET, IMAGENET_VERSION = "imagenet2012", "5.1.0"
 IMAGENET_COUNTS = {"train": 1_281_167, "validation": 50_000}

@@ -23,8 +23,8 @@ from clipkit.formats.manifest import Shard, Source
 from clipkit.formats.records import RecordWriter, encode_example
 from clipkit.storage.files import read_json, write_beside, write_json
 from clipkit.tfrecord_tools.labelled.listing import WHOLE_FILE, Image
-from clipkit.tfrecord_tools.pictures.sniff import is_truncated
-from clipkit.tfrecord_tools.sample import NOT_AN_IMAGE, TRUNCATED_IMAGE, image_format
+from clipkit.tfrecord_tools.pictures.sniff import image_format, is_truncated
+from clipkit.tfrecord_tools.reasons import NOT_AN_IMAGE, TRUNCATED
 from clipkit.tfrecord_tools.writing.pair_writer import TFDS_FORMATS, as_jpeg
 
 CMYK = "cmyk jpeg"
@@ -129,7 +129,7 @@ def take(data: bytes, jpeg_only: bool) -> tuple[bytes | None, str]:
     if kind is None:
         return None, NOT_AN_IMAGE
     if is_truncated(data) and not _decodes(data):
-        return None, TRUNCATED_IMAGE
+        return None, TRUNCATED
     try:
         if kind == "jpeg":
             return (data, kind) if jpeg_components(data) != 4 else (cmyk_to_rgb(data), CMYK)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from clipkit.errors import UserError
-from clipkit.formats.dataset import open_dataset
+from clipkit.formats.dataset import open_dataset, shard_name
 from clipkit.formats.manifest import CLIPKIT_FOLDER, SplitManifest, index_path
 from clipkit.jobs.run import Engine, run_jobs
 from clipkit.log import counted
@@ -27,7 +27,6 @@ from clipkit.tfrecord_tools.labelled.shard import (
     offsets_path,
     read_labelled_state,
 )
-from clipkit.tfrecord_tools.writing.metadata import shard_name
 
 _NAMED_AT_MOST = 5
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from clipkit.formats.manifest import CLIPKIT_FOLDER
 from clipkit.log import counted, size_text
-from clipkit.tfrecord_tools.build.progress import BuildSummary
+from clipkit.tfrecord_tools.writing.summary import BuildSummary
 
 
 @dataclass(frozen=True)

@@ -51,3 +51,26 @@ def is_truncated_png(data: bytes) -> bool:
             return False
         position += 12 + int.from_bytes(data[position : position + 4], "big")
     return True
+
+
+# The formats that `image_format` tells, by the numbers that notes have for them.
+FORMATS = ("jpeg", "png", "bmp", "webp", "gif", "tiff", "avif")
+
+
+def image_format(data: bytes) -> str | None:
+    """The image format that the first bytes tell, or None when they tell none."""
+    if data.startswith(b"\xff\xd8\xff"):
+        return "jpeg"
+    if data.startswith(b"\x89PNG\r\n\x1a\n"):
+        return "png"
+    if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
+        return "webp"
+    if data.startswith((b"GIF87a", b"GIF89a")):
+        return "gif"
+    if data.startswith(b"BM") and int.from_bytes(data[14:18], "little") in (12, 40, 52, 56, 64, 108, 124):
+        return "bmp"
+    if data.startswith((b"II*\x00", b"MM\x00*")):
+        return "tiff"
+    if data[4:8] == b"ftyp" and data[8:12] in (b"avif", b"avis"):
+        return "avif"
+    return None

@@ -19,7 +19,8 @@ from clipkit.tfrecord_tools.purge.ledger import with_failures
 from clipkit.tfrecord_tools.purge.log import log_path, rewrite_lines, write_purged
 from clipkit.tfrecord_tools.purge.plan import Plan, state_path, work_folder
 from clipkit.tfrecord_tools.purge.removals import RemovalList, UInt64Array
-from clipkit.tfrecord_tools.purge.shard import PURGED, ShardState, less, offsets_path, read_removed
+from clipkit.tfrecord_tools.purge.shard import ShardState, less, offsets_path, read_removed
+from clipkit.tfrecord_tools.reasons import PURGED
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,8 @@ from clipkit.tfrecord_tools.account import ledger, shard_state
 from clipkit.tfrecord_tools.account.ledger import Outcome, read_ledger, write_ledger
 from clipkit.tfrecord_tools.account.shard_state import ShardFiles, file_sizes, load_state, write_state
 from clipkit.tfrecord_tools.purge.removals import find
-from clipkit.tfrecord_tools.purge.shard import PURGED, ShardState, offsets_path, read_removed
+from clipkit.tfrecord_tools.purge.shard import ShardState, offsets_path, read_removed
+from clipkit.tfrecord_tools.reasons import PURGED
 
 # Columns of a ledger by which a row that gave no image can be meant.
 KNOWN = ("url", "key")

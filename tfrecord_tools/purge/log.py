@@ -20,29 +20,12 @@ import pyarrow.parquet as pq
 
 from clipkit.formats.manifest import CLIPKIT_FOLDER
 from clipkit.storage.files import local_copy, write_beside
+from clipkit.tfrecord_tools.account.purged import PURGED_TABLE, purged_path
 from clipkit.tfrecord_tools.purge.removals import LINES, RemovalList, UInt64Array, find, read_values
-
-PURGED_TABLE = pa.schema(
-    [
-        ("purge", pa.string()),
-        ("by", pa.string()),
-        ("value", pa.string()),
-        ("matched", pa.bool_()),
-        ("url", pa.string()),
-        ("key", pa.string()),
-        ("split", pa.string()),
-        ("shard", pa.string()),
-    ]
-)
 
 
 def log_path(folder: Path) -> Path:
     return folder / CLIPKIT_FOLDER / "purge-log.jsonl"
-
-
-def purged_path(folder: Path) -> Path:
-    """Where everything that must not come back is listed: rows of PURGED_TABLE."""
-    return folder / CLIPKIT_FOLDER / "purged.parquet"
 
 
 def rewrite_lines(path: Path, purge: str, lines: Iterable[dict[str, Any]]) -> None:

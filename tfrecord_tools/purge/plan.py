@@ -49,12 +49,6 @@ class Plan:
     shards: tuple[PlannedShard, ...]
 
 
-def refuse_unfinished_purge(folder: Path) -> None:
-    """Raise UserError when a purge of the dataset in `folder` isn't finished, for whatever would write into it."""
-    if journal_path(folder).exists():
-        raise UserError(f"{folder}: a purge isn't finished, run the same clipkit purge command again")
-
-
 def work_folder(folder: Path) -> Path:
     """Where a purge keeps what it needs until it is finished."""
     return folder / CLIPKIT_FOLDER / "purge"

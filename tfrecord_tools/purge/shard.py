@@ -20,10 +20,10 @@ from clipkit.formats.features import Feature
 from clipkit.formats.manifest import Shard, Source
 from clipkit.formats.records import RecordWriter, decode_example, read_records
 from clipkit.storage.files import local_copy, read_json, write_beside, write_json
+from clipkit.tfrecord_tools.pictures.sniff import image_format
 from clipkit.tfrecord_tools.purge.removals import HASHES, find
-from clipkit.tfrecord_tools.sample import image_format
+from clipkit.tfrecord_tools.reasons import PURGED
 
-PURGED = "purged"
 BATCH = 4096
 
 

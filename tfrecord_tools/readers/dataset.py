@@ -13,7 +13,8 @@ from clipkit.formats.records import RecordError, decode_example, read_range
 from clipkit.formats.tables import CAPTION_NAMES, find_name
 from clipkit.storage.files import read_json
 from clipkit.tfrecord_tools.readers.parquet import USUAL, Columns
-from clipkit.tfrecord_tools.sample import NO_IMAGE, Sample
+from clipkit.tfrecord_tools.reasons import NO_IMAGE
+from clipkit.tfrecord_tools.sample import Sample
 
 
 def dataset_features(folder: Path) -> dict[str, Feature]:

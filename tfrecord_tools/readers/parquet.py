@@ -16,7 +16,8 @@ import pyarrow.parquet as pq
 
 from clipkit.errors import UserError
 from clipkit.formats.tables import CAPTION_NAMES, find_image_column, find_name, holds_images
-from clipkit.tfrecord_tools.sample import DROPPED_COLUMNS, NO_IMAGE, Sample
+from clipkit.tfrecord_tools.reasons import NO_IMAGE
+from clipkit.tfrecord_tools.sample import DROPPED_COLUMNS, Sample
 
 BATCH_ROWS = 64
 _BUFFER_BYTES = 1 << 20

@@ -14,7 +14,8 @@ from typing import Any
 from clipkit.errors import UserError
 from clipkit.formats.tar import BLOCK as _BLOCK
 from clipkit.formats.tar import IMAGE_SUFFIXES, TarError, header_name, header_size, read_pax, split_name
-from clipkit.tfrecord_tools.sample import BAD_METADATA, BAD_TEXT, DROPPED_COLUMNS, NO_IMAGE, Sample
+from clipkit.tfrecord_tools.reasons import BAD_METADATA, BAD_TEXT, NO_IMAGE
+from clipkit.tfrecord_tools.sample import DROPPED_COLUMNS, Sample
 
 _CHUNK_BYTES = 1 << 18  # read at once; larger ones leave the processor's cache before they are looked at
 

@@ -11,7 +11,8 @@ from typing import Any
 
 from clipkit.formats.records import RecordError, decode_example, read_range
 from clipkit.formats.tar import IMAGE_SUFFIXES
-from clipkit.tfrecord_tools.sample import BAD_TEXT, DROPPED_COLUMNS, NO_IMAGE, Sample
+from clipkit.tfrecord_tools.reasons import BAD_TEXT, NO_IMAGE
+from clipkit.tfrecord_tools.sample import DROPPED_COLUMNS, Sample
 
 
 def read_tfrecord(path: Path, start: int = 0, stop: int | None = None) -> Iterator[Sample]:

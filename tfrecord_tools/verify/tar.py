@@ -13,8 +13,9 @@ import pyarrow.parquet as pq
 
 from clipkit.errors import UserError
 from clipkit.storage.files import local_copy, read_json
+from clipkit.tfrecord_tools.pictures.sniff import image_format
 from clipkit.tfrecord_tools.readers.tar import read_tar
-from clipkit.tfrecord_tools.sample import BAD_METADATA, BAD_TEXT, image_format
+from clipkit.tfrecord_tools.reasons import BAD_METADATA, BAD_TEXT
 from clipkit.tfrecord_tools.verify.shard import FETCH, Found, ShardReport
 
 

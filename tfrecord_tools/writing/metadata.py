@@ -15,21 +15,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from clipkit.formats.dataset import VERSION
 from clipkit.formats.features import Feature
 from clipkit.formats.manifest import SplitManifest
 from clipkit.storage.files import write_beside, write_json
 
-VERSION = "1.0.0"
 DESCRIPTION = "Image-text pairs written by clipkit."
 FILE_TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
 
 _PACKAGE = "tensorflow_datasets.core.features"
 _DTYPES = {"int": "int64", "float": "float32", "bool": "bool"}
-
-
-def shard_name(name: str, split: str, number: int, count: int) -> str:
-    """The file name of one shard as TFDS's default template has it."""
-    return f"{name}-{split}.tfrecord-{number:05d}-of-{count:05d}"
 
 
 def write_metadata(

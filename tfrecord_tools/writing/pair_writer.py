@@ -18,15 +18,9 @@ import numpy.typing as npt
 from clipkit.errors import UserError
 from clipkit.formats.manifest import Shard, Source
 from clipkit.formats.records import RecordWriter, encode_example
-from clipkit.tfrecord_tools.pictures.sniff import is_truncated
-from clipkit.tfrecord_tools.sample import (
-    NO_IMAGE,
-    NOT_AN_IMAGE,
-    TRUNCATED_IMAGE,
-    Sample,
-    caption_problem,
-    image_format,
-)
+from clipkit.tfrecord_tools.pictures.sniff import image_format, is_truncated
+from clipkit.tfrecord_tools.reasons import NO_IMAGE, NOT_AN_IMAGE, TRUNCATED
+from clipkit.tfrecord_tools.sample import Sample, caption_problem
 from clipkit.tfrecord_tools.tables.kinds import fit
 
 # TensorFlow's decode_image gives four dimensions for WebP and GIF and knows no TIFF or AVIF, so TFDS's Image feature
@@ -125,7 +119,7 @@ def judge(sample: Sample) -> tuple[str, str | None]:
     kind = image_format(image)
     if kind is None:
         return "", NOT_AN_IMAGE
-    return kind, TRUNCATED_IMAGE if is_truncated(image) else None
+    return kind, TRUNCATED if is_truncated(image) else None
 
 
 def stored_image(sample: Sample, kind: str) -> bytes | None:

@@ -16,7 +16,7 @@ from clipkit.formats.features import Feature, parse_features
 from clipkit.formats.records import RecordError, read_records
 from clipkit.storage.files import as_path
 from clipkit.tfrecord_tools.build.command import build_tfds
-from clipkit.tfrecord_tools.inspection.numbers import inspect
+from clipkit.tfrecord_tools.inspection.figures import inspect
 from clipkit.tfrecord_tools.verify.command import verify
 from clipkit.train.sources.open import open_source
 

@@ -87,13 +87,13 @@ def test_what_cannot_be_used_is_counted_by_reason_and_named(tmp_path):
     write_tar(tmp_path / "shards" / "00001.tar", [pair(11), pair(12, jpg=None)])
     summary = build_tfds(tmp_path / "shards", tmp_path / "out", "pairs")
     assert summary.skipped == {
-        "empty caption": 2,
-        "metadata is not JSON": 1,
-        "no caption": 1,
-        "no image": 2,
+        "empty-caption": 2,
+        "metadata-not-json": 1,
+        "no-caption": 1,
+        "no-image": 2,
         "not an image": 3,
-        "text is not UTF-8": 1,
-        "truncated image": 1,
+        "not-utf-8": 1,
+        "truncated": 1,
     }
     assert (summary.samples, summary.records) == (13, 2)
     manifest = read_manifest(summary.path)["train"]
@@ -104,7 +104,7 @@ def test_what_cannot_be_used_is_counted_by_reason_and_named(tmp_path):
     assert len(skipped) == 11
     assert "no image 2, not an image 3" in summary.text()
     assert json.loads(json.dumps(summary.to_json()))["skipped"] == summary.skipped
-    assert skipped[-1] == {"source": "00001.tar", "key": "000000012", "reason": "no image"}
+    assert skipped[-1] == {"source": "00001.tar", "key": "000000012", "reason": "no-image"}
 
 
 def test_a_truncated_image_with_a_whole_thumbnail_is_truncated(tmp_path):
@@ -113,7 +113,7 @@ def test_a_truncated_image_with_a_whole_thumbnail_is_truncated(tmp_path):
     image = image[:2] + exif + image[2:]
     write_tar(tmp_path / "0.tar", [pair(0, jpg=image), pair(1, jpg=image[:-9]), pair(2, jpg=picture(2, "PNG")[:-9])])
     summary = build_tfds(tmp_path / "0.tar", tmp_path / "out", "pairs")
-    assert (summary.records, summary.skipped) == (1, {"truncated image": 2})
+    assert (summary.records, summary.skipped) == (1, {"truncated": 2})
 
 
 def test_images_that_tfds_cannot_decode_become_jpegs(tmp_path):

@@ -36,7 +36,7 @@ def test_equal_bytes_are_duplicates_over_all_shards(tmp_path):
     summary = build(tmp_path, "sha256")
     # Sample 1 can't be used, so it takes nobody's place.
     assert keys(tmp_path / "out") == [0, 2, 3, 5]
-    assert summary.skipped == {"duplicate": 2, "empty caption": 1}
+    assert summary.skipped == {"duplicate": 2, "empty-caption": 1}
     assert summary.samples == summary.records + 3
     lines = (summary.path / "clipkit" / "skipped-train.jsonl").read_text().splitlines()
     found = [(line["source"], int(line["key"])) for line in map(json.loads, lines) if line["reason"] == "duplicate"]

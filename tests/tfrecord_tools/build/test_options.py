@@ -61,7 +61,7 @@ def test_where_takes_the_samples_whose_columns_fulfil_it(tmp_path):
     )
     summary = build(tmp_path, where="similarity > 0.3 AND nsfw = 'UNLIKELY'")
     assert keys(tmp_path / "out") == [1, 3, 4, 6]
-    assert summary.skipped == {"no image": 1, "where": 4}
+    assert summary.skipped == {"no-image": 1, "where": 4}
     assert summary.samples == 9
     # What wasn't wanted is counted and not listed, for it may be most of the data.
     lines = (summary.path / "clipkit" / "skipped-train.jsonl").read_text().splitlines()
@@ -110,7 +110,7 @@ def test_small_copies_have_their_sizes_in_the_columns(tmp_path):
         assert example["jpg"] == compact(image, 48, 80).jpg
         assert Image.open(io.BytesIO(example["jpg"])).size == (example["width"], example["height"])
     assert found[2]["jpg"] == images[2]
-    assert (summary.skipped, summary.formats) == ({"truncated image": 1}, {"jpeg": 4})
+    assert (summary.skipped, summary.formats) == ({"truncated": 1}, {"jpeg": 4})
     with pytest.raises(UserError, match="--resize 0"):
         build(tmp_path, "other", resize=0)
     with pytest.raises(UserError, match="--quality 101"):
@@ -309,7 +309,7 @@ def test_tfds_reads_what_comes_of_a_folder_of_images(tmp_path):
         "file_name,text,n\n0.png,a,1\n1.png,b,\n2.png,c,3\ngone.png,d,4\n"
     )
     summary = build(tmp_path, precompute=["tokens", "syntax"])
-    assert summary.skipped == {"no image": 1}
+    assert summary.skipped == {"no-image": 1}
     read = with_tensorflow(READ_WITH_TFDS, summary.path)["train"]
     assert [row[0] for row in read["rows"]] == ["0.png", "1.png", "2.png"]
     assert read["types"]["n"] == ["int64", 0]

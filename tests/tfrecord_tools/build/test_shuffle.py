@@ -64,9 +64,9 @@ def test_the_order_says_nothing_of_the_sources(shards, tmp_path):
     manifest = read_manifest(summary.path)["train"]
     assert manifest.options["shuffle"] == 5
     assert [(s.file, s.samples, s.records, s.skipped) for s in manifest.sources] == [
-        (f"{i}.tar", 100, 98, {"empty caption": 2}) for i in range(SHARDS)
+        (f"{i}.tar", 100, 98, {"empty-caption": 2}) for i in range(SHARDS)
     ]
-    assert (summary.samples, summary.records, summary.skipped) == (600, 588, {"empty caption": 12})
+    assert (summary.samples, summary.records, summary.skipped) == (600, 588, {"empty-caption": 12})
     assert verify(summary.path).problems == ()
     assert not list(summary.path.rglob("build-*"))
 

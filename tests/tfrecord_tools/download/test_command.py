@@ -75,7 +75,7 @@ def expected_reasons(format: str) -> list[str | None]:
     if format != "tfds":
         return REASONS
     return [
-        "empty caption" if not (caption or "").strip() else reason
+        "empty-caption" if not (caption or "").strip() else reason
         for caption, reason in zip(CAPTIONS, REASONS, strict=True)
     ]
 

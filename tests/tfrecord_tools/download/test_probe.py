@@ -16,10 +16,10 @@ from scipy.stats import binomtest
 from clipkit.cli.demo_server import Answer, serve
 from clipkit.cli.main import main
 from clipkit.errors import UserError
-from clipkit.tfrecord_tools.advice import ADVICE, way_on
 from clipkit.tfrecord_tools.download.plan import Output, make_plan
 from clipkit.tfrecord_tools.download.probe import LOWER, ProbeResult, size, wilson
 from clipkit.tfrecord_tools.download.probe_worker import MAX_ROW_GROUPS, sample_rows
+from clipkit.tfrecord_tools.reasons import ADVICE, remedy_after_download
 from clipkit.tfrecord_tools.tables.columns import Columns
 
 ANSWERS = {"/ok.jpg": Answer(JPEG), "/busy.jpg": Answer(b"", status=HTTPStatus.BAD_GATEWAY)}
@@ -65,7 +65,7 @@ def test_probe_below_the_floor_stops(tmp_path: Path) -> None:
 
 def test_advice_names_options_that_exist() -> None:
     known = {name for command in main.commands.values() for option in command.params for name in option.opts}
-    for line in [*ADVICE.values(), *LOWER.values(), *map(way_on, ADVICE)]:
+    for line in [*ADVICE.values(), *LOWER.values(), *map(remedy_after_download, ADVICE)]:
         assert [word for word in re.split("[ :,;=]+", line) if word.startswith("--") and word not in known] == []
 
 

@@ -438,26 +438,26 @@ def test_bad_pairs_stay_and_are_named(tmp_path):
     summary = build_in_place(folder, "pairs")
     assert (summary.records, summary.skipped, summary.formats) == (10, {}, {"jpeg": 6, "png": 1, "webp": 1})
     assert summary.problems == {
-        "empty caption": 3,
-        "no image": 1,
-        "not an image": 1,
-        "text is not UTF-8": 1,
-        "truncated image": 1,
+        "empty-caption": 3,
+        "no-image": 1,
+        "not-an-image": 1,
+        "not-utf-8": 1,
+        "truncated": 1,
         "webp image, which TFDS can't decode": 1,
     }
     listed = [json.loads(line) for line in (folder / "clipkit" / "problems-train.jsonl").read_text().splitlines()]
     assert {each["shard"] for each in listed} == {"pairs-train.tfrecord-00000-of-00001"}
     assert [(each["key"], each["reason"]) for each in listed] == [
-        ("01", "no image"),
-        ("02", "not an image"),
-        ("03", "truncated image"),
+        ("01", "no-image"),
+        ("02", "not-an-image"),
+        ("03", "truncated"),
         ("04", "webp image, which TFDS can't decode"),
-        ("06", "empty caption"),
-        ("07", "empty caption"),
-        ("08", "text is not UTF-8"),
-        (f"00000-{second}", "empty caption"),
+        ("06", "empty-caption"),
+        ("07", "empty-caption"),
+        ("08", "not-utf-8"),
+        (f"00000-{second}", "empty-caption"),
     ]
-    assert "bad pairs, which can't be left out in place: empty caption 3, no image 1" in summary.text()
+    assert "bad pairs, which can't be left out in place: empty-caption 3, no-image 1" in summary.text()
 
 
 @pytest.mark.parametrize(
@@ -590,5 +590,5 @@ def test_the_command_says_what_it_did(shards):
     assert "11 of 11 samples" in done.stdout
     assert "2 of 3 shards written anew" in done.stdout
     told = json.loads(CliRunner().invoke(main, [*command, "--json"]).stdout)
-    assert (told["records"], told["built"], told["problems"]) == (11, False, {"empty caption": 1})
+    assert (told["records"], told["built"], told["problems"]) == (11, False, {"empty-caption": 1})
     assert list(told["rewritten"]) == ["00001.tfrecord", "00002.tfrecord"]

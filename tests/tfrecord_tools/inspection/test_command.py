@@ -25,8 +25,8 @@ from clipkit.tfrecord_tools.inspection import captions as inspection_captions
 from clipkit.tfrecord_tools.inspection import pictures as inspection_pictures
 from clipkit.tfrecord_tools.inspection.captions import _kept, caption_facts, pieces_of
 from clipkit.tfrecord_tools.inspection.command import inspect_dataset, stretches
+from clipkit.tfrecord_tools.inspection.figures import inspect, sample_places
 from clipkit.tfrecord_tools.inspection.histogram import histogram_of
-from clipkit.tfrecord_tools.inspection.numbers import inspect, sample_places
 from clipkit.tfrecord_tools.inspection.pictures import Pictures, neighbours
 
 LONG = (
@@ -78,7 +78,7 @@ def test_counts_of_the_whole(seen, data):
     assert (seen.name, seen.split, seen.records, seen.shards, seen.sampled) == ("pairs", "train", 40, 2, 40)
     assert seen.bytes == sum(file.stat().st_size for file in data.glob("*.tfrecord-*"))
     assert seen.failed == {"http-4xx": 5, "dns": 3}
-    assert seen.skipped == {"no caption": 2}
+    assert seen.skipped == {"no-caption": 2}
 
 
 def test_columns_and_what_is_missing(seen):
@@ -270,7 +270,7 @@ def test_a_browser_shows_the_page(data, browser):
         assert browser.problems() == []
         assert browser.requests() == [page.as_uri()]
         text = browser.evaluate("document.body.innerText")
-        for words in ("<b>bold & bad</b>", "What fewer text tokens keep", "UNSURE", "http-4xx", "seed 0", "no caption"):
+        for words in ("<b>bold & bad</b>", "What fewer text tokens keep", "UNSURE", "http-4xx", "seed 0", "no-caption"):
             assert words in text, words
         assert "NaN" not in text
         assert "None" not in text

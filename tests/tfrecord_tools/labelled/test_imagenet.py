@@ -467,14 +467,14 @@ def test_broken_images_are_named_counted_and_refused_beyond_what_is_allowed(tmp_
         build_imagenet(source, tmp_path / "out", max_bad=2, **command)
     summary = build_imagenet(source, tmp_path / "out", max_bad=3, **command)
     train = summary.splits[0]
-    assert (train.samples, train.records, train.skipped) == (8, 5, {"not an image": 1, "truncated image": 2})
+    assert (train.samples, train.records, train.skipped) == (8, 5, {"not-an-image": 1, "truncated": 2})
     listed = [json.loads(line) for line in (summary.path / "clipkit" / "skipped-train.jsonl").read_text().splitlines()]
     assert {each["name"]: each["reason"] for each in listed} == {
-        "waffles/cut.jpg": "truncated image",
-        "waffles/cut.png": "truncated image",
-        "waffles/page.jpg": "not an image",
+        "waffles/cut.jpg": "truncated",
+        "waffles/cut.png": "truncated",
+        "waffles/page.jpg": "not-an-image",
     }
-    assert "left out as broken: not an image 1, truncated image 2" in summary.text()
+    assert "left out as broken: not-an-image 1, truncated 2" in summary.text()
 
 
 def test_mended_images_are_taken_by_the_next_run(tmp_path):
@@ -522,7 +522,7 @@ def test_what_a_decoder_reads_to_the_end_is_whole():
     odd = whole[:-60] + b"\xff\x01\xfd\xfe" + whole[-60:] + b"\r\n"
     assert is_truncated(odd)
     assert labelled_shard.take(odd, True) == (odd, "jpeg")
-    assert labelled_shard.take(whole[:-60], True) == (None, "truncated image")
+    assert labelled_shard.take(whole[:-60], True) == (None, "truncated")
 
 
 def test_components_are_read_from_the_frame_header():

@@ -34,12 +34,11 @@ from clipkit.formats.features import Feature
 from clipkit.formats.manifest import Source, read_manifest, write_manifest
 from clipkit.formats.records import read_records
 from clipkit.storage.files import WRITTEN_BESIDE, as_path, read_json, read_json_lines
-from clipkit.tfrecord_tools.account.purged import purged_rows
+from clipkit.tfrecord_tools.account.purged import PURGED_TABLE, purged_path, purged_rows
 from clipkit.tfrecord_tools.download.command import download
 from clipkit.tfrecord_tools.purge import removals as purge_list
 from clipkit.tfrecord_tools.purge import shard as purge_shard
 from clipkit.tfrecord_tools.purge.command import purge
-from clipkit.tfrecord_tools.purge.log import PURGED_TABLE, purged_path
 from clipkit.tfrecord_tools.purge.removals import find, open_list, read_values, wanted_entries
 from clipkit.tfrecord_tools.verify.command import verify
 from clipkit.tfrecord_tools.web.settings import FetchSettings
@@ -94,7 +93,7 @@ def test_the_counts_add_up(data, tmp_path):
     purge(data, write_list(tmp_path / "list.txt", urls(4, 7, 19)))
     after = read_manifest(data)["train"]
     assert (after.samples, after.records) == (before.samples, before.records - 3)
-    assert after.skipped == {"no caption": 3, "purged": 3}
+    assert after.skipped == {"no-caption": 3, "purged": 3}
     assert after.formats == {"jpeg": 17}
     assert [s.sources[0].skipped.get("purged", 0) for s in after.shards] == [2, 0, 1]
     info = {part["name"]: part for part in read_json(data / "dataset_info.json")["splits"]}
@@ -112,11 +111,11 @@ def test_sources_of_a_shuffled_split(data, tmp_path):
     """A shuffled split names its sources once; which of them a record came from isn't known, but the sums stay."""
     splits = read_manifest(data)
     shards = tuple(replace(shard, sources=()) for shard in splits["train"].shards)
-    sources = (Source("a.tar", 10, 2, 2), Source("b.tar", 10, 20, 18, {"no caption": 2}))
+    sources = (Source("a.tar", 10, 2, 2), Source("b.tar", 10, 20, 18, {"no-caption": 2}))
     write_manifest(data, splits | {"train": replace(splits["train"], shards=shards, sources=sources)})
     purge(data, write_list(tmp_path / "list.txt", urls(4, 7, 19)))
     after = read_manifest(data)["train"]
-    assert (after.samples, after.records, after.skipped) == (22, 17, {"no caption": 2, "purged": 3})
+    assert (after.samples, after.records, after.skipped) == (22, 17, {"no-caption": 2, "purged": 3})
     assert [source.records for source in after.sources] == [0, 17]
     assert verify(data).problems == ()
 

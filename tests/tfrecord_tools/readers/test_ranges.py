@@ -170,7 +170,7 @@ def test_parquet_of_img2datasets_own_writer(tmp_path):
     writer.close()
     one, two = read_shard(find_shards(tmp_path)[0])
     assert one == ("000000001", picture(1), "a cat", {"url": "u", "key": "000000001", "width": 16}, None)
-    assert (two.key, two.problem) == ("000000002", "no image")
+    assert (two.key, two.problem) == ("000000002", "no-image")
 
 
 def test_the_place_of_a_byte_in_a_parquet_file_is_in_its_row_group(tmp_path):
@@ -225,7 +225,7 @@ def test_tables_of_a_folder_of_images(tmp_path, suffix):
     one, two = read_shard(shard)
     assert (one.image, one.caption) == (picture(1, "PNG"), "a, cat")
     assert one.columns == {"filepath": "below/1.png", "n": 1, "key": "below/1.png"}
-    assert (two.problem, two.caption) == ("no image", "a dog")
+    assert (two.problem, two.caption) == ("no-image", "a dog")
 
 
 def test_tables_that_cannot_be_used_are_named(tmp_path):

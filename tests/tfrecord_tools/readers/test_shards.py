@@ -11,9 +11,9 @@ from tensorflow_process import with_tensorflow
 from clipkit.errors import UserError
 from clipkit.formats.records import RecordError, RecordWriter, encode_example
 from clipkit.formats.tar import header_number
+from clipkit.tfrecord_tools.pictures.sniff import image_format
 from clipkit.tfrecord_tools.readers.shards import find_shards, read_shard
 from clipkit.tfrecord_tools.readers.tar import read_members
-from clipkit.tfrecord_tools.sample import image_format
 
 # img2dataset's own tfrecord writer. It imports tensorflow_io, which no longer loads, and uses nothing of it.
 IMG2DATASET_TFRECORDS = """
@@ -125,12 +125,12 @@ def test_what_is_missing_or_senseless_is_told_and_not_lost(tmp_path):
     )
     assert [(int(sample.key), sample.problem, sample.caption) for sample in samples] == [
         (0, None, "picture number 0"),
-        (1, "no image", "picture number 1"),
+        (1, "no-image", "picture number 1"),
         (2, None, None),
         (3, None, "picture number 3"),
-        (4, "metadata is not JSON", None),
-        (5, "metadata is not JSON", None),
-        (6, "text is not UTF-8", None),
+        (4, "metadata-not-json", None),
+        (5, "metadata-not-json", None),
+        (6, "not-utf-8", None),
         (7, None, "picture number 7"),
         (8, None, "a png"),
     ]
@@ -168,7 +168,7 @@ def test_tfrecords_without_image_caption_or_text(tmp_path):
         writer.write(encode_example({"jpg": b"x", "txt": "", "caption": ""}))
         writer.write(encode_example({"jpg": b"x", "txt": b"\xff"}))
     found = [(sample.problem, sample.caption) for sample in read_shard(path)]
-    assert found == [("no image", "words"), (None, None), (None, ""), ("text is not UTF-8", None)]
+    assert found == [("no-image", "words"), (None, None), (None, ""), ("not-utf-8", None)]
 
 
 def test_finding_shards(tmp_path):

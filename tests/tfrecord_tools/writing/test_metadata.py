@@ -5,11 +5,12 @@ import pytest
 from image_shards import pair, picture, write_tar
 from tensorflow_process import with_tensorflow
 
+from clipkit.formats.dataset import shard_name
 from clipkit.formats.features import Feature, parse_features
 from clipkit.formats.manifest import Shard, SplitManifest
 from clipkit.pixels import images
 from clipkit.tfrecord_tools.build.command import build_tfds
-from clipkit.tfrecord_tools.writing.metadata import dataset_info_json, features_json, shard_name
+from clipkit.tfrecord_tools.writing.metadata import dataset_info_json, features_json
 
 FEATURES = {
     "jpg": Feature("image"),

@@ -172,7 +172,7 @@ def test_a_compact_copy_is_tried_on_the_images() -> None:
     assert found.bytes_gain > 8
     assert try_compact([pair(number, 90, 120) for number in range(4)], 64, crop) is None
     assert try_compact(pairs, 64, Augmentation(rotation=5.0)) is None
-    assert try_compact([Pair(b"no image", "x")], 64, crop) is None
+    assert try_compact([Pair(b"no-image", "x")], 64, crop) is None
 
 
 @pytest.mark.parametrize(("image_size", "side"), [(64, 96), (96, 128), (112, 128), (224, 256), (336, 384)])

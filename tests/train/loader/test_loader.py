@@ -66,11 +66,11 @@ class Pairs:
                 return b"\xff\xff no example"
             case "image":
                 image = b"<html>gone</html>"
-            case "no image":
+            case "no-image":
                 image = None
             case "caption":
                 text = " &nbsp; \n"
-            case "no caption":
+            case "no-caption":
                 text = None
             case "shard":
                 raise UserError("part-0 is gone: put the shard back")
@@ -212,7 +212,7 @@ def test_ids_and_word_classes_made_before_are_taken(processes: bool) -> None:
 
 # ---- Faults ----------------------------------------------------------------------------------------------------------
 
-KINDS = ["record", "bytes", "image", "no image", "caption", "no caption"]
+KINDS = ["record", "bytes", "image", "no-image", "caption", "no-caption"]
 SPOILT = {2 + 40 * place: kind for place, kind in enumerate(KINDS)}
 
 

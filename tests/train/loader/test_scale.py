@@ -20,13 +20,13 @@ import pytest
 from PIL import Image
 
 from clipkit.formats import dataset as dataset_module
-from clipkit.formats.dataset import open_dataset
+from clipkit.formats.dataset import open_dataset, shard_name
 from clipkit.formats.features import Feature
 from clipkit.formats.manifest import Shard, Source, SplitManifest, index_path, write_manifest
 from clipkit.formats.records import RecordWriter, encode_example
 from clipkit.pixels.images import MAX_PIXELS
 from clipkit.storage import ranges as range_reader
-from clipkit.tfrecord_tools.writing.metadata import shard_name, write_metadata
+from clipkit.tfrecord_tools.writing.metadata import write_metadata
 from clipkit.train.loader.augment import Augmentation
 from clipkit.train.loader.loader import Batch, LoaderConfig, batches
 from clipkit.train.sources.open import open_source

@@ -84,7 +84,7 @@ def test_tars_of_other_writers(tmp_path: Path) -> None:
         {"__key__": "part/0001", "png": picture(2, "PNG"), "json": {"caption": "from json"}},
         {"__key__": "0002", "jpg": picture(3), "txt": "nan", "json": {"caption": None}},
         {"__key__": "0003", "jpg": picture(3), "txt": "nan", "json": {"caption": "nan"}},
-        {"__key__": "0004", "txt": "no image"},
+        {"__key__": "0004", "txt": "no-image"},
     ]
     write_tar(tmp_path / "data" / "0.tar", samples)
     found = list(open_source(tmp_path / "data").source().pairs(range(5)))

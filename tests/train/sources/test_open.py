@@ -59,7 +59,7 @@ def test_the_loader_gives_the_same_with_processes_and_threads(kind: str, written
 def spoil(kind: str, place: Path, number: int) -> None:
     """Overwrite a piece in the middle of one record's image."""
     if kind == "folder":
-        (place / "images" / f"{number}.jpg").write_bytes(b"no image")
+        (place / "images" / f"{number}.jpg").write_bytes(b"no-image")
         return
     image = jpg(number)
     for file in sorted(place.iterdir()):
