@@ -22,8 +22,8 @@ from clipkit.formats.manifest import CLIPKIT_FOLDER, SplitManifest, index_path, 
 from clipkit.formats.records import RecordError, decode_example, index_records, unframe
 from clipkit.storage.cache import BlockCache, CachedRanges
 from clipkit.storage.files import as_path, is_remote, local_copy, read_json
-from clipkit.storage.ranges import KnownFile, RangeReader, read_whole
-from clipkit.storage.stores import list_folder, reading
+from clipkit.storage.ranges import RangeReader, read_whole
+from clipkit.storage.stores import StoredFile, list_folder, reading
 
 VERSION = "1.0.0"  # of every dataset: the folder below its name
 
@@ -64,7 +64,7 @@ class Dataset:
 
     def _start(self) -> None:
         self._ends = list(accumulate(shard.records for shard in self.shards))
-        files = [KnownFile(shard.file, shard.bytes, shard.crc32c) for shard in self.shards]
+        files = [StoredFile(shard.file, shard.bytes, shard.crc32c) for shard in self.shards]
         self._files = RangeReader(self.path, files)
         self._blocks = CachedRanges(self._files, self.cache) if self.cache else None
         self._index = self._load_index()

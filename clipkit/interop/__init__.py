@@ -1,1 +1,4 @@
-"""clipkit/interop"""
+"""Other projects' weights under clipkit's names.
+
+- `openclip`: weights of OpenCLIP and OpenAI
+"""

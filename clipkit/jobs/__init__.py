@@ -1,1 +1,7 @@
-"""clipkit/jobs"""
+"""One function over many shards: on this machine, on Ray, or on Spark.
+
+- `run`: `run_jobs`, the one call for all engines; where to begin
+- `passes`: a pass over shards that goes on where an earlier run stopped
+- `local`, `ray`, `spark`: the engines
+- `worker`: what the engines share around one item
+"""

@@ -2,12 +2,13 @@
 
 Every stage may be killed at any moment. A file is therefore written beside its place, flushed to the disk, and renamed:
 whoever finds the final name finds the whole file. All of this takes remote paths too (`as_path("s3://bucket/folder")`);
-there a file is made on the local disk and then put, which a store does at once (see `remote`).
+there a file is made on the local disk and then put, which a store does at once (see `stores`).
 """
 
 import contextlib
 import errno
 import fcntl
+import io
 import json
 import os
 import re
@@ -16,11 +17,14 @@ import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from clipkit.errors import UserError
-from clipkit.storage import stores as remote
+from clipkit.storage import stores
 from clipkit.storage.stores import is_remote as is_remote
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
 
 MAX_OPEN_FILES = 65_536
 WRITTEN_BESIDE = re.compile(r"\..+\.\d+")  # the temporary names of `write_beside`
@@ -33,7 +37,7 @@ def as_path(text: str | Path) -> Path:
     `open(path)` or a C library can't take it (use `path.open()`, or `local_copy`).
     Raises UserError for an unknown protocol, and for one whose package is missing.
     """
-    return remote.parse(text) if isinstance(text, str) else remote.parse(str(text)) if not is_remote(text) else text
+    return stores.parse(text) if isinstance(text, str) else stores.parse(str(text)) if not is_remote(text) else text
 
 
 @contextlib.contextmanager
@@ -48,9 +52,9 @@ def write_beside(path: Path) -> Iterator[Path]:
     Raises UserError when the disk is full or the folder can't be written, or when the store refuses.
     """
     if is_remote(path):
-        with remote.scratch() as scratch, disk_errors(scratch):
+        with stores.scratch() as scratch, disk_errors(scratch):
             yield scratch / path.name
-            remote.put(scratch / path.name, path)
+            stores.put(scratch / path.name, path)
         return
     temporary = path.parent / f".{path.name}.{secrets.randbits(60)}"
     try:
@@ -70,7 +74,7 @@ def write_beside(path: Path) -> Iterator[Path]:
 def disk_errors(path: Path) -> Iterator[None]:
     """Turn the disk's or the store's refusals below `path` into one line with a remedy; all else passes unchanged."""
     if is_remote(path):
-        with remote.store_errors(path):
+        with stores.store_errors(path):
             yield
         return
     try:
@@ -111,7 +115,7 @@ def sync_file(path: Path) -> None:
 def remove(path: Path) -> None:
     """Remove a file or a whole folder; nothing happens where there is none."""
     if is_remote(path):
-        remote.remove(path)
+        stores.remove(path)
     elif path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -155,9 +159,9 @@ def local_copy(path: Path) -> Iterator[Path]:
     if not is_remote(path):
         yield path
         return
-    with remote.scratch() as scratch:
+    with stores.scratch() as scratch:
         with disk_errors(scratch):
-            remote.fetch(path, scratch / path.name)
+            stores.fetch(path, scratch / path.name)
         yield scratch / path.name
 
 
@@ -170,21 +174,38 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path) -> Any:
     """Read a JSON file. Raises UserError when it is missing or isn't JSON."""
     try:
-        with remote.reading(path):
+        with stores.reading(path):
             return json.loads(require_file(path, "file").read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} isn't valid JSON ({error}): it may be damaged; make it again or remove it") from error
+
+
+def save_array(path: Path, values: "npt.NDArray[Any]") -> None:
+    """Write an array as NumPy's own file, whole or not at all."""
+    import numpy as np
+
+    with write_beside(path) as temporary, temporary.open("wb") as file:
+        np.save(file, values)
+
+
+def load_array(path: Path) -> "npt.NDArray[Any]":
+    """An array as `save_array` left it."""
+    import numpy as np
+
+    with stores.reading(path):
+        loaded: npt.NDArray[Any] = np.load(io.BytesIO(path.read_bytes()) if is_remote(path) else path)
+    return loaded
 
 
 def append_json_line(path: Path, value: Any) -> None:
     """Append one JSON line in a single write, so that a killed process leaves whole lines.
 
     A torn line that a full disk left at the end is closed first, so that it can't swallow this one.
-    A remote object can't be appended to: it is read and put anew, so it should be small and have one writer.
+    A remote object can't be appended to: it is read and put again, so it should be small and have one writer.
     """
     line = (json.dumps(value, ensure_ascii=False) + "\n").encode()
     if is_remote(path):
-        remote.append(path, line)
+        stores.append(path, line)
         return
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -200,7 +221,7 @@ def append_json_line(path: Path, value: Any) -> None:
 
 def read_json_lines(path: Path) -> list[Any]:
     """All whole JSON lines of a file, in order; [] when there is no file. A torn last line is left out."""
-    with remote.reading(path):
+    with stores.reading(path):
         if not path.exists():
             return []
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
@@ -223,7 +244,7 @@ def allow_many_files() -> int:
 
 def require_file(path: Path, what: str) -> Path:
     """`path` itself when it is a file. Raises UserError otherwise."""
-    with remote.reading(path):
+    with stores.reading(path):
         if not path.is_file():
             kind = "is a folder, not a file" if path.is_dir() else "doesn't exist"
             raise UserError(f"{what} {path} {kind}: check the path")
@@ -232,7 +253,7 @@ def require_file(path: Path, what: str) -> Path:
 
 def require_dir(path: Path, what: str) -> Path:
     """`path` itself when it is a folder. Raises UserError otherwise."""
-    with remote.reading(path):
+    with stores.reading(path):
         if not path.is_dir():
             kind = "is a file, not a folder" if path.exists() else "doesn't exist"
             raise UserError(f"{what} {path} {kind}: check the path")
@@ -242,7 +263,7 @@ def require_dir(path: Path, what: str) -> Path:
 def require_writable(folder: Path) -> Path:
     """Make `folder` if need be and prove that it takes a file, before hours of work. Raises UserError otherwise."""
     if is_remote(folder):
-        remote.probe(folder)
+        stores.probe(folder)
         return folder
     probe = folder / f".clipkit-probe.{secrets.randbits(60)}"
     try:
@@ -260,7 +281,7 @@ def require_writable(folder: Path) -> Path:
 def lock(folder: Path) -> Iterator[None]:
     """Hold a folder against a second process that would write the same files; the kernel lets go when we die.
 
-    In a store it is a lease that a killed process leaves behind for some minutes (see `remote_lock`).
+    In a store it is a lease that a killed process leaves behind for some minutes (see `lease`).
     Raises UserError when another process holds it.
     """
     if is_remote(folder):

@@ -2,7 +2,7 @@
 
 Training reads for weeks from stores that now and then refuse, break off, answer short or not at all. A range that
 doesn't come is asked for again after growing pauses; one that stalls is cut off first, for a client without a time
-limit would wait for ever. What has been put right is told on stderr; what can't be is one line.
+limit would wait for ever. A warning on stderr tells of what was repeated; what fails in the end is one line.
 
 Files are read with `pread` and not through a mapping: a mapped file counts as the process's own memory, and one that is
 cut short while it is in use kills the process where `pread` gives an error that can be told.
@@ -10,19 +10,16 @@ cut short while it is in use kills the process where `pread` gives an error that
 
 import errno
 import os
-import random
 import sys
 import threading
-import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from clipkit.errors import UserError
 from clipkit.storage.files import allow_many_files, is_remote
-from clipkit.storage.stores import as_upath, is_transient, retried, store_errors
+from clipkit.storage.stores import StoredFile, as_upath, is_transient, retried, store_errors
 
 # As many files as the loader's order has blocks at a time (`train.order`), or nearly: each may be in another one. Where
 # a process may not open many, several readers and all else must fit into what it may.
@@ -48,37 +45,43 @@ def read_range(path: Path, start: int, end: int, warn: Warn = warn_on_stderr) ->
 
     Raises FileNotFoundError when there is no such file, and UserError when the store refuses or doesn't answer.
     """
-    return _asked(path, start, end, warn) if start < end else b""
+    return _read(path, start, end, warn) if start < end else b""
 
 
 def read_object(path: Path, warn: Warn = warn_on_stderr) -> bytes:
     """All of a remote file whose size isn't known, and is small. Raises as `read_range`."""
-    return _asked(path, None, None, warn)
+    return _read(path, None, None, warn)
 
 
-def _asked(path: Path, start: int | None, end: int | None, warn: Warn) -> bytes:
+def _read(path: Path, start: int | None, end: int | None, warn: Warn) -> bytes:
     part = str(path) if start is None or end is None else f"{path}, bytes {start:,} to {end:,}"
-    for attempt in range(1, ATTEMPTS + 1):
-        try:
-            data = _ask(path, start, end)
-            if start is not None and end is not None and len(data) != end - start:
-                raise OSError(errno.EIO, f"{len(data):,} of {end - start:,} bytes came")
-            return data
-        except Exception as error:
-            if not is_transient(error):
-                with store_errors(path):
-                    raise
-            stalled = isinstance(error, TimeoutError)
-            reason = "no answer in time" if stalled else " ".join(str(error).split()) or type(error).__name__
-            if attempt == ATTEMPTS:
-                raise UserError(
-                    f"can't read {path} ({reason}, {ATTEMPTS} times): check the endpoint and the network, and run the "
-                    "same command again"
-                ) from error
-            if stalled or attempt > 1:
-                warn(f"{part}: {reason}; asked again ({attempt + 1} of {ATTEMPTS})")
-            time.sleep(FIRST_PAUSE * 2 ** (attempt - 1) * random.uniform(0.5, 1))
-    raise AssertionError
+
+    def ask() -> bytes:
+        data = _ask(path, start, end)
+        if start is not None and end is not None and len(data) != end - start:
+            raise OSError(errno.EIO, f"{len(data):,} of {end - start:,} bytes came")
+        return data
+
+    def tell(error: Exception, attempt: int) -> None:
+        if isinstance(error, TimeoutError) or attempt > 1:  # one failure that isn't a stall is no news
+            warn(f"{part}: {_reason(error)}; asked again ({attempt + 1} of {ATTEMPTS})")
+
+    try:
+        return retried(ask, attempts=ATTEMPTS, first_pause=FIRST_PAUSE, pause_growth=2, tell=tell)
+    except Exception as error:
+        if not is_transient(error):
+            with store_errors(path):
+                raise
+        raise UserError(
+            f"can't read {path} ({_reason(error)}, {ATTEMPTS} times): check the endpoint and the network, and run the "
+            "same command again"
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    return (
+        "no answer in time" if isinstance(error, TimeoutError) else " ".join(str(error).split()) or type(error).__name__
+    )
 
 
 def read_whole(path: Path, size: int, warn: Warn = warn_on_stderr) -> bytes:
@@ -117,15 +120,6 @@ def _ask(path: Path, start: int | None, end: int | None) -> bytes:
     return found
 
 
-@dataclass(frozen=True)
-class KnownFile:
-    """A file of a folder as it was when the folder was opened. `version` is what else tells it from a later one."""
-
-    name: str
-    bytes: int
-    version: str = ""
-
-
 class _Open:
     """A file descriptor that is closed when its last user lets go of it, whichever thread that is."""
 
@@ -160,7 +154,7 @@ class RangeReader:
     Safe from several threads. A pickled one opens its files anew in the process that unpickles it.
     """
 
-    def __init__(self, folder: Path, files: Sequence[KnownFile]) -> None:
+    def __init__(self, folder: Path, files: Sequence[StoredFile]) -> None:
         self.folder, self.files = folder, tuple(files)
         self._start()
 
@@ -188,7 +182,7 @@ class RangeReader:
         try:
             return self._opened(number).read(start, end)
         except FileNotFoundError as error:
-            raise UserError(f"{self.path(number)} is gone: put the shard back or build it anew") from error
+            raise UserError(f"{self.path(number)} is gone: put the shard back or build it again") from error
         except OSError as error:
             raise UserError(
                 f"can't read {self.path(number)} ({error.strerror or error}): check the disk, and run the command again"

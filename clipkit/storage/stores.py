@@ -1,11 +1,11 @@
 """Files in an object store, so that a dataset may live in `s3://` or `gs://` as well as on a disk.
 
-Remote paths are `upath.UPath`, which speak pathlib's language over fsspec. They aren't instances of `pathlib.Path`, yet
+Remote paths are `upath.UPath`, which have pathlib's methods over fsspec. They aren't instances of `pathlib.Path`, yet
 everything in clipkit takes both and says `Path`: the casts are here and nowhere else. `files.py` is the face of this
 module; nothing remote is imported before the first remote path is met.
 
 An object store has no folders and no renaming, but it puts an object whole or not at all. So a file is written on the
-local disk first and then put under its final name. What is not an object store (sftp, http, …) can be read alone.
+local disk first and then put under its final name. What is not an object store (sftp, http, …) can only be read.
 """
 
 import contextlib
@@ -140,15 +140,15 @@ def put_bytes(data: bytes, path: Path, mode: str = "overwrite") -> None:
 
 
 @dataclass(frozen=True)
-class Listed:
-    """A file of a folder. `version` is what the store, or the disk, gives to tell it from a later one of that name."""
+class StoredFile:
+    """A file of a folder, as it was when it was listed. `version` tells it from a later one of the same name."""
 
     name: str
     bytes: int
-    version: str
+    version: str = ""
 
 
-def list_folder(folder: Path) -> list[Listed]:
+def list_folder(folder: Path) -> list[StoredFile]:
     """The files that lie in a folder, local or remote, by name: one question to a store for a thousand of them.
 
     Raises FileNotFoundError where there is no folder, and UserError for what the store refuses.
@@ -157,7 +157,7 @@ def list_folder(folder: Path) -> list[Listed]:
         with os.scandir(folder) as entries:
             files = [(entry.name, entry.stat()) for entry in entries if entry.is_file()]
         return sorted(
-            (Listed(name, status.st_size, str(status.st_mtime_ns)) for name, status in files),
+            (StoredFile(name, status.st_size, str(status.st_mtime_ns)) for name, status in files),
             key=lambda file: file.name,
         )
     target = as_upath(folder)
@@ -168,12 +168,12 @@ def list_folder(folder: Path) -> list[Listed]:
         if entry.get("type") == "directory" or entry.get("size") is None:
             continue
         version = next((entry[name] for name in _VERSIONS if entry.get(name)), "")
-        found.append(Listed(str(entry["name"]).rstrip("/").rpartition("/")[2], int(entry["size"]), str(version)))
+        found.append(StoredFile(str(entry["name"]).rstrip("/").rpartition("/")[2], int(entry["size"]), str(version)))
     return sorted(found, key=lambda file: file.name)
 
 
 def append(path: Path, line: bytes) -> None:
-    """Put an object anew with a line more, after closing a torn one."""
+    """Put an object again with one more line, after closing a torn one."""
     with store_errors(path, writing=True):
         before = path.read_bytes() if path.exists() else b""
         put_bytes(before + b"\n" * (not before.endswith(b"\n") and before != b"") + line, path)
@@ -218,15 +218,28 @@ def remove(path: Path) -> None:
         target.fs.rm(target.path, recursive=True)
 
 
-def retried(action: Callable[[], R]) -> R:
-    """What `action` returns, tried up to `ATTEMPTS` times with growing pauses while its errors are transient."""
-    for attempt in range(1, ATTEMPTS + 1):
+def retried(
+    action: Callable[[], R],
+    *,
+    attempts: int | None = None,
+    first_pause: float | None = None,
+    pause_growth: float = 4,
+    tell: Callable[[Exception, int], None] = lambda error, attempt: None,
+) -> R:
+    """What `action` returns, tried up to `attempts` times with growing pauses while its errors are transient.
+
+    The pauses are those of a transfer unless given. `tell` hears of each error that is followed by another attempt.
+    """
+    attempts, pause = attempts or ATTEMPTS, FIRST_PAUSE if first_pause is None else first_pause
+    for attempt in range(1, attempts + 1):
         try:
             return action()
         except Exception as error:
-            if attempt == ATTEMPTS or not is_transient(error):
+            if attempt == attempts or not is_transient(error):
                 raise
-            time.sleep(FIRST_PAUSE * 4 ** (attempt - 1) * random.uniform(0.5, 1))
+            tell(error, attempt)
+        time.sleep(pause * random.uniform(0.5, 1))
+        pause *= pause_growth
     raise AssertionError
 
 

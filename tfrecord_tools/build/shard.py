@@ -16,8 +16,7 @@ from typing import Any
 import numpy as np
 
 from clipkit.formats.manifest import Shard, Source
-from clipkit.storage.arrays import save_array
-from clipkit.storage.files import read_json, write_beside, write_json
+from clipkit.storage.files import read_json, save_array, write_beside, write_json
 from clipkit.tfrecord_tools.build.dedup import DecideJob, duplicates_in
 from clipkit.tfrecord_tools.build.prepare import Part, Preparation, Prepared, parts_told, prepared
 from clipkit.tfrecord_tools.pictures.sniff import FORMATS

@@ -20,8 +20,7 @@ import numpy.typing as npt
 from clipkit.counter_rng import sample_keys
 from clipkit.formats.manifest import Shard
 from clipkit.formats.records import RecordWriter, unframe
-from clipkit.storage.arrays import load_array, save_array
-from clipkit.storage.files import is_remote, read_json, write_beside, write_json
+from clipkit.storage.files import is_remote, load_array, read_json, save_array, write_beside, write_json
 from clipkit.tfrecord_tools.build.sorted_rows import KEY_END, gone, read_bytes, read_sorted, write_sorted
 from clipkit.tfrecord_tools.pictures.sniff import FORMATS
 from clipkit.tfrecord_tools.writing.pair_writer import count_format

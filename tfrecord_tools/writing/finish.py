@@ -8,8 +8,7 @@ import numpy as np
 
 from clipkit.formats.features import Feature, Kind
 from clipkit.formats.manifest import CLIPKIT_FOLDER, index_path
-from clipkit.storage.arrays import load_array
-from clipkit.storage.files import write_beside
+from clipkit.storage.files import load_array, write_beside
 from clipkit.storage.stores import reading
 from clipkit.tfrecord_tools.build.shard import ShardJob, ShardState
 from clipkit.tfrecord_tools.tables.kinds import EMPTY_LIST, LIST

@@ -18,7 +18,7 @@ from clipkit.pixels.images import ImageError
 from clipkit.storage.cache import BlockCache
 from clipkit.storage.files import is_remote, local_copy, read_json, remove, write_beside, write_json
 from clipkit.storage.ranges import read_object
-from clipkit.storage.stores import Listed
+from clipkit.storage.stores import StoredFile
 from clipkit.train.sources.index import index_place, waiting_lock
 from clipkit.train.sources.source import Pair, Source
 
@@ -29,7 +29,7 @@ _SCHEMA = pa.schema([("file", pa.large_string()), ("caption", pa.large_string())
 class FolderSource(Source):
     """The rows of a folder's table. Made by `open_folder`. With a `cache`, images are kept in it, each for itself."""
 
-    def __init__(self, folder: Path, table: Listed, rows: Path, cache: BlockCache | None = None) -> None:
+    def __init__(self, folder: Path, table: StoredFile, rows: Path, cache: BlockCache | None = None) -> None:
         self.folder, self.table, self.rows, self.cache = folder, table, rows, cache
         self._start()
 
@@ -92,7 +92,7 @@ class FolderSource(Source):
         return read_object(path) if is_remote(path) else path.read_bytes()
 
 
-def open_folder(folder: Path, table: Listed, cache: BlockCache | None = None) -> FolderSource:
+def open_folder(folder: Path, table: StoredFile, cache: BlockCache | None = None) -> FolderSource:
     """Open a folder of images with its table, which is copied on first use and when it has changed.
 
     Raises UserError when the table lacks a column or can't be read to its end.

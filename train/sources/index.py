@@ -23,13 +23,13 @@ from clipkit.formats.manifest import CLIPKIT_FOLDER
 from clipkit.jobs.run import run_jobs
 from clipkit.log import Progress
 from clipkit.storage.files import is_remote, make_folder, read_json, remove, require_writable, write_beside, write_json
-from clipkit.storage.stores import Listed
+from clipkit.storage.stores import StoredFile
 
 REMOTE_THREADS = 8
 # Starting processes takes longer than looking at shards of so many bytes.
 FEW_BYTES = 4 << 30
 
-MakeRows = Callable[[Path, Listed], np.ndarray]
+MakeRows = Callable[[Path, StoredFile], np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class FolderIndex:
         return np.load(self.path, mmap_mode="r" if sum(self.counts) else None)
 
 
-def open_index(folder: Path, shards: Sequence[Listed], stem: str, make: MakeRows) -> FolderIndex:
+def open_index(folder: Path, shards: Sequence[StoredFile], stem: str, make: MakeRows) -> FolderIndex:
     """The index `stem` of a folder's shards, made where it is missing or old by `make` of each, which must pickle.
 
     Raises what `make` raises.
@@ -88,13 +88,15 @@ def _read_summary(path: Path) -> Summary:
     return []
 
 
-def _describe(shards: Sequence[Listed], counts: Sequence[int]) -> Summary:
+def _describe(shards: Sequence[StoredFile], counts: Sequence[int]) -> Summary:
     if len(shards) != len(counts):
         return [("", 0, "", 0)]
     return [(shard.name, shard.bytes, shard.version, count) for shard, count in zip(shards, counts, strict=True)]
 
 
-def _make(folder: Path, shards: Sequence[Listed], place: Path, stem: str, make: MakeRows, known: Summary) -> Summary:
+def _make(
+    folder: Path, shards: Sequence[StoredFile], place: Path, stem: str, make: MakeRows, known: Summary
+) -> Summary:
     work = make_folder(place / f"{stem}-work")
     old: dict[tuple[str, int, str], np.ndarray] = {}
     if known:
@@ -124,7 +126,7 @@ def _make(folder: Path, shards: Sequence[Listed], place: Path, stem: str, make: 
     return found
 
 
-def _over(function: Callable[[Listed], None], todo: Sequence[Listed], remote: bool) -> Iterator[Any]:
+def _over(function: Callable[[StoredFile], None], todo: Sequence[StoredFile], remote: bool) -> Iterator[Any]:
     if remote:
         with ThreadPoolExecutor(REMOTE_THREADS) as pool:
             yield from pool.map(function, todo)
@@ -133,12 +135,12 @@ def _over(function: Callable[[Listed], None], todo: Sequence[Listed], remote: bo
         yield from run_jobs(function, todo, workers=workers, describe=lambda shard: shard.name)
 
 
-def _make_part(shard: Listed, folder: Path, work: Path, make: MakeRows) -> None:
+def _make_part(shard: StoredFile, folder: Path, work: Path, make: MakeRows) -> None:
     rows = make(folder, shard)
     with write_beside(_part(work, shard)) as temporary, temporary.open("wb") as file:
         np.save(file, rows)
 
 
-def _part(work: Path, shard: Listed) -> Path:
+def _part(work: Path, shard: StoredFile) -> Path:
     mark = hashlib.blake2b(f"{shard.name} {shard.bytes} {shard.version}".encode(), digest_size=12).hexdigest()
     return work / f"{mark}.npy"

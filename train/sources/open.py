@@ -18,7 +18,7 @@ from clipkit.formats.dataset import Dataset, open_dataset, unfinished
 from clipkit.formats.tables import find_table, is_table
 from clipkit.storage.cache import BlockCache, scratch_cache
 from clipkit.storage.files import as_path, is_remote
-from clipkit.storage.stores import Listed, list_folder, reading
+from clipkit.storage.stores import StoredFile, list_folder, reading
 from clipkit.train.sources.ahead import AheadSource
 from clipkit.train.sources.folder import open_folder
 from clipkit.train.sources.labelled import IMAGE_FIELD as LABELLED_IMAGE
@@ -163,7 +163,7 @@ class _Opener:
                 raise UserError(f"{path} doesn't exist: check the path, or make a dataset with clipkit build-tfds")
             return self.open_files(path, folder, files)
 
-    def open_files(self, path: Path, folder: Path, files: Sequence[Listed]) -> Opened:
+    def open_files(self, path: Path, folder: Path, files: Sequence[StoredFile]) -> Opened:
         if (folder / "clipkit" / "plan.json").exists() and not (folder / "clipkit" / "download.json").exists():
             raise UserError(
                 f"the download into {folder} isn't finished: run the same clipkit download command to its end"
@@ -207,7 +207,7 @@ class _Opener:
         return lambda source: AheadSource(source, dataset.fill, self.block_size)
 
     def opened(
-        self, path: Path, kind: str, files: Sequence[Listed], source: Source, fill: Callable[[int], int], unit: int
+        self, path: Path, kind: str, files: Sequence[StoredFile], source: Source, fill: Callable[[int], int], unit: int
     ) -> Opened:
         listing = " ".join(f"{file.name}:{file.bytes}" for file in files)
         identity = {

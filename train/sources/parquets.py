@@ -21,8 +21,8 @@ from clipkit.errors import UserError
 from clipkit.formats.tables import CAPTION_NAMES, find_image_column, find_name
 from clipkit.pixels.images import ImageError
 from clipkit.storage.cache import BlockCache
-from clipkit.storage.ranges import KnownFile, RangeReader
-from clipkit.storage.stores import Listed
+from clipkit.storage.ranges import RangeReader
+from clipkit.storage.stores import StoredFile
 from clipkit.train.sources.index import FolderIndex, open_index
 from clipkit.train.sources.source import Pair, Source
 
@@ -36,7 +36,7 @@ ROW_GROUPS = np.dtype([("group", "<u4"), ("rows", "<u4")])
 class ParquetSource(Source):
     """The rows of a folder's parquet files, in the order of the files' names. Made by `open_parquets`."""
 
-    def __init__(self, folder: Path, shards: Sequence[Listed], index: FolderIndex, cache: BlockCache) -> None:
+    def __init__(self, folder: Path, shards: Sequence[StoredFile], index: FolderIndex, cache: BlockCache) -> None:
         self.folder, self.shards, self.index, self.cache = folder, tuple(shards), index, cache
         self._start()
 
@@ -46,8 +46,7 @@ class ParquetSource(Source):
         self._files_of = np.repeat(np.arange(len(self.shards)), self.index.counts)
         self._ends = np.cumsum(rows["rows"], dtype=np.int64)
         self.largest_group = int(rows["rows"].max(initial=1))
-        files = [KnownFile(shard.name, shard.bytes, shard.version) for shard in self.shards]
-        self._reader = RangeReader(self.folder, files)
+        self._reader = RangeReader(self.folder, self.shards)
         self._lock = threading.Lock()
         self._footers: OrderedDict[int, pq.FileMetaData] = OrderedDict()
 
@@ -239,7 +238,9 @@ def read_footer(reader: RangeReader, number: int) -> pq.FileMetaData:
             raise UserError(f"{reader.path(number)} can't be read as parquet ({reason}): fetch it again") from error
 
 
-def open_parquets(folder: Path, shards: Sequence[Listed], cache: BlockCache, stem: str = "parquet") -> ParquetSource:
+def open_parquets(
+    folder: Path, shards: Sequence[StoredFile], cache: BlockCache, stem: str = "parquet"
+) -> ParquetSource:
     """Open a folder's parquet files; on first use the sizes of their row groups are put down.
 
     `stem` names the index: other sets of the folder's files have other ones.
@@ -248,15 +249,15 @@ def open_parquets(folder: Path, shards: Sequence[Listed], cache: BlockCache, ste
     return ParquetSource(folder, shards, open_index(folder, shards, stem, index_shard), cache)
 
 
-def index_shard(folder: Path, shard: Listed) -> np.ndarray:
+def index_shard(folder: Path, shard: StoredFile) -> np.ndarray:
     """One row of ROW_GROUPS for each row group of a file that has any rows."""
-    footer = read_footer(RangeReader(folder, [KnownFile(shard.name, shard.bytes, shard.version)]), 0)
+    footer = read_footer(RangeReader(folder, [shard]), 0)
     columns(footer.schema.to_arrow_schema(), folder / shard.name)
     counts = [(group, footer.row_group(group).num_rows) for group in range(footer.num_row_groups)]
     return np.array([count for count in counts if count[1]], ROW_GROUPS)
 
 
-def has_images(folder: Path, shard: Listed) -> bool:
+def has_images(folder: Path, shard: StoredFile) -> bool:
     """Whether a parquet file has a column with images; beside its tars img2dataset leaves files that have none."""
-    footer = read_footer(RangeReader(folder, [KnownFile(shard.name, shard.bytes, shard.version)]), 0)
+    footer = read_footer(RangeReader(folder, [shard]), 0)
     return find_image_column(footer.schema.to_arrow_schema()) is not None

@@ -19,8 +19,8 @@ from clipkit.formats.tar import index_tar
 from clipkit.pixels.images import ImageError
 from clipkit.storage.cache import BlockCache, CachedRanges
 from clipkit.storage.files import is_remote
-from clipkit.storage.ranges import KnownFile, RangeReader
-from clipkit.storage.stores import Listed
+from clipkit.storage.ranges import RangeReader
+from clipkit.storage.stores import StoredFile
 from clipkit.train.sources.index import FolderIndex, open_index
 from clipkit.train.sources.source import Pair, Source
 
@@ -38,7 +38,7 @@ class TarSource(Source):
     def __init__(
         self,
         folder: Path,
-        shards: Sequence[Listed],
+        shards: Sequence[StoredFile],
         index: FolderIndex,
         cache: BlockCache | None = None,
         block_records: int = 64,
@@ -50,8 +50,7 @@ class TarSource(Source):
     def _start(self) -> None:
         self._ends = list(accumulate(self.index.counts))
         self._rows = self.index.rows()
-        files = [KnownFile(shard.name, shard.bytes, shard.version) for shard in self.shards]
-        self._files = RangeReader(self.folder, files)
+        self._files = RangeReader(self.folder, self.shards)
         self._blocks = CachedRanges(self._files, self.cache) if self.cache else None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -133,7 +132,7 @@ class TarSource(Source):
 
 def open_tars(
     folder: Path,
-    shards: Sequence[Listed],
+    shards: Sequence[StoredFile],
     cache: BlockCache | None = None,
     block_records: int = 64,
     stem: str = "tars",
@@ -147,9 +146,9 @@ def open_tars(
     return TarSource(folder, shards, index, cache, block_records)
 
 
-def index_shard(folder: Path, shard: Listed) -> np.ndarray:
+def index_shard(folder: Path, shard: StoredFile) -> np.ndarray:
     """The rows of one tar (`clipkit.formats.tar.INDEX_DTYPE`)."""
-    reader = RangeReader(folder, [KnownFile(shard.name, shard.bytes, shard.version)])
+    reader = RangeReader(folder, [shard])
     ahead = _REMOTE_AHEAD if is_remote(folder) else _LOCAL_AHEAD
     chunk, base = b"", 0
 

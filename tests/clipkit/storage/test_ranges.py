@@ -22,7 +22,8 @@ from clipkit.storage import cache as block_cache
 from clipkit.storage import ranges as range_reader
 from clipkit.storage.cache import BlockCache, CachedRanges, scratch_cache
 from clipkit.storage.files import as_path
-from clipkit.storage.ranges import KnownFile, RangeReader, read_object, read_range, read_whole
+from clipkit.storage.ranges import RangeReader, read_object, read_range, read_whole
+from clipkit.storage.stores import StoredFile
 
 DATA = np.random.default_rng(0).bytes(100_000)
 
@@ -96,7 +97,7 @@ def test_a_missing_file_is_not_asked_for_again() -> None:
         with pytest.raises(FileNotFoundError):
             read_range(as_path(f"{server.url}/x"), 0, 20)
         assert len(server.asked) == 1
-        reader = RangeReader(as_path(server.url), [KnownFile("x", len(DATA))])
+        reader = RangeReader(as_path(server.url), [StoredFile("x", len(DATA))])
         with pytest.raises(UserError, match="is gone: put the shard back"):
             reader.read(0, 0, 20)
 
@@ -112,7 +113,7 @@ def test_whole_files_come_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_reader_of_local_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(range_reader, "_MAX_OPEN", 2)
-    files = [KnownFile(f"{number}", 1000) for number in range(5)]
+    files = [StoredFile(f"{number}", 1000) for number in range(5)]
     for number in range(5):
         (tmp_path / f"{number}").write_bytes(DATA[number * 1000 : number * 1000 + 1000])
     reader = RangeReader(tmp_path, files)
@@ -135,10 +136,11 @@ def test_a_reader_of_local_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 LIMITED = """
 import os, resource, sys
 from pathlib import Path
-from clipkit.storage.ranges import KnownFile, RangeReader
+from clipkit.storage.ranges import RangeReader
+from clipkit.storage.stores import StoredFile
 folder, soft, hard = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-readers = [RangeReader(folder, [KnownFile(f"{number}", 4) for number in range(400)]) for _ in range(4)]
+readers = [RangeReader(folder, [StoredFile(f"{number}", 4) for number in range(400)]) for _ in range(4)]
 for number in range(400):
     for reader in readers:
         assert reader.read(number, 0, 4) == b"%04d" % number
@@ -333,12 +335,12 @@ def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path: Path, monke
 
 def test_ranges_through_the_cache_cost_one_request_a_block(tmp_path: Path) -> None:
     with range_server(DATA, []) as server:
-        reader = RangeReader(as_path(server.url), [KnownFile("x", len(DATA), "v1")])
+        reader = RangeReader(as_path(server.url), [StoredFile("x", len(DATA), "v1")])
         ranges = CachedRanges(reader, BlockCache(tmp_path, 10_000_000))
         for start in range(0, 10_000, 100):
             assert ranges.read(0, (0, 10_000), start, start + 100) == DATA[start : start + 100]
         ranges.fill(0, (0, 10_000))
         assert server.asked == [(0, 10_000)]
-        other = CachedRanges(RangeReader(as_path(server.url), [KnownFile("x", len(DATA), "v2")]), ranges.cache)
+        other = CachedRanges(RangeReader(as_path(server.url), [StoredFile("x", len(DATA), "v2")]), ranges.cache)
         other.read(0, (0, 10_000), 0, 5)  # another version is another entry
         assert len(server.asked) == 2
