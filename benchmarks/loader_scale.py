@@ -40,7 +40,7 @@ from loader import Side
 
 from clipkit.formats.dataset import shard_name
 from clipkit.formats.features import Feature
-from clipkit.formats.manifest import Shard, Source, SplitManifest, index_path, write_manifest
+from clipkit.formats.manifest import ShardEntry, SourceEntry, SplitManifest, index_path, write_manifest
 from clipkit.formats.records import RecordWriter, encode_example
 from clipkit.pixels.images import decode
 from clipkit.tfrecord_tools.writing.metadata import write_metadata
@@ -121,7 +121,7 @@ def write_dataset(folder: Path, pool: Sequence[bytes], records: int, shards: int
     """A dataset directory with the pool's records again and again; `linked`, all shards are the first one."""
     (folder / "clipkit").mkdir(parents=True)
     index = np.lib.format.open_memmap(index_path(folder, "train"), mode="w+", dtype=np.uint64, shape=(records,))
-    entries: list[Shard] = []
+    entries: list[ShardEntry] = []
     for number in range(shards):
         start, end = records * number // shards, records * (number + 1) // shards
         path = folder / shard_name("scale", "train", number, shards)
@@ -131,9 +131,9 @@ def write_dataset(folder: Path, pool: Sequence[bytes], records: int, shards: int
         else:
             with RecordWriter(path) as writer:
                 index[start:end] = [writer.write(pool[record % len(pool)]) for record in range(start, end)]
-        source = Source(f"{number:05d}.tar", writer.bytes, end - start, end - start)
+        source = SourceEntry(f"{number:05d}.tar", writer.bytes, end - start, end - start)
         checksum = f"{writer.checksum:08x}"
-        entries.append(Shard(path.name, end - start, writer.bytes, checksum, (source,), {"jpeg": end - start}))
+        entries.append(ShardEntry(path.name, end - start, writer.bytes, checksum, (source,), {"jpeg": end - start}))
     del index
     split = {"train": SplitManifest(tuple(entries))}
     features = {"jpg": Feature("image"), "txt": Feature("text"), "url": Feature("text"), "key": Feature("text")}

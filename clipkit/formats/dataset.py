@@ -225,7 +225,7 @@ def _value(feature: Feature, values: list[Any] | None) -> Any:
 
 
 @dataclass(frozen=True)
-class Layout:
+class DatasetLayout:
     """What the metadata of a dataset directory say, before any shard is looked at.
 
     `lengths` are the records of each shard by split, as dataset_info.json has them, and `files` the shards' names.
@@ -249,7 +249,7 @@ def shard_name(name: str, split: str, number: int, count: int) -> str:
     return f"{name}-{split}.tfrecord-{number:05d}-of-{count:05d}"
 
 
-def read_layout(path: Path) -> Layout:
+def read_layout(path: Path) -> DatasetLayout:
     """Read the metadata of the dataset at `path`: the version's directory, or a parent that holds exactly one dataset.
 
     Raises UserError where there is no dataset or no metadata that is TFDS's.
@@ -273,7 +273,7 @@ def read_layout(path: Path) -> Layout:
         else _file_names(name, split, len(lengths[split]), templates[split])
         for split in lengths
     }
-    return Layout(folder, name, features, lengths, files, manifest)
+    return DatasetLayout(folder, name, features, lengths, files, manifest)
 
 
 def open_dataset(

@@ -17,7 +17,7 @@ CLIPKIT_FOLDER = "clipkit"
 
 
 @dataclass(frozen=True)
-class Source:
+class SourceEntry:
     """One input file of a shard. `skipped` counts the samples left out by reason."""
 
     file: str
@@ -28,21 +28,21 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Shard:
+class ShardEntry:
     """One TFRecord file of a split. `crc32c` (8 hexadecimal digits) is that of the whole file."""
 
     file: str
     records: int
     bytes: int
     crc32c: str
-    sources: tuple[Source, ...] = ()
+    sources: tuple[SourceEntry, ...] = ()
     formats: dict[str, int] = field(default_factory=dict)
     converted: dict[str, int] = field(default_factory=dict)
     status: str = "done"
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        return cls(**{**values, "sources": tuple(Source(**source) for source in values["sources"])})
+        return cls(**{**values, "sources": tuple(SourceEntry(**source) for source in values["sources"])})
 
 
 @dataclass(frozen=True)
@@ -53,13 +53,13 @@ class SplitManifest:
     all sources are in all shards (a shuffle), the sources stand here once and not in each shard.
     """
 
-    shards: tuple[Shard, ...]
-    sources: tuple[Source, ...] = ()
+    shards: tuple[ShardEntry, ...]
+    sources: tuple[SourceEntry, ...] = ()
     options: dict[str, Any] = field(default_factory=dict)
     """What decided which samples are here, in which form and order, as `clipkit build-tfds` names it."""
 
     @property
-    def all_sources(self) -> list[Source]:
+    def all_sources(self) -> list[SourceEntry]:
         return [*self.sources, *(source for shard in self.shards for source in shard.sources)]
 
     @property
@@ -144,8 +144,8 @@ def read_manifest(folder: Path) -> dict[str, SplitManifest]:
     try:
         return {
             name: SplitManifest(
-                tuple(Shard.from_dict(shard) for shard in split["shards"]),
-                tuple(Source(**source) for source in split.get("sources", ())),
+                tuple(ShardEntry.from_dict(shard) for shard in split["shards"]),
+                tuple(SourceEntry(**source) for source in split.get("sources", ())),
                 split.get("options", {}),
             )
             for name, split in values["splits"].items()

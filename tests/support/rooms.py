@@ -42,7 +42,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "tfrecord_tools/pictures": (*_core("pixels"), "tfrecord_tools"),
     "tfrecord_tools/readers": (*_core("formats", "storage"), "tfrecord_tools", *_tools("tables")),
     "tfrecord_tools/account": (*_core("formats", "storage"), "tfrecord_tools"),
-    "tfrecord_tools/writing": (*_core("formats", "pixels", "storage"), "tfrecord_tools", *_tools("pictures", "tables")),
+    "tfrecord_tools/writing": (*_core("formats", "pixels", "storage"), "tfrecord_tools", *_tools("pictures")),
     "tfrecord_tools/web": (*_core("storage"), "tfrecord_tools"),
     # The commands, which never import each other.
     "tfrecord_tools/build": (
@@ -58,7 +58,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "tfrecord_tools/in_place": (
         *_core("formats", "jobs", "storage"),
         "tfrecord_tools",
-        *_tools("account", "pictures", "tables", "writing"),
+        *_tools("account", "pictures", "writing"),
     ),
     "tfrecord_tools/inspection": (*_core("formats", "page", "pixels", "storage", "text"), *_tools("pictures")),
     "tfrecord_tools/labelled": (

@@ -9,7 +9,7 @@ from image_shards import picture
 
 from clipkit.formats.dataset import shard_name
 from clipkit.formats.features import Feature
-from clipkit.formats.manifest import Shard, Source, SplitManifest, index_path, write_manifest
+from clipkit.formats.manifest import ShardEntry, SourceEntry, SplitManifest, index_path, write_manifest
 from clipkit.formats.records import RecordWriter, encode_example
 from clipkit.storage.files import write_beside
 from clipkit.tfrecord_tools.pictures.sniff import image_format
@@ -62,9 +62,9 @@ def write_dataset(
                     index.append(writer.write(encode_example(columns)))
                     kind = image_format(columns[image]) or "unknown"
                     formats[kind] = formats.get(kind, 0) + 1
-            source = Source(f"{number:05d}.tar", 1000, len(records) + 1, len(records), {"no-caption": 1})
+            source = SourceEntry(f"{number:05d}.tar", 1000, len(records) + 1, len(records), {"no-caption": 1})
             checksum = f"{writer.checksum:08x}"
-            entries.append(Shard(path.name, writer.records, writer.bytes, checksum, (source,), formats))
+            entries.append(ShardEntry(path.name, writer.records, writer.bytes, checksum, (source,), formats))
         told[split] = SplitManifest(tuple(entries))
         if manifest:
             with write_beside(index_path(folder, split)) as temporary, temporary.open("wb") as file:

@@ -21,7 +21,14 @@ from pathlib import Path
 from clipkit.errors import UserError
 from clipkit.formats.dataset import VERSION, open_dataset, shard_name
 from clipkit.formats.features import parse_features
-from clipkit.formats.manifest import CLIPKIT_FOLDER, Source, SplitManifest, add_counts, read_manifest, write_manifest
+from clipkit.formats.manifest import (
+    CLIPKIT_FOLDER,
+    SourceEntry,
+    SplitManifest,
+    add_counts,
+    read_manifest,
+    write_manifest,
+)
 from clipkit.jobs.run import Engine
 from clipkit.log import size_text
 from clipkit.storage.files import as_path, clear_leftovers, is_remote, lock, read_json, remove
@@ -34,7 +41,7 @@ from clipkit.tfrecord_tools.build.prepare import Part, Preparation, part_left
 from clipkit.tfrecord_tools.build.progress import BuildProgress, ProgressLines
 from clipkit.tfrecord_tools.build.shard import ShardJob, ShardState, Work
 from clipkit.tfrecord_tools.build.shuffle import stretch_path
-from clipkit.tfrecord_tools.readers.parquet import Columns
+from clipkit.tfrecord_tools.readers.parquet import PairColumns
 from clipkit.tfrecord_tools.readers.shards import InputShard, find_shards, open_shard
 from clipkit.tfrecord_tools.writing.finish import features_of, kinds_of, write_index, write_skipped
 from clipkit.tfrecord_tools.writing.metadata import write_metadata
@@ -83,7 +90,7 @@ def build_tfds(
         )
     if shard_megabytes <= 0:
         raise UserError(f"shard size of {shard_megabytes} MB: give at least 1")
-    columns = Columns(image_column, caption_column)
+    columns = PairColumns(image_column, caption_column)
     options = make_options(split, where, resize, quality, dedup, shuffle, precompute, columns)
     folder = out / name / VERSION
     if same_place(shards, folder):
@@ -232,14 +239,14 @@ def _check_any(states: Sequence[ShardState], shards: Path) -> None:
     raise UserError(f"no sample of {shards} can be used ({reasons}): check the download")
 
 
-def _sources(states: Sequence[ShardState], split: str) -> tuple[Source, ...]:
+def _sources(states: Sequence[ShardState], split: str) -> tuple[SourceEntry, ...]:
     """The account of each source in a split, whatever the cuts."""
-    found: dict[tuple[str, int], list[Source]] = {}
+    found: dict[tuple[str, int], list[SourceEntry]] = {}
     for state in states:
         for source in state.accounts[split]:
             found.setdefault((source.file, source.bytes), []).append(source)
     return tuple(
-        Source(
+        SourceEntry(
             file,
             size,
             sum(p.samples for p in parts),

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import pyarrow as pa
 
+from clipkit.formats.kinds import KindWidenedError, arrow_type, fit, kind_of, unify
 from clipkit.tfrecord_tools.sample import Sample
-from clipkit.tfrecord_tools.tables.kinds import KindWidenedError, arrow_type, fit, kind_of, unify
 from clipkit.tfrecord_tools.tables.where import Mask, RowFilter
 
 CAPTION = "txt"

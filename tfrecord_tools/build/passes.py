@@ -4,7 +4,7 @@
     writing                always: the output shards, or files on the way
     sorting, gathering     with --shuffle or several splits
 
-Columns' kinds aren't known before the records are written: each file is written with the kinds it meets (see `schema`),
+Columns' kinds (`formats.kinds`) are found while the records are written: each file is written with the kinds it meets,
 and when all are there, those that differ from what all together need are written again. So the data are read once when
 the shards agree, as img2dataset's do, and no pass goes ahead to look.
 """
@@ -20,7 +20,8 @@ from typing import TypeVar
 
 from clipkit.errors import UserError
 from clipkit.formats.dataset import shard_name
-from clipkit.formats.manifest import Shard
+from clipkit.formats.kinds import unify
+from clipkit.formats.manifest import ShardEntry
 from clipkit.jobs.run import Engine, run_jobs
 from clipkit.tfrecord_tools.build.dedup import (
     DecideJob,
@@ -44,7 +45,6 @@ from clipkit.tfrecord_tools.build.shuffle import (
     index_records,
     read_gathered,
 )
-from clipkit.tfrecord_tools.tables.kinds import unify
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -158,7 +158,7 @@ def gather_pass(
     seed: int | None,
     wanted: float,
     runner: Runner,
-) -> dict[str, list[tuple[Path, Shard]]]:
+) -> dict[str, list[tuple[Path, ShardEntry]]]:
     """The output shards of each split with the files of their offsets, of about `wanted` bytes each.
 
     `out` is the dataset's folder and name.
@@ -198,7 +198,7 @@ def gather_pass(
     for index, shard in runner.run(gather, lacking, lambda job: job.path.name):
         shards[lacking[index].path] = shard
         tell()
-    found: dict[str, list[tuple[Path, Shard]]] = {split: [] for split in splits}
+    found: dict[str, list[tuple[Path, ShardEntry]]] = {split: [] for split in splits}
     for job in gather_jobs:
         found[job.split].append((job.beside(".npy"), shards[job.path]))
     return found

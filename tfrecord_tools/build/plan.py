@@ -18,7 +18,7 @@ from clipkit.storage.files import is_remote, read_json, write_json
 from clipkit.tfrecord_tools.build.dedup import Method, check_dedup
 from clipkit.tfrecord_tools.build.precompute import check_precompute
 from clipkit.tfrecord_tools.build.prepare import Part, check_sizes
-from clipkit.tfrecord_tools.readers.parquet import Columns
+from clipkit.tfrecord_tools.readers.parquet import PairColumns
 from clipkit.tfrecord_tools.readers.shards import InputShard, places_in, read_shard
 from clipkit.tfrecord_tools.sample import Sample
 
@@ -38,7 +38,7 @@ class BuildOptions:
     dedup: Method | None
     shuffle: int | None
     precompute: tuple[str, ...]
-    columns: Columns
+    columns: PairColumns
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -75,7 +75,7 @@ def make_options(
     dedup: str | None,
     shuffle: int | None,
     precompute: Sequence[str],
-    columns: Columns,
+    columns: PairColumns,
 ) -> BuildOptions:
     """Raises UserError for what can't be."""
     check_sizes(resize, quality)

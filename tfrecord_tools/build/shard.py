@@ -15,13 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from clipkit.formats.manifest import Shard, Source
+from clipkit.formats.kinds import KindWidenedError
+from clipkit.formats.manifest import ShardEntry, SourceEntry
 from clipkit.storage.files import read_json, save_array, write_beside, write_json
 from clipkit.tfrecord_tools.build.dedup import DecideJob, duplicates_in
 from clipkit.tfrecord_tools.build.prepare import Part, Preparation, Prepared, parts_told, prepared
 from clipkit.tfrecord_tools.pictures.sniff import FORMATS
 from clipkit.tfrecord_tools.reasons import NOT_WANTED
-from clipkit.tfrecord_tools.tables.kinds import KindWidenedError
 from clipkit.tfrecord_tools.writing.pair_writer import PairWriter
 
 
@@ -61,10 +61,10 @@ class ShardJob:
 class ShardState:
     """What is known of a finished file. `present` counts each column's values; `accounts` are the sources by split."""
 
-    shard: Shard
+    shard: ShardEntry
     kinds: dict[str, str]
     present: dict[str, int]
-    accounts: dict[str, tuple[Source, ...]]
+    accounts: dict[str, tuple[SourceEntry, ...]]
     parts: str
 
     @property
@@ -133,11 +133,13 @@ class _Account:
             line = {"source": source, "key": pair.key, "reason": pair.reason}
             self.skipped[split].append(json.dumps(line, ensure_ascii=False) + "\n")
 
-    def sources(self, split: int) -> tuple[Source, ...]:
+    def sources(self, split: int) -> tuple[SourceEntry, ...]:
         found = []
         for part, records, reasons in zip(self.parts, self.records[split], self.reasons[split], strict=True):
             samples = records + reasons.total()
-            found.append(Source(part.shard.path.name, part.shard.size, samples, records, dict(sorted(reasons.items()))))
+            found.append(
+                SourceEntry(part.shard.path.name, part.shard.size, samples, records, dict(sorted(reasons.items())))
+            )
         return tuple(found)
 
 
@@ -159,8 +161,10 @@ def read_state(job: ShardJob) -> ShardState | None:
     if not path.exists() or not job.path.exists():
         return None
     values: dict[str, Any] = read_json(path)
-    shard = Shard.from_dict(values["shard"])
+    shard = ShardEntry.from_dict(values["shard"])
     if values["parts"] != parts_told(job.parts) or job.path.stat().st_size != shard.bytes:
         return None
-    accounts = {split: tuple(Source(**source) for source in sources) for split, sources in values["accounts"].items()}
+    accounts = {
+        split: tuple(SourceEntry(**source) for source in sources) for split, sources in values["accounts"].items()
+    }
     return ShardState(shard, values["kinds"], values["present"], accounts, values["parts"])

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from clipkit.counter_rng import sample_keys
-from clipkit.formats.manifest import Shard
+from clipkit.formats.manifest import ShardEntry
 from clipkit.formats.records import RecordWriter, unframe
 from clipkit.storage.files import is_remote, load_array, read_json, save_array, write_beside, write_json
 from clipkit.tfrecord_tools.build.sorted_rows import KEY_END, gone, read_bytes, read_sorted, write_sorted
@@ -127,7 +127,7 @@ class GatherJob:
         return self.folder / f"gathered-{self.split}-{self.number:05d}{suffix}"
 
 
-def gather(job: GatherJob) -> Shard:
+def gather(job: GatherJob) -> ShardEntry:
     """Write an output shard, its offsets and its state from the stretches' files."""
     low, high = (KEY_END * each // job.count for each in (job.number, job.number + 1))
     entries = np.concatenate(
@@ -147,7 +147,7 @@ def gather(job: GatherJob) -> Shard:
     finally:
         files.close()
     save_array(job.beside(".npy"), np.array(offsets, np.uint64))
-    shard = Shard(
+    shard = ShardEntry(
         job.path.name,
         writer.records,
         writer.bytes,
@@ -160,12 +160,12 @@ def gather(job: GatherJob) -> Shard:
     return shard
 
 
-def read_gathered(job: GatherJob) -> Shard | None:
+def read_gathered(job: GatherJob) -> ShardEntry | None:
     """What is known of a finished output shard, or None when it must be written (again)."""
     if not (job.beside(".json").exists() and job.path.exists()):
         return None
     values = read_json(job.beside(".json"))
-    shard = Shard.from_dict(values["shard"])
+    shard = ShardEntry.from_dict(values["shard"])
     return shard if values["made_of"] == job.made_of and job.path.stat().st_size == shard.bytes else None
 
 

@@ -7,13 +7,12 @@ from typing import cast
 import numpy as np
 
 from clipkit.formats.features import Feature, Kind
-from clipkit.formats.manifest import Shard as ManifestShard
-from clipkit.formats.manifest import Source, SplitManifest, index_path, read_manifest, write_manifest
+from clipkit.formats.kinds import EMPTY_LIST, LIST, unify
+from clipkit.formats.manifest import ShardEntry, SourceEntry, SplitManifest, index_path, read_manifest, write_manifest
 from clipkit.storage.files import write_beside
 from clipkit.tfrecord_tools.account.ledger import read_offsets
 from clipkit.tfrecord_tools.account.shard_state import SPLIT, Layout, ShardState
 from clipkit.tfrecord_tools.download.plan import Plan
-from clipkit.tfrecord_tools.tables.kinds import EMPTY_LIST, LIST, unify
 from clipkit.tfrecord_tools.writing.metadata import write_metadata
 
 
@@ -54,12 +53,12 @@ def split_manifest(layout: Layout, plan: Plan, states: Sequence[ShardState]) -> 
     for shard, state in zip(plan.shards, states, strict=True):
         if shard.table not in sizes:
             sizes[shard.table] = shard.table.stat().st_size
-        source = Source(
+        source = SourceEntry(
             shard.table.name, sizes[shard.table], state.count, state.successes, dict(sorted(state.failed.items()))
         )
         formats = {"jpeg": state.successes} if state.successes else {}
         file = layout.files(shard.number).data.name
-        shards.append(ManifestShard(file, state.successes, state.sizes["data"], state.crc32c, (source,), formats))
+        shards.append(ShardEntry(file, state.successes, state.sizes["data"], state.crc32c, (source,), formats))
     return SplitManifest(tuple(shards))
 
 

@@ -12,13 +12,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from clipkit.formats.kinds import KindWidenedError
 from clipkit.formats.records import decode_example, read_records
 from clipkit.storage.files import local_copy, write_beside
 from clipkit.tfrecord_tools.account.ledger import LEDGER, Outcome
 from clipkit.tfrecord_tools.account.shard_state import Format, ShardFiles
 from clipkit.tfrecord_tools.readers.tar import read_tar
 from clipkit.tfrecord_tools.sample import DROPPED_COLUMNS
-from clipkit.tfrecord_tools.tables.kinds import KindWidenedError
 from clipkit.tfrecord_tools.writing.pair_tar import PairTar
 from clipkit.tfrecord_tools.writing.pair_writer import PairWriter
 

@@ -17,7 +17,7 @@ from clipkit.errors import UserError
 from clipkit.storage.files import read_json, write_beside, write_json
 from clipkit.tfrecord_tools.account.shard_state import Format
 from clipkit.tfrecord_tools.pictures.picture import PictureSettings
-from clipkit.tfrecord_tools.tables.columns import Columns
+from clipkit.tfrecord_tools.tables.columns import TableColumns
 from clipkit.tfrecord_tools.tables.url_table import count_rows, fingerprint, open_parquet, rows_path, unreadable
 
 
@@ -30,7 +30,7 @@ class Output:
 
     format: Format
     name: str
-    columns: Columns
+    columns: TableColumns
     pictures: PictureSettings
     drop_changed: bool
     samples_per_shard: int

@@ -82,7 +82,7 @@ class OpenShard:
     """
 
     def __init__(self, task: Task, job: ShardJob, rows: pa.Table, numbers: list[int]) -> None:
-        """`rows` are the wanted rows as `Columns.align` has them, `numbers` those that they have in their table."""
+        """`rows` are the wanted rows as `TableColumns.align` has them, `numbers` their numbers in the table."""
         self.task, self.job, self.rows, self.numbers = task, job, rows, numbers
         self.started = time.time()
         self.urls: list[str | None] = rows["url"].to_pylist()

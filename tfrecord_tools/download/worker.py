@@ -23,7 +23,7 @@ from clipkit.tfrecord_tools.download.plan import Shard, load_mask, wanted_rows
 from clipkit.tfrecord_tools.download.progress import LiveCounts
 from clipkit.tfrecord_tools.download.shard import OpenShard, ShardJob, Task
 from clipkit.tfrecord_tools.pictures.picture import PictureMaker, PictureSettings
-from clipkit.tfrecord_tools.tables.columns import Columns
+from clipkit.tfrecord_tools.tables.columns import TableColumns
 from clipkit.tfrecord_tools.tables.url_table import RowReader
 from clipkit.tfrecord_tools.web.fetcher import Fetcher
 from clipkit.tfrecord_tools.web.settings import Fetched, FetchSettings
@@ -106,13 +106,16 @@ def add_state(total: Counter[str], state: ShardState) -> None:
 class ShardReader(ExitStack):
     """The rows of shards in rising order, each table opened once. Use it as a context manager."""
 
-    def __init__(self, columns: Columns) -> None:
+    def __init__(self, columns: TableColumns) -> None:
         super().__init__()
         self.columns = columns
         self.shard: Shard | None = None
 
     def read(self, shard: Shard) -> tuple[pa.Table, list[int]]:
-        """The wanted rows of a shard as `Columns.align` has them, and their numbers in the table. Raises UserError."""
+        """The wanted rows of a shard, as `TableColumns.align` has them, and their numbers in the table.
+
+        Raises UserError.
+        """
         if self.shard is None or self.shard.table != shard.table:
             self.close()
             self.reader = self.enter_context(RowReader(shard.table, self.columns.read))

@@ -10,11 +10,11 @@ from typing import Any, cast
 
 from clipkit.errors import UserError
 from clipkit.formats.features import Feature, Kind
+from clipkit.formats.kinds import EMPTY_LIST, LIST, widest
 from clipkit.formats.records import Value
 from clipkit.formats.tar import IMAGE_SUFFIXES
 from clipkit.tfrecord_tools.in_place.example_wire import CAPTION, EMPTY, FLOAT, FLOATS, INT, INTS, NOTHING, TEXT, TEXTS
 from clipkit.tfrecord_tools.sample import DROPPED_COLUMNS
-from clipkit.tfrecord_tools.tables.kinds import EMPTY_LIST, LIST, widest
 
 IMAGE = "jpg"
 _TYPES = {TEXT: "text", TEXTS: "text", INT: "int", INTS: "int", FLOAT: "float", FLOATS: "float"}

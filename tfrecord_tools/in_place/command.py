@@ -20,7 +20,7 @@ from clipkit.errors import UserError
 from clipkit.formats.dataset import open_dataset, shard_name
 from clipkit.formats.manifest import (
     CLIPKIT_FOLDER,
-    Shard,
+    ShardEntry,
     SplitManifest,
     add_counts,
     index_path,
@@ -174,7 +174,7 @@ def _look(job_list: Sequence[InPlaceJob], workers: int | None, engine: Engine) -
     return [found[job.source] for job in job_list]
 
 
-def _check_counted(job: InPlaceJob, shard: Shard) -> None:
+def _check_counted(job: InPlaceJob, shard: ShardEntry) -> None:
     """A shard that was cut off between two records is whole to its checksums, but not to img2dataset's statistics."""
     path = job.source.with_name(f"{job.source.name.removesuffix(SUFFIX)}_stats.json")
     statistics = read_json(path) if path.exists() else {}
@@ -193,7 +193,7 @@ def _settle(
     kinds: Mapping[str, str],
     workers: int | None,
     engine: Engine,
-) -> list[Shard]:
+) -> list[ShardEntry]:
     """Write anew what can't stay as it is, and rename all else."""
     shards = [each.shard for each in looked]
     places = [place for place, why in enumerate(wrong) if why]
@@ -212,14 +212,14 @@ def _settle(
     return shards
 
 
-def _rewrite(item: tuple[InPlaceJob, Shard], kinds: Mapping[str, str]) -> Shard:
+def _rewrite(item: tuple[InPlaceJob, ShardEntry], kinds: Mapping[str, str]) -> ShardEntry:
     return rewrite(*item, kinds)
 
 
 def _manifest(
     job_list: Sequence[InPlaceJob],
     looked: Sequence[Looked],
-    shards: Sequence[Shard],
+    shards: Sequence[ShardEntry],
     wrong: Sequence[Mapping[str, str]],
 ) -> SplitManifest:
     rewritten = {

@@ -13,7 +13,7 @@ from typing import Any
 import google_crc32c
 import numpy as np
 
-from clipkit.formats.manifest import Shard, Source
+from clipkit.formats.manifest import ShardEntry, SourceEntry
 from clipkit.formats.records import (
     FOOTER_BYTES,
     HEADER_BYTES,
@@ -59,7 +59,7 @@ class InPlaceJob:
 class Looked:
     """What a shard holds. `looks`: columns' values as in `example_wire`; `problems`: (key, reason) of bad pairs."""
 
-    shard: Shard
+    shard: ShardEntry
     looks: dict[str, dict[str, int]]
     problems: tuple[tuple[str, str], ...]
 
@@ -85,15 +85,15 @@ def look_at(job: InPlaceJob) -> Looked:
             problems.append((_key(record, f"{job.source.stem}-{offset}"), reason))
         offsets.append(offset)
     size = job.source.stat().st_size
-    source = Source(job.source.name, size, len(offsets), len(offsets))
-    shard = Shard(job.target.name, len(offsets), size, f"{checksum:08x}", (source,), dict(sorted(formats.items())))
+    source = SourceEntry(job.source.name, size, len(offsets), len(offsets))
+    shard = ShardEntry(job.target.name, len(offsets), size, f"{checksum:08x}", (source,), dict(sorted(formats.items())))
     looked = Looked(shard, wire.looks(), tuple(problems))
     _write_offsets(job, offsets)
     write_json(job.state, asdict(looked))
     return looked
 
 
-def rewrite(job: InPlaceJob, looked: Shard, kinds: Mapping[str, str]) -> Shard:
+def rewrite(job: InPlaceJob, looked: ShardEntry, kinds: Mapping[str, str]) -> ShardEntry:
     """Write the shard anew under its target name, each column in its kind, and remove the source."""
     if job.source.exists():
         offsets = []
@@ -101,7 +101,7 @@ def rewrite(job: InPlaceJob, looked: Shard, kinds: Mapping[str, str]) -> Shard:
             for offset, framed in _framed_records(job.source):
                 values = convert(decode_example(unframe(framed, offset, job.source)), kinds)
                 offsets.append(writer.write(encode_example(values)))
-        shard = Shard(
+        shard = ShardEntry(
             looked.file, writer.records, writer.bytes, f"{writer.checksum:08x}", looked.sources, looked.formats
         )
         _write_offsets(job, offsets)
@@ -109,7 +109,7 @@ def rewrite(job: InPlaceJob, looked: Shard, kinds: Mapping[str, str]) -> Shard:
         with disk_errors(job.source):
             job.source.unlink()
         sync_file(job.source.parent)
-    return Shard.from_dict(read_json(job.rewritten))
+    return ShardEntry.from_dict(read_json(job.rewritten))
 
 
 def read_looked(job: InPlaceJob) -> Looked | None:
@@ -117,7 +117,7 @@ def read_looked(job: InPlaceJob) -> Looked | None:
     if not (job.state.exists() and job.offsets.exists()):
         return None
     values: dict[str, Any] = read_json(job.state)
-    shard = Shard.from_dict(values["shard"])
+    shard = ShardEntry.from_dict(values["shard"])
     if job.source.exists() and job.source.stat().st_size != shard.bytes:
         return None
     return Looked(shard, values["looks"], tuple((key, reason) for key, reason in values["problems"]))

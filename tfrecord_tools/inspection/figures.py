@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from clipkit.errors import UserError
-from clipkit.formats.dataset import Dataset, Layout, open_dataset, read_layout
+from clipkit.formats.dataset import Dataset, DatasetLayout, open_dataset, read_layout
 from clipkit.formats.features import Feature
 from clipkit.formats.manifest import CLIPKIT_FOLDER, read_manifest
 from clipkit.formats.records import RecordError
@@ -113,7 +113,7 @@ def inspect(path: Path, *, split: str | None = None, sample: int = SAMPLE) -> In
     )
 
 
-def usual_split(layout: Layout) -> str:
+def usual_split(layout: DatasetLayout) -> str:
     """The split that is meant where none is named: the only one, or `train`."""
     return next(iter(layout.lengths)) if len(layout.lengths) == 1 else "train"
 

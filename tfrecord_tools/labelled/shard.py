@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from clipkit.errors import UserError
-from clipkit.formats.manifest import Shard, Source
+from clipkit.formats.manifest import ShardEntry, SourceEntry
 from clipkit.formats.records import RecordWriter, encode_example
 from clipkit.storage.files import read_json, write_beside, write_json
 from clipkit.tfrecord_tools.labelled.listing import WHOLE_FILE, Image
@@ -62,7 +62,7 @@ class LabelledShardJob:
 class LabelledShardState:
     """What is known of a finished shard. `skipped` is (name, reason) of the images that are broken."""
 
-    shard: Shard
+    shard: ShardEntry
     digest: str
     skipped: tuple[tuple[str, str], ...]
 
@@ -89,8 +89,8 @@ def build_labelled_shard(job: LabelledShardJob) -> LabelledShardState:
         np.save(file, np.array(offsets, dtype=np.uint64))
     reasons = Counter(reason for _, reason in skipped)
     size = sum(image.size for image in job.images)
-    source = Source(job.source, size, len(job.images), writer.records, dict(sorted(reasons.items())))
-    shard = Shard(
+    source = SourceEntry(job.source, size, len(job.images), writer.records, dict(sorted(reasons.items())))
+    shard = ShardEntry(
         job.path.name,
         writer.records,
         writer.bytes,
@@ -117,7 +117,7 @@ def read_labelled_state(job: LabelledShardJob) -> LabelledShardState | None:
     if not (job.state.exists() and job.path.exists() and offsets_path(job).exists()):
         return None
     values: dict[str, Any] = read_json(job.state)
-    shard = Shard.from_dict(values["shard"])
+    shard = ShardEntry.from_dict(values["shard"])
     if values["digest"] != job.digest() or values["skipped"] or job.path.stat().st_size != shard.bytes:
         return None
     return LabelledShardState(shard, values["digest"], ())

@@ -9,16 +9,15 @@ similarity above 0.9). So the classes are kept apart, and none is a failure.
 
 import hashlib
 import re
-from typing import Literal, get_args
+from typing import Literal
 
 from clipkit.errors import UserError
 from clipkit.pixels.images import ImageError
 from clipkit.pixels.phash import SAME_PICTURE, distance, perceptual_hash_of
+from clipkit.tfrecord_tools.sample import HASH_KINDS, HashKind
 
-HashKind = Literal["md5", "sha1", "sha256", "sha512"]
 HashResult = Literal["exact", "re-encoded", "changed", "differs", "unchecked"]
 
-HASH_KINDS: tuple[HashKind, ...] = get_args(HashKind)
 HEX = re.compile(r"[0-9a-f]+")
 
 

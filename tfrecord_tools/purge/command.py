@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from clipkit.errors import UserError
-from clipkit.formats.dataset import Layout, open_dataset, read_layout
+from clipkit.formats.dataset import DatasetLayout, open_dataset, read_layout
 from clipkit.formats.manifest import CLIPKIT_FOLDER
 from clipkit.jobs.run import Engine, run_jobs
 from clipkit.log import Progress, counted, size_text
@@ -153,7 +153,7 @@ def purge(
 class _Run:
     """What stays the same through a purge. `wanted` is the list as a sorted array, `empty` its rows without a value."""
 
-    layout: Layout
+    layout: DatasetLayout
     removals: RemovalList
     values: Values
     wanted: UInt64Array
@@ -231,7 +231,7 @@ def _find(run: _Run, dry_run: bool) -> tuple[Plan | None, PurgeSummary]:
     return plan, summary
 
 
-def _targets(layout: Layout, split: str) -> Iterator[Target]:
+def _targets(layout: DatasetLayout, split: str) -> Iterator[Target]:
     """The shards of a split, each checked to be there and of the right size."""
     manifest = layout.manifest.get(split)
     entries = manifest.shards if manifest else [None] * len(layout.lengths[split])

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from clipkit.formats.dataset import Layout, journal_path
+from clipkit.formats.dataset import DatasetLayout, journal_path
 from clipkit.formats.manifest import CLIPKIT_FOLDER, SplitManifest, index_path, write_manifest
 from clipkit.storage.files import local_copy, read_json, remove, write_beside, write_json
 from clipkit.tfrecord_tools.purge.ledger import with_failures
@@ -32,7 +32,7 @@ class Changed:
 
 
 def finish(
-    layout: Layout,
+    layout: DatasetLayout,
     plan: Plan,
     states: Sequence[ShardState],
     removals: RemovalList,
@@ -65,13 +65,13 @@ def finish(
     remove(work_folder(folder))
 
 
-def _skipped_lines(layout: Layout, changed: Mapping[str, Changed]) -> Iterator[dict[str, Any]]:
+def _skipped_lines(layout: DatasetLayout, changed: Mapping[str, Changed]) -> Iterator[dict[str, Any]]:
     for each in changed.values():
         for removed in read_removed(state_path(layout.folder, each.number)):
             yield {"source": removed["source"], "key": removed["key"], "reason": PURGED}
 
 
-def _removed(layout: Layout, plan: Plan) -> Iterator[dict[str, Any]]:
+def _removed(layout: DatasetLayout, plan: Plan) -> Iterator[dict[str, Any]]:
     """Every removed record as the log has it."""
     for number, shard in enumerate(plan.shards):
         for removed in read_removed(state_path(layout.folder, number)):
@@ -80,7 +80,7 @@ def _removed(layout: Layout, plan: Plan) -> Iterator[dict[str, Any]]:
 
 
 def record(
-    layout: Layout,
+    layout: DatasetLayout,
     purge: str,
     removals: RemovalList,
     wanted: UInt64Array,
@@ -102,7 +102,7 @@ def record(
     rewrite_lines(log_path(layout.folder), purge, lines())
 
 
-def _write_index(layout: Layout, plan: Plan, split: str, changed: Mapping[str, Changed]) -> None:
+def _write_index(layout: DatasetLayout, plan: Plan, split: str, changed: Mapping[str, Changed]) -> None:
     """The index of a split with the new offsets of its changed shards, unless it has them already."""
     path = index_path(layout.folder, split)
     before = sum(plan.lengths[split])
@@ -144,7 +144,7 @@ def _purged_manifest(manifest: SplitManifest, changed: Mapping[str, Changed]) ->
 
 
 def _write_info(
-    layout: Layout,
+    layout: DatasetLayout,
     plan: Plan,
     splits: Mapping[str, Mapping[str, Changed]],
     manifest: Mapping[str, SplitManifest],

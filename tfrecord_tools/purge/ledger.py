@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from clipkit.errors import UserError
-from clipkit.formats.dataset import Layout
+from clipkit.formats.dataset import DatasetLayout
 from clipkit.formats.manifest import CLIPKIT_FOLDER, SplitManifest, add_counts
 from clipkit.storage.files import local_copy, read_json, write_json
 from clipkit.tfrecord_tools.account import ledger, shard_state
@@ -44,7 +44,7 @@ class LedgerJob:
     purge: str
 
 
-def download_layout(layout: Layout) -> shard_state.Layout | None:
+def download_layout(layout: DatasetLayout) -> shard_state.Layout | None:
     """How the download that made the dataset names its files, None when none made it."""
     split = shard_state.SPLIT
     if split not in layout.lengths or not (layout.folder / CLIPKIT_FOLDER / ledger.LEDGER_FOLDER).exists():

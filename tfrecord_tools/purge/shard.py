@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from clipkit.errors import UserError
 from clipkit.formats.features import Feature
-from clipkit.formats.manifest import Shard, Source
+from clipkit.formats.manifest import ShardEntry, SourceEntry
 from clipkit.formats.records import RecordWriter, decode_example, read_records
 from clipkit.storage.files import local_copy, read_json, write_beside, write_json
 from clipkit.tfrecord_tools.pictures.sniff import image_format
@@ -35,7 +35,7 @@ class Target:
     split: str
     records: int
     bytes: int
-    entry: Shard | None
+    entry: ShardEntry | None
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class ShardState:
 
     records: int
     bytes: int
-    entry: Shard | None
+    entry: ShardEntry | None
     contents: int
     removed: int
     columns: dict[str, int]
@@ -168,7 +168,7 @@ def read_state(job: PurgeJob) -> ShardState | None:
     told = read_json(job.state)
     if job.target.path.stat().st_size != told["bytes"]:
         return None
-    entry = Shard.from_dict(told["entry"]) if told["entry"] else None
+    entry = ShardEntry.from_dict(told["entry"]) if told["entry"] else None
     return ShardState(told["records"], told["bytes"], entry, told["contents"], told["removed"], told["columns"])
 
 
@@ -256,7 +256,7 @@ class _Sources:
     Where a build has shuffled them, the manifest has no sources in its shards (see `purge`).
     """
 
-    def __init__(self, entry: Shard | None) -> None:
+    def __init__(self, entry: ShardEntry | None) -> None:
         self.sources = list(entry.sources) if entry else []
         self.purged = [0] * len(self.sources)
         self.place, self.used = 0, 0
@@ -271,12 +271,12 @@ class _Sources:
         self.purged[self.place] += purged
         return self.sources[self.place].file
 
-    def left(self) -> tuple[Source, ...]:
+    def left(self) -> tuple[SourceEntry, ...]:
         """The sources with what is left of them."""
         return tuple(less(source, purged) for source, purged in zip(self.sources, self.purged, strict=True))
 
 
-def less(source: Source, purged: int) -> Source:
+def less(source: SourceEntry, purged: int) -> SourceEntry:
     """A source of which so many records more are gone."""
     if not purged:
         return source

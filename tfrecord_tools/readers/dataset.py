@@ -12,7 +12,7 @@ from clipkit.formats.features import Feature, parse_features
 from clipkit.formats.records import RecordError, decode_example, read_range
 from clipkit.formats.tables import CAPTION_NAMES, find_name
 from clipkit.storage.files import read_json
-from clipkit.tfrecord_tools.readers.parquet import USUAL, Columns
+from clipkit.tfrecord_tools.readers.parquet import USUAL, PairColumns
 from clipkit.tfrecord_tools.reasons import NO_IMAGE
 from clipkit.tfrecord_tools.sample import Sample
 
@@ -28,7 +28,7 @@ def dataset_features(folder: Path) -> dict[str, Feature]:
 
 
 def read_dataset(
-    path: Path, features: Mapping[str, Feature], start: int = 0, stop: int | None = None, columns: Columns = USUAL
+    path: Path, features: Mapping[str, Feature], start: int = 0, stop: int | None = None, columns: PairColumns = USUAL
 ) -> Iterator[Sample]:
     """The samples of the records that begin in bytes [start, stop) of one shard. Raises UserError, as for tfrecords.
 
@@ -56,7 +56,7 @@ def read_dataset(
         )
 
 
-def _image_and_caption(path: Path, features: Mapping[str, Feature], columns: Columns) -> tuple[str, str]:
+def _image_and_caption(path: Path, features: Mapping[str, Feature], columns: PairColumns) -> tuple[str, str]:
     images = [name for name, feature in features.items() if feature.kind == "image" and not feature.is_list]
     texts = [name for name, feature in features.items() if feature.kind == "text" and not feature.is_list]
     image = columns.image or find_name(images, ("jpg", "image")) or next(iter(images), None)

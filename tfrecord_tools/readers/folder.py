@@ -14,26 +14,26 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from clipkit.errors import UserError
+from clipkit.formats.kinds import arrow_type, fit, kind_of, unify
 from clipkit.formats.tables import CAPTION_NAMES, FILE_NAMES, find_name, json_rows
 from clipkit.storage.files import is_remote, local_copy, write_beside
 from clipkit.storage.stores import as_upath, reading
 from clipkit.tfrecord_tools.readers.parquet import (
     USUAL,
-    Columns,
+    PairColumns,
     caption_column,
     make_sample,
     open_parquet,
     read_rows,
 )
 from clipkit.tfrecord_tools.sample import Sample
-from clipkit.tfrecord_tools.tables.kinds import arrow_type, fit, kind_of, unify
 from clipkit.tfrecord_tools.tables.url_table import copy_text, open_text, unreadable
 
 COPY_ROWS = 4_096
 SUMS = 100_000  # at most so many sums of sizes are held, however long the table
 
 
-def copy_table(path: Path, copy: Path, columns: Columns = USUAL) -> None:
+def copy_table(path: Path, copy: Path, columns: PairColumns = USUAL) -> None:
     """Write a table of any kind as parquet at `copy`; keys, captions and names stay text, even when all are numbers.
 
     Raises UserError when it can't be read to its end.
@@ -54,7 +54,7 @@ def copy_table(path: Path, copy: Path, columns: Columns = USUAL) -> None:
             raise unreadable(path, name.rpartition(".")[2], error) from error
 
 
-def _is_text(name: str, columns: Columns) -> bool:
+def _is_text(name: str, columns: PairColumns) -> bool:
     return name.lower() in ("key", *CAPTION_NAMES, *FILE_NAMES) or name in (columns.image, columns.caption)
 
 
@@ -82,7 +82,7 @@ def _copy_json_lines(path: Path, copy: Path) -> None:
         writer.write_table(pa.Table.from_pylist(rows, schema))
 
 
-def file_column(schema: pa.Schema, columns: Columns, path: Path) -> str:
+def file_column(schema: pa.Schema, columns: PairColumns, path: Path) -> str:
     """The column with the images' file names. Raises UserError when there is none."""
     if columns.image in schema.names:
         return str(columns.image)
@@ -96,7 +96,7 @@ def file_column(schema: pa.Schema, columns: Columns, path: Path) -> str:
 
 
 def read_folder(
-    folder: Path, table: Path, start: int = 0, stop: int | None = None, columns: Columns = USUAL
+    folder: Path, table: Path, start: int = 0, stop: int | None = None, columns: PairColumns = USUAL
 ) -> Iterator[Sample]:
     """The samples of the rows [start, stop) of `table`, parquet; file names are relative to `folder`.
 
@@ -124,7 +124,7 @@ def _read_image(folder: Path, name: Any) -> bytes | None:
 class FolderSizes:
     """The rows of a table on a line of bytes: each takes as much as its image."""
 
-    def __init__(self, folder: Path, table: Path, columns: Columns) -> None:
+    def __init__(self, folder: Path, table: Path, columns: PairColumns) -> None:
         """Asks for the size of each image, one after the other; those of a store in one listing."""
         with local_copy(table) as local, open_parquet(local) as file:
             image = file_column(file.schema_arrow, columns, folder)

@@ -24,17 +24,17 @@ _BUFFER_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
-class Columns:
+class PairColumns:
     """Which columns of a table hold the image (or its file name) and the caption; None is found by the usual names."""
 
     image: str | None = None
     caption: str | None = None
 
 
-USUAL = Columns()
+USUAL = PairColumns()
 
 
-def read_parquet(path: Path, start: int = 0, stop: int | None = None, columns: Columns = USUAL) -> Iterator[Sample]:
+def read_parquet(path: Path, start: int = 0, stop: int | None = None, columns: PairColumns = USUAL) -> Iterator[Sample]:
     """The samples of the rows [start, stop) of a parquet file with images.
 
     Raises UserError when it is damaged, or when it has no column with images or none with captions.
@@ -75,7 +75,7 @@ def damaged(path: Path, error: Exception) -> UserError:
     return UserError(f"{path} can't be read as parquet ({reason}): it is damaged or of another kind; fetch it again")
 
 
-def image_column(schema: pa.Schema, columns: Columns) -> str | None:
+def image_column(schema: pa.Schema, columns: PairColumns) -> str | None:
     """The column with images, or None. Raises UserError when the one that was named holds none."""
     if columns.image is not None:
         if columns.image in schema.names and holds_images(schema.field(columns.image).type):
@@ -86,7 +86,7 @@ def image_column(schema: pa.Schema, columns: Columns) -> str | None:
     return find_image_column(schema)
 
 
-def caption_column(schema: pa.Schema, columns: Columns, path: Path) -> str:
+def caption_column(schema: pa.Schema, columns: PairColumns, path: Path) -> str:
     """The column with captions. Raises UserError when there is none."""
     if columns.caption is not None:
         if columns.caption not in schema.names:

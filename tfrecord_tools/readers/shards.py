@@ -15,7 +15,7 @@ from clipkit.storage.files import is_remote, local_copy, read_json, remove
 from clipkit.storage.stores import reading
 from clipkit.tfrecord_tools.readers.dataset import dataset_features, read_dataset
 from clipkit.tfrecord_tools.readers.folder import FolderSizes, copy_table, read_folder
-from clipkit.tfrecord_tools.readers.parquet import USUAL, Columns, image_column, open_parquet, read_parquet, row_at
+from clipkit.tfrecord_tools.readers.parquet import USUAL, PairColumns, image_column, open_parquet, read_parquet, row_at
 from clipkit.tfrecord_tools.readers.tar import read_tar
 from clipkit.tfrecord_tools.readers.tfrecord import read_tfrecord
 from clipkit.tfrecord_tools.sample import Sample
@@ -30,11 +30,11 @@ class InputShard:
 
     path: Path
     size: int
-    columns: Columns = USUAL
+    columns: PairColumns = USUAL
     table: Path | None = None
 
 
-def find_shards(path: Path, columns: Columns = USUAL, split: str = "train") -> list[Path]:
+def find_shards(path: Path, columns: PairColumns = USUAL, split: str = "train") -> list[Path]:
     """The shards of a folder by name, all of one kind, or the one file `path`; of a folder of images its table.
 
     Of a dataset directory the shards of `split`, or of the only one.
@@ -96,7 +96,7 @@ def dataset_shards(folder: Path, split: str) -> list[Path]:
     return [folder / shard.file for shard in dataset.shards]
 
 
-def open_shard(path: Path, columns: Columns = USUAL, work: Path | None = None) -> InputShard:
+def open_shard(path: Path, columns: PairColumns = USUAL, work: Path | None = None) -> InputShard:
     """A shard with its length; the rows of a folder's table are copied to `work`, where they stay."""
     try:
         with reading(path):
@@ -173,6 +173,6 @@ def _is_dataset_shard(path: Path) -> bool:
     return ".tfrecord-" in path.name and (path.parent / "features.json").exists()
 
 
-def _has_images(path: Path, columns: Columns) -> bool:
+def _has_images(path: Path, columns: PairColumns) -> bool:
     with local_copy(path) as local, open_parquet(local) as file:
         return image_column(file.schema_arrow, columns) is not None

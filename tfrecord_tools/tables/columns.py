@@ -8,7 +8,7 @@ from typing import cast
 import pyarrow as pa
 
 from clipkit.errors import UserError
-from clipkit.tfrecord_tools.pictures.hash_check import HASH_KINDS, HashKind
+from clipkit.tfrecord_tools.sample import HASH_KINDS, HashKind
 from clipkit.tfrecord_tools.tables.presets import PRESETS, Preset, fitting_presets
 
 PHASH = "phash"
@@ -20,7 +20,7 @@ RESERVED = frozenset(
 
 
 @dataclass(frozen=True)
-class Columns:
+class TableColumns:
     """What is read of the tables: names, and the kept columns with the types that fit all of them."""
 
     url: str
@@ -85,7 +85,7 @@ def choose_columns(
 
 def check_tables(
     tables: Sequence[tuple[Path, pa.Schema]], chosen: Preset, must_keep_all: bool, must_check: bool
-) -> Columns:
+) -> TableColumns:
     """The columns to read of all tables. Raises UserError when one lacks some, or when they are of a wrong type.
 
     `must_keep_all` and `must_check`: the user has named the columns to keep, or the hash, so that they must be there.
@@ -104,7 +104,7 @@ def check_tables(
     digest, phash = found[chosen.hash_column], found[chosen.phash_column]
     if digest is not None and not is_text(digest.type):
         raise UserError(f"the hash column {digest.name!r} holds {digest.type}, not hex digits: name another")
-    return Columns(
+    return TableColumns(
         url=chosen.url,
         caption=chosen.caption,
         kept=pa.schema([(name, kept[name]) for name in chosen.keep if name in kept]),

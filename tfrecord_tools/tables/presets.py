@@ -5,7 +5,8 @@ Each comment says where the names were read. A column that a table hasn't is lef
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+
+from clipkit.tfrecord_tools.sample import HashKind
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,7 @@ class Preset:
     keep: tuple[str, ...] = ()
     hash_column: str | None = None
     """A digest of the image's bytes as they were when the table was made; see `pictures/hash_check.py`."""
-    hash_kind: Literal["md5", "sha1", "sha256", "sha512"] | None = None
+    hash_kind: HashKind | None = None
     phash_column: str | None = None
     """A perceptual hash as `clipkit.pixels.phash` makes it."""
     similarity: str | None = None

@@ -14,8 +14,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from clipkit.formats.dataset import Layout, read_layout
-from clipkit.formats.manifest import CLIPKIT_FOLDER, Shard, index_path
+from clipkit.formats.dataset import DatasetLayout, read_layout
+from clipkit.formats.manifest import CLIPKIT_FOLDER, ShardEntry, index_path
 from clipkit.jobs.run import Engine, run_jobs
 from clipkit.log import Progress, counted, duration, size_text
 from clipkit.storage.files import WRITTEN_BESIDE, as_path
@@ -152,7 +152,7 @@ def _run(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _shard_checks(layout: Layout, decode: int | None) -> Iterator[ShardCheck]:
+def _shard_checks(layout: DatasetLayout, decode: int | None) -> Iterator[ShardCheck]:
     """What to check of every shard, the images to decode drawn from all records of all splits (seed 0)."""
     total = sum(sum(lengths) for lengths in layout.lengths.values())
     rng = np.random.default_rng(SEED)
@@ -160,7 +160,7 @@ def _shard_checks(layout: Layout, decode: int | None) -> Iterator[ShardCheck]:
     before = 0
     for split, lengths in layout.lengths.items():
         manifest = layout.manifest.get(split)
-        shards: Mapping[str, Shard] = {shard.file: shard for shard in manifest.shards} if manifest else {}
+        shards: Mapping[str, ShardEntry] = {shard.file: shard for shard in manifest.shards} if manifest else {}
         index = index_path(layout.folder, split) if index_fits(layout, split) else None
         first = 0
         for number, file in enumerate(layout.files[split]):

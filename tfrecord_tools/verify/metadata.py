@@ -8,13 +8,13 @@ from pathlib import Path
 
 import numpy as np
 
-from clipkit.formats.dataset import Layout, journal_path
+from clipkit.formats.dataset import DatasetLayout, journal_path
 from clipkit.formats.manifest import CLIPKIT_FOLDER, index_path
 from clipkit.storage.files import WRITTEN_BESIDE, disk_errors, read_json
 from clipkit.tfrecord_tools.verify.shard import FETCH, FINISH, INDEX, PURGE, REBUILD, Problem
 
 
-def index_fits(layout: Layout, split: str) -> bool:
+def index_fits(layout: DatasetLayout, split: str) -> bool:
     """Whether there is an index with one offset for each record; another is told among the metadata's problems."""
     path = index_path(layout.folder, split)
     return path.exists() and _index_length(path) == sum(layout.lengths[split])
@@ -32,7 +32,7 @@ def _index_length(path: Path) -> int | None:
     return int(shape[0]) if len(shape) == 1 and dtype == np.uint64 and size == shape[0] * 8 else None
 
 
-def unfinished_purge(layout: Layout) -> list[Problem]:
+def unfinished_purge(layout: DatasetLayout) -> list[Problem]:
     """The one problem of a dataset amid a purge, [] of another.
 
     Its shards and metadata don't agree, and any advice but to end the purge would bring removed records back.
@@ -43,7 +43,7 @@ def unfinished_purge(layout: Layout) -> list[Problem]:
     return [Problem(f"{CLIPKIT_FOLDER}/{journal.name}", "a purge isn't finished", 1, "", FINISH)]
 
 
-def metadata_problems(layout: Layout) -> Iterator[Problem]:
+def metadata_problems(layout: DatasetLayout) -> Iterator[Problem]:
     """Where dataset_info.json, the manifest and the index don't agree."""
     name = f"{CLIPKIT_FOLDER}/manifest.json"
     told_bytes = {
@@ -80,7 +80,7 @@ def metadata_problems(layout: Layout) -> Iterator[Problem]:
         yield Problem(name, f"split {split!r} isn't in dataset_info.json: its build wasn't finished", 1, "", FINISH)
 
 
-def leftovers(layout: Layout) -> list[str]:
+def leftovers(layout: DatasetLayout) -> list[str]:
     """What no reader needs: files that killed runs were writing, their state, and shards that no metadata name."""
     ours = {file for files in layout.files.values() for file in files}
     left = []
@@ -98,7 +98,7 @@ def leftovers(layout: Layout) -> list[str]:
     return left
 
 
-def remedy(layout: Layout, file: str, problems: Sequence[Problem]) -> str:
+def remedy(layout: DatasetLayout, file: str, problems: Sequence[Problem]) -> str:
     """What to do about a file: the gravest of its problems decides."""
     todo = {problem.todo for problem in problems}
     if FINISH in todo:
@@ -120,7 +120,7 @@ def remedy(layout: Layout, file: str, problems: Sequence[Problem]) -> str:
     return "build it anew"
 
 
-def _sources(layout: Layout, file: str) -> str:
+def _sources(layout: DatasetLayout, file: str) -> str:
     """The input files of a shard, the first and the last of many."""
     for manifest in layout.manifest.values():
         for shard in manifest.shards:

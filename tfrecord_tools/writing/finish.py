@@ -7,11 +7,11 @@ from typing import cast
 import numpy as np
 
 from clipkit.formats.features import Feature, Kind
+from clipkit.formats.kinds import EMPTY_LIST, LIST
 from clipkit.formats.manifest import CLIPKIT_FOLDER, index_path
 from clipkit.storage.files import load_array, write_beside
 from clipkit.storage.stores import reading
 from clipkit.tfrecord_tools.build.shard import ShardJob, ShardState
-from clipkit.tfrecord_tools.tables.kinds import EMPTY_LIST, LIST
 
 IMAGE_COLUMN, CAPTION_COLUMN = "jpg", "txt"
 

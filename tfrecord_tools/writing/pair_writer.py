@@ -16,12 +16,12 @@ import numpy as np
 import numpy.typing as npt
 
 from clipkit.errors import UserError
-from clipkit.formats.manifest import Shard, Source
+from clipkit.formats.kinds import fit
+from clipkit.formats.manifest import ShardEntry, SourceEntry
 from clipkit.formats.records import RecordWriter, encode_example
 from clipkit.tfrecord_tools.pictures.sniff import image_format, is_truncated
 from clipkit.tfrecord_tools.reasons import NO_IMAGE, NOT_AN_IMAGE, TRUNCATED
 from clipkit.tfrecord_tools.sample import Sample, caption_problem
-from clipkit.tfrecord_tools.tables.kinds import fit
 
 # TensorFlow's decode_image gives four dimensions for WebP and GIF and knows no TIFF or AVIF, so TFDS's Image feature
 # fails on them.
@@ -43,9 +43,9 @@ class Written:
     formats: dict[str, int]
     converted: dict[str, int]
 
-    def shard(self, file: str, sources: tuple[Source, ...]) -> Shard:
+    def shard(self, file: str, sources: tuple[SourceEntry, ...]) -> ShardEntry:
         """The manifest's entry for the shard, once it has its name."""
-        return Shard(file, self.records, self.bytes, f"{self.checksum:08x}", sources, self.formats, self.converted)
+        return ShardEntry(file, self.records, self.bytes, f"{self.checksum:08x}", sources, self.formats, self.converted)
 
 
 class PairWriter:

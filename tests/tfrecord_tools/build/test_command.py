@@ -18,11 +18,11 @@ from image_shards import pair, picture, write_tar, write_tars
 from clipkit.errors import UserError
 from clipkit.formats.dataset import open_dataset
 from clipkit.formats.features import Feature
+from clipkit.formats.kinds import fit, unify
 from clipkit.formats.manifest import read_manifest
 from clipkit.formats.records import RecordWriter, encode_example, index_records
 from clipkit.pixels import images
 from clipkit.tfrecord_tools.build.command import BuildProgress, build_tfds
-from clipkit.tfrecord_tools.tables.kinds import fit, unify
 
 # webdataset fills a tar up to a multiple of this, so that a few small samples make one such block.
 TAR_BLOCK = 10_240
@@ -170,7 +170,7 @@ VALUES = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text
 @given(st.lists(st.dictionaries(st.sampled_from("abc"), VALUES), max_size=6), st.randoms())
 def test_kinds_do_not_depend_on_the_order_of_shards(records, random):
     def kinds_of(records):
-        from clipkit.tfrecord_tools.tables.kinds import KindWidenedError
+        from clipkit.formats.kinds import KindWidenedError
 
         kinds: dict[str, str] = {}
         while True:

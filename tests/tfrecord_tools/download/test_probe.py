@@ -20,7 +20,7 @@ from clipkit.tfrecord_tools.download.plan import Output, make_plan
 from clipkit.tfrecord_tools.download.probe import LOWER, ProbeResult, size, wilson
 from clipkit.tfrecord_tools.download.probe_worker import MAX_ROW_GROUPS, sample_rows
 from clipkit.tfrecord_tools.reasons import ADVICE, remedy_after_download
-from clipkit.tfrecord_tools.tables.columns import Columns
+from clipkit.tfrecord_tools.tables.columns import TableColumns
 
 ANSWERS = {"/ok.jpg": Answer(JPEG), "/busy.jpg": Answer(b"", status=HTTPStatus.BAD_GATEWAY)}
 
@@ -80,7 +80,7 @@ def test_sizes() -> None:
 
 
 def plan_of(folder: Path, own: Path, where: str | None = None) -> object:
-    columns = Columns("url", "caption", pa.schema([]))
+    columns = TableColumns("url", "caption", pa.schema([]))
     output = Output("parquet", "", columns, PICTURES, False, 1000)
     return make_plan(folder, sorted(folder.iterdir()), output, where, own)
 

@@ -9,7 +9,8 @@ from PIL import Image
 
 from clipkit.errors import UserError
 from clipkit.pixels.phash import perceptual_hash
-from clipkit.tfrecord_tools.pictures.hash_check import HashKind, check_hash, parse_phash
+from clipkit.tfrecord_tools.pictures.hash_check import check_hash, parse_phash
+from clipkit.tfrecord_tools.sample import HashKind
 
 PIXELS = natural(256, 320, 1)
 BODY = encoded(PIXELS, quality=95)

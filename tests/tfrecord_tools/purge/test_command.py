@@ -31,7 +31,7 @@ from clipkit.cli.main import main
 from clipkit.errors import UserError
 from clipkit.formats.dataset import open_dataset
 from clipkit.formats.features import Feature
-from clipkit.formats.manifest import Source, read_manifest, write_manifest
+from clipkit.formats.manifest import SourceEntry, read_manifest, write_manifest
 from clipkit.formats.records import read_records
 from clipkit.storage.files import WRITTEN_BESIDE, as_path, read_json, read_json_lines
 from clipkit.tfrecord_tools.account.purged import PURGED_TABLE, purged_path, purged_rows
@@ -111,7 +111,7 @@ def test_sources_of_a_shuffled_split(data, tmp_path):
     """A shuffled split names its sources once; which of them a record came from isn't known, but the sums stay."""
     splits = read_manifest(data)
     shards = tuple(replace(shard, sources=()) for shard in splits["train"].shards)
-    sources = (Source("a.tar", 10, 2, 2), Source("b.tar", 10, 20, 18, {"no-caption": 2}))
+    sources = (SourceEntry("a.tar", 10, 2, 2), SourceEntry("b.tar", 10, 20, 18, {"no-caption": 2}))
     write_manifest(data, splits | {"train": replace(splits["train"], shards=shards, sources=sources)})
     purge(data, write_list(tmp_path / "list.txt", urls(4, 7, 19)))
     after = read_manifest(data)["train"]

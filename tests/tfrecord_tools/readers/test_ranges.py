@@ -15,7 +15,7 @@ from clipkit.errors import UserError
 from clipkit.formats.features import Feature
 from clipkit.formats.records import RecordWriter, encode_example
 from clipkit.tfrecord_tools.build.plan import cut, parts_between
-from clipkit.tfrecord_tools.readers.parquet import Columns
+from clipkit.tfrecord_tools.readers.parquet import PairColumns
 from clipkit.tfrecord_tools.readers.shards import InputShard, find_shards, open_shard, places_in, read_shard
 from clipkit.tfrecord_tools.writing.metadata import features_json
 
@@ -195,9 +195,12 @@ def test_hugging_faces_parquet_and_columns_by_name(tmp_path):
     pq.write_table(pa.table({"a": [picture(2)], "b": [b"x"], "words": ["a dog"]}), tmp_path / "1.parquet")
     with pytest.raises(UserError, match="--image-column"):
         open_shard(tmp_path / "1.parquet")
-    shard = open_shard(tmp_path / "1.parquet", Columns("a", "words"))
+    shard = open_shard(tmp_path / "1.parquet", PairColumns("a", "words"))
     assert [(s.image, s.caption) for s in read_shard(shard)] == [(picture(2), "a dog")]
-    for columns, message in [(Columns("a"), "--caption-column"), (Columns("none"), "no column 'none'.*choose among a")]:
+    for columns, message in [
+        (PairColumns("a"), "--caption-column"),
+        (PairColumns("none"), "no column 'none'.*choose among a"),
+    ]:
         with pytest.raises(UserError, match=message):
             list(read_shard(open_shard(tmp_path / "1.parquet", columns)))
     (tmp_path / "2.parquet").write_bytes(b"PAR1 and no more")
@@ -233,8 +236,8 @@ def test_tables_that_cannot_be_used_are_named(tmp_path):
     with pytest.raises(UserError, match=r"no column file_name.*name, words.*--image-column"):
         open_shard(find_shards(tmp_path)[0], work=tmp_path / "work")
     with pytest.raises(UserError, match=r"no column txt or caption.*--caption-column"):
-        open_shard(find_shards(tmp_path)[0], Columns("name"), tmp_path / "work")
-    assert open_shard(tmp_path / "a.csv", Columns("name", "words"), tmp_path / "work").size == 0
+        open_shard(find_shards(tmp_path)[0], PairColumns("name"), tmp_path / "work")
+    assert open_shard(tmp_path / "a.csv", PairColumns("name", "words"), tmp_path / "work").size == 0
     (tmp_path / "b.tsv").write_text("")
     with pytest.raises(UserError, match=r"several tables .a\.csv, b\.tsv."):
         find_shards(tmp_path)

@@ -7,7 +7,7 @@ from tensorflow_process import with_tensorflow
 
 from clipkit.formats.dataset import shard_name
 from clipkit.formats.features import Feature, parse_features
-from clipkit.formats.manifest import Shard, SplitManifest
+from clipkit.formats.manifest import ShardEntry, SplitManifest
 from clipkit.pixels import images
 from clipkit.tfrecord_tools.build.command import build_tfds
 from clipkit.tfrecord_tools.writing.metadata import dataset_info_json, features_json
@@ -171,7 +171,7 @@ def test_tf_data_reads_it_without_tfds_and_missing_is_missing(version):
 
 
 def test_counts_stand_in_the_metadata_as_strings():
-    shards = tuple(Shard(shard_name("pairs", "train", i, 2), 3 + i, 100, "00000000") for i in range(2))
+    shards = tuple(ShardEntry(shard_name("pairs", "train", i, 2), 3 + i, 100, "00000000") for i in range(2))
     info = dataset_info_json("pairs", {"train": SplitManifest(shards), "test": SplitManifest(shards[:1])})
     assert json.loads(json.dumps(info)) == info
     assert [(part["name"], part["numBytes"], part["shardLengths"]) for part in info["splits"]] == [

@@ -22,7 +22,7 @@ from PIL import Image
 from clipkit.formats import dataset as dataset_module
 from clipkit.formats.dataset import open_dataset, shard_name
 from clipkit.formats.features import Feature
-from clipkit.formats.manifest import Shard, Source, SplitManifest, index_path, write_manifest
+from clipkit.formats.manifest import ShardEntry, SourceEntry, SplitManifest, index_path, write_manifest
 from clipkit.formats.records import RecordWriter, encode_example
 from clipkit.pixels.images import MAX_PIXELS
 from clipkit.storage import ranges as range_reader
@@ -80,8 +80,10 @@ def write_linked(folder: Path, images: Sequence[bytes], records: int, shards: in
         path = folder / shard_name("scale", "train", number, shards)
         if number:
             path.hardlink_to(first)
-        source = Source(f"{number:05d}.tar", writer.bytes, records, records)
-        entries.append(Shard(path.name, records, writer.bytes, f"{writer.checksum:08x}", (source,), {"jpeg": records}))
+        source = SourceEntry(f"{number:05d}.tar", writer.bytes, records, records)
+        entries.append(
+            ShardEntry(path.name, records, writer.bytes, f"{writer.checksum:08x}", (source,), {"jpeg": records})
+        )
     np.save(index_path(folder, "train"), np.tile(np.array(offsets, np.uint64), shards))
     write_manifest(folder, {"train": SplitManifest(tuple(entries))})
     features = {"jpg": Feature("image"), "txt": Feature("text")}
