@@ -1,8 +1,8 @@
 """Jobs on the local machine's processes.
 
-Each worker is a process of its own start (spawned, so that no thread or lock of the parent is copied into it) and holds
-one item at a time. That is why a worker that dies can be told together with the item it held, which the pools of the
-standard library can't do; the item goes to a new worker.
+Each worker is a spawned process (no thread or lock of the parent is copied into it) and holds one item at a time. So
+when a worker dies, it is known which item it held, which the pools of the standard library can't say; the item goes to
+another worker.
 """
 
 import contextlib
@@ -10,21 +10,20 @@ import multiprocessing
 import pickle
 import signal
 import threading
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing import connection
 from multiprocessing.context import SpawnProcess
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
-from clipkit.jobs.worker import STOP_SECONDS, Answer, answer, death, result_of
+from clipkit.jobs.worker import STOP_SECONDS, Answer, Loss, answer
 
 T = TypeVar("T")
 R = TypeVar("R")
 
 
 def run_here(function: Callable[[T], R], items: Sequence[T], describe: Callable[[T], str]) -> Iterator[tuple[int, R]]:
-    """`run_jobs` in this process, in order."""
+    """`run_jobs` in this process, one item after the other."""
     for index, item in enumerate(items):
         try:
             result = function(item)
@@ -40,62 +39,52 @@ class _Worker:
     pipe: "connection.Connection[Any, Any]"
 
 
-def run_workers(
-    function: Callable[[T], R], items: Sequence[T], workers: int, describe: Callable[[T], str], attempts: int
-) -> Iterator[tuple[int, R]]:
-    """`run_jobs` on at most `workers` processes."""
-    holding: dict[_Worker, int] = {}  # the index of the item that each worker works on
-    following = iter(range(len(items)))
-    deaths: Counter[int] = Counter()
-    again: list[int] = []  # items whose workers died
-    try:
-        while True:
-            while len(holding) < workers and (index := again.pop() if again else next(following, -1)) >= 0:
-                holding[_start(function, items[index])] = index
-            if not holding:
-                return
-            # A worker's end shows as a readable pipe too, unless a process of its own still holds the other end.
-            ready = connection.wait([handle for worker in holding for handle in (worker.pipe, worker.process.sentinel)])
-            for worker in [w for w in holding if w.pipe in ready or w.process.sentinel in ready]:
-                index = holding.pop(worker)
-                answered = _receive(worker)
-                if answered is None:
-                    reason = _reason(worker)
-                    _stop([worker])
-                    deaths[index] += 1
-                    if deaths[index] >= attempts:
-                        raise death(describe(items[index]), reason, deaths[index])
-                    again.append(index)
-                    continue
-                holding[worker] = index  # so that it is stopped when the item has failed
-                result = result_of(answered, describe(items[index]))
-                del holding[worker]
-                coming = again.pop() if again else next(following, -1)
-                if coming >= 0:
-                    holding[worker] = coming
-                    _send(worker, items[coming])
-                else:
-                    _stop([worker])
-                yield index, result
-    finally:
-        _stop(list(holding))
+class LocalWorkers:
+    """At most so many processes, which live until no item is left for them."""
+
+    def __init__(self, function: Callable[[T], R], workers: int) -> None:
+        self.function, self.workers = function, workers
+        self.busy: dict[_Worker, int] = {}  # with the index of the item that each works on
+        self.idle: list[_Worker] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def room(self) -> int:
+        return self.workers
+
+    def submit(self, index: int, item: Any) -> None:
+        worker = self.idle.pop() if self.idle else _start(self.function)
+        self.busy[worker] = index
+        # A worker that is dead already is noticed where its answer is awaited.
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            worker.pipe.send(item)
+
+    def wait(self) -> tuple[int, Answer | Loss]:
+        _stop(self.idle)  # there was no item for them
+        self.idle = []
+        # A worker's end shows as a readable pipe too, unless a process of its own still holds the other end.
+        ready = connection.wait([handle for worker in self.busy for handle in (worker.pipe, worker.process.sentinel)])
+        worker = next(worker for worker in self.busy if worker.pipe in ready or worker.process.sentinel in ready)
+        index, answered = self.busy.pop(worker), _receive(worker)
+        if answered is not None:
+            self.idle.append(worker)
+            return index, answered
+        loss = Loss(_reason(worker))
+        _stop([worker])
+        return index, loss
+
+    def __exit__(self, *_: object) -> None:
+        _stop([*self.busy, *self.idle])
 
 
-def _start(function: Callable[[T], R], item: T) -> _Worker:
+def _start(function: Callable[[T], R]) -> _Worker:
     context = multiprocessing.get_context("spawn")
     pipe, pipe_of_worker = context.Pipe()
     process = context.Process(target=_work, args=(function, pipe_of_worker), daemon=True)
     process.start()
     pipe_of_worker.close()
-    worker = _Worker(process, pipe)
-    _send(worker, item)
-    return worker
-
-
-def _send(worker: _Worker, item: T) -> None:
-    # A worker that is dead already is met again where its answer is awaited.
-    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-        worker.pipe.send(item)
+    return _Worker(process, pipe)
 
 
 def _receive(worker: _Worker) -> Answer | None:
@@ -132,7 +121,7 @@ def _stop(workers: list[_Worker]) -> None:
 
 def _work(function: Callable[[T], R], pipe: "connection.Connection[Any, Any]") -> None:
     """Answer items until the parent closes the pipe."""
-    # The terminal sends Ctrl-C to all of us; the parent alone answers it, by stopping the workers.
+    # The terminal sends Ctrl-C to all of us; only the parent acts on it, by stopping the workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):

@@ -1,24 +1,36 @@
-"""Jobs on Ray (https://docs.ray.io): on the cluster that the user has, or on one started for this run alone.
+"""Jobs on Ray (https://docs.ray.io): on the cluster that the user has, or on one started for this run only.
 
 A cluster is joined when this process is connected already, when RAY_ADDRESS names one (`ray job submit` sets it), or
-when `ray start` has begun one on this machine. One of our own takes connections with a token alone (Ray's default), has
-no dashboard, and ends with this process, however that ends. Usage statistics are never sent.
+when `ray start` has started one on this machine. A cluster of our own takes connections only with a token (Ray's
+default), has no dashboard, and ends with this process, however that ends. Usage statistics are never sent.
 
 Each item is one task of one CPU. Only as many are handed in as the cluster can take, because a million shards would be
-a million objects in the driver. Ray's own repetition is off: it would be without bound where memory is short, and an
-item is counted here as on the other engines.
+a million objects in the driver. Ray's own retries are off: where memory is short they have no bound, and an item's
+attempts are counted by `run_jobs`, as on the other engines.
 """
 
 import contextlib
 import os
 import socket
+import sys
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Self, TypeVar
 
 from clipkit.errors import UserError
-from clipkit.jobs.worker import STOP_SECONDS, Answer, answer_packed, cores, death, kept_signals, pack, result_of, unlike
+from clipkit.jobs.worker import (
+    STOP_SECONDS,
+    Answer,
+    Loss,
+    answer_packed,
+    cores,
+    keep_signals,
+    missing_package,
+    one_line,
+    pack,
+    unlike_driver,
+)
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -28,107 +40,105 @@ REMEDY = (
     "on this machine"
 )
 CONNECT_SECONDS = 10.0
-LOOK_SECONDS = 10.0  # how often the cluster is asked for its size, which an autoscaler changes
+RESIZE_SECONDS = 10.0  # how often the cluster is asked for its size, which an autoscaler changes
 
 
-def run_on_ray(
-    function: Callable[[T], R],
-    items: Sequence[T],
-    workers: int | None,
-    describe: Callable[[T], str],
-    attempts: int,
-) -> Iterator[tuple[int, R]]:
-    """`run_jobs` on Ray. With `workers` of None two items for each CPU are handed in, so that none waits for us."""
-    ray = _import_ray()
-    if not items:
-        return
-    with _cluster(ray, workers):
-        dumps = ray.cloudpickle.dumps
-        task = ray.remote(answer_packed).options(max_retries=0, num_cpus=1)
-        packed = pack(function, dumps)
-        following = iter(range(len(items)))
-        deaths: Counter[int] = Counter()
-        again: list[int] = []  # items whose workers were lost
-        pending: dict[Any, int] = {}
-        finished: tuple[int, Answer] | None = None
-        looked, window = -LOOK_SECONDS, 1
+class RayWorkers:
+    """A cluster's workers. With `workers` of None two items for each CPU are handed in, so that no worker waits."""
+
+    def __init__(self, function: Callable[[T], R], workers: int | None) -> None:
+        self.function, self.workers = function, workers
+        self.pending: dict[Any, int] = {}  # the index of each task's item
+        self.size, self.asked = 1, -RESIZE_SECONDS
+
+    def __enter__(self) -> Self:
+        # Read when ray is imported, by it and by the processes that it starts.
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         try:
-            while True:
-                if time.monotonic() - looked >= LOOK_SECONDS:
-                    looked, window = time.monotonic(), workers or _twice_the_cpus(ray)
-                while len(pending) < window and (index := again.pop() if again else next(following, -1)) >= 0:
-                    pending[task.remote(packed, dumps(items[index]))] = index
-                if finished is not None:  # now that the next item is on its way
-                    index, answered = finished
-                    finished = None
-                    yield index, result_of(answered, describe(items[index]))
-                    continue
-                if not pending:
-                    return
-                (reference, *_), _ = ray.wait(list(pending), num_returns=1)
-                index = pending.pop(reference)
-                outcome = _answer(ray, reference)
-                if isinstance(outcome, str):
-                    deaths[index] += 1
-                    if deaths[index] >= attempts:
-                        raise death(describe(items[index]), outcome, deaths[index])
-                    again.append(index)
-                else:
-                    finished = index, outcome
-        finally:
-            _cancel(ray, list(pending))
+            import ray
+        except ImportError as error:
+            raise missing_package("ray", error) from error
+        self.ray: Any = ray
+        self.packed = pack(self.function, self.ray.cloudpickle.dumps)
+        self.connected = ray.is_initialized()
+        if not self.connected:
+            connect(ray, self.workers)
+        self.task = self.ray.remote(answer_packed).options(max_retries=0, num_cpus=1)
+        return self
 
+    def room(self) -> int:
+        if self.workers:
+            return self.workers
+        if time.monotonic() - self.asked >= RESIZE_SECONDS:
+            self.size = max(1, round(2 * self.ray.cluster_resources().get("CPU", 0)))
+            self.asked = time.monotonic()
+        return self.size
 
-def _import_ray() -> Any:
-    # Read when ray is imported, by it and by the processes that it starts.
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    try:
-        import ray
-    except ImportError as error:
-        raise UserError(
-            f"--engine ray needs a package that is missing ({error}): pip install 'clipkit[ray]'"
-        ) from error
-    return ray
+    def submit(self, index: int, item: Any) -> None:
+        self.pending[self.task.remote(self.packed, self.ray.cloudpickle.dumps(item))] = index
 
+    def wait(self) -> tuple[int, Answer | Loss]:
+        # Ray prints each lost worker to stdout, where results go.
+        with contextlib.redirect_stdout(sys.stderr):
+            (reference, *_), _ = self.ray.wait(list(self.pending), num_returns=1)
+            return self.pending.pop(reference), self._outcome(reference)
 
-@contextlib.contextmanager
-def _cluster(ray: Any, workers: int | None) -> Iterator[None]:
-    """Be connected to a cluster while the block runs."""
-    from ray._private import worker as driver
+    def _outcome(self, reference: Any) -> Answer | Loss:
+        errors = self.ray.exceptions
+        try:
+            answered: Answer = self.ray.get(reference)
+        except errors.OutOfMemoryError:
+            return Loss("the machine was short of memory")
+        except errors.WorkerCrashedError:
+            return Loss("its process ended; often the machine is short of memory")
+        except (errors.NodeDiedError, errors.ObjectLostError):
+            return Loss("its machine was lost")
+        except errors.LocalRayletDiedError as error:
+            return Loss(one_line(error))
+        except errors.RayTaskError as error:
+            # Whatever the function raises comes as an answer, so it wasn't even begun.
+            cause = error.cause if isinstance(error.cause, Exception) else error
+            raise unlike_driver("the Ray cluster", cause) from error
+        except errors.RayError as error:
+            raise UserError(
+                f"the Ray cluster failed ({one_line(error)}): run the same command again to go on"
+            ) from error
+        return answered
 
-    own = not ray.is_initialized()
-    if own:
-        connect(ray, workers)
-    # Ray prints each lost worker to stdout, where results go.
-    printing, driver._worker_logs_enabled = driver._worker_logs_enabled, False
-    try:
-        yield
-    finally:
-        if own:
-            ray.shutdown()
-        driver._worker_logs_enabled = printing
+    def __exit__(self, *_: object) -> None:
+        """Kill what still runs, and see it end: a next run may write the same files."""
+        with contextlib.redirect_stdout(sys.stderr):
+            with contextlib.suppress(Exception):
+                for reference in self.pending:
+                    self.ray.cancel(reference, force=True)
+                if self.pending:
+                    self.ray.wait(list(self.pending), num_returns=len(self.pending), timeout=STOP_SECONDS)
+            if not self.connected:
+                self.ray.shutdown()
 
 
 def connect(ray: Any, workers: int | None) -> None:
     """Join the user's cluster, or start one of `workers` CPUs. Raises UserError when that fails."""
-    address = os.environ.get("RAY_ADDRESS") or _running_here() or "local"
+    address = os.environ.get("RAY_ADDRESS") or _started_here() or "local"
     if address not in ("local", "auto") and "://" not in address and not _answers(address):
         # Ray itself would try for a quarter of an hour.
         raise UserError(f"nothing answers at the Ray cluster's address {address}: {REMEDY}")
-    own = {"num_cpus": workers or cores(), "include_dashboard": False} if address == "local" else {}
+    options = {"num_cpus": workers or cores(), "include_dashboard": False} if address == "local" else {}
     try:
-        with kept_signals():
-            ray.init(address=address, log_to_driver=False, logging_level="CRITICAL", **own)
+        with keep_signals():
+            ray.init(address=address, log_to_driver=False, logging_level="CRITICAL", **options)
     except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
-        raise UserError(f"can't join the Ray cluster at {address} ({_short(error)}): {REMEDY}") from error
+        raise UserError(f"can't join the Ray cluster at {address} ({one_line(error)}): {REMEDY}") from error
 
 
-def _running_here() -> str | None:
-    """The address that `ray start` left on this machine, when something still answers there."""
-    from ray._private.utils import read_ray_address
-
-    address: str | None = read_ray_address()
-    return address if address and _answers(address) else None
+def _started_here() -> str | None:
+    """The address of a cluster that `ray start` left on this machine, when something still answers there."""
+    # Where `ray.init` looks too, by its documentation; it would try an address that doesn't answer for minutes.
+    folder = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
+    with contextlib.suppress(OSError):
+        address = Path(folder, "ray", "ray_current_cluster").read_text(encoding="utf-8").strip()
+        return address if _answers(address) else None
+    return None
 
 
 def _answers(address: str) -> bool:
@@ -138,40 +148,3 @@ def _answers(address: str) -> bool:
     except (OSError, ValueError):
         return False
     return True
-
-
-def _twice_the_cpus(ray: Any) -> int:
-    return max(1, round(2 * ray.cluster_resources().get("CPU", 0)))
-
-
-def _answer(ray: Any, reference: Any) -> Answer | str:
-    """The answer of a task, or why its worker was lost."""
-    try:
-        answered: Answer = ray.get(reference)
-    except ray.exceptions.OutOfMemoryError:
-        return "the machine was short of memory"
-    except ray.exceptions.WorkerCrashedError:
-        return "its process ended; often the machine is short of memory"
-    except (ray.exceptions.NodeDiedError, ray.exceptions.ObjectLostError):
-        return "its machine was lost"
-    except ray.exceptions.LocalRayletDiedError as error:
-        return _short(error)
-    except ray.exceptions.RayTaskError as error:
-        # Whatever the function raises comes as an answer, so it was not even begun.
-        raise unlike("the Ray cluster", error.cause if isinstance(error.cause, Exception) else error) from error
-    except ray.exceptions.RayError as error:
-        raise UserError(f"the Ray cluster failed ({_short(error)}): run the same command again to go on") from error
-    return answered
-
-
-def _cancel(ray: Any, pending: list[Any]) -> None:
-    """Kill what still runs, and see it end: a next run may write the same files."""
-    with contextlib.suppress(Exception):
-        for reference in pending:
-            ray.cancel(reference, force=True)
-        if pending:
-            ray.wait(pending, num_returns=len(pending), timeout=STOP_SECONDS)
-
-
-def _short(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]

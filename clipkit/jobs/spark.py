@@ -1,17 +1,18 @@
-"""Jobs on Spark (https://spark.apache.org): in the user's session, or in local mode on this machine.
+"""Jobs on Spark (https://spark.apache.org): in the user's context, or in local mode on this machine.
 
-A context that is active in this process is used as it is. Under `spark-submit`, or with SPARK_MASTER set to a master's
-URL, one is made for the run there. Otherwise Spark starts in local mode, bound to loopback, and quietly. Spark needs
-Java 17 or newer.
+A context that is active in this process is used as it is. Under `spark-submit`, whose settings hold, or with
+SPARK_MASTER set to a master's URL, one is made for the run there. Otherwise Spark starts in local mode, bound to
+loopback, and quietly. Spark needs Java 17 or newer.
 
-Each item is a Spark job of one task, asked for by one of a few threads. One job over all items would be simpler, but
+Each item is a Spark job of one task, asked for by a thread of its own. One job over all items would be simpler, but
 gives its results at the end (`collect`) or in order (`toLocalIterator`, which moreover runs one partition at a time),
 and a million items would be a million tasks in the driver. Threads give each result as it comes, hand in no more than
-the cluster can take, and cost a tenth of a second an item. A lost task is repeated by Spark itself: `attempts` times
-where the context is ours, `spark.task.maxFailures` times in the user's.
+the cluster can take, and cost a tenth of a second an item. Spark's own retries are off where the context is ours;
+in the user's they are part of the attempts that `run_jobs` counts.
 """
 
 import contextlib
+import functools
 import os
 import queue
 import re
@@ -21,12 +22,22 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 from clipkit.errors import UserError
-from clipkit.jobs.worker import Answer, answer_packed, cores, death, kept_signals, pack, result_of, unlike
+from clipkit.jobs.worker import (
+    Answer,
+    Loss,
+    answer_packed,
+    cores,
+    keep_signals,
+    missing_package,
+    one_line,
+    pack,
+    unlike_driver,
+)
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -34,92 +45,62 @@ R = TypeVar("R")
 OLDEST_JAVA = 17
 MOST_THREADS = 512  # each holds a connection to the JVM
 STOP_SECONDS = 20.0  # Spark kills a Python worker two seconds after its task was cancelled
+OWNER = "spark.clipkit.owner"  # the setting that tells a context of ours from the user's
 
 
-def run_on_spark(
-    function: Callable[[T], R],
-    items: Sequence[T],
-    workers: int | None,
-    describe: Callable[[T], str],
-    attempts: int,
-) -> Iterator[tuple[int, R]]:
-    """`run_jobs` on Spark. With `workers` of None as many items are handed in as the context has cores."""
-    try:
-        import pyspark
-    except ImportError as error:
-        raise UserError(
-            f"--engine spark needs a package that is missing ({error}): pip install 'clipkit[spark]'"
-        ) from error
-    if not items:
-        return
-    with _context(pyspark, workers, attempts) as context:
-        threads = min(workers or context.defaultParallelism, len(items), MOST_THREADS)
-        asking = _Asking(pyspark, context, function, items)
-        try:
-            for index, outcome in asking.outcomes(threads):
-                name = describe(items[index])
-                if isinstance(outcome, Exception):
-                    raise _failure(outcome, name) from outcome
-                yield index, result_of(outcome, name)
-        finally:
-            asking.stop()
+class SparkWorkers:
+    """A context's workers. With `workers` of None as many items are handed in as the context has cores."""
 
-
-class _Asking:
-    """The threads that hand items to Spark, one job each, and what comes back."""
-
-    def __init__(self, pyspark: Any, context: Any, function: Callable[[T], R], items: Sequence[T]) -> None:
-        self.pyspark, self.context, self.items = pyspark, context, items
-        self.dumps = pyspark.cloudpickle.dumps
-        self.packed = pack(function, self.dumps)
+    def __init__(self, function: Callable[[T], R], workers: int | None) -> None:
+        self.function, self.workers = function, workers
         self.group = f"clipkit-{uuid.uuid4()}"
-        self.following = iter(range(len(items)))
-        self.following_lock = threading.Lock()
         self.results: queue.SimpleQueue[tuple[int, Answer | Exception]] = queue.SimpleQueue()
-        self.permits = threading.Semaphore(0)  # how many items may be handed in
-        self.stopped = threading.Event()
-        self.threads: list[threading.Thread] = []
+        self.threads: dict[int, threading.Thread] = {}  # by the index of the item
 
-    def outcomes(self, threads: int) -> Iterator[tuple[int, Answer | Exception]]:
-        """Each item's answer as it comes, or what Spark raised."""
-        self.permits.release(threads)
-        for _ in range(threads):
-            thread = self.pyspark.InheritableThread(target=self._ask, session=None)
-            thread.daemon = True
-            thread.start()
-            self.threads.append(thread)
-        for _ in range(len(self.items)):
-            result = self.results.get()
-            self.permits.release()
-            yield result
+    def __enter__(self) -> Self:
+        try:
+            import pyspark
+        except ImportError as error:
+            raise missing_package("spark", error) from error
+        self.pyspark: Any = pyspark
+        self.packed = pack(self.function, self.pyspark.cloudpickle.dumps)
+        self.context = get_context(self.pyspark, self.workers, self.group)
+        return self
 
-    def _ask(self) -> None:
-        self.context.setJobGroup(self.group, "clipkit", interruptOnCancel=True)
-        packed = self.packed
-        while self.permits.acquire() and not self.stopped.is_set():
-            with self.following_lock:
-                index = next(self.following, -1)
-            if index < 0:
-                return
-            outcome: Answer | Exception
-            try:
-                item = self.dumps(self.items[index])
-                (outcome,) = self.context.parallelize([item], 1).map(_Work(packed)).collect()
-            except Exception as error:
-                outcome = error
-            self.results.put((index, outcome))
+    def room(self) -> int:
+        return min(self.workers or int(self.context.defaultParallelism), MOST_THREADS)
 
-    def stop(self) -> None:
-        """Cancel what runs and wait for the threads, so that nothing is handed in afterwards."""
-        self.stopped.set()
-        self.permits.release(len(self.threads))
+    def submit(self, index: int, item: Any) -> None:
+        ask = functools.partial(self._ask, index, self.pyspark.cloudpickle.dumps(item))
+        self.threads[index] = self.pyspark.InheritableThread(target=ask, daemon=True)
+        self.threads[index].start()
+
+    def _ask(self, index: int, item: bytes) -> None:
+        outcome: Answer | Exception
+        try:
+            self.context.setJobGroup(self.group, "clipkit", interruptOnCancel=True)
+            (outcome,) = self.context.parallelize([item], 1).map(_Work(self.packed)).collect()
+        except Exception as error:
+            outcome = error
+        self.results.put((index, outcome))
+
+    def wait(self) -> tuple[int, Answer | Loss]:
+        index, outcome = self.results.get()
+        self.threads.pop(index).join()
+        return index, _loss(outcome) if isinstance(outcome, Exception) else outcome
+
+    def __exit__(self, *_: object) -> None:
+        """Cancel what runs and wait for it, then end a context of our own."""
         until = time.monotonic() + STOP_SECONDS
-        while any(thread.is_alive() for thread in self.threads) and time.monotonic() < until:
+        while any(thread.is_alive() for thread in self.threads.values()) and time.monotonic() < until:
             # Again and again: a thread may have been on its way to hand an item in.
             with contextlib.suppress(Exception):
                 self.context.cancelJobGroup(self.group)
-            for thread in self.threads:
+            for thread in self.threads.values():
                 thread.join(0.2 / len(self.threads))
+        if self.context.getConf().get(OWNER) == self.group:
+            with keep_signals():
+                self.context.stop()
 
 
 class _Work:
@@ -132,12 +113,22 @@ class _Work:
         return answer_packed(self.packed, item)
 
 
-@contextlib.contextmanager
-def _context(pyspark: Any, workers: int | None, attempts: int) -> Iterator[Any]:
-    """The active SparkContext, or one for the time of the block."""
-    if pyspark.SparkContext._active_spark_context is not None:
-        yield pyspark.SparkContext._active_spark_context
-        return
+def _loss(error: Exception) -> Loss:
+    """What Spark's error means. What the function raises comes as an answer, so this is about the workers."""
+    from pyspark.errors import PythonException
+
+    text = str(error)
+    if isinstance(error, PythonException):
+        last = next((line for line in reversed(text.splitlines()) if re.match(r"\S+Error", line)), text)
+        raise unlike_driver("the Spark cluster", Exception(last)) from error
+    if "Python worker exited unexpectedly" in text or "ExecutorLostFailure" in text:
+        times = re.search(r"failed (\d+) times", text)
+        return Loss("its process ended; often the machine is short of memory", int(times[1]) if times else 1)
+    raise UserError(f"Spark failed ({one_line(error)}): run the same command again to go on") from error
+
+
+def get_context(pyspark: Any, workers: int | None, owner: str) -> Any:
+    """The active SparkContext, or a new one whose setting OWNER is `owner`. Raises UserError when none starts."""
     master = os.environ.get("SPARK_MASTER")
     submitted = "PYSPARK_GATEWAY_PORT" in os.environ or "--master" in os.environ.get("PYSPARK_SUBMIT_ARGS", "")
     local = not master and not submitted
@@ -145,65 +136,49 @@ def _context(pyspark: Any, workers: int | None, attempts: int) -> Iterator[Any]:
         raise UserError(f"SPARK_MASTER={master}: give spark://HOST:PORT, k8s://URL, yarn or local[N]")
     if "PYSPARK_GATEWAY_PORT" not in os.environ and (problem := java_problem()):
         raise UserError(problem)
-    if submitted:
-        pyspark.SparkContext._ensure_initialized()  # so that the settings below see those of spark-submit
-    settings = pyspark.SparkConf()
-    for key, value in _settings(local, attempts).items():
-        settings.setIfMissing(key, value)
-    if local:
-        settings.setMaster(f"local[{workers or cores()},{attempts}]")
-    elif master:
-        settings.setMaster(master)
+    settings = pyspark.SparkConf().set(OWNER, owner)
+    if not submitted:
+        settings.setMaster(master or f"local[{workers or cores()}]").setAppName("clipkit")
+        settings.set("spark.ui.enabled", "false").set("spark.ui.showConsoleProgress", "false")
+        settings.set("spark.log.level", "OFF" if local else "ERROR").set("spark.task.maxFailures", "1")
     environment = {"PYSPARK_PYTHON": os.environ.get("PYSPARK_PYTHON", sys.executable)}
     if local:
+        settings.set("spark.driver.host", "127.0.0.1").set("spark.driver.bindAddress", "127.0.0.1")
         environment["SPARK_LOCAL_IP"] = "127.0.0.1"
     try:
-        with kept_signals(), _environment(environment):
-            if not submitted and pyspark.SparkContext._gateway is None:
-                from pyspark.java_gateway import launch_gateway
-
-                # Java and Spark greet on stderr before any setting can stop them.
-                gateway = launch_gateway(settings, {"stderr": subprocess.DEVNULL} if local else {})
-                pyspark.SparkContext._ensure_initialized(gateway=gateway, conf=settings)
-            context = pyspark.SparkContext(conf=settings)
+        with keep_signals(), _environment(environment), _silent_stderr() if local else contextlib.nullcontext():
+            return pyspark.SparkContext.getOrCreate(settings)
     except Exception as error:
         where = "on this machine" if local else f"at {master or 'the master that was given'}"
         raise UserError(
-            f"Spark doesn't start {where} ({_short(error)}): try `pyspark` in the same environment"
+            f"Spark doesn't start {where} ({one_line(error)}): try `pyspark` in the same environment"
         ) from error
-    try:
-        yield context
-    finally:
-        with kept_signals():
-            context.stop()
-
-
-def _settings(local: bool, attempts: int) -> dict[str, str]:
-    settings = {
-        "spark.app.name": "clipkit",
-        "spark.ui.enabled": "false",
-        "spark.ui.showConsoleProgress": "false",
-        "spark.log.level": "OFF" if local else "ERROR",
-        "spark.task.maxFailures": str(attempts),
-    }
-    if local:
-        settings |= {"spark.driver.host": "127.0.0.1", "spark.driver.bindAddress": "127.0.0.1"}
-    return settings
 
 
 @contextlib.contextmanager
 def _environment(variables: Mapping[str, str]) -> Iterator[None]:
-    """Spark takes some settings from the environment alone, when it starts."""
-    before = {name: os.environ.get(name) for name in variables}
+    """Spark takes some settings only from the environment, when it starts."""
+    before = {name: os.environ[name] for name in variables if name in os.environ}
     os.environ.update(variables)
     try:
         yield
     finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+        for name in variables:
+            del os.environ[name]
+        os.environ.update(before)
+
+
+@contextlib.contextmanager
+def _silent_stderr() -> Iterator[None]:
+    """Java and Spark greet on stderr, which they inherit, before any setting can stop them."""
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    os.close(nowhere)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def java_problem() -> str | None:
@@ -214,39 +189,8 @@ def java_problem() -> str | None:
     if java is None or not Path(java).is_file():
         where = f"JAVA_HOME is {home}, which holds none" if home else "there is none on the PATH"
         return f"Spark needs Java, and {where}: {remedy}, or set JAVA_HOME"
-    said = subprocess.run([java, "-version"], capture_output=True, text=True).stderr
-    version = re.search(r'version "(\d+)', said)
+    text = subprocess.run([java, "-version"], capture_output=True, text=True).stderr
+    version = re.search(r'version "(\d+)', text)
     if version is None or int(version[1]) < OLDEST_JAVA:
-        return f"Spark needs Java {OLDEST_JAVA}, and {java} is {_first_line(said) or 'broken'}: {remedy}"
+        return f"Spark needs Java {OLDEST_JAVA}, and {java} is {(text.splitlines() or ['broken'])[0]}: {remedy}"
     return None
-
-
-def _failure(error: Exception, name: str) -> UserError:
-    """What Spark's error means. What the function raises comes as an answer, so this is about the workers."""
-    text = str(error)
-    if isinstance(error, _python_exception()):
-        return unlike("the Spark cluster", Exception(_last_line(text)))
-    times = re.search(r"failed (\d+) times", text)
-    if "Python worker exited unexpectedly" in text or "ExecutorLostFailure" in text:
-        reason = "its process ended; often the machine is short of memory"
-        return death(name, reason, int(times[1]) if times else 1)
-    return UserError(f"Spark failed while working on {name} ({_short(error)}): run the same command again to go on")
-
-
-def _python_exception() -> type[Exception]:
-    from pyspark.errors import PythonException
-
-    kind: type[Exception] = PythonException
-    return kind
-
-
-def _short(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
-
-
-def _first_line(text: str) -> str:
-    return next(iter(text.splitlines()), "")
-
-
-def _last_line(text: str) -> str:
-    return next((line for line in reversed(text.splitlines()) if re.match(r"\S+Error", line)), text)

@@ -1,4 +1,4 @@
-"""What every engine does around one item: run it in a worker, bring its answer back, and name it when it fails."""
+"""What every engine does around one item: run it in a worker, send its answer back, and name it when it fails."""
 
 import contextlib
 import os
@@ -9,7 +9,8 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
 
 from clipkit.errors import InternalError, UserError
 
@@ -20,6 +21,27 @@ R = TypeVar("R")
 STOP_SECONDS = 5.0
 
 Answer = tuple[bool, bytes]  # whether it succeeded, and the pickled result or exception
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Why an item's worker was lost, and how many workers the engine itself gave the item to."""
+
+    reason: str
+    times: int = 1
+
+
+class Workers(Protocol):
+    """An engine at work, as `run_jobs` needs it."""
+
+    def room(self) -> int:
+        """How many items may be handed in at once; it may change."""
+
+    def submit(self, index: int, item: Any) -> None:
+        """Hand an item in."""
+
+    def wait(self) -> tuple[int, Answer | Loss]:
+        """Wait until an item has finished or its worker is lost. Raises UserError when the engine itself fails."""
 
 
 def cores() -> int:
@@ -48,14 +70,14 @@ def answer_packed(packed: bytes, item: bytes) -> Answer:
         sys.path.extend(path for path in paths if path not in sys.path)
         work, argument = pickle.loads(function), pickle.loads(item)
     except (ImportError, AttributeError) as error:
-        return False, _pickle_exception(unlike(socket.gethostname(), error))
+        return False, _pickle_exception(unlike_driver(socket.gethostname(), error))
     return answer(work, argument)
 
 
-def unlike(machine: str, error: Exception) -> UserError:
+def unlike_driver(machine: str, error: Exception) -> UserError:
     """The error of a worker whose environment differs from the driver's."""
     return UserError(
-        f"a worker on {machine} can't load the work ({' '.join(str(error).split())[:300]}): every machine of the "
+        f"a worker on {machine} can't load the work ({one_line(error)}): every machine of the "
         "cluster needs clipkit and its extras in the same versions"
     )
 
@@ -70,7 +92,7 @@ def result_of(answered: Answer, name: str) -> Any:
     raise result
 
 
-def death(name: str, reason: str, times: int) -> UserError:
+def worker_died(name: str, reason: str, times: int) -> UserError:
     """The error of an item whose workers died `times` times."""
     often = f" {times} times" if times > 1 else ""
     return UserError(
@@ -80,7 +102,7 @@ def death(name: str, reason: str, times: int) -> UserError:
 
 
 @contextlib.contextmanager
-def kept_signals() -> Iterator[None]:
+def keep_signals() -> Iterator[None]:
     """Leave Ctrl-C and SIGTERM as they are: engines put handlers of their own in place when they start."""
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -93,6 +115,16 @@ def kept_signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def one_line(error: Exception) -> str:
+    """An engine's exception as part of a message."""
+    return " ".join(str(error).split())[:300]
+
+
+def missing_package(engine: str, error: ImportError) -> UserError:
+    """The error of an engine that isn't installed."""
+    return UserError(f"--engine {engine} needs a package that is missing ({error}): pip install 'clipkit[{engine}]'")
+
+
 def _pickle_exception(error: Exception) -> bytes:
     if not isinstance(error, UserError):
         error.add_note("in the worker:\n" + "".join(traceback.format_exception(error)).rstrip())
@@ -100,7 +132,7 @@ def _pickle_exception(error: Exception) -> bytes:
         pickled = pickle.dumps(error)
         pickle.loads(pickled)
     except Exception:
-        # Not every exception survives the way back (one that wants two arguments, or holds an open file).
+        # Not every exception can be unpickled (one that takes two arguments, or holds an open file).
         replacement = InternalError(f"{type(error).__name__}: {error}")
         for note in getattr(error, "__notes__", []):
             replacement.add_note(note)
