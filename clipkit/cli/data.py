@@ -1,7 +1,4 @@
-"""The commands that make and keep datasets; `cli.py` adds them to the group.
-
-Stages are imported inside the commands, so that `--help` loads nothing that is slow.
-"""
+"""The commands that make, check and change datasets; `main` adds them to the group."""
 
 from pathlib import Path
 from typing import Any
@@ -9,14 +6,25 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from clipkit.cli.download import option
-from clipkit.cli.options import Anything, Count, Folder, Place, SectionedCommand, as_json, engine, tell
+from clipkit.cli.options import (
+    AnyPath,
+    Count,
+    Folder,
+    PathOrUrl,
+    SectionedCommand,
+    as_json,
+    dataset_folder,
+    engine,
+    option,
+    print_summary,
+    workers,
+)
 from clipkit.errors import UserError
 
 
 @click.command("build-tfds", cls=SectionedCommand)
-@click.argument("shards", type=Place())
-@click.argument("out", type=Place(), required=False)
+@click.argument("shards", type=PathOrUrl())
+@click.argument("out", type=PathOrUrl(), required=False)
 @click.option("--name", required=True, help="Name of the dataset; it becomes OUT/NAME/1.0.0.")
 @option("Input", "--image-column", metavar="NAME", help="Column with images, or with their file names.")
 @option("Input", "--caption-column", metavar="NAME", help="Column with captions.")
@@ -27,20 +35,14 @@ from clipkit.errors import UserError
     type=click.Choice(["sha256", "caption", "phash"]),
     help="Keep the first of samples with the same bytes, caption or picture.",
 )
-@option(
-    "Which samples",
-    "--split",
-    default="train",
-    show_default=True,
-    help="Name of the split, or shares: train=0.99,validation=0.01.",
-)
+@option("Which samples", "--split", default="train", help="Name of the split, or shares: train=0.99,validation=0.01.")
 @option("Form", "--resize", type=Count, metavar="N", help="Store small copies, N pixels on the shorter side.")
-@option("Form", "--quality", default=90, show_default=True, help="JPEG quality of the small copies.")
+@option("Form", "--quality", default=90, help="JPEG quality of the small copies.")
 @option("Form", "--precompute", metavar="LIST", help="Columns to add: tokens, or tokens,syntax.")
 @option("Form", "--shuffle", type=int, metavar="SEED", help="Shuffle all samples; takes as much disk again.")
-@option("Form", "--shard-megabytes", type=Count, default=256, show_default=True, help="Size of a shard.")
+@option("Form", "--shard-megabytes", type=Count, default=256, help="Size of a shard.")
 @option("Work", "--in-place", is_flag=True, help="SHARDS itself becomes the dataset, without a copy: no OUT.")
-@option("Work", "--workers", type=Count, help="Processes that convert. [default: one a core]")
+@workers
 @engine
 @as_json
 def build_tfds(
@@ -62,8 +64,7 @@ def build_tfds(
     from clipkit.tfrecord_tools.build.command import build_tfds as stage
 
     wanted = [name.strip() for name in precompute.split(",")] if precompute else []
-    summary = stage(shards, out, precompute=wanted, **options)
-    tell(summary, as_json)
+    print_summary(stage(shards, out, precompute=wanted, **options), as_json)
 
 
 def _build_in_place(folder: Path, as_json: bool, options: dict[str, Any]) -> None:
@@ -76,19 +77,19 @@ def _build_in_place(folder: Path, as_json: bool, options: dict[str, Any]) -> Non
     if refused:
         name = "OUT" if refused[0] == "out" else f"--{refused[0].replace('_', '-')}"
         raise UserError(f"{name} needs a copy: leave it or --in-place out")
-    tell(stage(folder, **{name: options[name] for name in taken}), as_json)
+    print_summary(stage(folder, **{name: options[name] for name in taken}), as_json)
 
 
 @click.command("build-imagenet")
 @click.argument("source", type=Folder)
-@click.argument("out", type=Place())
-@click.option("--name", default="imagenet2012", show_default=True, help="Name of the set; it becomes OUT/NAME/VERSION.")
+@click.argument("out", type=PathOrUrl())
+@click.option("--name", default="imagenet2012", help="Name of the set; it becomes OUT/NAME/VERSION.")
 @click.option("--split", help="Which split SOURCE is, or the only one to take. [default: all it has]")
-@click.option("--labels", type=Anything, help="Classes of a flat folder: lines in file order, 'file class', or CSV.")
-@click.option("--classes", type=Anything, help="Another set's classes in label order. [default: its folders, sorted]")
+@click.option("--labels", type=AnyPath, help="Classes of a flat folder: lines in file order, 'file class', or CSV.")
+@click.option("--classes", type=AnyPath, help="Another set's classes in label order. [default: its folders, sorted]")
 @click.option("--subset", is_flag=True, help="Accept an ImageNet with classes or images missing.")
-@click.option("--max-bad", type=click.IntRange(min=0), default=0, show_default=True, help="Broken images to leave out.")
-@click.option("--workers", type=Count, help="Processes that copy. [default: one a core]")
+@click.option("--max-bad", type=click.IntRange(min=0), default=0, help="Broken images to leave out.")
+@workers
 @engine
 @as_json
 def build_imagenet(source: Path, out: Path, as_json: bool, **options: Any) -> None:
@@ -100,8 +101,7 @@ def build_imagenet(source: Path, out: Path, as_json: bool, **options: Any) -> No
     """
     from clipkit.tfrecord_tools.labelled.imagenet import build_imagenet as stage
 
-    summary = stage(source, out, **options)
-    tell(summary, as_json)
+    print_summary(stage(source, out, **options), as_json)
 
 
 class CountOrAll(click.ParamType[int | None]):
@@ -115,9 +115,9 @@ class CountOrAll(click.ParamType[int | None]):
 
 
 @click.command()
-@click.argument("path", metavar="DIR", type=Place())
-@click.option("--decode", type=CountOrAll(), default="1000", show_default=True, help="Images to decode in full.")
-@click.option("--workers", type=Count, help="Processes that read. [default: one a core]")
+@dataset_folder
+@click.option("--decode", type=CountOrAll(), default="1000", help="Images to decode in full.")
+@workers
 @engine
 @as_json
 def verify(path: Path, as_json: bool, **options: Any) -> None:
@@ -129,17 +129,19 @@ def verify(path: Path, as_json: bool, **options: Any) -> None:
     from clipkit.tfrecord_tools.verify.command import verify as stage
 
     summary = stage(path, **options)
-    tell(summary, as_json)
+    print_summary(summary, as_json)
     if summary.problems:
         raise SystemExit(2)
 
 
 @click.command()
-@click.argument("path", metavar="DIR", type=Place())
-@click.option("--list", "removals", type=Place(), required=True, help="Parquet, CSV, TSV, or text with a value a line.")
+@dataset_folder
+@click.option(
+    "--list", "removals", type=PathOrUrl(), required=True, help="Parquet, CSV, TSV, or a text file with a value a line."
+)
 @click.option("--by", metavar="COLUMN", help="url, key, sha256, md5, or a text column. [default: as the list tells]")
 @click.option("--dry-run", is_flag=True, help="Count what would be removed, and change nothing.")
-@click.option("--workers", type=Count, help="Processes that read and write. [default: one a core]")
+@workers
 @engine
 @as_json
 def purge(path: Path, removals: Path, as_json: bool, **options: Any) -> None:
@@ -150,15 +152,14 @@ def purge(path: Path, removals: Path, as_json: bool, **options: Any) -> None:
     """
     from clipkit.tfrecord_tools.purge.command import purge as stage
 
-    summary = stage(path, removals, **options)
-    tell(summary, as_json)
+    print_summary(stage(path, removals, **options), as_json)
 
 
 @click.command()
-@click.argument("path", metavar="DIR", type=Place())
+@dataset_folder
 @click.option("--split", help="Which split. [default: the only one, or train]")
-@click.option("--sample", type=Count, default=10_000, show_default=True, help="Records to look at, drawn from all.")
-@click.option("--out", type=Place(), help="Folder for the page and the numbers. [default: DIR/clipkit]")
+@click.option("--sample", type=Count, default=10_000, help="Records to look at, drawn from all.")
+@click.option("--out", type=PathOrUrl(), help="Folder for the page and the numbers. [default: DIR/clipkit]")
 @as_json
 def inspect(path: Path, as_json: bool, **options: Any) -> None:
     """Write a page that shows what is in the dataset in DIR: pairs, lengths, what reductions keep, sizes, duplicates.
@@ -168,5 +169,4 @@ def inspect(path: Path, as_json: bool, **options: Any) -> None:
     """
     from clipkit.tfrecord_tools.inspection.command import inspect_dataset as stage
 
-    summary = stage(path, **options)
-    tell(summary, as_json)
+    print_summary(stage(path, **options), as_json)

@@ -23,7 +23,7 @@ from clipkit.errors import InternalError, UserError
 from clipkit.log import duration
 from clipkit.storage.files import lock, read_json, read_json_lines, remove, write_json
 
-BROKEN_SHARE = 0.03
+FAULTY_SHARE = 0.03
 SEED = 0
 # Training captions are bare (`label: keywords`), and so are the prompts.
 TEMPLATES = "plain"
@@ -140,11 +140,11 @@ def serve_pictures(out: Path, limit: int | None) -> Iterator[None]:
     """
     import pyarrow.parquet as pq
 
-    from clipkit.cli import demo_server as image_server
+    from clipkit.cli import demo_server
 
     pairs = pq.read_table(emoji_parquet("train")).slice(0, limit)
     table = out / "urls.parquet"
-    site = image_server.emoji_site(pairs, image_server.broken_rows(len(pairs), BROKEN_SHARE, SEED))
+    site = demo_server.emoji_site(pairs, demo_server.faulty_rows(len(pairs), FAULTY_SHARE, SEED))
     with contextlib.ExitStack() as stack:
         if table.exists():
             urls = pq.read_table(table, columns=["URL"])["URL"].to_pylist()
@@ -152,7 +152,7 @@ def serve_pictures(out: Path, limit: int | None) -> Iterator[None]:
                 raise UserError(f"{out} holds a demo of {len(urls):,} pairs, not {len(pairs):,}: choose another --out")
             port = urlsplit(urls[0]).port or 0
             try:
-                stack.enter_context(image_server.serve(site, port))
+                stack.enter_context(demo_server.serve(site, port))
             except OSError as error:
                 if error.errno != errno.EADDRINUSE:
                     raise
@@ -160,8 +160,8 @@ def serve_pictures(out: Path, limit: int | None) -> Iterator[None]:
                 remove(out / "shards")
                 remove(table)
         if not table.exists():
-            base_url = stack.enter_context(image_server.serve(site))
-            image_server.write_url_table(table, base_url, pairs)
+            base_url = stack.enter_context(demo_server.serve(site))
+            demo_server.write_url_table(table, base_url, pairs)
         yield
 
 

@@ -1,6 +1,6 @@
-"""What is installed, which device will be used and why, and which versions are known not to go together.
+"""What is installed, which device will be used and why, and which versions are known not to work together.
 
-Nothing is imported to learn a version; torch alone is, in the end, to ask it for its devices.
+Nothing is imported to learn a version; only torch is, in the end, to ask it for its devices.
 """
 
 import importlib.metadata
@@ -17,40 +17,25 @@ from clipkit.config import to_json
 from clipkit.errors import UserError
 from clipkit.jobs.spark import java_problem
 
-CORE = (
-    "torch",
-    "torchvision",
-    "timm",
-    "numpy",
-    "pillow",
-    "simplejpeg",
-    "opencv-python-headless",
-    "tokenizers",
-    "ftfy",
-    "safetensors",
-    "protobuf",
-    "google-crc32c",
-    "webdataset",
-    "fsspec",
-    "universal-pathlib",
-    "pyarrow",
-    "packaging",
-    "tensorboard",
-    "click",
-    "rich",
-)
-EXTRAS = {
-    "download": ("img2dataset", "aiohttp", "aiodns", "duckdb", "protego"),
-    "ray": ("ray",),
-    "spark": ("pyspark",),
-    "s3": ("s3fs",),
-    "gs": ("gcsfs",),
-    "tfds": ("tensorflow", "tensorflow-datasets"),
-    "imagenet": ("scipy",),
-    "syntax": ("HanTa",),
-    "report": ("jinja2",),
-    "tpu": ("torch_xla",),
-}
+
+def declared_packages() -> tuple[tuple[str, ...], dict[str, tuple[str, ...]]]:
+    """What clipkit needs by its own metadata, and what each extra adds."""
+    metadata = importlib.metadata.metadata("clipkit")
+    needed = [Requirement(line) for line in metadata.get_all("Requires-Dist") or []]
+    core = tuple(package.name for package in needed if package.marker is None)
+    extras = {
+        extra: tuple(
+            package.name
+            for package in needed
+            if package.marker and package.marker.evaluate({"extra": extra}) and package.name not in core
+        )
+        for extra in metadata.get_all("Provides-Extra") or []
+        if extra not in ("dev", "all")
+    }
+    return core, extras
+
+
+CORE, EXTRAS = declared_packages()
 
 
 @dataclass(frozen=True)

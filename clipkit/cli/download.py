@@ -5,30 +5,25 @@ from typing import Any
 
 import click
 
-from clipkit.cli.options import Count, Place, SectionedCommand, SectionedOption, as_json, engine, print_json, tell
+from clipkit.cli.options import Count, PathOrUrl, SectionedCommand, as_json, engine, option, print_json, print_summary
 
 RETRY = "--retry-failed"
-# Those that may pass by themselves; `retry.DEFAULT` is the same, and slow to import. With --allow-private-hosts,
-# which an earlier run may have lacked, the stage takes the refused ones along.
+# The failures that may be temporary; `retry.DEFAULT` is the same, and slow to import. With --allow-private-hosts,
+# which an earlier run may not have had, the stage adds the refused addresses.
 PASSING = "connect,dns,http-5xx,rate-limited,timeout,truncated"
 
 
 class DownloadCommand(SectionedCommand):
-    """Lets `--retry-failed` stand alone or with `=REASONS`; else it would take the word behind it for its value."""
+    """Takes `--retry-failed` without a value or with `=REASONS`; click would take the next word as its value."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Give the lone option its value."""
-        return super().parse_args(ctx, [f"{RETRY}={PASSING}" if each == RETRY else each for each in args])
-
-
-def option(section: str, *names: str, **attributes: Any) -> Any:
-    """An option under a heading of the help."""
-    return click.option(*names, cls=SectionedOption, section=section, **attributes)
+        """Give the option its default value where it has none."""
+        return super().parse_args(ctx, [f"{RETRY}={PASSING}" if argument == RETRY else argument for argument in args])
 
 
 @click.command(cls=DownloadCommand)
-@click.argument("urls", type=Place())
-@click.argument("out", type=Place())
+@click.argument("urls", type=PathOrUrl())
+@click.argument("out", type=PathOrUrl())
 @option("Table", "--preset", metavar="NAME", help="Columns of a published table, such as laion400m or datacomp.")
 @option("Table", "--url-column", metavar="NAME", help="Column with the image's URL.")
 @option("Table", "--caption-column", metavar="NAME", help="Column with the caption.")
@@ -40,48 +35,36 @@ def option(section: str, *names: str, **attributes: Any) -> Any:
     "Table", "--hash-column", metavar="NAME", help="Column with a hash of the image to compare. [default: the preset's]"
 )
 @option("Table", "--hash-kind", metavar="KIND", help="What it holds: md5, sha1, sha256, sha512 or phash.")
-@option("Table", "--drop-changed", is_flag=True, help="Leave out images that differ from the hash, not just say so.")
 @option(
-    "Images", "--image-size", type=Count, default=256, show_default=True, help="Size of the stored images, in pixels."
+    "Table", "--drop-changed", is_flag=True, help="Leave out images that differ from their hash, not only report them."
 )
+@option("Images", "--image-size", type=Count, default=256, help="Size of the stored images, in pixels.")
 @option(
     "Images",
     "--resize-mode",
     type=click.Choice(["keep_ratio", "keep_ratio_largest", "center_crop", "border", "no"]),
     default="keep_ratio",
-    show_default=True,
-    help="What has that size: the shorter side, the longer, both after a crop or with a border, or nothing.",
+    help="What gets that size: the shorter side, the longer side, both by a crop or a border, or nothing.",
 )
-@option("Images", "--quality", default=95, show_default=True, help="JPEG quality of images that are encoded again.")
+@option("Images", "--quality", default=95, help="JPEG quality of images that are encoded again.")
 @option(
     "Images",
     "--min-image-size",
     type=click.IntRange(min=0),
     default=0,
-    show_default=True,
-    help="Refuse images with a shorter side below this.",
+    help="Refuse images whose shorter side is below this.",
 )
-@option(
-    "Network",
-    "--connections",
-    type=Count,
-    default=256,
-    show_default=True,
-    help="Requests under way in each process, at most.",
-)
-@option(
-    "Network", "--per-host", type=Count, default=8, show_default=True, help="Requests under way to one host, at most."
-)
-@option("Network", "--timeout", default=10.0, show_default=True, help="Seconds to wait for a server's next byte.")
-@option("Network", "--deadline", default=30.0, show_default=True, help="Seconds for the whole of one URL.")
-@option("Network", "--max-megabytes", type=Count, default=50, show_default=True, help="Largest body to take, in MB.")
+@option("Network", "--connections", type=Count, default=256, help="Most requests at a time in each process.")
+@option("Network", "--per-host", type=Count, default=8, help="Most requests at a time to one host.")
+@option("Network", "--timeout", default=10.0, help="Seconds to wait for a server's next byte.")
+@option("Network", "--deadline", default=30.0, help="Seconds for the whole of one URL.")
+@option("Network", "--max-megabytes", type=Count, default=50, help="Largest body to take, in MB.")
 @option(
     "Network",
     "--retries",
     type=click.IntRange(min=0),
     default=0,
-    show_default=True,
-    help="Further tries of what may pass.",
+    help="How often to try again what may be a temporary failure.",
 )
 @option(
     "Network",
@@ -93,37 +76,37 @@ def option(section: str, *names: str, **attributes: Any) -> Any:
 @option(
     "Network", "--allow-private-hosts", is_flag=True, help="Fetch from private addresses too: for servers of your own."
 )
-@option("Permissions", "--contact", metavar="URL", help="Page or address that tells hosts who fetches.")
+@option("Permissions", "--contact", metavar="URL", help="Page or e-mail address that tells hosts who downloads.")
 @option("Permissions", "--robots-txt", is_flag=True, help="Ask each host for its robots.txt first, and obey it.")
 @option(
     "Output",
     "--format",
     type=click.Choice(["tfds", "webdataset", "parquet"]),
     default="tfds",
-    show_default=True,
     help="A dataset ready for training, or img2dataset's tars or parquet files.",
 )
 @option("Output", "--name", help="Name of the dataset, OUT/NAME/1.0.0. [default: the preset's or the table's]")
-@option("Output", "--samples-per-shard", type=Count, default=10_000, show_default=True, help="URLs in a shard.")
+@option("Output", "--samples-per-shard", type=Count, default=10_000, help="URLs in a shard.")
 @option(
     "Work",
     "--probe",
     "probe_rows",
     type=Count,
     metavar="ROWS",
-    help="Fetch so many rows from all over the table first, and say how the whole will go.",
+    help="First fetch this many rows from all over the table, and say how the whole download will go.",
 )
 @option(
     "Work",
     "--probe-floor",
     type=click.FloatRange(0, 1),
     default=0.5,
-    show_default=True,
-    help="Stop when a smaller share of them succeeds.",
+    help="Stop when a smaller share of the probe succeeds.",
 )
-@option("Work", RETRY, metavar="[=REASONS]", help=f"Fetch again what failed, for the reasons named. [alone: {PASSING}]")
 @option(
-    "Work", "--processes", type=Count, help="Processes that fetch. [default: one a core, or all that a cluster takes]"
+    "Work", RETRY, metavar="[=REASONS]", help=f"Fetch again what failed for these reasons. [default REASONS: {PASSING}]"
+)
+@option(
+    "Work", "--processes", type=Count, help="Processes that fetch. [default: one a core, or as many as a cluster takes]"
 )
 @engine
 @as_json
@@ -160,4 +143,4 @@ def download(urls: Path, out: Path, as_json: bool, keep: str | None, **options: 
     summary = stage(
         urls, out, keep_columns=keep_columns, pictures=pictures, network=network, tell_probe=tell_probe, **options
     )
-    tell(summary, as_json)
+    print_summary(summary, as_json)

@@ -11,22 +11,26 @@ from typing import Any
 import click
 
 from clipkit import __version__
-from clipkit.cli import data as cli_data
-from clipkit.cli import download as cli_download
+from clipkit.cli import data, download
 from clipkit.cli.options import (
-    Anything,
+    AnyPath,
     Count,
     Folder,
     OneLineErrors,
     as_json,
+    assignments,
     cache_folder,
     cache_gigabytes,
+    device,
+    loader_workers,
     print_json,
 )
 from clipkit.errors import UserError
 
+SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100, "show_default": True}
 
-@click.group(cls=OneLineErrors, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+
+@click.group(cls=OneLineErrors, context_settings=SETTINGS)
 @click.version_option(__version__, prog_name="clipkit")
 def main() -> None:
     """Train and evaluate CLIP models on a budget.
@@ -36,12 +40,8 @@ def main() -> None:
     """
 
 
-main.add_command(cli_download.download)
-main.add_command(cli_data.build_tfds)
-main.add_command(cli_data.build_imagenet)
-main.add_command(cli_data.verify)
-main.add_command(cli_data.inspect)
-main.add_command(cli_data.purge)
+for _command in (download.download, data.build_tfds, data.build_imagenet, data.verify, data.inspect, data.purge):
+    main.add_command(_command)
 
 
 @main.command()
@@ -50,17 +50,17 @@ main.add_command(cli_data.purge)
 )
 @click.option("--recipe", "recipe_name", required=True, metavar="NAME", help="See `clipkit recipes`.")
 @click.option("--out", type=Folder, required=True, help="Folder of the run.")
-@click.option("--device", default="auto", show_default=True, metavar="auto|cpu|gpu|tpu", help="Where to compute.")
-@click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Change the recipe; may be repeated.")
-@click.option("--resume", is_flag=True, help="Go on from the newest checkpoint in the run, if there is one.")
-@click.option("--init", type=Folder, help="Begin with the weights of this checkpoint.")
-@click.option("--workers", type=click.IntRange(min=0), help="Loader workers. [default: by the number of cores]")
+@device
+@assignments
+@click.option("--resume", is_flag=True, help="Go on from the newest checkpoint of the run, if there is one.")
+@click.option("--init", type=Folder, help="Start with the weights of this checkpoint.")
+@loader_workers
 @cache_folder
 @cache_gigabytes
-@click.option("--eval-data", type=Anything, help="Zero-shot data to evaluate on while training.")
-@click.option("--eval-label", default="label", show_default=True, help="Label column of --eval-data.")
-@click.option("--eval-templates", default="openai-80", show_default=True, help="As zeroshot's --templates.")
-@click.option("--eval-classes", type=Anything, help="As zeroshot's --classes.")
+@click.option("--eval-data", type=AnyPath, help="Zero-shot data to evaluate on while training.")
+@click.option("--eval-label", default="label", help="Label column of --eval-data.")
+@click.option("--eval-templates", default="openai-80", help="As zeroshot's --templates.")
+@click.option("--eval-classes", type=AnyPath, help="As zeroshot's --classes.")
 @as_json
 def train(
     data: tuple[str, ...],
@@ -68,22 +68,18 @@ def train(
     out: Path,
     device: str,
     assignments: tuple[str, ...],
-    resume: bool,
-    init: Path | None,
-    workers: int | None,
-    cache: Path | None,
-    cache_gb: float,
     eval_data: Path | None,
     eval_label: str,
     eval_templates: str,
     eval_classes: Path | None,
     as_json: bool,
+    **options: Any,
 ) -> None:
     """Train a recipe's stages in one run: few tokens first, then all.
 
     --data is a dataset folder (of build-tfds, or ImageNet), or a folder of webdataset tars, of parquet files with
     images, or of images with a table; local, or in a store such as s3://. The run's folder gets checkpoints,
-    metrics.jsonl and TensorBoard files. Under `torchrun` every process takes its part of each batch.
+    metrics.jsonl and TensorBoard files. Under `torchrun` each process takes its part of each batch.
     """
     from clipkit.config import set_values
     from clipkit.eval.zeroshot import open_task
@@ -95,18 +91,7 @@ def train(
     task = None
     if eval_data:
         task = open_task(eval_data, label=eval_label, templates_name=eval_templates, classes=eval_classes)
-    summary = stage(
-        recipe,
-        data,
-        out,
-        device_name=device,
-        resume=resume,
-        init=init,
-        workers=workers,
-        task=task,
-        cache=cache,
-        cache_gb=cache_gb,
-    )
+    summary = stage(recipe, data, out, device_name=device, task=task, **options)
     if not summary.speaks:
         pass
     elif as_json:
@@ -129,11 +114,11 @@ def train(
 @click.argument("data", nargs=-1, required=True, metavar="PATH[=WEIGHT]...")
 @click.option("--image-size", type=Count, help="Side of the input in pixels. [default: 112, or the recipe's]")
 @click.option("--recipe", "recipe_name", metavar="NAME", help="Take sizes, augmentation and text reduction from it.")
-@click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Change the recipe; may be repeated.")
+@assignments
 @cache_folder
 @cache_gigabytes
-@click.option("--workers", type=click.IntRange(min=0), help="Loader workers. [default: by the number of cores]")
-@click.option("--seconds", type=click.FloatRange(min=0.1), default=10.0, show_default=True, help="How long to measure.")
+@loader_workers
+@click.option("--seconds", type=click.FloatRange(min=0.1), default=10.0, help="How long to measure.")
 @click.option(
     "--need", type=click.FloatRange(min=0, min_open=True), help="Samples/s to reach. [default: what a GPU takes]"
 )
@@ -141,7 +126,7 @@ def train(
 def bench_data(
     data: tuple[str, ...], recipe_name: str | None, assignments: tuple[str, ...], as_json: bool, **options: Any
 ) -> None:
-    """Measure how fast data give training samples, what a GPU would need, and say what to change.
+    """Measure how fast the data gives training samples, what a GPU would need, and say what to change.
 
     PATH is what `train --data` takes; several are mixed. Without a recipe, images are cropped as CLIPA does and
     captions cut at 16 tokens.
@@ -163,7 +148,7 @@ def bench_data(
 
 @main.command()
 @click.argument("name", required=False)
-@click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Show the recipe with this changed.")
+@assignments
 def recipes(name: str | None, assignments: tuple[str, ...]) -> None:
     """List the recipes, or print one (NAME) as JSON: its keys are what `train --set` takes."""
     from clipkit.config import set_values, to_json
@@ -173,27 +158,27 @@ def recipes(name: str | None, assignments: tuple[str, ...]) -> None:
     if name:
         click.echo(json.dumps(to_json(set_values(find_recipe(name), assignments)), indent=2))
         return
-    for each, make in known().items():
-        click.echo(f"{each:24}{(make.__doc__ or '').split('. ')[0].split(':')[0]}")
+    for recipe_name, make in known().items():
+        click.echo(f"{recipe_name:24}{(make.__doc__ or '').split('. ')[0].split(':')[0]}")
 
 
 @main.command()
 @click.option("--ckpt", type=Folder, required=True, help="A checkpoint's folder, or a run's (its newest).")
-@click.option("--data", type=Anything, required=True, help="TFDS folder, image folder, or parquet file.")
-@click.option("--templates", default="openai-80", show_default=True, help="A known name, a file, or 'a photo of a {}'.")
-@click.option("--label", default="label", show_default=True, help="Column with the label.")
-@click.option("--classes", type=Anything, help="JSON file that names the classes: {label: name or [names]}.")
-@click.option("--pooling", default="mean", show_default=True, help="How several names make one class: mean or sum.")
+@click.option("--data", type=AnyPath, required=True, help="TFDS folder, image folder, or parquet file.")
+@click.option("--templates", default="openai-80", help="A known name, a file, or 'a photo of a {}'.")
+@click.option("--label", default="label", help="Column with the label.")
+@click.option("--classes", type=AnyPath, help="JSON file that names the classes: {label: name or [names]}.")
+@click.option("--pooling", default="mean", help="How several names make one class: mean or sum.")
 @click.option("--split", help="Split of the data. [default: the one it has, or validation]")
 @click.option("--name", "task_name", help="Name of the task in the results. [default: from the data]")
-@click.option("--batch-size", type=Count, default=256, show_default=True, help="Images at once.")
-@click.option("--device", default="auto", show_default=True, metavar="auto|cpu|gpu|tpu", help="Where to compute.")
+@click.option("--batch-size", type=Count, default=256, help="Images at once.")
+@device
 @click.option("--out", type=Folder, help="Run that gets the results. [default: the checkpoint's]")
 @as_json
 def zeroshot(ckpt: Path, data: Path, as_json: bool, **options: Any) -> None:
-    """Classify images by prompts alone, and say how sure the numbers are.
+    """Classify images by prompts only, and print accuracies with their intervals.
 
-    A checkpoint describes itself, so no model name is asked for.
+    A checkpoint describes itself, so it needs no model name.
     """
     from clipkit.config import to_json
     from clipkit.eval.results import table
@@ -219,7 +204,7 @@ def report(run: Path) -> None:
 
 
 @main.command()
-@click.option("--out", type=Folder, default="demo-run", show_default=True, help="Folder for all that the demo makes.")
+@click.option("--out", type=Folder, default="demo-run", help="Folder for all results of the demo.")
 def demo(out: Path) -> None:
     """Run the whole pipeline on embedded pictures: URLs, shards, dataset, CLIP, zero-shot numbers, report."""
     from clipkit.cli.demo import run_demo
@@ -230,7 +215,7 @@ def demo(out: Path) -> None:
 @main.command()
 @as_json
 def doctor(as_json: bool) -> None:
-    """Say what is installed, which device will be used and why, and which versions don't go together."""
+    """Print what is installed, which device will be used and why, and which versions don't work together."""
     from clipkit.cli.doctor import examine, print_findings
 
     findings = examine()

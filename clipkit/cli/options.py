@@ -1,4 +1,4 @@
-"""What the commands' faces share: types of arguments, one-line errors, JSON on stdout, and help in sections."""
+"""What the commands share: types of arguments, options, one-line errors, JSON on stdout, and help in sections."""
 
 import json
 from pathlib import Path
@@ -11,11 +11,11 @@ from clipkit.storage.files import disk_message
 from clipkit.storage.stores import comes_from_store, store_message
 
 Folder = click.Path(path_type=Path, file_okay=False)
-Anything = click.Path(path_type=Path)
+AnyPath = click.Path(path_type=Path)
 Count = click.IntRange(min=1)
 
 
-class Place(click.ParamType[Path]):
+class PathOrUrl(click.ParamType[Path]):
     """A local path, or a URL of an object store (`s3://`, `gs://`, `memory://`) that behaves as one."""
 
     name = "path"
@@ -28,7 +28,7 @@ class Place(click.ParamType[Path]):
 
 
 class OneLineErrors(click.Group):
-    """A group whose commands end with one line and the right exit code where the user can mend something."""
+    """A group whose commands end with one line and the right exit code instead of a traceback."""
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the subcommand; UserError exits with 2, InternalError with 1."""
@@ -49,7 +49,7 @@ class OneLineErrors(click.Group):
 
 
 class SectionedOption(click.Option):
-    """An option that stands under a heading of its command's help."""
+    """An option under a heading of its command's help."""
 
     def __init__(self, *names: Any, section: str = "Options", **attributes: Any) -> None:
         super().__init__(*names, **attributes)
@@ -73,6 +73,11 @@ class SectionedCommand(click.Command):
                     formatter.write_dl(records)
 
 
+def option(section: str, *names: str, **attributes: Any) -> Any:
+    """An option under a heading of the help."""
+    return click.option(*names, cls=SectionedOption, section=section, **attributes)
+
+
 def fail(message: str, code: int) -> NoReturn:
     """End the command with one line on stderr."""
     click.echo(f"Error: {' '.join(message.split())}", err=True)
@@ -84,7 +89,7 @@ def print_json(value: Any) -> None:
     click.echo(json.dumps(value, ensure_ascii=False))
 
 
-def tell(summary: Any, as_json: bool) -> None:
+def print_summary(summary: Any, as_json: bool) -> None:
     """Print a stage's summary: one line of JSON, or its text."""
     if as_json:
         print_json(summary.to_json())
@@ -92,17 +97,23 @@ def tell(summary: Any, as_json: bool) -> None:
         click.echo(summary.text())
 
 
-as_json = click.option("--json", "as_json", is_flag=True, help="Print the summary as one line of JSON.")
-
+dataset_folder = click.argument("path", metavar="DIR", type=PathOrUrl())
+workers = click.option("--workers", type=Count, help="Processes to use. [default: one a core]")
+loader_workers = click.option(
+    "--workers", type=click.IntRange(min=0), help="Loader workers. [default: by the number of cores]"
+)
 engine = click.option(
     "--engine",
     type=click.Choice(["local", "ray", "spark"]),
     default="local",
-    show_default=True,
-    help="Where the shards are worked on: this machine, or a Ray or Spark cluster that you have.",
+    help="Where to work on the shards: this machine, or a Ray or Spark cluster that you have.",
 )
-
-cache_folder = click.option("--cache", type=Folder, help="Folder to keep data in that come over the network.")
+assignments = click.option(
+    "--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Change a value of the recipe; may be repeated."
+)
+device = click.option("--device", default="auto", metavar="auto|cpu|gpu|tpu", help="Where to compute.")
+cache_folder = click.option("--cache", type=Folder, help="Folder in which to keep data that comes over the network.")
 cache_gigabytes = click.option(
-    "--cache-gb", type=click.FloatRange(min=0, min_open=True), default=10.0, show_default=True, help="Its most."
+    "--cache-gb", type=click.FloatRange(min=0, min_open=True), default=10.0, help="Its largest size."
 )
+as_json = click.option("--json", "as_json", is_flag=True, help="Print the summary as one line of JSON.")
