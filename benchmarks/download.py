@@ -72,7 +72,7 @@ if __name__ == "__main__":
 CPU = """
 import json, sys, time
 from pathlib import Path
-from clipkit.jobs.run import run_jobs
+from clipkit.tfrecord_tools.download import work
 from clipkit.jobs.local import run_here
 from clipkit.tfrecord_tools.download.command import download
 from clipkit.tfrecord_tools.download.worker import fetch_loop, picture_maker
@@ -89,7 +89,7 @@ loop.fetch(rows, lambda fetched: None).result()
 began = time.process_time()
 loop.fetch(rows, lambda fetched: None).result()
 alone = time.process_time() - began
-run_jobs = lambda function, items, *, describe, **options: run_here(function, items, describe)
+work.run_jobs = lambda function, items, *, describe, **options: run_here(function, items, describe)
 took = {}
 for format in ("tfds", "webdataset", "parquet"):
     began = time.process_time()

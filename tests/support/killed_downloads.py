@@ -19,7 +19,7 @@ from pathlib import Path
 import pandas, rich.console, rich.progress  # else each fork imports them for itself
 sys.path.insert(0, sys.argv[1])
 from download_site import NETWORK, PICTURES, fetch
-from clipkit.jobs.run import run_jobs
+from clipkit.tfrecord_tools.download import work
 from clipkit.jobs.local import run_here
 from clipkit.tfrecord_tools.download.worker import fetch_run
 from clipkit.tfrecord_tools.pictures.picture import PictureMaker
@@ -42,7 +42,7 @@ def die_at(count):
 def child(order):
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     os.dup2(os.open(order["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
-    run_jobs = run_in_this_process
+    work.run_jobs = run_in_this_process
     if order["renames"] is not None:
         die_at(order["renames"])
     fetch(order["urls"], order["out"], **order["options"])

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from clipkit.cli.demo_server import Answer, serve
 from clipkit.errors import UserError
 from clipkit.storage.files import lock
+from clipkit.tfrecord_tools.account.shard_state import FORMATS
 from clipkit.tfrecord_tools.download import command as download_module
-from clipkit.tfrecord_tools.download import plan as download_plan
 from clipkit.tfrecord_tools.download import work
 from clipkit.tfrecord_tools.download.command import dataset_name, download
 from clipkit.tfrecord_tools.download.plan import cut, cut_wanted, load_mask, wanted_rows, write_mask
@@ -237,4 +237,4 @@ def test_lists_and_single_values_do_not_go_together(tmp_path: Path) -> None:
     write_urls(tmp_path / "urls" / "1.parquet", url=["u"], caption=["a"], tags=[[1]])
     with pytest.raises(UserError, match=r"column 'tags' holds list<.*> in .*1\.parquet and int64 in a table before"):
         download(tmp_path / "urls", tmp_path / "out", keep_columns=["tags"])
-    assert download_plan.FORMATS[0] == "tfds"
+    assert FORMATS[0] == "tfds"

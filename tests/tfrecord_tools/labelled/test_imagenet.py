@@ -511,7 +511,7 @@ def test_imagenet_lacks_no_image_unless_it_is_a_subset(tmp_path):
     source = write_official(tmp_path / "tars", images, None)
     with pytest.raises(UserError, match="give --subset with --max-bad"):
         build_imagenet(source, tmp_path / "out", max_bad=1)
-    with pytest.raises(UserError, match=r"n01440764/n01440764_0\.JPEG \(not an image\).*give --subset --max-bad 1"):
+    with pytest.raises(UserError, match=r"n01440764/n01440764_0\.JPEG \(not-an-image\).*give --subset --max-bad 1"):
         build_imagenet(source, tmp_path / "out", subset=True)
     assert build_imagenet(source, tmp_path / "out", subset=True, max_bad=1).splits[0].records == 21
 

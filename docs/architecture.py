@@ -1,0 +1,119 @@
+"""Draws docs/rooms.svg from the one table of who may import whom (tests/support/rooms.py).
+
+`make docs` runs it; tests/house/test_architecture.py fails when the picture is not the table's.
+"""
+
+import sys
+from html import escape
+from pathlib import Path
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent / "tests" / "support"))
+
+from rooms import MAY_IMPORT  # noqa: E402 (the table is the tests' own)
+
+WIDTH, BOX_HEIGHT, MARGIN = 1180, 46, 16
+# From the top floor down: an arrow always leads downwards, or sideways within the training stage.
+FLOORS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("the command line", ("clipkit/cli",)),
+    (
+        "commands on data: they never import each other",
+        tuple(
+            f"tfrecord_tools/{name}"
+            for name in ("download", "build", "in_place", "labelled", "purge", "verify", "inspection")
+        ),
+    ),
+    (
+        "what the commands share",
+        tuple(f"tfrecord_tools/{name}" for name in ("web", "account", "writing", "readers")),
+    ),
+    ("", ("tfrecord_tools/pictures", "tfrecord_tools/tables", "tfrecord_tools")),
+    ("training and evaluation", ("train/bench", "train", "train/loader", "train/sources", "eval")),
+    (
+        "the core, which every stage may use",
+        tuple(
+            f"clipkit/{name}" for name in ("interop", "model", "text", "pixels", "page", "jobs", "formats", "storage")
+        ),
+    ),
+    ("", ("clipkit",)),
+)
+COLOURS = ("#1b6ca8", "#b5532a", "#2f7d4f", "#7a4b9d", "#a3831c", "#b03a5b", "#47707a", "#5b5b9a")
+CORE_FLOOR = 5
+
+
+def title(room: str) -> str:
+    """A room as the picture names it; the files at the top of a stage are a room too."""
+    return {"clipkit": "config · log · errors · device · checkpoint …", "tfrecord_tools": "reasons · sample"}.get(
+        room, room if room in ("train", "eval") else room.rpartition("/")[2]
+    )
+
+
+def draw() -> str:
+    """The picture as SVG text."""
+    assert {room for _, rooms in FLOORS for room in rooms} == set(MAY_IMPORT), "a room is missing from FLOORS"
+    places: dict[str, tuple[float, float, float]] = {}  # left, top, width
+    parts: list[str] = []
+    top = MARGIN
+    for number, (label, rooms) in enumerate(FLOORS):
+        if label:
+            parts.append(f'<text x="{MARGIN}" y="{top + 12}" class="label">{escape(label)}</text>')
+            top += 20
+        gap = 14
+        width = min((WIDTH - 2 * MARGIN - gap * (len(rooms) - 1)) / len(rooms), 330)
+        start = MARGIN + (WIDTH - 2 * MARGIN - width * len(rooms) - gap * (len(rooms) - 1)) / 2
+        for place, room in enumerate(rooms):
+            places[room] = (start + place * (width + gap), top, width)
+        top += BOX_HEIGHT + (44 if number not in (CORE_FLOOR - 1, CORE_FLOOR) else 24)
+    arrows = []
+    for number, (room, others) in enumerate(MAY_IMPORT.items()):
+        if room in ("clipkit", "clipkit/cli"):  # the commands' faces reach every stage; __main__ starts them
+            continue
+        for other in others:
+            is_core = other.startswith("clipkit/")
+            if is_core and not room.startswith("clipkit/"):
+                continue  # written into the box instead: the core is there for all
+            arrows.append(arrow(places[room], places[other], COLOURS[number % len(COLOURS)]))
+    boxes = []
+    for room, (left, box_top, width) in places.items():
+        core = [title(other) for other in MAY_IMPORT[room] if other.startswith("clipkit/")]
+        uses = " · ".join(core) if core and not room.startswith("clipkit") else ""
+        boxes.append(
+            f'<rect x="{left:.0f}" y="{box_top:.0f}" width="{width:.0f}" height="{BOX_HEIGHT}" rx="6" class="room"/>'
+            f'<text x="{left + width / 2:.0f}" y="{box_top + (19 if uses else 28):.0f}" class="name">'
+            f"{escape(title(room))}</text>"
+        )
+        lines = [" · ".join(core[:3]), " · ".join(core[3:])] if uses else []
+        for line, text in enumerate(filter(None, lines)):
+            boxes.append(
+                f'<text x="{left + width / 2:.0f}" y="{box_top + 31 + 11 * line:.0f}" class="uses">{escape(text)}</text>'
+            )
+    style = (
+        "text{font-family:system-ui,sans-serif;fill:#222}.label{font-size:12px;fill:#666}"
+        ".name{font-size:14px;font-weight:600;text-anchor:middle}.uses{font-size:9px;fill:#666;text-anchor:middle}"
+        ".room{fill:#f6f4ee;stroke:#8a8578}path{fill:none;stroke-width:1.4;opacity:.75}"
+    )
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {top:.0f}" width="{WIDTH}">'
+        f"<style>{style}</style>"
+        f'<rect width="{WIDTH}" height="{top:.0f}" fill="#fff"/>\n'
+        + "\n".join((*arrows, *boxes, *parts))
+        + "\n</svg>\n"
+    )
+
+
+def arrow(source: tuple[float, float, float], target: tuple[float, float, float], colour: str) -> str:
+    """A curve from the lower edge of a box to the upper edge of another, or between the sides of neighbours."""
+    x1, y1 = source[0] + source[2] / 2, source[1] + BOX_HEIGHT
+    x2, y2 = target[0] + target[2] / 2, target[1]
+    if source[1] == target[1]:  # on one floor: a bow below the boxes
+        y2 = y1
+        bow = 14 + abs(x2 - x1) / 14
+        shape = f"M{x1:.0f} {y1:.0f}C{x1:.0f} {y1 + bow:.0f} {x2:.0f} {y1 + bow:.0f} {x2:.0f} {y2:.0f}"
+    else:
+        middle = (y1 + y2) / 2
+        shape = f"M{x1:.0f} {y1:.0f}C{x1:.0f} {middle:.0f} {x2:.0f} {middle:.0f} {x2:.0f} {y2:.0f}"
+    return f'<path d="{shape}" stroke="{colour}"/><circle cx="{x2:.0f}" cy="{y2:.0f}" r="3" fill="{colour}"/>'
+
+
+if __name__ == "__main__":
+    (HERE / "rooms.svg").write_text(draw(), encoding="utf-8")
