@@ -11,7 +11,7 @@ unexport PYTHONDONTWRITEBYTECODE
 BROWSER := $(firstword $(foreach each,chromium chromium-browser google-chrome google-chrome-stable chrome,$(shell command -v $(each))))
 TEST_ENV := CLIPKIT_XLA_PYTHON=$(CURDIR)/$(XLA)/bin/python
 
-.PHONY: help install demo test lint types bench clean
+.PHONY: help install demo test lint types bench docs clean
 .DEFAULT_GOAL := help
 
 help:
@@ -20,6 +20,7 @@ help:
 	@echo "make lint    ruff"
 	@echo "make types   mypy"
 	@echo "make bench   benchmarks against the peers"
+	@echo "make docs    the picture of the rooms, from the table of who may import whom"
 	@echo "make clean   remove the environments and caches"
 
 $(UV):
@@ -62,6 +63,9 @@ types: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	@for each in benchmarks/[a-z]*.py; do echo "== $$each"; $(BIN)/python $$each || exit 1; done
+
+docs: $(VENV)/.dev
+	$(BIN)/python docs/architecture.py
 
 clean:
 	rm -rf $(VENV) $(XLA) .typing .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist

@@ -15,22 +15,22 @@ from rooms import MAY_IMPORT  # noqa: E402 (the table is the tests' own)
 WIDTH, BOX_HEIGHT, MARGIN = 1180, 46, 16
 # From the top floor down: an arrow always leads downwards, or sideways within the training stage.
 FLOORS: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("the command line", ("clipkit/cli",)),
+    ("clipkit/cli: one command for each stage", ("clipkit/cli",)),
     (
-        "commands on data: they never import each other",
+        "tfrecord_tools/: a room for each command; they never import each other",
         tuple(
             f"tfrecord_tools/{name}"
             for name in ("download", "build", "in_place", "labelled", "purge", "verify", "inspection")
         ),
     ),
     (
-        "what the commands share",
+        "tfrecord_tools/: what the commands share",
         tuple(f"tfrecord_tools/{name}" for name in ("web", "account", "writing", "readers")),
     ),
     ("", ("tfrecord_tools/pictures", "tfrecord_tools/tables", "tfrecord_tools")),
-    ("training and evaluation", ("train/bench", "train", "train/loader", "train/sources", "eval")),
+    ("train/ and eval/", ("train/bench", "train", "train/loader", "train/sources", "eval")),
     (
-        "the core, which every stage may use",
+        "clipkit/: the core, which every stage may use",
         tuple(
             f"clipkit/{name}" for name in ("interop", "model", "text", "pixels", "page", "jobs", "formats", "storage")
         ),
@@ -38,12 +38,12 @@ FLOORS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("", ("clipkit",)),
 )
 COLOURS = ("#1b6ca8", "#b5532a", "#2f7d4f", "#7a4b9d", "#a3831c", "#b03a5b", "#47707a", "#5b5b9a")
-CORE_FLOOR = 5
+GAPS = (14, 62, 44, 14, 62, 22, 14)  # below each floor, room for its arrows
 
 
 def title(room: str) -> str:
     """A room as the picture names it; the files at the top of a stage are a room too."""
-    return {"clipkit": "config · log · errors · device · checkpoint …", "tfrecord_tools": "reasons · sample"}.get(
+    return {"clipkit": "config · log · errors · device · …", "tfrecord_tools": "reasons · sample"}.get(
         room, room if room in ("train", "eval") else room.rpartition("/")[2]
     )
 
@@ -56,22 +56,21 @@ def draw() -> str:
     top = MARGIN
     for number, (label, rooms) in enumerate(FLOORS):
         if label:
-            parts.append(f'<text x="{MARGIN}" y="{top + 12}" class="label">{escape(label)}</text>')
-            top += 20
+            parts.append(f'<text x="{MARGIN}" y="{top + 8}" class="label">{escape(label)}</text>')
+            top += 16
         gap = 14
         width = min((WIDTH - 2 * MARGIN - gap * (len(rooms) - 1)) / len(rooms), 330)
         start = MARGIN + (WIDTH - 2 * MARGIN - width * len(rooms) - gap * (len(rooms) - 1)) / 2
         for place, room in enumerate(rooms):
             places[room] = (start + place * (width + gap), top, width)
-        top += BOX_HEIGHT + (44 if number not in (CORE_FLOOR - 1, CORE_FLOOR) else 24)
+        top += BOX_HEIGHT + GAPS[number]
     arrows = []
     for number, (room, others) in enumerate(MAY_IMPORT.items()):
         if room in ("clipkit", "clipkit/cli"):  # the commands' faces reach every stage; __main__ starts them
             continue
         for other in others:
-            is_core = other.startswith("clipkit/")
-            if is_core and not room.startswith("clipkit/"):
-                continue  # written into the box instead: the core is there for all
+            if other == "tfrecord_tools" or (other.startswith("clipkit/") and not room.startswith("clipkit/")):
+                continue  # the core and the reasons are there for all; the core's rooms are named in the box
             arrows.append(arrow(places[room], places[other], COLOURS[number % len(COLOURS)]))
     boxes = []
     for room, (left, box_top, width) in places.items():
@@ -83,10 +82,9 @@ def draw() -> str:
             f"{escape(title(room))}</text>"
         )
         lines = [" · ".join(core[:3]), " · ".join(core[3:])] if uses else []
-        for line, text in enumerate(filter(None, lines)):
-            boxes.append(
-                f'<text x="{left + width / 2:.0f}" y="{box_top + 31 + 11 * line:.0f}" class="uses">{escape(text)}</text>'
-            )
+        for number, line in enumerate(filter(None, lines)):
+            y = box_top + 31 + 11 * number
+            boxes.append(f'<text x="{left + width / 2:.0f}" y="{y:.0f}" class="uses">{escape(line)}</text>')
     style = (
         "text{font-family:system-ui,sans-serif;fill:#222}.label{font-size:12px;fill:#666}"
         ".name{font-size:14px;font-weight:600;text-anchor:middle}.uses{font-size:9px;fill:#666;text-anchor:middle}"

@@ -39,7 +39,10 @@ class PassProgress:
     def note(self) -> str:
         """What stands behind the rate: shards where bytes are counted, and every count that isn't zero."""
         shards = [f"{self.jobs_done:,}/{counted(self.jobs_total, 'shard')}"] if self.in_bytes else []
-        return ", ".join(shards + [f"{count:,} {name}" for name, count in self.counts.items() if count])
+        counts = [
+            (count, name.removesuffix("s") if count == 1 else name) for name, count in self.counts.items() if count
+        ]
+        return ", ".join([*shards, *(f"{count:,} {name}" for count, name in counts)])
 
 
 @dataclass(frozen=True)

@@ -1,1 +1,9 @@
-"""tfrecord_tools/purge"""
+"""`clipkit purge`: take the records of a list out of a dataset for good.
+
+- `command`: the whole purge in order, and its summary
+- `removals`: the list, its file and column, and a form of it that takes 16 bytes an entry
+- `plan`: the journal, from which a killed purge is ended
+- `shard`: what a worker does with one shard: find the records, and write it without them
+- `ledger`: the same in the account that a download left
+- `finish`: index, log and metadata after the shards
+"""

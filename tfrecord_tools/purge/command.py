@@ -10,15 +10,15 @@ another order than it would have: nothing can keep the old one, for the point is
 records move up within the split as well. A training that is running while its dataset is purged stops with one line.
 
 The manifest counts the records among the skipped, as "purged", so that its sums stay right, and a download's ledger
-keeps their rows (see `purge_ledger`).
+keeps their rows (see `ledger`).
 """
 
 import datetime
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -26,42 +26,23 @@ import numpy.typing as npt
 from clipkit.errors import UserError
 from clipkit.formats.dataset import DatasetLayout, open_dataset, read_layout
 from clipkit.formats.manifest import CLIPKIT_FOLDER
-from clipkit.jobs.run import Engine, run_jobs
-from clipkit.log import Progress, counted, size_text
-from clipkit.storage.files import as_path, clear_leftovers, lock, read_json, remove, write_beside
-from clipkit.tfrecord_tools.account.shard_state import SPLIT
-from clipkit.tfrecord_tools.purge.finish import finish
-from clipkit.tfrecord_tools.purge.ledger import KNOWN, LedgerJob, download_layout, finish_download, purge_ledger
-from clipkit.tfrecord_tools.purge.log import purged_before, was_recorded
-from clipkit.tfrecord_tools.purge.plan import (
-    Plan,
-    PlannedShard,
-    read_numbers,
-    read_plan,
-    state_path,
-    work_folder,
-    write_plan,
-)
+from clipkit.jobs.passes import Runner
+from clipkit.jobs.run import Engine
+from clipkit.log import counted, size_text
+from clipkit.storage.files import as_path, clear_leftovers, lock, read_json, remove, save_array
+from clipkit.tfrecord_tools.purge.finish import finish, purged_before, was_recorded
+from clipkit.tfrecord_tools.purge.ledger import purge_ledgers
+from clipkit.tfrecord_tools.purge.plan import PlannedShard, PurgePlan, read_plan, shard_jobs, work_folder, write_plan
 from clipkit.tfrecord_tools.purge.removals import RemovalList, UInt64Array, empty_list, open_list, wanted_entries
-from clipkit.tfrecord_tools.purge.shard import (
-    PurgeJob,
-    ShardState,
-    Target,
-    Values,
-    find_records,
-    purge_shard,
-)
-
-Item = TypeVar("Item", Target, PurgeJob, LedgerJob)
-Result = TypeVar("Result")
+from clipkit.tfrecord_tools.purge.shard import SearchJob, ValueReader, find_records, purge_shard
 
 
 @dataclass(frozen=True)
 class PurgeSummary:
     """What a purge did, or would do. `entries` are the list's distinct values, of which `matched` were found.
 
-    `before` are those that an earlier purge removed; `computed` counts the records whose hash was computed of the
-    stored image; `bytes` is what the shards are smaller by.
+    `before` are those that an earlier purge removed; `empty` counts the list's rows without a value, `computed` the
+    records whose hash was computed from the stored image; `bytes` is what the shards are smaller by.
     """
 
     path: Path
@@ -97,7 +78,8 @@ class PurgeSummary:
             lines.append(f"{counted(self.empty, 'row')} of the list without a value")
         if self.computed:
             lines.append(
-                f"{self.by} was computed of the stored image for {counted(self.computed, 'record')} without that column"
+                f"{self.by} was computed from the stored image for {counted(self.computed, 'record')} without that "
+                "column"
             )
         return "\n".join(lines)
 
@@ -121,183 +103,109 @@ def purge(
     """
     layout = read_layout(as_path(path))
     folder = layout.folder
-    chosen = open_list(as_path(removals), by, layout.features)
-    values = Values.of(chosen.by, layout.features)
-    wanted, empty = wanted_entries(chosen)
+    listed = open_list(as_path(removals), by, layout.features)
+    reader = ValueReader.of(listed.by, layout.features)
+    wanted, empty = wanted_entries(listed)
     if not wanted.size:
-        raise empty_list(chosen.path)
+        raise empty_list(listed.path)
+    runner = Runner(workers, engine)
     with lock(folder / CLIPKIT_FOLDER):
-        layout = read_layout(folder)  # anew, for another purge may have ended in the meantime
-        run = _Run(layout, chosen, values, wanted, empty, engine, workers)
+        layout = read_layout(folder)  # again, since another purge may have ended in the meantime
         clear_leftovers(folder, folder / CLIPKIT_FOLDER)
         plan = read_plan(folder)
-        if plan is not None and (plan.list_sha256, plan.by) != (chosen.sha256, chosen.by):
+        if plan is not None and (plan.list_sha256, plan.by) != (listed.sha256, listed.by):
             raise UserError(
                 f"{folder}: a purge by {plan.by} with {plan.list_path} isn't finished: run that one again first"
             )
         if plan is not None and dry_run:
             raise UserError(f"{folder}: a purge isn't finished: run it again without --dry-run")
+
+        def summary(matched: npt.NDArray[np.bool_], plan: PurgePlan, freed: int = 0) -> PurgeSummary:
+            before = purged_before(folder, listed, wanted) & ~matched
+            return PurgeSummary(
+                path=folder,
+                by=listed.by,
+                entries=len(matched),
+                empty=empty,
+                matched=int(matched.sum()),
+                before=int(before.sum()),
+                records=sum(shard.purged for shard in plan.shards),
+                shards=len(plan.shards),
+                bytes=freed,
+                computed=plan.computed,
+                dry_run=dry_run,
+            )
+
         if plan is None:
-            plan, summary = _find(run, dry_run)
-        if plan is None:
-            return summary
-        states, matched = _rewrite(run, plan)
-        failed = _purge_ledgers(run, plan, states)
-        finish(layout, plan, states, chosen, wanted, matched, failed)
+            plan, numbers, places = _find(layout, listed, reader, wanted, runner)
+            # A list that is new here is written down though no record matches; rows that gave no image may.
+            if dry_run or not (plan.shards or not was_recorded(folder, listed)):
+                return summary(_matched(wanted, places), plan)
+            write_plan(folder, plan, numbers, places)
+        jobs, places = shard_jobs(layout, plan, reader)
+        states = runner.run(
+            "purge: writing",
+            purge_shard,
+            jobs,
+            describe=lambda job: job.path.name,
+            size=lambda job: job.bytes,
+            counts=lambda state: {"removed": state.removed},
+        )
+        failed = purge_ledgers(layout, plan, states, listed, wanted, runner)
+        matched = _matched(wanted, places)
+        finish(layout, plan, states, listed, wanted, matched, failed)
         freed = sum(shard.bytes for shard in plan.shards) - sum(state.bytes for state in states)
-        count = sum(state.removed for state in states)
-        return _summary(run, matched, count, len(states), freed, plan.computed)
+        return summary(matched, plan, freed)
 
 
-@dataclass(frozen=True)
-class _Run:
-    """What stays the same through a purge. `wanted` is the list as a sorted array, `empty` its rows without a value."""
-
-    layout: DatasetLayout
-    removals: RemovalList
-    values: Values
-    wanted: UInt64Array
-    empty: int
-    engine: Engine
-    workers: int | None
+def _matched(wanted: UInt64Array, places: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+    """Which entries of the list were found: bool[entries]."""
+    matched = np.zeros(wanted.shape[1], bool)
+    matched[places] = True
+    return matched
 
 
-def _summary(
-    run: _Run,
-    matched: npt.NDArray[np.bool_],
-    records: int,
-    shards: int,
-    freed: int,
-    computed: int,
-    dry_run: bool = False,
-) -> PurgeSummary:
-    before = purged_before(run.layout.folder, run.removals, run.wanted) & ~matched
-    return PurgeSummary(
-        path=run.layout.folder,
-        by=run.removals.by,
-        entries=len(matched),
-        empty=run.empty,
-        matched=int(matched.sum()),
-        before=int(before.sum()),
-        records=records,
-        shards=shards,
-        bytes=freed,
-        computed=computed,
-        dry_run=dry_run,
-    )
-
-
-def _find(run: _Run, dry_run: bool) -> tuple[Plan | None, PurgeSummary]:
-    """Look at every record of every split, and write down the plan; there is none when nothing is to be done.
+def _find(
+    layout: DatasetLayout, listed: RemovalList, reader: ValueReader, wanted: UInt64Array, runner: Runner
+) -> tuple[PurgePlan, npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Look at every record of every split: the plan, the numbers to remove shard by shard, and their places.
 
     Raises UserError when the dataset isn't whole.
     """
-    layout = run.layout
     work = work_folder(layout.folder)
     remove(work)
-    targets = [target for split in layout.lengths for target in _targets(layout, split)]
-    _save(work / "wanted.npy", run.wanted)
-    function = partial(find_records, values=run.values, wanted=work / "wanted.npy")
-    matches = _over_shards(run, "purge: reading", function, targets, [target.bytes for target in targets])
+    jobs = [job for split in layout.lengths for job in _search_jobs(layout, split)]
+    save_array(work / "wanted.npy", wanted)
+    found = runner.run(
+        "purge: reading",
+        partial(find_records, reader=reader, wanted=work / "wanted.npy"),
+        jobs,
+        describe=lambda job: job.path.name,
+        size=lambda job: job.bytes,
+        counts=lambda matches: {"found": len(matches.numbers)},
+    )
     remove(work)
-    matched = np.zeros(run.wanted.shape[1], bool)
-    for match in matches:
-        matched[match.places] = True
-    concerned = [(target, match) for target, match in zip(targets, matches, strict=True) if len(match.numbers)]
-    count = sum(len(match.numbers) for _, match in concerned)
-    computed = sum(match.computed for match in matches)
-    summary = _summary(run, matched, count, len(concerned), 0, computed, dry_run)
-    now = datetime.datetime.now(datetime.UTC)
-    name = f"{now:%Y%m%dT%H%M%S.%fZ}-{run.removals.sha256[:8]}"
-    # A list that is new here is written down though no record matches; rows that gave no image may.
-    is_new = not was_recorded(layout.folder, run.removals)
-    if dry_run or not (concerned or is_new):
-        return None, summary
     parts = read_json(layout.folder / "dataset_info.json")["splits"]
-    plan = Plan(
-        purge=name,
-        list_path=str(run.removals.path),
-        list_sha256=run.removals.sha256,
-        by=run.removals.by,
-        computed=computed,
+    plan = PurgePlan(
+        purge=f"{datetime.datetime.now(datetime.UTC):%Y%m%dT%H%M%S.%fZ}-{listed.sha256[:8]}",
+        list_path=str(listed.path),
+        list_sha256=listed.sha256,
+        by=listed.by,
+        computed=sum(matches.computed for matches in found),
         lengths=layout.lengths,
         num_bytes={part["name"]: part.get("numBytes") for part in parts},
         shards=tuple(
-            PlannedShard(target.split, target.path.name, target.records, target.bytes, len(match.numbers))
-            for target, match in concerned
+            PlannedShard(job.split, job.path.name, job.records, job.bytes, len(matches.numbers))
+            for job, matches in zip(jobs, found, strict=True)
+            if len(matches.numbers)
         ),
     )
-    write_plan(layout.folder, plan, [match.numbers for _, match in concerned], [match.places for _, match in concerned])
-    return plan, summary
+    none = np.zeros(0, np.int64)
+    numbers = np.concatenate([none, *(matches.numbers for matches in found)])
+    return plan, numbers, np.concatenate([none, *(matches.places for matches in found)])
 
 
-def _targets(layout: DatasetLayout, split: str) -> Iterator[Target]:
+def _search_jobs(layout: DatasetLayout, split: str) -> Iterator[SearchJob]:
     """The shards of a split, each checked to be there and of the right size."""
-    manifest = layout.manifest.get(split)
-    entries = manifest.shards if manifest else [None] * len(layout.lengths[split])
-    for shard, entry in zip(open_dataset(layout.folder, split).shards, entries, strict=True):
-        yield Target(layout.folder / shard.file, split, shard.records, shard.bytes, entry)
-
-
-def _rewrite(run: _Run, plan: Plan) -> tuple[list[ShardState], npt.NDArray[np.bool_]]:
-    """Write the shards that aren't written yet; return the accounts of all, and which entries of the list are found."""
-    folder = run.layout.folder
-    numbers, places = read_numbers(folder, plan)
-    entries = {shard.file: shard for split in run.layout.manifest.values() for shard in split.shards}
-    items = []
-    for number, (shard, doomed) in enumerate(zip(plan.shards, numbers, strict=True)):
-        target = Target(folder / shard.file, shard.split, shard.records, shard.bytes, entries.get(shard.file))
-        items.append(PurgeJob(target, run.values, tuple(doomed.tolist()), state_path(folder, number)))
-    states = _over_shards(run, "purge: writing", purge_shard, items, [shard.bytes for shard in plan.shards])
-    matched = np.zeros(run.wanted.shape[1], bool)
-    matched[places] = True
-    return states, matched
-
-
-def _purge_ledgers(run: _Run, plan: Plan, states: Sequence[ShardState]) -> dict[str, dict[str, int]]:
-    """Purge the account that a download left; what failed in each of its shards by file, {} where there is none."""
-    folder = run.layout.folder
-    made = download_layout(run.layout)
-    if made is None:
-        return {}
-    wanted = None
-    if run.removals.by in KNOWN:
-        wanted = work_folder(folder) / "wanted.npy"
-        _save(wanted, run.wanted)
-    changed = {shard.file: number for number, shard in enumerate(plan.shards) if shard.split == SPLIT}
-    items = []
-    for number in range(made.shard_count):
-        files = made.files(number)
-        place = changed.get(files.data.name)
-        state = None if place is None else state_path(folder, place)
-        purged = None if place is None else states[place]
-        items.append(LedgerJob(files, state, purged, wanted, run.removals.by, plan.purge))
-    _over_shards(run, "purge: ledgers", purge_ledger, items, [0] * len(items))
-    return finish_download(made)
-
-
-def _save(path: Path, array: UInt64Array) -> None:
-    with write_beside(path) as temporary, temporary.open("wb") as file:
-        np.save(file, array)
-
-
-def _over_shards(
-    run: _Run, label: str, function: Callable[[Item], Result], items: Sequence[Item], sizes: Sequence[int]
-) -> list[Result]:
-    """`function` of all items, in their order, with a progress line in megabytes."""
-    results: dict[int, Result] = {}
-    done = 0
-    counted = sum(sizes) // 1_000_000
-    with Progress(label, counted or len(items), "MB" if counted else "shards") as progress:
-        ended = run_jobs(function, items, engine=run.engine, workers=run.workers, describe=_describe)
-        for index, result in ended:
-            results[index] = result
-            done += sizes[index]
-            progress.update(done // 1_000_000 if counted else len(results), f"shard {len(results):,}/{len(items):,}")
-    return [results[index] for index in range(len(items))]
-
-
-def _describe(item: Target | PurgeJob | LedgerJob) -> str:
-    if isinstance(item, LedgerJob):
-        return item.files.ledger.name
-    return (item if isinstance(item, Target) else item.target).path.name
+    for shard in open_dataset(layout.folder, split).shards:
+        yield SearchJob(layout.folder / shard.file, split, shard.records, shard.bytes)

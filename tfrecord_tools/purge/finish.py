@@ -1,62 +1,69 @@
-"""The end of a purge: all that stands beside the shards is brought into line with them.
+"""The end of a purge: the index, the log and the metadata are brought into line with the shards.
 
 Each step may be done twice: it finds out by itself whether an earlier run has done it. The log comes before the
 metadata, and the journal goes last of all, so a dataset that opens has told what was taken out of it.
+
+`clipkit/purge-log.jsonl` is for people: a line for each removed record, and one for each purge.
+`clipkit/purged.parquet` is for the commands that fetch: every value of every list, those that matched nothing here
+included, for an image that failed to be fetched yesterday must not come tomorrow. No image and no caption is in either.
+Both are written whole, without the lines that the same purge has added before it was killed.
 """
 
 import datetime
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from clipkit.formats.dataset import DatasetLayout, journal_path
 from clipkit.formats.manifest import CLIPKIT_FOLDER, SplitManifest, index_path, write_manifest
 from clipkit.storage.files import local_copy, read_json, remove, write_beside, write_json
+from clipkit.tfrecord_tools.account.purged import PURGED_TABLE, purged_path
 from clipkit.tfrecord_tools.purge.ledger import with_failures
-from clipkit.tfrecord_tools.purge.log import log_path, rewrite_lines, write_purged
-from clipkit.tfrecord_tools.purge.plan import Plan, state_path, work_folder
-from clipkit.tfrecord_tools.purge.removals import RemovalList, UInt64Array
-from clipkit.tfrecord_tools.purge.shard import ShardState, less, offsets_path, read_removed
+from clipkit.tfrecord_tools.purge.plan import PurgePlan, work_folder
+from clipkit.tfrecord_tools.purge.removals import LINES, RemovalList, UInt64Array, find, read_values
+from clipkit.tfrecord_tools.purge.shard import RewrittenShard, without
 from clipkit.tfrecord_tools.reasons import PURGED
-
-
-@dataclass(frozen=True)
-class Changed:
-    """A rewritten shard: its number in the plan, and its account."""
-
-    number: int
-    state: ShardState
 
 
 def finish(
     layout: DatasetLayout,
-    plan: Plan,
-    states: Sequence[ShardState],
-    removals: RemovalList,
+    plan: PurgePlan,
+    states: Sequence[RewrittenShard],
+    listed: RemovalList,
     wanted: UInt64Array,
     matched: npt.NDArray[np.bool_],
     failed: Mapping[str, Mapping[str, int]],
 ) -> None:
-    """Write index, log and metadata anew, and end the purge.
+    """Write index, log and metadata again, and end the purge.
 
     `matched` says which entries of the list were found, `failed` what a download counts of each shard by its file.
     """
     folder = layout.folder
-    splits: dict[str, dict[str, Changed]] = {}
-    for number, (shard, state) in enumerate(zip(plan.shards, states, strict=True)):
-        splits.setdefault(shard.split, {})[shard.file] = Changed(number, state)
+    splits: dict[str, dict[str, RewrittenShard]] = {}
+    for shard, state in zip(plan.shards, states, strict=True):
+        splits.setdefault(shard.split, {})[shard.file] = state
     for split, changed in splits.items():
         _write_index(layout, plan, split, changed)
         if split in layout.manifest:
-            lines = _skipped_lines(layout, changed)
-            rewrite_lines(folder / CLIPKIT_FOLDER / f"skipped-{split}.jsonl", plan.purge, lines)
-    record(layout, plan.purge, removals, wanted, matched, lambda: _removed(layout, plan))
+            lines = (
+                {"source": record["source"], "key": record["key"], "reason": PURGED}
+                for state in changed.values()
+                for record in state.removed_records()
+            )
+            _rewrite_lines(folder / CLIPKIT_FOLDER / f"skipped-{split}.jsonl", plan.purge, lines)
+    _write_purged(folder, plan, states, listed, wanted, matched)
+    _rewrite_lines(log_path(folder), plan.purge, _log_lines(plan, states, listed, matched))
     manifest = {
-        split: with_failures(_purged_manifest(each, splits.get(split, {})), failed)
-        for split, each in layout.manifest.items()
+        split: with_failures(_purged_manifest(before, splits.get(split, {})), failed)
+        for split, before in layout.manifest.items()
     }
     if manifest:
         write_manifest(folder, manifest)
@@ -65,48 +72,102 @@ def finish(
     remove(work_folder(folder))
 
 
-def _skipped_lines(layout: DatasetLayout, changed: Mapping[str, Changed]) -> Iterator[dict[str, Any]]:
-    for each in changed.values():
-        for removed in read_removed(state_path(layout.folder, each.number)):
-            yield {"source": removed["source"], "key": removed["key"], "reason": PURGED}
+def log_path(folder: Path) -> Path:
+    return folder / CLIPKIT_FOLDER / "purge-log.jsonl"
 
 
-def _removed(layout: DatasetLayout, plan: Plan) -> Iterator[dict[str, Any]]:
+def was_recorded(folder: Path, listed: RemovalList) -> bool:
+    """Whether a purge by this very list and column has been written down."""
+    path = log_path(folder)
+    if not path.exists():
+        return False
+    with local_copy(path) as local, local.open(encoding="utf-8", errors="replace") as lines:
+        for line in lines:
+            if f'"list_sha256": "{listed.sha256}"' in line and json.loads(line).get("by") == listed.by:
+                return True
+    return False
+
+
+def purged_before(folder: Path, listed: RemovalList, wanted: UInt64Array) -> npt.NDArray[np.bool_]:
+    """Which entries of the list were removed from this dataset by an earlier purge: bool[entries]."""
+    before = np.zeros(wanted.shape[1], bool)
+    path = purged_path(folder)
+    if path.exists() and len(before):
+        with local_copy(path) as local, pq.ParquetFile(local) as file:
+            for batch in file.iter_batches(LINES, columns=["by", "value", "matched"]):
+                rows = batch.filter(pa.compute.and_(batch["matched"], pa.compute.equal(batch["by"], listed.by)))
+                places = find(wanted, [str(value).encode() for value in rows["value"].to_pylist()])
+                before[places[places >= 0]] = True
+    return before
+
+
+def _removed(plan: PurgePlan, states: Sequence[RewrittenShard]) -> Iterator[dict[str, Any]]:
     """Every removed record as the log has it."""
-    for number, shard in enumerate(plan.shards):
-        for removed in read_removed(state_path(layout.folder, number)):
-            kept = {name: removed[name] for name in ("value", "key", "url", "sha256")}
-            yield {**kept, "split": shard.split, "shard": shard.file}
+    for shard, state in zip(plan.shards, states, strict=True):
+        for record in state.removed_records():
+            values = {name: record[name] for name in ("value", "key", "url", "sha256")}
+            yield {**values, "split": shard.split, "shard": shard.file}
 
 
-def record(
-    layout: DatasetLayout,
-    purge: str,
-    removals: RemovalList,
+def _log_lines(
+    plan: PurgePlan, states: Sequence[RewrittenShard], listed: RemovalList, matched: npt.NDArray[np.bool_]
+) -> Iterator[dict[str, Any]]:
+    when = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    same = {"when": when, "list": str(listed.path), "list_sha256": listed.sha256, "by": listed.by}
+    for record in _removed(plan, states):
+        yield {**same, "record": record}
+    count = sum(state.removed for state in states)
+    yield {**same, "removed": count, "entries": len(matched), "matched": int(matched.sum())}
+
+
+def _rewrite_lines(path: Path, purge: str, lines: Iterable[dict[str, Any]]) -> None:
+    """Add JSON lines to a file in the place of those that the same purge has added before."""
+    with write_beside(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        if path.exists():
+            with local_copy(path) as local, local.open(encoding="utf-8", errors="replace") as before:
+                for line in before:
+                    if f'"purge": "{purge}"' not in line:
+                        file.write(line if line.endswith("\n") else line + "\n")
+        for values in lines:
+            file.write(json.dumps({**values, "purge": purge}, ensure_ascii=False) + "\n")
+
+
+def _write_purged(
+    folder: Path,
+    plan: PurgePlan,
+    states: Sequence[RewrittenShard],
+    listed: RemovalList,
     wanted: UInt64Array,
     matched: npt.NDArray[np.bool_],
-    removed: Callable[[], Iterable[dict[str, Any]]],
 ) -> None:
-    """Write down who was removed, and what must not come back. `removed` gives the records, anew at each call."""
-    write_purged(layout.folder, purge, removals, wanted, removed(), matched)
-    when = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    same = {"when": when, "list": str(removals.path), "list_sha256": removals.sha256, "by": removals.by}
+    """Add a purge to `purged.parquet`: the removed records, then the list's values that matched none, once each."""
+    path = purged_path(folder)
+    same = {"purge": plan.purge, "by": listed.by}
+    with write_beside(path) as temporary, pq.ParquetWriter(temporary, PURGED_TABLE, compression="zstd") as writer:
+        if path.exists():
+            with local_copy(path) as local, pq.ParquetFile(local) as before:
+                for batch in before.iter_batches(LINES):
+                    writer.write_batch(batch.filter(pa.compute.not_equal(batch["purge"], plan.purge)))
+        written = matched.copy()
+        rows = ({**same, "matched": True, **record} for record in _removed(plan, states))
+        while some := list(islice(rows, LINES)):
+            writer.write_table(pa.Table.from_pylist(some, schema=PURGED_TABLE))
+        for values in read_values(listed):
+            filled = [value for value in values if value]
+            unmatched = []
+            for value, place in zip(filled, find(wanted, filled).tolist(), strict=True):
+                if place >= 0 and not written[place]:
+                    written[place] = True
+                    unmatched.append({**same, "value": value.decode("utf-8", "replace"), "matched": False})
+            if unmatched:
+                writer.write_table(pa.Table.from_pylist(unmatched, schema=PURGED_TABLE))
 
-    def lines() -> Iterator[dict[str, Any]]:
-        count = 0
-        for row in removed():
-            count += 1
-            yield {**same, "record": row}
-        yield {**same, "removed": count, "entries": len(matched), "matched": int(matched.sum())}
 
-    rewrite_lines(log_path(layout.folder), purge, lines())
-
-
-def _write_index(layout: DatasetLayout, plan: Plan, split: str, changed: Mapping[str, Changed]) -> None:
+def _write_index(layout: DatasetLayout, plan: PurgePlan, split: str, changed: Mapping[str, RewrittenShard]) -> None:
     """The index of a split with the new offsets of its changed shards, unless it has them already."""
     path = index_path(layout.folder, split)
     before = sum(plan.lengths[split])
-    after = before - sum(each.state.removed for each in changed.values())
+    after = before - sum(state.removed for state in changed.values())
     if not path.exists():
         return
     with local_copy(path) as local:
@@ -119,25 +180,24 @@ def _write_index(layout: DatasetLayout, plan: Plan, split: str, changed: Mapping
             first = 0
             for name, length in zip(layout.files[split], plan.lengths[split], strict=True):
                 if name in changed:
-                    with local_copy(offsets_path(state_path(layout.folder, changed[name].number))) as offsets:
-                        file.write(np.load(offsets).tobytes())
+                    file.write(changed[name].offsets().tobytes())
                 else:
                     file.write(old[first : first + length].tobytes())
                 first += length
 
 
-def _purged_manifest(manifest: SplitManifest, changed: Mapping[str, Changed]) -> SplitManifest:
+def _purged_manifest(manifest: SplitManifest, changed: Mapping[str, RewrittenShard]) -> SplitManifest:
     """A split's manifest with its changed shards, or itself when it has them already."""
     entries = {shard.file: shard for shard in manifest.shards}
-    new = {file: each.state.entry for file, each in changed.items() if each.state.entry is not None}
+    new = {file: state.entry for file, state in changed.items() if state.entry is not None}
     if all(entries[file].bytes == entry.bytes for file, entry in new.items()):
         return manifest
     # A shuffled split has its sources here and not in its shards, and which of them a record came from isn't known.
-    left = sum(changed[file].state.removed for file in new if not entries[file].sources)
+    left = sum(changed[file].removed for file in new if not entries[file].sources)
     sources = []
     for source in manifest.sources:
         taken = min(left, source.records)
-        sources.append(less(source, taken))
+        sources.append(without(source, taken))
         left -= taken
     shards = tuple(new.get(shard.file, shard) for shard in manifest.shards)
     return replace(manifest, shards=shards, sources=tuple(sources))
@@ -145,8 +205,8 @@ def _purged_manifest(manifest: SplitManifest, changed: Mapping[str, Changed]) ->
 
 def _write_info(
     layout: DatasetLayout,
-    plan: Plan,
-    splits: Mapping[str, Mapping[str, Changed]],
+    plan: PurgePlan,
+    splits: Mapping[str, Mapping[str, RewrittenShard]],
     manifest: Mapping[str, SplitManifest],
 ) -> None:
     """TFDS's own account, all else in it left as it is: records of each shard, and bytes of each split."""
@@ -158,10 +218,10 @@ def _write_info(
             continue
         for number, file in enumerate(layout.files[name]):
             if file in changed:
-                part["shardLengths"][number] = str(changed[file].state.records)
+                part["shardLengths"][number] = str(changed[file].records)
         before = plan.num_bytes.get(name)
         if name in manifest:
             part["numBytes"] = str(manifest[name].bytes)
         elif before is not None:  # TFDS counts the contents without their frames
-            part["numBytes"] = str(int(before) - sum(each.state.contents for each in changed.values()))
+            part["numBytes"] = str(int(before) - sum(state.contents for state in changed.values()))
     write_json(layout.folder / "dataset_info.json", info)

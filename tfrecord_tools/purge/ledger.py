@@ -6,7 +6,7 @@ come tomorrow. Where no download made the dataset, or its format has no ledger, 
 """
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,12 +17,14 @@ import pyarrow.parquet as pq
 from clipkit.errors import UserError
 from clipkit.formats.dataset import DatasetLayout
 from clipkit.formats.manifest import CLIPKIT_FOLDER, SplitManifest, add_counts
-from clipkit.storage.files import local_copy, read_json, write_json
+from clipkit.jobs.passes import Runner
+from clipkit.storage.files import local_copy, read_json, save_array, write_json
 from clipkit.tfrecord_tools.account import ledger, shard_state
 from clipkit.tfrecord_tools.account.ledger import Outcome, read_ledger, write_ledger
 from clipkit.tfrecord_tools.account.shard_state import ShardFiles, file_sizes, load_state, write_state
-from clipkit.tfrecord_tools.purge.removals import find
-from clipkit.tfrecord_tools.purge.shard import ShardState, offsets_path, read_removed
+from clipkit.tfrecord_tools.purge.plan import PurgePlan, work_folder
+from clipkit.tfrecord_tools.purge.removals import RemovalList, UInt64Array, find
+from clipkit.tfrecord_tools.purge.shard import RewrittenShard
 from clipkit.tfrecord_tools.reasons import PURGED
 
 # Columns of a ledger by which a row that gave no image can be meant.
@@ -31,20 +33,48 @@ KNOWN = ("url", "key")
 
 @dataclass(frozen=True)
 class LedgerJob:
-    """The ledger of one shard. `state` is the purge's account of it, `purged` the same read; None when it keeps all.
+    """The ledger of one shard. `shard` is the state of its rewriting, None when it keeps all records.
 
     `wanted` is the file of the list's array, None when the list is of something that failed rows haven't.
     """
 
     files: ShardFiles
-    state: Path | None
-    purged: ShardState | None
+    shard: RewrittenShard | None
     wanted: Path | None
     by: str
     purge: str
 
 
-def download_layout(layout: DatasetLayout) -> shard_state.Layout | None:
+def purge_ledgers(
+    layout: DatasetLayout,
+    plan: PurgePlan,
+    states: Sequence[RewrittenShard],
+    listed: RemovalList,
+    wanted: UInt64Array,
+    runner: Runner,
+) -> dict[str, dict[str, int]]:
+    """Purge the account that a download left; what failed in each of its shards by file, {} where there is none."""
+    download = _download_layout(layout)
+    if download is None:
+        return {}
+    wanted_path = None
+    if listed.by in KNOWN:
+        wanted_path = work_folder(layout.folder) / "wanted.npy"
+        save_array(wanted_path, wanted)
+    rewritten = {
+        shard.file: state for shard, state in zip(plan.shards, states, strict=True) if shard.split == shard_state.SPLIT
+    }
+    files = [download.files(number) for number in range(download.shard_count)]
+    runner.run(
+        "purge: ledgers",
+        purge_ledger,
+        [LedgerJob(each, rewritten.get(each.data.name), wanted_path, listed.by, plan.purge) for each in files],
+        describe=lambda job: job.files.ledger.name,
+    )
+    return _finish_download(download, files)
+
+
+def _download_layout(layout: DatasetLayout) -> shard_state.Layout | None:
     """How the download that made the dataset names its files, None when none made it."""
     split = shard_state.SPLIT
     if split not in layout.lengths or not (layout.folder / CLIPKIT_FOLDER / ledger.LEDGER_FOLDER).exists():
@@ -55,22 +85,21 @@ def download_layout(layout: DatasetLayout) -> shard_state.Layout | None:
 
 
 def purge_ledger(job: LedgerJob) -> int:
-    """Write a ledger and its shard's state anew where the purge concerns it; how many rows are purged in it by now."""
+    """Write a ledger and its shard's state again where the purge concerns it; the number of rows purged by now."""
     path = job.files.ledger
     with local_copy(path) as local:
         rows = pq.read_table(local, columns=["key", "row", "url", "caption"], partitioning=None)
     outcomes = read_ledger(path)
     keys: list[str] = rows["key"].to_pylist()
-    gone = Outcome(PURGED, f"by the purge {job.purge}")
+    purged = Outcome(PURGED, f"by the purge {job.purge}")
     before = [outcome.reason for outcome in outcomes]
     stored = [row for row, reason in enumerate(before) if reason is None]
-    if job.state is not None and job.purged is not None and len(stored) != job.purged.records:
-        if len(stored) != job.purged.records + job.purged.removed:
+    if job.shard is not None and len(stored) != job.shard.records:
+        if len(stored) != job.shard.records + job.shard.removed:
             raise UserError(f"ledger {path} isn't that of {job.files.data}: move it away and purge again")
-        for removed in read_removed(job.state):
-            outcomes[stored[removed["number"]]] = gone
-        with local_copy(offsets_path(job.state)) as local:
-            offsets = np.load(local).tolist()
+        for removed in job.shard.removed_records():
+            outcomes[stored[removed["number"]]] = purged
+        offsets = job.shard.offsets().tolist()
         left = [row for row in stored if outcomes[row].reason is None]
         for row, offset in zip(left, offsets, strict=True):
             outcomes[row] = replace(outcomes[row], offset=offset)
@@ -82,7 +111,7 @@ def purge_ledger(job: LedgerJob) -> int:
             places = find(wanted, [str(value or "").encode("utf-8", "replace") for value in values])
         for row, place in zip(failed, places.tolist(), strict=True):
             if place >= 0:
-                outcomes[row] = gone
+                outcomes[row] = purged
     if [outcome.reason for outcome in outcomes] != before:
         captions = [
             None if outcome.reason == PURGED else caption
@@ -95,17 +124,17 @@ def purge_ledger(job: LedgerJob) -> int:
 
 
 def _write_state(job: LedgerJob, outcomes: list[Outcome]) -> None:
-    """The download's own state of the shard, counted anew from the ledger."""
+    """The download's own state of the shard, counted again from the ledger."""
     state = load_state(job.files)
     if state is None:
         return
     stored = [outcome for outcome in outcomes if outcome.reason is None]
-    if state.successes != len(stored) and job.purged is not None:
-        columns = {name: count - job.purged.columns.get(name, 0) for name, count in state.present.items()}
+    if state.successes != len(stored) and job.shard is not None:
+        columns = {name: count - job.shard.columns.get(name, 0) for name, count in state.present.items()}
         state = replace(state, present={name: count for name, count in columns.items() if count})
     checks = Counter(outcome.hash_check for outcome in stored if outcome.hash_check)
     failed = Counter(outcome.reason for outcome in outcomes if outcome.reason is not None)
-    entry = job.purged.entry if job.purged is not None else None
+    entry = job.shard.entry if job.shard is not None else None
     new = replace(
         state,
         successes=len(stored),
@@ -119,9 +148,8 @@ def _write_state(job: LedgerJob, outcomes: list[Outcome]) -> None:
         write_state(job.files.state, new)
 
 
-def finish_download(made: shard_state.Layout) -> dict[str, dict[str, int]]:
+def _finish_download(made: shard_state.Layout, files: Sequence[ShardFiles]) -> dict[str, dict[str, int]]:
     """Bring the download's tables of all its shards into line; returns what failed in each shard, by its file."""
-    files = [made.files(number) for number in range(made.shard_count)]
     states = [state for each in files if (state := load_state(each)) is not None]
     failures, account = made.own / ledger.FAILURES_FILE, made.own / "download.json"
     if failures.exists():
@@ -129,12 +157,12 @@ def finish_download(made: shard_state.Layout) -> dict[str, dict[str, int]]:
         ledger.write_failures(failures, names)
     if account.exists() and len(states) == len(files):
         failed = add_counts(state.failed for state in states)
-        told = read_json(account)
-        told["downloaded"] = sum(state.successes for state in states)
-        told["failed"] = dict(sorted(failed.items(), key=lambda each: (-each[1], each[0])))
-        told["hash_check"] = add_counts(state.hash_check for state in states)
-        told["image_bytes"] = sum(state.image_bytes for state in states)
-        write_json(account, told)
+        values = read_json(account)
+        values["downloaded"] = sum(state.successes for state in states)
+        values["failed"] = dict(sorted(failed.items(), key=lambda each: (-each[1], each[0])))
+        values["hash_check"] = add_counts(state.hash_check for state in states)
+        values["image_bytes"] = sum(state.image_bytes for state in states)
+        write_json(account, values)
     return {each.data.name: state.failed for each, state in zip(files, states, strict=False)}
 
 

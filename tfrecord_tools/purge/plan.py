@@ -1,10 +1,9 @@
 """What a purge has set out to do: the journal that survives its death.
 
 The journal (`clipkit/purge.json`) names the shards concerned as they were; `clipkit/purge/` holds the numbers of the
-records, and the accounts of the shards that are rewritten already.
+records, and the states of the shards that are rewritten already.
 """
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -12,9 +11,10 @@ import numpy as np
 import numpy.typing as npt
 
 from clipkit.errors import UserError
-from clipkit.formats.dataset import journal_path
+from clipkit.formats.dataset import DatasetLayout, journal_path
 from clipkit.formats.manifest import CLIPKIT_FOLDER
-from clipkit.storage.files import local_copy, read_json, write_beside, write_json
+from clipkit.storage.files import load_array, read_json, save_array, write_json
+from clipkit.tfrecord_tools.purge.shard import PurgeJob, ValueReader
 
 FORMAT = 1
 
@@ -23,7 +23,7 @@ Int64Array = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class PlannedShard:
-    """A shard as it was before, and how many of its records are to go."""
+    """A shard as it was before, and how many of its records are to be removed."""
 
     split: str
     file: str
@@ -33,10 +33,10 @@ class PlannedShard:
 
 
 @dataclass(frozen=True)
-class Plan:
+class PurgePlan:
     """A purge by its name. `lengths` and `num_bytes` are what dataset_info.json said of each split before.
 
-    `computed` counts the records whose hash was computed of the stored image.
+    `computed` counts the records whose hash was computed from the stored image.
     """
 
     purge: str
@@ -54,34 +54,45 @@ def work_folder(folder: Path) -> Path:
     return folder / CLIPKIT_FOLDER / "purge"
 
 
-def state_path(folder: Path, number: int) -> Path:
-    """Where the account of the plan's shard of this number stands once it is rewritten."""
-    return work_folder(folder) / f"shard-{number:05d}.json"
+def write_plan(folder: Path, plan: PurgePlan, numbers: Int64Array, places: Int64Array) -> None:
+    """Write what is to be done, the journal last.
 
-
-def write_plan(folder: Path, plan: Plan, numbers: Sequence[Int64Array], places: Sequence[Int64Array]) -> None:
-    """Write what is to be done, the journal last. `numbers` are those of each shard's records that are to go, and
-    `places` where their values stand in the list's array."""
-    with write_beside(work_folder(folder) / "doomed.npy") as temporary, temporary.open("wb") as file:
-        empty = np.zeros(0, np.int64)
-        np.save(file, np.stack([np.concatenate([empty, *numbers]), np.concatenate([empty, *places])]))
+    `numbers` are those of the records to remove, shard after shard, and `places` where their values stand in the list's
+    array.
+    """
+    save_array(work_folder(folder) / "doomed.npy", np.stack([numbers, places]))
     write_json(journal_path(folder), {"format": FORMAT, **asdict(plan)})
 
 
-def read_plan(folder: Path) -> Plan | None:
+def read_plan(folder: Path) -> PurgePlan | None:
     """The plan of a purge that isn't finished, None when there is none. Raises UserError for one of another version."""
     path = journal_path(folder)
     if not path.exists():
         return None
-    told = read_json(path)
-    if told.pop("format", None) != FORMAT:
+    values = read_json(path)
+    if values.pop("format", None) != FORMAT:
         raise UserError(f"{path} is of another version of clipkit: finish that purge with the version that began it")
-    return Plan(**{**told, "shards": tuple(PlannedShard(**shard) for shard in told["shards"])})
+    return PurgePlan(**{**values, "shards": tuple(PlannedShard(**shard) for shard in values["shards"])})
 
 
-def read_numbers(folder: Path, plan: Plan) -> tuple[list[Int64Array], Int64Array]:
-    """The numbers of the records of each shard of a plan, and all places together."""
-    with local_copy(work_folder(folder) / "doomed.npy") as path:
-        numbers, places = np.load(path)
-    ends = np.cumsum([shard.purged for shard in plan.shards])
-    return np.split(numbers, ends[:-1]) if plan.shards else [], places
+def shard_jobs(layout: DatasetLayout, plan: PurgePlan, reader: ValueReader) -> tuple[list[PurgeJob], Int64Array]:
+    """The shards to rewrite, in the plan's order, and the places of all records to remove in the list's array."""
+    folder = layout.folder
+    numbers, places = load_array(work_folder(folder) / "doomed.npy")
+    entries = {shard.file: shard for split in layout.manifest.values() for shard in split.shards}
+    jobs = []
+    end = 0
+    for number, shard in enumerate(plan.shards):
+        start, end = end, end + shard.purged
+        jobs.append(
+            PurgeJob(
+                path=folder / shard.file,
+                records=shard.records,
+                bytes=shard.bytes,
+                entry=entries.get(shard.file),
+                reader=reader,
+                numbers=tuple(numbers[start:end].tolist()),
+                state=work_folder(folder) / f"shard-{number:05d}.json",
+            )
+        )
+    return jobs, places

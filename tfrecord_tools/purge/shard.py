@@ -1,7 +1,7 @@
 """What a worker of `clipkit purge` does with one shard: find the records that are to go, and write it without them.
 
-A shard is rewritten beside its place; its new account (`ShardState`) is written before it is renamed. So a shard that
-has the size of its account is done, one that hasn't is as it was, and either way the next run knows what to do.
+A shard is rewritten beside its place; its new state (`RewrittenShard`) is written before it is renamed. So a shard that
+has the size that its state gives is done, any other is as it was, and either way the next run knows what to do.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ from clipkit.errors import UserError
 from clipkit.formats.features import Feature
 from clipkit.formats.manifest import ShardEntry, SourceEntry
 from clipkit.formats.records import RecordWriter, decode_example, read_records
-from clipkit.storage.files import local_copy, read_json, write_beside, write_json
+from clipkit.storage.files import load_array, local_copy, read_json, save_array, write_beside, write_json
 from clipkit.tfrecord_tools.pictures.sniff import image_format
 from clipkit.tfrecord_tools.purge.removals import HASHES, find
 from clipkit.tfrecord_tools.reasons import PURGED
@@ -28,18 +28,17 @@ BATCH = 4096
 
 
 @dataclass(frozen=True)
-class Target:
-    """One shard as the dataset tells it: `records` and `bytes`, and the manifest's entry where there is one."""
+class SearchJob:
+    """One shard to look through, as the dataset's metadata describe it."""
 
     path: Path
     split: str
     records: int
     bytes: int
-    entry: ShardEntry | None
 
 
 @dataclass(frozen=True)
-class Match:
+class Matches:
     """The records of a shard that are in the list: their numbers, and where their values stand in the list's array.
 
     `computed` counts the records whose hash had to be computed from the stored image.
@@ -51,36 +50,20 @@ class Match:
 
 
 @dataclass(frozen=True)
-class ShardState:
-    """The account of a rewritten shard. `contents` are the bytes of the removed records without their frames, and
-    `columns` how many of these had each column.
-
-    The removed records stand in a file beside it (`read_removed`), for there may be millions.
-    """
-
-    records: int
-    bytes: int
-    entry: ShardEntry | None
-    contents: int
-    removed: int
-    columns: dict[str, int]
-
-
-@dataclass(frozen=True)
-class Values:
-    """How the value that the list is compared with is read from a record."""
+class ValueReader:
+    """Reads from a record the value that is looked for in the list."""
 
     by: str
     image: str | None
     columns: frozenset[str]
 
     @classmethod
-    def of(cls, by: str, features: Mapping[str, Feature]) -> "Values":
+    def of(cls, by: str, features: Mapping[str, Feature]) -> "ValueReader":
         """Raises UserError for a hash that is neither a column nor can be computed."""
         image = next((name for name, f in features.items() if f.kind == "image" and not f.is_list), None)
         if by not in features and image is None:
             raise UserError(
-                f"the dataset has neither a column {by!r} nor an image to compute it of: choose another --by"
+                f"the dataset has neither a column {by!r} nor an image to compute it from: choose another --by"
             )
         return cls(by, image, frozenset(features))
 
@@ -90,7 +73,7 @@ class Values:
         return needed + ([self.image] if self.by in HASHES and self.image is not None else [])
 
     def value(self, values: Mapping[str, list[Any]]) -> tuple[bytes, bool]:
-        """The record's value, b"" when it has none, and whether it was computed of the stored image's bytes."""
+        """The record's value, b"" when it has none, and whether it was computed from the stored image's bytes."""
         items = values.get(self.by)
         if items:
             value = items[0] if isinstance(items[0], bytes) else str(items[0]).encode()
@@ -104,20 +87,20 @@ class Values:
         return b"", False
 
 
-def find_records(target: Target, values: Values, wanted: Path) -> Match:
+def find_records(job: SearchJob, reader: ValueReader, wanted: Path) -> Matches:
     """Look at every record of a shard. `wanted` is the file of the list's array, mapped and so shared by the workers.
 
     Raises UserError when the shard isn't what the dataset says, or is damaged.
     """
-    keys = values.keys()
+    keys = reader.keys()
     numbers: list[int] = []
     places: list[int] = []
     computed = number = 0
-    with local_copy(wanted) as array, local_copy(target.path) as local:
+    with local_copy(wanted) as array, local_copy(job.path) as local:
         entries = np.load(array, mmap_mode="r")
         batch: list[bytes] = []
         for record in read_records(local):
-            value, was_computed = values.value(decode_example(record, keys))
+            value, was_computed = reader.value(decode_example(record, keys))
             computed += was_computed
             batch.append(value)
             if len(batch) == BATCH:
@@ -126,12 +109,12 @@ def find_records(target: Target, values: Values, wanted: Path) -> Match:
                 batch = []
         _note(find(entries, batch), number, numbers, places)
         number += len(batch)
-    if number != target.records:
+    if number != job.records:
         raise UserError(
-            f"{target.path} holds {number:,} records where dataset_info.json says {target.records:,}: "
+            f"{job.path} holds {number:,} records where dataset_info.json says {job.records:,}: "
             "run clipkit verify, and purge when the dataset is whole"
         )
-    return Match(np.array(numbers, np.int64), np.array(places, np.int64), computed)
+    return Matches(np.array(numbers, np.int64), np.array(places, np.int64), computed)
 
 
 def _note(found: npt.NDArray[np.int64], first: int, numbers: list[int], places: list[int]) -> None:
@@ -147,98 +130,113 @@ def _note(found: npt.NDArray[np.int64], first: int, numbers: list[int], places: 
 
 @dataclass(frozen=True)
 class PurgeJob:
-    """A shard, the numbers of the records to take out, and where its account goes."""
+    """A shard as it was, the numbers of the records to remove, and where its state goes.
 
-    target: Target
-    values: Values
+    `entry` is the manifest's, None where the dataset has no manifest.
+    """
+
+    path: Path
+    records: int
+    bytes: int
+    entry: ShardEntry | None
+    reader: ValueReader
     numbers: tuple[int, ...]
     state: Path
 
 
-def purge_shard(job: PurgeJob) -> ShardState:
-    """Write the shard without those records, unless an earlier run has; return its account."""
-    state = read_state(job)
-    return _rewrite(job) if state is None else state
+@dataclass(frozen=True)
+class RewrittenShard:
+    """The state of a shard that was rewritten, as it stands in the file `path`.
+
+    `contents` are the bytes of the removed records without their frames, and `columns` how many of these had each
+    column. The new offsets and the removed records stand in files beside it, for there may be millions.
+    """
+
+    path: Path
+    records: int
+    bytes: int
+    entry: ShardEntry | None
+    contents: int
+    removed: int
+    columns: dict[str, int]
+
+    def offsets(self) -> npt.NDArray[np.uint64]:
+        """The byte offsets of the records that are left."""
+        return load_array(self.path.with_suffix(".npy"))
+
+    def removed_records(self) -> Iterator[dict[str, Any]]:
+        """The removed records: number, value, key, url, sha256, source; one at a time."""
+        with local_copy(self.path.with_suffix(".jsonl")) as local, local.open(encoding="utf-8") as lines:
+            for line in lines:
+                yield json.loads(line)
 
 
-def read_state(job: PurgeJob) -> ShardState | None:
-    """The account of a shard that is rewritten, or None when it still is as it was."""
-    if not job.state.exists():
-        return None
-    told = read_json(job.state)
-    if job.target.path.stat().st_size != told["bytes"]:
-        return None
-    entry = ShardEntry.from_dict(told["entry"]) if told["entry"] else None
-    return ShardState(told["records"], told["bytes"], entry, told["contents"], told["removed"], told["columns"])
+def purge_shard(job: PurgeJob) -> RewrittenShard:
+    """Write the shard without those records, unless an earlier run has; return its state."""
+    if job.state.exists():
+        values = read_json(job.state)
+        if job.path.stat().st_size == values["bytes"]:
+            values["entry"] = ShardEntry.from_dict(values["entry"]) if values["entry"] else None
+            return RewrittenShard(job.state, **values)
+    return _rewrite(job)
 
 
-def _rewrite(job: PurgeJob) -> ShardState:
-    target, doomed = job.target, set(job.numbers)
+def _rewrite(job: PurgeJob) -> RewrittenShard:
+    remove = set(job.numbers)
     offsets: list[int] = []
     removed = contents = 0
-    gone: Counter[str] = Counter()
+    formats_removed: Counter[str] = Counter()
     columns: Counter[str] = Counter()
-    sources = _Sources(target.entry)
-    with write_beside(target.path) as temporary:
+    sources = _Sources(job.entry)
+    with write_beside(job.path) as temporary:
         with (
             RecordWriter(temporary) as writer,
-            local_copy(target.path) as local,
-            write_beside(removed_path(job.state)) as list_path,
+            local_copy(job.path) as local,
+            write_beside(job.state.with_suffix(".jsonl")) as list_path,
             list_path.open("w", encoding="utf-8") as lines,
         ):
             # Another worker may have done this very shard a moment ago: its numbers then mean other records.
-            if local.stat().st_size != target.bytes:
-                raise _changed(target)
+            if local.stat().st_size != job.bytes:
+                raise _changed(job)
             for number, record in enumerate(read_records(local)):
-                source = sources.next(number in doomed)
-                if number not in doomed:
+                source = sources.next(number in remove)
+                if number not in remove:
                     offsets.append(writer.write(record))
                     continue
                 values = decode_example(record)
                 columns.update(values.keys())
-                image = values.get(job.values.image or "")
-                gone[(image_format(image[0]) if image else None) or "unknown"] += 1
+                image = values.get(job.reader.image or "")
+                formats_removed[(image_format(image[0]) if image else None) or "unknown"] += 1
                 contents += len(record)
                 removed += 1
-                line = {"number": number, **_description(values, job.values), "source": source}
+                line = {"number": number, **_description(values, job.reader), "source": source}
                 lines.write(json.dumps(line, ensure_ascii=False) + "\n")
-        if removed != len(doomed) or writer.records + removed != target.records:
-            raise _changed(target)
-        entry = target.entry
+        if removed != len(remove) or writer.records + removed != job.records:
+            raise _changed(job)
+        entry = job.entry
         if entry is not None:
-            formats = {name: count - gone[name] for name, count in entry.formats.items() if count > gone[name]}
-            checksum = f"{writer.checksum:08x}"
-            entry = replace(entry, records=writer.records, bytes=writer.bytes, crc32c=checksum, formats=formats)
-            entry = replace(entry, sources=sources.left())
-        state = ShardState(writer.records, writer.bytes, entry, contents, removed, dict(sorted(columns.items())))
-        with write_beside(offsets_path(job.state)) as path, path.open("wb") as file:
-            np.save(file, np.array(offsets, np.uint64))
-        write_json(job.state, asdict(state))
+            left = {name: count - formats_removed[name] for name, count in entry.formats.items()}
+            entry = replace(
+                entry,
+                records=writer.records,
+                bytes=writer.bytes,
+                crc32c=f"{writer.checksum:08x}",
+                formats={name: count for name, count in left.items() if count > 0},
+                sources=sources.left(),
+            )
+        state = RewrittenShard(
+            job.state, writer.records, writer.bytes, entry, contents, removed, dict(sorted(columns.items()))
+        )
+        save_array(job.state.with_suffix(".npy"), np.array(offsets, np.uint64))
+        write_json(job.state, {name: value for name, value in asdict(state).items() if name != "path"})
     return state
 
 
-def _changed(target: Target) -> UserError:
-    return UserError(f"{target.path} was changed while it was purged: run the same command again")
+def _changed(job: PurgeJob) -> UserError:
+    return UserError(f"{job.path} was changed while it was purged: run the same command again")
 
 
-def offsets_path(state: Path) -> Path:
-    """Where the byte offsets of a rewritten shard's records wait for the index of its split."""
-    return state.with_suffix(".npy")
-
-
-def removed_path(state: Path) -> Path:
-    """Where the removed records of a shard are described, a JSON line each."""
-    return state.with_suffix(".jsonl")
-
-
-def read_removed(state: Path) -> Iterator[dict[str, Any]]:
-    """The removed records of a shard: number, value, key, url, sha256, source; one at a time."""
-    with local_copy(removed_path(state)) as local, local.open(encoding="utf-8") as lines:
-        for line in lines:
-            yield json.loads(line)
-
-
-def _description(values: Mapping[str, list[Any]], how: Values) -> dict[str, str | None]:
+def _description(values: Mapping[str, list[Any]], reader: ValueReader) -> dict[str, str | None]:
     """What a record was found by and what it was, without the image and the caption."""
 
     def text(column: str) -> str | None:
@@ -246,7 +244,7 @@ def _description(values: Mapping[str, list[Any]], how: Values) -> dict[str, str 
         value = items[0] if items else None
         return value.decode("utf-8", "replace") if isinstance(value, bytes) else None if value is None else str(value)
 
-    value = how.value(values)[0].decode("utf-8", "replace")
+    value = reader.value(values)[0].decode("utf-8", "replace")
     return {"value": value, "key": text("key") or text("file_name"), "url": text("url"), "sha256": text("sha256")}
 
 
@@ -273,11 +271,11 @@ class _Sources:
 
     def left(self) -> tuple[SourceEntry, ...]:
         """The sources with what is left of them."""
-        return tuple(less(source, purged) for source, purged in zip(self.sources, self.purged, strict=True))
+        return tuple(without(source, purged) for source, purged in zip(self.sources, self.purged, strict=True))
 
 
-def less(source: SourceEntry, purged: int) -> SourceEntry:
-    """A source of which so many records more are gone."""
+def without(source: SourceEntry, purged: int) -> SourceEntry:
+    """The account of a source of which `purged` more records were removed."""
     if not purged:
         return source
     skipped = {**source.skipped, PURGED: source.skipped.get(PURGED, 0) + purged}

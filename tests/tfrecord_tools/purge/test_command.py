@@ -239,7 +239,7 @@ def test_a_hash_is_computed_of_the_stored_image(data, tmp_path, kind, form):
     summary = purge(data, path)
     assert (summary.by, summary.records, summary.computed) == (kind, 1, 23)
     assert keys(data) == [n for n in range(20) if n != 7]
-    assert "computed of the stored image" in summary.text()
+    assert "computed from the stored image" in summary.text()
 
 
 def test_a_column_of_hashes_counts_for_the_records_that_have_it(tmp_path):
@@ -343,7 +343,7 @@ def stop_in(monkeypatch, name):
     real = purge_shard.purge_shard
 
     def stop(job):
-        if job.target.path.name == name:
+        if job.path.name == name:
             raise UserError("the disk is full")
         return real(job)
 
