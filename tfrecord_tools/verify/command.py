@@ -1,4 +1,4 @@
-"""Is a dataset what its metadata say? `clipkit verify`: every byte is read, nothing is written, all faults are told.
+"""Is a dataset what its metadata say? `clipkit verify`: every byte is read, nothing is written.
 
 A dataset is compared with `dataset_info.json`, `features.json` and, where clipkit made it, the manifest and the index;
 a folder of img2dataset's tars with the counts that stand beside them. Training stops at the first fault that it meets,
@@ -16,17 +16,13 @@ import numpy as np
 
 from clipkit.formats.dataset import DatasetLayout, read_layout
 from clipkit.formats.manifest import CLIPKIT_FOLDER, ShardEntry, index_path
-from clipkit.jobs.run import Engine, run_jobs
-from clipkit.log import Progress, counted, duration, size_text
+from clipkit.jobs.passes import Runner
+from clipkit.jobs.run import Engine
+from clipkit.log import counted, duration, size_text
 from clipkit.storage.files import WRITTEN_BESIDE, as_path
-from clipkit.tfrecord_tools.verify.metadata import (
-    index_fits,
-    leftovers,
-    metadata_problems,
-    remedy,
-    unfinished_purge,
-)
-from clipkit.tfrecord_tools.verify.shard import FINISH, Problem, ShardCheck, ShardReport, check_shard
+from clipkit.tfrecord_tools.verify.metadata import index_fits, leftovers, metadata_problems, unfinished_purge
+from clipkit.tfrecord_tools.verify.problems import FINISH, Problem, ShardReport, remedy
+from clipkit.tfrecord_tools.verify.shard import ShardCheck, check_shard
 from clipkit.tfrecord_tools.verify.tar import TarCheck, check_tar
 
 Check = TypeVar("Check", ShardCheck, TarCheck)
@@ -90,17 +86,17 @@ def verify(
     Raises UserError where there is neither a dataset nor tars.
     """
     path = as_path(path)
+    runner = Runner(workers, engine)
     started = time.monotonic()
     if _is_folder_of_tars(path):
-        return _verify_tars(path, decode, engine, workers, started)
+        return _verify_tars(path, decode, runner, started)
     layout = read_layout(path)
     reports: list[ShardReport] = []
     problems = unfinished_purge(layout)
     if not problems:
         checks = list(_shard_checks(layout, decode))
-        problems = list(metadata_problems(layout))
-        reports = _run(check_shard, checks, engine, workers)
-        problems += [problem for report in reports for problem in report.problems]
+        reports, found = _reports(check_shard, checks, runner)
+        problems = [*metadata_problems(layout), *found]
     files = list(dict.fromkeys(problem.file for problem in problems))
     remedies = {file: remedy(layout, file, [p for p in problems if p.file == file]) for file in files}
     return _summary(layout.folder, reports, problems, remedies, leftovers(layout), started)
@@ -127,24 +123,18 @@ def _summary(
     )
 
 
-def _run(
-    function: Callable[[Check], ShardReport], checks: Sequence[Check], engine: Engine, workers: int | None
-) -> list[ShardReport]:
-    """The reports in the order of the checks, with a progress line in megabytes where sizes are known."""
-    sizes = [check.bytes or 0 for check in checks]
-    known = all(check.bytes is not None for check in checks)
-    reports: list[ShardReport | None] = [None] * len(checks)
-    total = sum(sizes) // 1_000_000 if known else len(checks)
-    results = run_jobs(function, checks, engine=engine, workers=workers, describe=lambda check: check.path.name)
-    with Progress("verify", total, "MB" if known else "shards") as progress:
-        done = bad = 0
-        for finished, (index, report) in enumerate(results, 1):
-            reports[index] = report
-            done += sizes[index]
-            bad += bool(report.problems)
-            note = f"shard {finished:,}/{len(checks):,}, {bad:,} with problems"
-            progress.update(done // 1_000_000 if known else finished, note)
-    return [report for report in reports if report is not None]
+def _reports(
+    function: Callable[[Check], ShardReport], checks: Sequence[Check], runner: Runner
+) -> tuple[list[ShardReport], list[Problem]]:
+    reports = runner.run(
+        "verify",
+        function,
+        checks,
+        describe=lambda check: check.path.name,
+        size=lambda check: check.bytes,
+        counts=lambda report: {"with problems": bool(report.problems)},
+    )
+    return reports, [problem for report in reports for problem in report.problems]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -164,19 +154,19 @@ def _shard_checks(layout: DatasetLayout, decode: int | None) -> Iterator[ShardCh
         index = index_path(layout.folder, split) if index_fits(layout, split) else None
         first = 0
         for number, file in enumerate(layout.files[split]):
-            told = lengths[number] if number < len(lengths) else None
-            low, high = np.searchsorted(chosen, [before + first, before + first + (told or 0)])
+            length = lengths[number] if number < len(lengths) else None
+            low, high = np.searchsorted(chosen, [before + first, before + first + (length or 0)])
             shard = shards.get(file)
             yield ShardCheck(
                 path=layout.folder / file,
                 features=layout.features,
-                records=told,
+                records=length,
                 bytes=shard.bytes if shard else None,
                 crc32c=shard.crc32c if shard else None,
                 index=(index, first) if index is not None else None,
                 decode=None if decode is None else tuple((chosen[low:high] - before - first).tolist()),
             )
-            first += told or 0
+            first += length or 0
         before += sum(lengths)
 
 
@@ -191,15 +181,12 @@ def _is_folder_of_tars(path: Path) -> bool:
     return any(file.suffix == ".tar" for file in path.iterdir())
 
 
-def _verify_tars(
-    folder: Path, decode: int | None, engine: Engine, workers: int | None, started: float
-) -> VerifySummary:
+def _verify_tars(folder: Path, decode: int | None, runner: Runner, started: float) -> VerifySummary:
     files = sorted((file for file in folder.iterdir() if file.suffix == ".tar"), key=lambda each: each.name)
     files = [file for file in files if not file.name.startswith(".")]
     each = None if decode is None else -(-decode // len(files))
     checks = [TarCheck(file, file.stat().st_size, number, each) for number, file in enumerate(files)]
-    reports = _run(check_tar, checks, engine, workers)
-    problems = [problem for report in reports for problem in report.problems]
+    reports, problems = _reports(check_tar, checks, runner)
     if (folder / CLIPKIT_FOLDER / "plan.json").exists() and not (folder / CLIPKIT_FOLDER / "download.json").exists():
         what = "the download isn't finished"
         problems.append(Problem(f"{CLIPKIT_FOLDER}/plan.json", what, 1, "", FINISH))

@@ -1,9 +1,9 @@
-"""What `clipkit verify` says of the files beside the shards, and what it advises.
+"""What `clipkit verify` finds in the files beside the shards.
 
 The metadata are three accounts of the same records: TFDS's, the manifest's and the index's.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +11,11 @@ import numpy as np
 from clipkit.formats.dataset import DatasetLayout, journal_path
 from clipkit.formats.manifest import CLIPKIT_FOLDER, index_path
 from clipkit.storage.files import WRITTEN_BESIDE, disk_errors, read_json
-from clipkit.tfrecord_tools.verify.shard import FETCH, FINISH, INDEX, PURGE, REBUILD, Problem
+from clipkit.tfrecord_tools.verify.problems import FINISH, INDEX, REBUILD, Problem
 
 
 def index_fits(layout: DatasetLayout, split: str) -> bool:
-    """Whether there is an index with one offset for each record; another is told among the metadata's problems."""
+    """Whether there is an index with one offset for each record; any other is among the metadata's problems."""
     path = index_path(layout.folder, split)
     return path.exists() and _index_length(path) == sum(layout.lengths[split])
 
@@ -33,7 +33,7 @@ def _index_length(path: Path) -> int | None:
 
 
 def unfinished_purge(layout: DatasetLayout) -> list[Problem]:
-    """The one problem of a dataset amid a purge, [] of another.
+    """The one problem of a dataset that is being purged, [] of any other.
 
     Its shards and metadata don't agree, and any advice but to end the purge would bring removed records back.
     """
@@ -46,7 +46,7 @@ def unfinished_purge(layout: DatasetLayout) -> list[Problem]:
 def metadata_problems(layout: DatasetLayout) -> Iterator[Problem]:
     """Where dataset_info.json, the manifest and the index don't agree."""
     name = f"{CLIPKIT_FOLDER}/manifest.json"
-    told_bytes = {
+    info_bytes = {
         part["name"]: int(part.get("numBytes") or 0)
         for part in read_json(layout.folder / "dataset_info.json")["splits"]
     }
@@ -59,8 +59,8 @@ def metadata_problems(layout: DatasetLayout) -> Iterator[Problem]:
                 what = f"split {split!r}: {manifest.records:,} records in {len(manifest.shards):,} shards where "
                 what += f"dataset_info.json says {sum(lengths):,} in {len(lengths):,}"
                 yield Problem(name, what, 1, "", REBUILD)
-            elif manifest.bytes != told_bytes.get(split):
-                what = f"split {split!r}: {manifest.bytes:,} bytes where dataset_info.json says {told_bytes[split]:,}"
+            elif manifest.bytes != info_bytes.get(split):
+                what = f"split {split!r}: {manifest.bytes:,} bytes where dataset_info.json says {info_bytes[split]:,}"
                 yield Problem(name, what, 1, "", REBUILD)
             if manifest.all_sources and manifest.samples != manifest.records + sum(manifest.skipped.values()):
                 what = f"split {split!r}: {manifest.samples:,} samples are not the records and what was left out"
@@ -96,35 +96,3 @@ def leftovers(layout: DatasetLayout) -> list[str]:
             if WRITTEN_BESIDE.fullmatch(path.name) or work or purge:
                 left.append(f"{CLIPKIT_FOLDER}/{path.name}")
     return left
-
-
-def remedy(layout: DatasetLayout, file: str, problems: Sequence[Problem]) -> str:
-    """What to do about a file: the gravest of its problems decides."""
-    todo = {problem.todo for problem in problems}
-    if FINISH in todo:
-        if file.endswith("purge.json"):
-            return "run the same clipkit purge command again, and verify after it: nothing else was checked"
-        return "run the same clipkit build-tfds command again"
-    if FETCH in todo or REBUILD in todo:
-        sources = _sources(layout, file)
-        made_of = f" (this shard is made of {sources})" if sources else ""
-        copy = "copy the shard again from where the dataset came from, or " if FETCH in todo else ""
-        how = "build it anew with clipkit build-tfds" if layout.manifest else "make the dataset anew with TFDS"
-        return f"{copy}{how}{made_of}"
-    if INDEX in todo:
-        # Readers find the offsets by themselves, a little later, where there is no index.
-        indices = [f"{CLIPKIT_FOLDER}/index-{split}.npy" for split, files in layout.files.items() if file in files]
-        return f"remove {', '.join(indices) or file}: readers then find the offsets by themselves"
-    if PURGE in todo:
-        return "keep it, for training leaves such images out; or remove these records with clipkit purge --by key"
-    return "build it anew"
-
-
-def _sources(layout: DatasetLayout, file: str) -> str:
-    """The input files of a shard, the first and the last of many."""
-    for manifest in layout.manifest.values():
-        for shard in manifest.shards:
-            if shard.file == file and shard.sources:
-                names = [source.file for source in shard.sources]
-                return ", ".join(names) if len(names) < 4 else f"{names[0]} to {names[-1]}"
-    return ""

@@ -7,7 +7,7 @@ record would begin. Equal problems of a shard are told once, with their number a
 import io
 import struct
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -19,26 +19,11 @@ from clipkit.errors import UserError
 from clipkit.formats.features import Feature
 from clipkit.formats.records import FOOTER_BYTES, HEADER_BYTES, RecordError, decode_example, masked_crc32c, unframe
 from clipkit.storage.files import local_copy
-
-# What to do about a problem; `verify` words it for the shard.
-FETCH, PURGE, INDEX, REBUILD, FINISH = "fetch", "purge", "index", "rebuild", "finish"
-MOST_KEYS = 1000
+from clipkit.tfrecord_tools.verify.problems import FETCH, INDEX, PURGE, REBUILD, ProblemList, ShardReport
 
 _BUFFER_BYTES = 1 << 20
 _LENGTH = struct.Struct("<Q")
 _TYPES: dict[str, type] = {"image": bytes, "text": bytes, "int": int, "bool": int, "label": int, "float": float}
-
-
-@dataclass(frozen=True)
-class Problem:
-    """One kind of fault of one file. `first` says where it shows first; `keys` name the records, at most MOST_KEYS."""
-
-    file: str
-    what: str
-    count: int
-    first: str
-    todo: str
-    keys: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -58,56 +43,25 @@ class ShardCheck:
     decode: tuple[int, ...] | None
 
 
-@dataclass(frozen=True)
-class ShardReport:
-    """What was found. `records` are those read, whole or damaged; `decoded` are images."""
-
-    records: int
-    bytes: int
-    decoded: int
-    problems: tuple[Problem, ...]
-
-
-@dataclass
-class Found:
-    """Problems of one file as they come, equal ones counted."""
-
-    file: str
-    problems: dict[str, tuple[int, str, str, list[str]]] = field(default_factory=dict)
-
-    def add(self, what: str, first: str, todo: str, key: str | None = None) -> None:
-        count, first, todo, keys = self.problems.get(what, (0, first, todo, []))
-        if key is not None and len(keys) < MOST_KEYS:
-            keys.append(key)
-        self.problems[what] = (count + 1, first, todo, keys)
-
-    def all(self) -> tuple[Problem, ...]:
-        return tuple(
-            Problem(self.file, what, count, first, todo, tuple(keys))
-            for what, (count, first, todo, keys) in self.problems.items()
-        )
-
-
 def check_shard(check: ShardCheck) -> ShardReport:
     """Read the shard once and compare it with what the dataset says of it."""
-    found = Found(check.path.name)
+    found = ProblemList(check.path.name)
     try:
         with local_copy(check.path) as local:
             return _check(check, local, found)
-    except FileNotFoundError:
-        missing = Problem(check.path.name, "the shard is missing", 1, "", FETCH)
-        return ShardReport(0, 0, 0, (missing,))
-    except UserError as error:
-        if isinstance(error.__cause__, FileNotFoundError):  # as `local_copy` tells it of an object store
-            return ShardReport(0, 0, 0, (Problem(check.path.name, "the shard is missing", 1, "", FETCH),))
-        raise
+    except (FileNotFoundError, UserError) as error:
+        # `local_copy` wraps what an object store says.
+        if not isinstance(error, FileNotFoundError) and not isinstance(error.__cause__, FileNotFoundError):
+            raise
+        found.add("the shard is missing", "", FETCH)
+        return ShardReport(0, 0, 0, found.all())
 
 
-def _check(check: ShardCheck, local: Path, found: Found) -> ShardReport:
+def _check(check: ShardCheck, local: Path, found: ProblemList) -> ShardReport:
     size = local.stat().st_size
     if check.bytes is not None and size != check.bytes:
         found.add(f"{size:,} bytes where the manifest says {check.bytes:,}", "", FETCH)
-    columns = Columns(check.features)
+    columns = ColumnCheck(check.features)
     chosen = None if check.decode is None else set(check.decode)
     offsets: list[int] = []
     decoded, checksum = 0, 0
@@ -161,7 +115,7 @@ def read_frames(file: BinaryIO, size: int) -> Iterator[tuple[int, bytes, str]]:
         offset += HEADER_BYTES + rest
 
 
-class Columns:
+class ColumnCheck:
     """Compares records with the columns that features.json declares."""
 
     def __init__(self, features: Mapping[str, Feature]) -> None:
@@ -193,31 +147,36 @@ class Columns:
         return found
 
 
-def _decode(values: Mapping[str, list[Any]], columns: list[str], place: str, found: Found) -> int:
+def _decode(values: Mapping[str, list[Any]], columns: list[str], place: str, found: ProblemList) -> int:
     """Decode a record's images in full and return how many there were."""
-    # Here and not above: the decoders take a second to load, and a check without them takes less.
-    from clipkit.pixels.images import ImageError, decode
-
     decoded = 0
-    for name in columns:
-        for image in values.get(name, []):
-            if isinstance(image, bytes):
-                decoded += 1
-                try:
-                    decode(image)
-                except ImageError as error:
-                    key = (values.get("key") or values.get("file_name") or [None])[0]
-                    text = key.decode("utf-8", "replace") if isinstance(key, bytes) else None
-                    where = f"{place}{f', key {text}' if text else ''}: {error}"
-                    found.add("an image can't be decoded", where, PURGE, text)
+    for image in (image for name in columns for image in values.get(name, []) if isinstance(image, bytes)):
+        decoded += 1
+        error = decoding_error(image)
+        if error is not None:
+            key = (values.get("key") or values.get("file_name") or [None])[0]
+            text = key.decode("utf-8", "replace") if isinstance(key, bytes) else None
+            found.add("an image can't be decoded", f"{place}{f', key {text}' if text else ''}: {error}", PURGE, text)
     return decoded
 
 
-def _check_index(index: tuple[Path, int], offsets: npt.NDArray[np.uint64], found: Found) -> None:
+def decoding_error(image: bytes) -> str | None:
+    """What the decoder says against an image, None where it decodes in full."""
+    # Here and not above: the decoders take a second to load, and a check without them takes less.
+    from clipkit.pixels.images import ImageError, decode
+
+    try:
+        decode(image)
+    except ImageError as error:
+        return str(error)
+    return None
+
+
+def _check_index(index: tuple[Path, int], offsets: npt.NDArray[np.uint64], found: ProblemList) -> None:
     path, first = index
-    told = read_index(path, first, len(offsets))
-    if not np.array_equal(told, offsets):
-        wrong = int(np.argmin(told == offsets)) if len(told) == len(offsets) else 0
+    stored = read_index(path, first, len(offsets))
+    if not np.array_equal(stored, offsets):
+        wrong = int(np.argmin(stored == offsets)) if len(stored) == len(offsets) else 0
         found.add(f"{path.name} says other offsets than the file has", f"record {wrong:,}", INDEX)
 
 

@@ -16,7 +16,8 @@ from clipkit.storage.files import local_copy, read_json
 from clipkit.tfrecord_tools.pictures.sniff import image_format
 from clipkit.tfrecord_tools.readers.tar import read_tar
 from clipkit.tfrecord_tools.reasons import BAD_METADATA, BAD_TEXT
-from clipkit.tfrecord_tools.verify.shard import FETCH, Found, ShardReport
+from clipkit.tfrecord_tools.verify.problems import FETCH, ProblemList, ShardReport
+from clipkit.tfrecord_tools.verify.shard import decoding_error
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class TarCheck:
 
 def check_tar(check: TarCheck) -> ShardReport:
     """Read the tar once from front to back; the images to decode are drawn as they pass, and held until the end."""
-    found = Found(check.path.name)
+    found = ProblemList(check.path.name)
     rng = random.Random(check.number)
     chosen: list[tuple[str, bytes]] = []
     samples = images = decoded = 0
@@ -57,26 +58,23 @@ def check_tar(check: TarCheck) -> ShardReport:
         # The rest of the line is advice, which the summary gives in its own words.
         found.add(str(error).removeprefix(f"{check.path}: ").rsplit(": ", 1)[0], f"after {samples:,} samples", FETCH)
     else:
-        for name, told in _counts(check.path, found):
-            if told != samples:
-                found.add(f"{samples:,} samples where {name} says {told:,}", "", FETCH)
+        for name, count in _counts(check.path, found):
+            if count != samples:
+                found.add(f"{samples:,} samples where {name} says {count:,}", "", FETCH)
     for key, image in chosen:
         decoded += _decode(key, image, found)
     return ShardReport(samples, check.bytes, decoded, found.all())
 
 
-def _decode(key: str, image: bytes, found: Found) -> int:
-    from clipkit.pixels.images import ImageError, decode
-
-    try:
-        decode(image)
-    except ImageError as error:
+def _decode(key: str, image: bytes, found: ProblemList) -> int:
+    error = decoding_error(image)
+    if error is not None:
         found.add("an image can't be decoded", f"sample {key}: {error}", FETCH, key)
     return 1
 
 
-def _counts(tar: Path, found: Found) -> list[tuple[str, int]]:
-    """The number of samples that the files beside a tar tell, by their names."""
+def _counts(tar: Path, found: ProblemList) -> list[tuple[str, int]]:
+    """The number of samples that the files beside a tar count, by their names."""
     counts = []
     stats, table = tar.with_name(f"{tar.stem}_stats.json"), tar.with_suffix(".parquet")
     if stats.exists():
