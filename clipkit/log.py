@@ -11,6 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
+from clipkit.formatting import duration
 from clipkit.storage.files import append_json_line, read_json_lines, write_beside
 
 if TYPE_CHECKING:
@@ -94,31 +95,6 @@ class Progress:
             self.live.stop()
         elif kind is None and not self.quiet:
             print(f"{self.label}: {self.text()}", file=sys.stderr, flush=True)
-
-
-def duration(seconds: float) -> str:
-    """Seconds as a person says them: `42s`, `3m 05s`, `2h 10m`, `3d 4h`."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole}s"
-    if whole < 3600:
-        return f"{whole // 60}m {whole % 60:02d}s"
-    if whole < 86400:
-        return f"{whole // 3600}h {whole % 3600 // 60:02d}m"
-    return f"{whole // 86400}d {whole % 86400 // 3600}h"
-
-
-def size_text(count: float) -> str:
-    """Bytes as a person says them, in decimal units: `950 B`, `12.3 kB`, `256.0 MB`, `1.5 TB`."""
-    for limit, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if count >= limit * 0.99995:  # what would be said as 1000.0 of the unit below
-            return f"{count / limit:,.1f} {unit}"
-    return f"{count:.0f} B"
-
-
-def counted(number: int, one: str, many: str = "") -> str:
-    """A number with its noun: `1 shard`, `1,024 shards`; `many` where the plural isn't `one` with an s."""
-    return f"{number:,} {one if number == 1 else many or f'{one}s'}"
 
 
 class Writer(Protocol):

@@ -38,9 +38,9 @@ from clipkit import checkpoint
 from clipkit.counter_rng import sample_keys
 from clipkit.device import pick
 from clipkit.eval.labelled import LabelledImages
-from clipkit.eval.metrics import wilson
 from clipkit.eval.task import Pixels, Task, open_task, stack
 from clipkit.eval.zeroshot import classify
+from clipkit.intervals import wilson
 from clipkit.model.clip import CLIP
 from clipkit.pixels.images import Preprocess, UInt8Array, decode, eval_transform
 from clipkit.text.tokenizer import Tokenizer

@@ -3,13 +3,12 @@
 A zero-shot number without an interval and a chance level can't be told from luck, so none is given alone here.
 """
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-Z_95 = 1.959963984540054
+from clipkit.intervals import wilson
 
 
 @dataclass(frozen=True)
@@ -22,20 +21,6 @@ class Measure:
     high: float
     n: int
     chance: float
-
-
-def wilson(value: float, n: float) -> tuple[float, float]:
-    """The 95% score interval of a proportion seen in `n` independent trials (Wilson, 1927). `n` need not be whole.
-
-    Unlike value ± 1.96 standard errors it stays inside 0..1 and has a width at 0 and at 1.
-    """
-    if n <= 0:
-        return 0.0, 1.0
-    z2 = Z_95 * Z_95
-    centre = (value + z2 / (2 * n)) / (1 + z2 / n)
-    half = Z_95 / (1 + z2 / n) * math.sqrt(value * (1 - value) / n + z2 / (4 * n * n))
-    # The two ends are exact where nothing or everything is right; rounding must not push them past the value.
-    return max(0.0, min(value, centre - half)), min(1.0, max(value, centre + half))
 
 
 def mean_per_class_recall(correct_N: NDArray[np.bool_], labels_N: NDArray[np.int64]) -> tuple[float, float, float]:

@@ -13,7 +13,8 @@ from clipkit.errors import UserError
 from clipkit.eval import predictions, report_data, results
 from clipkit.eval.report_data import DataFacts, StageCost
 from clipkit.eval.results import METRICS, Result, verdict
-from clipkit.page.charts import Band, Line, histogram, interval_strip, line_chart, share
+from clipkit.formatting import share
+from clipkit.page.charts import Band, Line, histogram, interval_strip, line_chart
 from clipkit.page.render import render
 from clipkit.storage.files import require_dir, write_beside
 

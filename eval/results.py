@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clipkit.page.charts import percent
+from clipkit.formatting import percent
 from clipkit.storage.files import disk_errors, read_json_lines, write_beside
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 
 from clipkit.embedded import emoji_groups, emoji_parquet
 from clipkit.errors import InternalError, UserError
-from clipkit.log import duration
+from clipkit.formatting import duration
 from clipkit.storage.files import lock, read_json, read_json_lines, remove, write_json
 
 FAULTY_SHARE = 0.03

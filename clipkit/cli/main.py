@@ -83,7 +83,7 @@ def train(
     """
     from clipkit.config import set_values
     from clipkit.eval.zeroshot import open_task
-    from clipkit.log import duration
+    from clipkit.formatting import duration
     from clipkit.train.loop import train as stage
     from clipkit.train.recipes import find_recipe
 

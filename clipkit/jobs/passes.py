@@ -10,8 +10,9 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
+from clipkit.formatting import counted
 from clipkit.jobs.run import Engine, run_jobs
-from clipkit.log import Progress, counted
+from clipkit.log import Progress
 
 Job = TypeVar("Job")
 State = TypeVar("State")

@@ -1,1 +1,5 @@
-"""clipkit/page"""
+"""The pages that clipkit writes, each one HTML file: the report of a run, the inspection of a dataset.
+
+- `render`: a page from a stage's template, which extends `page.html.j2`
+- `charts`: inline SVG that follows light and dark
+"""

@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 
+from clipkit.formatting import share, short
+
 WIDTH, HEIGHT = 360, 214
 LEFT, RIGHT, TOP, BOTTOM = 46, 10, 30, 34
 POINTS = 240
@@ -35,43 +37,6 @@ class Band:
     name: str
     start: float
     stop: float
-
-
-def short(value: float) -> str:
-    """A number in at most four characters or so: 950, 12.8k, 3.2M, 0.0002 as 2e-4."""
-    if value == 0:
-        return "0"
-    size = abs(value)
-    for limit, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if size >= limit * 0.9995:
-            return f"{value / limit:.3g}{unit}"
-    if size < 0.001:
-        mantissa, exponent = f"{value:.1e}".split("e")
-        return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
-    return f"{value:.3g}"
-
-
-def size(count: float) -> str:
-    """A number of bytes: 950 B, 12.8 kB, 3.2 GB."""
-    for limit, unit in ((1e15, "PB"), (1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if count >= limit * 0.9995:
-            return f"{count / limit:.3g} {unit}"
-    return f"{count:.3g} B"
-
-
-def share(value: float) -> str:
-    """A share as a percentage."""
-    return f"{value * 100:.3g}%"
-
-
-def percent(share: float) -> str:
-    """A share as a percentage: two digits below 1%, one above."""
-    return f"{share:.2%}" if share < 0.01 else f"{share:.1%}"
-
-
-def count(number: float) -> str:
-    """A whole number with separators."""
-    return f"{number:,.0f}"
 
 
 def ticks(low: float, high: float, most: int = 5) -> list[float]:

@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from clipkit.errors import UserError
-from clipkit.log import duration
-from clipkit.page.charts import count, percent, share, short, size
+from clipkit.formatting import count, duration, percent, share, short, size_text
 
 
 def render(package: str, template: str, contents: Mapping[str, Any]) -> str:
@@ -22,6 +21,6 @@ def render(package: str, template: str, contents: Mapping[str, Any]) -> str:
         raise UserError("a page needs jinja2: pip install 'clipkit[report]'") from error
     loader = jinja2.ChoiceLoader([jinja2.PackageLoader(each, ".") for each in (package, "clipkit.page")])
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"percent": percent, "short": short, "size": size, "share": share}
+    environment.filters |= {"percent": percent, "short": short, "size": size_text, "share": share}
     environment.filters |= {"duration": duration, "count": count}
     return environment.get_template(template).render(**contents)

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from clipkit import formatting
 from clipkit.eval import results
-from clipkit.eval.metrics import wilson
 from clipkit.eval.results import Result
-from clipkit.page import charts
+from clipkit.intervals import wilson
 
 HASHES = {"classes": "a", "templates": "b", "split": "c", "preprocessing": "d"}
 
@@ -107,7 +107,7 @@ def test_table_shows_value_interval_chance_and_the_warning() -> None:
 
 
 def test_percent() -> None:
-    assert [charts.percent(share) for share in (0, 0.00091, 0.0712, 0.5, 1)] == [
+    assert [formatting.percent(share) for share in (0, 0.00091, 0.0712, 0.5, 1)] == [
         "0.00%",
         "0.09%",
         "7.1%",

@@ -29,8 +29,8 @@ from clipkit.formats.manifest import (
     read_manifest,
     write_manifest,
 )
+from clipkit.formatting import size_text
 from clipkit.jobs.run import Engine
-from clipkit.log import size_text
 from clipkit.storage.files import as_path, clear_leftovers, is_remote, lock, read_json, remove
 from clipkit.tfrecord_tools.account.purged import refuse_unfinished_purge
 from clipkit.tfrecord_tools.build.condition import Condition

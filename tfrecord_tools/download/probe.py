@@ -1,12 +1,12 @@
 """What a download is going to be like: some rows from all over the table, fetched and thrown away."""
 
-import math
 from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from clipkit.formatting import duration, size_text
+from clipkit.intervals import wilson
 from clipkit.jobs.run import run_jobs
-from clipkit.log import duration
 from clipkit.tfrecord_tools import reasons
 from clipkit.tfrecord_tools.download.plan import Plan
 from clipkit.tfrecord_tools.reasons import ADVICE, EMPTY_CAPTION
@@ -57,9 +57,9 @@ class ProbeResult:
         if self.failed:
             lines.append("failed: " + ", ".join(f"{reason} {n / self.rows:.1%}" for reason, n in self.failed.items()))
         lines += [
-            f"{self.images_per_second:,.0f} images/s; {self.image_bytes / 1e3:,.1f} KB an image, "
-            f"{self.body_bytes / 1e3:,.1f} KB as fetched",
-            f"all {self.of:,} rows: about {self.images:,} images, {size(self.disk_bytes)} of disk, "
+            f"{self.images_per_second:,.0f} images/s; {size_text(self.image_bytes)} an image, "
+            f"{size_text(self.body_bytes)} as fetched",
+            f"all {self.of:,} rows: about {self.images:,} images, {size_text(self.disk_bytes)} of disk, "
             f"{duration(self.seconds)} at this rate",
         ]
         return "\n".join(lines)
@@ -98,7 +98,7 @@ def probe(plan: Plan, count: int, network: FetchSettings, processes: int) -> Pro
     for result in found:
         counts.update(result.counts)
     ok = counts.pop("ok", 0)
-    low, high = wilson(ok, len(urls))
+    low, high = wilson(ok / len(urls), len(urls))
     rate = sum(result.rate for result in found) * len(urls) / max(len(wanted), 1)
     image_bytes = sum(result.image_bytes for result in found) / max(ok, 1)
     images = round(plan.rows * ok / len(urls))
@@ -118,21 +118,3 @@ def probe(plan: Plan, count: int, network: FetchSettings, processes: int) -> Pro
         disk_bytes=round(images * (image_bytes + RECORD_BYTES)),
         seconds=plan.rows / rate if rate else 0.0,
     )
-
-
-def wilson(ok: int, count: int) -> tuple[float, float]:
-    """Wilson's 95% interval of a share (Wilson 1927)."""
-    z = 1.96
-    share = ok / count
-    middle = share + z * z / (2 * count)
-    half = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    return max(0.0, (middle - half) / (1 + z * z / count)), min(1.0, (middle + half) / (1 + z * z / count))
-
-
-def size(count: float) -> str:
-    """Bytes as a person says them."""
-    for unit in ("KB", "MB", "GB"):
-        count /= 1000
-        if count < 1000:
-            return f"{count:,.1f} {unit}"
-    return f"{count / 1000:,.1f} TB"

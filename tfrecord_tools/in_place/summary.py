@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from clipkit.formats.manifest import CLIPKIT_FOLDER
-from clipkit.log import counted
+from clipkit.formatting import counted
 from clipkit.tfrecord_tools.writing.summary import BuildSummary
 
 

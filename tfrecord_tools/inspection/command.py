@@ -10,7 +10,8 @@ from typing import Any
 
 from clipkit.formats.dataset import Dataset, open_dataset, read_layout
 from clipkit.formats.manifest import CLIPKIT_FOLDER
-from clipkit.page.charts import histogram, size
+from clipkit.formatting import size_text
+from clipkit.page.charts import histogram
 from clipkit.page.render import render
 from clipkit.pixels.images import ImageError, decode_scaled
 from clipkit.storage.files import as_path, require_writable, write_beside, write_json
@@ -46,7 +47,9 @@ class InspectSummary:
     def text(self) -> str:
         """A few lines for a person."""
         seen = self.inspection
-        lines = [f"{seen.records:,} records, {size(seen.bytes)} in {seen.shards:,} shards; looked at {seen.sampled:,}"]
+        lines = [
+            f"{seen.records:,} records, {size_text(seen.bytes)} in {seen.shards:,} shards; looked at {seen.sampled:,}"
+        ]
         if seen.captions and seen.captions.tokens:
             tokens = seen.captions.tokens
             lines.append(f"captions: mean {tokens.mean:.1f} tokens, {seen.captions.repeated:,} repeated")

@@ -20,8 +20,9 @@ from clipkit.errors import UserError
 from clipkit.formats.dataset import VERSION
 from clipkit.formats.features import Feature, parse_features
 from clipkit.formats.manifest import CLIPKIT_FOLDER, SplitManifest, read_manifest, write_manifest
+from clipkit.formatting import counted
 from clipkit.jobs.run import Engine, run_jobs
-from clipkit.log import Progress, counted
+from clipkit.log import Progress
 from clipkit.storage.files import clear_leftovers, is_remote, lock, read_json, remove
 from clipkit.tfrecord_tools.account.purged import refuse_unfinished_purge
 from clipkit.tfrecord_tools.labelled.labels import label_images

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from clipkit.errors import UserError
-from clipkit.log import counted
+from clipkit.formatting import counted
 from clipkit.tfrecord_tools.labelled.listing import Image
 
 KAGGLE_LABELS = "LOC_val_solution.csv"

@@ -16,8 +16,8 @@ import numpy as np
 from clipkit.errors import UserError
 from clipkit.formats.dataset import open_dataset, shard_name
 from clipkit.formats.manifest import CLIPKIT_FOLDER, SplitManifest, index_path
+from clipkit.formatting import counted
 from clipkit.jobs.run import Engine, run_jobs
-from clipkit.log import counted
 from clipkit.storage.files import read_json, write_beside, write_json
 from clipkit.tfrecord_tools.labelled.listing import Image
 from clipkit.tfrecord_tools.labelled.shard import (

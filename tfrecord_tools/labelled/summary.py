@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from clipkit.formats.manifest import CLIPKIT_FOLDER
-from clipkit.log import counted, size_text
+from clipkit.formatting import counted, size_text
 from clipkit.tfrecord_tools.writing.summary import BuildSummary
 
 

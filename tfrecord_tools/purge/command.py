@@ -26,9 +26,9 @@ import numpy.typing as npt
 from clipkit.errors import UserError
 from clipkit.formats.dataset import DatasetLayout, open_dataset, read_layout
 from clipkit.formats.manifest import CLIPKIT_FOLDER
+from clipkit.formatting import counted, size_text
 from clipkit.jobs.passes import Runner
 from clipkit.jobs.run import Engine
-from clipkit.log import counted, size_text
 from clipkit.storage.files import as_path, clear_leftovers, lock, read_json, remove, save_array
 from clipkit.tfrecord_tools.purge.finish import finish, purged_before, was_recorded
 from clipkit.tfrecord_tools.purge.ledger import purge_ledgers

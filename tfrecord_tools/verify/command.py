@@ -16,9 +16,9 @@ import numpy as np
 
 from clipkit.formats.dataset import DatasetLayout, read_layout
 from clipkit.formats.manifest import CLIPKIT_FOLDER, ShardEntry, index_path
+from clipkit.formatting import counted, duration, size_text
 from clipkit.jobs.passes import Runner
 from clipkit.jobs.run import Engine
-from clipkit.log import counted, duration, size_text
 from clipkit.storage.files import WRITTEN_BESIDE, as_path
 from clipkit.tfrecord_tools.verify.metadata import index_fits, leftovers, metadata_problems, unfinished_purge
 from clipkit.tfrecord_tools.verify.problems import FINISH, Problem, ShardReport, remedy

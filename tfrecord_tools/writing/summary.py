@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from clipkit.formats.manifest import CLIPKIT_FOLDER, SplitManifest
-from clipkit.log import counted, size_text
+from clipkit.formatting import counted, size_text
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from clipkit.config import to_json
-from clipkit.log import counted
+from clipkit.formatting import counted
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -11,13 +11,12 @@ import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
 from download_site import JPEG, PICTURES, fetch, write_urls
-from scipy.stats import binomtest
 
 from clipkit.cli.demo_server import Answer, serve
 from clipkit.cli.main import main
 from clipkit.errors import UserError
 from clipkit.tfrecord_tools.download.plan import Output, make_plan
-from clipkit.tfrecord_tools.download.probe import LOWER, ProbeResult, size, wilson
+from clipkit.tfrecord_tools.download.probe import LOWER, ProbeResult
 from clipkit.tfrecord_tools.download.probe_worker import MAX_ROW_GROUPS, sample_rows
 from clipkit.tfrecord_tools.reasons import ADVICE, remedy_after_download
 from clipkit.tfrecord_tools.tables.columns import TableColumns
@@ -67,16 +66,6 @@ def test_advice_names_options_that_exist() -> None:
     known = {name for command in main.commands.values() for option in command.params for name in option.opts}
     for line in [*ADVICE.values(), *LOWER.values(), *map(remedy_after_download, ADVICE)]:
         assert [word for word in re.split("[ :,;=]+", line) if word.startswith("--") and word not in known] == []
-
-
-@pytest.mark.parametrize("ok", [0, 1, 10, 19, 20])
-def test_interval_is_wilsons(ok: int) -> None:
-    expected = binomtest(ok, 20).proportion_ci(method="wilson")
-    assert wilson(ok, 20) == pytest.approx((expected.low, expected.high), abs=1e-4)
-
-
-def test_sizes() -> None:
-    assert [size(n) for n in (0, 12_345, 5e6, 9.6e12)] == ["0.0 KB", "12.3 KB", "5.0 MB", "9.6 TB"]
 
 
 def plan_of(folder: Path, own: Path, where: str | None = None) -> object:
