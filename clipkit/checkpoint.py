@@ -1,4 +1,4 @@
-"""A checkpoint describes itself: a folder with weights, optimizer state, where in the data it stands, and what it is.
+"""Checkpoints: folders with weights, optimizer state, the position in the data, and a description of the model.
 
     000000128000/
       model.safetensors       weights, float32
@@ -24,7 +24,8 @@ from clipkit.errors import UserError
 from clipkit.storage.files import read_json, remove, require_dir, write_beside, write_json
 
 if TYPE_CHECKING:
-    from clipkit.model.clip import CLIP, ModelConfig
+    from clipkit.model.clip import CLIP
+    from clipkit.model.config import ModelConfig
     from clipkit.pixels.images import Preprocess
 
 FORMAT = 1
@@ -49,7 +50,7 @@ class Checkpoint:
     @property
     def model_config(self) -> "ModelConfig":
         """The architecture."""
-        from clipkit.model.clip import ModelConfig
+        from clipkit.model.config import ModelConfig
 
         return from_json(ModelConfig, self.config["model"], f"{self.path}/config.json: model")
 
@@ -83,7 +84,7 @@ def save(
     state: Mapping[str, Any],
     optimizer: Mapping[str, torch.Tensor] | None = None,
 ) -> Path:
-    """Write a checkpoint folder, whole or not at all; one that stands there already is kept and returned."""
+    """Write a checkpoint folder, whole or not at all; one that is there already is kept and returned."""
     if folder.exists():
         return folder
     with write_beside(folder) as temporary:
@@ -98,7 +99,7 @@ def save(
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Write a safetensors file. Raises OSError as any other writing does: safetensors tells of it in words alone."""
+    """Write a safetensors file. Raises OSError as any other write does: safetensors has its number only in a message."""
     try:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
     except SafetensorError as error:
@@ -118,7 +119,7 @@ def load(path: Path, *, with_optimizer: bool = False) -> Checkpoint:
     if config.get("format", 0) > FORMAT:
         raise UserError(f"checkpoint {folder} has format {config['format']}, newer than this clipkit: update clipkit")
     if config.get("tokenizer") != TOKENIZER:
-        raise UserError(f"checkpoint {folder} wants the tokenizer {config.get('tokenizer')!r}: update clipkit")
+        raise UserError(f"checkpoint {folder} needs the tokenizer {config.get('tokenizer')!r}: update clipkit")
     optimizer = read_tensors(folder / "optimizer.safetensors") if with_optimizer else {}
     return Checkpoint(folder, config, state, read_tensors(folder / "model.safetensors"), optimizer)
 
@@ -146,8 +147,7 @@ def find(path: Path) -> Path:
 
 def latest(run: Path) -> Path | None:
     """The checkpoint with the most samples seen in a run's folder, or None."""
-    folders = checkpoints(run)
-    return folders[-1] if folders else None
+    return next(reversed(checkpoints(run)), None)
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -155,7 +155,7 @@ def checkpoints(run: Path) -> list[Path]:
     return sorted(path for path in (run / "checkpoints").glob("[0-9]*") if path.name.isdigit() and path.is_dir())
 
 
-def place(run: Path, samples_seen: int) -> Path:
+def folder_of(run: Path, samples_seen: int) -> Path:
     """Where a run keeps the checkpoint of `samples_seen`."""
     return run / "checkpoints" / f"{samples_seen:012d}"
 

@@ -1,4 +1,4 @@
-"""The only file that knows a CPU, CUDA and XLA apart.
+"""The only file that tells a CPU, CUDA and XLA apart.
 
 Everything else asks a `Device` for what it needs: where tensors go, how a step ends, what the optimizer may do. On XLA
 the trainer runs SPMD: one process, one mesh over all chips, the batch sharded over the mesh's `data` axis, weights
@@ -28,7 +28,6 @@ from clipkit.jobs.worker import cores
 
 GOOGLE_PCI_VENDOR = "0x1ae0"
 
-DeviceName = Literal["auto", "cpu", "gpu", "tpu"]
 Precision = Literal["auto", "float32", "bfloat16"]
 
 
@@ -43,7 +42,7 @@ class Device:
     world: int = 1
     mesh: Any = None
     control: Any = None
-    """A group of the ranks over the CPU, for what is no tensor: its waiting costs the chips nothing."""
+    """A group of the ranks over the CPU, for what isn't a tensor: waiting in it costs the chips nothing."""
 
     @property
     def is_first(self) -> bool:
@@ -76,7 +75,7 @@ class Device:
     def recompute(self) -> Callable[..., torch.Tensor]:
         """How activations are computed again in the backward pass. None of our blocks draws random numbers.
 
-        XLA would see that the second computation is the first and keep its result; torch_xla's own function stands a
+        XLA would see that the second computation equals the first and keep its result; torch_xla's own function puts a
         barrier between them.
         """
         if self.kind == "xla":
@@ -137,7 +136,7 @@ class Device:
         return torch.nn.parallel.DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
 
     def end_step(self) -> None:
-        """Tell a lazy device that the step is complete, so that it compiles and starts; others have started already."""
+        """Tell a lazy device that the step is complete, so that it compiles and runs it; others run already."""
         if self.kind == "xla":
             import torch_xla
 
@@ -190,34 +189,28 @@ def pick(name: str = "auto") -> Device:
         raise UserError(f"unknown device {name!r}: choose from auto, cpu, gpu, tpu")
     if name == "tpu":
         return pick_xla("asked for")
+    no_gpu = "this torch was built without CUDA" if torch.version.cuda is None else "torch sees no CUDA device"
     if name == "gpu" and not torch.cuda.is_available():
-        raise UserError(f"no GPU: {no_gpu_reason()}; use --device cpu, or run `clipkit doctor`")
+        raise UserError(f"no GPU: {no_gpu}; use --device cpu, or run `clipkit doctor`")
     if name == "gpu" or (name == "auto" and torch.cuda.is_available()):
         return join_ranks("cuda", "asked for" if name == "gpu" else "a GPU is here")
     if name == "auto" and has_tpu():
         return pick_xla("a TPU is here")
-    why = "asked for" if name == "cpu" else f"no GPU ({no_gpu_reason()}) and no TPU"
+    why = "asked for" if name == "cpu" else f"no GPU ({no_gpu}) and no TPU"
     return join_ranks("cpu", why)
 
 
-def no_gpu_reason() -> str:
-    """Why torch sees no GPU, in a few words."""
-    if torch.version.cuda is None:
-        return "this torch was built without CUDA"
-    return "torch sees no CUDA device"
-
-
 def has_tpu() -> bool:
-    """Whether XLA's runtime was told of a TPU, or one of Google's chips is on the bus; nothing is imported to see."""
+    """Whether XLA's runtime was told of a TPU, or torch_xla is installed and one of Google's chips is on the bus.
+
+    Google's virtual machines have other chips of its on the bus as well. Nothing is imported to see.
+    """
     if os.environ.get("PJRT_DEVICE", "").upper() == "TPU":
         return True
+    if importlib.util.find_spec("torch_xla") is None:
+        return False
     vendors = Path("/sys/bus/pci/devices").glob("*/vendor")
-    return any(vendor.read_text().strip() == GOOGLE_PCI_VENDOR for vendor in vendors) and torch_xla_is_here()
-
-
-def torch_xla_is_here() -> bool:
-    """Whether torch_xla can be imported. Google's virtual machines have other chips of its on the bus as well."""
-    return importlib.util.find_spec("torch_xla") is not None
+    return any(vendor.read_text().strip() == GOOGLE_PCI_VENDOR for vendor in vendors)
 
 
 def pick_xla(why: str) -> Device:

@@ -1,7 +1,6 @@
-"""What a person sees while long work runs, and what a script reads afterwards.
+"""What a person sees while long work runs, and what a script reads afterwards: progress and metrics.
 
-Progress goes to stderr, so that stdout stays for results. A null writer stands in where nothing is to be written, so no
-caller asks whether there is one.
+Progress goes to stderr, so that stdout stays for results.
 """
 
 import json
@@ -9,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from clipkit.formatting import duration
 from clipkit.storage.files import append_json_line, read_json_lines, write_beside
@@ -24,7 +23,7 @@ class Progress:
     """One live line: what, how far, the rate, the time left, and a note (failures, what it waits for).
 
     On a terminal the line redraws itself; elsewhere a plain line is printed at most every ten seconds. A `quiet` one
-    says nothing: one of several ranks speaks.
+    prints nothing, as on all ranks but the first.
     """
 
     def __init__(
@@ -36,7 +35,7 @@ class Progress:
         quiet: bool = False,
         rate: bool = True,
     ) -> None:
-        """`rate` is False where the note tells one."""
+        """`rate` is False where the note has one."""
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -64,7 +63,7 @@ class Progress:
         return self
 
     def update(self, done: int, note: str = "") -> None:
-        """Say how much is done in all, with a note behind the rate."""
+        """Show how much is done in all, with a note after the rate."""
         self.done, self.note = done, note
         now = time.monotonic()
         if self.live is not None and self.task is not None:
@@ -97,27 +96,17 @@ class Progress:
             print(f"{self.label}: {self.text()}", file=sys.stderr, flush=True)
 
 
-class Writer(Protocol):
-    """Where the numbers of a run go."""
+class Writer:
+    """Where the numbers of a run go. This one writes nothing: for the ranks that don't write."""
 
     def write(self, values: dict[str, float | int | str]) -> None:
-        """One line of metrics; `samples_seen` is its place on the x axis."""
+        """Write one line of metrics; `samples_seen` is its place on the x axis."""
 
     def close(self) -> None:
-        """Flush and let go of the files."""
+        """Flush and close the files."""
 
 
-class NullWriter:
-    """Stands in for a MetricsWriter on the ranks that don't write."""
-
-    def write(self, values: dict[str, float | int | str]) -> None:
-        """Nothing is written."""
-
-    def close(self) -> None:
-        """Nothing is open."""
-
-
-class MetricsWriter:
+class MetricsWriter(Writer):
     """`metrics.jsonl` for scripts and TensorBoard event files for people, in a run's folder.
 
     TensorBoard's own writer imports TensorFlow where it is installed, and TensorFlow must not enter a process that
@@ -135,7 +124,7 @@ class MetricsWriter:
         folder.mkdir(parents=True, exist_ok=True)
         self.records = RecordWriter(folder / f"events.out.tfevents.{time.time_ns()}.clipkit")
         self.event(file_version="brain.Event:2")
-        # It makes TensorBoard forget what a killed run wrote beyond its last checkpoint.
+        # TensorBoard then drops what a killed run wrote beyond its last checkpoint.
         self.event(step=samples_seen, session_log=SessionLog(status=SessionLog.START))
 
     def write(self, values: dict[str, float | int | str]) -> None:
@@ -158,7 +147,7 @@ class MetricsWriter:
         self.records.flush()
 
     def close(self) -> None:
-        """Close the event file; each metrics line is on the disk already."""
+        """Close the event file; the lines of metrics are on the disk already."""
         self.records.close()
 
 

@@ -155,7 +155,8 @@ def shape_of(model: Mapping[str, Any], image_size: int, context_length: int) -> 
 
     import torch
 
-    from clipkit.model.clip import CLIP, ModelConfig
+    from clipkit.model.clip import CLIP
+    from clipkit.model.config import ModelConfig
 
     config = ModelConfig.from_dict(model)
     config = replace(

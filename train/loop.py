@@ -22,7 +22,7 @@ from clipkit.config import differences, to_json
 from clipkit.device import Device, pick
 from clipkit.errors import UserError
 from clipkit.eval.zeroshot import Task, evaluate
-from clipkit.log import MetricsWriter, NullWriter, Progress, Writer, forget_metrics_after
+from clipkit.log import MetricsWriter, Progress, Writer, forget_metrics_after
 from clipkit.model.clip import CLIP, build, load_state
 from clipkit.storage.files import lock, remove, write_json
 from clipkit.text.tokenizer import Tokenizer
@@ -132,7 +132,7 @@ def train(
         if device.is_first:
             forget_metrics_after(folder, start.samples_seen if start else 0)
             write_json(folder / "config.json", describe_run(recipe, found, device))
-        writer: Writer = MetricsWriter(folder, start.samples_seen if start else 0) if device.is_first else NullWriter()
+        writer: Writer = MetricsWriter(folder, start.samples_seen if start else 0) if device.is_first else Writer()
         stack.callback(writer.close)
         stop = Stop(alone=device.world == 1)
         run = Run(recipe, folder, found, device, writer, task if device.is_first else None, workers, stop)
@@ -243,7 +243,7 @@ def run_stage(run: Run, stage: Stage, stage_start: int, model: CLIP, optimizer: 
                 break
         else:
             # Stopped while waiting: the steps since the last checkpoint, where there were any, are saved.
-            place = checkpoint.place(run.folder, run.samples_seen)
+            place = checkpoint.folder_of(run.folder, run.samples_seen)
             if run.stop.agreed and run.samples_seen - stage_start > start and not place.exists():
                 save(run, stage, model, optimizer, step_loss + grad_norm)
     return loss
@@ -273,7 +273,7 @@ def save(run: Run, stage: Stage, model: CLIP, optimizer: torch.optim.Optimizer, 
     if not torch.isfinite(health).item():
         raise UserError(broken(run, "the loss or its gradient is no number"))
     checkpoint.save(
-        checkpoint.place(run.folder, run.samples_seen),
+        checkpoint.folder_of(run.folder, run.samples_seen),
         tensors={name: tensor.detach().cpu() for name, tensor in model.state_dict().items()},
         optimizer=checkpoint.optimizer_tensors(model, optimizer),
         config=checkpoint.describe(model_at(run.recipe, stage), preprocess_at(run.recipe, stage), run.recipe),

@@ -15,7 +15,8 @@ import torch
 from clipkit.config import did_you_mean
 from clipkit.device import Device, Precision
 from clipkit.errors import UserError
-from clipkit.model.clip import CLIP, ImageConfig, ModelConfig, TextConfig, vit_b16
+from clipkit.model.clip import CLIP
+from clipkit.model.config import ImageConfig, ModelConfig, TextConfig, vit_b16
 from clipkit.pixels.images import CLIP_MEAN, CLIP_STD, Preprocess
 from clipkit.text.tokens import ImageMethod, TextMethod
 from clipkit.train.loader.augment import Augmentation

@@ -1,7 +1,7 @@
-"""The whole pipeline on the embedded pairs: the very commands that a user would run, one after the other.
+"""The whole pipeline on the embedded pairs: the same commands that a user would run, one after the other.
 
-Each command runs in a process of its own and goes on by itself where a killed run left it. What the demo adds is small:
-a server for the pictures while they are downloaded, the order, and an account of time and memory.
+Each command runs in a process of its own and goes on by itself where a killed run stopped. The demo adds a server for
+the pictures while they are downloaded, the order, and a summary of time and memory.
 """
 
 import contextlib
@@ -54,10 +54,10 @@ class Cost:
 
 
 def run_demo(out: Path, *, recipe: str = "emoji-demo", limit: int | None = None, settings: Sequence[str] = ()) -> None:
-    """Run download, build-tfds, train, zeroshot and report below `out`, print what came of it, and go on where a killed
+    """Run download, build-tfds, train, zeroshot and report below `out`, print the results, and go on where a killed
     demo stopped.
 
-    `limit` takes the first pairs alone; `settings` are `key=value` for the recipe. Raises UserError when a command
+    `limit` takes only the first pairs; `settings` are `key=value` for the recipe. Raises UserError when a command
     fails, or when `out` holds a demo of other pairs.
     """
     with lock(out):
@@ -65,18 +65,18 @@ def run_demo(out: Path, *, recipe: str = "emoji-demo", limit: int | None = None,
 
 
 def run_stages(out: Path, stages: Sequence[Stage], limit: int | None) -> None:
-    """Run the stages that aren't done, and say at the end what came of all."""
+    """Run the stages that aren't done, and print the results of all at the end."""
     run = out / "run"
     print(f"The demo works in {out}; stop it when you like, and run it again to go on.")
     before = {cost.name: cost for cost in read_costs(out / "demo.json")}
     known: dict[str, Cost] = {}
     for stage in stages:
         cost = before.get(stage.name)
-        if cost is not None and is_done(stage, cost):
+        if cost is not None and cost.command == stage.command and stage.output.exists():
             print(f"\n$ {stage.command}\n(done before, in {duration(cost.seconds)})", flush=True)
             known[stage.name] = cost
             continue
-        # What follows a stage that runs is made from what it makes: no later one counts as done any more.
+        # Later stages are made from what this one makes, so none counts as done any more.
         before = {}
         write_costs(out / "demo.json", known)
         print(f"\n$ {stage.command}", flush=True)
@@ -88,21 +88,16 @@ def run_stages(out: Path, stages: Sequence[Stage], limit: int | None) -> None:
     print("\n" + closing(run, list(known.values())), flush=True)
 
 
-def is_done(stage: Stage, cost: Cost) -> bool:
-    """Whether this very command has succeeded and its output is still there."""
-    return cost.command == stage.command and stage.output.exists()
-
-
 def stages(out: Path, recipe: str, settings: Sequence[str]) -> list[Stage]:
     """The commands in order."""
     shards, data, run, heldout = out / "shards", out / "data", out / "run", str(emoji_parquet("heldout"))
     assignments = [word for setting in settings for word in ("--set", setting)]
     download = ("--preset", "laion400m", "--format", "webdataset", "--image-size", "96", "--samples-per-shard", "2200")
-    # All pictures come from one server, which is our own, and some of its answers never do.
+    # All pictures come from one server of our own, and some of its answers never come.
     server = ("--allow-private-hosts", "--per-host", "128", "--timeout", "2")
     evaluate = ("--eval-data", heldout, "--eval-templates", TEMPLATES)
     zeroshot = ("zeroshot", "--ckpt", str(run), "--data", heldout, "--templates", TEMPLATES)
-    # A group is a union of unlike things, so each caption it has in training is asked for, and probabilities are added.
+    # A group holds unlike things, so each of its training captions is a prompt, and their probabilities are added.
     groups = ("--label", "group", "--classes", str(emoji_groups()), "--pooling", "sum")
     return [
         Stage(
@@ -135,8 +130,8 @@ def stages(out: Path, recipe: str, settings: Sequence[str]) -> list[Stage]:
 def serve_pictures(out: Path, limit: int | None) -> Iterator[None]:
     """Serve the training pairs on loopback, with 3% broken, and write their URL table into `out` when it isn't there.
 
-    The port stands in the table, and a download goes on with the same table alone. So a second run takes the port of
-    the first; where another program has it by now, the download begins anew: it is the cheaper trouble.
+    The port is part of the table's URLs, and a download goes on only with the same table. So a second run takes the
+    port of the first; where another program has it by now, the download starts again.
     """
     import pyarrow.parquet as pq
 
@@ -156,7 +151,7 @@ def serve_pictures(out: Path, limit: int | None) -> Iterator[None]:
             except OSError as error:
                 if error.errno != errno.EADDRINUSE:
                     raise
-                print(f"(port {port} of the last run is taken: the download begins anew)", flush=True)
+                print(f"(port {port} of the last run is taken: the download starts again)", flush=True)
                 remove(out / "shards")
                 remove(table)
         if not table.exists():
@@ -187,7 +182,7 @@ def run_stage(stage: Stage) -> Cost:
     code, peak_memory_bytes = run_child(["-m", "clipkit", *stage.arguments])
     if code != 0:
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-        message = f"the demo's {stage.name} {how}: mend what it says above, and run the demo again to go on from there"
+        message = f"the demo's {stage.name} {how}: fix what it says above, and run the demo again to go on from there"
         raise InternalError(message) if code == 1 else UserError(message)
     return Cost(stage.name, stage.command, round(time.monotonic() - started, 1), peak_memory_bytes)
 
@@ -218,7 +213,7 @@ def run_child(arguments: Sequence[str]) -> tuple[int, int]:
 
 
 def write_costs(path: Path, costs: dict[str, Cost]) -> None:
-    """What the stages took, for the next demo and for the report."""
+    """Save what the stages took, for the next demo and for the report."""
     write_json(path, {"stages": [asdict(cost) for cost in costs.values()]})
 
 
@@ -228,7 +223,7 @@ def read_costs(path: Path) -> list[Cost]:
 
 
 def closing(run: Path, costs: Sequence[Cost]) -> str:
-    """The last words: numbers, costs, where the report is, and how to go on."""
+    """The text at the end: numbers, costs, where the report is, and how to go on."""
     lines = ["Zero-shot, on drawings in a style that training never saw:"]
     for result in newest_results(run):
         interval = f"{result['low']:.1%} to {result['high']:.1%}"

@@ -3,6 +3,5 @@
 - `clip`: the model: building, initial weights, loading a checkpoint's tensors; where to begin
 - `config`: what a model is made of, as plain data
 - `image_tower`, `text_tower`: the two encoders
-- `pos_embed`: position embeddings, fixed or resized to another grid
 - `loss`: InfoNCE and SigLIP's sigmoid loss, on one device or several
 """

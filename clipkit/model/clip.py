@@ -1,7 +1,8 @@
-"""The model: an image tower and a text tower that meet in one space (Radford et al., 2021).
+"""The model: an image tower and a text tower that share an embedding space (Radford et al., 2021).
 
-`build` makes it with weights that are a function of the configuration and a seed alone; `load_state` puts the weights
-of a checkpoint in, fitting the position embeddings where the image size or the context length has changed.
+`build` makes one whose weights are a function of only its configuration and a seed; `load_state` copies in a
+checkpoint's weights. CLIPA trains on small images and short captions, then goes on with large and long ones, so the
+position embeddings are resized where the image size or the context length has changed.
 """
 
 import contextlib
@@ -15,31 +16,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clipkit.errors import UserError
-from clipkit.model.config import ImageConfig, ModelConfig, TextConfig, check_choices, vit_b16, vit_b32, vit_l14, vit_l16
+from clipkit.model.config import ModelConfig, check_choices
 from clipkit.model.image_tower import ConvStem, ImageTower
-from clipkit.model.pos_embed import resize_image_positions, resize_text_positions
 from clipkit.model.text_tower import Recompute, TextTower
-
-__all__ = [
-    "CLIP",
-    "ImageConfig",
-    "ModelConfig",
-    "TextConfig",
-    "allocate",
-    "build",
-    "float32_maths",
-    "load_state",
-    "vit_b16",
-    "vit_b32",
-    "vit_l14",
-    "vit_l16",
-]
 
 LOG_SCALE_MAX = math.log(100.0)
 
 
 class CLIP(nn.Module):
-    """Two towers, their projections, and the temperature.
+    """Two towers, their projections, and the logit scale.
 
     Static shapes, no value read back from the device, nothing that depends on the values: the same code runs on CPU,
     CUDA and XLA. Under `torch.autocast` the towers run in its dtype; the projections, norms and everything that makes
@@ -82,7 +67,7 @@ class CLIP(nn.Module):
 
         OpenCLIP clamps the parameter after each optimizer step; here it is clamped when a training step first uses it,
         which comes to the same numbers and leaves nothing to remember outside. (Clamping the value alone would stop
-        the gradient as soon as a step overshoots, and the temperature would stay at 100 for good.)
+        the gradient as soon as a step overshoots, and the scale would stay at 100 for good.)
         """
         if self.training:
             with torch.no_grad():
@@ -91,7 +76,7 @@ class CLIP(nn.Module):
         return self.logit_scale.clamp(max=LOG_SCALE_MAX).exp()
 
     def recompute_activations(self, recompute: Recompute | None) -> None:
-        """Trade time for memory in training: keep each block's input alone, compute its inside again going back.
+        """Trade time for memory in training: keep only each block's input, compute the rest again in the backward pass.
 
         `recompute` is how (`Device.recompute`); None keeps all activations.
         """
@@ -167,7 +152,7 @@ def float32_maths(device: torch.device) -> contextlib.AbstractContextManager[obj
 
 
 def build(config: ModelConfig, seed: int = 0) -> CLIP:
-    """A model on the CPU in float32, its weights a function of `config` and `seed` alone.
+    """A model on the CPU in float32, its weights a function of only `config` and `seed`.
 
     Raises UserError for a configuration that can't be built.
     """
@@ -177,7 +162,7 @@ def build(config: ModelConfig, seed: int = 0) -> CLIP:
 
 
 def allocate(config: ModelConfig) -> CLIP:
-    """A model whose weights hold nothing yet, for those who go on with `load_state`, which sets every one.
+    """A model whose weights aren't set yet: `load_state` sets all of them.
 
     Nothing is initialised twice (seconds, for ViT-L), and torch's global generator isn't touched.
     """
@@ -190,7 +175,7 @@ def allocate(config: ModelConfig) -> CLIP:
 def load_state(model: CLIP, tensors: Mapping[str, Tensor]) -> None:
     """Copy a checkpoint's tensors into `model`, whatever device and dtype it is in.
 
-    Image positions of another grid are interpolated, text positions cut or interpolated (`pos_embed`); a model
+    Image positions of another grid are interpolated, text positions cut or interpolated; a model
     with fixed positions keeps its own. Anything else that doesn't fit is a UserError, and then nothing was copied.
     """
     state = model.state_dict()
@@ -203,9 +188,9 @@ def load_state(model: CLIP, tensors: Mapping[str, Tensor]) -> None:
                 f"{name} has shape {list(fitted[name].shape)} in the checkpoint and {list(tensor.shape)} in the model: "
                 "use the architecture that the checkpoint's config.json names"
             )
-    surplus = sorted(set(fitted) - set(state))
-    if surplus:
-        raise UserError(f"the model has no {surplus[0]}: use the architecture that the checkpoint's config.json names")
+    unknown = sorted(set(fitted) - set(state))
+    if unknown:
+        raise UserError(f"the model has no {unknown[0]}: use the architecture that the checkpoint's config.json names")
     for name, tensor in state.items():
         tensor.copy_(fitted[name])
 
@@ -221,3 +206,31 @@ def fit_positions(model: CLIP, tensors: Mapping[str, Tensor]) -> dict[str, Tenso
     if text_key in fitted:
         fitted[text_key] = resize_text_positions(fitted[text_key], len(model.text.pos_embed))
     return fitted
+
+
+def resize_image_positions(position_1ND: Tensor, grid: tuple[int, int], prefix: int) -> Tensor:
+    """[1, prefix + n, D] of a square grid to [1, prefix + h * w, D], bicubic and antialiased as in timm and OpenCLIP.
+
+    The first `prefix` positions (the class token's) are kept as they are.
+    """
+    tokens_ND, patches_ND = position_1ND[0, :prefix], position_1ND[0, prefix:]
+    side = math.isqrt(len(patches_ND))
+    if (side, side) == grid:
+        return position_1ND
+    image_1DHW = patches_ND.float().reshape(1, side, side, -1).permute(0, 3, 1, 2)
+    image_1DHW = F.interpolate(image_1DHW, size=grid, mode="bicubic", antialias=True, align_corners=False)
+    resized_ND = image_1DHW[0].flatten(1).T.to(patches_ND.dtype)
+    return torch.cat([tokens_ND, resized_ND])[None]
+
+
+def resize_text_positions(position_TD: Tensor, context_length: int) -> Tensor:
+    """[T, D] to [context_length, D].
+
+    Longer: linear interpolation, as OpenCLIP and CLIPA do from pre-training to fine-tuning. Shorter: the first
+    positions, because token i of a truncated caption is still token i. OpenCLIP squeezes all positions together there,
+    which moves every token; who needs that can do it before loading.
+    """
+    if context_length <= len(position_TD):
+        return position_TD[:context_length].clone()
+    line_1DT = F.interpolate(position_TD.float().T[None], size=context_length, mode="linear", align_corners=False)
+    return line_1DT[0].T.to(position_TD.dtype).contiguous()

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from clipkit.errors import UserError
 from clipkit.model.config import ImageConfig
-from clipkit.model.pos_embed import sincos_2d
 from clipkit.model.text_tower import Recompute, run_blocks
 from clipkit.text.tokens import gather_tokens
 
@@ -66,8 +65,23 @@ def prime_factors(number: int) -> list[int]:
     return factors
 
 
+def sincos_2d(grid: tuple[int, int], width: int) -> Tensor:
+    """float32[h * w, width]: sine and cosine of the column, then of the row, at width / 4 frequencies each.
+
+    As in MoCo v3 and MAE, hence in OpenCLIP and CLIPA's PyTorch code: frequency i of n is 10000 ** (-i / n). big_vision
+    and CLIPA's JAX code divide by n - 1 instead, so their numbers differ slightly. `width` is a multiple of 4.
+    """
+    n = width // 4
+    omega_F = 10_000.0 ** (-torch.arange(n, dtype=torch.float64) / n)
+    rows_N = torch.arange(grid[0], dtype=torch.float64).repeat_interleave(grid[1])
+    columns_N = torch.arange(grid[1], dtype=torch.float64).repeat(grid[0])
+    column_NF = columns_N[:, None] * omega_F
+    row_NF = rows_N[:, None] * omega_F
+    return torch.cat([column_NF.sin(), column_NF.cos(), row_NF.sin(), row_NF.cos()], dim=1).float()
+
+
 class ImageTower(nn.Module):
-    """Images to one vector each."""
+    """Images to one vector each, by a timm vision transformer."""
 
     def __init__(self, config: ImageConfig) -> None:
         super().__init__()

@@ -1,11 +1,11 @@
 """A lock on a folder of an object store.
 
-No kernel lets go of it when its holder dies, so it is a lease: an object that says who holds it and since when it was
-last seen, written again every minute. One that was not seen for five minutes may be taken over, and so may one whose
-process is known to be dead because it ran on this machine. It rests on clocks that agree within some minutes and on
-the store's conditional put (S3, Google and memory have one; on a store without, two that start within the same instant
-may both begin). That is enough for what it is for: to keep a second command from doing the same work by mistake. What
-two commands put is whole objects of the same bytes in any case.
+No kernel releases it when its holder dies, so it is a lease: an object that says who holds the folder and when the
+holder was last seen, written again every minute. A lease that wasn't refreshed for five minutes may be taken over, and
+so may one whose process is known to be dead because it ran on this machine. It rests on clocks that agree within some
+minutes and on the store's conditional put (S3, Google and memory have one; on a store without, two that start within
+the same instant may both begin). It keeps a second command from working on the same folder by mistake: the same one
+would do all work twice, another one (a purge by another list, a build with other options) would mix its shards in.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ STALE_SECONDS = 300.0
 
 @dataclass(frozen=True)
 class Lease:
-    """Who holds a folder. `token` tells two holders of one process apart; `seen` is in seconds since 1970."""
+    """Who holds a folder. `token` differs between holders of one process; `seen` is in seconds since 1970."""
 
     token: str
     host: str
@@ -47,7 +47,7 @@ def hold(path: Path) -> Iterator[None]:
     """
     token = secrets.token_hex(8)
     with store_errors(path, writing=True):
-        _take(path, token)
+        _acquire(path, token)
     ended = threading.Event()
     lost: list[Lease] = []
     refresher = threading.Thread(target=_refresh, args=(path, token, ended, lost), name="clipkit-lease", daemon=True)
@@ -64,12 +64,12 @@ def hold(path: Path) -> Iterator[None]:
                     remove(path)
     if lost:
         raise UserError(
-            f"{path.parent} was taken over by another clipkit ({_name(lost[0])}) while this one couldn't reach the "
+            f"{path.parent} was taken over by another clipkit ({_describe(lost[0])}) while this one couldn't reach the "
             "store: stop one of them and run the command again"
         )
 
 
-def _take(path: Path, token: str) -> None:
+def _acquire(path: Path, token: str) -> None:
     for _ in range(2):
         try:
             put_bytes(_lease(token), path, "create")
@@ -85,12 +85,12 @@ def _take(path: Path, token: str) -> None:
             return
         if held and not _is_dead(held):
             raise UserError(
-                f"{path.parent} is being written by another clipkit ({_name(held)}, seen "
+                f"{path.parent} is being written by another clipkit ({_describe(held)}, seen "
                 f"{max(0, round(time.time() - held.seen))} s ago): wait for it or stop it; the lock of a killed one is "
                 f"free after {STALE_SECONDS / 60:.0f} minutes"
             )
         remove(path)
-    raise UserError(f"{path.parent} was taken by another clipkit in this moment: wait for it or stop it")
+    raise UserError(f"{path.parent} was taken by another clipkit just now: wait for it or stop it")
 
 
 def _refresh(path: Path, token: str, ended: threading.Event, lost: list[Lease]) -> None:
@@ -129,5 +129,5 @@ def _is_dead(held: Lease) -> bool:
     return False
 
 
-def _name(held: Lease) -> str:
+def _describe(held: Lease) -> str:
     return f"process {held.pid} on {held.host}"

@@ -9,7 +9,8 @@ from safetensors.torch import save_file
 from clipkit import checkpoint
 from clipkit.device import pick
 from clipkit.errors import UserError
-from clipkit.model.clip import ImageConfig, ModelConfig, TextConfig, build
+from clipkit.model.clip import build
+from clipkit.model.config import ImageConfig, ModelConfig, TextConfig
 from clipkit.pixels.images import Preprocess
 from clipkit.train.optimizer import OptimizerConfig, make_optimizer
 
@@ -34,7 +35,7 @@ def saved(run, samples_seen=32, **changes):
         "state": {"samples_seen": samples_seen, "stage": "full", "seconds": 1.5, "bad_samples": 0},
         "optimizer": {"exp_avg/x": torch.ones(2)},
     }
-    return checkpoint.save(checkpoint.place(run, samples_seen), **(fields | changes))
+    return checkpoint.save(checkpoint.folder_of(run, samples_seen), **(fields | changes))
 
 
 def test_a_checkpoint_describes_itself(tmp_path):
@@ -75,7 +76,7 @@ def test_a_run_means_its_newest_checkpoint(tmp_path):
     for seen in (32, 96, 64):
         saved(tmp_path, seen)
     assert checkpoint.load(tmp_path).samples_seen == 96
-    assert checkpoint.load(checkpoint.place(tmp_path, 64)).samples_seen == 64
+    assert checkpoint.load(checkpoint.folder_of(tmp_path, 64)).samples_seen == 64
 
 
 def test_pruning_keeps_the_newest_and_the_ends_of_stages(tmp_path):

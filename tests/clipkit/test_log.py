@@ -4,7 +4,7 @@ import sys
 import pytest
 
 from clipkit.formatting import counted, duration, size_text
-from clipkit.log import MetricsWriter, NullWriter, Progress, forget_metrics_after, read_metrics
+from clipkit.log import MetricsWriter, Progress, Writer, forget_metrics_after, read_metrics
 
 
 @pytest.mark.parametrize(
@@ -74,9 +74,9 @@ def test_tensorboard_reads_what_was_written_and_tensorflow_was_not_needed(tmp_pa
     assert done.stdout.splitlines()[-1] == "16 loss 0.5"
 
 
-def test_the_null_writer_writes_nothing(tmp_path, monkeypatch):
+def test_a_plain_writer_writes_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    writer = NullWriter()
+    writer = Writer()
     writer.write({"samples_seen": 1})
     writer.close()
     assert list(tmp_path.iterdir()) == []

@@ -26,7 +26,8 @@ from clipkit.eval.labelled import open_labelled
 from clipkit.eval.task import Task, open_task
 from clipkit.eval.zeroshot import classify, evaluate, measures, zeroshot
 from clipkit.formats.records import RecordWriter, encode_example
-from clipkit.model.clip import CLIP, ImageConfig, ModelConfig, TextConfig, build
+from clipkit.model.clip import CLIP, build
+from clipkit.model.config import ImageConfig, ModelConfig, TextConfig
 from clipkit.pixels.images import Preprocess
 from clipkit.text.tokenizer import Tokenizer
 
@@ -71,7 +72,7 @@ def run(tmp_path: Path, model: CLIP) -> Path:
 
     config = checkpoint.describe(SMALL, PREPROCESS, NoRecipe())
     state = {"samples_seen": 64, "stage": "full", "seconds": 1.0, "bad_samples": 0}
-    checkpoint.save(checkpoint.place(tmp_path / "run", 64), tensors=model.state_dict(), config=config, state=state)
+    checkpoint.save(checkpoint.folder_of(tmp_path / "run", 64), tensors=model.state_dict(), config=config, state=state)
     return tmp_path / "run"
 
 

@@ -5,7 +5,7 @@ import pytest
 from clipkit.config import from_json, set_values, to_json
 from clipkit.device import Device, pick
 from clipkit.errors import UserError
-from clipkit.model.clip import vit_b32, vit_l14
+from clipkit.model.config import vit_b32, vit_l14
 from clipkit.train.recipes import Recipe, check_recipe, loader_config, model_at, patch_grid, recipes
 
 

@@ -78,7 +78,7 @@ def test_another_recipe_runs_training_again(tmp_path: Path, ran: list[str]) -> N
 
 
 @pytest.mark.parametrize(("code", "kind", "message"), [
-    (2, UserError, "the demo's build-tfds ended with exit code 2: mend what it says above"),
+    (2, UserError, "the demo's build-tfds ended with exit code 2: fix what it says above"),
     (1, InternalError, "ended with exit code 1"),
     (-9, UserError, "was killed by SIGKILL"),
 ])  # fmt: skip

@@ -15,21 +15,9 @@ from open_clip.pos_embed import get_2d_sincos_pos_embed
 from clipkit.device import pick
 from clipkit.errors import UserError
 from clipkit.interop.openclip import convert, load_openclip
-from clipkit.model.clip import (
-    CLIP,
-    ImageConfig,
-    ModelConfig,
-    TextConfig,
-    allocate,
-    build,
-    load_state,
-    vit_b16,
-    vit_b32,
-    vit_l14,
-    vit_l16,
-)
-from clipkit.model.image_tower import prime_factors
-from clipkit.model.pos_embed import resize_text_positions, sincos_2d
+from clipkit.model.clip import CLIP, allocate, build, load_state, resize_text_positions
+from clipkit.model.config import ImageConfig, ModelConfig, TextConfig, vit_b16, vit_b32, vit_l14, vit_l16
+from clipkit.model.image_tower import prime_factors, sincos_2d
 from clipkit.text.tokenizer import EOT, SOT
 
 TINY = ModelConfig(
