@@ -99,7 +99,7 @@ def save(
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Write a safetensors file. Raises OSError as any other write does: safetensors has its number only in a message."""
+    """Write a safetensors file. Raises OSError as other writes do: safetensors has its number only in words."""
     try:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
     except SafetensorError as error:

@@ -85,7 +85,7 @@ def run_stages(out: Path, stages: Sequence[Stage], limit: int | None) -> None:
         write_costs(out / "demo.json", known)
         if run.exists():
             write_costs(run / "demo.json", known)
-    print("\n" + closing(run, list(known.values())), flush=True)
+    print("\n" + summary_text(run, list(known.values())), flush=True)
 
 
 def stages(out: Path, recipe: str, settings: Sequence[str]) -> list[Stage]:
@@ -222,7 +222,7 @@ def read_costs(path: Path) -> list[Cost]:
     return [Cost(**stage) for stage in read_json(path)["stages"]] if path.exists() else []
 
 
-def closing(run: Path, costs: Sequence[Cost]) -> str:
+def summary_text(run: Path, costs: Sequence[Cost]) -> str:
     """The text at the end: numbers, costs, where the report is, and how to go on."""
     lines = ["Zero-shot, on drawings in a style that training never saw:"]
     for result in newest_results(run):

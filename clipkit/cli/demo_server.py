@@ -25,20 +25,6 @@ SHUTDOWN_SECONDS = 0.05  # for answers on their way; silent connections are cut 
 FAULTS = ("not-found", "truncated", "html", "empty", "silent")
 HTML_PAGE = b"<!doctype html><title>Parked</title><p>This domain is for sale."
 
-# The columns of LAION-400M's URL tables.
-URL_TABLE = pa.schema(
-    [
-        ("SAMPLE_ID", pa.int64()),
-        ("URL", pa.string()),
-        ("TEXT", pa.string()),
-        ("LICENSE", pa.string()),
-        ("NSFW", pa.string()),
-        ("similarity", pa.float64()),
-        ("WIDTH", pa.int32()),
-        ("HEIGHT", pa.int32()),
-    ]
-)
-
 
 @dataclass(frozen=True)
 class Answer:
@@ -95,20 +81,23 @@ def write_url_table(path: Path, base_url: str, pairs: pa.Table) -> None:
 
     NSFW and similarity are null: nobody has judged these pairs, and no number is made up for them.
     """
-    paths = [image_path(v, c) for v, c in zip(pairs["vendor"].to_pylist(), pairs["codepoint"].to_pylist(), strict=True)]
-    count = len(pairs)
-    columns = [
-        pa.array(range(count), pa.int64()),
-        pa.array([base_url + p for p in paths], pa.string()),
-        pairs["caption"].cast(pa.string()),
-        pairs["license"].cast(pa.string()),
-        pa.nulls(count, pa.string()),
-        pa.nulls(count, pa.float64()),
-        pairs["width"].cast(pa.int32()),
-        pairs["height"].cast(pa.int32()),
+    urls = [
+        base_url + image_path(v, c)
+        for v, c in zip(pairs["vendor"].to_pylist(), pairs["codepoint"].to_pylist(), strict=True)
     ]
+    count = len(pairs)
+    columns = {
+        "SAMPLE_ID": pa.array(range(count), pa.int64()),
+        "URL": pa.array(urls, pa.string()),
+        "TEXT": pairs["caption"].cast(pa.string()),
+        "LICENSE": pairs["license"].cast(pa.string()),
+        "NSFW": pa.nulls(count, pa.string()),
+        "similarity": pa.nulls(count, pa.float64()),
+        "WIDTH": pairs["width"].cast(pa.int32()),
+        "HEIGHT": pairs["height"].cast(pa.int32()),
+    }
     with write_beside(path) as temporary:
-        pq.write_table(pa.Table.from_arrays(columns, schema=URL_TABLE), temporary)
+        pq.write_table(pa.table(columns), temporary)
 
 
 @contextlib.contextmanager

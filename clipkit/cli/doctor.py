@@ -92,7 +92,7 @@ def clashes(versions: dict[str, str | None]) -> list[str]:
     """Pairs of versions that are known not to work together."""
     found = []
     torch, vision, xla = versions["torch"], versions["torchvision"], versions["torch_xla"]
-    wanted = wanted_torch()
+    wanted = required_torch()
     if torch and vision and wanted and not wanted.contains(torch, prereleases=True):
         found.append(f"torchvision {vision} needs torch {wanted}, but torch {torch} is here: install the pair together")
     if torch and xla and not same_release(torch, xla):
@@ -106,7 +106,7 @@ def clashes(versions: dict[str, str | None]) -> list[str]:
     return found
 
 
-def wanted_torch() -> SpecifierSet | None:
+def required_torch() -> SpecifierSet | None:
     """The releases of torch that the installed torchvision asks for."""
     for line in importlib.metadata.requires("torchvision") or []:
         requirement = Requirement(line)

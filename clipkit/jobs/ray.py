@@ -19,18 +19,8 @@ from pathlib import Path
 from typing import Any, Self, TypeVar
 
 from clipkit.errors import UserError
-from clipkit.jobs.worker import (
-    STOP_SECONDS,
-    Answer,
-    Loss,
-    answer_packed,
-    cores,
-    keep_signals,
-    missing_package,
-    one_line,
-    pack,
-    unlike_driver,
-)
+from clipkit.jobs import worker
+from clipkit.jobs.worker import Answer, Loss
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -57,13 +47,13 @@ class RayWorkers:
         try:
             import ray
         except ImportError as error:
-            raise missing_package("ray", error) from error
+            raise worker.missing_package("ray", error) from error
         self.ray: Any = ray
-        self.packed = pack(self.function, self.ray.cloudpickle.dumps)
+        self.packed = worker.pack(self.function, self.ray.cloudpickle.dumps)
         self.connected = ray.is_initialized()
         if not self.connected:
             connect(ray, self.workers)
-        self.task = self.ray.remote(answer_packed).options(max_retries=0, num_cpus=1)
+        self.task = self.ray.remote(worker.answer_packed).options(max_retries=0, num_cpus=1)
         return self
 
     def room(self) -> int:
@@ -94,14 +84,14 @@ class RayWorkers:
         except (errors.NodeDiedError, errors.ObjectLostError):
             return Loss("its machine was lost")
         except errors.LocalRayletDiedError as error:
-            return Loss(one_line(error))
+            return Loss(worker.one_line(error))
         except errors.RayTaskError as error:
             # Whatever the function raises comes as an answer, so it wasn't even begun.
             cause = error.cause if isinstance(error.cause, Exception) else error
-            raise unlike_driver("the Ray cluster", cause) from error
+            raise worker.unlike_driver("the Ray cluster", cause) from error
         except errors.RayError as error:
             raise UserError(
-                f"the Ray cluster failed ({one_line(error)}): run the same command again to go on"
+                f"the Ray cluster failed ({worker.one_line(error)}): run the same command again to go on"
             ) from error
         return answered
 
@@ -112,7 +102,7 @@ class RayWorkers:
                 for reference in self.pending:
                     self.ray.cancel(reference, force=True)
                 if self.pending:
-                    self.ray.wait(list(self.pending), num_returns=len(self.pending), timeout=STOP_SECONDS)
+                    self.ray.wait(list(self.pending), num_returns=len(self.pending), timeout=worker.STOP_SECONDS)
             if not self.connected:
                 self.ray.shutdown()
 
@@ -123,12 +113,12 @@ def connect(ray: Any, workers: int | None) -> None:
     if address not in ("local", "auto") and "://" not in address and not _answers(address):
         # Ray itself would try for a quarter of an hour.
         raise UserError(f"nothing answers at the Ray cluster's address {address}: {REMEDY}")
-    options = {"num_cpus": workers or cores(), "include_dashboard": False} if address == "local" else {}
+    options = {"num_cpus": workers or worker.cores(), "include_dashboard": False} if address == "local" else {}
     try:
-        with keep_signals():
+        with worker.keep_signals():
             ray.init(address=address, log_to_driver=False, logging_level="CRITICAL", **options)
     except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
-        raise UserError(f"can't join the Ray cluster at {address} ({one_line(error)}): {REMEDY}") from error
+        raise UserError(f"can't join the Ray cluster at {address} ({worker.one_line(error)}): {REMEDY}") from error
 
 
 def _started_here() -> str | None:

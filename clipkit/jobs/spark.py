@@ -27,17 +27,8 @@ from pathlib import Path
 from typing import Any, Self, TypeVar
 
 from clipkit.errors import UserError
-from clipkit.jobs.worker import (
-    Answer,
-    Loss,
-    answer_packed,
-    cores,
-    keep_signals,
-    missing_package,
-    one_line,
-    pack,
-    unlike_driver,
-)
+from clipkit.jobs import worker
+from clipkit.jobs.worker import Answer, Loss
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -61,9 +52,10 @@ class SparkWorkers:
         try:
             import pyspark
         except ImportError as error:
-            raise missing_package("spark", error) from error
+            raise worker.missing_package("spark", error) from error
         self.pyspark: Any = pyspark
-        self.packed = pack(self.function, self.pyspark.cloudpickle.dumps)
+        packed = worker.pack(self.function, self.pyspark.cloudpickle.dumps)
+        self.work = functools.partial(worker.answer_packed, packed)
         self.context = get_context(self.pyspark, self.workers, self.group)
         return self
 
@@ -79,7 +71,7 @@ class SparkWorkers:
         outcome: Answer | Exception
         try:
             self.context.setJobGroup(self.group, "clipkit", interruptOnCancel=True)
-            (outcome,) = self.context.parallelize([item], 1).map(_Work(self.packed)).collect()
+            (outcome,) = self.context.parallelize([item], 1).map(self.work).collect()
         except Exception as error:
             outcome = error
         self.results.put((index, outcome))
@@ -99,18 +91,8 @@ class SparkWorkers:
             for thread in self.threads.values():
                 thread.join(0.2 / len(self.threads))
         if self.context.getConf().get(OWNER) == self.group:
-            with keep_signals():
+            with worker.keep_signals():
                 self.context.stop()
-
-
-class _Work:
-    """`answer_packed` with the function; a class, because Spark sends those of this module by their name."""
-
-    def __init__(self, packed: bytes) -> None:
-        self.packed = packed
-
-    def __call__(self, item: bytes) -> Answer:
-        return answer_packed(self.packed, item)
 
 
 def _loss(error: Exception) -> Loss:
@@ -120,11 +102,11 @@ def _loss(error: Exception) -> Loss:
     text = str(error)
     if isinstance(error, PythonException):
         last = next((line for line in reversed(text.splitlines()) if re.match(r"\S+Error", line)), text)
-        raise unlike_driver("the Spark cluster", Exception(last)) from error
+        raise worker.unlike_driver("the Spark cluster", Exception(last)) from error
     if "Python worker exited unexpectedly" in text or "ExecutorLostFailure" in text:
         times = re.search(r"failed (\d+) times", text)
         return Loss("its process ended; often the machine is short of memory", int(times[1]) if times else 1)
-    raise UserError(f"Spark failed ({one_line(error)}): run the same command again to go on") from error
+    raise UserError(f"Spark failed ({worker.one_line(error)}): run the same command again to go on") from error
 
 
 def get_context(pyspark: Any, workers: int | None, owner: str) -> Any:
@@ -138,7 +120,7 @@ def get_context(pyspark: Any, workers: int | None, owner: str) -> Any:
         raise UserError(problem)
     settings = pyspark.SparkConf().set(OWNER, owner)
     if not submitted:
-        settings.setMaster(master or f"local[{workers or cores()}]").setAppName("clipkit")
+        settings.setMaster(master or f"local[{workers or worker.cores()}]").setAppName("clipkit")
         settings.set("spark.ui.enabled", "false").set("spark.ui.showConsoleProgress", "false")
         settings.set("spark.log.level", "OFF" if local else "ERROR").set("spark.task.maxFailures", "1")
     environment = {"PYSPARK_PYTHON": os.environ.get("PYSPARK_PYTHON", sys.executable)}
@@ -146,12 +128,12 @@ def get_context(pyspark: Any, workers: int | None, owner: str) -> Any:
         settings.set("spark.driver.host", "127.0.0.1").set("spark.driver.bindAddress", "127.0.0.1")
         environment["SPARK_LOCAL_IP"] = "127.0.0.1"
     try:
-        with keep_signals(), _environment(environment), _silent_stderr() if local else contextlib.nullcontext():
+        with worker.keep_signals(), _environment(environment), _silent_stderr() if local else contextlib.nullcontext():
             return pyspark.SparkContext.getOrCreate(settings)
     except Exception as error:
         where = "on this machine" if local else f"at {master or 'the master that was given'}"
         raise UserError(
-            f"Spark doesn't start {where} ({one_line(error)}): try `pyspark` in the same environment"
+            f"Spark doesn't start {where} ({worker.one_line(error)}): try `pyspark` in the same environment"
         ) from error
 
 

@@ -37,13 +37,13 @@ def info_nce(
     with torch.autocast(image_BE.device.type, enabled=False):
         # The scale goes on the small matrix. Of each matrix of logits one copy is kept to go back with, and no softmax.
         image_BE, text_BE = image_BE.float() * logit_scale.float(), text_BE.float()
-        B, start = len(image_BE), local_start(len(image_BE), gather)
-        ignored_BN, positive_BN = special_pairs(caption_B, B, same_caption, gather)
+        B, start = len(image_BE), first_row(len(image_BE), gather)
+        ignored_BN, positive_BN = caption_masks(caption_B, B, same_caption, gather)
         if not gather:
             logits_BB = masked_logits(image_BE, text_BE, ignored_BN)
-            return (one_way(logits_BB, start, positive_BN) + one_way(logits_BB.T, start, positive_BN)) / 2
-        from_image = one_way(masked_logits(image_BE, gather_features(text_BE), ignored_BN), start, positive_BN)
-        from_text = one_way(masked_logits(text_BE, gather_features(image_BE), ignored_BN), start, positive_BN)
+            return (cross_entropy(logits_BB, start, positive_BN) + cross_entropy(logits_BB.T, start, positive_BN)) / 2
+        from_image = cross_entropy(masked_logits(image_BE, gather_features(text_BE), ignored_BN), start, positive_BN)
+        from_text = cross_entropy(masked_logits(text_BE, gather_features(image_BE), ignored_BN), start, positive_BN)
         return (from_image + from_text) / 2
 
 
@@ -54,7 +54,7 @@ def masked_logits(x_BE: Tensor, y_NE: Tensor, ignored_BN: Tensor | None) -> Tens
     return logits_BN if ignored_BN is None else logits_BN.masked_fill_(ignored_BN, -torch.inf)
 
 
-def one_way(logits_BN: Tensor, start: int, positive_BN: Tensor | None) -> Tensor:
+def cross_entropy(logits_BN: Tensor, start: int, positive_BN: Tensor | None) -> Tensor:
     """Mean cross-entropy of the rows. Their targets are `positive_BN`, or their own partners from column `start` on."""
     if positive_BN is None:
         target_B = logits_BN[:, start : start + len(logits_BN)].diagonal()
@@ -76,19 +76,19 @@ def sigmoid_loss(
     """SigLIP's loss (Zhai et al., 2023): every pair is its own yes-or-no question. The sum over pairs, divided by the
     number of local rows. Arguments as for `info_nce`."""
     with torch.autocast(image_BE.device.type, enabled=False):
-        B, start = len(image_BE), local_start(len(image_BE), gather)
+        B, start = len(image_BE), first_row(len(image_BE), gather)
         all_text_NE = gather_features(text_BE.float()) if gather else text_BE.float()
         logits_BN = (image_BE.float() * logit_scale.float()) @ all_text_NE.T + logit_bias.float()
-        ignored_BN, positive_BN = special_pairs(caption_B, B, same_caption, gather)
+        ignored_BN, positive_BN = caption_masks(caption_B, B, same_caption, gather)
         if positive_BN is None:
-            positive_BN = own_partner(B, start, len(all_text_NE), image_BE.device)
+            positive_BN = partner_mask(B, start, len(all_text_NE), image_BE.device)
         signed_BN = torch.where(positive_BN, -logits_BN, logits_BN)
         if ignored_BN is not None:
             signed_BN = signed_BN.masked_fill(ignored_BN, -torch.inf)
         return F.softplus(signed_BN).sum() / B
 
 
-def special_pairs(
+def caption_masks(
     caption_B: Tensor | None, rows: int, same_caption: SameCaption, gather: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """Which pairs to ignore and which are positive, each bool[B, N], or None: none ignored, own partners positive."""
@@ -102,16 +102,16 @@ def special_pairs(
     same_BN = caption_B[:, None] == all_caption_N
     if same_caption == "positive":
         return None, same_BN
-    return same_BN & ~own_partner(rows, local_start(rows, gather), len(all_caption_N), caption_B.device), None
+    return same_BN & ~partner_mask(rows, first_row(rows, gather), len(all_caption_N), caption_B.device), None
 
 
-def own_partner(rows: int, start: int, columns: int, device: torch.device) -> Tensor:
+def partner_mask(rows: int, start: int, columns: int, device: torch.device) -> Tensor:
     """bool[rows, columns]: True where a row meets its own partner."""
     row_B = torch.arange(rows, device=device) + start
     return row_B[:, None] == torch.arange(columns, device=device)
 
 
-def local_start(rows: int, gather: bool) -> int:
+def first_row(rows: int, gather: bool) -> int:
     """The place of this process's first row among all processes' rows, which are equally many everywhere."""
     return dist.get_rank() * rows if gather else 0
 

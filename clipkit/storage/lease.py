@@ -22,7 +22,7 @@ from pathlib import Path
 
 from clipkit.config import to_json
 from clipkit.errors import UserError
-from clipkit.storage.stores import put_bytes, remove, retried, store_errors
+from clipkit.storage.stores import put_bytes, remove, retry, store_errors
 
 REFRESH_SECONDS = 60.0
 STALE_SECONDS = 300.0
@@ -110,7 +110,7 @@ def _lease(token: str) -> bytes:
 def _read(path: Path) -> Lease | None:
     """The lease, or None when there is none or it can't be understood."""
     try:
-        return Lease(**json.loads(retried(path.read_bytes)))
+        return Lease(**json.loads(retry(path.read_bytes)))
     except (FileNotFoundError, ValueError, TypeError):
         return None
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from clipkit.errors import UserError
 from clipkit.storage.files import allow_many_files, is_remote
-from clipkit.storage.stores import StoredFile, as_upath, is_transient, retried, store_errors
+from clipkit.storage.stores import StoredFile, as_upath, is_transient, retry, store_errors
 
 # As many files as the loader's order has blocks at a time (`train.order`), or nearly: each may be in another one. Where
 # a process may not open many, several readers and all else must fit into what it may.
@@ -67,7 +67,7 @@ def _read(path: Path, start: int | None, end: int | None, warn: Warn) -> bytes:
             warn(f"{part}: {_reason(error)}; asked again ({attempt + 1} of {ATTEMPTS})")
 
     try:
-        return retried(ask, attempts=ATTEMPTS, first_pause=FIRST_PAUSE, pause_growth=2, tell=tell)
+        return retry(ask, attempts=ATTEMPTS, first_pause=FIRST_PAUSE, pause_growth=2, tell=tell)
     except Exception as error:
         if not is_transient(error):
             with store_errors(path):
@@ -120,15 +120,15 @@ def _ask(path: Path, start: int | None, end: int | None) -> bytes:
     return found
 
 
-class _Open:
-    """A file descriptor that is closed when its last user lets go of it, whichever thread that is."""
+class _LocalFile:
+    """An open file that is closed when its last user, in whichever thread, drops it."""
 
     def __init__(self, path: Path) -> None:
         self.descriptor = os.open(path, os.O_RDONLY)
         self.bytes = os.fstat(self.descriptor).st_size
 
     def read(self, start: int, end: int) -> bytes:
-        # A method, so that the object outlives the call: with the bare descriptor in hand it could be closed before.
+        # A method, so that the object outlives the call: a bare descriptor could be closed before.
         return os.pread(self.descriptor, end - start, start)
 
     def __del__(self) -> None:
@@ -136,13 +136,13 @@ class _Open:
             os.close(self.descriptor)
 
 
-class _OpenRemote:
-    """The same for an object of a store, which is asked for each range."""
+class _RemoteFile:
+    """The same for an object of a store, to which each range is a request."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         with store_errors(path):
-            self.bytes = retried(lambda: path.stat().st_size)
+            self.bytes = retry(lambda: path.stat().st_size)
 
     def read(self, start: int, end: int) -> bytes:
         return read_range(self.path, start, end)
@@ -160,7 +160,7 @@ class RangeReader:
 
     def _start(self) -> None:
         self._lock = threading.Lock()
-        self._open: OrderedDict[int, _Open | _OpenRemote] = OrderedDict()
+        self._open: OrderedDict[int, _LocalFile | _RemoteFile] = OrderedDict()
         self._most = max(1, min(_MAX_OPEN, allow_many_files() // _SHARE))
 
     def __getstate__(self) -> dict[str, Any]:
@@ -188,14 +188,14 @@ class RangeReader:
                 f"can't read {self.path(number)} ({error.strerror or error}): check the disk, and run the command again"
             ) from error
 
-    def _opened(self, number: int) -> _Open | _OpenRemote:
+    def _opened(self, number: int) -> _LocalFile | _RemoteFile:
         with self._lock:
             file = self._open.get(number)
             if file is not None:
                 self._open.move_to_end(number)
                 return file
         path = self.path(number)
-        file = _OpenRemote(path) if is_remote(path) else _Open(path)
+        file = _RemoteFile(path) if is_remote(path) else _LocalFile(path)
         if file.bytes != self.files[number].bytes:  # the offsets are those of another file
             raise UserError(f"{path} has changed since the dataset was opened (clipkit purge?): run the command again")
         with self._lock:

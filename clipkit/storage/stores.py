@@ -123,7 +123,7 @@ def put(local: Path, path: Path) -> None:
         target.fs.pipe_file(target.path, local.read_bytes())
         return
     with store_errors(path, writing=True):
-        retried(lambda: target.fs.put_file(str(local), target.path))
+        retry(lambda: target.fs.put_file(str(local), target.path))
 
 
 def _read_only(path: Path) -> UserError:
@@ -162,7 +162,7 @@ def list_folder(folder: Path) -> list[StoredFile]:
         )
     target = as_upath(folder)
     with store_errors(folder):
-        listing = retried(lambda: target.fs.ls(target.path, detail=True))
+        listing = retry(lambda: target.fs.ls(target.path, detail=True))
     found = []
     for entry in listing:
         if entry.get("type") == "directory" or entry.get("size") is None:
@@ -204,7 +204,7 @@ def fetch(path: Path, local: Path) -> None:
 
     with store_errors(path):
         try:
-            retried(copy)
+            retry(copy)
         except FileNotFoundError as error:
             raise UserError(f"{path} doesn't exist: check the path") from error
 
@@ -218,7 +218,7 @@ def remove(path: Path) -> None:
         target.fs.rm(target.path, recursive=True)
 
 
-def retried(
+def retry(
     action: Callable[[], R],
     *,
     attempts: int | None = None,

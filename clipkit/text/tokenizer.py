@@ -25,9 +25,9 @@ EOT = 49407
 VOCAB_SIZE = 49408
 MERGES = 49152 - 256 - 2
 
-# Of captions' words, as white space parts them, so many are kept with their ids, none longer than that: a few dozen
-# megabytes. A full memory is emptied, and fills again with the frequent ones.
-KEPT_WORDS, KEPT_LENGTH = 100_000, 40
+# How many words of captions are kept with their ids, and how long one may be: a few dozen megabytes. A full cache is
+# emptied, and fills again with the frequent ones.
+CACHE_WORDS, CACHE_LENGTH = 100_000, 40
 
 LETTERS = re.compile("[a-z]+")
 
@@ -92,7 +92,7 @@ class Tokenizer:
         # A word that stands in the vocabulary whole is its own id: most words are known from the start.
         ends = (word.removesuffix("</w>") for word in words if word.endswith("</w>"))
         self.whole = {word: [vocabulary[f"{word}</w>"]] for word in ends if LETTERS.fullmatch(word)}
-        self.kept = dict(self.whole)
+        self.cache = dict(self.whole)
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of each caption, cleaned, without start and end, not truncated."""
@@ -104,19 +104,19 @@ class Tokenizer:
         No match of the pattern holds a space, so each word between spaces has its ids whatever stands beside it: those
         of the words that captions are mostly made of are looked up, and the library is asked for the rest.
         """
-        kept = self.kept
-        if len(kept) > KEPT_WORDS:
-            kept = self.kept = dict(self.whole)  # another, not emptied: a thread may be reading the old one
+        cache = self.cache
+        if len(cache) > CACHE_WORDS:
+            cache = self.cache = dict(self.whole)  # another, not emptied: a thread may be reading the old one
         rows = [text.split(" ") for text in cleaned]
-        new = {word for row in rows for word in row if word not in kept}
+        new = {word for row in rows for word in row if word not in cache}
         if new:
-            long = [word for word in new if len(word) > KEPT_LENGTH]
-            short = [word for word in new if len(word) <= KEPT_LENGTH]
-            kept.update(zip(short, self.encode_words(short), strict=True))
+            long = [word for word in new if len(word) > CACHE_LENGTH]
+            short = [word for word in new if len(word) <= CACHE_LENGTH]
+            cache.update(zip(short, self.encode_words(short), strict=True))
             if long:
                 ids = dict(zip(long, self.encode_words(long), strict=True))
-                return [[i for word in row for i in (ids[word] if word in ids else kept[word])] for row in rows]
-        return [[i for word in row for i in kept[word]] for row in rows]
+                return [[i for word in row for i in (ids[word] if word in ids else cache[word])] for row in rows]
+        return [[i for word in row for i in cache[word]] for row in rows]
 
     def encode_words(self, words: Sequence[str]) -> list[list[int]]:
         """The ids of each text, whether it was seen before or not."""

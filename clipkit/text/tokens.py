@@ -137,7 +137,7 @@ def reduce_text(
         raise UserError(f"{context_length} text tokens leave no room between start and end: take 3 or more")
     keys = np.atleast_1d(np.asarray(keys_B, np.uint64))
     length_B = np.fromiter(map(len, ids), np.int64, len(ids))
-    ids_BL = padded(ids, length_B)
+    ids_BL = pad(ids, length_B)
     room = context_length - 2
     B, L = ids_BL.shape
     position_L = np.arange(L)
@@ -154,7 +154,7 @@ def reduce_text(
         case "syntax":
             if priorities is None or [len(row) for row in priorities] != length_B.tolist():
                 raise ValueError("syntax needs one priority for each id")
-            rank_BL = padded(priorities, length_B) * L + position_L
+            rank_BL = pad(priorities, length_B) * L + position_L
         case _:
             raise UserError(f"unknown text token method {method!r}: choose truncate, random, block or syntax")
     # Padding ranks last, so that it is kept only when nothing else is left.
@@ -168,7 +168,7 @@ def reduce_text(
     return out_BT
 
 
-def padded(rows: Sequence[Sequence[int]], length_B: Int64Array) -> Int64Array:
+def pad(rows: Sequence[Sequence[int]], length_B: Int64Array) -> Int64Array:
     """Rows of unequal length as int64[B, longest], zeros at the end."""
     out_BL = np.zeros((len(rows), int(length_B.max(initial=0))), np.int64)
     flat = np.fromiter((item for row in rows for item in row), np.int64, int(length_B.sum()))

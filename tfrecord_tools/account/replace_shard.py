@@ -9,7 +9,7 @@ import secrets
 from pathlib import Path
 
 from clipkit.storage.files import disk_errors, is_remote, remove, sync_file
-from clipkit.storage.stores import as_upath, retried, store_errors
+from clipkit.storage.stores import as_upath, retry, store_errors
 from clipkit.tfrecord_tools.account.shard_state import Layout, ShardFiles
 
 
@@ -33,7 +33,7 @@ def move(source: Path, target: Path) -> None:
     if is_remote(source):
         path = as_upath(source)
         with store_errors(target, writing=True):
-            retried(lambda: path.fs.mv(path.path, as_upath(target).path))
+            retry(lambda: path.fs.mv(path.path, as_upath(target).path))
         return
     source.replace(target)
     sync_file(target.parent)

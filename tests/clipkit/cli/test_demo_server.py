@@ -12,6 +12,7 @@ from collections import Counter
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
@@ -21,6 +22,20 @@ from clipkit.cli.demo_server import Answer, serve
 from clipkit.embedded import emoji_parquet
 
 SITE = {"/a/1.webp": Answer(b"first"), "/a/2.webp": Answer(b"second"), "/a/3.webp": Answer(None)}
+
+# The columns of LAION-400M's URL tables.
+URL_TABLE = pa.schema(
+    [
+        ("SAMPLE_ID", pa.int64()),
+        ("URL", pa.string()),
+        ("TEXT", pa.string()),
+        ("LICENSE", pa.string()),
+        ("NSFW", pa.string()),
+        ("similarity", pa.float64()),
+        ("WIDTH", pa.int32()),
+        ("HEIGHT", pa.int32()),
+    ]
+)
 
 
 def connect(base_url: str) -> socket.socket:
@@ -112,7 +127,7 @@ def test_emoji_site_and_url_table(tmp_path: Path) -> None:
     with serve(site) as base_url:
         demo_server.write_url_table(tmp_path / "urls.parquet", base_url, pairs)
         table = pq.read_table(tmp_path / "urls.parquet")
-        assert table.schema.equals(demo_server.URL_TABLE)
+        assert table.schema.equals(URL_TABLE)
         assert table["TEXT"].to_pylist() == pairs["caption"].to_pylist()
         assert table["NSFW"].null_count == table["similarity"].null_count == 7
         urls = table["URL"].to_pylist()

@@ -8,7 +8,7 @@ from click.testing import CliRunner
 from packaging.requirements import Requirement
 
 from clipkit.cli import doctor
-from clipkit.cli.doctor import EXTRAS, clashes, examine, version_of, wanted_torch
+from clipkit.cli.doctor import EXTRAS, clashes, examine, required_torch, version_of
 from clipkit.cli.main import main
 
 NOTHING = dict.fromkeys(("torch", "torchvision", "torch_xla", "tensorflow"))
@@ -80,7 +80,9 @@ def test_a_missing_core_package_is_a_problem_with_exit_code_1(monkeypatch):
 def test_torch_and_torchvision_must_be_a_pair():
     assert clashes(NOTHING | {"torch": version_of("torch"), "torchvision": "0.1"}) == []
     found = clashes(NOTHING | {"torch": "1.0", "torchvision": "0.1"})
-    assert found == [f"torchvision 0.1 needs torch {wanted_torch()}, but torch 1.0 is here: install the pair together"]
+    assert found == [
+        f"torchvision 0.1 needs torch {required_torch()}, but torch 1.0 is here: install the pair together"
+    ]
 
 
 def test_a_torchvision_that_ends_the_process_is_a_problem(monkeypatch):

@@ -126,8 +126,8 @@ def test_words_that_are_kept_have_the_ids_they_have_in_a_caption(monkeypatch: py
     """Several threads share a memory that is full again and again."""
     captions = [clean(caption) for caption in varied_captions(600, seed=2)]
     tokenizer = Tokenizer()
-    known = len(tokenizer.kept)
-    monkeypatch.setattr(tokenizer_module, "KEPT_WORDS", known + 50)
+    known = len(tokenizer.cache)
+    monkeypatch.setattr(tokenizer_module, "CACHE_WORDS", known + 50)
     expected = tokenizer.encode_words(captions)  # whole, by the library
     most: list[int] = []
 
@@ -135,22 +135,22 @@ def test_words_that_are_kept_have_the_ids_they_have_in_a_caption(monkeypatch: py
         rows = []
         for start in range(0, len(captions), 20):
             rows += tokenizer.encode_cleaned(captions[start : start + 20])
-            most.append(len(tokenizer.kept) - known)
+            most.append(len(tokenizer.cache) - known)
         return rows
 
     with ThreadPoolExecutor(3) as pool:
         for rows in pool.map(encode, range(3)):
             assert rows == expected
     assert max(most) < 2000 < sum(most)
-    assert max(map(len, tokenizer.kept)) <= tokenizer_module.KEPT_LENGTH
+    assert max(map(len, tokenizer.cache)) <= tokenizer_module.CACHE_LENGTH
 
 
 def test_words_that_are_known_from_the_start_have_the_ids_that_the_library_gives() -> None:
     """All of them: a token's own letters might be merged another way before they come to it."""
     tokenizer = Tokenizer()
-    words = list(tokenizer.kept)
+    words = list(tokenizer.cache)
     assert len(words) > 30_000
-    assert tokenizer.encode_words(words) == list(tokenizer.kept.values())
+    assert tokenizer.encode_words(words) == list(tokenizer.cache.values())
 
 
 def test_vocabulary(tokenizer: Tokenizer) -> None:

@@ -152,7 +152,7 @@ def test_the_first_batch_of_ten_million_records_comes_at_once(many: Path, proces
 def test_the_start_opens_no_shard_but_those_of_the_first_batch(many: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[str] = []
 
-    class Recorded(range_reader._Open):
+    class Recorded(range_reader._LocalFile):
         def __init__(self, path: Path) -> None:
             opened.append(path.name)
             super().__init__(path)
@@ -160,7 +160,7 @@ def test_the_start_opens_no_shard_but_those_of_the_first_batch(many: Path, monke
     def never(path: Path) -> np.ndarray:
         raise AssertionError(f"{path} is read for its offsets, which the index has")
 
-    monkeypatch.setattr(range_reader, "_Open", Recorded)
+    monkeypatch.setattr(range_reader, "_LocalFile", Recorded)
     monkeypatch.setattr(dataset_module, "index_records", never)
     source = open_source(many).source()
     loader = batches(source, CONFIG, workers=0)
