@@ -14,10 +14,11 @@ from numpy.typing import NDArray
 from clipkit import embedded
 from clipkit.errors import UserError
 from clipkit.eval.classes import nearest
+from clipkit.formats.dataset import open_dataset
+from clipkit.formats.features import find_image
+from clipkit.formats.tables import find_image_column, is_hidden, is_image, open_parquet, table_errors
 from clipkit.storage.files import read_json
 
-IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"))
-IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "img", "image_bytes", "bytes")
 EVALUATION_SPLITS = ("validation", "val", "test", "train")
 
 
@@ -55,7 +56,7 @@ def open_labelled(data: Path, *, label: str = "label", split: str | None = None)
     if splits is None:
         return from_folder(data, split)
     first = splits[0] if splits else "train"
-    return from_tfds(data, label, split or next((each for each in EVALUATION_SPLITS if each in splits), first))
+    return from_tfds(data, label, split or next((name for name in EVALUATION_SPLITS if name in splits), first))
 
 
 def enumerate_labels(values: Sequence[Any]) -> tuple[NDArray[np.int64], tuple[str, ...], bool]:
@@ -83,21 +84,16 @@ def number_names(count: int) -> tuple[tuple[str, ...], bool]:
 
 def from_parquet(path: Path, label: str) -> LabelledImages:
     """A row an image: a column of encoded bytes (or Hugging Face's `{bytes, path}`), and the column `label`."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        file = pq.ParquetFile(path)
-    except (pa.ArrowException, OSError, EOFError) as error:
-        raise unreadable(path, error) from error
+    with table_errors(path):
+        file = open_parquet(path)
     schema = file.schema_arrow
     if label not in schema.names:
         raise UserError(f"{path} has no column {label!r}: {nearest(label, schema.names)} (option --label)")
-    image = image_column(path, schema)
-    try:
+    image = find_image_column(schema)
+    if image is None:
+        raise UserError(f"{path} has no column of encoded images ({', '.join(schema.names)}): name the column `image`")
+    with table_errors(path):
         values = file.read(columns=[label])[label].to_pylist()
-    except (pa.ArrowException, OSError, EOFError) as error:
-        raise unreadable(path, error) from error
     if not values:
         raise UserError(f"{path} has no rows: nothing to classify")
     if None in values:
@@ -105,43 +101,13 @@ def from_parquet(path: Path, label: str) -> LabelledImages:
     labels_N, names, named = enumerate_labels(values)
 
     def read() -> Iterator[bytes]:
-        try:
+        with table_errors(path):
             for batch in file.iter_batches(batch_size=256, columns=[image]):
                 for cell in batch.column(0).to_pylist():
                     yield (cell.get("bytes") if isinstance(cell, dict) else cell) or b""
-        except (pa.ArrowException, OSError, EOFError) as error:
-            raise unreadable(path, error) from error
 
     keys = [str(row) for row in range(len(values))]
     return LabelledImages(path, with_label(path.stem, label), keys, labels_N, names, named, read)
-
-
-def unreadable(path: Path, error: Exception) -> UserError:
-    """The one line for a file that the parquet reader refuses."""
-    reason = str(error).partition("\n")[0]
-    return UserError(
-        f"{path} isn't a parquet file that can be read ({reason}): get it again if it is damaged, "
-        "or give a TFDS directory or a folder of class folders"
-    )
-
-
-def image_column(path: Path, schema: Any) -> str:
-    """The column that holds encoded images: one with a usual name, or else the only one of bytes."""
-    import pyarrow as pa
-
-    def holds_bytes(kind: Any) -> bool:
-        if pa.types.is_struct(kind):
-            return kind.get_field_index("bytes") >= 0
-        return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
-
-    candidates = [field.name for field in schema if holds_bytes(field.type)]
-    for name in IMAGE_COLUMNS:
-        if name in candidates:
-            return name
-    if len(candidates) != 1:
-        found = f"it has {', '.join(candidates)}" if candidates else "it has no column of bytes"
-        raise UserError(f"{path} has no column of encoded images ({found}): name the column `image`")
-    return candidates[0]
 
 
 def with_label(name: str, label: str) -> str:
@@ -155,8 +121,8 @@ def from_folder(path: Path, split: str | None) -> LabelledImages:
     A class may be called `test`: folders are splits when all of them have a split's name.
     """
     root, name = path, path.name
-    folders = {each.name for each in path.iterdir() if each.is_dir() and not each.name.startswith(".")}
-    splits = [each for each in EVALUATION_SPLITS if each in folders] if folders <= set(EVALUATION_SPLITS) else []
+    folders = {folder.name for folder in _folders(path)}
+    splits = [name for name in EVALUATION_SPLITS if name in folders] if folders <= set(EVALUATION_SPLITS) else []
     if split is not None and not (path / split).is_dir():
         raise UserError(
             f"{path} has no split {split!r}: it has {', '.join(splits) or 'no split folders'} (option --split)"
@@ -165,8 +131,8 @@ def from_folder(path: Path, split: str | None) -> LabelledImages:
         chosen = split or splits[0]
         root, name = path / chosen, f"{path.name}-{chosen}"
     files: list[Path] = []
-    for folder in sorted(each for each in root.iterdir() if each.is_dir() and not each.name.startswith(".")):
-        files += sorted(each for each in folder.rglob("*") if each.suffix.lower() in IMAGE_SUFFIXES)
+    for folder in _folders(root):
+        files += sorted(file for file in folder.rglob("*") if is_image(file.name))
     if not files:
         raise UserError(
             f"{root} holds no class folders with images: give CLASS/IMAGE.jpg, a TFDS directory, or a parquet file"
@@ -176,20 +142,21 @@ def from_folder(path: Path, split: str | None) -> LabelledImages:
     return LabelledImages(path, name, keys, labels_N, names, named, lambda: (file.read_bytes() for file in files))
 
 
+def _folders(path: Path) -> list[Path]:
+    return sorted(folder for folder in path.iterdir() if folder.is_dir() and not is_hidden(folder.name))
+
+
 def from_tfds(path: Path, label: str, split: str) -> LabelledImages:
     """A TFDS directory: the image is `image` or `jpg`, the label a ClassLabel, a number or a text."""
-    from clipkit.formats.dataset import open_dataset
-
     dataset = open_dataset(path, split=split)
     if not dataset.num_records:
         raise UserError(f"{dataset.path} split {dataset.split} has no records: choose another with --split")
     columns = list(dataset.features)
     if label not in columns:
         raise UserError(f"{dataset.path} has no feature {label!r}: {nearest(label, columns)} (option --label)")
-    images = [name for name in columns if dataset.features[name].kind == "image"]
-    if not images:
+    image = find_image(dataset.features)
+    if image is None:
         raise UserError(f"{dataset.path} has no image feature among {', '.join(columns)}: give a dataset of images")
-    image = min(images, key=lambda name: name not in IMAGE_COLUMNS)
     values: list[Any] = []
     for index in range(dataset.num_records):
         value = dataset.example(index)[label]

@@ -188,13 +188,14 @@ def shape_of(model: Mapping[str, Any], image_size: int, context_length: int) -> 
 def data_facts(path: Path, split: str) -> DataFacts:
     """Read the dataset's metadata and a random sample of its records. Raises UserError when it isn't in reach."""
     from clipkit.formats.dataset import open_dataset
+    from clipkit.formats.features import find_caption
     from clipkit.formats.manifest import read_manifest
     from clipkit.text.tokenizer import Tokenizer, clean
 
     dataset = open_dataset(path, split=split)
     total = dataset.num_records
     chosen = sample_places(total)
-    column = next((name for name in ("txt", "caption", "text") if name in dataset.features), None)
+    column = find_caption(dataset.features)
     captions: list[str] = []
     sides: list[int] = []
     for number, index in enumerate(chosen):

@@ -22,7 +22,7 @@ from clipkit.formats.manifest import CLIPKIT_FOLDER, SplitManifest, index_path, 
 from clipkit.formats.records import RecordError, decode_example, index_records, unframe
 from clipkit.storage.cache import BlockCache, CachedRanges
 from clipkit.storage.files import as_path, is_remote, local_copy, read_json
-from clipkit.storage.ranges import RangeReader, read_whole
+from clipkit.storage.ranges import RangeReader, Reopenable, read_whole
 from clipkit.storage.stores import StoredFile, list_folder, reading
 
 VERSION = "1.0.0"  # of every dataset: the folder below its name
@@ -38,12 +38,63 @@ class ShardFile:
     crc32c: str = ""
 
 
-class Dataset:
-    """One split of a dataset directory; made by `open_dataset`.
+class ShardedRecords(Reopenable):
+    """Records of shards, numbered one shard behind the other, and read by ranges of bytes.
 
     With a `cache`, `block_records` neighbours are got at once and kept in it: those whose numbers agree but for what is
     left of a division by `block_records`, as far as they are in one shard.
-    Reading is safe from several threads. A pickled dataset opens its files anew in the process that unpickles it.
+    """
+
+    cache: BlockCache | None
+    block_records: int
+
+    def _open(self, folder: Path, files: Sequence[StoredFile], counts: Sequence[int]) -> None:
+        self._ends = list(accumulate(counts))
+        self._files = RangeReader(folder, files)
+        self._blocks = CachedRanges(self._files, self.cache) if self.cache else None
+
+    def _range(self, shard: int, first: int, last: int) -> tuple[int, int]:
+        """The bytes of the records [first, last) of a shard."""
+        raise NotImplementedError
+
+    @property
+    def num_records(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def locate(self, i: int) -> tuple[int, int]:
+        """The number of the shard that holds record `i`, and the record's number in it."""
+        if not 0 <= i < self.num_records:
+            raise IndexError(f"record {i} of {self.num_records}")
+        shard = bisect_right(self._ends, i)
+        return shard, i - (self._ends[shard - 1] if shard else 0)
+
+    def key(self, i: int) -> str:
+        """A name for record `i` that stays: "shard's file:number in the shard"."""
+        shard, number = self.locate(i)
+        return f"{self._files.files[shard].name}:{number}"
+
+    def fill(self, i: int) -> int:
+        """Get the block of record `i` into the cache, where there is one; returns the first record behind the block.
+
+        Raises UserError when the shard is gone or can't be read.
+        """
+        shard, _ = self.locate(i)
+        if self._blocks is not None:
+            self._blocks.fill(shard, self._block(i))
+        return min((i // self.block_records + 1) * self.block_records, self._ends[shard])
+
+    def _block(self, i: int) -> tuple[int, int]:
+        """The bytes of the records that are got together with record `i`, in its shard."""
+        shard, number = self.locate(i)
+        first = number - i % self.block_records
+        count = self._ends[shard] - i + number
+        return self._range(shard, max(0, first), min(first + self.block_records, count))
+
+
+class Dataset(ShardedRecords):
+    """One split of a dataset directory; made by `open_dataset`. `cache` and `block_records` are as in ShardedRecords.
+
+    Reading is safe from several threads. A pickled dataset opens its files again in the process that unpickles it.
     """
 
     def __init__(
@@ -63,41 +114,16 @@ class Dataset:
         self._start()
 
     def _start(self) -> None:
-        self._ends = list(accumulate(shard.records for shard in self.shards))
         files = [StoredFile(shard.file, shard.bytes, shard.crc32c) for shard in self.shards]
-        self._files = RangeReader(self.path, files)
-        self._blocks = CachedRanges(self._files, self.cache) if self.cache else None
+        self._open(self.path, files, [shard.records for shard in self.shards])
         self._index = self._load_index()
         self._found: dict[int, np.ndarray] = {}
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if not name.startswith("_")}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._start()
-
-    @property
-    def num_records(self) -> int:
-        return self._ends[-1] if self._ends else 0
 
     def __len__(self) -> int:
         return self.num_records
 
     def __repr__(self) -> str:
         return f"<Dataset {self.name}/{self.split}: {self.num_records} records in {len(self.shards)} shards>"
-
-    def locate(self, i: int) -> tuple[int, int]:
-        """The number of the shard that holds record `i`, and the record's number in it."""
-        if not 0 <= i < self.num_records:
-            raise IndexError(f"record {i} of {self.num_records}")
-        shard = bisect_right(self._ends, i)
-        return shard, i - (self._ends[shard - 1] if shard else 0)
-
-    def key(self, i: int) -> str:
-        """A name for record `i` that stays: "shard's file:number in the shard"."""
-        shard, number = self.locate(i)
-        return f"{self.shards[shard].file}:{number}"
 
     def offsets(self, shard: int) -> np.ndarray:
         """Byte offsets of a shard's records, uint64[records]. Found by reading the headers where there is no index."""
@@ -142,25 +168,7 @@ class Dataset:
             self._blocks.drop(shard, block)
             return unframe(self._blocks.read(shard, block, start, end), start, path)
 
-    def fill(self, i: int) -> int:
-        """Get the block of record `i` into the cache, where there is one; returns the first record behind the block.
-
-        Raises as `read`.
-        """
-        shard, _ = self.locate(i)
-        if self._blocks is not None:
-            self._blocks.fill(shard, self._block(i))
-        return min((i // self.block_records + 1) * self.block_records, self._ends[shard])
-
-    def _block(self, i: int) -> tuple[int, int]:
-        """The bytes of the records that are got together with record `i`, in its shard."""
-        shard, number = self.locate(i)
-        first = max(0, number - i % self.block_records)
-        last = number - i % self.block_records + self.block_records
-        return self._range(shard, first, min(last, self.shards[shard].records))
-
     def _range(self, shard: int, first: int, last: int) -> tuple[int, int]:
-        """The bytes of the records [first, last) of a shard."""
         offsets, file = self.offsets(shard), self.shards[shard]
         return int(offsets[first]), int(offsets[last]) if last < file.records else file.bytes
 

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from clipkit.formats.tables import CAPTION_NAMES, IMAGE_NAMES, find_name
+
 Kind = Literal["image", "text", "int", "float", "bool", "label", "other"]
 
 
@@ -30,6 +32,18 @@ def parse_features(features_json: Mapping[str, Any]) -> dict[str, Feature]:
     content = features_json.get("content", features_json)
     features = content["featuresDict"]["features"] if "featuresDict" in content else content["features"]
     return {name: _parse(feature) for name, feature in features.items()}
+
+
+def find_image(features: Mapping[str, Feature]) -> str | None:
+    """The column with a record's image: by its usual names, else the first of that kind."""
+    names = [name for name, feature in features.items() if feature.kind == "image" and not feature.is_list]
+    return find_name(names, IMAGE_NAMES) or next(iter(names), None)
+
+
+def find_caption(features: Mapping[str, Feature]) -> str | None:
+    """The column with a record's caption, by its usual names."""
+    names = [name for name, feature in features.items() if feature.kind == "text" and not feature.is_list]
+    return find_name(names, CAPTION_NAMES)
 
 
 def _parse(feature: Mapping[str, Any]) -> Feature:

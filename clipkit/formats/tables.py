@@ -1,36 +1,61 @@
-"""How tables name what clipkit wants of them: images, names of image files, captions.
+"""Tables: which files are tables, what their columns are called, and how their rows are read.
 
-Building a dataset and training straight from the files must find the same columns, so the rules are here, for both.
+Every command that reads a table goes by the rules here, whether it holds URLs, images, names of image files or what is
+to be purged: so downloading, building, inspecting, purging, training and evaluating find the same columns in it.
 """
 
+import contextlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 
 from clipkit.errors import UserError
-from clipkit.formats.tar import IMAGE_SUFFIXES
+from clipkit.formats.kinds import arrow_type, fit, kind_of, unify
+from clipkit.storage.files import disk_errors, is_remote, local_copy, write_beside
+from clipkit.storage.stores import store_errors
 
+# ---- What things are called ------------------------------------------------------------------------------------------
+
+IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif"})
 IMAGE_NAMES = (*sorted(IMAGE_SUFFIXES), "image", "img", "image_bytes", "bytes")
 CAPTION_NAMES = ("txt", "caption", "text", "title")
 FILE_NAMES = ("file_name", "filename", "filepath", "file_path", "file", "image", "image_path", "path")
+URL_NAME, KEY_NAME = "url", "key"
+
 DELIMITERS = {".csv": ",", ".tsv": "\t", ".csv.gz": ",", ".tsv.gz": "\t"}
-TABLE_SUFFIXES = (*DELIMITERS, ".jsonl", ".parquet")
+TABLE_SUFFIXES = (".parquet", *DELIMITERS, ".jsonl")
 METADATA_STEM = "metadata"
 
-_BATCH_ROWS = 4_096
-_TEXT_BLOCK_BYTES = 16 << 20
+TEXT_BLOCK_BYTES = 16 << 20
+SCHEMA_ROWS = 10_000  # of JSON lines, as many are looked at for the columns' types
+COPY_ROWS = 10_000
+BATCH_ROWS = 4_096
+# A row group of a published table holds a million rows: its pages are read as they are needed.
+BUFFER_BYTES = 1 << 18
 
-Rows = list[tuple[str | None, str | None]]
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder of this name is passed over wherever folders are listed."""
+    return name.startswith(".")
+
+
+def is_image(name: str) -> bool:
+    """Whether a file's name is that of an image."""
+    return not is_hidden(name) and name.rpartition(".")[2].lower() in IMAGE_SUFFIXES
 
 
 def find_name(names: Sequence[str], wanted: Sequence[str]) -> str | None:
     """The first of the wanted names that is there, in upper or lower case."""
-    return next((name for each in wanted for name in names if name.lower() == each), None)
+    return next((name for usual in wanted for name in names if name.lower() == usual), None)
 
 
 def holds_images(kind: pa.DataType) -> bool:
@@ -43,48 +68,11 @@ def holds_images(kind: pa.DataType) -> bool:
 def find_image_column(schema: pa.Schema) -> str | None:
     """The column with images by its usual names, or the only one of such a type; None when it can't be told."""
     fitting = [field.name for field in schema if holds_images(field.type)]
-    named = [name for wanted in IMAGE_NAMES for name in fitting if name.lower() == wanted]
-    return named[0] if named else fitting[0] if len(fitting) == 1 else None
+    return find_name(fitting, IMAGE_NAMES) or (fitting[0] if len(fitting) == 1 else None)
 
 
-def is_table(path: Path) -> bool:
-    """Whether a file's name is that of a table."""
-    return path.name.lower().endswith(TABLE_SUFFIXES)
-
-
-def find_table(folder: Path) -> Path | None:
-    """The one table of a folder: `metadata.*`, else the only one. Raises UserError when several could be meant."""
-    tables = sorted(path for path in folder.iterdir() if is_table(path) and not path.name.startswith("."))
-    named = [path for path in tables if path.name.lower().partition(".")[0] == METADATA_STEM]
-    found = named or tables
-    if len(found) > 1:
-        names = ", ".join(path.name for path in found)
-        raise UserError(f"{folder} holds several tables ({names}): name one of them in place of the folder")
-    return found[0] if found else None
-
-
-def read_pair_table(table: Path, name: str) -> Iterator[Rows]:
-    """File name and caption of each row of a local table of any kind, some thousand at once; None for a missing value.
-
-    `name` tells the table's kind by its end. Raises UserError when it lacks a column or can't be read to its end.
-    """
-    lower = name.lower()
-    try:
-        if lower.endswith(".jsonl"):
-            yield from _json_lines(table, name)
-        elif lower.endswith(".parquet"):
-            with pq.ParquetFile(table) as file:
-                columns = _columns(file.schema_arrow.names, name)
-                for batch in file.iter_batches(_BATCH_ROWS, columns=list(dict.fromkeys(columns))):
-                    yield _rows(batch, columns)
-        else:
-            yield from _text(table, name, next(DELIMITERS[end] for end in DELIMITERS if lower.endswith(end)))
-    except (pa.ArrowException, EOFError) as error:
-        reason = str(error).partition("\n")[0]
-        raise UserError(f"table {name} can't be read ({reason}): mend it or fetch it again") from error
-
-
-def _columns(names: Sequence[str], table: str) -> tuple[str, str]:
+def find_pair_columns(names: Sequence[str], table: Path) -> tuple[str, str]:
+    """The columns with file names and captions. Raises UserError when the table lacks one."""
     file, caption = find_name(names, FILE_NAMES), find_name(names, CAPTION_NAMES)
     if file is None or caption is None:
         what, wanted = ("names of image files", FILE_NAMES) if file is None else ("captions", CAPTION_NAMES)
@@ -94,59 +82,315 @@ def _columns(names: Sequence[str], table: str) -> tuple[str, str]:
     return file, caption
 
 
-def _rows(batch: pa.RecordBatch, columns: tuple[str, str]) -> Rows:
-    files, captions = (batch.column(batch.schema.names.index(name)).to_pylist() for name in columns)
-    return [(_as_text(file), _as_text(caption)) for file, caption in zip(files, captions, strict=True)]
+# ---- Files -----------------------------------------------------------------------------------------------------------
 
 
-def _as_text(value: Any) -> str | None:
-    return None if value is None else str(value)
+def is_table(path: Path) -> bool:
+    """Whether a file's name is that of a table."""
+    return path.name.lower().endswith(TABLE_SUFFIXES) and not is_hidden(path.name)
 
 
-def _text(table: Path, name: str, delimiter: str) -> Iterator[Rows]:
-    """In TSV a quote is a character like any other: a caption may begin with a lone one."""
+def table_suffix(path: Path, what: str = "table") -> str:
+    """Which of TABLE_SUFFIXES the file has. Raises UserError when none, calling it `what`."""
+    for suffix in TABLE_SUFFIXES:
+        if path.name.lower().endswith(suffix):
+            return suffix
+    known = ", ".join(TABLE_SUFFIXES)
+    raise UserError(f"can't tell what {path} is: give a {what} that ends in {known}, or a folder of them")
+
+
+def find_tables(path: Path, what: str = "table") -> list[Path]:
+    """The tables at `path`, a file or a folder, ordered by name. Raises UserError for none, calling them `what`."""
+    with disk_errors(path):
+        if path.is_dir():
+            found = sorted(file for file in path.iterdir() if is_table(file) and file.is_file())
+            if not found:
+                raise UserError(f"no {what} in {path}: put files there that end in {', '.join(TABLE_SUFFIXES)}")
+            return found
+        if not path.is_file():
+            raise UserError(f"{what} {path} doesn't exist: check the path")
+    table_suffix(path, what)
+    return [path]
+
+
+def find_table(folder: Path) -> Path | None:
+    """The one table of a folder: `metadata.*`, else the only one. Raises UserError when several could be meant."""
+    tables = sorted(path for path in folder.iterdir() if is_table(path))
+    found = [path for path in tables if path.name.lower().partition(".")[0] == METADATA_STEM] or tables
+    if len(found) > 1:
+        names = ", ".join(path.name for path in found)
+        raise UserError(f"{folder} holds several tables ({names}): name one of them in place of the folder")
+    return found[0] if found else None
+
+
+def unreadable(path: Path, error: Exception) -> UserError:
+    """The one line for a table that its reader refuses."""
+    reason = str(error).partition("\n")[0]
+    kind = next((suffix[1:] for suffix in TABLE_SUFFIXES if path.name.lower().endswith(suffix)), "parquet")
+    return UserError(f"{path} can't be read as {kind} ({reason}): it may be damaged or of another kind; get it again")
+
+
+@contextlib.contextmanager
+def table_errors(path: Path) -> Iterator[None]:
+    """In the block, what Arrow raises about a table becomes a UserError of one line."""
+    try:
+        yield
+    except (pa.ArrowException, OSError, EOFError) as error:
+        raise unreadable(path, error) from error
+
+
+def read_schema(path: Path, header: Sequence[str] = ()) -> pa.Schema:
+    """The columns and types of a table; of text, as its first rows have them. Raises UserError.
+
+    `header` names the columns of a CSV or TSV file that has no line with their names.
+    """
+    suffix = table_suffix(path)
+    with table_errors(path):
+        if suffix == ".parquet":
+            with open_parquet(path) as file:
+                return file.schema_arrow
+        with local_copy(path) as local:
+            if suffix == ".jsonl":
+                return _json_schema(_json_kinds(islice(read_json_lines(local, path), SCHEMA_ROWS)))
+            with open_text(local, None, header) as reader:
+                schema = reader.schema
+    for field in schema:
+        if pa.types.is_binary(field.type):
+            raise UserError(
+                f"column {field.name!r} of {path} isn't UTF-8 text: convert the file, for example with iconv"
+            )
+    return schema
+
+
+def read_columns(path: Path, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+    """Some columns of a table of any kind, in their order, some thousand rows at once; those of text files as text.
+
+    Raises UserError when it lacks one or can't be read to its end.
+    """
+    suffix, names = table_suffix(path), list(dict.fromkeys(columns))
+    with table_errors(path):
+        if suffix == ".parquet":
+            with open_parquet(path) as file:
+                for batch in file.iter_batches(BATCH_ROWS, columns=names):
+                    yield batch.select(names)
+            return
+        with local_copy(path) as local:
+            if suffix == ".jsonl":
+                lines = read_json_lines(local, path)
+                while rows := list(islice(lines, BATCH_ROWS)):
+                    texts = ([_as_text(row.get(name)) for row in rows] for name in names)
+                    yield pa.RecordBatch.from_arrays([pa.array(column, pa.string()) for column in texts], names)
+                return
+            with open_text(local, dict.fromkeys(names, pa.string()), include=names) as reader:
+                yield from reader
+
+
+def _as_text(value: Any) -> Any:
+    return None if value is None else _replaced(str(value))
+
+
+def _replaced(value: Any) -> Any:
+    """Text without lone surrogates, which JSON can hold and Arrow can't; other values as they are."""
+    return value.encode("utf-8", "replace") if isinstance(value, str) else value
+
+
+def copy_table(path: Path, copy: Path, is_text: Callable[[str], bool], header: Sequence[str] = ()) -> int:
+    """Write a table of any kind as parquet, in small row groups, and return its number of rows.
+
+    Columns of CSV and TSV for whose name `is_text` holds stay text, even when all values are numbers. The types of the
+    others are guessed from the first block; where a later row doesn't fit them, every column becomes text.
+    Raises UserError when the table can't be read to its end.
+    """
+    suffix = table_suffix(path)
+    with table_errors(path), local_copy(path) as local:
+        if suffix == ".parquet":
+            with open_parquet(local) as file:
+                return _write_copy(copy, file.schema_arrow, file.iter_batches(COPY_ROWS))
+        if suffix == ".jsonl":
+            return _copy_json_lines(local, copy, path)
+        with open_text(local, None, header) as reader:
+            names = reader.schema.names
+        try:
+            return _copy_text(local, copy, [name for name in names if is_text(name)], header)
+        except pa.ArrowInvalid:
+            return _copy_text(local, copy, names, header)
+
+
+def _copy_text(path: Path, copy: Path, text_columns: Sequence[str], header: Sequence[str]) -> int:
+    with open_text(path, dict.fromkeys(text_columns, pa.string()), header) as reader:
+        return _write_copy(copy, reader.schema, reader)
+
+
+def _write_copy(copy: Path, schema: pa.Schema, batches: Iterator[pa.RecordBatch]) -> int:
+    rows = 0
+    with write_beside(copy) as temporary, pq.ParquetWriter(temporary, schema) as writer:
+        for batch in batches:
+            writer.write_batch(batch, row_group_size=COPY_ROWS)
+            rows += batch.num_rows
+    return rows
+
+
+# ---- CSV and TSV -----------------------------------------------------------------------------------------------------
+
+
+def open_text(
+    path: Path, types: dict[str, pa.DataType] | None, header: Sequence[str] = (), include: Sequence[str] = ()
+) -> pyarrow.csv.CSVStreamingReader:
+    """A reader of a local CSV or TSV file block by block, of the columns `include` or all; gzip is undone.
+
+    CSV fields may be quoted and hold line breaks. In TSV a quote is a character like any other, as in the published
+    tables: a caption that begins with a lone quote would otherwise swallow the rows up to the next one.
+    """
+    delimiter = DELIMITERS[table_suffix(path)]
     quoted = delimiter == ","
-
-    def opened(types: dict[str, pa.DataType] | None) -> pyarrow.csv.CSVStreamingReader:
-        return pyarrow.csv.open_csv(
-            pa.input_stream(str(table), compression="gzip" if name.lower().endswith(".gz") else None),
-            read_options=pyarrow.csv.ReadOptions(block_size=_TEXT_BLOCK_BYTES),
-            parse_options=pyarrow.csv.ParseOptions(
-                delimiter=delimiter, quote_char='"' if quoted else False, newlines_in_values=quoted
-            ),
-            convert_options=pyarrow.csv.ConvertOptions(column_types=types),
-        )
-
-    with opened(None) as reader:
-        names = reader.schema.names
-    columns = _columns(names, name)
-    with opened(dict.fromkeys(names, pa.string())) as reader:  # captions and names stay text, even when all are numbers
-        for batch in reader:
-            yield _rows(batch, columns)
+    names = None if not header or has_header(path, delimiter, header) else list(header)
+    return pyarrow.csv.open_csv(
+        open_bytes(path),
+        read_options=pyarrow.csv.ReadOptions(block_size=TEXT_BLOCK_BYTES, column_names=names),
+        parse_options=pyarrow.csv.ParseOptions(
+            delimiter=delimiter, quote_char='"' if quoted else False, newlines_in_values=quoted
+        ),
+        convert_options=pyarrow.csv.ConvertOptions(column_types=types, include_columns=include),
+    )
 
 
-def json_rows(table: Path, name: str) -> Iterator[dict[str, Any]]:
-    """The objects of a file of JSON lines. Raises UserError, naming the table as `name`, for a line that is none."""
-    with table.open(encoding="utf-8") as file:
+def open_bytes(path: Path) -> pa.NativeFile:
+    """The bytes of a local text file, unpacked."""
+    return pa.input_stream(str(path), compression="gzip" if path.name.lower().endswith(".gz") else None)
+
+
+def has_header(path: Path, delimiter: str, header: Sequence[str]) -> bool:
+    """Whether somebody has put the line of names in front of a table that is published without one."""
+    expected = delimiter.join(header).encode()
+    with open_bytes(path) as file:
+        start: bytes = file.read(len(expected) + 4)
+    return start.removeprefix(b"\xef\xbb\xbf").splitlines()[:1] == [expected]
+
+
+# ---- JSON lines ------------------------------------------------------------------------------------------------------
+
+
+def read_json_lines(path: Path, table: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a local file of JSON lines. Raises UserError, naming the table, for a line that isn't one."""
+    with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
             try:
                 row = json.loads(line)
             except ValueError as error:
-                raise UserError(f"table {name}: line {number} isn't JSON ({error}): mend it") from error
+                raise UserError(f"table {table}: line {number} isn't JSON ({error}): mend it") from error
             if not isinstance(row, dict):
-                raise UserError(f"table {name}: line {number} is no JSON object: each line is one image's columns")
+                raise UserError(f"table {table}: line {number} isn't a JSON object: each line is one image's columns")
             yield row
 
 
-def _json_lines(table: Path, name: str) -> Iterator[Rows]:
-    rows: Rows = []
-    columns: tuple[str, str] | None = None
-    for row in json_rows(table, name):
-        columns = columns or _columns(list(row), name)
-        rows.append((_as_text(row.get(columns[0])), _as_text(row.get(columns[1]))))
-        if len(rows) == _BATCH_ROWS:
-            yield rows
-            rows = []
-    yield rows
+def _json_kinds(rows: Iterator[dict[str, Any]]) -> dict[str, str]:
+    return unify({name: kind for name, value in row.items() if (kind := kind_of(value)) is not None} for row in rows)
+
+
+def _json_schema(kinds: dict[str, str]) -> pa.Schema:
+    return pa.schema([(name, arrow_type(kind)) for name, kind in kinds.items()])
+
+
+def _copy_json_lines(path: Path, copy: Path, table: Path) -> int:
+    kinds = _json_kinds(read_json_lines(path, table))
+    schema = _json_schema(kinds)
+
+    def batches() -> Iterator[pa.RecordBatch]:
+        lines = read_json_lines(path, table)
+        while rows := list(islice(lines, COPY_ROWS)):
+            fitted = [{name: _replaced(value) for name, value in fit(row, kinds, {}).items()} for row in rows]
+            yield pa.RecordBatch.from_pylist(fitted, schema)
+
+    return _write_copy(copy, schema, batches())
+
+
+# ---- Parquet ---------------------------------------------------------------------------------------------------------
+
+
+def open_parquet(path: Path, buffer_bytes: int = BUFFER_BYTES) -> pq.ParquetFile:
+    """A parquet file, local or remote, that is read page by page rather than a whole row group at a time."""
+    if is_remote(path):
+        with store_errors(path):
+            return pq.ParquetFile(path.open("rb"), buffer_size=buffer_bytes, pre_buffer=False)
+    return pq.ParquetFile(path, buffer_size=buffer_bytes, pre_buffer=False, memory_map=False)
+
+
+def row_group_starts(file: pq.ParquetFile) -> npt.NDArray[np.int64]:
+    """int64[row groups + 1]: the number of the first row of each, and of all rows."""
+    counts = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+    return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]).astype(np.int64)
+
+
+class RowReader:
+    """Rows of one parquet file by number; use it as a context manager.
+
+    What is asked for in rising order is read once: a shard's rows are found by going on from the shard before, and not
+    by unpacking a row group of a million rows again. Memory is that of the rows asked for and a few pages.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        columns: Sequence[str] | None = None,
+        batch_rows: int = BATCH_ROWS,
+        buffer_bytes: int = BUFFER_BYTES,
+    ) -> None:
+        """`columns` (or all) that the file hasn't are left out. Raises UserError when it is gone or damaged."""
+        self.path, self.batch_rows = path, batch_rows
+        with table_errors(path):
+            self.file = open_parquet(path, buffer_bytes)
+        self.starts = row_group_starts(self.file)
+        whole = self.file.schema_arrow
+        self.columns = None if columns is None else [name for name in columns if name in whole.names]
+        self.schema = whole if self.columns is None else pa.schema([whole.field(name) for name in self.columns])
+        self.remaining: Iterator[pa.RecordBatch] = iter(())
+        self.rest: pa.RecordBatch | None = None
+        self.position = -1  # of the first row of `rest`, or of the batch to come
+
+    def read(self, start: int, stop: int) -> pa.Table:
+        """The rows `start` to `stop`, in one chunk a column. Raises UserError when the file is damaged."""
+        return self._table(part for _, part in self.batches(start, stop))
+
+    def pick(self, numbers: npt.NDArray[np.int64]) -> pa.Table:
+        """The rows of these numbers, which rise; what lies between is read past and not held. Raises UserError."""
+        return self._table(self._picked(numbers))
+
+    def _table(self, parts: Iterator[pa.RecordBatch]) -> pa.Table:
+        return pa.Table.from_batches(list(parts), self.schema).combine_chunks()
+
+    def _picked(self, numbers: npt.NDArray[np.int64]) -> Iterator[pa.RecordBatch]:
+        if len(numbers):
+            for first, part in self.batches(int(numbers[0]), int(numbers[-1]) + 1):
+                places = numbers[np.searchsorted(numbers, first) : np.searchsorted(numbers, first + part.num_rows)]
+                yield part.take(pa.array(places - first))
+
+    def batches(self, start: int, stop: int) -> Iterator[tuple[int, pa.RecordBatch]]:
+        """The rows `start` to `stop` some at a time, each with the number of its first row. Raises UserError."""
+        if start >= stop:
+            return
+        group = int(np.searchsorted(self.starts, start, side="right")) - 1
+        if not (self.starts[group] <= self.position <= start):
+            groups = list(range(group, self.file.num_row_groups))
+            self.remaining = self.file.iter_batches(self.batch_rows, row_groups=groups, columns=self.columns)
+            self.rest, self.position = None, int(self.starts[group])
+        while start < stop:
+            with table_errors(self.path):
+                batch = self.rest if self.rest is not None else next(self.remaining)
+            skipped = min(start - self.position, batch.num_rows)
+            part = batch.slice(skipped, stop - start)
+            if part.num_rows:
+                yield start, part if self.columns is None else part.select(self.columns)
+            start += part.num_rows
+            taken = skipped + part.num_rows
+            self.rest = batch.slice(taken) if taken < batch.num_rows else None
+            self.position += taken
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.file.close()

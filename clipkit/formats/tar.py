@@ -13,8 +13,8 @@ from typing import NamedTuple
 import numpy as np
 
 from clipkit.errors import UserError
+from clipkit.formats.tables import IMAGE_SUFFIXES
 
-IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif"})
 BLOCK = 512
 
 # Where a sample begins, and from there its members: offset and size, 0 and 0 for one that isn't there.

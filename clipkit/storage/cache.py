@@ -22,13 +22,12 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import google_crc32c
 
 from clipkit.errors import UserError
 from clipkit.storage.files import WRITTEN_BESIDE, disk_errors, make_folder
-from clipkit.storage.ranges import RangeReader
+from clipkit.storage.ranges import RangeReader, Reopenable
 
 _MAX_OPEN = 256
 _MAX_KNOWN = 1 << 16  # entries whose checksum this process has checked
@@ -69,7 +68,7 @@ class _Entry:
             os.close(self.descriptor)
 
 
-class BlockCache:
+class BlockCache(Reopenable):
     """Entries of bytes by key, at most `limit` bytes of them, in a folder of the local disk.
 
     Safe from several threads and processes. A pickled one uses the same folder.
@@ -89,13 +88,6 @@ class BlockCache:
         self._lock = threading.Lock()
         self._open: OrderedDict[str, _Entry] = OrderedDict()
         self._known: OrderedDict[tuple[str, int], None] = OrderedDict()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"folder": self.folder, "limit": self.limit}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._start()
 
     def read(self, key: str, make: Make, start: int = 0, length: int | None = None, lock: str | None = None) -> bytes:
         """Part of an entry, all from `start` on by default; `make` gives the whole entry where there is none.

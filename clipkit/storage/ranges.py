@@ -148,7 +148,21 @@ class _RemoteFile:
         return read_range(self.path, start, end)
 
 
-class RangeReader:
+class Reopenable:
+    """Pickled without its open files: what begins with `_` stays behind, and `_start` makes it in the new process."""
+
+    def _start(self) -> None:
+        raise NotImplementedError
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if not name.startswith("_")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._start()
+
+
+class RangeReader(Reopenable):
     """Files by number, opened when first needed and closed when too many are open.
 
     Safe from several threads. A pickled one opens its files anew in the process that unpickles it.
@@ -162,13 +176,6 @@ class RangeReader:
         self._lock = threading.Lock()
         self._open: OrderedDict[int, _LocalFile | _RemoteFile] = OrderedDict()
         self._most = max(1, min(_MAX_OPEN, allow_many_files() // _SHARE))
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"folder": self.folder, "files": self.files}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._start()
 
     def path(self, number: int) -> Path:
         """Where a file is."""

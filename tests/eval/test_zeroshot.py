@@ -445,7 +445,7 @@ def test_data_that_is_none_of_the_three(tmp_path: Path, emoji: Path) -> None:
     text = tmp_path / "a.txt"
     text.write_text("hello", encoding="utf-8")
     for path, says in (
-        (text, "isn't a parquet file"),
+        (text, "can't be read as parquet"),
         (tmp_path / "x", "doesn't exist"),
         (tmp_path, "no class folders"),
     ):
@@ -464,7 +464,7 @@ def test_a_damaged_page_gets_one_line(tmp_path: Path, column: str) -> None:
     content = bytearray(path.read_bytes())
     content[place : place + 20] = bytes(20)
     path.write_bytes(content)
-    with pytest.raises(UserError, match=r"d\.parquet isn't a parquet file that can be read") as caught:
+    with pytest.raises(UserError, match=r"d\.parquet can't be read as parquet") as caught:
         list(open_labelled(path).read())
     assert "\n" not in str(caught.value)
 

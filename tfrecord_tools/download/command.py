@@ -15,6 +15,7 @@ from typing import Any
 
 from clipkit.errors import UserError
 from clipkit.formats.dataset import VERSION
+from clipkit.formats.tables import find_tables, read_schema, table_suffix
 from clipkit.jobs.run import Engine
 from clipkit.jobs.worker import cores
 from clipkit.storage.files import as_path, disk_errors, lock, remove, require_writable
@@ -27,8 +28,7 @@ from clipkit.tfrecord_tools.download.shard import Task
 from clipkit.tfrecord_tools.download.summary import DownloadSummary
 from clipkit.tfrecord_tools.download.work import Work
 from clipkit.tfrecord_tools.pictures.picture import PictureSettings
-from clipkit.tfrecord_tools.tables.columns import check_tables, choose_columns, column_kind
-from clipkit.tfrecord_tools.tables.url_table import find_tables, read_schema, table_suffix
+from clipkit.tfrecord_tools.tables.url_table import check_tables, choose_columns, column_kind
 from clipkit.tfrecord_tools.web.settings import FetchSettings
 
 NEEDED = ("img2dataset", "aiohttp", "aiodns", "protego")
@@ -85,7 +85,7 @@ def download(
     check_settings(format, samples_per_shard, processes, network, probe_rows)
     pictures.check()
     chosen = choose_columns(preset, url_column, caption_column, keep_columns, hash_column, hash_kind)
-    tables = find_tables(urls)
+    tables = find_tables(urls, "URL table")
     for package in NEEDED:
         if importlib.util.find_spec(package) is None:
             raise UserError(f"{package} isn't installed, and downloading needs it: pip install 'clipkit[download]'")
@@ -142,7 +142,7 @@ def check_settings(
 def dataset_name(name: str | None, preset: str | None, urls: Path) -> str:
     """The name given, or one made of the preset's or the table's. Raises UserError for one that TFDS doesn't allow."""
     if name is None:
-        stem = urls.name.removesuffix(table_suffix(urls)) if not urls.is_dir() else urls.resolve().name
+        stem = urls.name.removesuffix(table_suffix(urls, "URL table")) if not urls.is_dir() else urls.resolve().name
         name = re.sub(r"\W+", "_", preset or stem, flags=re.ASCII).strip("_").lower()
         name = name if name[:1].isalpha() else f"urls_{name}".rstrip("_")
     if not re.fullmatch(r"[a-zA-Z]\w*", name, re.ASCII):

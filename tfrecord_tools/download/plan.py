@@ -11,14 +11,13 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 
 from clipkit.errors import UserError
+from clipkit.formats.tables import open_parquet, table_errors
 from clipkit.storage.files import read_json, write_beside, write_json
 from clipkit.tfrecord_tools.account.shard_state import Format
 from clipkit.tfrecord_tools.pictures.picture import PictureSettings
-from clipkit.tfrecord_tools.tables.columns import TableColumns
-from clipkit.tfrecord_tools.tables.url_table import count_rows, fingerprint, open_parquet, rows_path, unreadable
+from clipkit.tfrecord_tools.tables.url_table import TableColumns, count_rows, fingerprint, rows_path
 
 
 @dataclass(frozen=True)
@@ -136,16 +135,13 @@ def write_mask(table: Path, path: Path, where: str) -> int:
     from clipkit.tfrecord_tools.tables.where import RowFilter, iter_masks
 
     bits, rest, wanted = [], np.zeros(0, np.bool_), 0
-    try:
-        with open_parquet(table) as file:
-            for mask in iter_masks(file, RowFilter(where, file.schema_arrow)):
-                wanted += int(mask.sum())
-                rest = np.concatenate([rest, mask])
-                whole = len(rest) // 8 * 8
-                bits.append(np.packbits(rest[:whole]))
-                rest = rest[whole:]
-    except (pa.ArrowException, OSError, EOFError) as error:
-        raise unreadable(table, ".parquet", error) from error
+    with table_errors(table), open_parquet(table) as file:
+        for mask in iter_masks(file, RowFilter(where, file.schema_arrow)):
+            wanted += int(mask.sum())
+            rest = np.concatenate([rest, mask])
+            whole = len(rest) // 8 * 8
+            bits.append(np.packbits(rest[:whole]))
+            rest = rest[whole:]
     bits.append(np.packbits(rest))
     with write_beside(path) as temporary, temporary.open("wb") as opened:
         np.save(opened, np.concatenate(bits))

@@ -12,10 +12,10 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from clipkit.formats.tables import RowReader, open_parquet, row_group_starts
 from clipkit.tfrecord_tools.download.plan import Plan, load_mask, wanted_rows
 from clipkit.tfrecord_tools.download.worker import fetch_loop, picture_maker
 from clipkit.tfrecord_tools.pictures.picture import PictureError, PictureSettings
-from clipkit.tfrecord_tools.tables.url_table import RowReader, open_parquet, row_group_starts
 from clipkit.tfrecord_tools.web.settings import Fetched, FetchSettings
 
 # A row group must be unpacked to find rows in it, and those of published tables hold a million: so many are opened.

@@ -16,6 +16,7 @@ from functools import cache
 
 import pyarrow as pa
 
+from clipkit.formats.tables import RowReader
 from clipkit.tfrecord_tools.account.replace_shard import recover
 from clipkit.tfrecord_tools.account.shard_state import ShardState, read_state
 from clipkit.tfrecord_tools.download.finish import differs
@@ -23,8 +24,7 @@ from clipkit.tfrecord_tools.download.plan import Shard, load_mask, wanted_rows
 from clipkit.tfrecord_tools.download.progress import LiveCounts
 from clipkit.tfrecord_tools.download.shard import OpenShard, ShardJob, Task
 from clipkit.tfrecord_tools.pictures.picture import PictureMaker, PictureSettings
-from clipkit.tfrecord_tools.tables.columns import TableColumns
-from clipkit.tfrecord_tools.tables.url_table import RowReader
+from clipkit.tfrecord_tools.tables.url_table import TableColumns
 from clipkit.tfrecord_tools.web.fetcher import Fetcher
 from clipkit.tfrecord_tools.web.settings import Fetched, FetchSettings
 

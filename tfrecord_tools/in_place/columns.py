@@ -12,7 +12,7 @@ from clipkit.errors import UserError
 from clipkit.formats.features import Feature, Kind
 from clipkit.formats.kinds import EMPTY_LIST, LIST, widest
 from clipkit.formats.records import Value
-from clipkit.formats.tar import IMAGE_SUFFIXES
+from clipkit.formats.tables import IMAGE_SUFFIXES
 from clipkit.tfrecord_tools.in_place.example_wire import CAPTION, EMPTY, FLOAT, FLOATS, INT, INTS, NOTHING, TEXT, TEXTS
 from clipkit.tfrecord_tools.sample import DROPPED_COLUMNS
 

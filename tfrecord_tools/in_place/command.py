@@ -27,6 +27,7 @@ from clipkit.formats.manifest import (
     read_manifest,
     write_manifest,
 )
+from clipkit.formats.tables import is_hidden
 from clipkit.jobs.run import Engine, run_jobs
 from clipkit.log import Progress
 from clipkit.storage.files import (
@@ -112,7 +113,7 @@ def _finished(folder: Path, name: str, split: str) -> SplitManifest:
 
 
 def _sources(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.glob(f"*{SUFFIX}") if path.is_file() and not path.name.startswith("."))
+    return sorted(path for path in folder.glob(f"*{SUFFIX}") if path.is_file() and not is_hidden(path.name))
 
 
 def _plan(folder: Path, work: Path, name: str, split: str) -> list[InPlaceJob]:

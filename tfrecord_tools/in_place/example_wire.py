@@ -18,7 +18,7 @@ from collections import Counter
 from typing import NamedTuple
 
 from clipkit.formats.records import decode_example
-from clipkit.formats.tar import IMAGE_SUFFIXES
+from clipkit.formats.tables import IMAGE_SUFFIXES
 
 # How a column's values can look in one record.
 EMPTY = "empty"  # the bytes "", which img2dataset writes for a null of any type

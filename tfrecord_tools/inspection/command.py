@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from clipkit.formats.dataset import Dataset, open_dataset, read_layout
+from clipkit.formats.features import find_caption, find_image
 from clipkit.formats.manifest import CLIPKIT_FOLDER
 from clipkit.formatting import size_text
 from clipkit.page.charts import histogram
@@ -19,8 +20,6 @@ from clipkit.tfrecord_tools.inspection.captions import CONTEXTS, Example, Reduct
 from clipkit.tfrecord_tools.inspection.figures import (
     SAMPLE,
     Inspection,
-    caption_column,
-    image_column,
     inspect,
     usual_split,
 )
@@ -169,7 +168,7 @@ def stretches(pieces: Sequence[str], kept: Sequence[bool]) -> list[tuple[str, bo
 
 def tile_of(dataset: Dataset, place: int) -> dict[str, Any] | None:
     """One record for the wall: its picture, small, and its caption or label; None where the picture can't be read."""
-    column, captions = image_column(dataset.features), caption_column(dataset.features)
+    column, captions = find_image(dataset.features), find_caption(dataset.features)
     example = dataset.example(place) if column else {}
     picture = thumbnail(example.get(column or "") or b"")
     if not picture:

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from clipkit.errors import UserError
 from clipkit.formats.dataset import Dataset, DatasetLayout, open_dataset, read_layout
-from clipkit.formats.features import Feature
+from clipkit.formats.features import Feature, find_caption, find_image
 from clipkit.formats.manifest import CLIPKIT_FOLDER, read_manifest
 from clipkit.formats.records import RecordError
 from clipkit.log import Progress
@@ -27,7 +27,6 @@ from clipkit.tfrecord_tools.inspection.pictures import PictureFacts, Pictures
 
 SEED = 0
 SAMPLE = 10_000
-CAPTIONS = ("txt", "caption", "text")
 MOST_VALUES = 12
 
 
@@ -125,22 +124,12 @@ def sample_places(total: int, sample: int) -> list[int]:
     return chosen
 
 
-def caption_column(features: Mapping[str, Feature]) -> str | None:
-    """The column with the captions, None where the pictures have labels or nothing."""
-    return next((name for name in CAPTIONS if name in features and features[name].kind == "text"), None)
-
-
-def image_column(features: Mapping[str, Feature]) -> str | None:
-    """The column with the picture of a record."""
-    return next((name for name, feature in features.items() if feature.kind == "image" and not feature.is_list), None)
-
-
 class _Seen:
     """What is kept of the records of a sample."""
 
     def __init__(self, features: Mapping[str, Feature]) -> None:
         self.features = features
-        self.caption, image = caption_column(features), image_column(features)
+        self.caption, image = find_caption(features), find_image(features)
         self.pictures = Pictures(image) if image else None
         self.captions: list[str] = []
         self.places: list[int] = []

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from clipkit.errors import UserError
-from clipkit.formats.tar import IMAGE_SUFFIXES
+from clipkit.formats.tables import is_hidden, is_image
 
 WHOLE_FILE = -1
 
@@ -102,14 +102,14 @@ def _parts(path: Path) -> list[Part]:
         ]
         return sorted(inner, key=lambda part: part.label) or [Part(path, "", True, 0, path.stat().st_size)]
     with os.scandir(path) as found:
-        entries = sorted((each for each in found if not each.name.startswith(".")), key=lambda each: each.name)
+        entries = sorted((each for each in found if not is_hidden(each.name)), key=lambda each: each.name)
     folders = [Part(path / each.name, each.name) for each in entries if each.is_dir()]
     if folders:
         return folders
     tars = [each for each in entries if each.name.endswith(".tar")]
     if tars:
         return [Part(path / each.name, _class_name(each.name), True, 0, each.stat().st_size) for each in tars]
-    return [Part(path, "")] if any(_is_image(each.name) for each in entries) else []
+    return [Part(path, "")] if any(is_image(each.name) for each in entries) else []
 
 
 def _class_name(tar: str) -> str:
@@ -125,7 +125,7 @@ def _tar_images(part: Part) -> Iterator[Image]:
     prefix = f"{part.label}/" if part.label else ""
     for name, offset, size in _tar_members(part.path, part.start, part.end):
         base = name.rpartition("/")[2]
-        if _is_image(base):
+        if is_image(base):
             yield Image(str(part.path), prefix + base, offset, size, part.label)
 
 
@@ -157,14 +157,10 @@ def _folder_images(part: Part) -> Iterator[Image]:
     while folders:
         folder = folders.pop()
         with os.scandir(folder) as found:
-            entries = [each for each in found if not each.name.startswith(".")]
+            entries = [each for each in found if not is_hidden(each.name)]
         for entry in entries:
             if entry.is_dir():
                 folders.append(folder / entry.name)
-            elif _is_image(entry.name):
+            elif is_image(entry.name):
                 name = (folder / entry.name).relative_to(container).as_posix()
                 yield Image(str(container), name, WHOLE_FILE, entry.stat().st_size, part.label)
-
-
-def _is_image(name: str) -> bool:
-    return not name.startswith(".") and name.rpartition(".")[2].lower() in IMAGE_SUFFIXES

@@ -17,24 +17,16 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 
 from clipkit.errors import UserError
 from clipkit.formats.features import Feature
+from clipkit.formats.tables import KEY_NAME, URL_NAME, find_tables, open_bytes, read_columns, read_schema
 from clipkit.storage.files import disk_errors, local_copy, require_file
-from clipkit.tfrecord_tools.tables.url_table import (
-    find_tables,
-    open_bytes,
-    open_parquet,
-    open_text,
-    read_schema,
-    unreadable,
-)
 
 # Hashes in hexadecimal: which of these a column is, its name says. All can be computed from the stored image.
 HASHES = {"sha256": 64, "md5": 32, "sha1": 40, "sha512": 128}
 # What says which record is meant; other columns take part only when --by names them.
-IDENTITIES = ("url", "key", *HASHES)
+IDENTITIES = (URL_NAME, KEY_NAME, *HASHES)
 LINES = 10_000
 READ_BYTES = 1 << 20
 
@@ -56,7 +48,7 @@ class RemovalList:
 
 
 def open_list(path: Path, by: str | None, features: Mapping[str, Feature]) -> RemovalList:
-    """Find out what a list holds. Tables are parquet, CSV or TSV, or a folder of them; .txt has a value a line.
+    """Find out what a list holds: a table (parquet, CSV, TSV, JSON lines), a folder of them, or .txt, a value a line.
 
     Raises UserError when there is no list, when it can't be told what it holds, and when no record has such values.
     """
@@ -134,18 +126,8 @@ def _lines(path: Path) -> Iterator[list[bytes]]:
 
 
 def _table_values(path: Path, column: str) -> Iterator[list[bytes]]:
-    suffix = path.suffix.lower().lstrip(".")
-    try:
-        if suffix == "parquet":
-            with open_parquet(path) as file:
-                for batch in file.iter_batches(LINES, columns=[column]):
-                    yield [_bytes(value) for value in batch.column(0).to_pylist()]
-            return
-        with local_copy(path) as local, open_text(local, {column: pa.string()}) as reader:
-            for batch in reader:
-                yield [_bytes(value) for value in batch.column(column).to_pylist()]
-    except (pa.ArrowException, KeyError, OSError, EOFError) as error:
-        raise unreadable(path, suffix, error) from error
+    for batch in read_columns(path, [column]):
+        yield [_bytes(value) for value in batch.column(0).to_pylist()]
 
 
 def _bytes(value: Any) -> bytes:

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from clipkit.errors import UserError
-from clipkit.formats.features import Feature
+from clipkit.formats.features import Feature, find_image
 from clipkit.formats.manifest import ShardEntry, SourceEntry
 from clipkit.formats.records import RecordWriter, decode_example, read_records
 from clipkit.storage.files import load_array, local_copy, read_json, save_array, write_beside, write_json
@@ -60,7 +60,7 @@ class ValueReader:
     @classmethod
     def of(cls, by: str, features: Mapping[str, Feature]) -> "ValueReader":
         """Raises UserError for a hash that is neither a column nor can be computed."""
-        image = next((name for name, f in features.items() if f.kind == "image" and not f.is_list), None)
+        image = find_image(features)
         if by not in features and image is None:
             raise UserError(
                 f"the dataset has neither a column {by!r} nor an image to compute it from: choose another --by"

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from clipkit.errors import UserError
-from clipkit.formats.features import Feature, parse_features
+from clipkit.formats.features import Feature, find_caption, find_image, parse_features
 from clipkit.formats.records import RecordError, decode_example, read_range
-from clipkit.formats.tables import CAPTION_NAMES, find_name
 from clipkit.storage.files import read_json
 from clipkit.tfrecord_tools.readers.parquet import USUAL, PairColumns
 from clipkit.tfrecord_tools.reasons import NO_IMAGE
@@ -59,8 +58,7 @@ def read_dataset(
 def _image_and_caption(path: Path, features: Mapping[str, Feature], columns: PairColumns) -> tuple[str, str]:
     images = [name for name, feature in features.items() if feature.kind == "image" and not feature.is_list]
     texts = [name for name, feature in features.items() if feature.kind == "text" and not feature.is_list]
-    image = columns.image or find_name(images, ("jpg", "image")) or next(iter(images), None)
-    caption = columns.caption or find_name(texts, CAPTION_NAMES)
+    image, caption = columns.image or find_image(features), columns.caption or find_caption(features)
     if image not in images:
         raise UserError(f"{path.parent} has no image column {image or ''}: choose --image-column among {_list(images)}")
     if caption not in texts:

@@ -1,25 +1,40 @@
-"""Read parquet files that hold the images themselves: img2dataset's, Hugging Face's data sets, one's own.
+"""Read parquet files that hold the images themselves, and folders of images with a table of file names and captions.
 
-An image is a binary column, or Hugging Face's struct of `bytes` and `path`. Rows are read a few at a time, for a row
-group of ten thousand images would take a third of a gigabyte.
+An image is a binary column, or Hugging Face's struct of `bytes` and `path`, or a file that the row names. A folder's
+table (CSV, TSV, JSON lines or parquet; Hugging Face's `metadata.csv` and `metadata.jsonl` are of this kind) is copied
+once to parquet, so that a worker finds its rows without reading those before them. Rows with images are read a few at a
+time, for a row group of ten thousand would take a third of a gigabyte.
 """
 
+from array import array
+from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from clipkit.errors import UserError
-from clipkit.formats.tables import CAPTION_NAMES, find_image_column, find_name, holds_images
+from clipkit.formats.tables import (
+    CAPTION_NAMES,
+    COPY_ROWS,
+    FILE_NAMES,
+    KEY_NAME,
+    RowReader,
+    copy_table,
+    find_image_column,
+    find_name,
+    holds_images,
+)
+from clipkit.storage.files import is_remote, local_copy
+from clipkit.storage.stores import as_upath, reading
 from clipkit.tfrecord_tools.reasons import NO_IMAGE
 from clipkit.tfrecord_tools.sample import DROPPED_COLUMNS, Sample
 
 BATCH_ROWS = 64
+SUMS = 100_000  # at most so many sums of sizes are held, however long the table
 _BUFFER_BYTES = 1 << 20
 
 
@@ -34,121 +49,142 @@ class PairColumns:
 USUAL = PairColumns()
 
 
+def open_rows(path: Path, batch_rows: int = BATCH_ROWS) -> RowReader:
+    """A local parquet file with images, or a folder's table. Raises UserError when it can't be read."""
+    return RowReader(path, None, batch_rows, _BUFFER_BYTES)
+
+
 def read_parquet(path: Path, start: int = 0, stop: int | None = None, columns: PairColumns = USUAL) -> Iterator[Sample]:
     """The samples of the rows [start, stop) of a parquet file with images.
 
     Raises UserError when it is damaged, or when it has no column with images or none with captions.
     """
-    with open_parquet(path) as file:
-        schema = file.schema_arrow
-        image = image_column(schema, columns)
+    with open_rows(path) as rows:
+        image = image_column(rows.schema, columns)
         if image is None:
-            raise UserError(f"{path} has no column with images ({', '.join(schema.names)}): name it by --image-column")
-        caption = caption_column(schema, columns, path)
-        for number, row in read_rows(file, start, stop, path):
-            yield make_sample(f"{path.stem}-{number}", _image_bytes(row.pop(image)), row, caption)
+            names = ", ".join(rows.schema.names)
+            raise UserError(f"{path} has no column with images ({names}): name it by --image-column")
+        caption = caption_column(rows.schema, columns, path)
+        for number, row in _read(rows, start, stop):
+            yield _sample(f"{path.stem}-{number}", _image_bytes(row.pop(image)), row, caption)
 
 
-def make_sample(fallback: str, image: bytes | None, row: dict[str, Any], caption_name: str) -> Sample:
+def read_folder(
+    folder: Path, table: Path, start: int = 0, stop: int | None = None, columns: PairColumns = USUAL
+) -> Iterator[Sample]:
+    """The samples of the rows [start, stop) of `table`, parquet; file names are relative to `folder`.
+
+    An image that isn't there is a sample without an image. Raises UserError when the table lacks a column.
+    """
+    with local_copy(table) as local, open_rows(local, COPY_ROWS) as rows:
+        image = file_column(rows.schema, columns, folder)
+        caption = caption_column(rows.schema, columns, folder)
+        for number, row in _read(rows, start, stop):
+            name = row.get(image)
+            yield _sample(str(name or number), _read_image(folder, name), row, caption)
+
+
+def copy_pairs(path: Path, copy: Path, columns: PairColumns = USUAL) -> None:
+    """Write a folder's table as parquet at `copy`; keys, captions and names stay text, even when all are numbers.
+
+    Raises UserError when it can't be read to its end.
+    """
+    usual = {KEY_NAME, *CAPTION_NAMES, *FILE_NAMES}
+    copy_table(path, copy, lambda name: name.lower() in usual or name in (columns.image, columns.caption))
+
+
+def _sample(fallback: str, image: bytes | None, row: dict[str, Any], caption_name: str) -> Sample:
     """A sample of a row's image and its other columns; `fallback` is the key where the row has none."""
     caption = row.pop(caption_name)
     for name in DROPPED_COLUMNS:
         row.pop(name, None)
     if caption_name == "txt":
         row.pop("caption", None)  # img2dataset writes it twice
-    key = row.get("key")
-    key = row["key"] = fallback if key is None or key == "" else str(key)
+    key = row.get(KEY_NAME)
+    key = row[KEY_NAME] = fallback if key is None or key == "" else str(key)
     return Sample(key, image, None if caption is None else str(caption), row, None if image else NO_IMAGE)
 
 
-def open_parquet(path: Path) -> pq.ParquetFile:
-    """A local parquet file that is read page by page. Raises UserError when it can't be read as one."""
+def _image_bytes(value: Any) -> bytes | None:
+    if isinstance(value, dict):
+        value = value.get("bytes")
+    return value if isinstance(value, bytes) and value else None
+
+
+def _read_image(folder: Path, name: Any) -> bytes | None:
+    if not isinstance(name, str) or not name:
+        return None
     try:
-        return pq.ParquetFile(path, buffer_size=_BUFFER_BYTES, pre_buffer=False, memory_map=False)
-    except (pa.ArrowException, EOFError) as error:
-        raise damaged(path, error) from error
+        with reading(folder):
+            return (folder / name).read_bytes() or None
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError, ValueError):
+        return None
 
 
-def damaged(path: Path, error: Exception) -> UserError:
-    """The one line for a parquet file that its reader refuses."""
-    reason = str(error).partition("\n")[0]
-    return UserError(f"{path} can't be read as parquet ({reason}): it is damaged or of another kind; fetch it again")
+# ---- Columns ---------------------------------------------------------------------------------------------------------
 
 
 def image_column(schema: pa.Schema, columns: PairColumns) -> str | None:
-    """The column with images, or None. Raises UserError when the one that was named holds none."""
-    if columns.image is not None:
-        if columns.image in schema.names and holds_images(schema.field(columns.image).type):
-            return columns.image
-        if columns.image in schema.names:
-            return None  # names of files
+    """The column with images, or None. Raises UserError when the one that was named isn't there."""
+    if columns.image is None:
+        return find_image_column(schema)
+    if columns.image not in schema.names:
         raise UserError(f"no column {columns.image!r} in the table: choose among {', '.join(schema.names)}")
-    return find_image_column(schema)
+    return columns.image if holds_images(schema.field(columns.image).type) else None  # else it names files
 
 
-def caption_column(schema: pa.Schema, columns: PairColumns, path: Path) -> str:
-    """The column with captions. Raises UserError when there is none."""
-    if columns.caption is not None:
-        if columns.caption not in schema.names:
-            raise UserError(
-                f"{path} has no column {columns.caption!r}: choose --caption-column among {', '.join(schema.names)}"
-            )
-        return columns.caption
-    found = find_name(schema.names, CAPTION_NAMES)
+def file_column(schema: pa.Schema, columns: PairColumns, path: Path) -> str:
+    """The column with the images' file names. Raises UserError when there is none."""
+    found = columns.image if columns.image in schema.names else None
+    if columns.image is None:
+        found = find_name(schema.names, FILE_NAMES)
     if found is None:
         raise UserError(
-            f"{path} has no column {' or '.join(CAPTION_NAMES)} ({', '.join(schema.names)}): name it by "
-            "--caption-column"
+            f"{path} has no column {columns.image or ' or '.join(FILE_NAMES[:3])} ({', '.join(schema.names)}): name "
+            "the one with the images' file names by --image-column"
         )
     return found
 
 
-def read_rows(
-    file: pq.ParquetFile, start: int, stop: int | None, path: Path, batch_rows: int = BATCH_ROWS
-) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Number and values of the rows [start, stop), in plain Python types. Raises UserError when they can't be read."""
-    starts = row_group_starts(file)
-    end = int(starts[-1]) if stop is None else min(stop, int(starts[-1]))
-    if start >= end:
-        return
-    first = int(np.searchsorted(starts, start, side="right")) - 1
-    last = int(np.searchsorted(starts, end, side="left"))
-    position = int(starts[first])
-    try:
-        for batch in file.iter_batches(batch_rows, row_groups=list(range(first, last))):
-            skip = max(start - position, 0)
-            part = batch.slice(skip, end - position - skip) if skip < batch.num_rows else batch.slice(0, 0)
-            yield from enumerate(plain(part), position + skip)
-            position += batch.num_rows
-            if position >= end:
-                return
-    except (pa.ArrowException, OSError, EOFError) as error:
-        raise damaged(path, error) from error
+def caption_column(schema: pa.Schema, columns: PairColumns, path: Path) -> str:
+    """The column with captions. Raises UserError when there is none."""
+    found = columns.caption if columns.caption in schema.names else None
+    if columns.caption is None:
+        found = find_name(schema.names, CAPTION_NAMES)
+    if found is None:
+        raise UserError(
+            f"{path} has no column {columns.caption or ' or '.join(CAPTION_NAMES)} ({', '.join(schema.names)}): name "
+            "the one with the captions by --caption-column"
+        )
+    return found
 
 
-def row_group_starts(file: pq.ParquetFile) -> "np.typing.NDArray[np.int64]":
-    """int64[row groups + 1]: the number of the first row of each, and of all rows."""
-    counts = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
-    return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]).astype(np.int64)
+# ---- Rows ------------------------------------------------------------------------------------------------------------
+
+
+def _read(rows: RowReader, start: int, stop: int | None) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Number and values of the rows [start, stop). Raises UserError when they can't be read."""
+    count = int(rows.starts[-1])
+    for first, batch in rows.batches(start, count if stop is None else min(stop, count)):
+        yield from enumerate(plain(batch), first)
 
 
 def plain(batch: pa.RecordBatch) -> list[dict[str, Any]]:
     """A batch's rows in the types that JSON has, and bytes; dates, times and decimals as text."""
-    arrays = []
-    for array in batch.columns:
-        kind = array.type
-        if pa.types.is_temporal(kind) or pa.types.is_decimal(kind):
-            array = pc.cast(array, pa.string())
-        arrays.append(array)
+    arrays = [pc.cast(column, pa.string()) if _is_odd(column.type) else column for column in batch.columns]
     rows: list[dict[str, Any]] = pa.RecordBatch.from_arrays(arrays, names=batch.schema.names).to_pylist()
     return rows
 
 
+def _is_odd(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_temporal(kind) or pa.types.is_decimal(kind))
+
+
 def row_at(path: Path, position: int, size: int) -> int:
     """The row at a byte position, when the row groups lie one after the other on `size` bytes, rows evenly in each."""
-    with open_parquet(path) as file:
-        metadata = file.metadata
-        groups = [metadata.row_group(number) for number in range(file.num_row_groups)]
+    with open_rows(path) as rows:
+        metadata = rows.file.metadata
+        groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
         lengths = [
             sum(group.column(column).total_compressed_size for column in range(group.num_columns)) for group in groups
         ]
@@ -162,7 +198,42 @@ def row_at(path: Path, position: int, size: int) -> int:
         return row
 
 
-def _image_bytes(value: Any) -> bytes | None:
-    if isinstance(value, dict):
-        value = value.get("bytes")
-    return value if isinstance(value, bytes) and value else None
+class FolderSizes:
+    """The rows of a table on a line of bytes: each takes as much as its image."""
+
+    def __init__(self, folder: Path, table: Path, columns: PairColumns) -> None:
+        """Asks for the size of each image, one after the other; those of a store in one listing."""
+        with local_copy(table) as local, open_rows(local) as rows:
+            image = file_column(rows.schema, columns, folder)
+            caption_column(rows.schema, columns, folder)
+            self.rows = int(rows.starts[-1])
+            self.step = max(1, self.rows // SUMS)
+            self.sums = array("q")
+            self.total = number = 0
+            sizes = _remote_sizes(folder) if is_remote(folder) else None
+            for batch in rows.file.iter_batches(columns=[image]):
+                for name in batch.column(0).to_pylist():
+                    if number % self.step == 0:
+                        self.sums.append(self.total)
+                    number += 1
+                    if isinstance(name, str):
+                        self.total += sizes.get(name, 0) if sizes is not None else _local_size(folder, name)
+
+    def row_at(self, position: int) -> int:
+        """The first row, of those whose sum is held, that begins at or behind a byte."""
+        return min(bisect_left(self.sums, position) * self.step, self.rows)
+
+
+def _local_size(folder: Path, name: str) -> int:
+    try:
+        return (folder / name).stat().st_size
+    except (OSError, ValueError):
+        return 0
+
+
+def _remote_sizes(folder: Path) -> dict[str, int]:
+    target = as_upath(folder)
+    with reading(folder):
+        found = target.fs.find(target.path, detail=True)
+    start = target.path.rstrip("/").lstrip("/") + "/"
+    return {name.lstrip("/").removeprefix(start): int(info.get("size") or 0) for name, info in found.items()}

@@ -10,12 +10,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from clipkit.errors import UserError
-from clipkit.formats.tables import find_table, is_table
+from clipkit.formats.tables import find_table, is_hidden, is_table
 from clipkit.storage.files import is_remote, local_copy, read_json, remove
 from clipkit.storage.stores import reading
 from clipkit.tfrecord_tools.readers.dataset import dataset_features, read_dataset
-from clipkit.tfrecord_tools.readers.folder import FolderSizes, copy_table, read_folder
-from clipkit.tfrecord_tools.readers.parquet import USUAL, PairColumns, image_column, open_parquet, read_parquet, row_at
+from clipkit.tfrecord_tools.readers.parquet import (
+    USUAL,
+    FolderSizes,
+    PairColumns,
+    copy_pairs,
+    image_column,
+    open_rows,
+    read_folder,
+    read_parquet,
+    row_at,
+)
 from clipkit.tfrecord_tools.readers.tar import read_tar
 from clipkit.tfrecord_tools.readers.tfrecord import read_tfrecord
 from clipkit.tfrecord_tools.sample import Sample
@@ -55,7 +64,7 @@ def find_shards(path: Path, columns: PairColumns = USUAL, split: str = "train") 
         dataset = find_dataset(path)
         if dataset is not None:
             return dataset_shards(dataset, split)
-        files = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES and not file.name.startswith("."))
+        files = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES and not is_hidden(file.name))
         # Beside its tars and tfrecords img2dataset leaves parquet files without images.
         shards = [file for file in files if file.suffix != ".parquet"]
         kinds = sorted({file.suffix for file in shards})
@@ -116,7 +125,7 @@ def open_shard(path: Path, columns: PairColumns = USUAL, work: Path | None = Non
     mark = f"{path} {size} {columns}"
     if not (table.exists() and copied.exists() and copied.read_text(encoding="utf-8") == mark):
         remove(copied)
-        copy_table(path, table, columns)
+        copy_pairs(path, table, columns)
         copied.write_text(mark, encoding="utf-8")
     return InputShard(path, FolderSizes(path.parent, table, columns).total, columns, table)
 
@@ -163,6 +172,8 @@ def _read(shard: InputShard, local: Path, start: int, stop: int | None) -> Itera
     if path.suffix == ".tar":
         return read_tar(local, start, stop)
     if path.suffix == ".parquet":
+        if not local.exists():
+            raise FileNotFoundError(local)
         return read_parquet(local, start, stop, shard.columns)
     if path.suffix == ".tfrecord":
         return read_tfrecord(local, start, stop)
@@ -174,5 +185,5 @@ def _is_dataset_shard(path: Path) -> bool:
 
 
 def _has_images(path: Path, columns: PairColumns) -> bool:
-    with local_copy(path) as local, open_parquet(local) as file:
-        return image_column(file.schema_arrow, columns) is not None
+    with local_copy(path) as local, open_rows(local) as rows:
+        return image_column(rows.schema, columns) is not None

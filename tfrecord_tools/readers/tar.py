@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from clipkit.errors import UserError
+from clipkit.formats.tables import IMAGE_SUFFIXES
 from clipkit.formats.tar import BLOCK as _BLOCK
-from clipkit.formats.tar import IMAGE_SUFFIXES, TarError, header_name, header_size, read_pax, split_name
+from clipkit.formats.tar import TarError, header_name, header_size, read_pax, split_name
 from clipkit.tfrecord_tools.reasons import BAD_METADATA, BAD_TEXT, NO_IMAGE
 from clipkit.tfrecord_tools.sample import DROPPED_COLUMNS, Sample
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from clipkit.formats.records import RecordError, decode_example, read_range
-from clipkit.formats.tar import IMAGE_SUFFIXES
+from clipkit.formats.tables import IMAGE_SUFFIXES
 from clipkit.tfrecord_tools.reasons import BAD_TEXT, NO_IMAGE
 from clipkit.tfrecord_tools.sample import DROPPED_COLUMNS, Sample
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from clipkit.formats.dataset import DatasetLayout, read_layout
 from clipkit.formats.manifest import CLIPKIT_FOLDER, ShardEntry, index_path
+from clipkit.formats.tables import is_hidden
 from clipkit.formatting import counted, duration, size_text
 from clipkit.jobs.passes import Runner
 from clipkit.jobs.run import Engine
@@ -183,7 +184,7 @@ def _is_folder_of_tars(path: Path) -> bool:
 
 def _verify_tars(folder: Path, decode: int | None, runner: Runner, started: float) -> VerifySummary:
     files = sorted((file for file in folder.iterdir() if file.suffix == ".tar"), key=lambda each: each.name)
-    files = [file for file in files if not file.name.startswith(".")]
+    files = [file for file in files if not is_hidden(file.name)]
     each = None if decode is None else -(-decode // len(files))
     checks = [TarCheck(file, file.stat().st_size, number, each) for number, file in enumerate(files)]
     reports, problems = _reports(check_tar, checks, runner)

@@ -11,12 +11,12 @@ import time
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import numpy as np
 
 from clipkit.counter_rng import UInt64Array
 from clipkit.errors import UserError
+from clipkit.storage.ranges import Reopenable
 from clipkit.train.order import WINDOW_BLOCKS, Int64Array
 from clipkit.train.sources.source import Pair, Source
 
@@ -29,7 +29,7 @@ _MOST_WAITING = 2 * WINDOW_BLOCKS
 Fill = Callable[[int], int]
 
 
-class AheadSource(Source):
+class AheadSource(Reopenable, Source):
     """A source with reading ahead, `block_records` neighbours at a time.
 
     `fill` gets a record near, with what is got together with it, and returns the first record behind that.
@@ -43,13 +43,6 @@ class AheadSource(Source):
         self._wishes: queue.Queue[int] = queue.Queue(_MOST_WAITING)
         self._asked: OrderedDict[int, None] = OrderedDict()
         self._threads: list[threading.Thread] = []
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if not name.startswith("_")}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._start()
 
     def __repr__(self) -> str:
         return repr(self.source)

@@ -1,23 +1,23 @@
 """Training straight from a folder of images with a table of file names and captions.
 
-Of the table the two columns alone are copied, once, to where workers map them into memory (`train.source_index`), so
+Of the table the two columns alone are copied, once, to where workers map them into memory (`index`), so
 that ten million captions cost no more than ten. Hugging Face's image folders are of this kind.
 """
 
 import contextlib
 import hashlib
 from collections.abc import Iterator, Sequence
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 
 from clipkit.errors import UserError
-from clipkit.formats.tables import read_pair_table
+from clipkit.formats.tables import find_pair_columns, read_columns, read_schema
 from clipkit.pixels.images import ImageError
 from clipkit.storage.cache import BlockCache
-from clipkit.storage.files import is_remote, local_copy, read_json, remove, write_beside, write_json
-from clipkit.storage.ranges import read_object
+from clipkit.storage.files import is_remote, read_json, remove, write_beside, write_json
+from clipkit.storage.ranges import Reopenable, read_object
 from clipkit.storage.stores import StoredFile
 from clipkit.train.sources.index import index_place, waiting_lock
 from clipkit.train.sources.source import Pair, Source
@@ -26,7 +26,7 @@ _BATCH_ROWS = 4_096
 _SCHEMA = pa.schema([("file", pa.large_string()), ("caption", pa.large_string())])
 
 
-class FolderSource(Source):
+class FolderSource(Reopenable, Source):
     """The rows of a folder's table. Made by `open_folder`. With a `cache`, images are kept in it, each for itself."""
 
     def __init__(self, folder: Path, table: StoredFile, rows: Path, cache: BlockCache | None = None) -> None:
@@ -35,13 +35,6 @@ class FolderSource(Source):
 
     def _start(self) -> None:
         self._columns = pa.ipc.open_file(pa.memory_map(str(self.rows))).read_all()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if not name.startswith("_")}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._start()
 
     def __repr__(self) -> str:
         return f"<FolderSource {self.folder}: {self.num_records} rows of {self.table.name}>"
@@ -114,25 +107,18 @@ def open_folder(folder: Path, table: StoredFile, cache: BlockCache | None = None
 
 def _copy(table: Path, rows: Path) -> None:
     """Write file names and captions in batches of _BATCH_ROWS, the last one shorter."""
-    left: list[tuple[str | None, str | None]] = []
+    columns = find_pair_columns(read_schema(table).names, table)
+    pairs = chain.from_iterable(_pairs(batch, *columns) for batch in read_columns(table, columns))
     with (
-        local_copy(table) as local,
         write_beside(rows) as temporary,
         pa.OSFile(str(temporary), "wb") as file,
         pa.ipc.new_file(file, _SCHEMA) as writer,
     ):
-        for part in read_pair_table(local, str(table)):
-            left += part
-            while len(left) >= _BATCH_ROWS:
-                writer.write_batch(_batch(left[:_BATCH_ROWS]))
-                left = left[_BATCH_ROWS:]
-        if left:
-            writer.write_batch(_batch(left))
+        while some := list(islice(pairs, _BATCH_ROWS)):
+            arrays = [pa.array(column, pa.large_string()) for column in zip(*some, strict=True)]
+            writer.write_batch(pa.record_batch(arrays, _SCHEMA))
 
 
-def _batch(rows: Sequence[tuple[str | None, str | None]]) -> pa.RecordBatch:
-    # A lone surrogate, which JSON can hold, is no text for Arrow.
-    texts = [
-        [value and value.encode("utf-8", "replace").decode() for value in column] for column in zip(*rows, strict=True)
-    ]
-    return pa.record_batch([pa.array(column, pa.large_string()) for column in texts], _SCHEMA)
+def _pairs(batch: pa.RecordBatch, *names: str) -> Iterator[tuple[str | None, ...]]:
+    columns = (batch.column(name).to_pylist() for name in names)
+    return zip(*([None if value is None else str(value) for value in column] for column in columns), strict=True)

@@ -11,7 +11,6 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -21,7 +20,7 @@ from clipkit.errors import UserError
 from clipkit.formats.tables import CAPTION_NAMES, find_image_column, find_name
 from clipkit.pixels.images import ImageError
 from clipkit.storage.cache import BlockCache
-from clipkit.storage.ranges import RangeReader
+from clipkit.storage.ranges import RangeReader, Reopenable
 from clipkit.storage.stores import StoredFile
 from clipkit.train.sources.index import FolderIndex, open_index
 from clipkit.train.sources.source import Pair, Source
@@ -33,7 +32,7 @@ _PLACES = struct.Struct("<QQQ")
 ROW_GROUPS = np.dtype([("group", "<u4"), ("rows", "<u4")])
 
 
-class ParquetSource(Source):
+class ParquetSource(Reopenable, Source):
     """The rows of a folder's parquet files, in the order of the files' names. Made by `open_parquets`."""
 
     def __init__(self, folder: Path, shards: Sequence[StoredFile], index: FolderIndex, cache: BlockCache) -> None:
@@ -49,13 +48,6 @@ class ParquetSource(Source):
         self._reader = RangeReader(self.folder, self.shards)
         self._lock = threading.Lock()
         self._footers: OrderedDict[int, pq.FileMetaData] = OrderedDict()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if not name.startswith("_")}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._start()
 
     def __repr__(self) -> str:
         return f"<ParquetSource {self.folder}: {self.num_records} rows in {len(self.shards)} files>"

@@ -20,7 +20,7 @@ from clipkit.tfrecord_tools.download import work
 from clipkit.tfrecord_tools.download.command import dataset_name, download
 from clipkit.tfrecord_tools.download.plan import cut, cut_wanted, load_mask, wanted_rows, write_mask
 from clipkit.tfrecord_tools.pictures.picture import PictureSettings
-from clipkit.tfrecord_tools.tables.columns import column_kind, common_type
+from clipkit.tfrecord_tools.tables.url_table import column_kind, common_type
 from clipkit.tfrecord_tools.web.settings import FetchSettings
 
 

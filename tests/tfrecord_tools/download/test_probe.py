@@ -19,7 +19,7 @@ from clipkit.tfrecord_tools.download.plan import Output, make_plan
 from clipkit.tfrecord_tools.download.probe import LOWER, ProbeResult
 from clipkit.tfrecord_tools.download.probe_worker import MAX_ROW_GROUPS, sample_rows
 from clipkit.tfrecord_tools.reasons import ADVICE, remedy_after_download
-from clipkit.tfrecord_tools.tables.columns import TableColumns
+from clipkit.tfrecord_tools.tables.url_table import TableColumns
 
 ANSWERS = {"/ok.jpg": Answer(JPEG), "/busy.jpg": Answer(b"", status=HTTPStatus.BAD_GATEWAY)}
 

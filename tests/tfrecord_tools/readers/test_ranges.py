@@ -242,7 +242,7 @@ def test_tables_that_cannot_be_used_are_named(tmp_path):
     with pytest.raises(UserError, match=r"several tables .a\.csv, b\.tsv."):
         find_shards(tmp_path)
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "1.jpg"}\n[]\n')
-    with pytest.raises(UserError, match="line 2 is no JSON object"):
+    with pytest.raises(UserError, match="line 2 isn't a JSON object"):
         open_shard(find_shards(tmp_path)[0], work=tmp_path / "work")
 
 

@@ -13,8 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from clipkit.errors import UserError
+from clipkit.formats import tables
+from clipkit.formats.tables import RowReader
 from clipkit.tfrecord_tools.tables import url_table
-from clipkit.tfrecord_tools.tables.url_table import RowReader
 
 
 @pytest.mark.parametrize(
@@ -36,6 +37,11 @@ def test_tables_that_cannot_be_read(tmp_path: Path, name: str, content: bytes | 
         download(tmp_path / name, tmp_path / "out")
 
 
+def read_rows(path: Path, start: int, count: int, columns: list[str]) -> pa.Table:
+    with RowReader(path, columns) as reader:
+        return reader.read(start, start + count)
+
+
 def damaged_parquet(path: Path) -> Path:
     """A table whose metadata is whole and whose first page can't be unpacked."""
     pq.write_table(pa.table({"url": ["http://127.0.0.1:1/a.jpg"] * 50, "caption": ["a"] * 50}), path)
@@ -48,16 +54,16 @@ def damaged_parquet(path: Path) -> Path:
 def test_tables_that_are_damaged_further_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = damaged_parquet(tmp_path / "page.parquet")
     with pytest.raises(UserError, match=r"page\.parquet can't be read as parquet") as caught:
-        url_table.read_rows(path, 0, 50, ["url", "caption"])
+        read_rows(path, 0, 50, ["url", "caption"])
     assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match=r"gone\.parquet can't be read as parquet"):
-        url_table.read_rows(tmp_path / "gone.parquet", 0, 1, ["url"])
-    monkeypatch.setattr(url_table, "TEXT_BLOCK_BYTES", 1 << 16)
+        read_rows(tmp_path / "gone.parquet", 0, 1, ["url"])
+    monkeypatch.setattr(tables, "TEXT_BLOCK_BYTES", 1 << 16)
     noise = np.random.default_rng(0).integers(0, 10**12, 200_000).tolist()
     content = bytearray(gzip.compress("\n".join(["url,caption", *(f"u,{n}" for n in noise)]).encode()))
     content[-200_000:-100_000] = bytes(100_000)
     (tmp_path / "late.csv.gz").write_bytes(content)
-    url_table.read_schema(tmp_path / "late.csv.gz")  # the damage lies beyond what this reads
+    tables.read_schema(tmp_path / "late.csv.gz")  # the damage lies beyond what this reads
     with pytest.raises(UserError, match=r"late\.csv\.gz can't be read as csv\.gz") as caught:
         url_table.count_rows(tmp_path / "late.csv.gz", tmp_path / "copy.parquet", ("url", "caption"))
     assert "\n" not in str(caught.value)
@@ -88,7 +94,7 @@ def test_text_tables(tmp_path: Path) -> None:
 
 
 def test_text_types_that_change_after_the_first_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(url_table, "TEXT_BLOCK_BYTES", 64)
+    monkeypatch.setattr(tables, "TEXT_BLOCK_BYTES", 64)
     csv = tmp_path / "a.csv"
     csv.write_text("url,caption,score\n" + "u,c,1\n" * 40 + "u,c,high\n")
     assert url_table.count_rows(csv, tmp_path / "a.parquet", ("url", "caption")) == 41
@@ -101,10 +107,10 @@ def test_rows_by_number(tmp_path: Path, group: int) -> None:
     pq.write_table(pa.table({"n": range(20), "m": [[i] for i in range(20)]}), path, row_group_size=group)
     for start in range(20):
         for count in (1, 4, 20):
-            got = url_table.read_rows(path, start, min(count, 20 - start), ["m", "n"])
+            got = read_rows(path, start, min(count, 20 - start), ["m", "n"])
             expected = list(range(start, min(start + count, 20)))
             assert got.column_names == ["m", "n"] and got["n"].to_pylist() == expected
-    assert url_table.read_rows(path, 0, 0, ["n"]).num_rows == 0
+    assert read_rows(path, 0, 0, ["n"]).num_rows == 0
 
 
 def test_fingerprint_of_a_large_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,14 +148,14 @@ def test_rows_between_those_picked_are_not_held(tmp_path: Path, monkeypatch: pyt
     rows = 1_000_000
     pq.write_table(pa.table({"text": [f"{number:0100d}" for number in range(rows)]}), path, use_dictionary=False)
     held = []
-    original = RowReader._parts
+    original = RowReader.batches
 
     def watched(self: RowReader, start: int, stop: int) -> Iterator[tuple[int, pa.RecordBatch]]:
         for part in original(self, start, stop):
             held.append(pa.total_allocated_bytes())
             yield part
 
-    monkeypatch.setattr(RowReader, "_parts", watched)
+    monkeypatch.setattr(RowReader, "batches", watched)
     with RowReader(path, ["text"]) as reader:
         before = pa.total_allocated_bytes()
         picked = reader.pick(np.arange(0, rows, 10_000))
@@ -161,7 +167,6 @@ def test_rising_ranges_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
     """A row group of a million rows isn't unpacked again for each of its shards."""
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"n": range(100)}), path, row_group_size=50)
-    monkeypatch.setattr(url_table, "READ_ROWS", 8)
     opened = []
     original = pq.ParquetFile.iter_batches
     monkeypatch.setattr(
@@ -169,7 +174,7 @@ def test_rising_ranges_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
         "iter_batches",
         lambda *args, **options: opened.append(options["row_groups"]) or original(*args, **options),
     )
-    with RowReader(path, ["n"]) as reader:
+    with RowReader(path, ["n"], batch_rows=8) as reader:
         for start in range(0, 100, 10):
             assert reader.read(start, start + 10)["n"].to_pylist() == list(range(start, start + 10))
         assert opened == [[0, 1]]
@@ -184,7 +189,7 @@ def test_published_without_a_header(tmp_path: Path, with_header: bool) -> None:
     path = tmp_path / "cc3m.tsv"
     path.write_text("\n".join(lines) + "\n")
     header = ("caption", "url")
-    assert url_table.read_schema(path, header).names == ["caption", "url"]
+    assert tables.read_schema(path, header).names == ["caption", "url"]
     assert url_table.count_rows(path, tmp_path / "copy.parquet", ("url", "caption"), header) == 2
     rows = pq.read_table(tmp_path / "copy.parquet").to_pydict()
     assert rows == {"caption": ['a "cat', "007"], "url": ["http://x/1.jpg", "http://x/2.jpg"]}
