@@ -9,6 +9,7 @@ from click.core import ParameterSource
 from clipkit.cli.options import (
     AnyPath,
     Count,
+    CountOrZero,
     Folder,
     PathOrUrl,
     SectionedCommand,
@@ -23,8 +24,8 @@ from clipkit.errors import UserError
 
 
 @click.command("build-tfds", cls=SectionedCommand)
-@click.argument("shards", type=PathOrUrl())
-@click.argument("out", type=PathOrUrl(), required=False)
+@click.argument("shards", type=PathOrUrl)
+@click.argument("out", type=PathOrUrl, required=False)
 @click.option("--name", required=True, help="Name of the dataset; it becomes OUT/NAME/1.0.0.")
 @option("Input", "--image-column", metavar="NAME", help="Column with images, or with their file names.")
 @option("Input", "--caption-column", metavar="NAME", help="Column with captions.")
@@ -82,13 +83,13 @@ def _build_in_place(folder: Path, as_json: bool, options: dict[str, Any]) -> Non
 
 @click.command("build-imagenet")
 @click.argument("source", type=Folder)
-@click.argument("out", type=PathOrUrl())
+@click.argument("out", type=PathOrUrl)
 @click.option("--name", default="imagenet2012", help="Name of the set; it becomes OUT/NAME/VERSION.")
 @click.option("--split", help="Which split SOURCE is, or the only one to take. [default: all it has]")
 @click.option("--labels", type=AnyPath, help="Classes of a flat folder: lines in file order, 'file class', or CSV.")
 @click.option("--classes", type=AnyPath, help="Another set's classes in label order. [default: its folders, sorted]")
 @click.option("--subset", is_flag=True, help="Accept an ImageNet with classes or images missing.")
-@click.option("--max-bad", type=click.IntRange(min=0), default=0, help="Broken images to leave out.")
+@click.option("--max-bad", type=CountOrZero, default=0, help="Broken images to leave out.")
 @workers
 @engine
 @as_json
@@ -111,7 +112,7 @@ class CountOrAll(click.ParamType[int | None]):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | None:
         """An int of at least 0, or None."""
-        return None if value in ("all", None) else click.IntRange(min=0).convert(value, param, ctx)
+        return None if value in ("all", None) else CountOrZero.convert(value, param, ctx)
 
 
 @click.command()
@@ -137,7 +138,7 @@ def verify(path: Path, as_json: bool, **options: Any) -> None:
 @click.command()
 @dataset_folder
 @click.option(
-    "--list", "removals", type=PathOrUrl(), required=True, help="Parquet, CSV, TSV, or a text file with a value a line."
+    "--list", "removals", type=PathOrUrl, required=True, help="Parquet, CSV, TSV, or a text file with a value a line."
 )
 @click.option("--by", metavar="COLUMN", help="url, key, sha256, md5, or a text column. [default: as the list tells]")
 @click.option("--dry-run", is_flag=True, help="Count what would be removed, and change nothing.")
@@ -159,7 +160,7 @@ def purge(path: Path, removals: Path, as_json: bool, **options: Any) -> None:
 @dataset_folder
 @click.option("--split", help="Which split. [default: the only one, or train]")
 @click.option("--sample", type=Count, default=10_000, help="Records to look at, drawn from all.")
-@click.option("--out", type=PathOrUrl(), help="Folder for the page and the numbers. [default: DIR/clipkit]")
+@click.option("--out", type=PathOrUrl, help="Folder for the page and the numbers. [default: DIR/clipkit]")
 @as_json
 def inspect(path: Path, as_json: bool, **options: Any) -> None:
     """Write a page that shows what is in the dataset in DIR: pairs, lengths, what reductions keep, sizes, duplicates.

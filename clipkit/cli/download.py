@@ -5,7 +5,17 @@ from typing import Any
 
 import click
 
-from clipkit.cli.options import Count, PathOrUrl, SectionedCommand, as_json, engine, option, print_json, print_summary
+from clipkit.cli.options import (
+    Count,
+    CountOrZero,
+    PathOrUrl,
+    SectionedCommand,
+    as_json,
+    engine,
+    option,
+    print_json,
+    print_summary,
+)
 
 RETRY = "--retry-failed"
 # The failures that may be temporary; `retry.DEFAULT` is the same, and slow to import. With --allow-private-hosts,
@@ -22,8 +32,8 @@ class DownloadCommand(SectionedCommand):
 
 
 @click.command(cls=DownloadCommand)
-@click.argument("urls", type=PathOrUrl())
-@click.argument("out", type=PathOrUrl())
+@click.argument("urls", type=PathOrUrl)
+@click.argument("out", type=PathOrUrl)
 @option("Table", "--preset", metavar="NAME", help="Columns of a published table, such as laion400m or datacomp.")
 @option("Table", "--url-column", metavar="NAME", help="Column with the image's URL.")
 @option("Table", "--caption-column", metavar="NAME", help="Column with the caption.")
@@ -47,32 +57,14 @@ class DownloadCommand(SectionedCommand):
     help="What gets that size: the shorter side, the longer side, both by a crop or a border, or nothing.",
 )
 @option("Images", "--quality", default=95, help="JPEG quality of images that are encoded again.")
-@option(
-    "Images",
-    "--min-image-size",
-    type=click.IntRange(min=0),
-    default=0,
-    help="Refuse images whose shorter side is below this.",
-)
+@option("Images", "--min-image-size", type=CountOrZero, default=0, help="Least size of the shorter side, in pixels.")
 @option("Network", "--connections", type=Count, default=256, help="Most requests at a time in each process.")
 @option("Network", "--per-host", type=Count, default=8, help="Most requests at a time to one host.")
 @option("Network", "--timeout", default=10.0, help="Seconds to wait for a server's next byte.")
 @option("Network", "--deadline", default=30.0, help="Seconds for the whole of one URL.")
 @option("Network", "--max-megabytes", type=Count, default=50, help="Largest body to take, in MB.")
-@option(
-    "Network",
-    "--retries",
-    type=click.IntRange(min=0),
-    default=0,
-    help="How often to try again what may be a temporary failure.",
-)
-@option(
-    "Network",
-    "--resolver",
-    multiple=True,
-    metavar="ADDRESS",
-    help="DNS server to ask, such as 1.1.1.1; may be repeated.",
-)
+@option("Network", "--retries", type=CountOrZero, default=0, help="How often to try temporary failures again.")
+@option("Network", "--resolver", multiple=True, metavar="ADDRESS", help="DNS server, such as 1.1.1.1; may be repeated.")
 @option(
     "Network", "--allow-private-hosts", is_flag=True, help="Fetch from private addresses too: for servers of your own."
 )
@@ -102,9 +94,7 @@ class DownloadCommand(SectionedCommand):
     default=0.5,
     help="Stop when a smaller share of the probe succeeds.",
 )
-@option(
-    "Work", RETRY, metavar="[=REASONS]", help=f"Fetch again what failed for these reasons. [default REASONS: {PASSING}]"
-)
+@option("Work", RETRY, metavar="[=REASONS]", help=f"Fetch again what failed for these REASONS (else {PASSING}).")
 @option(
     "Work", "--processes", type=Count, help="Processes that fetch. [default: one a core, or as many as a cluster takes]"
 )

@@ -17,6 +17,7 @@ from clipkit.cli.options import (
     Count,
     Folder,
     OneLineErrors,
+    Positive,
     as_json,
     assignments,
     cache_folder,
@@ -119,9 +120,7 @@ def train(
 @cache_gigabytes
 @loader_workers
 @click.option("--seconds", type=click.FloatRange(min=0.1), default=10.0, help="How long to measure.")
-@click.option(
-    "--need", type=click.FloatRange(min=0, min_open=True), help="Samples/s to reach. [default: what a GPU takes]"
-)
+@click.option("--need", type=Positive, help="Samples/s to reach. [default: what a GPU takes]")
 @as_json
 def bench_data(
     data: tuple[str, ...], recipe_name: str | None, assignments: tuple[str, ...], as_json: bool, **options: Any

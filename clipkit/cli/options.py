@@ -13,9 +13,11 @@ from clipkit.storage.stores import comes_from_store, store_message
 Folder = click.Path(path_type=Path, file_okay=False)
 AnyPath = click.Path(path_type=Path)
 Count = click.IntRange(min=1)
+CountOrZero = click.IntRange(min=0)
+Positive = click.FloatRange(min=0, min_open=True)
 
 
-class PathOrUrl(click.ParamType[Path]):
+class _PathOrUrl(click.ParamType[Path]):
     """A local path, or a URL of an object store (`s3://`, `gs://`, `memory://`) that behaves as one."""
 
     name = "path"
@@ -25,6 +27,9 @@ class PathOrUrl(click.ParamType[Path]):
         from clipkit.storage.files import as_path
 
         return as_path(value)
+
+
+PathOrUrl = _PathOrUrl()
 
 
 class OneLineErrors(click.Group):
@@ -97,11 +102,9 @@ def print_summary(summary: Any, as_json: bool) -> None:
         click.echo(summary.text())
 
 
-dataset_folder = click.argument("path", metavar="DIR", type=PathOrUrl())
+dataset_folder = click.argument("path", metavar="DIR", type=PathOrUrl)
 workers = click.option("--workers", type=Count, help="Processes to use. [default: one a core]")
-loader_workers = click.option(
-    "--workers", type=click.IntRange(min=0), help="Loader workers. [default: by the number of cores]"
-)
+loader_workers = click.option("--workers", type=CountOrZero, help="Loader workers. [default: by the number of cores]")
 engine = click.option(
     "--engine",
     type=click.Choice(["local", "ray", "spark"]),
@@ -113,7 +116,5 @@ assignments = click.option(
 )
 device = click.option("--device", default="auto", metavar="auto|cpu|gpu|tpu", help="Where to compute.")
 cache_folder = click.option("--cache", type=Folder, help="Folder in which to keep data that comes over the network.")
-cache_gigabytes = click.option(
-    "--cache-gb", type=click.FloatRange(min=0, min_open=True), default=10.0, help="Its largest size."
-)
+cache_gigabytes = click.option("--cache-gb", type=Positive, default=10.0, help="Its largest size.")
 as_json = click.option("--json", "as_json", is_flag=True, help="Print the summary as one line of JSON.")

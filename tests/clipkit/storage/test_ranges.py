@@ -18,8 +18,8 @@ import pytest
 from range_server import ERROR, MISSING, OK, RESET, SHORT, STALL, range_server
 
 from clipkit.errors import UserError
-from clipkit.storage import cache as block_cache
-from clipkit.storage import ranges as range_reader
+from clipkit.storage import cache as cache_module
+from clipkit.storage import ranges
 from clipkit.storage.cache import BlockCache, CachedRanges, scratch_cache
 from clipkit.storage.files import as_path
 from clipkit.storage.ranges import RangeReader, read_object, read_range, read_whole
@@ -30,7 +30,7 @@ DATA = np.random.default_rng(0).bytes(100_000)
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(range_reader, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(ranges, "FIRST_PAUSE", 0.01)
 
 
 # ---- Ranges ----------------------------------------------------------------------------------------------------------
@@ -48,7 +48,7 @@ def test_a_range_comes_whole(faults: list[str]) -> None:
 
 
 def test_a_stall_is_cut_off_and_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(range_reader, "STALL_SECONDS", 0.3)
+    monkeypatch.setattr(ranges, "STALL_SECONDS", 0.3)
     with range_server(DATA, [STALL, OK]) as server:
         told: list[str] = []
         began = time.monotonic()
@@ -61,7 +61,7 @@ def test_a_stall_is_cut_off_and_told(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_client_that_can_not_be_cut_off_is_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     from fsspec.implementations.memory import MemoryFileSystem
 
-    monkeypatch.setattr(range_reader, "STALL_SECONDS", 0.2)
+    monkeypatch.setattr(ranges, "STALL_SECONDS", 0.2)
     path = as_path("memory://stalls/x")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(DATA)
@@ -88,7 +88,7 @@ def test_what_never_comes_is_one_line(fault: str, says: str) -> None:
         with pytest.raises(UserError, match=says) as caught:
             read_range(as_path(f"{server.url}/x"), 0, 20, lambda _: None)
         # aiohttp asks once more by itself when a connection that it used before is reset.
-        assert len(server.asked) in range(range_reader.ATTEMPTS, 2 * range_reader.ATTEMPTS + 1)
+        assert len(server.asked) in range(ranges.ATTEMPTS, 2 * ranges.ATTEMPTS + 1)
         assert "\n" not in str(caught.value)
 
 
@@ -103,7 +103,7 @@ def test_a_missing_file_is_not_asked_for_again() -> None:
 
 
 def test_whole_files_come_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(range_reader, "PIECE_BYTES", 30_000)
+    monkeypatch.setattr(ranges, "PIECE_BYTES", 30_000)
     with range_server(DATA, []) as server:
         assert read_whole(as_path(f"{server.url}/x"), len(DATA)) == DATA
         assert len(server.asked) == 4
@@ -112,7 +112,7 @@ def test_whole_files_come_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_reader_of_local_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(range_reader, "_MAX_OPEN", 2)
+    monkeypatch.setattr(ranges, "_MAX_OPEN", 2)
     files = [StoredFile(f"{number}", 1000) for number in range(5)]
     for number in range(5):
         (tmp_path / f"{number}").write_bytes(DATA[number * 1000 : number * 1000 + 1000])
@@ -185,17 +185,17 @@ def test_an_entry_is_made_once_and_read_in_parts(tmp_path: Path) -> None:
 
 
 def test_the_bound_holds_and_the_oldest_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(block_cache, "_TOUCH_SECONDS", -1.0)
+    monkeypatch.setattr(cache_module, "_TOUCH_SECONDS", -1.0)
     cache = BlockCache(tmp_path, 50_000)
     for number in range(100):
         cache.read(f"{number}", lambda: bytes(1000))
         cache._open.clear()  # as after many others: to read it again is to use it
         cache.read("0", lambda: bytes(1000))
-        os.utime(cache._path(block_cache._name(f"{number}")), (1000 + number, 1000 + number))
-        os.utime(cache._path(block_cache._name("0")), (10_000, 10_000))
+        os.utime(cache._path(cache_module._name(f"{number}")), (1000 + number, 1000 + number))
+        os.utime(cache._path(cache_module._name("0")), (10_000, 10_000))
         assert disk_bytes(tmp_path) <= 50_000
     assert cache.stored() == disk_bytes(tmp_path) > 25_000
-    there = [cache._path(block_cache._name(f"{number}")).exists() for number in range(100)]
+    there = [cache._path(cache_module._name(f"{number}")).exists() for number in range(100)]
     assert there[0]
     assert not any(there[1:50])
     assert all(there[60:])
@@ -271,7 +271,7 @@ def test_a_full_disk_makes_room_then_says_so(tmp_path: Path, monkeypatch: pytest
     cache = BlockCache(tmp_path, 100_000)
     for number in range(10):
         cache.put(f"{number}", bytes(1000))
-    real, full = block_cache._write, [True]
+    real, full = cache_module._write, [True]
 
     def write(path: Path, data: bytes) -> None:
         if full and full[0]:
@@ -280,7 +280,7 @@ def test_a_full_disk_makes_room_then_says_so(tmp_path: Path, monkeypatch: pytest
             raise OSError(28, "No space left on device")
         real(path, data)
 
-    monkeypatch.setattr(block_cache, "_write", write)
+    monkeypatch.setattr(cache_module, "_write", write)
     cache.put("a", b"a" * 1000)
     assert cache.read("a", fail, 0, 1) == b"a"
     assert cache.stored() <= 7 * 1008
@@ -336,11 +336,11 @@ def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path: Path, monke
 def test_ranges_through_the_cache_cost_one_request_a_block(tmp_path: Path) -> None:
     with range_server(DATA, []) as server:
         reader = RangeReader(as_path(server.url), [StoredFile("x", len(DATA), "v1")])
-        ranges = CachedRanges(reader, BlockCache(tmp_path, 10_000_000))
+        cached = CachedRanges(reader, BlockCache(tmp_path, 10_000_000))
         for start in range(0, 10_000, 100):
-            assert ranges.read(0, (0, 10_000), start, start + 100) == DATA[start : start + 100]
-        ranges.fill(0, (0, 10_000))
+            assert cached.read(0, (0, 10_000), start, start + 100) == DATA[start : start + 100]
+        cached.fill(0, (0, 10_000))
         assert server.asked == [(0, 10_000)]
-        other = CachedRanges(RangeReader(as_path(server.url), [StoredFile("x", len(DATA), "v2")]), ranges.cache)
+        other = CachedRanges(RangeReader(as_path(server.url), [StoredFile("x", len(DATA), "v2")]), cached.cache)
         other.read(0, (0, 10_000), 0, 5)  # another version is another entry
         assert len(server.asked) == 2

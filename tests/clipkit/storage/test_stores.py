@@ -21,8 +21,7 @@ from object_store import s3_server as s3_server
 
 from clipkit.cli.main import main
 from clipkit.errors import InternalError, UserError
-from clipkit.storage import lease as remote_lock
-from clipkit.storage import stores as remote
+from clipkit.storage import lease, stores
 from clipkit.storage.files import (
     append_json_line,
     as_path,
@@ -54,7 +53,7 @@ def store(request):
 
 @pytest.fixture(autouse=True)
 def no_pauses(monkeypatch):
-    monkeypatch.setattr(remote, "FIRST_PAUSE", 0.001)
+    monkeypatch.setattr(stores, "FIRST_PAUSE", 0.001)
 
 
 @pytest.fixture
@@ -308,9 +307,9 @@ def test_a_refused_connection_is_one_line(s3, monkeypatch):
 
 
 def test_refusals_of_the_store_are_lines_and_bugs_are_not():
-    assert remote.store_message(NoCredentialsError(), "s3://x") is not None
-    assert "check the credentials" in str(remote.store_message(PermissionError("Access\nDenied"), "s3://x"))
-    assert remote.store_message(KeyError("x"), "s3://x") is None
+    assert stores.store_message(NoCredentialsError(), "s3://x") is not None
+    assert "check the credentials" in str(stores.store_message(PermissionError("Access\nDenied"), "s3://x"))
+    assert stores.store_message(KeyError("x"), "s3://x") is None
     with pytest.raises(FileNotFoundError), disk_errors(as_path("memory://x")):
         Path("/none/none").read_bytes()
 
@@ -331,7 +330,7 @@ def test_what_killed_processes_left_on_the_way_goes(scratch_disk):
         of_killed, of_alive = Path(killed.stdout.readline().strip()), Path(alive.stdout.readline().strip())
         killed.kill()
         killed.wait()
-        with remote.scratch() as mine:
+        with stores.scratch() as mine:
             assert sorted([mine, of_alive]) == sorted(scratch_disk.iterdir()) and of_killed != mine
         alive.communicate()
     assert names(scratch_disk) == []
@@ -374,7 +373,7 @@ def until(condition):
 
 
 def test_a_lease_is_refreshed_and_its_loss_is_told(store, monkeypatch):
-    monkeypatch.setattr(remote_lock, "REFRESH_SECONDS", 0.01)
+    monkeypatch.setattr(lease, "REFRESH_SECONDS", 0.01)
     with pytest.raises(UserError, match=r"taken over by another clipkit \(process 7 on elsewhere\)"), lock(store):
         first = json.loads((store / ".lock").read_text())["seen"]
         until(lambda: json.loads((store / ".lock").read_text())["seen"] > first)
@@ -389,14 +388,14 @@ def refresher_ended():
 
 
 def test_a_store_without_conditional_puts_still_locks(store, monkeypatch):
-    put = remote_lock.put_bytes
+    put = lease.put_bytes
 
     def unconditional(data, path, mode="overwrite"):
         if mode == "create":
             raise OSError(errno.ENOSYS, "A header you provided implies functionality that is not implemented")
         put(data, path, mode)
 
-    monkeypatch.setattr(remote_lock, "put_bytes", unconditional)
+    monkeypatch.setattr(lease, "put_bytes", unconditional)
     with lock(store), pytest.raises(UserError, match="another clipkit"), lock(store):
         pass
     assert names(store) == []
