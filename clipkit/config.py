@@ -1,6 +1,6 @@
 """Configurations are frozen dataclasses; this module changes them by `--set key=value` and moves them to and from JSON.
 
-A value is parsed by the annotated type of its field, so a wrong one is refused before any work begins.
+A value is parsed by the annotated type of its field, so a wrong one is refused before any work starts.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ SUFFIXES = {"K": 10**3, "M": 10**6, "B": 10**9}
 def set_values(config: Config, assignments: Iterable[str]) -> Config:
     """A copy of `config` with each `path.to.field=value` applied, in order.
 
-    Numbers in a path are places in a tuple (`stages.0.samples=12.8M`); integers take `1_000`, `1e6` and the suffixes
+    Numbers in a path are indices of a tuple (`stages.0.samples=12.8M`); integers take `1_000`, `1e6` and the suffixes
     K, M and B. Raises UserError for an unknown key, with the nearest known ones, and for a value of the wrong type.
     """
     for assignment in assignments:
@@ -35,15 +35,15 @@ def _set(config: Any, path: list[str], text: str, key: str) -> Any:
     head, rest = path[0], path[1:]
     if isinstance(config, tuple):
         if not head.isdigit() or int(head) >= len(config):
-            places = f"0 to {len(config) - 1}" if config else "none, it is empty"
-            raise UserError(f"--set {key}: {head!r} is not a place in the list (there are {places})")
+            places = f"0 to {len(config) - 1}" if config else "none, the list is empty"
+            raise UserError(f"--set {key}: {head!r} isn't an index of the list (choose {places})")
         place = int(head)
         changed = _set(config[place], rest, text, key) if rest else parse(text, type(config[place]), key)
         return (*config[:place], changed, *config[place + 1 :])
     if config is None:
-        raise UserError(f"--set {key}: what stands before {head!r} is not set in this recipe")
+        raise UserError(f"--set {key}: what comes before {head!r} isn't set in this recipe")
     if not dataclasses.is_dataclass(config) or isinstance(config, type):
-        raise UserError(f"--set {key}: {head!r} goes too deep; what stands before it is a plain value")
+        raise UserError(f"--set {key}: {head!r} goes too deep; what comes before it is a plain value")
     hints = typing.get_type_hints(type(config))
     if head not in hints:
         raise UserError(f"--set {key}: unknown key {head!r}; {did_you_mean(head, hints)}")

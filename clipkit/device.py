@@ -201,7 +201,7 @@ def pick(name: str = "auto") -> Device:
 
 
 def has_tpu() -> bool:
-    """Whether XLA's runtime was told of a TPU, or torch_xla is installed and one of Google's chips is on the bus.
+    """Whether PJRT_DEVICE names a TPU, or torch_xla is installed and one of Google's chips is on the bus.
 
     Google's virtual machines have other chips of its on the bus as well. Nothing is imported to see.
     """

@@ -1,6 +1,6 @@
 """The data that ships inside the package: emoji pairs for the demo, and the files that define CLIP's benchmarks.
 
-Licences and sources stand in the README beside each set.
+Licences and sources are in the README beside each set.
 """
 
 import json

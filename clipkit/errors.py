@@ -1,11 +1,11 @@
-"""The two kinds of failure that a person sees as one line.
+"""The two kinds of failure that are shown as one line.
 
-Exit codes follow the kind: 2 for what the user can mend, 1 for what only we can.
+Exit codes follow the kind: 2 for what the user can fix, 1 for what only we can.
 """
 
 
 class UserError(Exception):
-    """Something the user can mend. The message is one line: what, where, and what to do."""
+    """Something the user can fix. The message is one line: what, where, and what to do."""
 
 
 class InternalError(Exception):

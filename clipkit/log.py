@@ -114,7 +114,7 @@ class MetricsWriter(Writer):
     """
 
     def __init__(self, run: Path, samples_seen: int = 0) -> None:
-        """Go on with a run that stands at `samples_seen`."""
+        """Continue a run that has seen `samples_seen`."""
         from tensorboard.compat.proto.event_pb2 import SessionLog
 
         from clipkit.formats.records import RecordWriter

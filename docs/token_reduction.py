@@ -13,12 +13,13 @@ import pyarrow.parquet as pq
 import torch
 from matplotlib.patches import FancyBboxPatch, Patch, Rectangle
 from PIL import Image
+from torch.nn import functional as F
 
 from clipkit import counter_rng
 from clipkit.embedded import emoji_parquet
 from clipkit.text.syntax import ADJECTIVE, NOUN, OTHER, VERB, Syntax
 from clipkit.text.tokenizer import Tokenizer
-from clipkit.text.tokens import TextMethod, image_keep_indices, reduce_text, resize_images
+from clipkit.text.tokens import TextMethod, image_keep_indices, reduce_text
 
 PAIR = ("fluent-emoji", "oncoming taxi")
 PATCH = 8
@@ -114,7 +115,8 @@ def main() -> None:
     )
     everything = np.arange(side * side)
     draw_image(image_axes[0], image_HWC, side, everything, 96, "the image", "96 px")
-    small_BCHW = resize_images(torch.from_numpy(image_HWC.copy()).permute(2, 0, 1)[None].float(), 48)
+    image_BCHW = torch.from_numpy(image_HWC.copy()).permute(2, 0, 1)[None].float()
+    small_BCHW = F.interpolate(image_BCHW, size=(48, 48), mode="bilinear", antialias=True, align_corners=False)
     small_HWC = small_BCHW[0].permute(1, 2, 0).round().numpy().astype(np.uint8)
     draw_image(image_axes[1], small_HWC, side // 2, np.arange(KEEP), 48, "resize", "48 px")
     notes = {"random": "any 36 patches", "grid": "one patch of each 2 × 2", "block": "one rectangle"}

@@ -106,7 +106,7 @@ def build_imagenet(source: Path, out: Path, as_json: bool, **options: Any) -> No
 
 
 class CountOrAll(click.ParamType[int | None]):
-    """A number of things, or the word `all`, which becomes None."""
+    """A number, or the word `all`, which becomes None."""
 
     name = "number|all"
 
@@ -125,7 +125,7 @@ def verify(path: Path, as_json: bool, **options: Any) -> None:
     """Check that the dataset in DIR is whole: every checksum, count and offset, and that images can be decoded.
 
     DIR is a dataset of clipkit or of TFDS, or a folder of img2dataset's tars. Nothing is written. The exit code is 2
-    when something is wrong; for each file it is said what to do.
+    when something is wrong; each line says what to do.
     """
     from clipkit.tfrecord_tools.verify.command import verify as stage
 
@@ -140,7 +140,7 @@ def verify(path: Path, as_json: bool, **options: Any) -> None:
 @click.option(
     "--list", "removals", type=PathOrUrl, required=True, help="Parquet, CSV, TSV, or a text file with a value a line."
 )
-@click.option("--by", metavar="COLUMN", help="url, key, sha256, md5, or a text column. [default: as the list tells]")
+@click.option("--by", metavar="COLUMN", help="url, key, sha256, md5, or a text column. [default: from the list]")
 @click.option("--dry-run", is_flag=True, help="Count what would be removed, and change nothing.")
 @workers
 @engine
@@ -148,7 +148,7 @@ def verify(path: Path, as_json: bool, **options: Any) -> None:
 def purge(path: Path, removals: Path, as_json: bool, **options: Any) -> None:
     """Remove the records on a list (opt-outs, for one) from the dataset in DIR, for good and with a log.
 
-    URLs and keys must be equal to the letter. Only the shards concerned are written again; the same command goes on
+    URLs and keys must match exactly. Only the shards concerned are written again; the same command goes on
     where it was stopped, and until then nothing opens the dataset.
     """
     from clipkit.tfrecord_tools.purge.command import purge as stage
@@ -165,7 +165,7 @@ def purge(path: Path, removals: Path, as_json: bool, **options: Any) -> None:
 def inspect(path: Path, as_json: bool, **options: Any) -> None:
     """Write a page that shows what is in the dataset in DIR: pairs, lengths, what reductions keep, sizes, duplicates.
 
-    The page is inspection.html, one file that loads nothing; the same numbers stand beside it in inspection.json.
+    The page is inspection.html, one file that loads nothing; the same numbers are beside it in inspection.json.
     With a --split other than the usual one, its name is in theirs: inspection-validation.html.
     """
     from clipkit.tfrecord_tools.inspection.command import inspect_dataset as stage

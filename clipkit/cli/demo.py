@@ -190,7 +190,7 @@ def run_stage(stage: Stage) -> Cost:
 def run_child(arguments: Sequence[str]) -> tuple[int, int]:
     """Run Python with `arguments`; return its exit code and the peak memory in bytes of its largest process.
 
-    The child ends with this process. The server of the pictures is on loopback, which is no matter for a proxy.
+    The child ends with this process. The server of the pictures is on loopback, so no proxy may be asked.
     """
     sys.stdout.flush()
     # `python -m` would look for modules in the current folder first, which `clipkit` doesn't: a user's own timm/ say.
@@ -199,7 +199,7 @@ def run_child(arguments: Sequence[str]) -> tuple[int, int]:
     try:
         _, status, usage = os.wait4(child.pid, 0)
     except KeyboardInterrupt:
-        # The terminal has told the child too; training saves a checkpoint before it goes.
+        # The terminal has interrupted the child too; training saves a checkpoint before it goes.
         _, status, _ = os.wait4(child.pid, 0)
         child.returncode = os.waitstatus_to_exitcode(status)
         raise

@@ -116,7 +116,7 @@ def required_torch() -> SpecifierSet | None:
 
 
 def same_release(one: str, other: str) -> bool:
-    """Whether two versions agree but for a local part such as `+cpu`."""
+    """Whether two versions agree, apart from a local part such as `+cpu`."""
     return one.split("+")[0] == other.split("+")[0]
 
 
@@ -151,7 +151,7 @@ def print_findings(findings: Findings) -> None:
         table.add_row(name, version or "[dim]not installed[/dim]")
     console.print(table)
     console.print(Text.assemble(("device  ", "bold"), findings.device))
-    # Extras stand in square brackets, which rich would take for its own markup.
+    # Extras are in square brackets, which rich would take for its own markup.
     for note in findings.notes:
         console.print(Text.assemble(("note    ", "yellow"), note))
     for problem in findings.problems:

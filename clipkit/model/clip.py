@@ -66,7 +66,7 @@ class CLIP(nn.Module):
         """exp(logit_scale), at most 100.
 
         OpenCLIP clamps the parameter after each optimizer step; here it is clamped when a training step first uses it,
-        which comes to the same numbers and leaves nothing to remember outside. (Clamping the value alone would stop
+        which gives the same numbers and needs nothing outside. (Clamping only the value would stop
         the gradient as soon as a step overshoots, and the scale would stay at 100 for good.)
         """
         if self.training:

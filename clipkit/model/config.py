@@ -61,15 +61,15 @@ class TextConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Two towers and the space in which they meet."""
+    """Two towers and the embedding space that they share."""
 
     embed_dim: int = 512
     image: ImageConfig = ImageConfig()
     text: TextConfig = TextConfig()
     logit_scale_init: float = 1 / 0.07
-    """The factor itself, not its logarithm. SigLIP begins at 10."""
+    """The factor itself, not its logarithm. SigLIP starts at 10."""
     logit_bias_init: float | None = None
-    """None: no bias, as InfoNCE has no use for it. SigLIP begins at -10."""
+    """None: no bias, as InfoNCE has no use for it. SigLIP starts at -10."""
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "ModelConfig":

@@ -35,7 +35,7 @@ def info_nce(
     captions) is needed when `same_caption` isn't `negative`.
     """
     with torch.autocast(image_BE.device.type, enabled=False):
-        # The scale goes on the small matrix. Of each matrix of logits one copy is kept to go back with, and no softmax.
+        # The scale multiplies the small matrix. For the gradient one copy of each matrix of logits is kept, no softmax.
         image_BE, text_BE = image_BE.float() * logit_scale.float(), text_BE.float()
         B, start = len(image_BE), first_row(len(image_BE), gather)
         ignored_BN, positive_BN = caption_masks(caption_B, B, same_caption, gather)
@@ -50,7 +50,7 @@ def info_nce(
 def masked_logits(x_BE: Tensor, y_NE: Tensor, ignored_BN: Tensor | None) -> Tensor:
     """All dot products, -inf where a pair is to count as absent."""
     logits_BN = x_BE @ y_NE.T
-    # In place, for a product isn't needed to differentiate it.
+    # In place: the gradient of a product doesn't need the product.
     return logits_BN if ignored_BN is None else logits_BN.masked_fill_(ignored_BN, -torch.inf)
 
 

@@ -1,7 +1,7 @@
 """From encoded bytes to pixels: the one way that training and evaluation share.
 
 Images come from the open web, so the size is read from the header before anything is decoded, only formats of pictures
-are opened, and whatever can't be decoded ends as an `ImageError` that says why. JPEG goes through libjpeg-turbo
+are opened, and whatever can't be decoded raises an `ImageError` that says why. JPEG goes through libjpeg-turbo
 (simplejpeg), which can decode at a half, a quarter or an eighth of the size for less; WebP through OpenCV where that
 gives Pillow's pixels; all else through Pillow. Pixels are uint8 until they are on the device.
 """
@@ -33,10 +33,10 @@ Data = bytes | memoryview
 MAX_PIXELS = 80_000_000
 # What Pillow decoded is made RGB in strips of so many pixels.
 STRIP_PIXELS = 2_000_000
-# Pictures alone: Pillow would also start other programs (EPS) or read scientific files.
+# Only formats of pictures: Pillow would also start other programs (EPS) or read scientific files.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "ICO")
 
-# What stands before each segment of a JPEG, and what the segment of a frame begins with (ITU-T T.81, B.2).
+# The header of each segment of a JPEG, and the first fields of a frame's segment (ITU-T T.81, B.2).
 _MARKER = struct.Struct(">HH")
 _FRAME = struct.Struct(">BHHB")
 _FRAMES = frozenset((0xFFC0, 0xFFC1, 0xFFC2, 0xFFC9, 0xFFCA))  # baseline, extended, progressive; arithmetic coding
@@ -124,7 +124,7 @@ def decode_plain_jpeg(data: Data, height: int, width: int, scale: int, smooth_ch
 
 
 def plain_jpeg_size(data: Data, exif: bool = True) -> tuple[int, int] | None:
-    """(height, width) of a JPEG that libjpeg-turbo alone does right: grey or colour, no EXIF or XMP that turns it.
+    """(height, width) of a JPEG that libjpeg-turbo decodes right by itself: grey or colour, not turned by EXIF or XMP.
 
     None too for one with an EXIF block when `exif` is False. The headers are walked up to the image's data here, once
     for all: libjpeg would take as long for the size alone.
@@ -163,7 +163,7 @@ def jpeg_segments(data: Data) -> Iterator[tuple[int, int, int]]:
         if not 0xFFC0 <= marker < 0xFFFF or 0xFFD0 <= marker < 0xFFDA or length < 2:
             raise struct.error
         yield marker, at + 4, length - 2
-        if marker == 0xFFDA:  # the image's data begin
+        if marker == 0xFFDA:  # the image's data follows
             return
         at += 2 + length
 
@@ -265,7 +265,7 @@ def decode_with_pillow(data: Data, max_pixels: int) -> UInt8Array:
 
 
 def describe_failure(data: Data, error: Exception) -> str:
-    """A short reason for a person: most "images" that aren't are web pages."""
+    """A short reason in words: most "images" that aren't are web pages."""
     start = bytes(data[:256]).lstrip().lower()
     if start.startswith((b"<!doctype html", b"<html", b"<head")):
         return "not an image but an HTML page"

@@ -26,11 +26,11 @@ def perceptual_hash(image_HWC: UInt8Array) -> int:
     """The DCT hash of uint8[H, W, 3] RGB: an int below 2**64, whose 16 hex digits are those of `imagehash.phash`.
 
     In grey, 32 x 32 pixels, the DCT's 8 x 8 lowest frequencies, row by row from the highest bit: 1 above their median.
-    Pictures of one colour all have the hash 2**63, but for black, which has 0: they say nothing about each other.
+    All pictures of one colour have the hash 2**63, except black, which has 0: their hashes say nothing.
     """
     grey = Image.fromarray(image_HWC).convert("L").resize((SIDE, SIDE), Image.Resampling.LANCZOS)
     rows = dct_rows()
-    # Rounded, so that what is 0 but for the order of additions is 0 on every machine.
+    # Rounded, so that a 0 is 0 on every machine, whatever the order of additions.
     low = np.round(rows @ np.asarray(grey, dtype=np.float64) @ rows.T, 6)
     bits = (low > np.median(low)).ravel()
     return int.from_bytes(np.packbits(bits).tobytes(), "big")

@@ -45,9 +45,9 @@ def write_beside(path: Path) -> Iterator[Path]:
     """Yield a temporary path in the folder of `path`, renamed to `path` when the block ends without an exception.
 
     The block makes a file or a folder there. A folder can't take the place of one that exists. The name of the
-    temporary begins with a dot and ends in a random number (a process id may come twice in a cluster that shares the
+    temporary begins with a dot and ends in a random number (a process id may occur twice in a cluster that shares the
     folder), so that what a killed process left is never taken for a result, and two that write the same file don't
-    meet.
+    collide.
     For a remote `path` the temporary is a local file in a folder of its own, put at the end; it can't be a folder.
     Raises UserError when the disk is full or the folder can't be written, or when the store refuses.
     """
@@ -101,7 +101,7 @@ def disk_message(error: OSError, path: Path | str) -> str | None:
 def sync_file(path: Path) -> None:
     """Flush a file's bytes, or a folder's entries (so that a rename in it survives a power cut), to the disk.
 
-    Nothing is to be done for a remote path: what was put is kept.
+    A remote path needs nothing: what was put is kept.
     """
     if is_remote(path):
         return
@@ -133,7 +133,7 @@ def make_folder(folder: Path) -> Path:
 def clear_leftovers(*folders: Path) -> None:
     """Remove what killed runs were writing beside in these folders (not below them), and no other hidden file.
 
-    A worker that lives on though its run is over, or has given it up, can't harm: its temporary is taken from it, so
+    A worker that outlives its run, or that was given up, does no harm: its temporary is taken from it, so
     its rename fails, and it can't leave half a folder, which is renamed before it is emptied. Call this while no
     worker of the present run writes there, and before a run writes other bytes to the same names.
     In a store there is nothing to remove.
@@ -279,7 +279,7 @@ def require_writable(folder: Path) -> Path:
 
 @contextlib.contextmanager
 def lock(folder: Path) -> Iterator[None]:
-    """Hold a folder against a second process that would write the same files; the kernel lets go when we die.
+    """Lock a folder against a second process that would write the same files; the kernel lets go when the process ends.
 
     In a store it is a lease that a killed process leaves behind for some minutes (see `lease`).
     Raises UserError when another process holds it.

@@ -4,7 +4,7 @@ No kernel releases it when its holder dies, so it is a lease: an object that say
 holder was last seen, written again every minute. A lease that wasn't refreshed for five minutes may be taken over, and
 so may one whose process is known to be dead because it ran on this machine. It rests on clocks that agree within some
 minutes and on the store's conditional put (S3, Google and memory have one; on a store without, two that start within
-the same instant may both begin). It keeps a second command from working on the same folder by mistake: the same one
+the same instant may both start). It keeps a second command from working on the same folder by mistake: the same one
 would do all work twice, another one (a purge by another list, a build with other options) would mix its shards in.
 """
 

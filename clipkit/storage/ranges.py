@@ -2,10 +2,10 @@
 
 Training reads for weeks from stores that now and then refuse, break off, answer short or not at all. A range that
 doesn't come is asked for again after growing pauses; one that stalls is cut off first, for a client without a time
-limit would wait for ever. A warning on stderr tells of what was repeated; what fails in the end is one line.
+limit would wait forever. A warning on stderr tells of what was repeated; what fails in the end is one line.
 
 Files are read with `pread` and not through a mapping: a mapped file counts as the process's own memory, and one that is
-cut short while it is in use kills the process where `pread` gives an error that can be told.
+cut short while it is in use kills the process where `pread` gives an error that can be reported.
 """
 
 import errno
@@ -63,7 +63,7 @@ def _read(path: Path, start: int | None, end: int | None, warn: Warn) -> bytes:
         return data
 
     def tell(error: Exception, attempt: int) -> None:
-        if isinstance(error, TimeoutError) or attempt > 1:  # one failure that isn't a stall is no news
+        if isinstance(error, TimeoutError) or attempt > 1:  # a single failure that isn't a stall isn't worth a line
             warn(f"{part}: {_reason(error)}; asked again ({attempt + 1} of {ATTEMPTS})")
 
     try:
@@ -165,7 +165,7 @@ class Reopenable:
 class RangeReader(Reopenable):
     """Files by number, opened when first needed and closed when too many are open.
 
-    Safe from several threads. A pickled one opens its files anew in the process that unpickles it.
+    Safe from several threads. A pickled one opens its files again in the process that unpickles it.
     """
 
     def __init__(self, folder: Path, files: Sequence[StoredFile]) -> None:

@@ -38,7 +38,7 @@ FIRST_PAUSE = 1.0  # seconds before the second attempt; then four times as long 
 
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):(?://|::?)(.*)", re.DOTALL)
 _ONE_SLASH = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/(?!/)(.+)", re.DOTALL)
-# Whose exceptions are about the store, told by name so that none of these packages is imported to ask.
+# Whose exceptions are about the store, known by name so that none of these packages is imported.
 _CLIENTS = ("aiobotocore", "aiohttp", "botocore", "gcsfs", "google", "huggingface_hub", "s3fs")
 _CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError", "TokenRetrievalError", "DefaultCredentialsError")
 _VERSIONS = ("ETag", "etag", "md5Hash", "oid", "blob_id", "LastModified", "mtime", "updated", "created")
@@ -62,7 +62,7 @@ _TRANSIENT = (
 def parse(text: str) -> Path:
     """A `Path` for a local path or a `file://` URL, a remote path for any other URL that fsspec knows.
 
-    `s3:/bucket/x`, which is what `pathlib.Path` makes of a URL, is mended.
+    `s3:/bucket/x`, which is what `pathlib.Path` makes of a URL, becomes `s3://` again.
     Raises UserError for an unknown protocol, for one whose package is missing, and for a URL without a bucket.
     """
     single = _ONE_SLASH.fullmatch(text)
@@ -213,7 +213,7 @@ def remove(path: Path) -> None:
     """Remove an object, or all below a folder; nothing happens where there is none. A bucket is never removed."""
     target = as_upath(path)
     if target.parent == target:
-        raise InternalError(f"{path} is a whole bucket: clipkit removes none")
+        raise InternalError(f"{path} is a whole bucket: clipkit never removes one")
     with store_errors(path), contextlib.suppress(FileNotFoundError):
         target.fs.rm(target.path, recursive=True)
 
@@ -308,7 +308,7 @@ def comes_from_store(error: BaseException) -> bool:
 def scratch() -> Iterator[Path]:
     """Yield a local folder for files on their way, removed at the end.
 
-    It is held by a kernel lock, so that whatever a killed process left can be told from what is in use, and goes here.
+    It is held by a kernel lock, so that what a killed process left can be recognised, and is removed here.
     It lies where `tempfile` puts things: TMPDIR chooses another disk.
     """
     for left in Path(tempfile.gettempdir()).glob("clipkit-scratch-*"):

@@ -42,14 +42,14 @@ PATTERN = r"<[sſ]tart_of_text>|<end_of_text>|'[sſ]|'t|'re|'ve|'m|'ll|'d|\p{L}+
 
 
 # Typography that ftfy makes plain, and the captions that neither it nor `html.unescape` would change in any other way:
-# an ampersand before a space is no entity, and no sign of mojibake is made of ASCII, dashes, dots and curly quotes
-# alone, or of a Latin letter with an accent between two characters of ASCII (ftfy's `badness.py` wants more beside it).
+# an ampersand before a space isn't an entity, and no sign of mojibake is made of only ASCII, dashes, dots and curly
+# quotes, or of a Latin letter with an accent between two characters of ASCII (ftfy's `badness.py` needs more).
 STRAIGHT = str.maketrans("‘’“”", "''\"\"")
 UNTOUCHED = re.compile("(?:[ -%'-~–—…‘’“”]|&(?= |$)|(?<![^ -~])[ÀÁÄ-ÖØ-Üß-öø-ü](?![^ -~]))*")
 
 
 def clean(text: str) -> str:
-    """A caption as the tokenizer sees it: mojibake mended, entities resolved, white space collapsed, lower case.
+    """A caption as the tokenizer sees it: mojibake repaired, entities resolved, white space collapsed, lower case.
 
     Printable ASCII without `&` takes a short cut: there ftfy and `html.unescape` have nothing to act on (no entity, no
     control character, no escape sequence, no character above 127). So does what UNTOUCHED describes.
@@ -89,7 +89,7 @@ class Tokenizer:
         self.to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         self.fast = tokenizers.Tokenizer(self.model)
         self.fast.pre_tokenizer = pre_tokenizers.Sequence([self.split, self.to_bytes])
-        # A word that stands in the vocabulary whole is its own id: most words are known from the start.
+        # A whole word of the vocabulary has one id: most words are known from the start.
         ends = (word.removesuffix("</w>") for word in words if word.endswith("</w>"))
         self.whole = {word: [vocabulary[f"{word}</w>"]] for word in ends if LETTERS.fullmatch(word)}
         self.cache = dict(self.whole)
@@ -101,7 +101,7 @@ class Tokenizer:
     def encode_cleaned(self, cleaned: Sequence[str]) -> list[list[int]]:
         """The same for captions that went through `clean` already.
 
-        No match of the pattern holds a space, so each word between spaces has its ids whatever stands beside it: those
+        No match of the pattern holds a space, so each word between spaces has its ids whatever is beside it: those
         of the words that captions are mostly made of are looked up, and the library is asked for the rest.
         """
         cache = self.cache

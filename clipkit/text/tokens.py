@@ -1,9 +1,10 @@
 """Fewer tokens: the eight ways of CLIPA (Li, Wang & Xie, "An Inverse Scaling Law for CLIP Training", NeurIPS 2023).
 
-Images: `resize` to fewer pixels, or keep `random` patches, one patch of each window of a `grid`, or one `block`.
+Images: `resize` to fewer pixels (the loader does, as it decodes), or keep `random` patches, one of each window of a
+`grid`, or one `block`.
 Texts: `truncate`, keep `random` tokens, a `block` of consecutive tokens, or nouns first (`syntax`).
 All choices are pure functions of one 64-bit key a sample (`clipkit.counter_rng`), whatever batch the sample is in; all
-shapes depend on the arguments alone.
+shapes depend only on the arguments.
 
 Where this differs from CLIPA's published code (2023), which has the text methods, `resize` and `random`:
 - kept tokens stay in order; its random text masking shuffles them;
@@ -22,7 +23,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from clipkit import counter_rng
 from clipkit.errors import UserError
@@ -174,12 +174,6 @@ def pad(rows: Sequence[Sequence[int]], length_B: Int64Array) -> Int64Array:
     flat = np.fromiter((item for row in rows for item in row), np.int64, int(length_B.sum()))
     out_BL[np.arange(out_BL.shape[1]) < length_B[:, None]] = flat
     return out_BL
-
-
-def resize_images(image_BCHW: Tensor, size: int) -> Tensor:
-    """float[B, C, H, W] to [B, C, size, size], bilinear with antialiasing, as CLIPA resizes. The training loader makes
-    images small while it decodes them; this is for images that are tensors already."""
-    return F.interpolate(image_BCHW, size=(size, size), mode="bilinear", antialias=True, align_corners=False)
 
 
 def gather_tokens(x_BND: Tensor, keep_BK: Tensor) -> Tensor:

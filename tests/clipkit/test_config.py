@@ -64,7 +64,7 @@ def test_a_value_is_parsed_by_the_type_of_its_field(assignment, read, value):
         ("inner=3", "inner.FIELD"),
         ("count.x=3", "plain value"),
         ("parts.2.rate=3", "0 to 1"),
-        ("parts.x.rate=3", "not a place"),
+        ("parts.x.rate=3", "isn't an index"),
         ("inner.rate=fast", "a number"),
     ],
 )

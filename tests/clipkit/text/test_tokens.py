@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from clipkit import counter_rng
 from clipkit.errors import UserError
 from clipkit.text.tokenizer import EOT, SOT, Tokenizer
-from clipkit.text.tokens import gather_tokens, image_keep_indices, reduce_text, resize_images, window_size
+from clipkit.text.tokens import gather_tokens, image_keep_indices, reduce_text, window_size
 
 GRIDS = st.tuples(st.integers(1, 12), st.integers(1, 12))
 KEYS = st.lists(st.integers(0, 2**64 - 1), min_size=1, max_size=5)
@@ -185,13 +185,6 @@ def test_text_methods_refuse_what_they_cannot_do() -> None:
 
 def test_an_empty_batch_has_its_shape() -> None:
     assert reduce_text("random", [], 8, np.empty(0, np.uint64)).shape == (0, 8)
-
-
-def test_resize_averages_as_pixels_go_away() -> None:
-    stripes = torch.tensor([0.0, 1.0]).repeat(8).expand(2, 3, 16, 16)  # without antialiasing: all 0 or all 1
-    small = resize_images(stripes, 4)
-    assert small.shape == (2, 3, 4, 4)
-    torch.testing.assert_close(small, torch.full_like(small, 0.5), atol=0.05, rtol=0)
 
 
 def test_gather_tokens() -> None:
