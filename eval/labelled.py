@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from clipkit import embedded
 from clipkit.errors import UserError
 from clipkit.eval.classes import nearest
-from clipkit.formats.dataset import open_dataset
+from clipkit.formats.dataset import below, open_dataset
 from clipkit.formats.features import find_image
 from clipkit.formats.tables import find_image_column, is_hidden, is_image, open_parquet, table_errors
 from clipkit.storage.files import read_json
@@ -187,10 +187,9 @@ def tfds_splits(path: Path) -> list[str] | None:
 
     Hugging Face's `save_to_disk` writes a `dataset_info.json` too, whose splits are an object, null or absent.
     """
-    for depth in ("", "*/", "*/*/"):
-        for file in sorted(path.glob(f"{depth}dataset_info.json")):
-            info = read_json(file)
-            splits = info.get("splits") if isinstance(info, dict) else None
-            if isinstance(splits, list) and all(isinstance(entry, dict) for entry in splits):
-                return [str(entry.get("name", "")) for entry in splits]
+    for file in below(path, "dataset_info.json"):
+        info = read_json(file)
+        splits = info.get("splits") if isinstance(info, dict) else None
+        if isinstance(splits, list) and all(isinstance(entry, dict) for entry in splits):
+            return [str(entry.get("name", "")) for entry in splits]
     return None

@@ -1,9 +1,9 @@
 """A dataset directory opened for reading any record at any time.
 
-The directory is TFDS's own, so this also opens what TFDS itself wrote (ImageNet, for one). Opening reads the metadata
-alone: shards are opened when first needed and closed when too many are open, and the index of record offsets is mapped
-into memory, so that ten million records cost no more than ten. A dataset in an object store is read by ranges; with a
-cache, in blocks of neighbouring records that all processes of the machine share.
+The directory is TFDS's own, so this also opens what TFDS itself wrote (ImageNet, for one). Opening reads only the
+metadata: shards are opened when first needed and closed when too many are open, and the index of record offsets is
+mapped into memory, so that ten million records cost no more than ten. A dataset in an object store is read by ranges;
+with a cache, in blocks of neighbouring records that all processes of the machine share.
 """
 
 import io
@@ -152,7 +152,7 @@ class Dataset(ShardedRecords):
             with local_copy(path) as local:
                 return index_records(local)
         except FileNotFoundError as error:
-            raise UserError(f"{path} is gone: put the shard back or build it anew") from error
+            raise UserError(f"{path} is gone: put the shard back or build it again") from error
 
     def read(self, i: int) -> bytes:
         """The bytes of record `i`, CRC checked. Raises RecordError when damaged, UserError when its shard is gone."""
@@ -164,7 +164,7 @@ class Dataset(ShardedRecords):
         block = self._block(i)
         try:
             return unframe(self._blocks.read(shard, block, start, end), start, path)
-        except RecordError:  # perhaps in the cache alone
+        except RecordError:  # perhaps only in the cache
             self._blocks.drop(shard, block)
             return unframe(self._blocks.read(shard, block, start, end), start, path)
 
@@ -181,7 +181,7 @@ class Dataset(ShardedRecords):
             shard, number = self.locate(i)
             offset = int(self.offsets(shard)[number])
             raise RecordError(self.path / self.shards[shard].file, offset, str(error)) from error
-        return {name: _value(feature, values.get(name)) for name, feature in self.features.items()}
+        return {name: feature.value(values.get(name)) for name, feature in self.features.items()}
 
     def label_names(self, column: str = "label") -> list[str] | None:
         """Class names in label order, from the file that TFDS keeps beside; None where there is none."""
@@ -218,18 +218,6 @@ def _remote_index(path: Path, cache: BlockCache) -> np.ndarray:
         return np.asarray(np.load(file, mmap_mode="r"))
     except FileNotFoundError:  # the cache is too small to keep it
         return np.asarray(np.load(io.BytesIO(read_whole(path, status.st_size))))
-
-
-def _value(feature: Feature, values: list[Any] | None) -> Any:
-    if values is None:
-        return None
-    if feature.kind == "text":
-        values = [value.decode("utf-8", errors="replace") for value in values]
-    elif feature.kind == "bool":
-        values = [bool(value) for value in values]
-    if feature.is_list:
-        return values
-    return values[0] if values else None
 
 
 @dataclass(frozen=True)
@@ -270,7 +258,7 @@ def read_layout(path: Path) -> DatasetLayout:
         name = str(info["name"])
         features = parse_features(read_json(folder / "features.json"))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{folder} has metadata that isn't TFDS's ({error!r}): build the dataset anew") from error
+        raise UserError(f"{folder} has metadata that isn't TFDS's ({error!r}): build the dataset again") from error
     file_format = info.get("fileFormat", "tfrecord")
     if file_format != "tfrecord":
         raise UserError(f"{folder} holds {file_format} files and clipkit reads tfrecord: convert it with TFDS")
@@ -300,7 +288,7 @@ def open_dataset(
     if journal_path(folder).exists():
         raise UserError(f"{folder}: a purge isn't finished, run the same clipkit purge command again")
     if layout.differs(split):
-        raise UserError(f"{folder}: dataset_info.json and clipkit/manifest.json differ: build the dataset anew")
+        raise UserError(f"{folder}: dataset_info.json and clipkit/manifest.json differ: build the dataset again")
     manifest = layout.manifest.get(split)
     count = len(lengths[split])
     known = [(shard.bytes, shard.crc32c) for shard in manifest.shards] if manifest else [(None, "")] * count
@@ -321,11 +309,9 @@ def journal_path(folder: Path) -> Path:
 def _find(path: Path) -> Path:
     if not path.exists():
         raise UserError(f"dataset {path} doesn't exist: check the path, or make it with clipkit build-tfds")
-    found = sorted(file.parent for depth in ("", "*/", "*/*/") for file in path.glob(f"{depth}dataset_info.json"))
-    if len(found) > 1:
-        raise UserError(f"{path} holds {len(found)} datasets: name one of them, such as {found[0]}")
-    if found and (found[0] / "features.json").is_file():
-        return found[0]
+    found = find_dataset(path)
+    if found is not None and (found / "features.json").is_file():
+        return found
     begun = unfinished(path)
     if begun is not None:
         raise UserError(begun)
@@ -333,20 +319,45 @@ def _find(path: Path) -> Path:
     raise UserError(f"{path} has no {lacking}, so it isn't a dataset: make one with clipkit build-tfds")
 
 
+def below(path: Path, pattern: str) -> list[Path]:
+    """What matches a pattern in `path` or up to two folders below, where a dataset may be, sorted."""
+    return sorted(found for depth in ("", "*/", "*/*/") for found in path.glob(f"{depth}{pattern}"))
+
+
+def find_dataset(path: Path) -> Path | None:
+    """The folder of the one dataset at or below a path, or None. Raises UserError when there are several."""
+    found = [file.parent for file in below(path, "dataset_info.json")]
+    if len(found) > 1:
+        raise UserError(f"{path} holds {len(found)} datasets: name one of them, such as {found[0]}")
+    return found[0] if found else None
+
+
+def refuse_unfinished_download(folder: Path) -> None:
+    """Raise UserError for a folder that `clipkit download` hasn't finished: the rest would be lost without a word."""
+    if _is_unfinished_download(folder):
+        raise UserError(_finish_download(folder))
+
+
+def _is_unfinished_download(folder: Path) -> bool:
+    return (folder / CLIPKIT_FOLDER / "plan.json").exists() and not (folder / CLIPKIT_FOLDER / "download.json").exists()
+
+
+def _finish_download(folder: Path) -> str:
+    return f"the download into {folder} isn't finished: run the same clipkit download command to its end"
+
+
 def unfinished(path: Path) -> str | None:
     """One line on what was begun at or below `path` and has no metadata yet, and how to go on; None without any."""
-    for depth in ("", "*/", "*/*/"):
-        for own in sorted(path.glob(f"{depth}{CLIPKIT_FOLDER}")):
-            folder, works = own.parent, sorted(own.glob("build-*"))
-            if (folder / "dataset_info.json").exists():
-                continue
-            if (own / "plan.json").exists() and not (own / "download.json").exists():
-                return f"the download into {folder} isn't finished: run the same clipkit download command to its end"
-            if works:
-                # Each command's plan is its own (`labelled_split`, `build_plan`, `in_place`).
-                plan = works[0] / "plan.json"
-                command = "build-imagenet" if plan.exists() and "images" in read_json(plan) else "build-tfds"
-                return f"{folder} isn't finished: run the same clipkit {command} command again to go on"
+    for memory in below(path, CLIPKIT_FOLDER):
+        folder, works = memory.parent, sorted(memory.glob("build-*"))
+        if (folder / "dataset_info.json").exists():
+            continue
+        if _is_unfinished_download(folder):
+            return _finish_download(folder)
+        if works:
+            plan = works[0] / "plan.json"  # what is in it tells the command
+            command = "build-imagenet" if plan.exists() and "images" in read_json(plan) else "build-tfds"
+            return f"{folder} isn't finished: run the same clipkit {command} command again to go on"
     return None
 
 
@@ -361,9 +372,9 @@ def _file_names(name: str, split: str, count: int, template: str) -> list[str]:
 
 def _checked_size(path: Path, size: int | None, expected: int | None) -> int:
     if size is None:
-        raise UserError(f"shard {path} is missing: put it back or build it anew")
+        raise UserError(f"shard {path} is missing: put it back or build it again")
     if expected is not None and size != expected:
         raise UserError(
-            f"shard {path} has {size} bytes where the manifest says {expected}: fetch it again or build it anew"
+            f"shard {path} has {size} bytes where the manifest says {expected}: fetch it again or build it again"
         )
     return size

@@ -26,6 +26,18 @@ class Feature:
     num_classes: int | None = None
     encoding: str | None = None
 
+    def value(self, values: list[Any] | None) -> Any:
+        """A record's value of this column in Python's types: str, bytes, int, float, bool, a list, None for missing."""
+        if values is None:
+            return None
+        if self.kind == "text":
+            values = [value.decode("utf-8", "replace") for value in values]
+        elif self.kind == "bool":
+            values = [bool(value) for value in values]
+        if self.is_list:
+            return values
+        return values[0] if values else None
+
 
 def parse_features(features_json: Mapping[str, Any]) -> dict[str, Feature]:
     """Columns by name from the contents of a `features.json`. Raises KeyError or TypeError when it isn't one."""

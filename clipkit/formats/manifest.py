@@ -152,5 +152,5 @@ def read_manifest(folder: Path) -> dict[str, SplitManifest]:
         }
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f"{path} isn't a manifest that this clipkit knows ({error!r}): build the dataset anew"
+            f"{path} isn't a manifest that this clipkit knows ({error!r}): build the dataset again"
         ) from error

@@ -238,11 +238,6 @@ class PictureMaker:
             raise PictureError(reasons.ASPECT_RATIO, message)
 
 
-def make_picture(body: bytes, settings: PictureSettings) -> Picture:
-    """One picture; for many make a PictureMaker once. Raises PictureError for the body, UserError for the settings."""
-    return PictureMaker(settings)(body)
-
-
 def sha256(body: bytes) -> str:
     """The digest in hex digits."""
     return hashlib.sha256(body).hexdigest()

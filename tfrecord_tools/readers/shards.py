@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from clipkit.errors import UserError
+from clipkit.formats.dataset import find_dataset, open_dataset, read_layout, refuse_unfinished_download
 from clipkit.formats.tables import find_table, is_hidden, is_table
-from clipkit.storage.files import is_remote, local_copy, read_json, remove
+from clipkit.storage.files import is_remote, local_copy, remove
 from clipkit.storage.stores import reading
-from clipkit.tfrecord_tools.readers.dataset import dataset_features, read_dataset
 from clipkit.tfrecord_tools.readers.parquet import (
     USUAL,
     FolderSizes,
@@ -25,8 +25,8 @@ from clipkit.tfrecord_tools.readers.parquet import (
     read_parquet,
     row_at,
 )
+from clipkit.tfrecord_tools.readers.records import dataset_features, read_dataset, read_tfrecord
 from clipkit.tfrecord_tools.readers.tar import read_tar
-from clipkit.tfrecord_tools.readers.tfrecord import read_tfrecord
 from clipkit.tfrecord_tools.sample import Sample
 
 SUFFIXES = (".tar", ".tfrecord", ".parquet")
@@ -47,8 +47,7 @@ def find_shards(path: Path, columns: PairColumns = USUAL, split: str = "train") 
     """The shards of a folder by name, all of one kind, or the one file `path`; of a folder of images its table.
 
     Of a dataset directory the shards of `split`, or of the only one.
-    Raises UserError when there are none, and for a folder that `clipkit download` hasn't finished: the rest would be
-    lost without a word.
+    Raises UserError when there are none, and for a folder that `clipkit download` hasn't finished.
     """
     with reading(path):
         if path.is_file():
@@ -57,12 +56,9 @@ def find_shards(path: Path, columns: PairColumns = USUAL, split: str = "train") 
             return [path]
         if not path.is_dir():
             raise UserError(f"shards {path} don't exist: check the path, or make them with clipkit download")
-        if (path / "clipkit" / "plan.json").exists() and not (path / "clipkit" / "download.json").exists():
-            raise UserError(
-                f"the download into {path} isn't finished: run the same clipkit download command to its end"
-            )
+        refuse_unfinished_download(path)
         dataset = find_dataset(path)
-        if dataset is not None:
+        if dataset is not None and (dataset / "features.json").exists():
             return dataset_shards(dataset, split)
         files = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES and not is_hidden(file.name))
         # Beside its tars and tfrecords img2dataset leaves parquet files without images.
@@ -80,25 +76,9 @@ def find_shards(path: Path, columns: PairColumns = USUAL, split: str = "train") 
         return [table]
 
 
-def find_dataset(path: Path) -> Path | None:
-    """The folder of the one dataset at or below a path, or None. Raises UserError when there are several."""
-    found = sorted(file.parent for depth in ("", "*/", "*/*/") for file in path.glob(f"{depth}dataset_info.json"))
-    if len(found) > 1:
-        raise UserError(f"{path} holds {len(found)} datasets: name one of them, such as {found[0]}")
-    return found[0] if found and (found[0] / "features.json").exists() else None
-
-
 def dataset_shards(folder: Path, split: str) -> list[Path]:
     """The shards of a split of a dataset directory, or of its only split. Raises UserError when they can't be told."""
-    from clipkit.formats.dataset import open_dataset
-
-    info = read_json(folder / "dataset_info.json")
-    try:
-        splits = [str(part["name"]) for part in info["splits"]]
-    except (KeyError, TypeError) as error:
-        raise UserError(
-            f"{folder} has metadata that isn't TFDS's ({error!r}): name a dataset that TFDS opens"
-        ) from error
+    splits = list(read_layout(folder).lengths)
     if split not in splits and len(splits) != 1:
         raise UserError(f"{folder} has the splits {', '.join(splits) or 'none'}: name the one to read by --split")
     dataset = open_dataset(folder, split if split in splits else splits[0])

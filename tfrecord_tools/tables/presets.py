@@ -4,7 +4,7 @@ Each comment says where the names were read. A column that a table hasn't is lef
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from clipkit.tfrecord_tools.sample import HashKind
 
@@ -21,53 +21,23 @@ class Preset:
     hash_kind: HashKind | None = None
     phash_column: str | None = None
     """A perceptual hash as `clipkit.pixels.phash` makes it."""
-    similarity: str | None = None
-    """Cosine of CLIP ViT-B/32's embeddings of image and caption, -1 to 1."""
-    nsfw: str | None = None
-    width: str | None = None
-    height: str | None = None
-    """Sides of the image as published, in pixels."""
     header: tuple[str, ...] = ()
     """The columns in their order, where the text file is published without a line that names them."""
 
 
 PRESETS = {
     # rom1504/img2dataset, dataset_examples/laion400m.md. NSFW is UNLIKELY, UNSURE or NSFW.
-    "laion400m": Preset(
-        "URL",
-        "TEXT",
-        ("NSFW", "similarity", "LICENSE"),
-        similarity="similarity",
-        nsfw="NSFW",
-        width="WIDTH",
-        height="HEIGHT",
-    ),
+    "laion400m": Preset("URL", "TEXT", ("NSFW", "similarity", "LICENSE")),
     # laion/relaion2B-en-research and -research-safe are lists that img2dataset wrote: url, caption, similarity, hash,
     # pwatermark, punsafe, key, status, error_message, width, height, original_width, original_height, exif, md5
     # (named so by scripts that drop them after load_dataset). `md5` is of the body as fetched; `hash` is a 64-bit
     # number that isn't the image's (img2dataset issue 346), kept as the row's name.
     "relaion2b": Preset(
-        "url",
-        "caption",
-        ("similarity", "hash", "punsafe", "pwatermark"),
-        hash_column="md5",
-        hash_kind="md5",
-        similarity="similarity",
-        nsfw="punsafe",
-        width="original_width",
-        height="original_height",
+        "url", "caption", ("similarity", "hash", "punsafe", "pwatermark"), hash_column="md5", hash_kind="md5"
     ),
     # LAION-COCO and laion/relaion-coco: img2dataset, dataset_examples/laion-coco.md. TEXT is the alternative text of
     # the page, top_caption the synthetic caption that this set was made for.
-    "relaion-coco": Preset(
-        "URL",
-        "top_caption",
-        ("TEXT", "similarity", "hash", "punsafe", "pwatermark"),
-        similarity="similarity",
-        nsfw="punsafe",
-        width="WIDTH",
-        height="HEIGHT",
-    ),
+    "relaion-coco": Preset("URL", "top_caption", ("TEXT", "similarity", "hash", "punsafe", "pwatermark")),
     # mlfoundations/datacomp, pull request 74 and issue 67: uid, url, text, original_width, original_height,
     # clip_b32_similarity_score, clip_l14_similarity_score, face_bboxes, sha256.
     "datacomp": Preset(
@@ -76,9 +46,6 @@ PRESETS = {
         ("uid", "clip_b32_similarity_score", "clip_l14_similarity_score"),
         hash_column="sha256",
         hash_kind="sha256",
-        similarity="clip_b32_similarity_score",
-        width="original_width",
-        height="original_height",
     ),
     # kakaobrain/coyo-dataset, README ("Meta-Attributes"). Its samples of image_phash have 32 bits set, the highest
     # always among them, as ImageHash's have.
@@ -94,10 +61,6 @@ PRESETS = {
             "aesthetic_score_laion_v2",
         ),
         phash_column="image_phash",
-        similarity="clip_similarity_vitb32",
-        nsfw="nsfw_score_opennsfw2",
-        width="width",
-        height="height",
     ),
     # img2dataset, dataset_examples/cc12m.md and cc3m.md: a header has to be put in front of both, in other orders.
     "cc12m": Preset("url", "caption", header=("url", "caption")),
@@ -109,27 +72,3 @@ def fitting_presets(columns: Sequence[str]) -> list[str]:
     """The presets whose URL and caption columns are among `columns`, those with most of their other columns first."""
     fitting = [name for name, preset in PRESETS.items() if {preset.url, preset.caption} <= set(columns)]
     return sorted(fitting, key=lambda name: -len(set(PRESETS[name].keep) & set(columns)))
-
-
-def spelt_as(preset: Preset, columns: Sequence[str]) -> Preset:
-    """The preset with its columns as a table spells them: mirrors of the same set differ in upper and lower case.
-
-    A column that is there as the preset has it, or not at all, or in several spellings, stays as it is.
-    """
-
-    def spelt(name: str | None) -> str | None:
-        others = [each for each in columns if name is not None and each.lower() == name.lower()]
-        return others[0] if name not in columns and len(others) == 1 else name
-
-    return replace(
-        preset,
-        url=spelt(preset.url) or preset.url,
-        caption=spelt(preset.caption) or preset.caption,
-        keep=tuple(spelt(name) or name for name in preset.keep),
-        hash_column=spelt(preset.hash_column),
-        phash_column=spelt(preset.phash_column),
-        similarity=spelt(preset.similarity),
-        nsfw=spelt(preset.nsfw),
-        width=spelt(preset.width),
-        height=spelt(preset.height),
-    )

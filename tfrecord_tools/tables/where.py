@@ -1,14 +1,13 @@
 """Which rows of a table are wanted: an SQL condition over one row, judged by DuckDB before anything is fetched.
 
 A condition must give the same rows on every machine and in every run, whatever the rows are cut into. So it may name
-the row's own columns alone, and nothing that is counted over rows, drawn at random, read from the clock, from a setting
+only the row's own columns, and nothing that is counted over rows, drawn at random, read from the clock, from a setting
 or from a file. DuckDB's own parser says what a condition holds; what isn't known to be harmless is refused.
 """
 
 import json
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,7 +25,7 @@ Mask = npt.NDArray[np.bool_]
 
 BATCH_ROWS = 65_536
 TABLE = "clipkit_rows"
-# The kinds of expression of DuckDB's parser that depend on one row alone; FUNCTION and COLUMN_REF are looked into.
+# The kinds of expression of DuckDB's parser that depend only on one row; FUNCTION and COLUMN_REF are looked into.
 HARMLESS = frozenset(
     {"BETWEEN", "CASE", "CAST", "COLLATE", "COLUMN_REF", "COMPARISON", "CONJUNCTION", "CONSTANT"}
     | {"FUNCTION", "LAMBDA", "OPERATOR", "TYPE"}
@@ -47,7 +46,12 @@ class RowFilter:
     """
 
     def __init__(self, where: str, schema: pa.Schema) -> None:
-        """`schema` is that of the tables to come. Raises UserError as `check_where` does."""
+        """`schema` is that of the tables to come.
+
+        Raises UserError for unknown columns and functions, wrong syntax, wrong types, what isn't a condition, and what
+        depends on more than the row: aggregates, windows, queries, parameters, files, settings, the clock, random
+        numbers.
+        """
         self.where = where
         self.connection = connect()
         self.columns = find_columns(self.connection, where, schema)
@@ -76,38 +80,6 @@ class RowFilter:
             raise UserError(f"--where {self.where!r} can't be asked: {reason(error)}") from error
         finally:
             self.connection.unregister(TABLE)
-
-
-def check_where(where: str, schema: pa.Schema) -> None:
-    """Raise UserError for a condition that can't be asked of each row of a table with this schema alone.
-
-    Unknown columns and functions, wrong syntax, wrong types, what isn't a condition, and what depends on more than
-    the row: aggregates, windows, queries, parameters, files, settings, the clock and random numbers.
-    """
-    RowFilter(where, schema)
-
-
-def select(table: pa.Table, where: str) -> Mask:
-    """bool[len(table)]: the rows that fulfil the condition. For many tables make one RowFilter. Raises UserError."""
-    return RowFilter(where, table.schema).mask(table)
-
-
-def select_rows(path: Path, where: str) -> Mask:
-    """bool[rows of the parquet file]: a byte a row, and one batch of the columns named is all else that is held.
-
-    Raises UserError for the condition and for a file that can't be read.
-    """
-    try:
-        with pq.ParquetFile(path) as file:
-            row_filter = RowFilter(where, file.schema_arrow)
-            mask = np.zeros(file.metadata.num_rows, np.bool_)
-            start = 0
-            for part in iter_masks(file, row_filter):
-                mask[start : start + len(part)] = part
-                start += len(part)
-            return mask
-    except (pa.ArrowException, OSError, EOFError) as error:
-        raise UserError(f"can't read {path}: {reason(error)}; download it again") from error
 
 
 def iter_masks(file: pq.ParquetFile, row_filter: RowFilter) -> Iterator[Mask]:
@@ -148,15 +120,14 @@ def find_columns(connection: "duckdb.DuckDBPyConnection", where: str, schema: pa
     if not found:
         raise UserError(f"--where {where!r} names no column: choose among {', '.join(schema.names)}")
     if len({name.lower() for name in found}) < len(set(found)):
-        raise UserError(f"--where {where!r} names columns that differ in upper and lower case alone: rename one")
+        raise UserError(f"--where {where!r} names columns that differ only in upper and lower case: rename one")
     return list(dict.fromkeys(found))
 
 
 def match_column(name: str, where: str, schema: pa.Schema) -> str:
     """The column that SQL means by a name: the one spelt so, else the one spelt so but for upper and lower case."""
-    same = [each for each in schema.names if each == name] or [
-        each for each in schema.names if each.lower() == name.lower()
-    ]
+    same = [column for column in schema.names if column == name]
+    same = same or [column for column in schema.names if column.lower() == name.lower()]
     if not same:
         raise UserError(f"--where {where!r} names column {name!r}; the table has {', '.join(schema.names)}")
     if len(same) > 1:
@@ -198,7 +169,7 @@ def parse(connection: "duckdb.DuckDBPyConnection", expression: str, where: str) 
 
     found, plain = tree(expression), tree("true")
     if found | {"select_list": []} != plain | {"select_list": []} or len(found["select_list"]) != 1:
-        raise UserError(f"--where {where!r} is more than a condition: give what stands behind WHERE alone")
+        raise UserError(f"--where {where!r} is more than a condition: give only what stands behind WHERE")
     return found
 
 
@@ -206,7 +177,7 @@ def without_positions(node: Any) -> Any:
     """A tree without the places in the text, which differ from text to text."""
     if isinstance(node, dict):
         return {key: without_positions(value) for key, value in node.items() if not key.startswith("query_location")}
-    return [without_positions(each) for each in node] if isinstance(node, list) else node
+    return [without_positions(item) for item in node] if isinstance(node, list) else node
 
 
 def walk(node: Any) -> Iterator[dict[str, Any]]:
@@ -238,7 +209,7 @@ def check_function(connection: "duckdb.DuckDBPyConnection", name: str, where: st
         raise UserError(f"--where {where!r} uses {name}(), which is over many rows: a condition is over one row")
     for kind, stability, definition, parameters in rows:
         if kind == "macro":
-            inner = column_names(connection, definition, where, frozenset(each.lower() for each in parameters))
+            inner = column_names(connection, definition, where, frozenset(map(str.lower, parameters)))
             steady = next(inner, None) is None
         else:
             steady = kind == "scalar" and stability == "CONSISTENT"
@@ -248,7 +219,7 @@ def check_function(connection: "duckdb.DuckDBPyConnection", name: str, where: st
 
 def readable(table: pa.Table) -> pa.Table:
     """The table in types that DuckDB reads, which has no 16-bit floats."""
-    columns = [each.cast(pa.float32()) if pa.types.is_float16(each.type) else each for each in table.columns]
+    columns = [column.cast(pa.float32()) if pa.types.is_float16(column.type) else column for column in table.columns]
     return pa.Table.from_arrays(columns, names=table.column_names)
 
 

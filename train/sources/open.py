@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from clipkit.errors import UserError
-from clipkit.formats.dataset import Dataset, open_dataset, unfinished
-from clipkit.formats.tables import find_table, is_table
+from clipkit.formats.dataset import Dataset, below, open_dataset, refuse_unfinished_download, unfinished
+from clipkit.formats.tables import find_table, is_hidden, is_table
 from clipkit.storage.cache import BlockCache, scratch_cache
 from clipkit.storage.files import as_path, is_remote
 from clipkit.storage.stores import StoredFile, list_folder, reading
@@ -158,16 +158,13 @@ class _Opener:
             if path.is_file():
                 folder, files = path.parent, [file for file in list_folder(path.parent) if file.name == path.name]
             elif path.is_dir():
-                folder, files = path, [file for file in list_folder(path) if not file.name.startswith(".")]
+                folder, files = path, [file for file in list_folder(path) if not is_hidden(file.name)]
             else:
                 raise UserError(f"{path} doesn't exist: check the path, or make a dataset with clipkit build-tfds")
             return self.open_files(path, folder, files)
 
     def open_files(self, path: Path, folder: Path, files: Sequence[StoredFile]) -> Opened:
-        if (folder / "clipkit" / "plan.json").exists() and not (folder / "clipkit" / "download.json").exists():
-            raise UserError(
-                f"the download into {folder} isn't finished: run the same clipkit download command to its end"
-            )
+        refuse_unfinished_download(folder)
         alone = "" if path == folder else f"-{path.name}"
         tars = [file for file in files if file.name.endswith(".tar")]
         if tars:
@@ -222,6 +219,4 @@ class _Opener:
 
 def _is_dataset(path: Path) -> bool:
     """Whether a dataset is at or below a path, finished or not: `open_dataset` finds it or says what is wrong."""
-    patterns = ("dataset_info.json", "*/dataset_info.json", "*/*/dataset_info.json")
-    unfinished = [f"{depth}clipkit/build-*" for depth in ("", "*/", "*/*/")]
-    return any(any(path.glob(pattern)) for pattern in (*patterns, *unfinished))
+    return bool(below(path, "dataset_info.json") or below(path, "clipkit/build-*"))

@@ -296,5 +296,5 @@ def test_a_dataset_in_a_store_reads_as_on_the_disk(built):
     (store / "clipkit" / "index-train.npy").unlink()
     assert open_dataset("memory://test-dataset").read(6) == local.read(6)
     (store / local.shards[2].file).unlink()
-    with pytest.raises(UserError, match="is missing: put it back or build it anew"):
+    with pytest.raises(UserError, match="is missing: put it back or build it again"):
         open_dataset(store)

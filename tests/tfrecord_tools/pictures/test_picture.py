@@ -27,13 +27,17 @@ from clipkit.errors import UserError
 from clipkit.pixels.images import ImageError, decode, has_one_scan, plain_jpeg_size
 from clipkit.tfrecord_tools import reasons
 from clipkit.tfrecord_tools.pictures import picture
-from clipkit.tfrecord_tools.pictures.picture import Picture, PictureError, PictureMaker, PictureSettings, make_picture
+from clipkit.tfrecord_tools.pictures.picture import Picture, PictureError, PictureMaker, PictureSettings
 from clipkit.tfrecord_tools.pictures.resizer import import_resizer
 
 PIXELS = natural(200, 300)
 COLOUR = Image.fromarray(PIXELS)
 WHOLE = PictureSettings(image_size=1000)
 """Settings under which nothing has to be resized."""
+
+
+def make_picture(body: bytes, settings: PictureSettings) -> Picture:
+    return PictureMaker(settings)(body)
 
 
 def mean_difference(one: np.ndarray, other: np.ndarray) -> float:

@@ -1,8 +1,8 @@
-"""The presets fit the tables as they are published, in whatever case their columns are written."""
+"""The presets fit the tables as they are published."""
 
 import pytest
 
-from clipkit.tfrecord_tools.tables.presets import PRESETS, fitting_presets, spelt_as
+from clipkit.tfrecord_tools.tables.presets import PRESETS, fitting_presets
 
 # The columns of the files themselves, as the sources named in presets.py have them.
 PUBLISHED = {
@@ -25,7 +25,6 @@ PUBLISHED = {
 def test_all_columns_are_in_the_published_table(name: str) -> None:
     preset, columns = PRESETS[name], PUBLISHED[name].split()
     named = [preset.url, preset.caption, *preset.keep, preset.hash_column, preset.phash_column]
-    named += [preset.similarity, preset.nsfw, preset.width, preset.height]
     assert {each for each in named if each is not None} <= set(columns)
     assert (preset.hash_column is None) == (preset.hash_kind is None)
     assert preset.header in ((), tuple(columns))
@@ -36,11 +35,3 @@ def test_headers_of_files_without_one() -> None:
     assert PRESETS["cc12m"].header == ("url", "caption")
     assert PRESETS["cc3m"].header == ("caption", "url")
     assert PRESETS["laion400m"].header == ()
-
-
-def test_a_table_in_another_case() -> None:
-    lower = spelt_as(PRESETS["laion400m"], ["url", "text", "nsfw", "Similarity", "license"])
-    assert (lower.url, lower.caption, lower.keep) == ("url", "text", ("nsfw", "Similarity", "license"))
-    assert (lower.similarity, lower.nsfw, lower.width) == ("Similarity", "nsfw", "WIDTH")
-    assert spelt_as(PRESETS["laion400m"], ["URL", "url", "Text", "TexT"]) == PRESETS["laion400m"]
-    assert spelt_as(PRESETS["datacomp"], ["SHA256", "URL"]).hash_column == "SHA256"
