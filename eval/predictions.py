@@ -3,7 +3,6 @@
 All images have a row; a seeded random sample of them carries a small copy of the picture.
 """
 
-import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from clipkit.errors import UserError
+from clipkit.pixels.images import thumbnail
 from clipkit.storage.files import write_beside
 
 if TYPE_CHECKING:
@@ -37,22 +37,6 @@ class Thumbnails:
             self.images[place] = data
 
 
-def thumbnail(data: bytes) -> bytes:
-    """A copy of at most 128 pixels as WebP, which every browser shows; b"" when it isn't an image."""
-    from PIL import Image
-
-    from clipkit.pixels.images import decode
-
-    try:
-        picture = Image.fromarray(decode(data))
-    except UserError:
-        return b""
-    picture.thumbnail((PICTURE_PIXELS, PICTURE_PIXELS), Image.Resampling.LANCZOS)
-    buffer = io.BytesIO()
-    picture.save(buffer, "WEBP", quality=80)
-    return buffer.getvalue()
-
-
 def rows(task: "Task", guesses: "Guesses", pictures: Mapping[int, bytes]) -> list[dict[str, Any]]:
     """A row for each image in the order of the data: what it is, the best guesses, and for some the picture."""
     titles = task.classes.titles
@@ -68,7 +52,7 @@ def rows(task: "Task", guesses: "Guesses", pictures: Mapping[int, bytes]) -> lis
                 "correct": bool(tops and tops[0] == task.labels_N[index]),
                 "guesses": [titles[number] for number in tops],
                 "probabilities": guesses.probability_NK[row].tolist() if row is not None else [],
-                "image": thumbnail(pictures[index]) or None if index in pictures else None,
+                "image": thumbnail(pictures[index], PICTURE_PIXELS) or None if index in pictures else None,
                 "problem": task.unreadable.get(index),
             }
         )

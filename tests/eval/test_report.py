@@ -21,6 +21,7 @@ from clipkit.formatting import short
 from clipkit.intervals import wilson
 from clipkit.model.config import ImageConfig, ModelConfig, TextConfig
 from clipkit.page import charts
+from clipkit.pixels.images import thumbnail
 
 MODEL = ModelConfig(
     embed_dim=16,
@@ -78,7 +79,7 @@ def write_run(run: Path, data: Path) -> Path:
     rows: list[dict[str, Any]] = []
     for number in range(60):
         label, guesses = names[number % 20], [names[place] for place in rng.permutation(20)[:5]]
-        image = predictions.thumbnail(picture((number * 4, 90, 200)))
+        image = thumbnail(picture((number * 4, 90, 200)), predictions.PICTURE_PIXELS)
         rows.append(
             {"key": str(number), "label": label, "correct": guesses[0] == label, "guesses": guesses, "image": image}
             | {"probabilities": [0.4, 0.2, 0.1, 0.05, 0.01], "problem": None}

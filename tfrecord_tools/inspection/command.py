@@ -1,7 +1,6 @@
 """The page on which a person sees what is in a dataset: one HTML file that needs no network and no other file."""
 
 import base64
-import io
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from clipkit.formats.manifest import CLIPKIT_FOLDER
 from clipkit.formatting import size_text
 from clipkit.page.charts import histogram
 from clipkit.page.render import render
-from clipkit.pixels.images import ImageError, decode_scaled
+from clipkit.pixels.images import thumbnail
 from clipkit.storage.files import as_path, require_writable, write_beside, write_json
 from clipkit.tfrecord_tools.inspection.captions import CONTEXTS, Example, Reduction
 from clipkit.tfrecord_tools.inspection.figures import (
@@ -170,7 +169,7 @@ def tile_of(dataset: Dataset, place: int) -> dict[str, Any] | None:
     """One record for the wall: its picture, small, and its caption or label; None where the picture can't be read."""
     column, captions = find_image(dataset.features), find_caption(dataset.features)
     example = dataset.example(place) if column else {}
-    picture = thumbnail(example.get(column or "") or b"")
+    picture = thumbnail(example.get(column or "") or b"", TILE_PIXELS)
     if not picture:
         return None
     caption = example[captions] if captions else None
@@ -180,7 +179,7 @@ def tile_of(dataset: Dataset, place: int) -> dict[str, Any] | None:
     words = str(caption if caption is not None else "").split()
     return {
         "place": place,
-        "picture": picture,
+        "picture": f"data:image/webp;base64,{base64.b64encode(picture).decode()}",
         "caption": " ".join(words[:WORDS]) + (" …" if len(words) > WORDS else ""),
         "key": example.get("key") or example.get("file_name") or dataset.key(place),
     }
@@ -189,17 +188,3 @@ def tile_of(dataset: Dataset, place: int) -> dict[str, Any] | None:
 def pictured(dataset: Dataset, group: Group) -> dict[str, Any]:
     """A group of records that are alike, with the first of them to look at."""
     return {"count": group.count, "tiles": [tile for place in group.places if (tile := tile_of(dataset, place))]}
-
-
-def thumbnail(data: bytes) -> str:
-    """A small copy as a data URL, "" for what can't be decoded."""
-    from PIL import Image
-
-    try:
-        picture = Image.fromarray(decode_scaled(data, TILE_PIXELS, TILE_PIXELS))
-    except ImageError:
-        return ""
-    picture.thumbnail((TILE_PIXELS, TILE_PIXELS), Image.Resampling.LANCZOS)
-    buffer = io.BytesIO()
-    picture.save(buffer, "WEBP", quality=75)
-    return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
