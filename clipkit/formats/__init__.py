@@ -1,1 +1,10 @@
-"""clipkit/formats"""
+"""What clipkit's data look like on the disk: datasets, and the tables and tars that they are made of.
+
+- `tables`: which files are tables, which columns are image, caption, URL and key, and the reader of all of them.
+- `kinds`: the types of metadata columns, found while records are written.
+- `records`: TFRecord files and the tf.train.Examples in them.
+- `tar`: headers of tars, and where the members of each sample stand.
+- `features`: what a dataset's columns hold.
+- `manifest`: what went into each shard, and what was left out and why.
+- `dataset`: a dataset directory, opened for reading any record.
+"""

@@ -40,7 +40,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "tfrecord_tools": (),
     "tfrecord_tools/tables": (*_core("formats", "storage"), "tfrecord_tools"),
     "tfrecord_tools/pictures": (*_core("pixels"), "tfrecord_tools"),
-    "tfrecord_tools/readers": (*_core("formats", "storage"), "tfrecord_tools", *_tools("tables")),
+    "tfrecord_tools/readers": (*_core("formats", "storage"), "tfrecord_tools"),
     "tfrecord_tools/account": (*_core("formats", "storage"), "tfrecord_tools"),
     "tfrecord_tools/writing": (*_core("formats", "pixels", "storage"), "tfrecord_tools", *_tools("pictures")),
     "tfrecord_tools/web": (*_core("storage"), "tfrecord_tools"),
@@ -69,7 +69,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "tfrecord_tools/purge": (
         *_core("formats", "jobs", "storage"),
         "tfrecord_tools",
-        *_tools("account", "pictures", "tables"),
+        *_tools("account", "pictures"),
     ),
     "tfrecord_tools/verify": (
         *_core("formats", "jobs", "pixels", "storage"),

@@ -1,1 +1,6 @@
-"""tfrecord_tools/tables"""
+"""The tables of URLs that are downloaded.
+
+- `url_table`: which columns are read, of which types they are over all tables, and how many rows there are.
+- `presets`: the column names of published tables.
+- `where`: which rows are wanted, by an SQL condition.
+"""

@@ -21,11 +21,18 @@ from clipkit.storage.files import as_path, is_remote
 from clipkit.storage.stores import StoredFile, list_folder, reading
 from clipkit.train.sources.ahead import AheadSource
 from clipkit.train.sources.folder import open_folder
-from clipkit.train.sources.labelled import IMAGE_FIELD as LABELLED_IMAGE
-from clipkit.train.sources.labelled import LABEL_FIELD, LabelledSource, class_captions
 from clipkit.train.sources.mixture import Member, Mixture
 from clipkit.train.sources.parquets import has_images, open_parquets
-from clipkit.train.sources.source import IMAGE_FIELD, TEXT_FIELD, RecordSource, Source
+from clipkit.train.sources.source import (
+    IMAGE_FIELD,
+    LABEL_FIELD,
+    LABELLED_IMAGE,
+    TEXT_FIELD,
+    LabelledSource,
+    RecordSource,
+    Source,
+    class_captions,
+)
 from clipkit.train.sources.tars import open_tars
 
 CACHE_GB = 10.0

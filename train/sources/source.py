@@ -12,11 +12,16 @@ from typing import Any, NamedTuple, Protocol
 
 from clipkit.counter_rng import UInt64Array
 from clipkit.errors import UserError
+from clipkit.eval.classes import fill, name_classes
+from clipkit.eval.labelled import number_names
+from clipkit.formats.dataset import Dataset
 from clipkit.formats.records import RecordError, decode_example
 from clipkit.pixels.images import ImageError
 from clipkit.train.order import Int64Array, record_indices
 
 IMAGE_FIELD, TEXT_FIELD = "jpg", "txt"
+LABELLED_IMAGE, LABEL_FIELD = "image", "label"
+LABEL_TEMPLATE = "a photo of a {}"
 # The columns that `clipkit build-tfds --precompute` adds.
 TOKENS, SYNTAX = "tokens", "syntax"
 
@@ -90,7 +95,7 @@ class RecordSource(Source):
     ) -> None:
         self.examples = examples
         self.image_field, self.text_field = image_field, text_field
-        # Of a record's dozen columns these alone are unpacked.
+        # Of a record's dozen columns only these are unpacked.
         self.columns = (image_field, text_field, *((TOKENS, SYNTAX) if precomputed else ()))
 
     def __repr__(self) -> str:
@@ -121,11 +126,45 @@ class RecordSource(Source):
         image = columns.get(self.image_field)
         if not image or not isinstance(image[0], bytes):
             return ImageError(f"the record has no image in {self.image_field!r}")
-        return self.told(image[0], columns)
+        return self.caption_image(image[0], columns)
 
-    def told(self, image: bytes, columns: Mapping[str, list[Any]]) -> Pair | UserError:
-        """The image with what its record says of it."""
+    def caption_image(self, image: bytes, columns: Mapping[str, list[Any]]) -> Pair | UserError:
+        """The image with the caption that its record gives it."""
         text = columns.get(self.text_field)
         caption = text[0].decode("utf-8", errors="replace") if text and isinstance(text[0], bytes) else ""
         ids, priorities = columns.get(TOKENS), columns.get(SYNTAX)
         return Pair(image, caption, ids, priorities if ids else None)
+
+
+# ---- Labelled images: the class's name in a sentence is the caption --------------------------------------------------
+
+
+class LabelledSource(RecordSource):
+    """The records of a dataset with `image` and `label`. `captions` are those of the classes, in label order."""
+
+    def __init__(self, dataset: Dataset, captions: Sequence[str]) -> None:
+        super().__init__(dataset, LABELLED_IMAGE, LABEL_FIELD)
+        self.captions = tuple(captions)
+
+    def caption_image(self, image: bytes, columns: Mapping[str, list[Any]]) -> Pair | UserError:
+        """The image with its class's caption."""
+        label = columns.get(LABEL_FIELD)
+        if not label or not isinstance(label[0], int) or not 0 <= label[0] < len(self.captions):
+            return ImageError(f"the record has no known class in {LABEL_FIELD!r}")
+        return Pair(image, self.captions[label[0]])
+
+
+def class_captions(dataset: Dataset) -> list[str]:
+    """The caption of each class. ImageNet's classes get the names curated for CLIP; others the dataset's own.
+
+    Raises UserError when the dataset doesn't name its classes.
+    """
+    labels = dataset.label_names(LABEL_FIELD)
+    if labels is None:
+        labels = list(number_names(dataset.features[LABEL_FIELD].num_classes or 0)[0])
+        if len(labels) != 1000:
+            raise UserError(
+                f"{dataset.path} has no {LABEL_FIELD}.labels.txt, the classes' names: add it, a name a line"
+            )
+    names = name_classes(labels, dataset.path).rows
+    return [fill(LABEL_TEMPLATE, row[0].replace("_", " ")) for row in names]
