@@ -35,11 +35,11 @@ def _set(config: Any, path: list[str], text: str, key: str) -> Any:
     head, rest = path[0], path[1:]
     if isinstance(config, tuple):
         if not head.isdigit() or int(head) >= len(config):
-            places = f"0 to {len(config) - 1}" if config else "none, the list is empty"
-            raise UserError(f"--set {key}: {head!r} isn't an index of the list (choose {places})")
-        place = int(head)
-        changed = _set(config[place], rest, text, key) if rest else parse(text, type(config[place]), key)
-        return (*config[:place], changed, *config[place + 1 :])
+            indices = f"choose from 0 to {len(config) - 1}" if config else "it is empty"
+            raise UserError(f"--set {key}: {head!r} isn't an index of the list ({indices})")
+        index = int(head)
+        changed = _set(config[index], rest, text, key) if rest else parse(text, type(config[index]), key)
+        return (*config[:index], changed, *config[index + 1 :])
     if config is None:
         raise UserError(f"--set {key}: what comes before {head!r} isn't set in this recipe")
     if not dataclasses.is_dataclass(config) or isinstance(config, type):

@@ -10,3 +10,8 @@ class UserError(Exception):
 
 class InternalError(Exception):
     """Something clipkit did wrong and noticed. The message is one line: what, where, and where to report it."""
+
+
+def one_line(error: BaseException) -> str:
+    """What an exception says, as part of a message; its type where it says nothing."""
+    return " ".join(str(error).split()) or type(error).__name__

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
-from clipkit.errors import UserError
+from clipkit.errors import UserError, one_line
 from clipkit.jobs import worker
 from clipkit.jobs.worker import Answer, Loss
 
@@ -84,14 +84,14 @@ class RayWorkers:
         except (errors.NodeDiedError, errors.ObjectLostError):
             return Loss("its machine was lost")
         except errors.LocalRayletDiedError as error:
-            return Loss(worker.one_line(error))
+            return Loss(one_line(error)[:300])
         except errors.RayTaskError as error:
             # Whatever the function raises comes as an answer, so it wasn't even begun.
             cause = error.cause if isinstance(error.cause, Exception) else error
             raise worker.unlike_driver("the Ray cluster", cause) from error
         except errors.RayError as error:
             raise UserError(
-                f"the Ray cluster failed ({worker.one_line(error)}): run the same command again to go on"
+                f"the Ray cluster failed ({one_line(error)[:300]}): run the same command again to go on"
             ) from error
         return answered
 
@@ -118,7 +118,7 @@ def connect(ray: Any, workers: int | None) -> None:
         with worker.keep_signals():
             ray.init(address=address, log_to_driver=False, logging_level="CRITICAL", **options)
     except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
-        raise UserError(f"can't join the Ray cluster at {address} ({worker.one_line(error)}): {REMEDY}") from error
+        raise UserError(f"can't join the Ray cluster at {address} ({one_line(error)[:300]}): {REMEDY}") from error
 
 
 def _started_here() -> str | None:

@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
-from clipkit.errors import UserError
+from clipkit.errors import UserError, one_line
 from clipkit.jobs import worker
 from clipkit.jobs.worker import Answer, Loss
 
@@ -106,7 +106,7 @@ def _loss(error: Exception) -> Loss:
     if "Python worker exited unexpectedly" in text or "ExecutorLostFailure" in text:
         times = re.search(r"failed (\d+) times", text)
         return Loss("its process ended; often the machine is short of memory", int(times[1]) if times else 1)
-    raise UserError(f"Spark failed ({worker.one_line(error)}): run the same command again to go on") from error
+    raise UserError(f"Spark failed ({one_line(error)[:300]}): run the same command again to go on") from error
 
 
 def get_context(pyspark: Any, workers: int | None, owner: str) -> Any:
@@ -133,7 +133,7 @@ def get_context(pyspark: Any, workers: int | None, owner: str) -> Any:
     except Exception as error:
         where = "on this machine" if local else f"at {master or 'the master that was given'}"
         raise UserError(
-            f"Spark doesn't start {where} ({worker.one_line(error)}): try `pyspark` in the same environment"
+            f"Spark doesn't start {where} ({one_line(error)[:300]}): try `pyspark` in the same environment"
         ) from error
 
 

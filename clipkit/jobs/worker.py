@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
-from clipkit.errors import InternalError, UserError
+from clipkit.errors import InternalError, UserError, one_line
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -77,7 +77,7 @@ def answer_packed(packed: bytes, item: bytes) -> Answer:
 def unlike_driver(machine: str, error: Exception) -> UserError:
     """The error of a worker whose environment differs from the driver's."""
     return UserError(
-        f"a worker on {machine} can't load the work ({one_line(error)}): every machine of the "
+        f"a worker on {machine} can't load the work ({one_line(error)[:300]}): every machine of the "
         "cluster needs clipkit and its extras in the same versions"
     )
 
@@ -113,11 +113,6 @@ def keep_signals() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def one_line(error: Exception) -> str:
-    """An engine's exception as part of a message."""
-    return " ".join(str(error).split())[:300]
 
 
 def missing_package(engine: str, error: ImportError) -> UserError:

@@ -19,7 +19,7 @@ import numpy.typing as npt
 import simplejpeg
 from PIL import Image, ImageOps
 
-from clipkit.errors import UserError
+from clipkit.errors import UserError, one_line
 
 if TYPE_CHECKING:
     import torch
@@ -271,7 +271,7 @@ def describe_failure(data: Data, error: Exception) -> str:
         return "not an image but an HTML page"
     if isinstance(error, Image.UnidentifiedImageError):
         return f"not an image (begins with {bytes(data[:8])!r})"
-    return f"the image is damaged ({' '.join(str(error).split()) or type(error).__name__})"
+    return f"the image is damaged ({one_line(error)})"
 
 
 def to_rgb(image: Image.Image) -> UInt8Array:

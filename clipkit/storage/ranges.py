@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from clipkit.errors import UserError
+from clipkit.errors import UserError, one_line
 from clipkit.storage.files import allow_many_files, is_remote
 from clipkit.storage.stores import StoredFile, as_upath, is_transient, retry, store_errors
 
@@ -79,9 +79,7 @@ def _read(path: Path, start: int | None, end: int | None, warn: Warn) -> bytes:
 
 
 def _reason(error: Exception) -> str:
-    return (
-        "no answer in time" if isinstance(error, TimeoutError) else " ".join(str(error).split()) or type(error).__name__
-    )
+    return "no answer in time" if isinstance(error, TimeoutError) else one_line(error)
 
 
 def read_whole(path: Path, size: int, warn: Warn = warn_on_stderr) -> bytes:

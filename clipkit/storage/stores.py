@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from clipkit.errors import InternalError, UserError
+from clipkit.errors import InternalError, UserError, one_line
 
 if TYPE_CHECKING:
     from upath import UPath
@@ -283,7 +283,7 @@ def reading(path: Path) -> Iterator[None]:
 
 def store_message(error: Exception, path: Path | str) -> str | None:
     """The one line for a store's refusal, or None when the error is something else."""
-    reason = " ".join(str(error).split()) or type(error).__name__
+    reason = one_line(error)
     if type(error).__name__ in _CREDENTIALS:
         return (
             f"no credentials for {path} ({reason}): set them as the store's own tools want them, such as "
