@@ -15,7 +15,6 @@ the stored image. `tokens` and `syntax`, both lists of ints, are as `precompute`
 import re
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 
 from clipkit.errors import UserError
@@ -27,24 +26,22 @@ from clipkit.formats.manifest import (
     SplitManifest,
     add_counts,
     read_manifest,
-    write_manifest,
 )
 from clipkit.formatting import size_text
+from clipkit.jobs.passes import PassProgress, Runner
 from clipkit.jobs.run import Engine
-from clipkit.storage.files import as_path, clear_leftovers, is_remote, lock, read_json, remove
+from clipkit.storage.files import as_path, clear_leftovers, is_remote, load_array, lock, read_json, remove
 from clipkit.tfrecord_tools.account.purged import refuse_unfinished_purge
 from clipkit.tfrecord_tools.build.condition import Condition
 from clipkit.tfrecord_tools.build.condition import kinds_of as kinds_of_samples
-from clipkit.tfrecord_tools.build.passes import Runner, gather_pass, hash_pass, write_pass
+from clipkit.tfrecord_tools.build.passes import gather_pass, hash_pass, write_pass
 from clipkit.tfrecord_tools.build.plan import BuildOptions, look, make_options, plan
 from clipkit.tfrecord_tools.build.prepare import Part, Preparation, part_left
-from clipkit.tfrecord_tools.build.progress import BuildProgress, ProgressLines
-from clipkit.tfrecord_tools.build.shard import ShardJob, ShardState, Work
+from clipkit.tfrecord_tools.build.shard import BuildJob, BuildState, Task
 from clipkit.tfrecord_tools.build.shuffle import stretch_path
 from clipkit.tfrecord_tools.readers.parquet import PairColumns
 from clipkit.tfrecord_tools.readers.shards import InputShard, find_shards, open_shard
-from clipkit.tfrecord_tools.writing.finish import features_of, kinds_of, write_index, write_skipped
-from clipkit.tfrecord_tools.writing.metadata import write_metadata
+from clipkit.tfrecord_tools.writing.finish import finish_dataset, kinds_of, pair_features, write_skipped
 from clipkit.tfrecord_tools.writing.summary import BuildSummary, summarise_splits
 
 SHARD_MEGABYTES = 256
@@ -68,7 +65,7 @@ def build_tfds(
     shard_megabytes: float = SHARD_MEGABYTES,
     workers: int | None = 1,
     engine: Engine = "local",
-    progress: Callable[[BuildProgress], None] | None = None,
+    progress: Callable[[PassProgress], None] | None = None,
 ) -> BuildSummary:
     """Make `out/name/1.0.0` from image shards (see `read_shards`), and go on where a killed run stopped.
 
@@ -97,7 +94,8 @@ def build_tfds(
         raise UserError(f"{folder}: the dataset itself is the source: choose another --name or output")
     paths = find_shards(shards, columns, options.splits[0])
     work = folder / CLIPKIT_FOLDER / f"build-{'-'.join(options.splits)}"
-    with lock(folder / CLIPKIT_FOLDER), ExitStack() as stack:
+    runner = Runner(workers, engine, progress)
+    with lock(folder / CLIPKIT_FOLDER):
         refuse_unfinished_purge(folder)
         splits = read_manifest(folder)
         whole = _whole_splits(folder)
@@ -112,37 +110,33 @@ def build_tfds(
                 open_dataset(folder, part)  # says so when a shard is missing
             remove(work)
             return summarise_splits(folder, name, there, built=False)
-        tell = progress or stack.enter_context(ProgressLines())
-        runner = Runner(workers, engine, tell)
         known = parse_features(read_json(folder / "features.json")) if whole else {}
         preparation, left = _look(options, sources)
         stretches = plan(work / "plan.json", sources, options, shard_megabytes, left)
-        job_list = _jobs(folder, work, name, options, sources, stretches)
-        decisions = hash_pass(job_list, work, preparation, options.dedup, runner) if options.dedup else ()
+        jobs = _jobs(folder, work, name, options, sources, stretches)
+        decisions = hash_pass(jobs, work, preparation, options.dedup, runner) if options.dedup else ()
         if options.gathered and not progress:
             size = sum(source.size for source in sources) * left
             print(f"build-tfds: about {size_text(size)} of disk more are needed on the way, in {work}", file=sys.stderr)
-        task = Work(preparation, options.shares, options.gathered, decisions)
-        states, kinds = write_pass(job_list, task, kinds_of(known), runner)
+        task = Task(preparation, options.shares, options.gathered, decisions)
+        states, kinds = write_pass(jobs, task, kinds_of(known), runner)
         _check_any(states, shards)
         if options.gathered:
             wanted = shard_megabytes * 1e6
-            found = gather_pass(job_list, states, task, (folder, name), shuffle, wanted, runner)
+            found = gather_pass(jobs, states, task, (folder, name), shuffle, wanted, runner)
         else:
             found = {
-                options.splits[0]: [
-                    (job.beside(".npy"), state.shard) for job, state in zip(job_list, states, strict=True)
-                ]
+                options.splits[0]: [(job.beside(".npy"), state.shard) for job, state in zip(jobs, states, strict=True)]
             }
         made = {}
-        for part, pairs in found.items():
+        for part, shards_of_part in found.items():
             accounts = _sources(states, part) if options.gathered else ()
-            made[part] = SplitManifest(tuple(shard for _, shard in pairs), accounts, options.to_json())
-            write_index(folder, part, [path for path, _ in pairs], made[part].records)
-            write_skipped(folder, part, job_list)
-        splits.update(made)
-        write_manifest(folder, splits)
-        write_metadata(folder, name, features_of(states, kinds, known), splits)
+            made[part] = SplitManifest(tuple(shard for _, shard in shards_of_part), accounts, options.to_json())
+            write_skipped(folder, part, [job.skipped(part) for job in jobs])
+        records = sum(state.shard.records for state in states)
+        features = pair_features(kinds, [state.present for state in states], records, known)
+        offsets = {part: (load_array(path) for path, _ in pairs) for part, pairs in found.items()}
+        finish_dataset(folder, name, features, {**splits, **made}, offsets)
         remove(work)
     return summarise_splits(folder, name, made, built=True)
 
@@ -214,11 +208,11 @@ def _jobs(
     options: BuildOptions,
     sources: list[InputShard],
     stretches: Sequence[tuple[Part, ...]],
-) -> list[ShardJob]:
+) -> list[BuildJob]:
     count = len(stretches)
     size = sum(source.size for source in sources)
     return [
-        ShardJob(
+        BuildJob(
             number,
             stretch_path(work, number)
             if options.gathered
@@ -231,7 +225,7 @@ def _jobs(
     ]
 
 
-def _check_any(states: Sequence[ShardState], shards: Path) -> None:
+def _check_any(states: Sequence[BuildState], shards: Path) -> None:
     if any(state.shard.records for state in states):
         return
     accounts = [source.skipped for state in states for sources in state.accounts.values() for source in sources]
@@ -239,7 +233,7 @@ def _check_any(states: Sequence[ShardState], shards: Path) -> None:
     raise UserError(f"no sample of {shards} can be used ({reasons}): check the download")
 
 
-def _sources(states: Sequence[ShardState], split: str) -> tuple[SourceEntry, ...]:
+def _sources(states: Sequence[BuildState], split: str) -> tuple[SourceEntry, ...]:
     """The account of each source in a split, whatever the cuts."""
     found: dict[tuple[str, int], list[SourceEntry]] = {}
     for state in states:

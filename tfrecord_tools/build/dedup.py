@@ -13,9 +13,7 @@ million, some hours). Pictures of one colour are left alone: their hash says not
 """
 
 import hashlib
-from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Literal, cast
 
@@ -27,7 +25,7 @@ from clipkit.pixels.images import ImageError
 from clipkit.pixels.phash import perceptual_hash_of
 from clipkit.storage.files import read_json, write_json
 from clipkit.text.tokenizer import clean
-from clipkit.tfrecord_tools.build.prepare import Part, Preparation, judged, parts_told
+from clipkit.tfrecord_tools.build.prepare import Part, Preparation, judged, parts_id
 from clipkit.tfrecord_tools.build.sorted_rows import BUCKETS, KEY_END, read_sorted, write_sorted
 from clipkit.tfrecord_tools.sample import Sample
 
@@ -48,11 +46,12 @@ UInt64Array = npt.NDArray[np.uint64]
 
 @dataclass(frozen=True)
 class HashJob:
-    """A stretch of the image shards, by its number, whose hashes go to `folder`."""
+    """A stretch of the image shards by its number, of about `size` bytes, whose hashes go to `folder`."""
 
     number: int
     folder: Path
     parts: tuple[Part, ...]
+    size: int
 
     @property
     def state(self) -> Path:
@@ -90,7 +89,7 @@ def hash_samples(job: HashJob, preparation: Preparation, method: Method) -> int:
     for run in range(runs_of(method)):
         rows["key"] = rotated(np.array(keys, np.uint64), 16 * run)
         write_sorted(hashes_path(job.folder, job.number, run), rows[np.argsort(rows["key"], kind="stable")])
-    write_json(job.state, {"parts": parts_told(job.parts), "hashes": len(keys)})
+    write_json(job.state, {"parts": parts_id(job.parts), "hashes": len(keys)})
     return len(keys)
 
 
@@ -99,7 +98,7 @@ def read_hashed(job: HashJob) -> int | None:
     if not job.state.exists():
         return None
     state = read_json(job.state)
-    return int(state["hashes"]) if state["parts"] == parts_told(job.parts) else None
+    return int(state["hashes"]) if state["parts"] == parts_id(job.parts) else None
 
 
 def hash_of(sample: Sample, method: Method) -> tuple[int, int] | None:
@@ -170,19 +169,6 @@ def decide(job: DecideJob, method: Method) -> int:
     made["key"] = np.sort(np.concatenate(duplicates))
     write_sorted(job.path, made)
     return len(made)
-
-
-def count_duplicates(jobs: Sequence[DecideJob], found: int) -> int:
-    """How many samples are duplicates by all jobs together, which have said `found`: a picture once for each run.
-
-    Holds about PART_ROWS of what was found at a time.
-    """
-    parts = found // PART_ROWS + 1
-    count = 0
-    for low, high in pairwise(KEY_END * part // parts for part in range(parts + 1)):
-        places = [read_sorted(job.path, NUMBER, low, high)["key"] for job in jobs]
-        count += len(np.unique(np.concatenate(places)))
-    return count
 
 
 def near_duplicates(keys: UInt64Array, places: UInt64Array) -> UInt64Array:

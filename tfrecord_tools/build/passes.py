@@ -1,42 +1,37 @@
-"""The passes of `build-tfds` over the stretches of its image shards, each one function over many items (`jobs`).
+"""The passes of `build-tfds` over the stretches of its image shards, each one function over many jobs.
 
     hashing, comparing     with --dedup
     writing                always: the output shards, or files on the way
     sorting, gathering     with --shuffle or several splits
 
-Columns' kinds (`formats.kinds`) are found while the records are written: each file is written with the kinds it meets,
+Columns' kinds aren't known before the records are written: each file is written with the kinds it meets (see `kinds`),
 and when all are there, those that differ from what all together need are written again. So the data are read once when
 the shards agree, as img2dataset's do, and no pass goes ahead to look.
 """
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
-from typing import TypeVar
 
 from clipkit.errors import UserError
 from clipkit.formats.dataset import shard_name
 from clipkit.formats.kinds import unify
 from clipkit.formats.manifest import ShardEntry
-from clipkit.jobs.run import Engine, run_jobs
+from clipkit.jobs.passes import Runner
 from clipkit.tfrecord_tools.build.dedup import (
     DecideJob,
     HashJob,
     Method,
-    count_duplicates,
     decide,
     decide_jobs,
     hash_samples,
     read_hashed,
-    runs_of,
 )
 from clipkit.tfrecord_tools.build.prepare import Preparation
-from clipkit.tfrecord_tools.build.progress import BuildProgress
-from clipkit.tfrecord_tools.build.shard import ShardJob, ShardState, Work, build_shard, read_state
+from clipkit.tfrecord_tools.build.shard import BuildJob, BuildState, Task, build_shard, read_state
 from clipkit.tfrecord_tools.build.shuffle import (
     GatherJob,
     Stretch,
@@ -45,115 +40,81 @@ from clipkit.tfrecord_tools.build.shuffle import (
     index_records,
     read_gathered,
 )
-
-T = TypeVar("T")
-R = TypeVar("R")
-
-
-@dataclass(frozen=True)
-class Runner:
-    """Where passes run, and who is told of them."""
-
-    workers: int | None
-    engine: Engine
-    tell: Callable[[BuildProgress], None]
-
-    def run(
-        self, function: Callable[[T], R], items: Sequence[T], describe: Callable[[T], str]
-    ) -> Iterator[tuple[int, R]]:
-        return run_jobs(function, items, workers=self.workers, engine=self.engine, describe=describe)
+from clipkit.tfrecord_tools.writing.finish import kinds_with_values
 
 
 def hash_pass(
-    job_list: Sequence[ShardJob], folder: Path, preparation: Preparation, method: Method, runner: Runner
+    jobs: Sequence[BuildJob], folder: Path, preparation: Preparation, method: Method, runner: Runner
 ) -> tuple[DecideJob, ...]:
     """Find the duplicates; what is decided lies in files of `folder` (see `dedup`)."""
-    hash_jobs = [HashJob(job.number, folder, job.parts) for job in job_list]
-    hashed = {job.number: count for job in hash_jobs if (count := read_hashed(job)) is not None}
-    lacking = [job for job in hash_jobs if job.number not in hashed]
-    progress = BuildProgress("hashing", 0, sum(job.size for job in job_list), len(hashed), len(job_list), 0, 0)
-
-    def tell() -> None:
-        done = sum(job.size for job in job_list if job.number in hashed)
-        runner.tell(replace(progress, bytes_done=done, shards_done=len(hashed), records=sum(hashed.values())))
-
-    tell()
-    function = partial(hash_samples, preparation=preparation, method=method)
-    for index, count in runner.run(function, lacking, lambda job: f"hashes of stretch {job.number}"):
-        hashed[lacking[index].number] = count
-        tell()
-    records = sum(hashed.values())
-    decisions = decide_jobs(folder, len(job_list), records, method)
+    hashed = runner.run(
+        "build-tfds, hashing",
+        partial(hash_samples, preparation=preparation, method=method),
+        [HashJob(job.number, folder, job.parts, job.size) for job in jobs],
+        describe=lambda job: f"hashes of stretch {job.number}",
+        size=lambda job: job.size,
+        finished=read_hashed,
+        counts=lambda count: {"records": count},
+    )
+    decisions = decide_jobs(folder, len(jobs), sum(hashed), method)
     # What was decided from other hashes isn't trusted: the pass takes seconds, and nothing is read twice in it.
-    found = [0] * runs_of(method)
-    progress = BuildProgress("comparing", 0, len(decisions), 0, len(decisions), records, 0)
-    for done, (index, count) in enumerate(
-        runner.run(partial(decide, method=method), decisions, lambda job: f"duplicates {job.run}-{job.number}"), 1
-    ):
-        # Each run finds many of the same, so until all are there the line tells of the one that has found most.
-        found[decisions[index].run] += count
-        runner.tell(replace(progress, bytes_done=done, shards_done=done, skipped=max(found)))
-    if len(found) > 1:
-        count = count_duplicates(decisions, sum(found))
-        runner.tell(replace(progress, bytes_done=len(decisions), shards_done=len(decisions), skipped=count))
+    runner.run(
+        "build-tfds, comparing",
+        partial(decide, method=method),
+        decisions,
+        describe=lambda job: f"duplicates {job.run}-{job.number}",
+        # Each of several runs finds many of the same pictures.
+        counts=lambda count: {"duplicates": count} if method != "phash" else {},
+    )
     return decisions
 
 
 def write_pass(
-    job_list: Sequence[ShardJob], work: Work, known: dict[str, str], runner: Runner
-) -> tuple[list[ShardState], dict[str, str]]:
+    jobs: Sequence[BuildJob], task: Task, known: dict[str, str], runner: Runner
+) -> tuple[list[BuildState], dict[str, str]]:
     """The states of all stretches, and the kinds that all of them are written with. `known` are other splits' kinds."""
-    states = {job.number: state for job in job_list if (state := read_state(job)) is not None}
-    _write(job_list, work, known, states, runner)
-    kinds = unify([known, *(kinds_met(state) for state in states.values())])
+    states = _write(jobs, task, known, None, runner)
+    kinds = unify([known, *(kinds_with_values(state.kinds, state.present) for state in states)])
     for column, kind in known.items():
         if kinds[column] != kind:
             raise UserError(
                 f"column {column!r} is {kinds[column]} in these shards and {kind} in the dataset's other splits: "
                 "build them under another --name"
             )
-    for job in job_list:
-        if any(kinds[column] != kind for column, kind in kinds_met(states[job.number]).items()):
-            del states[job.number]
-    _write(job_list, work, kinds, states, runner)
-    return [states[job.number] for job in job_list], kinds
+    if any(_is_narrower(state, kinds) for state in states):
+        states = _write(jobs, task, kinds, kinds, runner)
+    return states, kinds
 
 
 def _write(
-    job_list: Sequence[ShardJob], work: Work, kinds: dict[str, str], states: dict[int, ShardState], runner: Runner
-) -> None:
-    """Write the files that have no state yet and add theirs."""
-    lacking = [job for job in job_list if job.number not in states]
-    if not lacking:
-        return
-    total = sum(job.size for job in job_list)
-    sizes = {job.number: job.size for job in job_list}
-    done = sum(sizes[number] for number in states)
-    records = sum(state.shard.records for state in states.values())
-    samples = sum(state.samples for state in states.values())
+    jobs: Sequence[BuildJob], task: Task, kinds: dict[str, str], needed: dict[str, str] | None, runner: Runner
+) -> list[BuildState]:
+    """Write the files that have no state yet, or one of narrower kinds than those `needed`."""
 
-    def tell() -> None:
-        runner.tell(BuildProgress("writing", done, total, len(states), len(job_list), records, samples - records))
+    def finished(job: BuildJob) -> BuildState | None:
+        state = read_state(job)
+        return None if state is None or (needed and _is_narrower(state, needed)) else state
 
-    tell()
-    function = partial(build_shard, work=work, kinds=kinds)
-    for index, state in runner.run(function, lacking, lambda job: job.path.name):
-        states[lacking[index].number] = state
-        done += lacking[index].size
-        records += state.shard.records
-        samples += state.samples
-        tell()
+    return runner.run(
+        "build-tfds",
+        partial(build_shard, task=task, kinds=kinds),
+        jobs,
+        describe=lambda job: job.path.name,
+        size=lambda job: job.size,
+        finished=finished,
+        counts=lambda state: {"records": state.shard.records, "skipped": state.samples - state.shard.records},
+    )
 
 
-def kinds_met(state: ShardState) -> dict[str, str]:
-    """The kinds of the columns that have a value in the file."""
-    return {column: state.kinds[column] for column in state.present}
+def _is_narrower(state: BuildState, kinds: dict[str, str]) -> bool:
+    """Whether a file was written with other kinds than all together need."""
+    return any(kinds[column] != kind for column, kind in kinds_with_values(state.kinds, state.present).items())
 
 
 def gather_pass(
-    job_list: Sequence[ShardJob],
-    states: Sequence[ShardState],
-    work: Work,
+    jobs: Sequence[BuildJob],
+    states: Sequence[BuildState],
+    task: Task,
     out: tuple[Path, str],
     seed: int | None,
     wanted: float,
@@ -166,18 +127,19 @@ def gather_pass(
     firsts = [0, *accumulate(state.shard.records for state in states)]
     stretches = [
         Stretch(job.beside(".npy"), job.beside(".notes.npy"), state.shard.bytes, state.shard.records, first)
-        for job, state, first in zip(job_list, states, firsts, strict=False)
+        for job, state, first in zip(jobs, states, firsts, strict=False)
     ]
-    folder = job_list[0].folder
-    splits = tuple(split for split, _ in work.shares)
+    folder = jobs[0].folder
+    splits = tuple(split for split, _ in task.shares)
     indexes = index_jobs(folder, stretches, splits, firsts[-1], seed)
     sizes = dict.fromkeys(splits, 0)
-    for done, (_, counts) in enumerate(runner.run(index_records, indexes, lambda job: f"places {job.number}"), 1):
+    for counts in runner.run(
+        "build-tfds, sorting", index_records, indexes, describe=lambda job: f"places {job.number}"
+    ):
         for split, (_, size) in counts.items():
             sizes[split] += size
-        runner.tell(BuildProgress("sorting", done, len(indexes), done, len(indexes), firsts[-1], 0))
     made_of = hashlib.sha256(
-        json.dumps([seed, work.shares, [(state.shard.records, state.shard.crc32c) for state in states]]).encode()
+        json.dumps([seed, task.shares, [(state.shard.records, state.shard.crc32c) for state in states]]).encode()
     ).hexdigest()
     gather_jobs = []
     for split in splits:
@@ -185,20 +147,16 @@ def gather_pass(
         for number in range(count):
             path = out[0] / shard_name(out[1], split, number, count)
             gather_jobs.append(GatherJob(number, count, split, path, folder, len(indexes), made_of))
-    shards = {job.path: shard for job in gather_jobs if (shard := read_gathered(job)) is not None}
-    lacking = [job for job in gather_jobs if job.path not in shards]
-    total = sum(sizes.values())
-
-    def tell() -> None:
-        done = sum(shard.bytes for shard in shards.values())
-        records = sum(shard.records for shard in shards.values())
-        runner.tell(BuildProgress("gathering", done, total, len(shards), len(gather_jobs), records, 0))
-
-    tell()
-    for index, shard in runner.run(gather, lacking, lambda job: job.path.name):
-        shards[lacking[index].path] = shard
-        tell()
+    shards = runner.run(
+        "build-tfds, gathering",
+        gather,
+        gather_jobs,
+        describe=lambda job: job.path.name,
+        size=lambda job: sizes[job.split] // job.count,
+        finished=read_gathered,
+        counts=lambda shard: {"records": shard.records},
+    )
     found: dict[str, list[tuple[Path, ShardEntry]]] = {split: [] for split in splits}
-    for job in gather_jobs:
-        found[job.split].append((job.beside(".npy"), shards[job.path]))
+    for job, shard in zip(gather_jobs, shards, strict=True):
+        found[job.split].append((job.beside(".npy"), shard))
     return found

@@ -37,7 +37,7 @@ class Part:
     stop: int | None
 
 
-def parts_told(parts: Sequence[Part]) -> str:
+def parts_id(parts: Sequence[Part]) -> str:
     """A line that differs when a source or a cut does."""
     return " ".join(f"{part.shard.path.name}:{part.shard.size}:{part.start}:{part.stop}" for part in parts)
 

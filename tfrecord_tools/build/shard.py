@@ -19,14 +19,14 @@ from clipkit.formats.kinds import KindWidenedError
 from clipkit.formats.manifest import ShardEntry, SourceEntry
 from clipkit.storage.files import read_json, save_array, write_beside, write_json
 from clipkit.tfrecord_tools.build.dedup import DecideJob, duplicates_in
-from clipkit.tfrecord_tools.build.prepare import Part, Preparation, Prepared, parts_told, prepared
+from clipkit.tfrecord_tools.build.prepare import Part, Preparation, Prepared, parts_id, prepared
 from clipkit.tfrecord_tools.pictures.sniff import FORMATS
 from clipkit.tfrecord_tools.reasons import NOT_WANTED
 from clipkit.tfrecord_tools.writing.pair_writer import PairWriter
 
 
 @dataclass(frozen=True)
-class Work:
+class Task:
     """What all shards of a build have in common.
 
     `shares` are the splits with the part of the samples that each gets; `gathered`: the files are on the way to
@@ -40,7 +40,7 @@ class Work:
 
 
 @dataclass(frozen=True)
-class ShardJob:
+class BuildJob:
     """What one worker is to make: `path` from `parts`, about `size` bytes of image shards.
 
     `number` counts the jobs; `folder` holds their states.
@@ -56,9 +56,13 @@ class ShardJob:
         """A file of the job in the folder of states."""
         return self.folder / f"shard-{self.number:05d}{suffix}"
 
+    def skipped(self, split: str) -> Path:
+        """The list of the samples of a split that were left out, a JSON line each."""
+        return self.beside(f".skipped-{split}.jsonl")
+
 
 @dataclass(frozen=True)
-class ShardState:
+class BuildState:
     """What is known of a finished file. `present` counts each column's values; `accounts` are the sources by split."""
 
     shard: ShardEntry
@@ -72,41 +76,41 @@ class ShardState:
         return sum(source.samples for sources in self.accounts.values() for source in sources)
 
 
-def build_shard(job: ShardJob, work: Work, kinds: Mapping[str, str]) -> ShardState:
+def build_shard(job: BuildJob, task: Task, kinds: Mapping[str, str]) -> BuildState:
     """Write the file, its record offsets and its state. `kinds` are the columns' kinds to begin with.
 
     A value that doesn't fit widens its column's kind and the file is begun anew, so that all of it has one kind.
     """
     while True:
         try:
-            return _build_shard(job, work, dict(kinds))
+            return _build_shard(job, task, dict(kinds))
         except KindWidenedError as widened:
             kinds = widened.kinds
 
 
-def _build_shard(job: ShardJob, work: Work, kinds: dict[str, str]) -> ShardState:
-    account = _Account(job, work)
-    duplicates = duplicates_in(work.duplicates, job.number)
+def _build_shard(job: BuildJob, task: Task, kinds: dict[str, str]) -> BuildState:
+    account = _Account(job, task)
+    duplicates = duplicates_in(task.duplicates, job.number)
     notes: list[tuple[int, int]] = []
     with write_beside(job.path) as temporary, PairWriter(temporary, kinds) as writer:
-        for pair in prepared(job.parts, work.preparation, duplicates):
-            split = split_of(pair.key, work.shares)
+        for pair in prepared(job.parts, task.preparation, duplicates):
+            split = split_of(pair.key, task.shares)
             account.add(pair, split)
             if pair.reason is None:
                 writer.put(pair.image, pair.caption, pair.columns, pair.kind)
-                if work.gathered:
+                if task.gathered:
                     notes.append((split, FORMATS.index(pair.kind)))
     written = writer.written()
     save_array(job.beside(".npy"), written.offsets)
-    if work.gathered:
+    if task.gathered:
         save_array(job.beside(".notes.npy"), np.array(notes, np.uint8).reshape(-1, 2))
-    for (name, _), lines in zip(work.shares, account.skipped, strict=True):
-        with write_beside(job.beside(f".skipped-{name}.jsonl")) as temporary:
+    for (name, _), lines in zip(task.shares, account.skipped, strict=True):
+        with write_beside(job.skipped(name)) as temporary:
             temporary.write_text("".join(lines), encoding="utf-8")
-    accounts = {name: account.sources(number) for number, (name, _) in enumerate(work.shares)}
-    sources = () if work.gathered else accounts[work.shares[0][0]]
-    state = ShardState(
-        written.shard(job.path.name, sources), written.kinds, written.present, accounts, parts_told(job.parts)
+    accounts = {name: account.sources(number) for number, (name, _) in enumerate(task.shares)}
+    sources = () if task.gathered else accounts[task.shares[0][0]]
+    state = BuildState(
+        written.shard(job.path.name, sources), written.kinds, written.present, accounts, parts_id(job.parts)
     )
     write_json(job.beside(".json"), asdict(state))
     return state
@@ -115,9 +119,9 @@ def _build_shard(job: ShardJob, work: Work, kinds: dict[str, str]) -> ShardState
 class _Account:
     """Counts what becomes of the samples of each part, split by split, and names those that are skipped."""
 
-    def __init__(self, job: ShardJob, work: Work) -> None:
+    def __init__(self, job: BuildJob, task: Task) -> None:
         self.parts = job.parts
-        splits = range(len(work.shares))
+        splits = range(len(task.shares))
         self.records = [[0] * len(job.parts) for _ in splits]
         self.reasons: list[list[Counter[str]]] = [[Counter() for _ in job.parts] for _ in splits]
         self.skipped: list[list[str]] = [[] for _ in splits]
@@ -155,16 +159,16 @@ def split_of(key: str, shares: tuple[tuple[str, float], ...]) -> int:
     return len(shares) - 1
 
 
-def read_state(job: ShardJob) -> ShardState | None:
+def read_state(job: BuildJob) -> BuildState | None:
     """The state of a finished file, or None when it must be written (again), its sources having changed for one."""
     path = job.beside(".json")
     if not path.exists() or not job.path.exists():
         return None
     values: dict[str, Any] = read_json(path)
     shard = ShardEntry.from_dict(values["shard"])
-    if values["parts"] != parts_told(job.parts) or job.path.stat().st_size != shard.bytes:
+    if values["parts"] != parts_id(job.parts) or job.path.stat().st_size != shard.bytes:
         return None
     accounts = {
         split: tuple(SourceEntry(**source) for source in sources) for split, sources in values["accounts"].items()
     }
-    return ShardState(shard, values["kinds"], values["present"], accounts, values["parts"])
+    return BuildState(shard, values["kinds"], values["present"], accounts, values["parts"])

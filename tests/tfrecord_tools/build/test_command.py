@@ -21,8 +21,9 @@ from clipkit.formats.features import Feature
 from clipkit.formats.kinds import fit, unify
 from clipkit.formats.manifest import read_manifest
 from clipkit.formats.records import RecordWriter, encode_example, index_records
+from clipkit.jobs.passes import PassProgress
 from clipkit.pixels import images
-from clipkit.tfrecord_tools.build.command import BuildProgress, build_tfds
+from clipkit.tfrecord_tools.build.command import build_tfds
 
 # webdataset fills a tar up to a multiple of this, so that a few small samples make one such block.
 TAR_BLOCK = 10_240
@@ -91,7 +92,7 @@ def test_what_cannot_be_used_is_counted_by_reason_and_named(tmp_path):
         "metadata-not-json": 1,
         "no-caption": 1,
         "no-image": 2,
-        "not an image": 3,
+        "not-an-image": 3,
         "not-utf-8": 1,
         "truncated": 1,
     }
@@ -208,13 +209,13 @@ def test_unify_knows_the_order_of_kinds():
 def test_workers_change_nothing(tmp_path):
     write_tars(tmp_path / "shards", [2, 3, 1])
     one = build_tfds(tmp_path / "shards", tmp_path / "one", "pairs", workers=1, shard_megabytes=2 * ONE_TAR)
-    seen: list[BuildProgress] = []
+    seen: list[PassProgress] = []
     build_tfds(
         tmp_path / "shards", tmp_path / "two", "pairs", workers=2, progress=seen.append, shard_megabytes=2 * ONE_TAR
     )
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
-    assert [(p.phase, p.shards_done) for p in seen] == [("writing", n) for n in (0, 1, 2, 3)]
-    assert (seen[-1].records, seen[-1].bytes_done) == (one.records, seen[-1].bytes_total)
+    assert [(p.label, p.jobs_done) for p in seen] == [("build-tfds", n) for n in (0, 1, 2, 3)]
+    assert (seen[-1].counts["records"], seen[-1].done) == (one.records, seen[-1].total)
 
 
 # Each build is killed just before one of its renames, or after the last, and done again. The shards differ in the kind
@@ -401,7 +402,7 @@ def test_a_dataset_is_not_built_onto_itself(tmp_path, monkeypatch):
 
 def test_shards_without_one_good_sample_are_an_error(tmp_path):
     write_tar(tmp_path / "shards" / "0.tar", [pair(0, jpg=None), pair(1, txt=" ")])
-    with pytest.raises(UserError, match=r"no sample of .* can be used .1 × empty caption, 1 × no image.*check"):
+    with pytest.raises(UserError, match=r"no sample of .* can be used .1 × empty-caption, 1 × no-image.*check"):
         build_tfds(tmp_path / "shards", tmp_path / "out", "pairs")
     with pytest.raises(UserError, match="isn't finished"):
         open_dataset(tmp_path / "out")

@@ -20,11 +20,11 @@ from clipkit.errors import UserError
 from clipkit.formats.dataset import open_dataset
 from clipkit.formats.features import Feature
 from clipkit.formats.manifest import read_manifest
+from clipkit.jobs.passes import PassProgress
 from clipkit.storage.files import write_beside
 from clipkit.text.syntax import Syntax
 from clipkit.text.tokenizer import Tokenizer
 from clipkit.tfrecord_tools.build.command import build_tfds
-from clipkit.tfrecord_tools.build.progress import BuildProgress
 from clipkit.tfrecord_tools.pictures.compact import compact
 
 SMALL = 0.02  # megabytes
@@ -172,7 +172,7 @@ def test_changed_options_are_not_taken_for_the_same_build(tmp_path, monkeypatch)
         build(tmp_path)
     shutil.rmtree(tmp_path / "out")
     monkeypatch.setattr(
-        "clipkit.tfrecord_tools.build.command.write_manifest", lambda *_: os.kill(os.getpid(), 0) or 1 / 0
+        "clipkit.tfrecord_tools.writing.finish.write_manifest", lambda *_: os.kill(os.getpid(), 0) or 1 / 0
     )
     with pytest.raises(ZeroDivisionError):
         build(tmp_path, dedup="sha256")
@@ -184,14 +184,15 @@ def test_changed_options_are_not_taken_for_the_same_build(tmp_path, monkeypatch)
 
 def test_passes_are_told_by_name(tmp_path):
     write_tars(tmp_path / "shards", [6, 6])
-    seen: list[BuildProgress] = []
+    seen: list[PassProgress] = []
     build(tmp_path, dedup="caption", shuffle=1, progress=seen.append, shard_megabytes=SMALL / 4)
-    assert list(dict.fromkeys(now.phase for now in seen)) == ["hashing", "comparing", "writing", "sorting", "gathering"]
-    for phase in ("hashing", "writing", "gathering"):
-        last = [now for now in seen if now.phase == phase][-1]
-        assert last.bytes_done == last.bytes_total > 0
-        assert last.shards_done == last.shards_total > 1
-        assert last.records == 12
+    hashing, comparing, writing, sorting, gathering = dict.fromkeys(now.label for now in seen)
+    assert (comparing, sorting) == ("build-tfds, comparing", "build-tfds, sorting")
+    for label in (hashing, writing, gathering):
+        last = [now for now in seen if now.label == label][-1]
+        assert last.in_bytes and last.done == last.total > 0
+        assert last.jobs_done == last.jobs_total > 1
+        assert last.counts["records"] == 12
 
 
 def test_the_disk_that_a_shuffle_takes_is_told_before(tmp_path, capsys):
@@ -199,10 +200,10 @@ def test_the_disk_that_a_shuffle_takes_is_told_before(tmp_path, capsys):
     build_tfds(tmp_path / "shards", tmp_path / "out", "pairs", shuffle=1)
     lines = capsys.readouterr().err.splitlines()
     assert [line.rpartition(" · ")[2] for line in lines[1:]] == (
-        ["1/1 parts, 2 records", "2 records", "1/1 shards, 2 records"]
+        ["1/1 shard, 2 records", lines[2].rpartition(" · ")[2], "1/1 shard, 2 records"]
     )
     assert re.match(r"build-tfds: ([1-9]\d*)/\1 kB · ", lines[1])
-    assert lines[2].startswith("build-tfds, sorting: 1/1 parts · ")
+    assert lines[2].startswith("build-tfds, sorting: 1/1 shards · ")
     assert re.match(r"build-tfds: about \d+\.\d kB of disk more are needed on the way, in ", lines[0])
     assert [line.partition(":")[0] for line in lines[1:]] == [
         "build-tfds",
@@ -226,8 +227,8 @@ def test_a_full_disk_in_any_pass_is_one_line_and_the_rest_goes_on(tmp_path, monk
     with monkeypatch.context() as patch:
         patch.setattr(*targets[pass_])
         with pytest.raises(UserError) as caught:
-            build(tmp_path, progress=lambda now: done.append(now.phase), **options)
-    assert done[-1] == {"sorting": "writing"}.get(pass_, pass_)
+            build(tmp_path, progress=lambda now: done.append(now.label), **options)
+    assert done[-1] == ("build-tfds" if pass_ == "writing" else f"build-tfds, {pass_}")
     assert "disk is full" in str(caught.value)
     assert not (tmp_path / "out" / "pairs" / "1.0.0" / "dataset_info.json").exists()
     build(tmp_path, **options)
