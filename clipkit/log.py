@@ -3,7 +3,6 @@
 Progress goes to stderr, so that stdout stays for results.
 """
 
-import json
 import sys
 import time
 from pathlib import Path
@@ -11,7 +10,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from clipkit.formatting import duration
-from clipkit.storage.files import append_json_line, read_json_lines, write_beside
+from clipkit.storage.files import append_json_line, read_json_lines, write_json_lines
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
@@ -161,5 +160,4 @@ def forget_metrics_after(run: Path, samples_seen: int) -> None:
     lines = read_metrics(run)
     kept = [line for line in lines if line["samples_seen"] <= samples_seen]
     if len(kept) < len(lines):
-        with write_beside(run / "metrics.jsonl") as temporary:
-            temporary.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept), "utf-8")
+        write_json_lines(run / "metrics.jsonl", kept)

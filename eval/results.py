@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clipkit.formatting import percent
-from clipkit.storage.files import disk_errors, read_json_lines, write_beside
+from clipkit.storage.files import disk_errors, read_json_lines, write_json_lines
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -72,10 +72,9 @@ def write(run: Path, results: Iterable[Result]) -> Path:
     Several processes may write into one run: each waits for its turn.
     """
     path = run / "results.jsonl"
-    with turn(run), write_beside(path) as temporary:
+    with turn(run):
         lines = {result.identity: result for result in [*read(run), *results]}
-        text = "".join(json.dumps(dataclasses.asdict(result), ensure_ascii=False) + "\n" for result in lines.values())
-        temporary.write_text(text, encoding="utf-8")
+        write_json_lines(path, map(dataclasses.asdict, lines.values()))
     return path
 
 

@@ -7,6 +7,7 @@ with a cache, in blocks of neighbouring records that all processes of the machin
 """
 
 import io
+import re
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -238,6 +239,13 @@ class DatasetLayout:
         """Whether the manifest counts other shards or records than dataset_info.json."""
         manifest = self.manifest.get(split)
         return manifest is not None and [shard.records for shard in manifest.shards] != self.lengths[split]
+
+
+def check_name(name: str, what: str = "dataset name") -> str:
+    """`name` itself. Raises UserError for a name that TFDS doesn't allow for a dataset or a split."""
+    if not re.fullmatch(r"[a-zA-Z]\w*", name, re.ASCII):
+        raise UserError(f"{what} {name!r}: TFDS allows a letter, then letters, digits and _ only; choose such a name")
+    return name
 
 
 def shard_name(name: str, split: str, number: int, count: int) -> str:

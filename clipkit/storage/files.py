@@ -15,7 +15,7 @@ import re
 import resource
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -195,6 +195,13 @@ def load_array(path: Path) -> "npt.NDArray[Any]":
     with stores.reading(path):
         loaded: npt.NDArray[Any] = np.load(io.BytesIO(path.read_bytes()) if is_remote(path) else path)
     return loaded
+
+
+def write_json_lines(path: Path, values: Iterable[Any]) -> None:
+    """Write one JSON line for each value, all or none."""
+    with write_beside(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        for value in values:
+            file.write(json.dumps(value, ensure_ascii=False) + "\n")
 
 
 def append_json_line(path: Path, value: Any) -> None:

@@ -12,13 +12,12 @@ Columns: `jpg` and `txt`, then those of the sources under their names. With a ne
 the stored image. `tokens` and `syntax`, both lists of ints, are as `precompute` says.
 """
 
-import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from clipkit.errors import UserError
-from clipkit.formats.dataset import VERSION, open_dataset, shard_name
+from clipkit.formats.dataset import VERSION, check_name, open_dataset, shard_name
 from clipkit.formats.features import parse_features
 from clipkit.formats.manifest import (
     CLIPKIT_FOLDER,
@@ -81,10 +80,7 @@ def build_tfds(
     columns that don't go with those of another split, and when not one sample can be used.
     """
     shards, out = as_path(shards), as_path(out)
-    if not re.fullmatch(r"[a-zA-Z]\w*", name, re.ASCII):
-        raise UserError(
-            f"dataset name {name!r}: TFDS wants a letter, then letters, digits and _ alone; choose such a one"
-        )
+    check_name(name)
     if shard_megabytes <= 0:
         raise UserError(f"shard size of {shard_megabytes} MB: give at least 1")
     columns = PairColumns(image_column, caption_column)

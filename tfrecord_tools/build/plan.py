@@ -5,7 +5,6 @@ and so does everything that doesn't touch a shard that was fetched again.
 """
 
 import math
-import re
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from clipkit.errors import UserError
+from clipkit.formats.dataset import check_name
 from clipkit.storage.files import is_remote, read_json, write_json
 from clipkit.tfrecord_tools.build.dedup import Method, check_dedup
 from clipkit.tfrecord_tools.build.precompute import check_precompute
@@ -96,12 +96,11 @@ def parse_split(text: str) -> tuple[tuple[str, float], ...]:
     shares: list[tuple[str, float]] = []
     for each in text.split(","):
         name, given, share = each.strip().partition("=")
-        if not re.fullmatch(r"[a-zA-Z]\w*", name, re.ASCII):
-            raise UserError(f"split {name!r}: give a letter, then letters, digits and _ alone, such as train or test")
+        check_name(name, "split")
         try:
             shares.append((name, float(share) if given else 1.0))
         except ValueError as error:
-            raise UserError(f"--split {each}: {share!r} is no share; give one such as 0.99") from error
+            raise UserError(f"--split {each}: {share!r} is not a share; give one such as 0.99") from error
     names = [name for name, _ in shares]
     if len(set(names)) < len(names):
         raise UserError(f"--split {text}: a split is named twice")

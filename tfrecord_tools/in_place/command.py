@@ -1,55 +1,71 @@
 """img2dataset's TFRecord shards become a dataset where they lie, without a copy: `clipkit build-tfds --in-place`.
 
-First all shards are looked at, and nothing is changed: checksums, counts, columns. When all are whole, each gets the
-name that TFDS wants; the few that TensorFlow couldn't read as they are (see `in_place_columns`) are written anew, one
+First all shards are scanned, and nothing is changed: checksums, counts, columns. When all are whole, each gets the
+name that TFDS wants; the few that TensorFlow couldn't read as they are (see `in_place_columns`) are rewritten, one
 by one. Then come the index, the manifest and TFDS's metadata, `dataset_info.json` last.
 
 The list of shards is kept from the beginning, so that a run that is killed between two renames knows which file is
 which: a shard stands under its old name, or under its new one.
 """
 
-import json
-import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-
 from clipkit.errors import UserError
-from clipkit.formats.dataset import open_dataset, shard_name
-from clipkit.formats.manifest import (
-    CLIPKIT_FOLDER,
-    ShardEntry,
-    SplitManifest,
-    add_counts,
-    index_path,
-    read_manifest,
-    write_manifest,
-)
+from clipkit.formats.dataset import check_name, open_dataset, shard_name
+from clipkit.formats.manifest import CLIPKIT_FOLDER, ShardEntry, SplitManifest, add_counts, read_manifest
 from clipkit.formats.tables import is_hidden
-from clipkit.jobs.run import Engine, run_jobs
-from clipkit.log import Progress
+from clipkit.formatting import counted
+from clipkit.jobs.passes import Runner
+from clipkit.jobs.run import Engine
 from clipkit.storage.files import (
     clear_leftovers,
     disk_errors,
     is_remote,
+    load_array,
     lock,
     read_json,
     remove,
     require_dir,
     sync_file,
-    write_beside,
     write_json,
+    write_json_lines,
 )
 from clipkit.tfrecord_tools.account.purged import refuse_unfinished_purge
-from clipkit.tfrecord_tools.in_place.columns import check_columns, features_of, misfits, unify_looks
-from clipkit.tfrecord_tools.in_place.shard import InPlaceJob, Looked, look_at, read_looked, rewrite
-from clipkit.tfrecord_tools.in_place.summary import InPlaceSummary
-from clipkit.tfrecord_tools.writing.metadata import write_metadata
-from clipkit.tfrecord_tools.writing.summary import summarise
+from clipkit.tfrecord_tools.in_place.columns import check_columns, features_of, misfits, unify_forms
+from clipkit.tfrecord_tools.in_place.shard import InPlaceJob, ShardScan, read_scan, rewrite, scan_shard
+from clipkit.tfrecord_tools.writing.finish import finish_dataset
+from clipkit.tfrecord_tools.writing.summary import BuildSummary, summarise
 
 SUFFIX = ".tfrecord"
+
+
+@dataclass(frozen=True)
+class InPlaceSummary(BuildSummary):
+    """`rewritten`: why, by the shard's old name; all others were only renamed. `problems`: bad pairs by reason."""
+
+    rewritten: dict[str, str] = field(default_factory=dict)
+    problems: dict[str, int] = field(default_factory=dict)
+
+    def text(self) -> str:
+        """A few lines for a person."""
+        lines = [super().text()]
+        if self.rewritten:
+            first, why = next(iter(self.rewritten.items()))
+            lines.append(
+                f"{len(self.rewritten):,} of {counted(self.shards, 'shard')} rewritten, since TensorFlow refuses "
+                f"what img2dataset writes for a null: {first} ({why}){' …' if len(self.rewritten) > 1 else ''}"
+            )
+        if self.problems:
+            reasons = ", ".join(f"{reason} {count:,}" for reason, count in self.problems.items())
+            listed = self.path / CLIPKIT_FOLDER / f"problems-{self.split}.jsonl"
+            lines.append(
+                f"bad pairs, which can't be left out in place: {reasons}; each in {listed} "
+                "(clipkit build-tfds without --in-place leaves them out)"
+            )
+        return "\n".join(lines)
 
 
 def build_in_place(
@@ -62,15 +78,14 @@ def build_in_place(
 ) -> InPlaceSummary:
     """Make the folder of img2dataset's `00000.tfrecord` … itself a dataset, and go on where a killed run stopped.
 
-    The shards are renamed, and those with nulls among numbers written anew; img2dataset's other files stay. Pairs that
+    The shards are renamed, and those with nulls among numbers are rewritten; img2dataset's other files stay. Pairs that
     a build would leave out (no image, no caption) stay too, and are counted and listed in `clipkit/problems-*.jsonl`.
     Raises UserError, before anything is renamed: RecordError for a damaged shard, and others for images that aren't
     `jpg`, for shards that lack samples that img2dataset's own statistics count, for names that TFDS doesn't allow, and
     for a folder that is another dataset already.
     """
-    for each in (name, split):
-        if not re.fullmatch(r"[a-zA-Z]\w*", each, re.ASCII):
-            raise UserError(f"name {each!r}: TFDS wants a letter, then letters, digits and _ alone; choose such a one")
+    check_name(name)
+    check_name(split, "split")
     if is_remote(folder):
         raise UserError(f"{folder}: shards in a store can't be renamed; run clipkit build-tfds without --in-place")
     folder = require_dir(folder, "folder").absolute()
@@ -82,17 +97,23 @@ def build_in_place(
             manifest = _finished(folder, name, split)
             remove(work)
             return _summary(folder, name, split, manifest, built=False)
-        job_list = _plan(folder, work, name, split)
-        looked = _look(job_list, workers, engine)
-        kinds = unify_looks(each.looks for each in looked)
-        wrong = [misfits(each.looks, kinds) for each in looked]
-        shards = _settle(job_list, looked, wrong, kinds, workers, engine)
-        manifest = _manifest(job_list, looked, shards, wrong)
-        _write_index(folder, split, job_list)
-        _write_problems(folder, split, job_list, looked)
-        write_manifest(folder, {split: manifest})
-        features = features_of(kinds, [each.looks for each in looked], manifest.records)
-        write_metadata(folder, name, features, {split: manifest})
+        runner = Runner(workers, engine)
+        jobs = _plan(folder, work, name, split)
+        scans = _scan(jobs, runner)
+        kinds = unify_forms(scan.forms for scan in scans)
+        wrong = [misfits(scan.forms, kinds) for scan in scans]
+        shards = _move(jobs, scans, wrong, kinds, runner)
+        manifest = _manifest(jobs, scans, shards, wrong)
+        # What a build would have left out.
+        problems = (
+            {"shard": job.target.name, "key": key, "reason": reason}
+            for job, scan in zip(jobs, scans, strict=True)
+            for key, reason in scan.problems
+        )
+        write_json_lines(folder / CLIPKIT_FOLDER / f"problems-{split}.jsonl", problems)
+        features = features_of(kinds, [scan.forms for scan in scans], manifest.records)
+        offsets = {split: (load_array(job.offsets) for job in jobs)}
+        finish_dataset(folder, name, features, {split: manifest}, offsets)
         remove(work)
     return _summary(folder, name, split, manifest, built=True)
 
@@ -133,14 +154,14 @@ def _plan(folder: Path, work: Path, name: str, split: str) -> list[InPlaceJob]:
             raise UserError(f"{folder} holds no {SUFFIX} shards: name the folder that img2dataset wrote")
         _check_downloaded(folder, sources)
         write_json(path, {"name": name, "in_place": sources})
-    job_list = [
+    jobs = [
         InPlaceJob(folder / source, folder / shard_name(name, split, i, len(sources)), work / f"shard-{i:05d}.json")
         for i, source in enumerate(sources)
     ]
-    for job in job_list:
+    for job in jobs:
         if not job.source.exists() and not job.target.exists():
             raise UserError(f"{job.source} is gone: put it back and run the same command again")
-    return job_list
+    return jobs
 
 
 def _check_downloaded(folder: Path, sources: Sequence[str]) -> None:
@@ -154,25 +175,27 @@ def _check_downloaded(folder: Path, sources: Sequence[str]) -> None:
         )
 
 
-def _look(job_list: Sequence[InPlaceJob], workers: int | None, engine: Engine) -> list[Looked]:
-    """What all shards hold; those that weren't looked at yet are read from end to end."""
-    found = {job.source: looked for job in job_list if (looked := read_looked(job)) is not None}
-    lacking = [job for job in job_list if job.source not in found]
-    size = sum(job.source.stat().st_size for job in lacking)
-    with Progress("check shards", size // 1_000_000, "MB") as line:
-        done = 0
-        running = run_jobs(look_at, lacking, workers=workers, engine=engine, describe=lambda job: job.source.name)
-        for index, looked in running:
-            job = lacking[index]
-            _check_counted(job, looked.shard)
-            if looked.shard.records:
-                check_columns(looked.looks, str(job.source))
-            found[job.source] = looked
-            done += looked.shard.bytes
-            line.update(done // 1_000_000, f"{sum(each.shard.records for each in found.values()):,} records")
-    if not any(each.shard.records for each in found.values()):
-        raise UserError(f"{job_list[0].source.parent} holds no records: check the download")
-    return [found[job.source] for job in job_list]
+def _scan(jobs: Sequence[InPlaceJob], runner: Runner) -> list[ShardScan]:
+    """What all shards hold; those that no earlier run has scanned are read from end to end."""
+
+    def check(job: InPlaceJob, scan: ShardScan) -> None:
+        _check_counted(job, scan.shard)
+        if scan.shard.records:
+            check_columns(scan.forms, str(job.source))
+
+    scans = runner.run(
+        "check shards",
+        scan_shard,
+        jobs,
+        describe=lambda job: job.source.name,
+        size=lambda job: (job.source if job.source.exists() else job.target).stat().st_size,
+        finished=read_scan,
+        counts=lambda scan: {"records": scan.shard.records},
+        check=check,
+    )
+    if not any(scan.shard.records for scan in scans):
+        raise UserError(f"{jobs[0].source.parent} holds no records: check the download")
+    return scans
 
 
 def _check_counted(job: InPlaceJob, shard: ShardEntry) -> None:
@@ -187,66 +210,46 @@ def _check_counted(job: InPlaceJob, shard: ShardEntry) -> None:
         )
 
 
-def _settle(
-    job_list: Sequence[InPlaceJob],
-    looked: Sequence[Looked],
+def _move(
+    jobs: Sequence[InPlaceJob],
+    scans: Sequence[ShardScan],
     wrong: Sequence[Mapping[str, str]],
     kinds: Mapping[str, str],
-    workers: int | None,
-    engine: Engine,
+    runner: Runner,
 ) -> list[ShardEntry]:
-    """Write anew what can't stay as it is, and rename all else."""
-    shards = [each.shard for each in looked]
+    """Rewrite what can't stay as it is, and rename everything else."""
+    shards = [scan.shard for scan in scans]
     places = [place for place, why in enumerate(wrong) if why]
-    with Progress("write shards anew", len(places), "shards", quiet=not places) as line:
-        function = partial(_rewrite, kinds=dict(kinds))
-        items = [(job_list[place], looked[place].shard) for place in places]
-        running = run_jobs(function, items, workers=workers, engine=engine, describe=lambda item: item[0].source.name)
-        for done, (index, shard) in enumerate(running, start=1):
-            shards[places[index]] = shard
-            line.update(done)
-    with disk_errors(job_list[0].source.parent):
-        for job in job_list:
-            if job.source.exists():  # what was written anew has gone from here
+    rewritten = runner.run(
+        "rewrite shards",
+        partial(rewrite, kinds=dict(kinds)),
+        [jobs[place] for place in places],
+        describe=lambda job: job.source.name,
+    )
+    for place, shard in zip(places, rewritten, strict=True):
+        shards[place] = shard
+    with disk_errors(jobs[0].source.parent):
+        for job in jobs:
+            if job.source.exists():  # what was rewritten has gone from here
                 job.source.replace(job.target)
-    sync_file(job_list[0].source.parent)
+    sync_file(jobs[0].source.parent)
     return shards
 
 
-def _rewrite(item: tuple[InPlaceJob, ShardEntry], kinds: Mapping[str, str]) -> ShardEntry:
-    return rewrite(*item, kinds)
-
-
 def _manifest(
-    job_list: Sequence[InPlaceJob],
-    looked: Sequence[Looked],
+    jobs: Sequence[InPlaceJob],
+    scans: Sequence[ShardScan],
     shards: Sequence[ShardEntry],
     wrong: Sequence[Mapping[str, str]],
 ) -> SplitManifest:
     rewritten = {
         job.source.name: "; ".join(f"{column!r}: {why}" for column, why in columns.items())
-        for job, columns in zip(job_list, wrong, strict=True)
+        for job, columns in zip(jobs, wrong, strict=True)
         if columns
     }
-    problems = add_counts({reason: 1} for each in looked for _, reason in each.problems)
+    problems = add_counts({reason: 1} for scan in scans for _, reason in scan.problems)
     options = {"in_place": True, "rewritten": rewritten, "problems": problems}
     return SplitManifest(tuple(shards), options=options)
-
-
-def _write_index(folder: Path, split: str, job_list: Sequence[InPlaceJob]) -> None:
-    index_N = np.concatenate([np.load(job.offsets) for job in job_list])
-    with write_beside(index_path(folder, split)) as temporary, temporary.open("wb") as file:
-        np.save(file, index_N)
-
-
-def _write_problems(folder: Path, split: str, job_list: Sequence[InPlaceJob], looked: Sequence[Looked]) -> None:
-    """One JSON line for each pair that a build would have left out."""
-    path = folder / CLIPKIT_FOLDER / f"problems-{split}.jsonl"
-    with write_beside(path) as temporary, temporary.open("w", encoding="utf-8") as file:
-        for job, each in zip(job_list, looked, strict=True):
-            for key, reason in each.problems:
-                line = {"shard": job.target.name, "key": key, "reason": reason}
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
 def _summary(folder: Path, name: str, split: str, manifest: SplitManifest, built: bool) -> InPlaceSummary:

@@ -20,7 +20,7 @@ from typing import NamedTuple
 from clipkit.formats.records import decode_example
 from clipkit.formats.tables import IMAGE_SUFFIXES
 
-# How a column's values can look in one record.
+# In which form a column can be in one record.
 EMPTY = "empty"  # the bytes "", which img2dataset writes for a null of any type
 TEXT, TEXTS = "text", "texts"
 INT, INTS = "int", "ints"
@@ -54,29 +54,29 @@ class _IrregularError(Exception):
 
 
 class ExampleWire:
-    """Counts, over many records, how the values of each column look."""
+    """Counts, over many records, in which form each column is."""
 
     def __init__(self) -> None:
         self._meaning: dict[bytes, tuple[bytes, str]] = {}
-        """Column and look by head. For columns of ints there are marks too, which are longer than any head."""
+        """Column and form by head. For columns of ints there are marks too, which are longer than any head."""
         self._ints: dict[bytes, tuple[bytes, bytes]] = {}
         """Heads of ints whose values must tell whether they are one or several, with the mark for each."""
         self._captions: dict[bytes, bytes] = {}
         """Heads of captions, with themselves: captions are wanted."""
         self._heads: list[bytes] = []
         self._counted: Counter[bytes] = Counter()
-        self._looks: Counter[tuple[bytes, str]] = Counter()
+        self._forms: Counter[tuple[bytes, str]] = Counter()
 
-    def looks(self) -> dict[str, dict[str, int]]:
-        """For each column the number of records by how its values look in them."""
+    def forms(self) -> dict[str, dict[str, int]]:
+        """For each column the number of records by its form in them."""
         self._count()
-        total = Counter(self._looks)
+        total = Counter(self._forms)
         for head, count in self._counted.items():
             total[self._meaning[head]] += count
-        looks: dict[str, dict[str, int]] = {}
-        for (name, look), count in sorted(total.items()):
-            looks.setdefault(name.decode("utf-8", "replace"), {})[look] = count
-        return looks
+        forms: dict[str, dict[str, int]] = {}
+        for (name, form), count in sorted(total.items()):
+            forms.setdefault(name.decode("utf-8", "replace"), {})[form] = count
+        return forms
 
     def _count(self) -> None:
         self._counted.update(self._heads)
@@ -122,32 +122,32 @@ class ExampleWire:
     def _special(self, data: bytes, others: list["_Other"]) -> Pair:
         """Count what wasn't found by its head, learn the heads that can be, and pick out image and caption."""
         column, first, last, caption = "", 0, 0, None
-        for name, look, head, values, end in others:
-            self._looks[name, look] += 1
+        for name, form, head, values, end in others:
+            self._forms[name, form] += 1
             if name in _IMAGES:
-                if look == TEXT:
+                if form == TEXT:
                     column, first, last = name.decode(), values, end
             elif name == _CAPTION:
-                caption = data[values:end] if look in (TEXT, EMPTY) else None
+                caption = data[values:end] if form in (TEXT, EMPTY) else None
                 if head is not None and caption is not None:
                     self._captions[head] = head
-            elif head is not None and look in (INT, INTS) and end - values > 1:
+            elif head is not None and form in (INT, INTS) and end - values > 1:
                 one, several = head + b" one", head + b" several"
                 self._meaning[one], self._meaning[several] = (name, INT), (name, INTS)
                 self._ints[head] = one, several
             elif head is not None:
-                self._meaning[head] = name, look
+                self._meaning[head] = name, form
         return Pair(column, data, first, last, caption)
 
     def _decoded(self, record: bytes) -> Pair:
         column, image, caption = "", b"", None
         for text, values in decode_example(record).items():
             name = text.encode()
-            look = _look_of(values)
-            self._looks[name, look] += 1
-            if name in _IMAGES and look == TEXT:
+            form = _form_of(values)
+            self._forms[name, form] += 1
+            if name in _IMAGES and form == TEXT:
                 column, image = text, values[0]
-            elif name == _CAPTION and look in (TEXT, EMPTY):
+            elif name == _CAPTION and form in (TEXT, EMPTY):
                 caption = values[0]
         return Pair(column, image, 0, len(image), caption)
 
@@ -156,7 +156,7 @@ class _Other(NamedTuple):
     """An entry that was parsed: its values lie at `first` to `end`; `head` is all before them, if it is short."""
 
     name: bytes
-    look: str
+    form: str
     head: bytes | None
     first: int
     end: int
@@ -179,13 +179,13 @@ def _other(data: bytes, position: int) -> _Other:
     if values_at == end:
         return _Other(name, NOTHING, None, end, end)
     first, first_end = _span(data, values_at, _LIST)
-    look = _look(data, kind, first, first_end, end)
+    form = _look(data, kind, first, first_end, end)
     head = data[position:first] if first == position + len(name) + 10 else None
-    return _Other(name, look, head, first, end)
+    return _Other(name, form, head, first, end)
 
 
 def _look(data: bytes, kind: int, first: int, first_end: int, end: int) -> str:
-    """How the values of a list of a kind look, of which the first, or all in one, lie at `first` to `first_end`."""
+    """How the values of a list of a kind form, of which the first, or all in one, lie at `first` to `first_end`."""
     if kind == _BYTES:
         several = first_end < end
         while first_end < end:
@@ -206,7 +206,7 @@ def _look(data: bytes, kind: int, first: int, first_end: int, end: int) -> str:
     return INT if len(data[first:end].translate(None, _FIRST_BYTES)) == 1 else INTS
 
 
-def _look_of(values: list[bytes | int | float]) -> str:
+def _form_of(values: list[bytes | int | float]) -> str:
     if not values:
         return NOTHING
     if isinstance(values[0], bytes):

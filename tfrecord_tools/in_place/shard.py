@@ -1,6 +1,6 @@
-"""One TFRecord shard that becomes part of a dataset where it lies: looked at from end to end, and rewritten if it must.
+"""One TFRecord shard that becomes part of a dataset where it lies: scan at from end to end, and rewritten if it must.
 
-To look changes nothing on the disk but the shard's state, so a damaged shard is found before any is renamed.
+To form changes nothing on the disk but the shard's state, so a damaged shard is found before any is renamed.
 """
 
 import os
@@ -24,7 +24,7 @@ from clipkit.formats.records import (
     masked_crc32c,
     unframe,
 )
-from clipkit.storage.files import disk_errors, read_json, sync_file, write_beside, write_json
+from clipkit.storage.files import disk_errors, read_json, save_array, sync_file, write_beside, write_json
 from clipkit.tfrecord_tools.in_place.columns import convert
 from clipkit.tfrecord_tools.in_place.example_wire import ExampleWire, Pair
 from clipkit.tfrecord_tools.pictures.sniff import END_OF_FILE, image_format, is_truncated
@@ -51,20 +51,20 @@ class InPlaceJob:
 
     @property
     def rewritten(self) -> Path:
-        """The state of the shard when it had to be written anew: its presence says that it was."""
+        """The state of the shard when it had to be rewritten: its presence says that it was."""
         return self.state.with_suffix(".rewritten.json")
 
 
 @dataclass(frozen=True)
-class Looked:
-    """What a shard holds. `looks`: columns' values as in `example_wire`; `problems`: (key, reason) of bad pairs."""
+class ShardScan:
+    """What a shard holds. `forms`: the columns', as in `example_wire`; `problems`: (key, reason) of bad pairs."""
 
     shard: ShardEntry
-    looks: dict[str, dict[str, int]]
+    forms: dict[str, dict[str, int]]
     problems: tuple[tuple[str, str], ...]
 
 
-def look_at(job: InPlaceJob) -> Looked:
+def scan_shard(job: InPlaceJob) -> ShardScan:
     """Check every CRC, find the offsets and the columns, and keep them. Raises RecordError for a damaged shard."""
     wire = ExampleWire()
     formats: Counter[str] = Counter()
@@ -87,24 +87,25 @@ def look_at(job: InPlaceJob) -> Looked:
     size = job.source.stat().st_size
     source = SourceEntry(job.source.name, size, len(offsets), len(offsets))
     shard = ShardEntry(job.target.name, len(offsets), size, f"{checksum:08x}", (source,), dict(sorted(formats.items())))
-    looked = Looked(shard, wire.looks(), tuple(problems))
-    _write_offsets(job, offsets)
-    write_json(job.state, asdict(looked))
-    return looked
+    scan = ShardScan(shard, wire.forms(), tuple(problems))
+    save_array(job.offsets, np.array(offsets, np.uint64))
+    write_json(job.state, asdict(scan))
+    return scan
 
 
-def rewrite(job: InPlaceJob, looked: ShardEntry, kinds: Mapping[str, str]) -> ShardEntry:
-    """Write the shard anew under its target name, each column in its kind, and remove the source."""
+def rewrite(job: InPlaceJob, kinds: Mapping[str, str]) -> ShardEntry:
+    """Write the shard again under its target name, each column in its kind, and remove the source."""
     if job.source.exists():
+        before = ShardEntry.from_dict(read_json(job.state)["shard"])
         offsets = []
         with write_beside(job.target) as temporary, RecordWriter(temporary) as writer:
             for offset, framed in _framed_records(job.source):
                 values = convert(decode_example(unframe(framed, offset, job.source)), kinds)
                 offsets.append(writer.write(encode_example(values)))
         shard = ShardEntry(
-            looked.file, writer.records, writer.bytes, f"{writer.checksum:08x}", looked.sources, looked.formats
+            before.file, writer.records, writer.bytes, f"{writer.checksum:08x}", before.sources, before.formats
         )
-        _write_offsets(job, offsets)
+        save_array(job.offsets, np.array(offsets, np.uint64))
         write_json(job.rewritten, asdict(shard))
         with disk_errors(job.source):
             job.source.unlink()
@@ -112,20 +113,15 @@ def rewrite(job: InPlaceJob, looked: ShardEntry, kinds: Mapping[str, str]) -> Sh
     return ShardEntry.from_dict(read_json(job.rewritten))
 
 
-def read_looked(job: InPlaceJob) -> Looked | None:
-    """What an earlier run found, or None when the shard must be looked at (again), having changed for one."""
+def read_scan(job: InPlaceJob) -> ShardScan | None:
+    """What an earlier run found, or None when the shard must be scan at (again), having changed for one."""
     if not (job.state.exists() and job.offsets.exists()):
         return None
     values: dict[str, Any] = read_json(job.state)
     shard = ShardEntry.from_dict(values["shard"])
     if job.source.exists() and job.source.stat().st_size != shard.bytes:
         return None
-    return Looked(shard, values["looks"], tuple((key, reason) for key, reason in values["problems"]))
-
-
-def _write_offsets(job: InPlaceJob, offsets: list[int]) -> None:
-    with write_beside(job.offsets) as temporary, temporary.open("wb") as file:
-        np.save(file, np.array(offsets, dtype=np.uint64))
+    return ShardScan(shard, values["forms"], tuple((key, reason) for key, reason in values["problems"]))
 
 
 def _judge(pair: Pair) -> tuple[str | None, str | None]:

@@ -9,29 +9,27 @@ A label's number is the place of its class among the sorted wnids, which is the 
 are checked before anything is written: a set with classes or images missing gives an accuracy that looks like a result.
 """
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 from clipkit import embedded
 from clipkit.errors import UserError
-from clipkit.formats.dataset import VERSION
+from clipkit.formats.dataset import VERSION, check_name
 from clipkit.formats.features import Feature, parse_features
-from clipkit.formats.manifest import CLIPKIT_FOLDER, SplitManifest, read_manifest, write_manifest
-from clipkit.formatting import counted
-from clipkit.jobs.run import Engine, run_jobs
-from clipkit.log import Progress
-from clipkit.storage.files import clear_leftovers, is_remote, lock, read_json, remove
+from clipkit.formats.manifest import CLIPKIT_FOLDER, SplitManifest, read_manifest
+from clipkit.formatting import counted, size_text
+from clipkit.jobs.passes import Runner
+from clipkit.jobs.run import Engine
+from clipkit.storage.files import clear_leftovers, is_remote, load_array, lock, read_json, remove
 from clipkit.tfrecord_tools.account.purged import refuse_unfinished_purge
 from clipkit.tfrecord_tools.labelled.labels import label_images
-from clipkit.tfrecord_tools.labelled.listing import Image, Part, SplitSource, find_splits, list_part
-from clipkit.tfrecord_tools.labelled.shard import LabelledShardJob
+from clipkit.tfrecord_tools.labelled.listing import Image, SplitSource, find_splits, list_part
+from clipkit.tfrecord_tools.labelled.shard import LabelledJob
 from clipkit.tfrecord_tools.labelled.split import build_split, check_same, plan_shards, work_folder
-from clipkit.tfrecord_tools.labelled.summary import LabelledSummary
-from clipkit.tfrecord_tools.writing.metadata import write_metadata
-from clipkit.tfrecord_tools.writing.summary import summarise
+from clipkit.tfrecord_tools.writing.finish import finish_dataset
+from clipkit.tfrecord_tools.writing.summary import BuildSummary, summarise
 
 IMAGENET, IMAGENET_VERSION = "imagenet2012", "5.1.0"
 IMAGENET_COUNTS = {"train": 1_281_167, "validation": 50_000}
@@ -40,16 +38,55 @@ SHARD_MEGABYTES = 128  # what TFDS's own ImageNet has
 
 
 @dataclass(frozen=True)
-class _Plan:
-    """What is to be made: a whole ImageNet, a subset of it, or another set, into `folder`."""
+class LabelledSummary:
+    """What was made, split by split. `subset`: it isn't the whole of ImageNet-1K; `notes` say what else to know."""
+
+    path: Path
+    name: str
+    classes: int
+    subset: bool
+    splits: tuple[BuildSummary, ...]
+    notes: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """The counts, and paths as text."""
+        return {
+            "path": str(self.path),
+            "name": self.name,
+            "classes": self.classes,
+            "subset": self.subset,
+            "splits": {split.split: split.to_json() for split in self.splits},
+            "notes": list(self.notes),
+        }
+
+    def text(self) -> str:
+        """A few lines for a person."""
+        lines = [f"{self.path}: {counted(self.classes, 'class', 'classes')}"]
+        for split in self.splits:
+            there = "" if split.built else " (there already)"
+            lines.append(
+                f"{split.split}: {counted(split.records, 'image')}, {size_text(split.bytes)} in "
+                f"{counted(split.shards, 'shard')}{there}"
+            )
+            if split.skipped:
+                reasons = ", ".join(f"{reason} {count:,}" for reason, count in split.skipped.items())
+                listed = self.path / CLIPKIT_FOLDER / f"skipped-{split.split}.jsonl"
+                lines.append(f"{split.split}: left out as broken: {reasons}; each in {listed}")
+            if split.converted:
+                formats = ", ".join(f"{name} {count:,}" for name, count in split.converted.items())
+                lines.append(f"{split.split}: stored as RGB JPEG, as TFDS does: {formats}")
+        return "\n".join([*lines, *self.notes])
+
+
+@dataclass(frozen=True)
+class _Target:
+    """What is to be made: a whole ImageNet, a subset of it, or another set, from `source` into `folder`."""
 
     source: Path
     folder: Path
     name: str
     imagenet: bool
     subset: bool
-    workers: int | None
-    engine: Engine
 
 
 def build_imagenet(
@@ -77,10 +114,9 @@ def build_imagenet(
     Raises UserError for a source that lacks something, an output that holds other data, and names that TFDS doesn't
     allow.
     """
-    if not re.fullmatch(r"[a-zA-Z]\w*", name, re.ASCII):
-        raise UserError(f"dataset name {name!r}: TFDS wants a letter, then letters, digits and _ alone")
-    if split is not None and not re.fullmatch(r"[a-zA-Z]\w*", split, re.ASCII):
-        raise UserError(f"split {split!r}: give a letter, then letters, digits and _ alone, such as train or test")
+    check_name(name)
+    if split is not None:
+        check_name(split, "split")
     imagenet = name == IMAGENET
     if imagenet and classes is not None:
         raise UserError("ImageNet's classes are known: leave --classes out, or give another --name")
@@ -89,61 +125,45 @@ def build_imagenet(
     # Absolute, for the workers of an engine may start in another folder.
     source, out = source.absolute(), out if is_remote(out) else out.absolute()
     folder = out / name / (IMAGENET_VERSION if imagenet else VERSION)
-    plan = _Plan(source, folder, name, imagenet, subset, workers, engine)
-    listed, notes = _list(plan, find_splits(source, split), labels, _given_classes(imagenet, classes))
+    target = _Target(source, folder, name, imagenet, subset)
+    runner = Runner(workers, engine)
+    listed, notes = _list(target, find_splits(source, split), labels, _given_classes(imagenet, classes), runner)
     class_names = _class_names(imagenet, classes, listed)
-    notes += _check(plan, listed, class_names)
+    notes += _check(target, listed, class_names)
     with lock(folder / CLIPKIT_FOLDER):
         refuse_unfinished_purge(folder)
         clear_leftovers(folder, folder / CLIPKIT_FOLDER)
-        splits = _splits_there(plan, class_names)
+        splits = _splits_there(target, class_names)
         there = set(splits)
-        job_lists = {part.split: _jobs(plan, part, images, class_names) for part, images in listed}
-        sizes = {part.split: sum(image.size for image in images) for part, images in listed}
-        before, total = 0, sum(size for part, size in sizes.items() if part not in there)
-        with Progress("build-imagenet", total // 1_000_000, "MB") as line:
-            for part, job_list in job_lists.items():
-                if part in there:
-                    check_same(folder, part, splits[part], job_list)
-                    continue
-                splits[part] = build_split(
-                    folder,
-                    part,
-                    job_list,
-                    max_bad=max_bad,
-                    allow="--subset --max-bad" if imagenet else "--max-bad",
-                    workers=workers,
-                    engine=engine,
-                    tell=partial(_tell, line, before),
-                )
-                before += sizes[part]
+        split_jobs = {part.split: _jobs(target, part, images, class_names) for part, images in listed}
+        allow = "--subset --max-bad" if imagenet else "--max-bad"
+        for part, jobs in split_jobs.items():
+            if part in there:
+                check_same(folder, part, splits[part], jobs)
+            else:
+                splits[part] = build_split(folder, part, jobs, max_bad=max_bad, allow=allow, runner=runner)
         if set(splits) != there:
-            splits = dict(sorted(splits.items()))
-            write_manifest(folder, splits)
-            write_metadata(
+            finish_dataset(
                 folder,
                 name,
                 _features(imagenet, len(class_names)),
-                splits,
+                dict(sorted(splits.items())),
+                {part: (load_array(job.offsets) for job in split_jobs[part]) for part in splits if part not in there},
                 version=folder.name,
-                description=_description(plan),
+                description=_description(target),
                 label_names={"label": class_names},
                 supervised=("image", "label"),
             )
-        for part in job_lists:
+        for part in split_jobs:
             remove(work_folder(folder, part))
     return LabelledSummary(
         path=folder,
         name=name,
         classes=len(class_names),
         subset=imagenet and subset,
-        splits=tuple(summarise(folder, name, part, splits[part], part not in there) for part in job_lists),
+        splits=tuple(summarise(folder, name, part, splits[part], part not in there) for part in split_jobs),
         notes=tuple(notes),
     )
-
-
-def _tell(line: Progress, before: int, done: int, note: str) -> None:
-    line.update((before + done) // 1_000_000, note)
 
 
 def _given_classes(imagenet: bool, file: Path | None) -> list[str]:
@@ -173,33 +193,30 @@ def _lines(file: Path) -> list[str]:
 Listed = list[tuple[SplitSource, list[Image]]]
 
 
-def _list(plan: _Plan, found: Sequence[SplitSource], labels: Path | None, known: list[str]) -> tuple[Listed, list[str]]:
+def _list(
+    target: _Target, found: Sequence[SplitSource], labels: Path | None, known: list[str], runner: Runner
+) -> tuple[Listed, list[str]]:
     """The images of each split with their classes, and where labels came from."""
     listed: Listed = []
     notes: list[str] = []
-    parts = [part for split in found for part in split.parts]
-    by_part: dict[int, list[Image]] = {}
-    with Progress("list images", len(parts), "classes") as line:
-        for index, images in run_jobs(
-            list_part, parts, workers=plan.workers, engine=plan.engine, describe=_describe_part
-        ):
-            by_part[index] = images
-            line.update(len(by_part), counted(sum(map(len, by_part.values())), "image"))
-    first = 0
+    by_part = iter(
+        runner.run(
+            "list images",
+            list_part,
+            [part for split in found for part in split.parts],
+            describe=lambda part: f"{part.path} {part.label}".strip(),
+            counts=lambda images: {"images": len(images)},
+        )
+    )
     for split in found:
-        of_split = [image for index in range(first, first + len(split.parts)) for image in by_part[index]]
-        first += len(split.parts)
+        of_split = [image for _ in split.parts for image in next(by_part)]
         if not of_split:
             raise UserError(f"{split.path} holds no images: give class folders, or the official tars")
         if not all(image.label for image in of_split):
-            of_split, where = label_images(of_split, known, plan.source, labels)
+            of_split, where = label_images(of_split, known, target.source, labels)
             notes.append(f"{split.split}: labels from {where}")
         listed.append((split, of_split))
     return listed, notes
-
-
-def _describe_part(part: Part) -> str:
-    return f"{part.path} {part.label}".strip()
 
 
 def _class_names(imagenet: bool, classes: Path | None, listed: Listed) -> list[str]:
@@ -218,15 +235,15 @@ def _class_names(imagenet: bool, classes: Path | None, listed: Listed) -> list[s
     return known
 
 
-def _check(plan: _Plan, listed: Listed, class_names: Sequence[str]) -> list[str]:
+def _check(target: _Target, listed: Listed, class_names: Sequence[str]) -> list[str]:
     """Refuse an ImageNet with something missing, and twins. The notes say out loud what a subset lacks."""
     notes = []
     for split, images in listed:
-        names = {_file_name(plan.imagenet, image) for image in images}
+        names = {_file_name(target.imagenet, image) for image in images}
         if len(names) < len(images):
             twice = counted(len(images) - len(names), "file name")
             raise UserError(f"{split.path} holds {twice} twice: remove the copies")
-        if not plan.imagenet:
+        if not target.imagenet:
             continue
         wanted = IMAGENET_COUNTS.get(split.split)
         missing = sorted(set(class_names) - {image.label for image in images})
@@ -235,7 +252,7 @@ def _check(plan: _Plan, listed: Listed, class_names: Sequence[str]) -> list[str]
         lacks = f", {counted(len(missing), 'class', 'classes')} missing, such as {missing[0]}" if missing else ""
         whole = f"{wanted:,}" if wanted else "none"
         counts = f"{split.split} has {counted(len(images), 'image')} where ImageNet's has {whole}{lacks}"
-        if not plan.subset:
+        if not target.subset:
             other = next((each for each, count in IMAGENET_COUNTS.items() if count == len(images)), None)
             remedy = f"give --split {other}" if other else "complete it, or give --subset for a part of ImageNet"
             raise UserError(f"{split.path}: {counts}: {remedy}")
@@ -248,19 +265,19 @@ def _file_name(imagenet: bool, image: Image) -> str:
     return image.name.rpartition("/")[2] if imagenet else image.name
 
 
-def _splits_there(plan: _Plan, class_names: Sequence[str]) -> dict[str, SplitManifest]:
+def _splits_there(target: _Target, class_names: Sequence[str]) -> dict[str, SplitManifest]:
     """The splits that are whole. Raises UserError for a dataset of another kind, or with other classes."""
-    info_path = plan.folder / "dataset_info.json"
+    info_path = target.folder / "dataset_info.json"
     if not info_path.exists():
         return {}
     whole = {part["name"] for part in read_json(info_path).get("splits", [])}
-    splits = {name: manifest for name, manifest in read_manifest(plan.folder).items() if name in whole}
-    features = _features(plan.imagenet, len(class_names))
-    if whole - set(splits) or parse_features(read_json(plan.folder / "features.json")) != features:
-        raise UserError(f"{plan.folder} holds a dataset of other columns or classes: choose another output or --name")
-    there = (plan.folder / "label.labels.txt").read_text(encoding="utf-8").split("\n")[:-1]
+    splits = {name: manifest for name, manifest in read_manifest(target.folder).items() if name in whole}
+    features = _features(target.imagenet, len(class_names))
+    if whole - set(splits) or parse_features(read_json(target.folder / "features.json")) != features:
+        raise UserError(f"{target.folder} holds a dataset of other columns or classes: choose another output or --name")
+    there = (target.folder / "label.labels.txt").read_text(encoding="utf-8").split("\n")[:-1]
     if there != list(class_names):
-        raise UserError(f"{plan.folder} has other classes: build all splits at once, or give --classes")
+        raise UserError(f"{target.folder} has other classes: build all splits at once, or give --classes")
     return splits
 
 
@@ -272,29 +289,29 @@ def _features(imagenet: bool, classes: int) -> dict[str, Feature]:
     }
 
 
-def _description(plan: _Plan) -> str:
-    if not plan.imagenet:
+def _description(target: _Target) -> str:
+    if not target.imagenet:
         return "Labelled images written by clipkit."
-    return f"{'A subset of ' if plan.subset else ''}ILSVRC 2012, commonly known as ImageNet, written by clipkit."
+    return f"{'A subset of ' if target.subset else ''}ILSVRC 2012, commonly known as ImageNet, written by clipkit."
 
 
 def _jobs(
-    plan: _Plan, split: SplitSource, images: Sequence[Image], class_names: Sequence[str]
-) -> list[LabelledShardJob]:
+    target: _Target, split: SplitSource, images: Sequence[Image], class_names: Sequence[str]
+) -> list[LabelledJob]:
     number_of = {name: number for number, name in enumerate(class_names)}
-    if plan.imagenet and len(images) == IMAGENET_COUNTS.get(split.split):
+    if target.imagenet and len(images) == IMAGENET_COUNTS.get(split.split):
         count = IMAGENET_SHARDS[split.split]
     else:
         size = sum(image.size for image in images)
         count = min(max(round(size / (SHARD_MEGABYTES * 1_000_000)), 1), len(images))
     return plan_shards(
-        plan.folder,
-        plan.name,
+        target.folder,
+        target.name,
         split.split,
         split.path.name,
         images,
         [number_of[image.label] for image in images],
-        [_file_name(plan.imagenet, image) for image in images],
+        [_file_name(target.imagenet, image) for image in images],
         count,
-        plan.imagenet,
+        target.imagenet,
     )

@@ -21,7 +21,7 @@ import numpy as np
 from clipkit.errors import UserError
 from clipkit.formats.manifest import ShardEntry, SourceEntry
 from clipkit.formats.records import RecordWriter, encode_example
-from clipkit.storage.files import read_json, write_beside, write_json
+from clipkit.storage.files import read_json, save_array, write_beside, write_json
 from clipkit.tfrecord_tools.labelled.listing import WHOLE_FILE, Image
 from clipkit.tfrecord_tools.pictures.sniff import image_format, is_truncated
 from clipkit.tfrecord_tools.reasons import NOT_AN_IMAGE, TRUNCATED
@@ -35,10 +35,10 @@ _JFIF_DENSITY, _TFDS_DENSITY = slice(13, 18), bytes((1, 1, 44, 1, 44))
 
 
 @dataclass(frozen=True)
-class LabelledShardJob:
+class LabelledJob:
     """What one worker is to make: `images` in the order of the shard, with their labels and file names.
 
-    `jpeg_only`: the dataset promises JPEG alone, as ImageNet does; else what TFDS can decode stays as it is.
+    `jpeg_only`: the dataset holds JPEG only, as ImageNet does; else what TFDS can decode stays as it is.
     """
 
     path: Path
@@ -49,17 +49,25 @@ class LabelledShardJob:
     file_names: tuple[str, ...]
     jpeg_only: bool
 
+    @property
+    def size(self) -> int:
+        """Bytes of all images."""
+        return sum(image.size for image in self.images)
+
+    @property
+    def offsets(self) -> Path:
+        """Where the byte offsets of the records wait for the index of the whole split."""
+        return self.state.with_suffix(".npy")
+
     def digest(self) -> str:
         """What must be the same for a finished shard to be taken as this one."""
-        told = [(image.size, label, name) for image, label, name in zip(*self._columns(), strict=True)]
-        return hashlib.blake2b(repr((self.source, self.jpeg_only, told)).encode(), digest_size=16).hexdigest()
-
-    def _columns(self) -> tuple[Sequence[Image], Sequence[int], Sequence[str]]:
-        return self.images, self.labels, self.file_names
+        images = zip(self.images, self.labels, self.file_names, strict=True)
+        values = [(image.size, label, name) for image, label, name in images]
+        return hashlib.blake2b(repr((self.source, self.jpeg_only, values)).encode(), digest_size=16).hexdigest()
 
 
 @dataclass(frozen=True)
-class LabelledShardState:
+class LabelledState:
     """What is known of a finished shard. `skipped` is (name, reason) of the images that are broken."""
 
     shard: ShardEntry
@@ -67,7 +75,7 @@ class LabelledShardState:
     skipped: tuple[tuple[str, str], ...]
 
 
-def build_labelled_shard(job: LabelledShardJob) -> LabelledShardState:
+def build_labelled_shard(job: LabelledJob) -> LabelledState:
     """Write the shard, its record offsets and its state. Raises UserError when an image is gone."""
     contents = _read_all(job.images)
     skipped: list[tuple[str, str]] = []
@@ -77,7 +85,7 @@ def build_labelled_shard(job: LabelledShardJob) -> LabelledShardState:
     with write_beside(job.path) as temporary, RecordWriter(temporary) as writer:
         for number, (image, label, name) in enumerate(zip(job.images, job.labels, job.file_names, strict=True)):
             data, contents[number] = contents[number], b""
-            stored, kind = take(data, job.jpeg_only)
+            stored, kind = stored_as(data, job.jpeg_only)
             if stored is None:
                 skipped.append((image.name, kind))
                 continue
@@ -85,11 +93,9 @@ def build_labelled_shard(job: LabelledShardJob) -> LabelledShardState:
             formats["jpeg" if stored is not data else kind] += 1
             if stored is not data:
                 converted[kind] += 1
-    with write_beside(offsets_path(job)) as temporary, temporary.open("wb") as file:
-        np.save(file, np.array(offsets, dtype=np.uint64))
+    save_array(job.offsets, np.array(offsets, dtype=np.uint64))
     reasons = Counter(reason for _, reason in skipped)
-    size = sum(image.size for image in job.images)
-    source = SourceEntry(job.source, size, len(job.images), writer.records, dict(sorted(reasons.items())))
+    source = SourceEntry(job.source, job.size, len(job.images), writer.records, dict(sorted(reasons.items())))
     shard = ShardEntry(
         job.path.name,
         writer.records,
@@ -99,31 +105,26 @@ def build_labelled_shard(job: LabelledShardJob) -> LabelledShardState:
         dict(sorted(formats.items())),
         dict(sorted(converted.items())),
     )
-    state = LabelledShardState(shard, job.digest(), tuple(skipped))
+    state = LabelledState(shard, job.digest(), tuple(skipped))
     write_json(job.state, asdict(state))
     return state
 
 
-def offsets_path(job: LabelledShardJob) -> Path:
-    """Where the byte offsets of the shard's records wait for the index of the whole split."""
-    return job.state.with_suffix(".npy")
-
-
-def read_labelled_state(job: LabelledShardJob) -> LabelledShardState | None:
+def read_state(job: LabelledJob) -> LabelledState | None:
     """The state of a finished shard, or None when it must be written (again).
 
     A shard that left broken images out is written again: they may have been mended since.
     """
-    if not (job.state.exists() and job.path.exists() and offsets_path(job).exists()):
+    if not (job.state.exists() and job.path.exists() and job.offsets.exists()):
         return None
     values: dict[str, Any] = read_json(job.state)
     shard = ShardEntry.from_dict(values["shard"])
     if values["digest"] != job.digest() or values["skipped"] or job.path.stat().st_size != shard.bytes:
         return None
-    return LabelledShardState(shard, values["digest"], ())
+    return LabelledState(shard, values["digest"], ())
 
 
-def take(data: bytes, jpeg_only: bool) -> tuple[bytes | None, str]:
+def stored_as(data: bytes, jpeg_only: bool) -> tuple[bytes | None, str]:
     """The image to store and the format that it came in; or None and the reason why it is broken."""
     kind = image_format(data)
     if kind is None:

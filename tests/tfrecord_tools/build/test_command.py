@@ -103,7 +103,7 @@ def test_what_cannot_be_used_is_counted_by_reason_and_named(tmp_path):
     assert [source.samples for source in manifest.shards[0].sources] == [11, 2]
     skipped = [json.loads(line) for line in (summary.path / "clipkit" / "skipped-train.jsonl").read_text().splitlines()]
     assert len(skipped) == 11
-    assert "no image 2, not an image 3" in summary.text()
+    assert "no-image 2, not-an-image 3" in summary.text()
     assert json.loads(json.dumps(summary.to_json()))["skipped"] == summary.skipped
     assert skipped[-1] == {"source": "00001.tar", "key": "000000012", "reason": "no-image"}
 

@@ -147,7 +147,7 @@ def test_only_what_tensorflow_could_not_read_is_written_anew(shards):
         "00001.tfrecord": "'score': 1 null; 'sizes': 1 null; 'stars': 1 null",
         "00002.tfrecord": "'stars': 1 null",
     }
-    assert "2 of 3 shards written anew" in summary.text()
+    assert "2 of 3 shards rewritten" in summary.text()
     assert "00001.tfrecord ('score': 1 null; 'sizes': 1 null; 'stars': 1 null)" in summary.text()
     renamed = shards / "laion-train.tfrecord-00000-of-00003"
     assert (renamed.read_bytes(), renamed.stat().st_ino) == (first, before["00000.tfrecord"])
@@ -504,7 +504,7 @@ def test_an_unfinished_run_is_finished_under_its_name(shards, monkeypatch):
     def stop(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(in_place, "write_manifest", stop)
+    monkeypatch.setattr(in_place, "finish_dataset", stop)
     with pytest.raises(KeyboardInterrupt):
         build_in_place(shards, "laion")
     monkeypatch.undo()
@@ -521,13 +521,13 @@ def test_an_unfinished_run_is_finished_under_its_name(shards, monkeypatch):
 
 def test_shards_looked_at_once_are_not_read_again(shards, monkeypatch):
     looked: list[str] = []
-    look = in_place_shard.look_at
+    look = in_place_shard.scan_shard
 
     def counted(job):
         looked.append(job.source.name)
         return look(job)
 
-    monkeypatch.setattr(in_place, "look_at", counted)
+    monkeypatch.setattr(in_place, "scan_shard", counted)
     path = shards / "00002.tfrecord"
     whole = path.read_bytes()
     path.write_bytes(whole[:-1])
@@ -551,7 +551,7 @@ def test_a_shard_that_is_gone_in_between(shards):
 
 @pytest.mark.parametrize(("name", "split"), [("laion-400m", "train"), ("laion", "a/b")])
 def test_bad_names_get_one_line(shards, name, split):
-    with pytest.raises(UserError, match="letters, digits and _ alone"):
+    with pytest.raises(UserError, match="letters, digits and _ only"):
         build_in_place(shards, name, split=split)
 
 
@@ -588,7 +588,7 @@ def test_the_command_says_what_it_did(shards):
     done = CliRunner().invoke(main, command)
     assert done.exit_code == 0, done.output
     assert "11 of 11 samples" in done.stdout
-    assert "2 of 3 shards written anew" in done.stdout
+    assert "2 of 3 shards rewritten" in done.stdout
     told = json.loads(CliRunner().invoke(main, [*command, "--json"]).stdout)
     assert (told["records"], told["built"], told["problems"]) == (11, False, {"empty-caption": 1})
     assert list(told["rewritten"]) == ["00001.tfrecord", "00002.tfrecord"]

@@ -48,7 +48,7 @@ def test_it_counts_what_decoding_counts(rows, around):
         assert pair.data[pair.start : pair.end] == (image[0] if image and look_of(image) == "text" else b"")
         assert pair.column == ("jpg" if pair.end > pair.start else "")
         assert pair.caption == (caption[0] if caption and look_of(caption) in ("text", "empty") else None)
-    assert wire.looks() == expected(records)
+    assert wire.forms() == expected(records)
 
 
 @given(st.dictionaries(NAMES, VALUES, min_size=1), st.data())
@@ -64,7 +64,7 @@ def test_damaged_bytes_are_a_value_error_at_worst(row, data):
     except ValueError:
         with pytest.raises(ValueError, match=r"not a tf\.train\.Example"):
             decode_example(bytes(record))
-    wire.looks()
+    wire.forms()
 
 
 def test_another_writers_layout_is_decoded():
@@ -77,14 +77,14 @@ def test_another_writers_layout_is_decoded():
     assert decode_example(record) == {"a": [b"z"], "n": [5, 6], "m": [5, 6]}
     wire = ExampleWire()
     wire.read(record, 0, len(record))
-    assert wire.looks() == {"a": {"text": 1}, "m": {"ints": 1}, "n": {"ints": 1}}
+    assert wire.forms() == {"a": {"text": 1}, "m": {"ints": 1}, "n": {"ints": 1}}
 
 
 def test_an_example_without_columns():
     for record in (b"", b"\x0a\x00"):
         wire = ExampleWire()
         assert wire.read(record, 0, len(record)).caption is None
-        assert wire.looks() == {}
+        assert wire.forms() == {}
 
 
 def framed(entries: bytes) -> bytes:
@@ -110,7 +110,7 @@ def test_a_record_that_is_irregular_at_its_end_is_counted_once():
     unpacked = b"\x0a\x0b\x0a\x01m\x12\x06\x1a\x04\x08\x05\x08\x06"
     record = framed(entries_of(a=b"word", n=301) + unpacked)
     wire.read(record, 0, len(record))
-    assert wire.looks() == {"a": {"text": 2}, "m": {"ints": 1}, "n": {"int": 2}}
+    assert wire.forms() == {"a": {"text": 2}, "m": {"ints": 1}, "n": {"int": 2}}
 
 
 def test_an_int_that_is_cut_off_is_no_example():
@@ -127,4 +127,4 @@ def test_an_entry_that_leads_past_the_end_is_no_example(known):
         record = framed(entries_of(**columns)[:-1])
         with pytest.raises(ValueError, match="Example"):
             wire.read(record + b"\x02 and more", 0, len(record))
-    assert sum(count for counts in wire.looks().values() for count in counts.values()) == 1
+    assert sum(count for counts in wire.forms().values() for count in counts.values()) == 1

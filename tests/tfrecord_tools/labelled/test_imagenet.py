@@ -496,7 +496,7 @@ def test_a_mended_image_of_the_same_size_is_taken_by_the_next_run(tmp_path):
 
 def test_an_image_replaced_between_two_runs_is_taken_as_it_is_now(tmp_path, monkeypatch):
     source = food(tmp_path / "food")
-    monkeypatch.setattr(imagenet, "write_metadata", None)
+    monkeypatch.setattr(imagenet, "finish_dataset", None)
     with pytest.raises(TypeError):
         build_imagenet(source, tmp_path / "out", name="food", split="train")
     monkeypatch.undo()
@@ -521,8 +521,8 @@ def test_what_a_decoder_reads_to_the_end_is_whole():
     whole = picture(3, size=200)
     odd = whole[:-60] + b"\xff\x01\xfd\xfe" + whole[-60:] + b"\r\n"
     assert is_truncated(odd)
-    assert labelled_shard.take(odd, True) == (odd, "jpeg")
-    assert labelled_shard.take(whole[:-60], True) == (None, "truncated")
+    assert labelled_shard.stored_as(odd, True) == (odd, "jpeg")
+    assert labelled_shard.stored_as(whole[:-60], True) == (None, "truncated")
 
 
 def test_components_are_read_from_the_frame_header():
@@ -757,8 +757,8 @@ def test_a_tar_that_shrinks_gets_one_line(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"name": "food-101"}, "letters, digits and _ alone"),
-        ({"split": "../x"}, "letters, digits and _ alone"),
+        ({"name": "food-101"}, "letters, digits and _ only"),
+        ({"split": "../x"}, "letters, digits and _ only"),
         ({"classes": Path("x")}, "ImageNet's classes are known"),
         ({"name": "food", "classes": Path("x")}, "don't exist"),
     ],
