@@ -144,8 +144,8 @@ def test_shares_are_by_the_hash_of_the_key_and_keep_the_order(shards, tmp_path):
         ("train=0.9,test=0.2", "must add up to 1"),
         ("train=1,test=0", "must add up to 1"),
         ("train=0.5,train=0.5", "named twice"),
-        ("train=much,test=0.1", "'much' is no share"),
-        ("train=0.5,te st=0.5", "split 'te st': give a letter"),
+        ("train=much,test=0.1", "'much' is not a share"),
+        ("train=0.5,te st=0.5", "split 'te st': TFDS allows a letter"),
     ],
 )
 def test_shares_that_cannot_be_are_refused(shards, tmp_path, split, message):
