@@ -65,8 +65,8 @@ class Summary:
     seconds: float
     loss: float
     finished: bool
-    speaks: bool
-    """Whether this is the first rank, which tells of the run."""
+    is_first: bool
+    """Whether this is the first rank, which prints the summary."""
     signal: int | None = None
     """The signal that this process got, if any."""
     bad_samples: int = 0

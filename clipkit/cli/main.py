@@ -93,16 +93,14 @@ def train(
     if eval_data:
         task = open_task(eval_data, label=eval_label, templates_name=eval_templates, classes=eval_classes)
     summary = stage(recipe, data, out, device_name=device, task=task, **options)
-    if not summary.speaks:
-        pass
-    elif as_json:
+    if summary.is_first and as_json:
         print_json(summary.to_json())
-    elif summary.finished:
+    elif summary.is_first and summary.finished:
         click.echo(
             f"{summary.samples_seen:,} samples seen in {duration(summary.seconds)}; "
             f"try: clipkit zeroshot --ckpt {summary.run} --data DATA"
         )
-    else:
+    elif summary.is_first:
         click.echo(
             f"stopped at {summary.samples_seen:,} samples: run the same command with --resume to go on", err=True
         )
