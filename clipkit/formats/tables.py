@@ -7,6 +7,7 @@ to be purged: so downloading, building, inspecting, purging, training and evalua
 import contextlib
 import json
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
@@ -26,7 +27,7 @@ from clipkit.storage.stores import store_errors
 # ---- What things are called ------------------------------------------------------------------------------------------
 
 IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif"})
-IMAGE_NAMES = (*sorted(IMAGE_SUFFIXES), "image", "img", "image_bytes", "bytes")
+IMAGE_NAMES = ("jpg", "image", "img", *sorted(IMAGE_SUFFIXES - {"jpg"}), "image_bytes", "bytes")
 CAPTION_NAMES = ("txt", "caption", "text", "title")
 FILE_NAMES = ("file_name", "filename", "filepath", "file_path", "file", "image", "image_path", "path")
 URL_NAME, KEY_NAME = "url", "key"
@@ -71,15 +72,50 @@ def find_image_column(schema: pa.Schema) -> str | None:
     return find_name(fitting, IMAGE_NAMES) or (fitting[0] if len(fitting) == 1 else None)
 
 
-def find_pair_columns(names: Sequence[str], table: Path) -> tuple[str, str]:
-    """The columns with file names and captions. Raises UserError when the table lacks one."""
-    file, caption = find_name(names, FILE_NAMES), find_name(names, CAPTION_NAMES)
-    if file is None or caption is None:
-        what, wanted = ("names of image files", FILE_NAMES) if file is None else ("captions", CAPTION_NAMES)
-        raise UserError(
-            f"table {table} has no column with {what} ({', '.join(names)}): call it {' or '.join(wanted[:3])}"
+@dataclass(frozen=True)
+class PairColumns:
+    """Which columns of a table hold the image (or its file name) and the caption; None is found by the usual names."""
+
+    image: str | None = None
+    caption: str | None = None
+
+    def find_image(self, schema: pa.Schema) -> str | None:
+        """The column with encoded images, or None. Raises UserError when the one that was named isn't there."""
+        if self.image is None:
+            return find_image_column(schema)
+        if self.image not in schema.names:
+            raise UserError(f"no column {self.image!r} in the table: choose among {', '.join(schema.names)}")
+        return self.image if holds_images(schema.field(self.image).type) else None  # else it names files
+
+    def require_image(self, schema: pa.Schema, table: Path) -> str:
+        """The column with encoded images. Raises UserError when there is none."""
+        found = self.find_image(schema)
+        if found is None:
+            raise self._lacking(table, "images", "--image-column", schema.names, IMAGE_NAMES)
+        return found
+
+    def require_file(self, names: Sequence[str], table: Path) -> str:
+        """The column with the names of image files. Raises UserError when there is none."""
+        found = find_name(names, FILE_NAMES) if self.image is None else self.image
+        if found not in names:
+            raise self._lacking(table, "names of image files", "--image-column", names, FILE_NAMES)
+        return str(found)
+
+    def require_caption(self, names: Sequence[str], table: Path) -> str:
+        """The column with captions. Raises UserError when there is none."""
+        found = find_name(names, CAPTION_NAMES) if self.caption is None else self.caption
+        if found not in names:
+            raise self._lacking(table, "captions", "--caption-column", names, CAPTION_NAMES)
+        return str(found)
+
+    def _lacking(self, table: Path, what: str, option: str, names: Sequence[str], usual: Sequence[str]) -> UserError:
+        return UserError(
+            f"{table} has no column with {what} ({', '.join(names)}): call it {' or '.join(usual[:3])}, or name it to "
+            f"clipkit build-tfds by {option}"
         )
-    return file, caption
+
+
+USUAL = PairColumns()
 
 
 # ---- Files -----------------------------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from clipkit.formats.manifest import (
     add_counts,
     read_manifest,
 )
+from clipkit.formats.tables import PairColumns
 from clipkit.formatting import size_text
 from clipkit.jobs.passes import PassProgress, Runner
 from clipkit.jobs.run import Engine
@@ -38,7 +39,6 @@ from clipkit.tfrecord_tools.build.plan import BuildOptions, look, make_options, 
 from clipkit.tfrecord_tools.build.prepare import Part, Preparation, part_left
 from clipkit.tfrecord_tools.build.shard import BuildJob, BuildState, Task
 from clipkit.tfrecord_tools.build.shuffle import stretch_path
-from clipkit.tfrecord_tools.readers.parquet import PairColumns
 from clipkit.tfrecord_tools.readers.shards import InputShard, find_shards, open_shard
 from clipkit.tfrecord_tools.writing.finish import finish_dataset, kinds_of, pair_features, write_skipped
 from clipkit.tfrecord_tools.writing.summary import BuildSummary, summarise_splits

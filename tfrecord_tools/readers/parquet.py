@@ -9,24 +9,21 @@ time, for a row group of ten thousand would take a third of a gigabyte.
 from array import array
 from bisect import bisect_left
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from clipkit.errors import UserError
 from clipkit.formats.tables import (
     CAPTION_NAMES,
     COPY_ROWS,
     FILE_NAMES,
     KEY_NAME,
+    USUAL,
+    PairColumns,
     RowReader,
     copy_table,
-    find_image_column,
-    find_name,
-    holds_images,
 )
 from clipkit.storage.files import is_remote, local_copy
 from clipkit.storage.stores import as_upath, reading
@@ -36,17 +33,6 @@ from clipkit.tfrecord_tools.sample import DROPPED_COLUMNS, Sample
 BATCH_ROWS = 64
 SUMS = 100_000  # at most so many sums of sizes are held, however long the table
 _BUFFER_BYTES = 1 << 20
-
-
-@dataclass(frozen=True)
-class PairColumns:
-    """Which columns of a table hold the image (or its file name) and the caption; None is found by the usual names."""
-
-    image: str | None = None
-    caption: str | None = None
-
-
-USUAL = PairColumns()
 
 
 def open_rows(path: Path, batch_rows: int = BATCH_ROWS) -> RowReader:
@@ -60,11 +46,8 @@ def read_parquet(path: Path, start: int = 0, stop: int | None = None, columns: P
     Raises UserError when it is damaged, or when it has no column with images or none with captions.
     """
     with open_rows(path) as rows:
-        image = image_column(rows.schema, columns)
-        if image is None:
-            names = ", ".join(rows.schema.names)
-            raise UserError(f"{path} has no column with images ({names}): name it by --image-column")
-        caption = caption_column(rows.schema, columns, path)
+        image = columns.require_image(rows.schema, path)
+        caption = columns.require_caption(rows.schema.names, path)
         for number, row in _read(rows, start, stop):
             yield _sample(f"{path.stem}-{number}", _image_bytes(row.pop(image)), row, caption)
 
@@ -77,8 +60,8 @@ def read_folder(
     An image that isn't there is a sample without an image. Raises UserError when the table lacks a column.
     """
     with local_copy(table) as local, open_rows(local, COPY_ROWS) as rows:
-        image = file_column(rows.schema, columns, folder)
-        caption = caption_column(rows.schema, columns, folder)
+        image = columns.require_file(rows.schema.names, folder)
+        caption = columns.require_caption(rows.schema.names, folder)
         for number, row in _read(rows, start, stop):
             name = row.get(image)
             yield _sample(str(name or number), _read_image(folder, name), row, caption)
@@ -119,44 +102,6 @@ def _read_image(folder: Path, name: Any) -> bytes | None:
             return (folder / name).read_bytes() or None
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError, ValueError):
         return None
-
-
-# ---- Columns ---------------------------------------------------------------------------------------------------------
-
-
-def image_column(schema: pa.Schema, columns: PairColumns) -> str | None:
-    """The column with images, or None. Raises UserError when the one that was named isn't there."""
-    if columns.image is None:
-        return find_image_column(schema)
-    if columns.image not in schema.names:
-        raise UserError(f"no column {columns.image!r} in the table: choose among {', '.join(schema.names)}")
-    return columns.image if holds_images(schema.field(columns.image).type) else None  # else it names files
-
-
-def file_column(schema: pa.Schema, columns: PairColumns, path: Path) -> str:
-    """The column with the images' file names. Raises UserError when there is none."""
-    found = columns.image if columns.image in schema.names else None
-    if columns.image is None:
-        found = find_name(schema.names, FILE_NAMES)
-    if found is None:
-        raise UserError(
-            f"{path} has no column {columns.image or ' or '.join(FILE_NAMES[:3])} ({', '.join(schema.names)}): name "
-            "the one with the images' file names by --image-column"
-        )
-    return found
-
-
-def caption_column(schema: pa.Schema, columns: PairColumns, path: Path) -> str:
-    """The column with captions. Raises UserError when there is none."""
-    found = columns.caption if columns.caption in schema.names else None
-    if columns.caption is None:
-        found = find_name(schema.names, CAPTION_NAMES)
-    if found is None:
-        raise UserError(
-            f"{path} has no column {columns.caption or ' or '.join(CAPTION_NAMES)} ({', '.join(schema.names)}): name "
-            "the one with the captions by --caption-column"
-        )
-    return found
 
 
 # ---- Rows ------------------------------------------------------------------------------------------------------------
@@ -204,8 +149,8 @@ class FolderSizes:
     def __init__(self, folder: Path, table: Path, columns: PairColumns) -> None:
         """Asks for the size of each image, one after the other; those of a store in one listing."""
         with local_copy(table) as local, open_rows(local) as rows:
-            image = file_column(rows.schema, columns, folder)
-            caption_column(rows.schema, columns, folder)
+            image = columns.require_file(rows.schema.names, folder)
+            columns.require_caption(rows.schema.names, folder)
             self.rows = int(rows.starts[-1])
             self.step = max(1, self.rows // SUMS)
             self.sums = array("q")

@@ -14,9 +14,8 @@ from typing import Any
 from clipkit.errors import UserError
 from clipkit.formats.features import Feature, find_caption, find_image, parse_features
 from clipkit.formats.records import RecordError, decode_example, read_range
-from clipkit.formats.tables import IMAGE_SUFFIXES
+from clipkit.formats.tables import IMAGE_SUFFIXES, USUAL, PairColumns
 from clipkit.storage.files import read_json
-from clipkit.tfrecord_tools.readers.parquet import USUAL, PairColumns
 from clipkit.tfrecord_tools.reasons import BAD_TEXT, NO_IMAGE
 from clipkit.tfrecord_tools.sample import DROPPED_COLUMNS, Sample
 
@@ -44,7 +43,11 @@ def dataset_features(folder: Path) -> dict[str, Feature]:
 
 
 def read_dataset(
-    path: Path, features: Mapping[str, Feature], start: int = 0, stop: int | None = None, columns: PairColumns = USUAL
+    path: Path,
+    features: Mapping[str, Feature],
+    start: int = 0,
+    stop: int | None = None,
+    columns: PairColumns = USUAL,
 ) -> Iterator[Sample]:
     """The samples of the records that begin in bytes [start, stop) of one shard. Raises UserError, as for tfrecords.
 

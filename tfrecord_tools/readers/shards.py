@@ -11,15 +11,12 @@ from pathlib import Path
 
 from clipkit.errors import UserError
 from clipkit.formats.dataset import find_dataset, open_dataset, read_layout, refuse_unfinished_download
-from clipkit.formats.tables import find_table, is_hidden, is_table
+from clipkit.formats.tables import USUAL, PairColumns, find_table, is_hidden, is_table
 from clipkit.storage.files import is_remote, local_copy, remove
 from clipkit.storage.stores import reading
 from clipkit.tfrecord_tools.readers.parquet import (
-    USUAL,
     FolderSizes,
-    PairColumns,
     copy_pairs,
-    image_column,
     open_rows,
     read_folder,
     read_parquet,
@@ -166,4 +163,4 @@ def _is_dataset_shard(path: Path) -> bool:
 
 def _has_images(path: Path, columns: PairColumns) -> bool:
     with local_copy(path) as local, open_rows(local) as rows:
-        return image_column(rows.schema, columns) is not None
+        return columns.find_image(rows.schema) is not None

@@ -11,11 +11,13 @@ import time
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
 
 import numpy as np
 
 from clipkit.counter_rng import UInt64Array
 from clipkit.errors import UserError
+from clipkit.storage.cache import BlockCache
 from clipkit.storage.ranges import Reopenable
 from clipkit.train.order import WINDOW_BLOCKS, Int64Array
 from clipkit.train.sources.source import Pair, Source
@@ -27,6 +29,20 @@ _REMEMBERED = 8 * WINDOW_BLOCKS
 _MOST_WAITING = 2 * WINDOW_BLOCKS
 
 Fill = Callable[[int], int]
+
+
+class Cached(Protocol):
+    """What reads through a cache, or would. `fill` is as in AheadSource."""
+
+    @property
+    def cache(self) -> BlockCache | None: ...
+
+    def fill(self, record: int, /) -> int: ...
+
+
+def read_ahead(source: Source, cached: Cached, block_records: int) -> Source:
+    """The source, with reading ahead where `cached`, which it reads from, has a cache."""
+    return source if cached.cache is None else AheadSource(source, cached.fill, block_records)
 
 
 class AheadSource(Reopenable, Source):

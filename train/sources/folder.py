@@ -13,7 +13,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from clipkit.errors import UserError
-from clipkit.formats.tables import find_pair_columns, read_columns, read_schema
+from clipkit.formats.tables import USUAL, read_columns, read_schema
 from clipkit.pixels.images import ImageError
 from clipkit.storage.cache import BlockCache
 from clipkit.storage.files import is_remote, read_json, remove, write_beside, write_json
@@ -107,7 +107,8 @@ def open_folder(folder: Path, table: StoredFile, cache: BlockCache | None = None
 
 def _copy(table: Path, rows: Path) -> None:
     """Write file names and captions in batches of _BATCH_ROWS, the last one shorter."""
-    columns = find_pair_columns(read_schema(table).names, table)
+    names = read_schema(table).names
+    columns = USUAL.require_file(names, table), USUAL.require_caption(names, table)
     pairs = chain.from_iterable(_pairs(batch, *columns) for batch in read_columns(table, columns))
     with (
         write_beside(rows) as temporary,

@@ -77,7 +77,7 @@ class Mixture(Source):
         wanted: list[list[int]] = [[] for _ in self.members]
         for record, number in zip(records, numbers, strict=True):
             wanted[number].append(record - self.firsts[number])
-        found = [member.source.pairs(each) for member, each in zip(self.members, wanted, strict=True)]
+        found = [member.source.pairs(part) for member, part in zip(self.members, wanted, strict=True)]
         for number in numbers:
             yield next(found[number])
 
@@ -98,7 +98,7 @@ def whole_weights(weights: Sequence[Fraction]) -> tuple[int, ...]:
     whole = [int(weight * common) for weight in weights]
     total = sum(whole)
     if total > _MAX_TOTAL:
-        whole = [max(1, round(Fraction(each * (_MAX_TOTAL - len(whole)), total))) for each in whole]
+        whole = [max(1, round(Fraction(weight * (_MAX_TOTAL - len(whole)), total))) for weight in whole]
     return tuple(whole)
 
 

@@ -10,19 +10,20 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from clipkit.errors import UserError
-from clipkit.formats.dataset import Dataset, below, open_dataset, refuse_unfinished_download, unfinished
+from clipkit.formats.dataset import below, open_dataset, refuse_unfinished_download, unfinished
 from clipkit.formats.tables import find_table, is_hidden, is_table
 from clipkit.storage.cache import BlockCache, scratch_cache
 from clipkit.storage.files import as_path, is_remote
 from clipkit.storage.stores import StoredFile, list_folder, reading
-from clipkit.train.sources.ahead import AheadSource
-from clipkit.train.sources.folder import open_folder
+from clipkit.train.sources.ahead import read_ahead
+from clipkit.train.sources.folder import FolderSource, open_folder
 from clipkit.train.sources.mixture import Member, Mixture
-from clipkit.train.sources.parquets import has_images, open_parquets
+from clipkit.train.sources.parquets import ParquetSource, has_images, open_parquets
 from clipkit.train.sources.source import (
     IMAGE_FIELD,
     LABEL_FIELD,
@@ -33,14 +34,17 @@ from clipkit.train.sources.source import (
     Source,
     class_captions,
 )
-from clipkit.train.sources.tars import open_tars
+from clipkit.train.sources.tars import TarSource, open_tars
 
 CACHE_GB = 10.0
 KINDS = "a dataset directory, tars, parquet files with images, or images with a table of captions"
 
 
+FileSource = TarSource | ParquetSource | FolderSource
+
+
 @dataclass(frozen=True)
-class Wanted:
+class DataOption:
     """One `--data`: where, and its weight, None for one by its size."""
 
     path: Path
@@ -48,7 +52,7 @@ class Wanted:
 
 
 @dataclass(frozen=True)
-class Opened:
+class OpenedSource:
     """One source that was found. `identity` is what decides its order and its records, beside the seed."""
 
     path: Path
@@ -60,7 +64,7 @@ class Opened:
 class Data:
     """All that a run is trained on, opened."""
 
-    parts: tuple[Opened, ...]
+    parts: tuple[OpenedSource, ...]
     weights: tuple[Fraction, ...]
 
     def source(self, precomputed: bool = False) -> Source:
@@ -71,7 +75,7 @@ class Data:
         labels = [part.path.name for part in self.parts]
         if len(set(labels)) < len(labels):
             labels = [str(part.path) for part in self.parts]
-        return Mixture([Member(*each) for each in zip(sources, self.weights, labels, strict=True)])
+        return Mixture([Member(*member) for member in zip(sources, self.weights, labels, strict=True)])
 
     @property
     def num_records(self) -> int:
@@ -91,18 +95,18 @@ class Data:
         return paths[0] if len(paths) == 1 else paths
 
 
-def parse_data(text: str | Path) -> Wanted:
+def parse_data(text: str | Path) -> DataOption:
     """`PATH` or `PATH=WEIGHT`; what exists under the whole text is a path. Raises UserError for a bad weight."""
     name, equals, weight = str(text).rpartition("=")
     if not equals or not name or isinstance(text, Path) or Path(text).exists():
-        return Wanted(as_path(text), None)
+        return DataOption(as_path(text), None)
     try:
         value = Fraction(weight)
         if value <= 0:
             raise ValueError
     except (ValueError, ZeroDivisionError):
-        raise UserError(f"--data {text}: the weight {weight!r} is no number above 0: write PATH=0.7") from None
-    return Wanted(as_path(name), value)
+        raise UserError(f"--data {text}: the weight {weight!r} isn't a number above 0: write PATH=0.7") from None
+    return DataOption(as_path(name), value)
 
 
 def open_source(
@@ -117,21 +121,21 @@ def open_source(
     Blocks of `block_size` neighbours of what is in a store, and decoded parquet, go into a cache of at most `cache_gb`
     (10**9 bytes): in the folder `cache`, where they stay and local data are put too; else in a temporary one that all
     ranks of this machine share, which is gone with the last of them.
-    Raises UserError for a weight that is no number, for weights given to some alone, and whatever the kinds raise.
+    Raises UserError for a weight that isn't a number, for weights given only to some, and whatever the kinds raise.
     """
     several = data if isinstance(data, Sequence) and not isinstance(data, str) else [data]
-    wanted = [parse_data(each) for each in several]
+    wanted = [parse_data(name) for name in several]
     if not wanted:
         raise UserError("no --data given: name a dataset folder")
-    if len({each.weight is None for each in wanted}) > 1:
-        raise UserError("some --data have a weight and some none: write PATH=WEIGHT for each of them, or for none")
+    if len({option.weight is None for option in wanted}) > 1:
+        raise UserError("some --data have a weight and some don't: write PATH=WEIGHT for all of them, or for none")
     if not (cache_gb > 0 and math.isfinite(cache_gb)):
         raise UserError(f"--cache-gb is {cache_gb}: give a number of gigabytes above 0")
-    opener = _Opener(cache, round(cache_gb * 1e9), block_size, [str(each.path) for each in wanted])
-    parts = tuple(opener.open(each.path) for each in wanted)
+    opener = _Opener(cache, round(cache_gb * 1e9), block_size, [str(option.path) for option in wanted])
+    parts = tuple(opener.open(option.path) for option in wanted)
     weights = tuple(
-        Fraction(int(part.identity["records"])) if each.weight is None else each.weight
-        for part, each in zip(parts, wanted, strict=True)
+        Fraction(int(part.identity["records"])) if option.weight is None else option.weight
+        for part, option in zip(parts, wanted, strict=True)
     )
     return Data(parts, weights)
 
@@ -157,7 +161,7 @@ class _Opener:
         """The cache for files that are read in pieces: local ones need none unless it was asked for."""
         return self.cache() if is_remote(path) or self.folder is not None else None
 
-    def open(self, path: Path) -> Opened:
+    def open(self, path: Path) -> OpenedSource:
         """Raises UserError where nothing is that clipkit reads."""
         with reading(path):
             if _is_dataset(path):
@@ -170,17 +174,17 @@ class _Opener:
                 raise UserError(f"{path} doesn't exist: check the path, or make a dataset with clipkit build-tfds")
             return self.open_files(path, folder, files)
 
-    def open_files(self, path: Path, folder: Path, files: Sequence[StoredFile]) -> Opened:
+    def open_files(self, path: Path, folder: Path, files: Sequence[StoredFile]) -> OpenedSource:
         refuse_unfinished_download(folder)
-        alone = "" if path == folder else f"-{path.name}"
+        suffix = "" if path == folder else f"-{path.name}"
         tars = [file for file in files if file.name.endswith(".tar")]
         if tars:
-            tar_source = open_tars(folder, tars, self.cache_for(folder), self.block_size, f"tars{alone}")
-            return self.opened(path, "tars", tars, tar_source, tar_source.fill, self.block_size)
+            tar_source = open_tars(folder, tars, self.cache_for(folder), self.block_size, f"tars{suffix}")
+            return self.opened(path, "tars", tars, tar_source, self.block_size)
         parquets = [file for file in files if file.name.endswith(".parquet")]
         if parquets and has_images(folder, parquets[0]):
-            parquet_source = open_parquets(folder, parquets, self.cache(), f"parquet{alone}")
-            return self.opened(path, "parquet", parquets, parquet_source, parquet_source.fill, self.block_size)
+            parquet_source = open_parquets(folder, parquets, self.cache(), f"parquet{suffix}")
+            return self.opened(path, "parquet", parquets, parquet_source, self.block_size)
         if path == folder:
             table = find_table(folder)
             files = [] if table is None else [file for file in files if file.name == table.name]
@@ -188,31 +192,27 @@ class _Opener:
         if not tables:
             lacking = f"{path} isn't a dataset, and holds nothing else to train on: clipkit reads {KINDS}"
             raise UserError(unfinished(path) or lacking)
-        folder_source = open_folder(folder, tables[0], self.cache_for(folder))
-        return self.opened(path, "folder", tables, folder_source, folder_source.fill, 1)
+        return self.opened(path, "folder", tables, open_folder(folder, tables[0], self.cache_for(folder)), 1)
 
-    def open_directory(self, path: Path) -> Opened:
+    def open_directory(self, path: Path) -> OpenedSource:
         dataset = open_dataset(path, cache=self.cache_for(path), block_records=self.block_size)
         identity = {"name": dataset.name, "split": dataset.split, "records": dataset.num_records}
-        ahead = self.ahead(dataset)
+        ahead = partial(read_ahead, cached=dataset, block_records=self.block_size)
         if IMAGE_FIELD in dataset.features and TEXT_FIELD in dataset.features:
-            return Opened(dataset.path, lambda computed: ahead(RecordSource(dataset, precomputed=computed)), identity)
+            return OpenedSource(
+                dataset.path, lambda computed: ahead(RecordSource(dataset, precomputed=computed)), identity
+            )
         if LABELLED_IMAGE in dataset.features and LABEL_FIELD in dataset.features:
-            captions = class_captions(dataset)
-            return Opened(dataset.path, lambda _: ahead(LabelledSource(dataset, captions)), identity)
+            labelled = ahead(LabelledSource(dataset, class_captions(dataset)))
+            return OpenedSource(dataset.path, lambda _: labelled, identity)
         raise UserError(
             f"{dataset.path} has neither {IMAGE_FIELD} and {TEXT_FIELD} nor {LABELLED_IMAGE} and {LABEL_FIELD} "
             f"({', '.join(dataset.features)}): train on pairs, or on labelled images"
         )
 
-    def ahead(self, dataset: Dataset) -> Callable[[Source], Source]:
-        if dataset.cache is None:
-            return lambda source: source
-        return lambda source: AheadSource(source, dataset.fill, self.block_size)
-
     def opened(
-        self, path: Path, kind: str, files: Sequence[StoredFile], source: Source, fill: Callable[[int], int], unit: int
-    ) -> Opened:
+        self, path: Path, kind: str, files: Sequence[StoredFile], source: FileSource, block_records: int
+    ) -> OpenedSource:
         listing = " ".join(f"{file.name}:{file.bytes}" for file in files)
         identity = {
             "name": path.name,
@@ -220,8 +220,8 @@ class _Opener:
             "records": source.num_records,
             "files": hashlib.blake2b(listing.encode(), digest_size=8).hexdigest(),
         }
-        whole = AheadSource(source, fill, unit) if self.made is not None else source
-        return Opened(path, lambda _: whole, identity)
+        ahead = read_ahead(source, source, block_records)
+        return OpenedSource(path, lambda _: ahead, identity)
 
 
 def _is_dataset(path: Path) -> bool:

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from clipkit.errors import UserError
-from clipkit.formats.tables import CAPTION_NAMES, find_image_column, find_name
+from clipkit.formats.tables import USUAL, find_image_column, unreadable
 from clipkit.pixels.images import ImageError
 from clipkit.storage.cache import BlockCache
 from clipkit.storage.ranges import RangeReader, Reopenable
@@ -123,7 +123,7 @@ class ParquetSource(Reopenable, Source):
                 with pq.ParquetFile(
                     ranges, metadata=self._footer(file), pre_buffer=False, buffer_size=_BUFFER_BYTES
                 ) as table:
-                    image, caption = columns(table.schema_arrow, path)
+                    image, caption = _columns(table.schema_arrow, path)
                     batches = table.iter_batches(
                         PART_ROWS, row_groups=[int(self._groups[place])], columns=list(dict.fromkeys((image, caption)))
                     )
@@ -192,16 +192,8 @@ class _Ranges(io.RawIOBase):
         return True
 
 
-def columns(schema: pa.Schema, path: Path) -> tuple[str, str]:
-    """The columns with images and captions. Raises UserError when there are none."""
-    image, caption = find_image_column(schema), find_name(schema.names, CAPTION_NAMES)
-    if image is None or caption is None:
-        what = "images" if image is None else "captions"
-        raise UserError(
-            f"{path} has no column with {what} that is called as usual ({', '.join(schema.names)}): make a dataset of "
-            "it with clipkit build-tfds, which can be told the columns"
-        )
-    return image, caption
+def _columns(schema: pa.Schema, path: Path) -> tuple[str, str]:
+    return USUAL.require_image(schema, path), USUAL.require_caption(schema.names, path)
 
 
 def pack(batch: pa.RecordBatch, image: str, caption: str) -> bytes:
@@ -226,8 +218,7 @@ def read_footer(reader: RangeReader, number: int) -> pq.FileMetaData:
         except (pa.ArrowException, OSError, EOFError) as error:
             if ranges.failed is not None:
                 raise ranges.failed from error
-            reason = str(error).partition("\n")[0]
-            raise UserError(f"{reader.path(number)} can't be read as parquet ({reason}): fetch it again") from error
+            raise unreadable(reader.path(number), error) from error
 
 
 def open_parquets(
@@ -244,7 +235,7 @@ def open_parquets(
 def index_shard(folder: Path, shard: StoredFile) -> np.ndarray:
     """One row of ROW_GROUPS for each row group of a file that has any rows."""
     footer = read_footer(RangeReader(folder, [shard]), 0)
-    columns(footer.schema.to_arrow_schema(), folder / shard.name)
+    _columns(footer.schema.to_arrow_schema(), folder / shard.name)
     counts = [(group, footer.row_group(group).num_rows) for group in range(footer.num_row_groups)]
     return np.array([count for count in counts if count[1]], ROW_GROUPS)
 

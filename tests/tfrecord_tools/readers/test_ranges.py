@@ -14,8 +14,8 @@ from image_shards import img2dataset_writer, pair, picture, write_tar
 from clipkit.errors import UserError
 from clipkit.formats.features import Feature
 from clipkit.formats.records import RecordWriter, encode_example
+from clipkit.formats.tables import PairColumns
 from clipkit.tfrecord_tools.build.plan import cut, parts_between
-from clipkit.tfrecord_tools.readers.parquet import PairColumns
 from clipkit.tfrecord_tools.readers.shards import InputShard, find_shards, open_shard, places_in, read_shard
 from clipkit.tfrecord_tools.writing.metadata import features_json
 
@@ -233,9 +233,9 @@ def test_tables_of_a_folder_of_images(tmp_path, suffix):
 
 def test_tables_that_cannot_be_used_are_named(tmp_path):
     (tmp_path / "a.csv").write_text("name,words\n1.jpg,x\n")
-    with pytest.raises(UserError, match=r"no column file_name.*name, words.*--image-column"):
+    with pytest.raises(UserError, match=r"no column with names of image files .*: call it file_name.*--image-column"):
         open_shard(find_shards(tmp_path)[0], work=tmp_path / "work")
-    with pytest.raises(UserError, match=r"no column txt or caption.*--caption-column"):
+    with pytest.raises(UserError, match=r"no column with captions .*: call it txt or caption.*--caption-column"):
         open_shard(find_shards(tmp_path)[0], PairColumns("name"), tmp_path / "work")
     assert open_shard(tmp_path / "a.csv", PairColumns("name", "words"), tmp_path / "work").size == 0
     (tmp_path / "b.tsv").write_text("")

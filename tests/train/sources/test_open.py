@@ -27,6 +27,7 @@ from clipkit.storage import cache as block_cache
 from clipkit.storage.cache import BlockCache
 from clipkit.train.loader.loader import batches
 from clipkit.train.sources import open as opening
+from clipkit.train.sources.ahead import AheadSource
 from clipkit.train.sources.open import open_source, parse_data
 from clipkit.train.sources.source import Pair
 
@@ -115,7 +116,7 @@ def test_a_shard_that_vanishes_ends_the_run_with_one_line(
     kind: str, place: Path, cached: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = open_source(place, cache=tmp_path / "cache" if cached else None, block_size=8)
-    monkeypatch.setattr(opening.AheadSource, "_wish", lambda *_: None)  # else all may be there before it goes
+    monkeypatch.setattr(AheadSource, "_wish", lambda *_: None)  # else all may be there before it goes
     loader = batches(data.source(), CONFIG, 0, TOTAL, workers=1, prefetch=1)
     if kind == "folder":
         shutil.rmtree(place)
@@ -197,8 +198,8 @@ def test_the_identity_of_a_dataset_is_as_checkpoints_have_it(written: dict[str, 
 
 def test_a_weight_is_told_from_a_path(tmp_path: Path) -> None:
     (tmp_path / "a=3").mkdir()
-    assert parse_data(f"{tmp_path}/a=3") == opening.Wanted(tmp_path / "a=3", None)
-    assert parse_data("data=0.7") == opening.Wanted(Path("data"), opening.Fraction(7, 10))
+    assert parse_data(f"{tmp_path}/a=3") == opening.DataOption(tmp_path / "a=3", None)
+    assert parse_data("data=0.7") == opening.DataOption(Path("data"), opening.Fraction(7, 10))
     assert parse_data("s3://bucket/x=2").weight == 2
     for wrong in ("data=0", "data=-1", "data=x", "data=nan", "data=1/0"):
         with pytest.raises(UserError, match="no number above 0"):
@@ -227,7 +228,7 @@ REFUSED: dict[str, Callable[[Path, dict[str, Path]], Any]] = {
     "holds several tables": two_tables,
     "has no column with captions": no_caption,
     "doesn't exist: check the path": lambda tmp_path, written: tmp_path / "none",
-    "some --data have a weight and some none": lambda _, written: [f"{written['tars']}=1", str(written["folder"])],
+    "some --data have a weight and some don't": lambda _, written: [f"{written['tars']}=1", str(written["folder"])],
     "no --data given": lambda *_: [],
 }
 

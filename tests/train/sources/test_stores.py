@@ -29,7 +29,7 @@ from clipkit.storage import ranges as range_reader
 from clipkit.storage.files import as_path
 from clipkit.train.loader.loader import batches
 from clipkit.train.sources import ahead as ahead_source
-from clipkit.train.sources import open as opening
+from clipkit.train.sources.ahead import AheadSource
 from clipkit.train.sources.open import open_source
 
 
@@ -140,7 +140,7 @@ def test_a_store_that_stalls_is_asked_again_and_told(
     source = open_source(upload(written["dataset"], "memory://stalls/dataset"), block_size=8).source()
     expected = [batch.image_BHWC.tobytes() for batch in batches(source, CONFIG, 0, 80, workers=0)]
     monkeypatch.setattr(range_reader, "STALL_SECONDS", 0.3)
-    monkeypatch.setattr(opening.AheadSource, "_wish", lambda *_: None)
+    monkeypatch.setattr(AheadSource, "_wish", lambda *_: None)
     real, calls, go = MemoryFileSystem.cat_file, [], threading.Event()
 
     def stalled(self: Any, *arguments: Any, **named: Any) -> Any:
