@@ -35,7 +35,7 @@ class Header:
     height: int
     width: int
     is_odd: bool = False
-    """Anything but a JPEG that libjpeg-turbo alone decodes right: grey or colour, and not to be rotated."""
+    """Anything but a JPEG that libjpeg-turbo decodes right by itself: grey or colour, and not to be rotated."""
     is_grey: bool = False
 
 

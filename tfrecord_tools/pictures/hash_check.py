@@ -1,7 +1,7 @@
 """Is a fetched body the one that the table's hash was made of? A verdict to be stored, not a reason to drop the row.
 
 A digest of the bytes differs as soon as the server re-encodes, resizes or strips a file that still shows the same
-picture. Who kept the exact matches alone lost a seventh of the data: 14% of DataComp-1B (mlfoundations/datacomp issue
+picture. Keeping only exact matches loses a seventh of the data: 14% of DataComp-1B (mlfoundations/datacomp issue
 67, where an archived copy from years before has the server's digest, not the table's), 15% of LAION
 (rom1504/img2dataset pull request 258), of which nearly all look the same as before (img2dataset pull request 198: CLIP
 similarity above 0.9). So the classes are kept apart, and none is a failure.
@@ -28,7 +28,7 @@ def check_hash(
 
     - `exact`: the digest is that of the body.
     - `re-encoded`: the digest is not, or there is none, and the perceptual hash says that it is the same picture.
-    - `changed`: the perceptual hash says that it is another picture, or the body is no picture at all.
+    - `changed`: the perceptual hash says that it is another picture, or the body isn't a picture at all.
     - `differs`: the digest is another, and without a perceptual hash nobody can tell `re-encoded` from `changed`.
     - `unchecked`: the table says neither for this row.
 
@@ -58,7 +58,7 @@ def check_digest(value: str, kind: HashKind) -> str:
         raise UserError(f"unknown kind of hash {kind!r}: choose one of {', '.join(HASH_KINDS)}")
     digest, digits = value.strip().lower(), 2 * hashlib.new(kind, usedforsecurity=False).digest_size
     if len(digest) != digits or not HEX.fullmatch(digest):
-        raise UserError(f"hash {value!r} is no {kind}, which has {digits} hex digits: name another column or kind")
+        raise UserError(f"hash {value!r} isn't {kind}, which has {digits} hex digits: name another column or kind")
     return digest
 
 
@@ -70,4 +70,4 @@ def parse_phash(value: str | int) -> int:
             return int(digits, 16)
     elif -(1 << 63) <= value < 1 << 64:
         return value & 0xFFFF_FFFF_FFFF_FFFF  # tables have no unsigned numbers: the highest bit is the sign
-    raise UserError(f"{value!r} is no perceptual hash of 64 bits, which has 16 hex digits: name another column")
+    raise UserError(f"{value!r} isn't a perceptual hash of 64 bits, which has 16 hex digits: name another column")

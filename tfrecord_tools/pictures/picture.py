@@ -3,7 +3,7 @@
 The pixels are img2dataset's: its Resizer makes what has to be resized or encoded, byte for byte the same. Around it
 stand our checks (the size is read from the header before anything is decoded; a body that is cut off, damaged or a web
 page says so) and our decoding, for the Resizer clips 16 bits to white, ignores EXIF's rotation and prints the decoder's
-complaints. A JPEG that needs no change keeps its bytes: that is better than encoding it anew, and twice as fast.
+complaints. A JPEG that needs no change keeps its bytes: that is better than encoding it again, and twice as fast.
 
 Colour profiles are left alone: kept with the bytes where those are kept, dropped without conversion elsewhere.
 """
@@ -55,13 +55,13 @@ class PictureSettings:
     resize_only_if_bigger: bool = True
     quality: int = 95
     reencode: bool = False
-    """Encode anew also what needs no change, as img2dataset does unless told otherwise (`skip_reencode`)."""
+    """Encode again also what needs no change, as img2dataset does unless told otherwise (`skip_reencode`)."""
     min_image_size: int = 0
     max_pixels: int = MAX_PIXELS
     max_aspect_ratio: float = float("inf")
 
     def check(self) -> None:
-        """Raise UserError for settings that can't be."""
+        """Raise UserError for invalid settings."""
         if self.resize_mode not in get_args(ResizeMode):
             raise UserError(f"unknown resize mode {self.resize_mode!r}: choose {', '.join(get_args(ResizeMode))}")
         if self.image_size < 1:
@@ -122,7 +122,7 @@ class PictureMaker:
     """Makes pictures under one set of settings. May be called from several threads at once."""
 
     def __init__(self, settings: PictureSettings) -> None:
-        """Raises UserError for settings that can't be.
+        """Raises UserError for invalid settings.
 
         Takes OpenCV's threads from the process, and silences what Pillow and exifread say about odd files: a worker
         has threads of its own, and sees a million odd files.

@@ -1,4 +1,4 @@
-"""Is an image file whole? Asked of the bytes, because decoders differ.
+"""What an image file is, and whether it is whole, by its bytes, because decoders differ.
 
 Some versions of OpenCV fill the missing part of a JPEG with grey and call it a success; a model would learn the grey.
 TensorFlow's decoder, on the other hand, fails on such a file.
@@ -17,12 +17,13 @@ def is_truncated(data: bytes) -> bool:
 
     Of any other format the decoder is to judge.
     """
-    if data.startswith(b"\xff\xd8\xff"):
-        return is_truncated_jpeg(data)
-    if data.startswith(b"\x89PNG\r\n\x1a\n"):
-        return is_truncated_png(data)
-    if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
-        return len(data) < 8 + int.from_bytes(data[4:8], "little")
+    match image_format(data):
+        case "jpeg":
+            return is_truncated_jpeg(data)
+        case "png":
+            return is_truncated_png(data)
+        case "webp":
+            return len(data) < 8 + int.from_bytes(data[4:8], "little")
     return False
 
 

@@ -106,7 +106,7 @@ class AheadSource(Reopenable, Source):
             for thread in self._threads:
                 thread.start()
             # The threads hold the queue and not this object, so they can be told when it is gone. At the process's end
-            # that comes before the cache is removed, which was there first: who still wrote would make it anew.
+            # that comes before the cache is removed, which was there first: whoever still wrote would make it again.
             weakref.finalize(self, _end, self._wishes, self._threads)
 
 

@@ -1,6 +1,6 @@
 """Training straight from a folder of images with a table of file names and captions.
 
-Of the table the two columns alone are copied, once, to where workers map them into memory (`index`), so
+Only two columns of the table are copied, once, to where workers map them into memory (`index`), so
 that ten million captions cost no more than ten. Hugging Face's image folders are of this kind.
 """
 

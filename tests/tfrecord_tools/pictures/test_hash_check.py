@@ -46,9 +46,9 @@ def test_without_a_digest() -> None:
 @pytest.mark.parametrize(
     ("value", "kind", "message"),
     [
-        ("4594863112736816064", "sha256", "is no sha256, which has 64 hex digits: name another column or kind"),
-        ("d41d8cd98f00b204e9800998ecf8427e", "sha256", "is no sha256"),
-        ("z" * 32, "md5", "is no md5, which has 32 hex digits"),
+        ("4594863112736816064", "sha256", "isn't sha256, which has 64 hex digits: name another column or kind"),
+        ("d41d8cd98f00b204e9800998ecf8427e", "sha256", "isn't sha256"),
+        ("z" * 32, "md5", "isn't md5, which has 32 hex digits"),
         ("00", "crc32", "unknown kind of hash 'crc32': choose one of md5, sha1, sha256, sha512"),
     ],
 )
@@ -62,5 +62,5 @@ def test_perceptual_hashes_in_tables() -> None:
     assert parse_phash(0xC9B6A7D8469C1959 - (1 << 64)) == 0xC9B6A7D8469C1959
     assert parse_phash(5) == 5
     for wrong in ("c9b6", "x" * 16, 1 << 64, ""):
-        with pytest.raises(UserError, match="is no perceptual hash"):
+        with pytest.raises(UserError, match="isn't a perceptual hash"):
             parse_phash(wrong)

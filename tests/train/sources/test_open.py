@@ -202,7 +202,7 @@ def test_a_weight_is_told_from_a_path(tmp_path: Path) -> None:
     assert parse_data("data=0.7") == opening.DataOption(Path("data"), opening.Fraction(7, 10))
     assert parse_data("s3://bucket/x=2").weight == 2
     for wrong in ("data=0", "data=-1", "data=x", "data=nan", "data=1/0"):
-        with pytest.raises(UserError, match="no number above 0"):
+        with pytest.raises(UserError, match="a number above 0"):
             parse_data(wrong)
 
 
