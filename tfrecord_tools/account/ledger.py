@@ -6,7 +6,7 @@ row isn't there, or what a host's headers said, finds it here. `message` is for 
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 
 import pyarrow as pa
@@ -15,36 +15,11 @@ import pyarrow.parquet as pq
 
 from clipkit.errors import UserError
 from clipkit.storage.files import local_copy, write_beside
-from clipkit.tfrecord_tools.reasons import PURGED
+from clipkit.tfrecord_tools.outcome import RowOutcome
+from clipkit.tfrecord_tools.reasons import EMPTY_CAPTION, PURGED
 
 LEDGER_FOLDER = "ledger"
 FAILURES_FILE = "failures.parquet"
-
-
-@dataclass(slots=True)
-class Outcome:
-    """What became of one row. An image is there exactly when `reason` is None.
-
-    `decision` is what the host's headers said about use of the image, `hash_check` how it compares with the table's
-    hash, each "" when there was nothing to say. `body_bytes` is the size as fetched, `jpg_bytes` as stored; sides are
-    in pixels. `offset` is where the record begins in its TFRecord file, in bytes.
-    """
-
-    reason: str | None
-    message: str = ""
-    http_status: int | None = None
-    decision: str = ""
-    attempts: int = 0
-    body_bytes: int | None = None
-    jpg_bytes: int | None = None
-    width: int | None = None
-    height: int | None = None
-    original_width: int | None = None
-    original_height: int | None = None
-    exif: str | None = None
-    sha256: str | None = None
-    hash_check: str = ""
-    offset: int | None = None
 
 
 _TYPES = {
@@ -58,7 +33,7 @@ _TYPES = {
     "original_height": pa.int32(),
     "offset": pa.int64(),
 }
-OUTCOME_FIELDS = tuple(field.name for field in fields(Outcome))
+OUTCOME_FIELDS = tuple(field.name for field in fields(RowOutcome))
 LEDGER = pa.schema(
     [
         ("key", pa.string()),
@@ -80,7 +55,7 @@ FAILURES = pa.schema(
 
 
 def write_ledger(
-    path: Path, keys: Sequence[str], numbers: Sequence[int], rows: pa.Table, outcomes: list[Outcome]
+    path: Path, keys: Sequence[str], numbers: Sequence[int], rows: pa.Table, outcomes: list[RowOutcome]
 ) -> None:
     """Write the ledger of a shard. `numbers` are the rows' numbers in their table.
 
@@ -99,10 +74,10 @@ def write_ledger(
         pq.write_table(pa.Table.from_arrays(arrays, schema=LEDGER), temporary, compression="zstd")
 
 
-def read_ledger(path: Path) -> list[Outcome]:
+def read_ledger(path: Path) -> list[RowOutcome]:
     """The outcomes of a shard's rows, in their order. Raises UserError when the file is gone or damaged."""
     columns = _read(path, list(OUTCOME_FIELDS)).to_pydict()
-    return [Outcome(*values) for values in zip(*(columns[name] for name in OUTCOME_FIELDS), strict=True)]
+    return [RowOutcome(*values) for values in zip(*(columns[name] for name in OUTCOME_FIELDS), strict=True)]
 
 
 def read_reasons(path: Path) -> Counter[str]:

@@ -1,4 +1,4 @@
-"""Which addresses a list of URLs from strangers may make us connect to: public ones alone.
+"""Which addresses a list of URLs from strangers may make us connect to: public ones only.
 
 A URL or a redirect that names a private address would let anyone read what only this machine can reach (server-side
 request forgery), the keys in a cloud's metadata service first of all. The special ranges are those of the IANA
@@ -6,7 +6,6 @@ registries (RFC 6890, and what came later).
 """
 
 import ipaddress
-import re
 from functools import lru_cache
 
 METADATA = "cloud metadata"
@@ -53,7 +52,6 @@ SPECIAL_IPV6 = tuple(
 # Never lifted: nobody's images lie behind the metadata service, and `--allow-private-hosts` isn't meant for it.
 NEVER_ALLOWED = frozenset({METADATA, "link-local"})
 NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
-HEX = re.compile(r"[0-9a-f]*")
 GLOBAL_UNICAST = ipaddress.IPv6Network("2000::/3")
 
 
@@ -111,35 +109,3 @@ def check_address(address: str, allow_private: bool) -> None:
     if kind is None or (allow_private and kind not in NEVER_ALLOWED and kind != "invalid"):
         return
     raise BlockedAddressError(f"{address} is a {kind} address")
-
-
-def parse_ipv4_number(host: str) -> str | None:
-    """The dotted form of an IPv4 address in any spelling that the system's resolver takes; None for a name.
-
-    `2130706433`, `0x7f.1`, `017700000001` and `127.1` are all 127.0.0.1 (the WHATWG URL standard's IPv4 parser).
-    Raises ValueError when the last label is a number and the whole is no address: such a host is no name either.
-    """
-    labels = host.removesuffix(".").split(".")
-    last = labels[-1].lower()
-    if not (last.isascii() and (last.isdigit() or (last.startswith("0x") and HEX.fullmatch(last[2:])))):
-        return None
-    if len(labels) > 4:
-        raise ValueError(f"{host} has more than four numbers")
-    numbers = [parse_number(label) for label in labels]
-    *heads, tail = numbers
-    if any(head > 255 for head in heads) or tail >= 256 ** (5 - len(numbers)):
-        raise ValueError(f"{host} is out of range")
-    value = tail
-    for position, head in enumerate(heads):
-        value += head << (8 * (3 - position))
-    return str(ipaddress.IPv4Address(value))
-
-
-def parse_number(label: str) -> int:
-    """One number of an IPv4 address: decimal, octal after 0, or hexadecimal after 0x."""
-    label = label.lower()
-    if label.startswith("0x") and HEX.fullmatch(label[2:]):
-        return int(label[2:] or "0", 16)
-    if not (label.isascii() and label.isdigit()):
-        raise ValueError(f"{label!r} is no number")
-    return int(label, 8 if len(label) > 1 and label.startswith("0") else 10)

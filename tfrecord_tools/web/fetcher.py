@@ -1,30 +1,27 @@
 """Images from the web, many at once, in one event loop a process: the network part of `clipkit download`.
 
-`Fetcher` gives each row's URL its turn (hosts), asks for it (exchange), decides what its outcome leads to (a redirect,
-another try, the end), and hands the end over to threads (handling). One request is one step of a row: between steps a
-row waits in its host's queue and holds no place, so that a slow host holds up nobody but itself.
+`Fetcher` gives each row's URL its turn (`hosts`), asks for it (`request`), decides what its outcome leads to (a
+redirect, another try, the end), and hands the end over to threads (`calls`). One request is one step of a row: between
+steps a row waits in its host's queue and holds no place, so that a slow host holds up nobody but itself.
 """
 
 import asyncio
+import dataclasses
 import random
-from collections import Counter, deque
+from collections import deque
+from functools import partial
 from types import TracebackType
 from typing import Self
 
 from clipkit.storage.files import allow_many_files
 from clipkit.tfrecord_tools import reasons
-from clipkit.tfrecord_tools.web.concurrency import Concurrency
-from clipkit.tfrecord_tools.web.hosts import UNREACHABLE, HostQueues
-from clipkit.tfrecord_tools.web.job import FetchStats, Handle, Handover, Job, Rows, Ticket, run_handler
-from clipkit.tfrecord_tools.web.request import Exchange, Outcome, one_line
+from clipkit.tfrecord_tools.web.calls import Call, Handle, HandlerThreads, PendingRow, Rows
+from clipkit.tfrecord_tools.web.hosts import UNREACHABLE, Concurrency, HostQueues
+from clipkit.tfrecord_tools.web.permissions import ROBOTS_MAX_BYTES, RobotsTxt
+from clipkit.tfrecord_tools.web.request import ByteBudget, Exchange, one_line
 from clipkit.tfrecord_tools.web.resolver import Resolver
-from clipkit.tfrecord_tools.web.robots import RobotsTxt
-from clipkit.tfrecord_tools.web.session import ByteBudget
-from clipkit.tfrecord_tools.web.settings import DISALLOWED_TAGS, Fetched, FetchSettings, user_agent
-from clipkit.tfrecord_tools.web.threads import Handlers
+from clipkit.tfrecord_tools.web.settings import FetchOutcome, FetchSettings
 from clipkit.tfrecord_tools.web.urls import BadUrlError, parse_url
-
-__all__ = ["DISALLOWED_TAGS", "FetchSettings", "FetchStats", "Fetched", "Fetcher", "fetch_all", "user_agent"]
 
 PREFETCH = 1024  # rows read ahead even when there is no need, to know which connections will be wanted again
 LARGE_BODY_BYTES = 256 << 20
@@ -37,15 +34,13 @@ class Fetcher:
     """Fetches rows. An async context manager: it owns connections, names, hosts' states and threads.
 
     A worker process keeps one for many shards; two calls of `fetch_many` at a time let the second use what the slow
-    last rows of the first leave idle. Raises UserError on entry for settings that can't be.
+    last rows of the first leave idle. Raises UserError on entry for invalid settings.
     """
 
     def __init__(self, settings: FetchSettings) -> None:
         self.settings = settings
-        self.jobs: deque[Job] = deque()
+        self.calls: deque[Call] = deque()
         self.in_flight = 0
-        self.reasons: Counter[str | None] = Counter()
-        self.requests = 0
         self.alarm: asyncio.TimerHandle | None = None
 
     async def __aenter__(self) -> Self:
@@ -61,9 +56,10 @@ class Fetcher:
         )
         self.budget = ByteBudget(max(LARGE_BODY_BYTES, settings.max_bytes))
         self.exchange = Exchange(settings, self.resolver, self.budget)
-        self.robots = RobotsTxt(self.exchange, settings.agent_token) if settings.robots_txt else None
-        self.hosts: HostQueues[Ticket] = HostQueues(settings.per_host, settings.deadline)
-        self.handlers: Handlers[Handover] = Handlers(settings.handler_threads, run_handler, self.handled)
+        ask = partial(self.exchange.get, keep=True, limit=ROBOTS_MAX_BYTES, obey=False)
+        self.robots = RobotsTxt(ask, settings.agent_token) if settings.robots_txt else None
+        self.hosts: HostQueues[PendingRow] = HostQueues(settings.per_host, settings.deadline)
+        self.handlers = HandlerThreads(settings.handler_threads, self.handled)
         return self
 
     async def __aexit__(
@@ -77,48 +73,35 @@ class Fetcher:
         await self.resolver.close()
         await self.handlers.close()
 
-    @property
-    def stats(self) -> FetchStats:
-        """A picture of this moment."""
-        return FetchStats(
-            bytes_in=self.exchange.bytes_in,
-            requests=self.requests,
-            in_flight=self.in_flight,
-            concurrency=self.concurrency.limit,
-            queued=self.hosts.queued,
-            handling=self.handlers.waiting,
-            reasons=Counter(self.reasons),
-        )
-
     async def fetch_many(self, rows: Rows, handle: Handle) -> None:
         """Call `handle` once for each row (index, URL), in any order, from several threads at once.
 
         `rows` is drawn from as there is room. An error of `rows` or `handle` ends the call and is raised; no call of
         `handle` is under way after that.
         """
-        job = Job(iter(rows), handle, self.loop.create_future())
-        self.jobs.append(job)
+        call = Call(iter(rows), handle, self.loop.create_future())
+        self.calls.append(call)
         self.pump()
         try:
-            await job.done
+            await call.done
         finally:
-            await self.end(job)
+            await self.end(call)
 
-    async def end(self, job: Job) -> None:
-        """Leave nothing of a job behind, however it ended."""
-        if job in self.jobs:
-            self.jobs.remove(job)
-        if not job.tickets and not job.handing:
+    async def end(self, call: Call) -> None:
+        """Leave nothing of a call behind, however it ended."""
+        if call in self.calls:
+            self.calls.remove(call)
+        if not call.pending and not call.handling:
             return
-        job.failed = True
-        self.hosts.remove({id(ticket) for ticket in job.tickets}, self.loop.time())
-        tasks = [ticket.task for ticket in job.tickets if ticket.task is not None]
+        call.failed = True
+        self.hosts.remove({id(row) for row in call.pending}, self.loop.time())
+        tasks = [row.task for row in call.pending if row.task is not None]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        while job.handing:
-            job.idle.clear()
-            await job.idle.wait()
+        while call.handling:
+            call.idle.clear()
+            await call.idle.wait()
         self.pump()
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -134,49 +117,49 @@ class Fetcher:
                 pass
             if self.in_flight >= self.concurrency.limit:
                 return
-            ticket = self.hosts.take(now)
-            if ticket is not None:
+            row = self.hosts.take(now)
+            if row is not None:
                 self.in_flight += 1
-                ticket.task = self.loop.create_task(self.step(ticket))
+                row.task = self.loop.create_task(self.step(row))
             elif self.hosts.queued >= self.settings.look_ahead or not self.draw(now):
                 self.set_alarm()
                 return
 
     def draw(self, now: float) -> bool:
         """Read one more row and queue it; False when there is none."""
-        while self.jobs:
-            job = self.jobs[0]
+        while self.calls:
+            call = self.calls[0]
             try:
-                row = next(job.rows, None)
+                drawn = next(call.rows, None)
             except Exception as error:
-                job.fail(error)
-                row = None
-            if row is not None:
-                self.queue(job, *row, now)
+                call.fail(error)
+                drawn = None
+            if drawn is not None:
+                self.queue(call, *drawn, now)
                 return True
-            job.exhausted = True
-            self.jobs.popleft()
-            job.check_end()
+            call.exhausted = True
+            self.calls.popleft()
+            call.check_end()
         return False
 
-    def queue(self, job: Job, index: int, url: str, now: float) -> None:
-        """Give a row its ticket, or its end where its URL or its host allows no more."""
+    def queue(self, call: Call, index: int, url: str, now: float) -> None:
+        """Queue a new row, or end it where its URL or its host allows no more."""
         try:
             at = parse_url(url)
         except BadUrlError as error:
-            self.hand_over(job, Fetched(index, url, url, None, reasons.BAD_URL, str(error), None, None, "", 0, 0.0), 0)
+            self.hand_over(call, FetchOutcome(reasons.BAD_URL, str(error), index=index, url=url))
             return
-        ticket = Ticket(job, index, url, at)
-        job.tickets.add(ticket)
-        self.enter(ticket, now, first=False)
+        row = PendingRow(call, index, url, at)
+        call.pending.add(row)
+        self.enter(row, now, first=False)
 
-    def enter(self, ticket: Ticket, now: float, *, first: bool) -> None:
-        """Queue a ticket at its host, unless that gets no more requests."""
-        refusal = self.hosts.refusal(ticket.at.host, now)
+    def enter(self, row: PendingRow, now: float, *, first: bool) -> None:
+        """Queue a row at its host, unless that gets no more requests."""
+        refusal = self.hosts.refusal(row.at.host, now)
         if refusal is None:
-            self.hosts.add(ticket.at.host, ticket, first=first)
+            self.hosts.add(row.at.host, row, first=first)
         else:
-            self.finish(ticket, Outcome(refusal.reason, refusal.message), attempts=ticket.tries - 1)
+            self.finish(row, FetchOutcome(refusal.reason, refusal.message), attempts=row.tries - 1)
 
     def set_alarm(self) -> None:
         """Come back when a pause is over or a retry is due."""
@@ -195,51 +178,50 @@ class Fetcher:
     # One step of one row
     # -----------------------------------------------------------------------------------------------------------------
 
-    async def step(self, ticket: Ticket) -> None:
+    async def step(self, row: PendingRow) -> None:
         """One request of a row, and what follows from it."""
         began = self.loop.time()
-        host = ticket.at.host
+        host = row.at.host
         outcome = None
         try:
-            async with asyncio.timeout(max(0.0, self.settings.deadline - ticket.spent)):
-                outcome = await self.ask(ticket)
+            async with asyncio.timeout(max(0.0, self.settings.deadline - row.spent)):
+                outcome = await self.ask(row)
         except TimeoutError:
             message = f"not done after {self.settings.deadline:g} s"
-            outcome = Outcome(reasons.TIMEOUT, message, answered=ticket.redirects > 0)
-        except Exception as error:  # a bug, but one that shall not end a download of millions of rows
-            outcome = Outcome(reasons.OTHER, f"{type(error).__name__}: {one_line(error)}")
+            outcome = FetchOutcome(reasons.TIMEOUT, message, answered=row.redirects > 0)
+        except Exception as error:  # a bug, but one that must not end a download of millions of rows
+            outcome = FetchOutcome(reasons.OTHER, f"{type(error).__name__}: {one_line(error)}")
         finally:
             now = self.loop.time()
-            ticket.task = None
-            ticket.spent += now - began
+            row.task = None
+            row.spent += now - began
             self.in_flight -= 1
             if outcome is None:  # cancelled
                 self.hosts.done(host, now)
-                ticket.job.tickets.discard(ticket)
+                row.call.pending.discard(row)
         self.judge_host(host, outcome, now)
-        self.follow(ticket, outcome, now)
+        self.follow(row, outcome, now)
         self.hosts.done(host, now)
         self.pump()
 
-    async def ask(self, ticket: Ticket) -> Outcome:
+    async def ask(self, row: PendingRow) -> FetchOutcome:
         """The outcome of the next request of a row: robots.txt first, where that is asked for."""
-        at = ticket.at
+        at = row.at
         if self.robots is not None:
             answer = await self.robots.ask(at)
-            if isinstance(answer, Outcome):
-                return answer
-            ticket.note(answer.said)
+            if isinstance(answer, FetchOutcome):
+                return dataclasses.replace(answer)  # other rows get the same
+            row.note(answer.said)
             if answer.refused:
-                return Outcome(reasons.DISALLOWED, answer.said, answered=True)
-        self.requests += 1
+                return FetchOutcome(reasons.DISALLOWED, answer.said, answered=True)
         outcome = await self.exchange.get(at, keep=not self.hosts.is_alone(at.host))
-        ticket.note(outcome.said)
+        row.note(outcome.decision)
         return outcome
 
-    def judge_host(self, host: str, outcome: Outcome, now: float) -> None:
+    def judge_host(self, host: str, outcome: FetchOutcome, now: float) -> None:
         """Learn from an outcome how the host does, and how we do."""
         self.concurrency.completed(outcome.reason == reasons.TIMEOUT)
-        dropped: list[Ticket] = []
+        dropped: list[PendingRow] = []
         if outcome.starved:
             self.concurrency.starved()
         elif outcome.reason == reasons.RATE_LIMITED:
@@ -249,84 +231,60 @@ class Fetcher:
         elif outcome.reason in UNREACHABLE and (outcome.passing or outcome.reason != reasons.DNS):
             dropped = self.hosts.failed(host, str(outcome.reason), outcome.message, now)
         refusal = self.hosts.refusal(host, now)
-        for ticket in dropped:
+        for row in dropped:
             assert refusal is not None
-            self.finish(ticket, Outcome(refusal.reason, refusal.message), attempts=ticket.tries - 1)
+            self.finish(row, FetchOutcome(refusal.reason, refusal.message), attempts=row.tries - 1)
 
-    def follow(self, ticket: Ticket, outcome: Outcome, now: float) -> None:
+    def follow(self, row: PendingRow, outcome: FetchOutcome, now: float) -> None:
         """Send a row on to its redirect, to another try, or to its end."""
         if outcome.redirect is not None:
-            ticket.redirects += 1
-            if ticket.redirects > self.settings.max_redirects:
+            row.redirects += 1
+            if row.redirects > self.settings.max_redirects:
                 message = f"more than {self.settings.max_redirects} redirects"
-                self.finish(ticket, Outcome(reasons.HTTP_3XX, message, status=outcome.status))
+                self.finish(row, FetchOutcome(reasons.HTTP_3XX, message, http_status=outcome.http_status))
                 return
-            ticket.at = outcome.redirect
-            self.enter(ticket, now, first=True)
+            row.at = outcome.redirect
+            self.enter(row, now, first=True)
             return
-        wait = self.wait_before_retry(ticket, outcome)
-        if wait is None or ticket.spent + wait >= self.settings.deadline:
-            self.finish(ticket, outcome)
+        wait = self.wait_before_retry(row, outcome)
+        if wait is None or row.spent + wait >= self.settings.deadline:
+            self.finish(row, outcome)
             return
-        ticket.spent += wait
-        ticket.tries += 1
-        self.hosts.add_later(ticket.at.host, ticket, now + wait)
+        row.spent += wait
+        row.tries += 1
+        self.hosts.add_later(row.at.host, row, now + wait)
 
-    def wait_before_retry(self, ticket: Ticket, outcome: Outcome) -> float | None:
+    def wait_before_retry(self, row: PendingRow, outcome: FetchOutcome) -> float | None:
         """Seconds until another try of the same URL, None when there is to be none."""
         if outcome.reason == reasons.RATE_LIMITED:
-            ticket.rate_tries += 1
-            return outcome.wait if ticket.rate_tries <= max(RATE_TRIES, self.settings.retries) else None
-        if outcome.starved or (outcome.passing and ticket.tries <= self.settings.retries):
-            return random.uniform(0.5, 1.0) * min(2.0 ** (ticket.tries - 1), LONGEST_BACKOFF)
+            row.rate_tries += 1
+            return outcome.wait if row.rate_tries <= max(RATE_TRIES, self.settings.retries) else None
+        if outcome.starved or (outcome.passing and row.tries <= self.settings.retries):
+            return random.uniform(0.5, 1.0) * min(2.0 ** (row.tries - 1), LONGEST_BACKOFF)
         return None
 
     # -----------------------------------------------------------------------------------------------------------------
     # The end of a row
     # -----------------------------------------------------------------------------------------------------------------
 
-    def finish(self, ticket: Ticket, outcome: Outcome, attempts: int | None = None) -> None:
-        """Make a row's result of its last outcome."""
-        ticket.job.tickets.discard(ticket)
-        fetched = Fetched(
-            index=ticket.index,
-            url=ticket.url,
-            final_url=str(ticket.at.url),
-            body=outcome.body,
-            reason=outcome.reason,
-            message=outcome.message,
-            status=outcome.status,
-            content_type=outcome.content_type,
-            decision=ticket.said,
-            attempts=ticket.tries if attempts is None else attempts,
-            seconds=ticket.spent,
-        )
-        self.hand_over(ticket.job, fetched, outcome.reserved)
+    def finish(self, row: PendingRow, outcome: FetchOutcome, attempts: int | None = None) -> None:
+        """Make the outcome of a row's last request that of the row."""
+        row.call.pending.discard(row)
+        outcome.index, outcome.url, outcome.decision, outcome.seconds = row.index, row.url, row.decision, row.spent
+        outcome.attempts = row.tries if attempts is None else attempts
+        self.hand_over(row.call, outcome)
 
-    def hand_over(self, job: Job, fetched: Fetched, reserved: int) -> None:
-        """Give a result to the threads."""
-        self.reasons[fetched.reason] += 1
-        job.handing += 1
-        size = 0 if fetched.body is None else len(fetched.body)
-        self.handlers.put(Handover(job, fetched, reserved), size)
+    def hand_over(self, call: Call, outcome: FetchOutcome) -> None:
+        """Give an outcome to the threads."""
+        call.handling += 1
+        self.handlers.put(call, outcome)
 
-    def handled(self, handover: Handover, error: BaseException | None) -> None:
+    def handled(self, call: Call, outcome: FetchOutcome, error: BaseException | None) -> None:
         """A thread is done with a row."""
-        job = handover.job
-        job.handing -= 1
-        if handover.reserved:
-            self.budget.give(handover.reserved)
+        call.handling -= 1
+        if outcome.reserved:
+            self.budget.give(outcome.reserved)
         if error is not None:
-            job.fail(error)
-        job.check_end()
+            call.fail(error)
+        call.check_end()
         self.pump()
-
-
-def fetch_all(rows: Rows, settings: FetchSettings, handle: Handle) -> None:
-    """`Fetcher.fetch_many` in an event loop of its own."""
-
-    async def run() -> None:
-        async with Fetcher(settings) as fetcher:
-            await fetcher.fetch_many(rows, handle)
-
-    asyncio.run(run())

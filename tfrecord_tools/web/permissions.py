@@ -1,15 +1,23 @@
-"""What a response says about its use: X-Robots-Tag in full, and the W3C's TDM reservation.
+"""What a host says about the use of its images: X-Robots-Tag in full, the W3C's TDM reservation, and robots.txt.
 
 Google's specification of X-Robots-Tag ("Robots meta tag, data-nosnippet, and X-Robots-Tag specifications") gives the
 syntax; `noai` and `noimageai` are DeviantArt's, `noml` is Bing's and others'. TDM: "TDM Reservation Protocol", W3C
-Community Group report, section 5.1.
+Community Group report, section 5.1. robots.txt: RFC 9309, asked for once a host and kept.
 """
 
+import asyncio
 import re
-from collections.abc import Iterable
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+
+import protego
+
+from clipkit.tfrecord_tools import reasons
+from clipkit.tfrecord_tools.web.settings import FetchOutcome
+from clipkit.tfrecord_tools.web.urls import WebUrl, parse_url
 
 # Directives that take a value after a colon. Before any other colon stands the name of an agent.
 VALUED = frozenset({"unavailable_after", "max-snippet", "max-image-preview", "max-video-preview"})
@@ -20,10 +28,18 @@ PLAIN = INDEXING | SHOWING | LEARNING
 AGENT = re.compile(r"[a-z*][a-z0-9*_./+-]*")
 MAX_RECORDED = 300
 
+ROBOTS_MAX_BYTES = 512 << 10  # section 2.5: at least 500 KiB are to be read
+ROBOTS_MAX_REDIRECTS = 5
+ROBOTS_SECONDS = 15.0
+ORIGINS = 4096
+KEPT_SECONDS = 24 * 3600.0
+FAILURE_SECONDS = 600.0
+NO_RULES = frozenset({reasons.HTTP_4XX, reasons.HTTP_3XX, reasons.EMPTY})
+
 
 @dataclass(frozen=True)
 class Tag:
-    """One directive of X-Robots-Tag, in lower case but for its value. `agent` is "" when it speaks to all."""
+    """One directive of X-Robots-Tag, in lower case but for its value. `agent` is "" when it is for all."""
 
     agent: str
     directive: str
@@ -43,6 +59,10 @@ class Decision:
 
 
 NOTHING_SAID = Decision("", refused=False)
+ROBOTS_ALLOW = Decision("robots.txt: allow", refused=False)
+ROBOTS_DISALLOW = Decision("robots.txt: disallow", refused=True)
+
+Rules = protego.Protego | Decision | FetchOutcome
 
 
 def parse_tags(header: str) -> list[Tag]:
@@ -75,7 +95,7 @@ def parse_tags(header: str) -> list[Tag]:
     return tags
 
 
-def speaks_to(tag: Tag, token: str) -> bool:
+def is_for(tag: Tag, token: str) -> bool:
     """Whether a directive is meant for the agent called `token`. Ours may stand with a version: `clipkit/2`."""
     return tag.agent in ("", token.lower()) or tag.agent.partition("/")[0] == token.lower()
 
@@ -91,7 +111,7 @@ def keeps_out(tag: Tag, disallowed: Iterable[str], now: datetime) -> bool:
 
 
 def parse_date(text: str) -> datetime | None:
-    """A date as RFC 822, RFC 850 or ISO 8601 write it; None for what is no date. Without a zone it is UTC."""
+    """A date as RFC 822, RFC 850 or ISO 8601 write it; None for anything else. Without a zone it is UTC."""
     for read in (parsedate_to_datetime, datetime.fromisoformat):
         try:
             date = read(text.strip())
@@ -115,10 +135,68 @@ def decide(
     now = datetime.now(UTC)
     for header in tag_headers:
         for tag in parse_tags(header):
-            if speaks_to(tag, token):
+            if is_for(tag, token):
                 said.append(f"x-robots-tag: {tag}")
                 refused = refused or keeps_out(tag, disallowed, now)
     if tdm_header is not None:
         said.append(f"tdm-reservation: {tdm_header.strip()}")
         refused = refused or (tdm_reservation and tdm_header.strip() == "1")
     return Decision("; ".join(said)[:MAX_RECORDED], refused) if said else NOTHING_SAID
+
+
+class RobotsTxt:
+    """What the hosts' robots.txt allow. Must be made inside a running event loop."""
+
+    def __init__(self, get: Callable[[WebUrl], Awaitable[FetchOutcome]], token: str) -> None:
+        """`get` asks for a URL once, for at most ROBOTS_MAX_BYTES."""
+        self.get = get
+        self.token = token
+        self.loop = asyncio.get_running_loop()
+        self.known: OrderedDict[str, tuple[float, Rules]] = OrderedDict()
+        self.questions: dict[str, asyncio.Task[Rules]] = {}
+
+    async def ask(self, at: WebUrl) -> Decision | FetchOutcome:
+        """Whether a URL may be fetched, or why its host can't say so (section 2.3.1.4: then it may not)."""
+        origin = f"{at.url.scheme}://{at.url.host_port_subcomponent}"
+        known = self.known.get(origin)
+        if known is not None and known[0] > self.loop.time():
+            rules = known[1]
+        else:
+            question = self.questions.get(origin)
+            if question is None:
+                question = self.questions[origin] = self.loop.create_task(self.fetch(origin))
+                question.add_done_callback(lambda done: self.questions.pop(origin, None))
+            rules = await asyncio.shield(question)
+        if not isinstance(rules, protego.Protego):
+            return rules
+        return ROBOTS_ALLOW if rules.can_fetch(str(at.url), self.token) else ROBOTS_DISALLOW
+
+    async def fetch(self, origin: str) -> Rules:
+        """Get an origin's rules, or what holds where there are none (section 2.3.1) or behind too many redirects."""
+        try:
+            async with asyncio.timeout(ROBOTS_SECONDS):
+                outcome = await self.get(parse_url(f"{origin}/robots.txt"))
+                for _ in range(ROBOTS_MAX_REDIRECTS):
+                    if outcome.redirect is not None:
+                        outcome = await self.get(outcome.redirect)
+        except TimeoutError:
+            outcome = FetchOutcome(reasons.TIMEOUT, f"not there after {ROBOTS_SECONDS:g} s")
+        rules: Rules = NOTHING_SAID
+        seconds = KEPT_SECONDS
+        if outcome.body is not None:
+            rules = protego.Protego.parse(outcome.body.decode("utf-8", "replace"))
+        elif outcome.redirect is None and outcome.reason not in NO_RULES:
+            rules = FetchOutcome(outcome.reason, f"robots.txt: {outcome.message}", passing=outcome.passing)
+            seconds = FAILURE_SECONDS
+        self.known[origin] = (self.loop.time() + seconds, rules)
+        self.known.move_to_end(origin)
+        if len(self.known) > ORIGINS:
+            self.known.popitem(last=False)
+        return rules
+
+    async def close(self) -> None:
+        """End what is being asked."""
+        pending = list(self.questions.values())
+        for question in pending:
+            question.cancel()
+        await asyncio.gather(*pending, return_exceptions=True)

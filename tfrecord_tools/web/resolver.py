@@ -6,6 +6,7 @@ address) is a no. Everything else is asked again, at the next resolver, later.
 """
 
 import asyncio
+import ipaddress
 import random
 import socket
 from collections import OrderedDict
@@ -106,7 +107,9 @@ class ServerBackend:
                     continue
                 raise UnresolvedError(f"{text}", passing=number not in self.missing) from None
             ttl = min((node.ttl for node in result.nodes), default=0)
-            addresses = [text_address(node.addr[0]) for node in result.nodes]
+            # c-ares's binding gives addresses as bytes.
+            found = [node.addr[0] for node in result.nodes]
+            addresses = [address.decode() if isinstance(address, bytes) else address for address in found]
             return addresses, min(max(ttl, 60.0), CACHE_SECONDS)
         raise AssertionError("unreachable")
 
@@ -114,15 +117,8 @@ class ServerBackend:
         await self.resolver.close()
 
 
-def text_address(address: str | bytes) -> str:
-    """c-ares's binding gives addresses as bytes."""
-    return address.decode() if isinstance(address, bytes) else address
-
-
 def check_resolvers(servers: Sequence[str]) -> None:
-    """Raise UserError when an address of a DNS server is none: "ip", "ip:port" or "[ipv6]:port"."""
-    import ipaddress
-
+    """Raise UserError unless each DNS server is given as "ip", "ip:port" or "[ipv6]:port"."""
     for server in servers:
         host, _, port = server.rpartition(":") if server.count(":") == 1 or "]:" in server else (server, "", "53")
         try:
@@ -131,7 +127,9 @@ def check_resolvers(servers: Sequence[str]) -> None:
         except ValueError:
             valid = False
         if not valid:
-            raise UserError(f"--resolver {server!r} is no address: give IP or IP:PORT, such as 9.9.9.9 or 127.0.0.1:53")
+            raise UserError(
+                f"--resolver {server!r} is not an address: give IP or IP:PORT, such as 9.9.9.9 or 9.9.9.9:53"
+            )
 
 
 class Resolver(AbstractResolver):

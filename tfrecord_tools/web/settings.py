@@ -1,8 +1,13 @@
 """What governs fetching, and what comes back: the values that pass between the download and its network part."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import clipkit
+from clipkit.tfrecord_tools.outcome import RowOutcome
+
+if TYPE_CHECKING:
+    from clipkit.tfrecord_tools.web.urls import WebUrl
 
 # Directives of X-Robots-Tag that keep an image out. "unavailable_after" counts when its date has passed.
 DISALLOWED_TAGS = ("noai", "noimageai", "noml", "noindex", "noimageindex", "none", "unavailable_after")
@@ -21,10 +26,10 @@ class FetchSettings:
     connections: int = 256  # upper bound of requests under way; the actual number adapts below it
     per_host: int = 8  # requests under way to one hostname, whatever redirect led there
     timeout: float = 10.0  # without a byte: connecting with TLS, headers, each read
-    deadline: float = 30.0  # of one URL's own time: names, redirects, retries and the waits that it was told, body
+    deadline: float = 30.0  # of one URL's own time: names, redirects, retries and the waits that hosts ask for, body
     max_bytes: int = 50_000_000  # of a body, before and after decompression
     max_redirects: int = 5
-    retries: int = 0  # further tries of what may pass: dns, connect, timeout, truncated, http-5xx
+    retries: int = 0  # further tries after a temporary failure: dns, connect, timeout, truncated, http-5xx
     resolvers: tuple[str, ...] = ()  # "ip", "ip:port" or "[ipv6]:port"; none: the system's resolver
     allow_private_hosts: bool = False
     user_agent: str = user_agent()
@@ -37,22 +42,23 @@ class FetchSettings:
     look_ahead: int = 16_384  # rows read ahead of what is being fetched, while hosts are busy
 
 
-@dataclass(frozen=True, slots=True)
-class Fetched:
-    """What became of one row. `body` is None exactly when `reason`, one of reasons.REASONS, is not.
+@dataclass(slots=True)
+class FetchOutcome(RowOutcome):
+    """How one request of a row ended, and in the end the row: `body`, `redirect` or `reason` is set.
 
-    `decision` is what X-Robots-Tag, TDM headers and robots.txt said, allowed or not; "" when they said nothing.
-    `seconds` is the URL's own time, without waiting for its turn.
+    `index` and `url` are the row's; `seconds` is its own time, without waiting for its turn. `answered`: the host sent
+    the head of a response. `passing`: another try may end otherwise. `starved`: this machine is out of sockets.
+    `wait`: seconds that the host asks for, when `reason` is rate-limited and it said. `reserved`: bytes of the budget
+    for large bodies that the body holds.
     """
 
-    index: int
-    url: str
-    final_url: str
-    body: bytes | None
-    reason: str | None
-    message: str
-    status: int | None
-    content_type: str | None
-    decision: str
-    attempts: int
-    seconds: float
+    index: int = -1
+    url: str = ""
+    seconds: float = 0.0
+    body: bytes | None = None
+    redirect: "WebUrl | None" = None
+    answered: bool = False
+    passing: bool = False
+    starved: bool = False
+    wait: float | None = None
+    reserved: int = 0

@@ -4,16 +4,11 @@ A CDN's signature covers the exact spelling of a URL, so percent-escapes are nei
 The rules are those of browsers (WHATWG URL), since the URLs were collected from pages that browsers show.
 """
 
-import ipaddress
 import re
 from dataclasses import dataclass
 from functools import lru_cache
-from urllib.parse import unquote
 
-import idna
 from yarl import URL
-
-from clipkit.tfrecord_tools.web.addresses import parse_ipv4_number
 
 SCHEMES = ("http", "https")
 MAX_CHARACTERS = 8_000  # servers refuse longer request lines
@@ -25,7 +20,7 @@ SPLIT = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*):(?P<slashes>[/\\]*)(?P<
 
 
 class BadUrlError(ValueError):
-    """A text that is no URL of an image; the message says why, without the text."""
+    """A text that is not the URL of an image; the message says why, without the text."""
 
 
 class RefusedSchemeError(BadUrlError):
@@ -54,11 +49,7 @@ def parse_url(text: str) -> WebUrl:
     if scheme not in SCHEMES:
         raise RefusedSchemeError(f"scheme {scheme[:20]} is neither http nor https")
     userinfo, _, hostport = parts["authority"].rpartition("@")
-    host, port = split_port(hostport)
-    host = ascii_host(host)
-    authority = f"[{host}]" if ":" in host else host
-    if port and int(port) != (443 if scheme == "https" else 80):
-        authority += f":{int(port)}"
+    authority, host = ascii_authority(scheme, hostport)
     if userinfo:
         authority = f"{quote(userinfo)}@{authority}"
     path, mark, query = parts["rest"].partition("?")
@@ -67,7 +58,7 @@ def parse_url(text: str) -> WebUrl:
         url = URL(f"{scheme}://{authority}{quote(path)}{mark}{quote(query)}", encoded=True)
     except ValueError as error:
         raise BadUrlError(f"{error}") from None
-    return WebUrl(url, host.rstrip("."))
+    return WebUrl(url, host)
 
 
 def parse_redirect(base: WebUrl, location: str) -> WebUrl:
@@ -85,50 +76,30 @@ def parse_redirect(base: WebUrl, location: str) -> WebUrl:
     return parse_url(str(joined))
 
 
-def split_port(hostport: str) -> tuple[str, str]:
-    """Host and port, the latter empty when there is none. Raises BadUrlError on a port out of range."""
-    if hostport.startswith("["):
-        host, bracket, port = hostport.partition("]")
-        if not bracket or (port and not port.startswith(":")):
-            raise BadUrlError("unclosed [ in the host")
-        host, port = host + bracket, port[1:]
-    else:
-        host, _, port = hostport.partition(":")
-    if port and not (port.isascii() and port.isdigit() and len(port) <= 5 and 0 < int(port) < 65_536):
-        raise BadUrlError(f"port {port[:20]!r} is no number from 1 to 65535")
-    return host, port
-
-
 @lru_cache(maxsize=16_384)
-def ascii_host(host: str) -> str:
-    """A host as DNS and TLS want it: lower case, IDNA (UTS 46), numbers as a dotted address. Raises BadUrlError."""
+def ascii_authority(scheme: str, hostport: str) -> tuple[str, str]:
+    """Host and port as DNS and TLS want them, and the host alone, without a trailing dot. Raises BadUrlError.
+
+    Lower case, IDNA (UTS 46), and the default port left out. An IPv4 address may have any spelling that the system's
+    resolver takes, and comes out dotted: `2130706433`, `0x7f.1`, `017700000001` and `127.1` are all 127.0.0.1.
+    """
+    import ada_url
+
+    try:
+        parsed = ada_url.URL(f"{scheme}://{hostport}/")
+        authority, host, port = parsed.host, parsed.hostname, parsed.port
+    except ValueError:
+        raise BadUrlError(f"host or port {hostport[:60]!a} is invalid" if hostport else "no host") from None
+    if port == "0":
+        raise BadUrlError("port 0, and ports are from 1 to 65535")
     if host.startswith("["):
-        try:
-            address = ipaddress.IPv6Address(host[1:-1])
-        except ValueError:
-            raise BadUrlError("no IPv6 address between the brackets") from None
-        if address.scope_id is not None:
-            raise BadUrlError("an IPv6 address with a zone")
-        return str(address)
-    host = host.lower()
-    if "%" in host or not host.isascii():
-        host = idna_host(host)
+        return authority, host[1:-1]
+    # Stricter than browsers, which leave it to DNS to find that there is no such name.
     if not PLAIN_HOST.fullmatch(host) or ".." in host:
-        raise BadUrlError("no host" if not host else f"host {host[:60]!r} is no name")
+        raise BadUrlError(f"host {host[:60]!r} is not a name" if host else "no host")
     if len(host) > 253 or any(len(label) > 63 for label in host.split(".")):
         raise BadUrlError("host has a label over 63 or is over 253 characters")
-    try:
-        return parse_ipv4_number(host) or host
-    except ValueError as error:
-        raise BadUrlError(f"host {error}") from None
-
-
-def idna_host(host: str) -> str:
-    """An internationalised name in ASCII. Raises BadUrlError."""
-    try:
-        return idna.encode(unquote(host, errors="strict"), uts46=True, transitional=False).decode("ascii")
-    except (idna.IDNAError, UnicodeError) as error:
-        raise BadUrlError(f"host is no internationalised name: {str(error)[:80]}") from None
+    return authority, host.rstrip(".")
 
 
 def quote(text: str) -> str:

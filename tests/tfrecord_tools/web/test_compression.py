@@ -9,7 +9,7 @@ from bad_server import bomb
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clipkit.tfrecord_tools.web.compression import CodingError, Decompressor, TooLargeError
+from clipkit.tfrecord_tools.web.request import CodingError, Decompressor, TooLargeError
 
 
 def raw_deflate(data: bytes) -> bytes:
@@ -34,7 +34,7 @@ def test_any_pieces(data: bytes, way: str, piece: int) -> None:
     decompressor = Decompressor(coding, len(data))
     pieces = [sent[at : at + piece] for at in range(0, len(sent), piece)]
     assert b"".join(part for each in pieces for part in decompressor.feed(each)) == data
-    assert decompressor.is_whole()
+    assert decompressor.ended
     if data:
         with pytest.raises(TooLargeError):
             Decompressor(coding, len(data) - 1).feed(sent)
@@ -43,9 +43,9 @@ def test_any_pieces(data: bytes, way: str, piece: int) -> None:
 def test_what_is_cut_or_no_gzip_at_all() -> None:
     decompressor = Decompressor("gzip", 10_000)
     decompressor.feed(gzip.compress(bytes(range(256)))[:-9])
-    assert not decompressor.is_whole()
+    assert not decompressor.ended
     for coding in ("gzip", "deflate"):
-        with pytest.raises(CodingError, match=f"body is no {coding}"):
+        with pytest.raises(CodingError, match=f"body is not {coding}"):
             Decompressor(coding, 10_000).feed(b"\xff\xd8\xff\xe0 no such thing")
 
 

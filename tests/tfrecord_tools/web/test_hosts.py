@@ -8,8 +8,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from clipkit.tfrecord_tools.web import hosts
-from clipkit.tfrecord_tools.web.concurrency import FIRST, LEAST, WINDOW_REQUESTS, Concurrency
-from clipkit.tfrecord_tools.web.hosts import CIRCUIT_AFTER, GIVEN_UP_SECONDS, PROBE_PAUSES, HostQueues
+from clipkit.tfrecord_tools.web.hosts import (
+    CIRCUIT_AFTER,
+    FIRST,
+    GIVEN_UP_SECONDS,
+    LEAST,
+    PROBE_PAUSES,
+    WINDOW_REQUESTS,
+    Concurrency,
+    HostQueues,
+)
 
 
 def queues(per_host: int = 2, longest_pause: float = 30.0) -> HostQueues[int]:

@@ -237,5 +237,5 @@ def test_addresses_of_resolvers(server: str) -> None:
 
 @pytest.mark.parametrize("server", ["", "dns.example", "1.1.1.1:0", "1.1.1.1:x", "1.1.1", "1.1.1.1:99999", ":53"])
 def test_bad_addresses_of_resolvers(server: str) -> None:
-    with pytest.raises(UserError, match="is no address: give IP or IP:PORT"):
+    with pytest.raises(UserError, match="is not an address: give IP or IP:PORT"):
         check_resolvers([server])
