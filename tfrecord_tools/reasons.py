@@ -61,6 +61,7 @@ LEFT_OUT = (NO_IMAGE, NO_CAPTION, EMPTY_CAPTION, BAD_TEXT, BAD_METADATA, NOT_WAN
 
 # What may pass by itself. A row that failed for one of these is worth another try, now or in a later run.
 PASSING = frozenset({DNS, CONNECT, TIMEOUT, HTTP_5XX, RATE_LIMITED, TRUNCATED})
+DEFAULT_RETRY = ",".join(sorted(PASSING))  # what `--retry-failed` takes without a value
 
 ADVICE = {
     DNS: "names don't resolve: name other resolvers, such as --resolver 1.1.1.1 --resolver 8.8.8.8",

@@ -16,11 +16,9 @@ from clipkit.cli.options import (
     print_json,
     print_summary,
 )
+from clipkit.tfrecord_tools.reasons import DEFAULT_RETRY
 
 RETRY = "--retry-failed"
-# The failures that may be temporary; `retry.DEFAULT` is the same, and slow to import. With --allow-private-hosts,
-# which an earlier run may not have had, the stage adds the refused addresses.
-PASSING = "connect,dns,http-5xx,rate-limited,timeout,truncated"
 
 
 class DownloadCommand(SectionedCommand):
@@ -28,7 +26,7 @@ class DownloadCommand(SectionedCommand):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Give the option its default value where it has none."""
-        return super().parse_args(ctx, [f"{RETRY}={PASSING}" if argument == RETRY else argument for argument in args])
+        return super().parse_args(ctx, [f"{RETRY}={DEFAULT_RETRY}" if word == RETRY else word for word in args])
 
 
 @click.command(cls=DownloadCommand)
@@ -94,7 +92,7 @@ class DownloadCommand(SectionedCommand):
     default=0.5,
     help="Stop when a smaller share of the probe succeeds.",
 )
-@option("Work", RETRY, metavar="[=REASONS]", help=f"Fetch again what failed for these REASONS (else {PASSING}).")
+@option("Work", RETRY, metavar="[=REASONS]", help=f"Fetch again what failed for these REASONS (else {DEFAULT_RETRY}).")
 @option(
     "Work", "--processes", type=Count, help="Processes that fetch. [default: one a core, or as many as a cluster takes]"
 )

@@ -16,7 +16,7 @@ from PIL import Image
 from clipkit.cli.demo_server import Answer, serve
 from clipkit.formats.dataset import open_dataset
 from clipkit.tfrecord_tools.download.command import download
-from clipkit.tfrecord_tools.download.summary import DownloadSummary
+from clipkit.tfrecord_tools.download.finish import DownloadSummary
 from clipkit.tfrecord_tools.pictures.picture import PictureSettings
 from clipkit.tfrecord_tools.web.settings import FetchSettings
 

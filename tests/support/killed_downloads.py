@@ -21,7 +21,7 @@ sys.path.insert(0, sys.argv[1])
 from download_site import NETWORK, PICTURES, fetch
 from clipkit.tfrecord_tools.download import work
 from clipkit.jobs.local import run_here
-from clipkit.tfrecord_tools.download.worker import fetch_run
+from clipkit.tfrecord_tools.download.worker import fetch_batch
 from clipkit.tfrecord_tools.pictures.picture import PictureMaker
 
 PictureMaker(PICTURES)

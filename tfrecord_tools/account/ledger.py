@@ -4,7 +4,6 @@ It stays beside the dataset (`clipkit/ledger/00000.parquet`). A retry goes on fr
 row isn't there, or what a host's headers said, finds it here. `message` is for people; `reason` is what is counted.
 """
 
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -16,11 +15,10 @@ import pyarrow.parquet as pq
 from clipkit.errors import UserError
 from clipkit.storage.files import local_copy, write_beside
 from clipkit.tfrecord_tools.outcome import RowOutcome
-from clipkit.tfrecord_tools.reasons import EMPTY_CAPTION, PURGED
+from clipkit.tfrecord_tools.reasons import PURGED
 
 LEDGER_FOLDER = "ledger"
 FAILURES_FILE = "failures.parquet"
-
 
 _TYPES = {
     "http_status": pa.int16(),
@@ -54,10 +52,8 @@ FAILURES = pa.schema(
 )
 
 
-def write_ledger(
-    path: Path, keys: Sequence[str], numbers: Sequence[int], rows: pa.Table, outcomes: list[RowOutcome]
-) -> None:
-    """Write the ledger of a shard. `numbers` are the rows' numbers in their table.
+def ledger_table(keys: Sequence[str], numbers: Sequence[int], rows: pa.Table, outcomes: list[RowOutcome]) -> pa.Table:
+    """The ledger of a shard. `numbers` are the rows' numbers in their table.
 
     Captions are kept of failures, but of a purged row nothing but its place.
     """
@@ -70,19 +66,19 @@ def write_ledger(
         pc.if_else(failed, rows["caption"], None),
         *(pa.array(values, LEDGER.field(name).type) for name, values in columns.items()),
     ]
+    return pa.Table.from_arrays(arrays, schema=LEDGER)
+
+
+def write_ledger(path: Path, ledger: pa.Table) -> None:
+    """Write the ledger of a shard, whole or not at all."""
     with write_beside(path) as temporary:
-        pq.write_table(pa.Table.from_arrays(arrays, schema=LEDGER), temporary, compression="zstd")
+        pq.write_table(ledger, temporary, compression="zstd")
 
 
 def read_ledger(path: Path) -> list[RowOutcome]:
     """The outcomes of a shard's rows, in their order. Raises UserError when the file is gone or damaged."""
     columns = _read(path, list(OUTCOME_FIELDS)).to_pydict()
     return [RowOutcome(*values) for values in zip(*(columns[name] for name in OUTCOME_FIELDS), strict=True)]
-
-
-def read_reasons(path: Path) -> Counter[str]:
-    """How many rows of a shard failed for each reason. Raises UserError."""
-    return Counter(_read(path, ["reason"])["reason"].drop_null().to_pylist())
 
 
 def read_offsets(path: Path) -> pa.Array:
@@ -93,12 +89,16 @@ def read_offsets(path: Path) -> pa.Array:
 def _read(path: Path, columns: list[str]) -> pa.Table:
     try:
         with local_copy(path) as local:
-            return pq.read_table(local, columns=columns, partitioning=None)
+            table = pq.read_table(local, columns=columns, partitioning=None)
     except (pa.ArrowException, OSError) as error:
         raise UserError(
             f"ledger {path} can't be read ({str(error).partition(chr(10))[0]}): remove it, and the same download "
             "fetches its shard again"
         ) from error
+    if "reason" in columns:  # earlier versions spelt one "empty caption"
+        place = columns.index("reason")
+        table = table.set_column(place, "reason", pc.replace_substring(table["reason"], " ", "-"))
+    return table
 
 
 def write_failures(path: Path, ledgers: Iterable[tuple[str, Path]]) -> None:

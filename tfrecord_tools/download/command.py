@@ -1,9 +1,9 @@
 """From a table of URLs to a dataset, or to shards of images and captions, with every row accounted for.
 
-The wanted rows are cut into shards in order (`download_plan`). Workers fetch them in runs (`fetch_run`), and a shard
-is done when its state lies beside it and its files have the sizes that this names (`shard_state`); so a run that was
-killed goes on when the same command runs again. What clipkit writes for itself lies in a folder `clipkit`: the plan, a
-ledger of each shard's rows (`ledger`), all failures in one table, and the summary.
+The wanted rows are cut into shards in order (`plan`). Workers fetch them in batches (`worker`), and a shard is done
+when its state lies beside it and its files have the sizes that this names (`shard_state`); so a run that was killed
+goes on when the same command runs again. What clipkit writes for itself lies in a folder `clipkit`: the plan, a ledger
+of each shard's rows (`ledger`), all failures in one table, and the summary.
 """
 
 import dataclasses
@@ -20,18 +20,16 @@ from clipkit.jobs.run import Engine
 from clipkit.jobs.worker import cores
 from clipkit.storage.files import as_path, disk_errors, lock, remove, require_writable
 from clipkit.tfrecord_tools.account.purged import refuse_unfinished_purge
-from clipkit.tfrecord_tools.account.shard_state import FORMATS, Format, Layout
-from clipkit.tfrecord_tools.download.plan import Output, make_plan
+from clipkit.tfrecord_tools.account.shard_state import FORMATS, DownloadLayout, Format
+from clipkit.tfrecord_tools.download.finish import DownloadSummary
+from clipkit.tfrecord_tools.download.plan import JobSettings, Output, make_plan
 from clipkit.tfrecord_tools.download.probe import ProbeResult, probe
-from clipkit.tfrecord_tools.download.retry import parse_reasons
-from clipkit.tfrecord_tools.download.shard import Task
-from clipkit.tfrecord_tools.download.summary import DownloadSummary
-from clipkit.tfrecord_tools.download.work import Work
+from clipkit.tfrecord_tools.download.work import Download, parse_reasons
 from clipkit.tfrecord_tools.pictures.picture import PictureSettings
 from clipkit.tfrecord_tools.tables.url_table import check_tables, choose_columns, column_kind
 from clipkit.tfrecord_tools.web.settings import FetchSettings
 
-NEEDED = ("img2dataset", "aiohttp", "aiodns", "protego")
+NEEDED = ("img2dataset", "ada_url", "aiohttp", "aiodns", "protego")
 SAMPLES_PER_SHARD = 10_000
 PROBE_FLOOR = 0.5
 PICTURES = PictureSettings()
@@ -77,7 +75,7 @@ def download(
     Running it again finishes what was begun, and does nothing when all is there.
 
     Raises UserError, before anything is fetched, for a missing, unreadable or empty table, missing columns, an output
-    that can't be written or belongs to another download, settings that can't be, and when a package isn't installed;
+    that can't be written or belongs to another download, invalid settings, and when a package isn't installed;
     and after a probe when a smaller share than `probe_floor` succeeds.
     """
     urls, out = as_path(urls), as_path(out)
@@ -104,10 +102,10 @@ def download(
         check_output(root)
         refuse_unfinished_purge(root)
         plan = make_plan(urls, tables, output, where, root / "clipkit")
-        layout = Layout(root, format, dataset, len(plan.shards))
-        work = Work(plan, Task(layout, output, network, kinds), processes, engine, str(urls), where)
+        layout = DownloadLayout(root, format, dataset, len(plan.shards))
+        course = Download(plan, JobSettings(layout, output, network, kinds), processes, engine, str(urls), where)
         found = None
-        if probe_rows is not None and not work.has_begun():
+        if probe_rows is not None and not course.has_begun():
             found = probe(plan, probe_rows, network, processes or cores())
             if tell_probe is not None:
                 tell_probe(found)
@@ -115,13 +113,13 @@ def download(
             if refusal is not None:
                 remove(root / "clipkit" / "plan.json")  # other settings may follow
                 raise UserError(refusal)
-        return dataclasses.replace(work.run(again), probe=found)
+        return dataclasses.replace(course.run(again), probe=found)
 
 
 def check_settings(
     format: str, samples_per_shard: int, processes: int | None, network: FetchSettings, probe_rows: int | None
 ) -> None:
-    """Raise UserError for settings that can't be."""
+    """Raise UserError for invalid settings."""
     if format not in FORMATS:
         raise UserError(f"unknown format {format!r}: choose one of {', '.join(FORMATS)}")
     counts: list[tuple[str, Any]] = [

@@ -1,8 +1,9 @@
-"""The files around the downloaded TFRecord shards that make a dataset directory of them, `dataset_info.json` last."""
+"""The end of a download: its summary, and the files that make a dataset directory of TFRecord shards."""
 
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 
@@ -10,28 +11,81 @@ from clipkit.formats.features import Feature, Kind
 from clipkit.formats.kinds import EMPTY_LIST, LIST, unify
 from clipkit.formats.manifest import ShardEntry, SourceEntry, SplitManifest, index_path, read_manifest, write_manifest
 from clipkit.storage.files import write_beside
-from clipkit.tfrecord_tools.account.ledger import read_offsets
-from clipkit.tfrecord_tools.account.shard_state import SPLIT, Layout, ShardState
-from clipkit.tfrecord_tools.download.plan import Plan
+from clipkit.tfrecord_tools.account.ledger import FAILURES_FILE, read_offsets
+from clipkit.tfrecord_tools.account.shard_state import SPLIT, DownloadLayout, DownloadState, add_states
+from clipkit.tfrecord_tools.download.plan import DownloadPlan
+from clipkit.tfrecord_tools.download.probe import ProbeResult
+from clipkit.tfrecord_tools.reasons import PASSING
 from clipkit.tfrecord_tools.writing.metadata import write_metadata
 
 
-def kinds_of_all(states: Sequence[ShardState]) -> dict[str, str]:
-    """The kinds that hold the values of all shards; columns without any value are left out."""
-    return unify(kinds_met(state) for state in states)
+@dataclass(frozen=True)
+class DownloadSummary:
+    """What became of the rows: `rows == left_out + downloaded + sum(failed.values())`, `failed` by reason, most first.
+
+    `left_out` are those that `--where` didn't want. `empty_captions` counts wanted rows whose caption is null or blank:
+    a dataset doesn't take them, so they aren't fetched and are among the failed; the other formats fetch them and
+    store an empty text. `hash_check` counts images by how they compare with the table's hash. `retries` is the number
+    of the last retry. Bytes are those of the stored images, and of all bodies that came.
+    """
+
+    out: Path
+    format: str
+    rows: int
+    left_out: int
+    downloaded: int
+    failed: dict[str, int]
+    empty_captions: int
+    hash_check: dict[str, int]
+    shards: int
+    image_bytes: int
+    body_bytes: int
+    retries: int
+    probe: ProbeResult | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The counts, and the path as text."""
+        values = {**asdict(self), "out": str(self.out)}
+        if self.probe is None:
+            del values["probe"]
+        return values
+
+    def text(self) -> str:
+        """A few lines for a person."""
+        wanted = self.rows - self.left_out
+        lines = [f"{self.downloaded:,} of {wanted:,} images ({self.downloaded / wanted:.1%}) in {self.out}"]
+        if self.left_out:
+            lines.append(f"left out by --where: {self.left_out:,} of {self.rows:,} rows")
+        if self.failed:
+            reasons = ", ".join(f"{reason} {number:,}" for reason, number in self.failed.items())
+            lines.append(f"failed: {reasons}; each row in {self.out / 'clipkit' / FAILURES_FILE}")
+            passing = sum(number for reason, number in self.failed.items() if reason in PASSING)
+            if passing:
+                lines.append(f"--retry-failed fetches {passing:,} of them again, whose failures may be temporary")
+        if self.empty_captions and self.format != "tfds":
+            lines.append(f"rows without a caption: {self.empty_captions:,}; build-tfds leaves them out")
+        if self.hash_check:
+            checked = ", ".join(f"{result} {number:,}" for result, number in self.hash_check.items())
+            lines.append(f"against the table's hash: {checked}")
+        return "\n".join(lines)
 
 
-def kinds_met(state: ShardState) -> dict[str, str]:
-    """The kinds of the columns that have a value in the shard."""
-    return {column: state.kinds[column] for column in state.present}
+def summarise(layout: DownloadLayout, plan: DownloadPlan, states: Sequence[DownloadState]) -> DownloadSummary:
+    """The counts of all shards."""
+    return DownloadSummary(
+        out=layout.root,
+        format=layout.format,
+        rows=plan.rows + plan.left_out,
+        left_out=plan.left_out,
+        empty_captions=sum(state.empty_captions for state in states),
+        shards=len(states),
+        body_bytes=sum(state.body_bytes for state in states),
+        retries=max((state.round for state in states), default=0),
+        **add_states(states),
+    )
 
 
-def differs(state: ShardState, kinds: dict[str, str]) -> bool:
-    """Whether a shard was written with narrower kinds than all together need."""
-    return any(kinds[column] != kind for column, kind in kinds_met(state).items())
-
-
-def features_of(states: Sequence[ShardState], kinds: dict[str, str]) -> dict[str, Feature]:
+def features_of(states: Sequence[DownloadState], kinds: dict[str, str]) -> dict[str, Feature]:
     """The columns as `features.json` declares them, as building from tars would; optional where a value is missing."""
     records = sum(state.successes for state in states)
     features = {"jpg": Feature("image"), "txt": Feature("text")}
@@ -46,7 +100,7 @@ def features_of(states: Sequence[ShardState], kinds: dict[str, str]) -> dict[str
     return features
 
 
-def split_manifest(layout: Layout, plan: Plan, states: Sequence[ShardState]) -> SplitManifest:
+def split_manifest(layout: DownloadLayout, plan: DownloadPlan, states: Sequence[DownloadState]) -> SplitManifest:
     """The account of all shards; the source of each is the table whose rows it has."""
     sizes: dict[Path, int] = {}
     shards = []
@@ -62,8 +116,8 @@ def split_manifest(layout: Layout, plan: Plan, states: Sequence[ShardState]) -> 
     return SplitManifest(tuple(shards))
 
 
-def was_changed(layout: Layout, states: Sequence[ShardState | None]) -> bool:
-    """Whether the dataset is no more what was downloaded: purged, for one."""
+def was_changed(layout: DownloadLayout, states: Sequence[DownloadState | None]) -> bool:
+    """Whether the dataset is no longer what was downloaded: after a purge, for one."""
     known = read_manifest(layout.root).get(SPLIT)
     if known is None:
         return False
@@ -76,7 +130,7 @@ def was_changed(layout: Layout, states: Sequence[ShardState | None]) -> bool:
     )
 
 
-def write_dataset(layout: Layout, plan: Plan, states: Sequence[ShardState]) -> None:
+def write_dataset(layout: DownloadLayout, plan: DownloadPlan, states: Sequence[DownloadState]) -> None:
     """Write index, manifest and TFDS's own files. Raises UserError when the disk or the store refuses."""
     manifest = split_manifest(layout, plan, states)
     with write_beside(index_path(layout.root, SPLIT)) as temporary:
@@ -90,4 +144,6 @@ def write_dataset(layout: Layout, plan: Plan, states: Sequence[ShardState]) -> N
         index.flush()
         del index
     write_manifest(layout.root, {SPLIT: manifest})
-    write_metadata(layout.root, layout.name, features_of(states, kinds_of_all(states)), {SPLIT: manifest})
+    write_metadata(
+        layout.root, layout.name, features_of(states, unify(state.kinds_met for state in states)), {SPLIT: manifest}
+    )

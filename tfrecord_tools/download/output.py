@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from clipkit.formats.kinds import KindWidenedError
 from clipkit.formats.records import decode_example, read_records
 from clipkit.storage.files import local_copy, write_beside
-from clipkit.tfrecord_tools.account.ledger import LEDGER, Outcome
-from clipkit.tfrecord_tools.account.shard_state import Format, ShardFiles
+from clipkit.tfrecord_tools.account.shard_state import DownloadFiles, Format
+from clipkit.tfrecord_tools.outcome import RowOutcome
 from clipkit.tfrecord_tools.readers.tar import read_tar
 from clipkit.tfrecord_tools.sample import DROPPED_COLUMNS
 from clipkit.tfrecord_tools.writing.pair_tar import PairTar
@@ -33,58 +34,59 @@ Image = Callable[[int], bytes]
 
 @dataclass(frozen=True)
 class DataFacts:
-    """What is known of a written TFRecord file; empty for the other formats."""
+    """What is known of a written TFRecord file, where each row's record begins too; empty for the other formats."""
 
     crc32c: str = ""
     kinds: dict[str, str] = field(default_factory=dict)
     present: dict[str, int] = field(default_factory=dict)
+    offsets: dict[int, int] = field(default_factory=dict)
 
 
-def status_of(outcome: Outcome) -> str:
+def status_of(outcome: RowOutcome) -> str:
     """img2dataset's word for what became of a row."""
     if outcome.reason is None:
         return SUCCESS
     return NOT_FETCHED if outcome.body_bytes is None else NOT_USABLE
 
 
-def rows_table(rows: pa.Table, keys: Sequence[str], outcomes: Sequence[Outcome], tells_hash: bool) -> pa.Table:
+def rows_table(rows: pa.Table, ledger: pa.Table, outcomes: Sequence[RowOutcome], tells_hash: bool) -> pa.Table:
     """All rows with what became of them, in the columns of img2dataset's tables.
 
     `rows` has the kept columns, `caption` and `url`; `tells_hash` adds the column `hash_check`.
     """
-    made: dict[str, pa.Array] = {
-        "key": pa.array(keys, pa.string()),
+    messages = [None if o.reason is None else f"{o.reason}: {o.message}" for o in outcomes]
+    added = {
+        "key": ledger["key"],
         "status": pa.array([status_of(outcome) for outcome in outcomes], pa.string()),
-        "error_message": pa.array([None if o.reason is None else f"{o.reason}: {o.message}" for o in outcomes]),
+        "error_message": pa.array(messages, pa.string()),
+        **{name: ledger[name] for name in COPIED_FIELDS},
     }
-    for name in (*COPIED_FIELDS, *(["hash_check"] if tells_hash else [])):
-        made[name] = pa.array([getattr(outcome, name) or None for outcome in outcomes], LEDGER.field(name).type)
-    made["error_message"] = made["error_message"].cast(pa.string())
+    if tells_hash:
+        added["hash_check"] = pc.if_else(pc.equal(ledger["hash_check"], ""), None, ledger["hash_check"])
     table = rows.drop_columns([name for name in ("hash", "phash") if name in rows.column_names])
-    for name, column in made.items():
+    for name, column in added.items():
         table = table.append_column(name, column)
     return table
 
 
 def write_data(
     format: Format,
-    files: ShardFiles,
+    files: DownloadFiles,
     table: pa.Table,
-    outcomes: Sequence[Outcome],
+    outcomes: Sequence[RowOutcome],
     image: Image,
     kinds: Mapping[str, str],
 ) -> DataFacts:
     """Write a shard's data in its format; `image(i)` gives the stored bytes of row `i`.
 
-    `kinds` are the TFRecord columns' to begin with. Sets the outcomes' offsets there. Raises UserError when the disk or
-    the store refuses.
+    `kinds` are the TFRecord columns' to begin with. Raises UserError when the disk or the store refuses.
     """
     if format == "tfds":
         return write_records(files.data, table, outcomes, image, kinds)
     if format == "webdataset":
         assert files.rows is not None
         with write_beside(files.data) as temporary, PairTar(temporary) as tar:
-            for i, row in each_row(table):
+            for i, row in numbered_rows(table):
                 if outcomes[i].reason is None:
                     tar.add(row["key"], image(i), row["caption"] or "", row)
         with write_beside(files.rows) as temporary:
@@ -94,7 +96,7 @@ def write_data(
     return DataFacts()
 
 
-def each_row(table: pa.Table) -> Iterator[tuple[int, dict[str, Any]]]:
+def numbered_rows(table: pa.Table) -> Iterator[tuple[int, dict[str, Any]]]:
     """The rows of a table by column, numbered, a few at a time as Python objects."""
     i = 0
     for batch in table.to_batches(max_chunksize=BATCH_ROWS):
@@ -104,26 +106,27 @@ def each_row(table: pa.Table) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def write_records(
-    path: Path, table: pa.Table, outcomes: Sequence[Outcome], image: Image, kinds: Mapping[str, str]
+    path: Path, table: pa.Table, outcomes: Sequence[RowOutcome], image: Image, kinds: Mapping[str, str]
 ) -> DataFacts:
     """A TFRecord file of the rows that have an image, as building a dataset from tars of them would write it.
 
-    A value that doesn't fit widens its column's kind, and the file is begun anew.
+    A value that doesn't fit widens its column's kind, and the file is begun again.
     """
     while True:
         try:
+            offsets = {}
             with write_beside(path) as temporary, PairWriter(temporary, kinds) as writer:
-                for i, row in each_row(table.drop_columns(list(DROPPED_COLUMNS))):
+                for i, row in numbered_rows(table.drop_columns(list(DROPPED_COLUMNS))):
                     if outcomes[i].reason is None:
                         writer.put(image(i), row.pop("caption"), row)
-                        outcomes[i].offset = writer.offsets[-1]
+                        offsets[i] = writer.offsets[-1]
             written = writer.written()
-            return DataFacts(f"{written.checksum:08x}", written.kinds, written.present)
+            return DataFacts(f"{written.checksum:08x}", written.kinds, written.present, offsets)
         except KindWidenedError as widened:
             kinds = widened.kinds
 
 
-def write_parquet(path: Path, table: pa.Table, outcomes: Sequence[Outcome], image: Image) -> None:
+def write_parquet(path: Path, table: pa.Table, outcomes: Sequence[RowOutcome], image: Image) -> None:
     """A parquet file of all rows with the column `jpg`, null where there is no image, as img2dataset writes it."""
     schema = table.schema.append(pa.field("jpg", pa.binary()))
     with write_beside(path) as temporary, pq.ParquetWriter(temporary, schema) as writer:
@@ -133,7 +136,7 @@ def write_parquet(path: Path, table: pa.Table, outcomes: Sequence[Outcome], imag
             writer.write_table(part.append_column(schema.field("jpg"), pa.array(images, pa.binary())))
 
 
-def row_groups(outcomes: Sequence[Outcome]) -> Iterator[tuple[int, int]]:
+def row_groups(outcomes: Sequence[RowOutcome]) -> Iterator[tuple[int, int]]:
     """Start and stop of row groups that fit into memory, whatever the images' size."""
     start = size = 0
     for i, outcome in enumerate(outcomes):

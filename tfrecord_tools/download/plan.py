@@ -14,10 +14,11 @@ import numpy.typing as npt
 
 from clipkit.errors import UserError
 from clipkit.formats.tables import open_parquet, table_errors
-from clipkit.storage.files import read_json, write_beside, write_json
-from clipkit.tfrecord_tools.account.shard_state import Format
+from clipkit.storage.files import load_array, read_json, save_array, write_json
+from clipkit.tfrecord_tools.account.shard_state import DownloadLayout, Format
 from clipkit.tfrecord_tools.pictures.picture import PictureSettings
 from clipkit.tfrecord_tools.tables.url_table import TableColumns, count_rows, fingerprint, rows_path
+from clipkit.tfrecord_tools.web.settings import FetchSettings
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Output:
 
 
 @dataclass(frozen=True)
-class Shard:
+class DownloadShard:
     """The wanted ones among the rows `start` to `stop` of one table, and the number of the shard that they become.
 
     `rows` counts them. `table` is the parquet file to read; `mask` says which are wanted, None: all.
@@ -51,16 +52,45 @@ class Shard:
 
 
 @dataclass(frozen=True)
-class Plan:
+class DownloadPlan:
     """The shards to make. `rows` counts the wanted rows of all tables, `left_out` the others."""
 
     output: Output
-    shards: tuple[Shard, ...]
+    shards: tuple[DownloadShard, ...]
     rows: int
     left_out: int
 
 
-def make_plan(urls: Path, tables: Sequence[Path], output: Output, where: str | None, own: Path) -> Plan:
+@dataclass(frozen=True)
+class JobSettings:
+    """What all shards of a download have in common; it goes to every worker.
+
+    `kinds` are those of the kept columns (see `formats.kinds`), `round` the number of the retry, 0 for the first time.
+    `counters` is the folder where workers of this machine count what they have done.
+    """
+
+    layout: DownloadLayout
+    output: Output
+    network: FetchSettings
+    kinds: dict[str, str]
+    round: int = 0
+    counters: str | None = None
+
+    @property
+    def checks_hash(self) -> bool:
+        """Whether the tables have a hash of the image."""
+        return self.output.columns.hash is not None or self.output.columns.phash is not None
+
+
+@dataclass(frozen=True)
+class DownloadJob:
+    """A shard to fetch; with `retry` only its rows that failed for one of these reasons, the others as they are."""
+
+    shard: DownloadShard
+    retry: frozenset[str] | None = None
+
+
+def make_plan(urls: Path, tables: Sequence[Path], output: Output, where: str | None, own: Path) -> DownloadPlan:
     """Cut the tables into shards, as the run before did if there was one.
 
     `own` is clipkit's folder in the output, which remembers. Raises UserError when no row is wanted, when the
@@ -89,7 +119,7 @@ def make_plan(urls: Path, tables: Sequence[Path], output: Output, where: str | N
     known = [mask if where is not None else None for mask in masks]
     shards = tuple(cut(paths, before["rows"], known, output.samples_per_shard))
     wanted_rows = sum(before["wanted"])
-    return Plan(output, shards, wanted_rows, sum(before["rows"]) - wanted_rows)
+    return DownloadPlan(output, shards, wanted_rows, sum(before["rows"]) - wanted_rows)
 
 
 def settings_of(output: Output, where: str | None) -> dict[str, Any]:
@@ -143,19 +173,16 @@ def write_mask(table: Path, path: Path, where: str) -> int:
             bits.append(np.packbits(rest[:whole]))
             rest = rest[whole:]
     bits.append(np.packbits(rest))
-    with write_beside(path) as temporary, temporary.open("wb") as opened:
-        np.save(opened, np.concatenate(bits))
+    save_array(path, np.concatenate(bits))
     return wanted
 
 
 def load_mask(path: Path) -> npt.NDArray[np.uint8]:
     """The bits of all rows of a table, eight a byte. Raises UserError when they are gone or damaged."""
     try:
-        with path.open("rb") as file:
-            bits: npt.NDArray[np.uint8] = np.load(file)
-            return bits
+        return load_array(path)
     except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"{path} can't be read ({error}): remove its folder's plan.json to begin anew") from error
+        raise UserError(f"{path} can't be read ({error}): remove its folder's plan.json to begin again") from error
 
 
 def wanted_rows(bits: npt.NDArray[np.uint8], start: int, stop: int) -> npt.NDArray[np.int64]:
@@ -167,31 +194,27 @@ def wanted_rows(bits: npt.NDArray[np.uint8], start: int, stop: int) -> npt.NDArr
 
 def cut(
     paths: Sequence[Path], counts: Sequence[int], masks: Sequence[Path | None], samples_per_shard: int
-) -> Iterator[Shard]:
+) -> Iterator[DownloadShard]:
     """Consecutive rows, at most `samples_per_shard` wanted ones a shard; no shard spans two tables."""
     number = 0
     for path, count, mask in zip(paths, counts, masks, strict=True):
-        ranges = (
-            cut_evenly(count, samples_per_shard)
-            if mask is None
-            else cut_wanted(load_mask(mask), count, samples_per_shard)
-        )
+        if mask is not None:
+            ranges = cut_wanted(load_mask(mask), count, samples_per_shard)
+        else:
+            ends = ((start, min(start + samples_per_shard, count)) for start in range(0, count, samples_per_shard))
+            ranges = ((start, stop, stop - start) for start, stop in ends)
         for start, stop, rows in ranges:
-            yield Shard(number, path, start, stop, rows, mask)
+            yield DownloadShard(number, path, start, stop, rows, mask)
             number += 1
-
-
-def cut_evenly(count: int, samples_per_shard: int) -> Iterator[tuple[int, int, int]]:
-    """Start, stop and number of rows of each shard of a table of which all rows are wanted."""
-    for start in range(0, count, samples_per_shard):
-        stop = min(start + samples_per_shard, count)
-        yield start, stop, stop - start
 
 
 def cut_wanted(
     bits: npt.NDArray[np.uint8], count: int, samples_per_shard: int, step: int = 1 << 20
 ) -> Iterator[tuple[int, int, int]]:
-    """The same with the wanted rows alone counted, `step` rows at a time; a shard begins with a wanted row."""
+    """Start, stop and number of wanted rows of each shard of a table, found `step` rows at a time.
+
+    A shard begins with a wanted row.
+    """
     pending = np.zeros(0, np.int64)
     for start in range(0, count, step):
         pending = np.concatenate([pending, wanted_rows(bits, start, min(start + step, count))])

@@ -1,17 +1,28 @@
 """What a download is going to be like: some rows from all over the table, fetched and thrown away."""
 
+import itertools
+import math
+import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
 
+import numpy as np
+import pyarrow as pa
+
+from clipkit.formats.tables import RowReader, open_parquet, row_group_starts
 from clipkit.formatting import duration, size_text
 from clipkit.intervals import wilson
 from clipkit.jobs.run import run_jobs
 from clipkit.tfrecord_tools import reasons
-from clipkit.tfrecord_tools.download.plan import Plan
+from clipkit.tfrecord_tools.download.plan import DownloadPlan, load_mask, wanted_rows
+from clipkit.tfrecord_tools.pictures.picture import PictureError, PictureSettings
 from clipkit.tfrecord_tools.reasons import ADVICE, EMPTY_CAPTION
 from clipkit.tfrecord_tools.sample import caption_problem
-from clipkit.tfrecord_tools.web.settings import FetchSettings
+from clipkit.tfrecord_tools.web.settings import FetchOutcome, FetchSettings
 
 SEED = 0
 LOWER = {
@@ -19,6 +30,10 @@ LOWER = {
     reasons.DISALLOWED: "; lower --probe-floor to go on",
 }
 RECORD_BYTES = 1_000  # of a record beside its image: caption, columns, its row in the ledger
+# A row group must be unpacked to find rows in it, and those of published tables hold a million: so many are opened.
+MAX_ROW_GROUPS = 64
+# The last rows are the slow ones, and a download overlaps them with the next: the rate is taken before they begin.
+RATE_SHARE = 0.8
 
 
 @dataclass(frozen=True)
@@ -74,47 +89,122 @@ class ProbeResult:
         return f"only {self.success:.1%} of the probed rows gave an image, below --probe-floor {floor:g}: {advice}"
 
 
-def probe(plan: Plan, count: int, network: FetchSettings, processes: int) -> ProbeResult:
+def probe(plan: DownloadPlan, count: int, network: FetchSettings, processes: int) -> ProbeResult:
     """Fetch `count` of the wanted rows from all over the tables, the same each time, and say what the whole will be.
 
     Works with as many processes and connections as the download will. Raises UserError for tables that can't be read.
     """
-    from clipkit.tfrecord_tools.download.probe_worker import ProbePart, fetch_part, name_part, sample_rows
-
     sample = sample_rows(plan, count, SEED)
-    urls = sample["url"].to_pylist()
     counts: Counter[str] = Counter()
-    wanted = []
-    for url, caption in zip(urls, sample["caption"].to_pylist(), strict=True):
+    wanted: list[str] = []
+    for url, caption in zip(sample["url"].to_pylist(), sample["caption"].to_pylist(), strict=True):
         if plan.output.format == "tfds" and caption_problem(caption) is not None:
             counts[EMPTY_CAPTION] += 1
         elif url is None:
             counts[reasons.BAD_URL] += 1
         else:
             wanted.append(url)
-    parts = [ProbePart(tuple(wanted[i::processes]), network, plan.output.pictures) for i in range(processes)]
-    parts = [part for part in parts if part.urls]
-    found = [result for _, result in run_jobs(fetch_part, parts, workers=len(parts), describe=name_part, isolate=True)]
+    rows = sample.num_rows
+    parts = [part for i in range(processes) if (part := wanted[i::processes])]
+    fetch = partial(fetch_part, network=network, pictures=plan.output.pictures)
+    found = [
+        result
+        for _, result in run_jobs(
+            fetch, parts, workers=len(parts), describe=lambda part: f"a probe of {len(part)} rows", isolate=True
+        )
+    ]
     for result in found:
         counts.update(result.counts)
     ok = counts.pop("ok", 0)
-    low, high = wilson(ok / len(urls), len(urls))
-    rate = sum(result.rate for result in found) * len(urls) / max(len(wanted), 1)
+    low, high = wilson(ok / rows, rows)
+    rate = sum(result.rate for result in found) * rows / max(len(wanted), 1)
     image_bytes = sum(result.image_bytes for result in found) / max(ok, 1)
-    images = round(plan.rows * ok / len(urls))
+    images = round(plan.rows * ok / rows)
     return ProbeResult(
-        rows=len(urls),
+        rows=rows,
         of=plan.rows,
         ok=ok,
         failed=dict(counts.most_common()),
-        success=ok / len(urls),
+        success=ok / rows,
         low=low,
         high=high,
         rows_per_second=rate,
-        images_per_second=rate * ok / len(urls),
+        images_per_second=rate * ok / rows,
         image_bytes=image_bytes,
         body_bytes=sum(result.body_bytes for result in found) / max(sum(result.bodies for result in found), 1),
         images=images,
         disk_bytes=round(images * (image_bytes + RECORD_BYTES)),
         seconds=plan.rows / rate if rate else 0.0,
     )
+
+
+def sample_rows(plan: DownloadPlan, count: int, seed: int) -> pa.Table:
+    """`url` and `caption` of `count` wanted rows (of all, if there are no more), from row groups all over the tables.
+
+    Every row is as likely as any other where all row groups are looked into; of more than MAX_ROW_GROUPS some are
+    chosen by their size, which leaves rows of one group a little alike. Raises UserError for tables that can't be read.
+    """
+    random = np.random.default_rng(seed)
+    groups: list[tuple[Path, Path | None, int, int]] = []
+    sizes: list[int] = []  # wanted rows of each
+    for table, mask in dict.fromkeys((shard.table, shard.mask) for shard in plan.shards):
+        with open_parquet(table) as file:
+            starts = row_group_starts(file).tolist()
+        bits = None if mask is None else load_mask(mask)
+        for start, stop in itertools.pairwise(starts):
+            wanted = stop - start if bits is None else len(wanted_rows(bits, start, stop))
+            if wanted:
+                groups.append((table, mask, start, stop))
+                sizes.append(wanted)
+    if len(groups) > MAX_ROW_GROUPS:
+        weights = np.array(sizes, np.float64)
+        chosen = np.sort(random.choice(len(groups), MAX_ROW_GROUPS, replace=False, p=weights / weights.sum()))
+        groups, sizes = [groups[i] for i in chosen], [sizes[i] for i in chosen]
+    shares = random.multivariate_hypergeometric(np.array(sizes), min(count, sum(sizes)))
+    columns, tables = plan.output.columns, []
+    for (table, mask, start, stop), share in zip(groups, shares.tolist(), strict=True):
+        if share:
+            rows = np.arange(start, stop) if mask is None else wanted_rows(load_mask(mask), start, stop)
+            numbers = np.sort(random.choice(rows, share, replace=False))
+            with RowReader(table, columns.read) as reader:
+                tables.append(columns.align(reader.pick(numbers)).select(["url", "caption"]))
+    return pa.concat_tables(tables)
+
+
+class PartResult(NamedTuple):
+    """What one process saw; `rate` is in rows a second."""
+
+    counts: Counter[str]
+    image_bytes: int
+    body_bytes: int
+    bodies: int
+    rate: float
+
+
+def fetch_part(urls: Sequence[str], network: FetchSettings, pictures: PictureSettings) -> PartResult:
+    """Fetch rows and make pictures of them, as a download does, and keep only the counts; in a worker."""
+    from clipkit.tfrecord_tools.download.worker import fetch_loop, picture_maker
+
+    make = picture_maker(pictures)
+    counts: Counter[str] = Counter()
+    sizes: list[tuple[int, int]] = []
+    ends: list[float] = []
+
+    def handle(outcome: FetchOutcome) -> None:
+        reason = outcome.reason
+        if outcome.body is not None:
+            try:
+                stored = len(make(outcome.body).jpg)
+            except PictureError as error:
+                reason, stored = error.reason, 0
+            sizes.append((stored, len(outcome.body)))
+        counts[reason or "ok"] += 1
+        ends.append(time.monotonic())
+
+    loop = fetch_loop(network)
+    began = time.monotonic()
+    loop.fetch(enumerate(urls), handle).result()
+    most = math.ceil(RATE_SHARE * len(ends))
+    rate = most / max(sorted(ends)[most - 1] - began, 1e-9)
+    image_bytes, body_bytes = sum(stored for stored, _ in sizes), sum(fetched for _, fetched in sizes)
+    return PartResult(counts, image_bytes, body_bytes, len(sizes), rate)

@@ -2,7 +2,7 @@
 
 Workers of this machine count in a small file each, mapped into memory, and the line is drawn from all of them twice a
 second. That costs a worker nothing, and one that dies takes no lock with it. On Ray and Spark, whose workers may be on
-other machines, the line moves when a run of shards is finished.
+other machines, the line moves when a batch of shards is finished.
 """
 
 import contextlib
@@ -13,7 +13,6 @@ import time
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -21,15 +20,11 @@ import numpy.typing as npt
 from clipkit.log import Progress
 from clipkit.tfrecord_tools.reasons import EMPTY_CAPTION, OTHER, PURGED, REASONS
 
-if TYPE_CHECKING:
-    from clipkit.tfrecord_tools.web.fetcher import Fetcher
-
 OK = "ok"
 NAMES = (OK, *REASONS, EMPTY_CAPTION, PURGED)
 PLACES = {name: place for place, name in enumerate(NAMES)}
 BYTES, REQUESTS = len(NAMES), len(NAMES) + 1
 DRAW_SECONDS = 0.5
-TELL_SECONDS = 0.2
 WINDOW_SECONDS = 10.0  # over which rates are taken
 TOP_ERRORS = 3
 
@@ -47,7 +42,6 @@ class LiveCounts:
     def __init__(self, folder: str | None) -> None:
         """The counts go on where an earlier one of this process stopped."""
         self.lock = threading.Lock()
-        self.told = 0.0
         self.values = no_counts()
         if folder is not None:
             path = Path(folder) / str(os.getpid())
@@ -59,16 +53,11 @@ class LiveCounts:
             for reason in reasons:
                 self.values[PLACES.get(reason or OK, PLACES[OTHER])] += 1
 
-    def add(self, reason: str | None, fetcher: "Fetcher") -> None:
-        """Count a row: its reason to fail, None for an image."""
+    def add(self, reason: str | None, bytes_in: int, requests: int) -> None:
+        """Count a row: its reason to fail, None for an image. The other two are those of the fetcher by now."""
         with self.lock:
             self.values[PLACES.get(reason or OK, PLACES[OTHER])] += 1
-            now = time.monotonic()
-            if now - self.told >= TELL_SECONDS:
-                self.told = now
-                with contextlib.suppress(RuntimeError):  # the loop may count a new reason meanwhile
-                    stats = fetcher.stats
-                    self.values[BYTES], self.values[REQUESTS] = stats.bytes_in, stats.concurrency
+            self.values[BYTES], self.values[REQUESTS] = bytes_in, requests
 
 
 def read_counts(folder: str) -> Counts:
@@ -92,7 +81,7 @@ class DownloadLine:
         self.window: deque[tuple[float, int, int]] = deque()
 
     def finished(self, counts: Counter[str]) -> None:
-        """A run of shards is done; where workers count by themselves that is known already."""
+        """A batch of shards is done; where workers count by themselves that is known already."""
         if self.folder is None:
             self.before.update(counts)
             self.draw()
@@ -135,19 +124,14 @@ def note(counts: Counter[str], rates: tuple[float, float], requests: int) -> str
 
 
 @contextlib.contextmanager
-def counters(wanted: bool) -> Iterator[str | None]:
-    """A folder for the workers' counts while the block runs, None where they can't be read."""
-    if not wanted:
-        yield None
-        return
-    with tempfile.TemporaryDirectory(prefix="clipkit-counts-", ignore_cleanup_errors=True) as folder:
-        yield folder
-
-
-@contextlib.contextmanager
-def watch(rows: int, before: Counter[str], folder: str | None) -> Iterator[DownloadLine]:
-    """Show the line while the block runs."""
-    with Progress("download", rows, "rows", start=before.total(), rate=False) as progress:
+def watch(rows: int, before: Counter[str], live: bool) -> Iterator[DownloadLine]:
+    """Show the line while the block runs; with `live` workers count in its folder."""
+    with contextlib.ExitStack() as stack:
+        folder = None
+        if live:
+            temporary = tempfile.TemporaryDirectory(prefix="clipkit-counts-", ignore_cleanup_errors=True)
+            folder = stack.enter_context(temporary)
+        progress = stack.enter_context(Progress("download", rows, "rows", start=before.total(), rate=False))
         line = DownloadLine(progress, before, folder)
         ended = threading.Event()
 
@@ -156,12 +140,12 @@ def watch(rows: int, before: Counter[str], folder: str | None) -> Iterator[Downl
                 line.draw()
 
         thread = threading.Thread(target=draw, name="progress", daemon=True)
-        if folder is not None:
+        if live:
             thread.start()
         try:
             yield line
         finally:
             ended.set()
-            if folder is not None:
+            if live:
                 thread.join()
             line.draw(closing=True)

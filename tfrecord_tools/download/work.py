@@ -1,48 +1,59 @@
-"""The work of a download in its order: what is missing, what is tried again, what must be written anew, and the end."""
+"""The course of a download: what is missing, what is tried again, what must be written again, and the end.
+
+A retry has a number. Each shard remembers the last one that it went through, so a retry that was killed goes on with
+the shards that it hadn't reached, and what failed again in it isn't asked for twice.
+"""
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
+from pathlib import Path
 
 from clipkit.errors import InternalError, UserError
+from clipkit.formats.kinds import unify
 from clipkit.jobs.run import Engine, run_jobs
 from clipkit.jobs.worker import cores
 from clipkit.storage.files import clear_leftovers, disk_errors, is_remote, read_json, remove, write_json
 from clipkit.tfrecord_tools.account.ledger import FAILURES_FILE, LEDGER_FOLDER, write_failures
-from clipkit.tfrecord_tools.account.replace_shard import recover
-from clipkit.tfrecord_tools.account.shard_state import ShardState, is_whole, load_state
-from clipkit.tfrecord_tools.download.finish import differs, kinds_of_all, was_changed, write_dataset
-from clipkit.tfrecord_tools.download.plan import Plan, Shard, settings_of
-from clipkit.tfrecord_tools.download.progress import counters, watch
-from clipkit.tfrecord_tools.download.retry import begin_retry, end_retry, retry_jobs
-from clipkit.tfrecord_tools.download.shard import ShardJob, Task
-from clipkit.tfrecord_tools.download.summary import DownloadSummary, summarise
-from clipkit.tfrecord_tools.reasons import remedy_after_download
+from clipkit.tfrecord_tools.account.shard_state import DownloadState, is_whole, load_state, recover
+from clipkit.tfrecord_tools.download.finish import DownloadSummary, summarise, was_changed, write_dataset
+from clipkit.tfrecord_tools.download.plan import DownloadJob, DownloadPlan, DownloadShard, JobSettings, settings_of
+from clipkit.tfrecord_tools.download.progress import watch
+from clipkit.tfrecord_tools.reasons import (
+    BLOCKED_ADDRESS,
+    DEFAULT_RETRY,
+    EMPTY_CAPTION,
+    PASSING,
+    PURGED,
+    REASONS,
+    remedy_after_download,
+)
 
-T = TypeVar("T")
-R = TypeVar("R")
-
-# Shards of a run, at most: more overlap better, fewer lose less with a worker and, on a cluster, tell sooner.
-RUN_SHARDS = 16
-RUN_SHARDS_OF_CLUSTER = 4
-RUNS_PER_WORKER = 4
-OVERLAPPING = 4  # shards of a run, at least, so that one is fetched while another is written
+# Shards of a batch, at most: more overlap better, fewer lose less with a worker and, on a cluster, report sooner.
+BATCH_SHARDS = 16
+BATCH_SHARDS_OF_CLUSTER = 4
+BATCHES_PER_WORKER = 4
+OVERLAPPING = 4  # shards of a batch, at least, so that one is fetched while another is written
 STORE_THREADS = 16
+# What a download reports too, and no retry changes.
+NOT_RETRIED = {
+    EMPTY_CAPTION: "a dataset takes no pair without a caption: choose --format webdataset and another output",
+    PURGED: "what was purged must not come back",
+}
 
 
 @dataclass(frozen=True)
-class Work:
+class Download:
     """A planned download. `workers` of None is all that a cluster can take; `urls` is what the user called the table.
 
-    What it raises is what `download` does.
+    What it raises is what `command.download` does.
     """
 
-    plan: Plan
-    task: Task
+    plan: DownloadPlan
+    settings: JobSettings
     workers: int | None
     engine: Engine
     urls: str
@@ -50,7 +61,7 @@ class Work:
 
     def has_begun(self) -> bool:
         """Whether any shard is there."""
-        folder = self.task.layout.own / LEDGER_FOLDER
+        folder = self.settings.layout.own / LEDGER_FOLDER
         return folder.exists() and any(folder.iterdir())
 
     def run(self, again: frozenset[str] | None) -> DownloadSummary:
@@ -58,136 +69,108 @@ class Work:
 
         Nothing is written when all is there.
         """
-        layout = self.task.layout
+        layout, settings, shards = self.settings.layout, self.settings, self.plan.shards
         recover(layout)
-        clear_leftovers(layout.root, layout.own, *(layout.own / each for each in (LEDGER_FOLDER, "shards", "input")))
-        recorded = self.each(self.plan.shards, self.load)
+        clear_leftovers(layout.root, layout.own, *(layout.own / name for name in (LEDGER_FOLDER, "shards", "input")))
+        found = self.read_states(shards)
         finished = self.is_finished()
-        if finished and layout.format == "tfds" and was_changed(layout, recorded):
+        if finished and layout.format == "tfds" and was_changed(layout, [state for state, _ in found]):
             return self.leave_changed(again)
-        states = self.each(list(zip(self.plan.shards, recorded, strict=True)), self.check)
-        missing = [ShardJob(shard) for shard, state in zip(self.plan.shards, states, strict=True) if state is None]
-        todo, task = missing, self.task
+        states = [state if whole else None for state, whole in found]
+        jobs = [DownloadJob(shard) for shard, state in zip(shards, states, strict=True) if state is None]
         if again is not None:
             retry = begin_retry(layout.own, again, states)
-            task = dataclasses.replace(task, round=retry.round)
-            todo = missing + retry_jobs(self.plan.shards, states, retry)
-        if not todo and finished:
+            settings = dataclasses.replace(settings, round=retry.round)
+            jobs += retry_jobs(shards, states, retry)
+        if not jobs and finished:
             end_retry(layout.own)
-            return summarise(layout, self.plan, self.complete(states))
-        self.withdraw()
-        self.fetch(todo, task, states)
-        whole = self.reload(todo, states)
+            return summarise(layout, self.plan, [state for state in states if state is not None])
+        # Take back what says that all is there, on which other stages rely.
+        for path in (layout.own / "download.json", layout.root / "dataset_info.json"):
+            remove(path)
+        whole_states = self.fetch(jobs, settings, states)
         if layout.format == "tfds":
-            whole = self.widen(task, whole)
-        return self.finish(whole)
+            # Shards whose columns have a narrower kind than in others are written again; nothing is fetched for it.
+            kinds = unify(state.kinds_met for state in whole_states)
+            pairs = zip(shards, whole_states, strict=True)
+            narrow = [DownloadJob(shard, frozenset()) for shard, state in pairs if state.is_narrower(kinds)]
+            whole_states = self.fetch(narrow, dataclasses.replace(settings, kinds=kinds), whole_states)
+        return self.finish(whole_states)
 
-    def widen(self, task: Task, states: Sequence[ShardState]) -> list[ShardState]:
-        """Write those shards again whose columns have a narrower kind than in others; nothing is fetched for it."""
-        kinds = kinds_of_all(states)
-        pairs = zip(self.plan.shards, states, strict=True)
-        narrow = [ShardJob(shard, frozenset()) for shard, state in pairs if differs(state, kinds)]
-        self.fetch(narrow, dataclasses.replace(task, kinds=kinds), states)
-        return self.reload(narrow, states)
+    def read_states(self, shards: Sequence[DownloadShard]) -> list[tuple[DownloadState | None, bool]]:
+        """The states of shards as they were written, and whether the files are still so."""
 
-    # -----------------------------------------------------------------------------------------------------------------
-    # States
-    # -----------------------------------------------------------------------------------------------------------------
+        def read(shard: DownloadShard) -> tuple[DownloadState | None, bool]:
+            files = self.settings.layout.files(shard.number)
+            state = load_state(files)
+            return state, state is not None and is_whole(files, state)
 
-    def each(self, items: Sequence[T], function: Callable[[T], R]) -> list[R]:
-        """The function of each item, several at a time where each is a question to a store."""
-        if not is_remote(self.task.layout.root):
-            return [function(item) for item in items]
-        with ThreadPoolExecutor(STORE_THREADS) as pool:
-            return list(pool.map(function, items))
-
-    def load(self, shard: Shard) -> ShardState | None:
-        return load_state(self.task.layout.files(shard.number))
-
-    def check(self, known: tuple[Shard, ShardState | None]) -> ShardState | None:
-        shard, state = known
-        return state if state is not None and is_whole(self.task.layout.files(shard.number), state) else None
-
-    def reload(self, done: Sequence[ShardJob], states: Sequence[ShardState | None]) -> list[ShardState]:
-        """The states with those of the shards that are done read anew."""
-        shards = [job.shard for job in done]
-        fresh = self.each(list(zip(shards, self.each(shards, self.load), strict=True)), self.check)
-        known = dict(enumerate(states))
-        known.update({shard.number: state for shard, state in zip(shards, fresh, strict=True)})
-        return self.complete(list(known.values()))
-
-    def complete(self, states: Sequence[ShardState | None]) -> list[ShardState]:
-        """All states, none missing."""
-        for number, state in enumerate(states):
-            if state is None:
-                name = self.task.layout.shard(number)
-                raise InternalError(f"shard {name} is missing from {self.task.layout.root}: run the same command again")
-        return [state for state in states if state is not None]
+        if not is_remote(self.settings.layout.root):
+            return [read(shard) for shard in shards]
+        with ThreadPoolExecutor(STORE_THREADS) as pool:  # each is a question to a store
+            return list(pool.map(read, shards))
 
     def is_finished(self) -> bool:
-        """Whether a run before has come to its end."""
-        layout = self.task.layout
+        """Whether an earlier run has come to its end."""
+        layout = self.settings.layout
         lasts = [layout.own / "download.json", layout.own / FAILURES_FILE]
         lasts += [layout.root / "dataset_info.json"] if layout.format == "tfds" else []
         with disk_errors(layout.root):
             return all(path.exists() for path in lasts)
 
-    def withdraw(self) -> None:
-        """Take back what says that all is there, on which other stages rely."""
-        for path in (self.task.layout.own / "download.json", self.task.layout.root / "dataset_info.json"):
-            remove(path)
-
     def leave_changed(self, again: frozenset[str] | None) -> DownloadSummary:
         """A dataset from which records were removed since is left alone: they must not come back."""
-        path = self.task.layout.own / "download.json"
+        root = self.settings.layout.root
         if again is not None:
             raise UserError(
-                f"{self.task.layout.root} was changed since it was downloaded (clipkit purge?): nothing can be fetched "
+                f"{root} was changed since it was downloaded (clipkit purge?): nothing can be fetched "
                 "into it any more; download the table into another folder, and purge that"
             )
-        told = read_json(path)
+        values = read_json(self.settings.layout.own / "download.json")
         names = [field.name for field in dataclasses.fields(DownloadSummary) if field.name not in ("out", "probe")]
-        return DownloadSummary(out=self.task.layout.root, **{name: told[name] for name in names})
+        return DownloadSummary(out=root, **{name: values[name] for name in names})
 
-    # -----------------------------------------------------------------------------------------------------------------
-    # Fetching
-    # -----------------------------------------------------------------------------------------------------------------
+    def fetch(
+        self, jobs: Sequence[DownloadJob], settings: JobSettings, states: Sequence[DownloadState | None]
+    ) -> list[DownloadState]:
+        """Fetch shards, with a line of progress; returns all states, those of the shards fetched read again."""
+        current = list(states)
+        if jobs:
+            # Only here, so that what fetching imports stays out of this process.
+            from clipkit.tfrecord_tools.download.worker import fetch_batch
 
-    def fetch(self, todo: Sequence[ShardJob], task: Task, states: Sequence[ShardState | None]) -> None:
-        """Fetch shards, with a line of progress."""
-        if not todo:
-            return
-        # Only here, so that what fetching imports stays out of this process.
-        from clipkit.tfrecord_tools.download.worker import fetch_run
+            before = counts_before(jobs, states)
+            with watch(self.plan.rows, before, live=self.engine == "local") as line:
+                results = run_jobs(
+                    partial(fetch_batch, settings=dataclasses.replace(settings, counters=line.folder)),
+                    cut_batches(jobs, self.workers or cores(), self.engine),
+                    workers=self.workers,
+                    describe=self.name_batch,
+                    isolate=True,
+                    engine=self.engine,
+                )
+                for _, counts in results:
+                    line.finished(counts)
+            shards = [job.shard for job in jobs]
+            for shard, (state, whole) in zip(shards, self.read_states(shards), strict=True):
+                current[shard.number] = state if whole else None
+        for number, state in enumerate(current):
+            if state is None:
+                layout = settings.layout
+                raise InternalError(
+                    f"shard {layout.shard(number)} is missing from {layout.root}: run the same command again"
+                )
+        return [state for state in current if state is not None]
 
-        runs = cut_runs(todo, self.workers or cores(), self.engine)
-        with (
-            counters(self.engine == "local") as folder,
-            watch(self.plan.rows, counts_before(todo, states), folder) as line,
-        ):
-            work = run_jobs(
-                partial(fetch_run, task=dataclasses.replace(task, counters=folder)),
-                runs,
-                workers=self.workers,
-                describe=self.name_run,
-                isolate=True,
-                engine=self.engine,
-            )
-            for _, counts in work:
-                line.finished(counts)
-
-    def name_run(self, run: Sequence[ShardJob]) -> str:
-        first, last = (self.task.layout.shard(job.shard.number) for job in (run[0], run[-1]))
+    def name_batch(self, batch: Sequence[DownloadJob]) -> str:
+        """What an error says it was working on."""
+        first, last = (self.settings.layout.shard(job.shard.number) for job in (batch[0], batch[-1]))
         return f"shard {first}" if first == last else f"shards {first} to {last}"
 
-    # -----------------------------------------------------------------------------------------------------------------
-    # The end
-    # -----------------------------------------------------------------------------------------------------------------
-
-    def finish(self, states: Sequence[ShardState]) -> DownloadSummary:
+    def finish(self, states: Sequence[DownloadState]) -> DownloadSummary:
         """Write all failures, the files around a dataset, and the summary, which says that all is there."""
-        layout = self.task.layout
-        ledgers = [(layout.shard(each.number), layout.files(each.number).ledger) for each in self.plan.shards]
+        layout = self.settings.layout
+        ledgers = [(layout.shard(shard.number), layout.files(shard.number).ledger) for shard in self.plan.shards]
         write_failures(layout.own / FAILURES_FILE, ledgers)
         summary = summarise(layout, self.plan, states)
         if summary.rows != summary.left_out + summary.downloaded + sum(summary.failed.values()):
@@ -202,28 +185,89 @@ class Work:
                     f"{layout.own / FAILURES_FILE}): {remedy_after_download(next(iter(summary.failed)))}"
                 )
             write_dataset(layout, self.plan, states)
-        told = {**summary.to_json(), "urls": self.urls, "settings": settings_of(self.task.output, self.where)}
-        write_json(layout.own / "download.json", told)
+        settings = settings_of(self.settings.output, self.where)
+        write_json(layout.own / "download.json", {**summary.to_json(), "urls": self.urls, "settings": settings})
         end_retry(layout.own)
         return summary
 
 
-def cut_runs(todo: Sequence[ShardJob], workers: int, engine: Engine) -> list[tuple[ShardJob, ...]]:
+def cut_batches(jobs: Sequence[DownloadJob], workers: int, engine: Engine) -> list[tuple[DownloadJob, ...]]:
     """Neighbouring shards together, few enough that all workers have something to do to the end."""
-    most = RUN_SHARDS if engine == "local" else RUN_SHARDS_OF_CLUSTER
-    least = min(OVERLAPPING, -(-len(todo) // workers))
-    length = min(most, max(least, len(todo) // (workers * RUNS_PER_WORKER)))
-    return [tuple(todo[start : start + length]) for start in range(0, len(todo), length)]
+    most = BATCH_SHARDS if engine == "local" else BATCH_SHARDS_OF_CLUSTER
+    least = min(OVERLAPPING, -(-len(jobs) // workers))
+    length = min(most, max(least, len(jobs) // (workers * BATCHES_PER_WORKER)))
+    return [tuple(jobs[start : start + length]) for start in range(0, len(jobs), length)]
 
 
-def counts_before(todo: Sequence[ShardJob], states: Sequence[ShardState | None]) -> Counter[str]:
+def counts_before(jobs: Sequence[DownloadJob], states: Sequence[DownloadState | None]) -> Counter[str]:
     """The rows that are done already, images under `ok`, without those that are fetched again."""
     counts: Counter[str] = Counter()
     for state in states:
         if state is not None:
             counts.update({"ok": state.successes, **state.failed})
-    for job in todo:
+    for job in jobs:
         state = states[job.shard.number]
         if state is not None and job.retry is not None:
             counts.subtract({reason: number for reason, number in state.failed.items() if reason in job.retry})
     return +counts
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rows that failed, fetched again
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Retry:
+    """A retry under way: its number, from 1, and the reasons whose rows are fetched again."""
+
+    round: int
+    reasons: frozenset[str]
+
+
+def parse_reasons(text: str, allow_private_hosts: bool = False) -> frozenset[str]:
+    """Reasons separated by commas. Raises UserError for an unknown one, and for one that no retry changes.
+
+    Where private hosts are allowed, the default takes their rows along: a run that forgot to allow them refused them.
+    """
+    if text == DEFAULT_RETRY and allow_private_hosts:
+        return PASSING | {BLOCKED_ADDRESS}
+    named = [part.strip().lower() for part in text.split(",") if part.strip()]
+    for name in named:
+        if name in NOT_RETRIED:
+            raise UserError(f"--retry-failed={text}: rows can't be fetched again for {name}, {NOT_RETRIED[name]}")
+    unknown = [name for name in named if name not in REASONS]
+    if unknown or not named:
+        what = f"unknown reason {unknown[0]!r}" if unknown else "no reason is named"
+        raise UserError(f"{what} in --retry-failed={text}: choose among {', '.join(REASONS)}")
+    return frozenset(named)
+
+
+def begin_retry(own: Path, reasons: frozenset[str], states: Iterable[DownloadState | None]) -> Retry:
+    """Go on with the retry that was killed, if it was one for the same reasons, or begin the next."""
+    path = own / "retry.json"
+    latest = max((state.round for state in states if state is not None), default=0)
+    if path.exists():
+        before = read_json(path)
+        if before.get("reasons") == sorted(reasons):
+            return Retry(int(before["round"]), reasons)
+        latest = max(latest, int(before["round"]))
+    retry = Retry(latest + 1, reasons)
+    write_json(path, {"round": retry.round, "reasons": sorted(reasons)})
+    return retry
+
+
+def end_retry(own: Path) -> None:
+    """Forget a retry of which nothing is left to do."""
+    remove(own / "retry.json")
+
+
+def retry_jobs(
+    shards: Iterable[DownloadShard], states: Iterable[DownloadState | None], retry: Retry
+) -> list[DownloadJob]:
+    """The shards that a retry has not reached and that have rows for it."""
+    return [
+        DownloadJob(shard, retry.reasons)
+        for shard, state in zip(shards, states, strict=True)
+        if state is not None and state.round < retry.round and retry.reasons & set(state.failed)
+    ]

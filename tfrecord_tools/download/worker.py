@@ -1,106 +1,98 @@
-"""A run of neighbouring shards: what one worker is given at a time.
+"""What one worker is given at a time: a batch of neighbouring shards.
 
 The last rows of a shard are the slow ones, up to a URL's whole deadline. So a worker has several shards under way:
 while the last answers to one are awaited, the next are being fetched with the connections that it leaves idle. The
-event loop with its connections and its DNS cache lives as long as the process, through many runs.
+event loop with its connections and its DNS cache lives as long as the process, through many batches.
 """
 
 import asyncio
 import gc
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import ExitStack
-from functools import cache
+from functools import cache, partial
 
 import pyarrow as pa
 
 from clipkit.formats.tables import RowReader
-from clipkit.tfrecord_tools.account.replace_shard import recover
-from clipkit.tfrecord_tools.account.shard_state import ShardState, read_state
-from clipkit.tfrecord_tools.download.finish import differs
-from clipkit.tfrecord_tools.download.plan import Shard, load_mask, wanted_rows
+from clipkit.tfrecord_tools.account.shard_state import DownloadState, finished_state, recover
+from clipkit.tfrecord_tools.download.plan import DownloadJob, DownloadShard, JobSettings, load_mask, wanted_rows
 from clipkit.tfrecord_tools.download.progress import LiveCounts
-from clipkit.tfrecord_tools.download.shard import OpenShard, ShardJob, Task
+from clipkit.tfrecord_tools.download.shard import OpenShard
 from clipkit.tfrecord_tools.pictures.picture import PictureMaker, PictureSettings
 from clipkit.tfrecord_tools.tables.url_table import TableColumns
+from clipkit.tfrecord_tools.web.calls import Handle
 from clipkit.tfrecord_tools.web.fetcher import Fetcher
-from clipkit.tfrecord_tools.web.settings import Fetched, FetchSettings
+from clipkit.tfrecord_tools.web.settings import FetchOutcome, FetchSettings
 
 # Each holds its rows in memory and its images on the disk.
 SHARDS_UNDER_WAY = 4
 
-Run = tuple[ShardJob, ...]
 
+def fetch_batch(batch: tuple[DownloadJob, ...], settings: JobSettings) -> Counter[str]:
+    """Fetch the shards of a batch and publish each; the counts of all their rows, images under `ok`.
 
-def fetch_run(run: Run, task: Task) -> Counter[str]:
-    """Fetch the shards of a run and publish each; the counts of all their rows, images under `ok`.
-
-    A shard that is there already is left as it is, so that a run may be given to another worker at any moment.
+    A shard that is there already is left as it is, so that a batch may be given to another worker at any moment.
     Raises UserError when the disk refuses or a table is gone.
     """
     total: Counter[str] = Counter()
-    counts = LiveCounts(task.counters)
-    loop = fetch_loop(task.network)
-    make = picture_maker(task.output.pictures)
-    settle()
+    counts = LiveCounts(settings.counters)
+    loop = fetch_loop(settings.network)
+    make = picture_maker(settings.output.pictures)
+    tune_process()
+
+    def handle(shard: OpenShard, outcome: FetchOutcome) -> None:
+        """In a thread of the fetcher."""
+        shard.take(outcome, make)
+        counts.add(outcome.reason, loop.fetcher.exchange.bytes_in, loop.fetcher.concurrency.limit)
+
+    def publish_finished() -> None:
+        """Wait until a shard has all its answers, and write its files."""
+        done, _ = wait(under_way, return_when=FIRST_COMPLETED)
+        for future in done:
+            shard = under_way.pop(future)
+            future.result()
+            total.update(row_counts(shard.publish()))
+
     under_way: dict[Future[None], OpenShard] = {}
     try:
-        with ShardReader(task.output.columns) as reader:
-            for job in run:
-                state = finished_state(task, job)
+        with ShardReader(settings.output.columns) as reader:
+            for job in batch:
+                state = state_of_done(settings, job)
                 if state is not None:
-                    add_state(total, state)
+                    total.update(row_counts(state))
                     continue
                 while len(under_way) >= SHARDS_UNDER_WAY:
-                    publish_finished(under_way, total)
-                shard = OpenShard(task, job, *reader.read(job.shard))
+                    publish_finished()
+                shard = OpenShard(settings, job, *reader.read(job.shard))
                 if job.retry is None:
                     counts.add_refused(outcome.reason for outcome in shard.outcomes if outcome is not None)
                 rows = [(i, url) for i in shard.missing if (url := shard.urls[i]) is not None]
-                under_way[loop.fetch(rows, handler(shard, make, counts, loop.fetcher))] = shard
+                under_way[loop.fetch(rows, partial(handle, shard))] = shard
         while under_way:
-            publish_finished(under_way, total)
+            publish_finished()
     finally:
         for future in under_way:
             future.cancel()
     return total
 
 
-def finished_state(task: Task, job: ShardJob) -> ShardState | None:
+def state_of_done(settings: JobSettings, job: DownloadJob) -> DownloadState | None:
     """The state of a shard on which nothing is left to do."""
     if job.retry is not None:
-        recover(task.layout, job.shard.number)
-    state = read_state(task.layout.files(job.shard.number))
+        recover(settings.layout, job.shard.number)
+    state = finished_state(settings.layout.files(job.shard.number))
     if state is None or job.retry is None:
         return state
-    done = state.round >= task.round if job.retry else not differs(state, task.kinds)
+    done = state.round >= settings.round if job.retry else not state.is_narrower(settings.kinds)
     return state if done else None
 
 
-def handler(shard: OpenShard, make: PictureMaker, counts: LiveCounts, fetcher: Fetcher) -> Callable[[Fetched], None]:
-    """What is done with each answer, in a thread of the fetcher."""
-
-    def handle(fetched: Fetched) -> None:
-        outcome = shard.take(fetched.index, fetched, make)
-        counts.add(outcome.reason, fetcher)
-
-    return handle
-
-
-def publish_finished(under_way: dict[Future[None], OpenShard], total: Counter[str]) -> None:
-    """Wait until a shard has all its answers, and write its files."""
-    done, _ = wait(under_way, return_when=FIRST_COMPLETED)
-    for future in done:
-        shard = under_way.pop(future)
-        future.result()
-        add_state(total, shard.publish())
-
-
-def add_state(total: Counter[str], state: ShardState) -> None:
-    """Add a shard's images (under `ok`) and failures by reason."""
-    total.update({"ok": state.successes, **state.failed})
+def row_counts(state: DownloadState) -> dict[str, int]:
+    """The rows of a shard by what became of them: images under `ok`, failures by reason."""
+    return {"ok": state.successes, **state.failed}
 
 
 class ShardReader(ExitStack):
@@ -109,9 +101,9 @@ class ShardReader(ExitStack):
     def __init__(self, columns: TableColumns) -> None:
         super().__init__()
         self.columns = columns
-        self.shard: Shard | None = None
+        self.shard: DownloadShard | None = None
 
-    def read(self, shard: Shard) -> tuple[pa.Table, list[int]]:
+    def read(self, shard: DownloadShard) -> tuple[pa.Table, list[int]]:
         """The wanted rows of a shard, as `TableColumns.align` has them, and their numbers in the table.
 
         Raises UserError.
@@ -137,13 +129,13 @@ class FetchLoop:
     """A Fetcher in a thread of its own, for as long as the process lives."""
 
     def __init__(self, settings: FetchSettings) -> None:
-        """Raises UserError for settings that can't be."""
+        """Raises UserError for invalid settings."""
         self.loop = asyncio.new_event_loop()
         threading.Thread(target=self.loop.run_forever, name="fetch", daemon=True).start()
         self.fetcher = Fetcher(settings)
         asyncio.run_coroutine_threadsafe(self.fetcher.__aenter__(), self.loop).result()
 
-    def fetch(self, rows: Iterable[tuple[int, str]], handle: Callable[[Fetched], None]) -> Future[None]:
+    def fetch(self, rows: Iterable[tuple[int, str]], handle: Handle) -> Future[None]:
         """`Fetcher.fetch_many` as a future; several may be under way."""
         return asyncio.run_coroutine_threadsafe(self.fetcher.fetch_many(rows, handle), self.loop)
 
@@ -155,7 +147,7 @@ def fetch_loop(settings: FetchSettings) -> FetchLoop:
 
 
 @cache
-def settle() -> None:
+def tune_process() -> None:
     """Ready the process for many small objects, once all is imported.
 
     What is imported need not be looked through for garbage again and again: that is a tenth of the time. And Arrow's

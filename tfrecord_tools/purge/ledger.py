@@ -5,23 +5,30 @@ reason of the network's. Rows that gave no image are purged too: what was refuse
 come tomorrow. Where no download made the dataset, or its format has no ledger, there is nothing to do.
 """
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from clipkit.errors import UserError
 from clipkit.formats.dataset import DatasetLayout
-from clipkit.formats.manifest import CLIPKIT_FOLDER, SplitManifest, add_counts
+from clipkit.formats.manifest import CLIPKIT_FOLDER, SplitManifest
 from clipkit.jobs.passes import Runner
 from clipkit.storage.files import local_copy, read_json, save_array, write_json
-from clipkit.tfrecord_tools.account import ledger, shard_state
-from clipkit.tfrecord_tools.account.ledger import Outcome, read_ledger, write_ledger
-from clipkit.tfrecord_tools.account.shard_state import ShardFiles, file_sizes, load_state, write_state
+from clipkit.tfrecord_tools.account import ledger
+from clipkit.tfrecord_tools.account.ledger import ledger_table, read_ledger, write_ledger
+from clipkit.tfrecord_tools.account.shard_state import (
+    SPLIT,
+    DownloadFiles,
+    DownloadLayout,
+    add_states,
+    load_state,
+    outcome_counts,
+    write_state,
+)
+from clipkit.tfrecord_tools.outcome import RowOutcome
 from clipkit.tfrecord_tools.purge.plan import PurgePlan, work_folder
 from clipkit.tfrecord_tools.purge.removals import RemovalList, UInt64Array, find
 from clipkit.tfrecord_tools.purge.shard import RewrittenShard
@@ -38,7 +45,7 @@ class LedgerJob:
     `wanted` is the file of the list's array, None when the list is of something that failed rows haven't.
     """
 
-    files: ShardFiles
+    files: DownloadFiles
     shard: RewrittenShard | None
     wanted: Path | None
     by: str
@@ -61,9 +68,7 @@ def purge_ledgers(
     if listed.by in KNOWN:
         wanted_path = work_folder(layout.folder) / "wanted.npy"
         save_array(wanted_path, wanted)
-    rewritten = {
-        shard.file: state for shard, state in zip(plan.shards, states, strict=True) if shard.split == shard_state.SPLIT
-    }
+    rewritten = {shard.file: state for shard, state in zip(plan.shards, states, strict=True) if shard.split == SPLIT}
     files = [download.files(number) for number in range(download.shard_count)]
     runner.run(
         "purge: ledgers",
@@ -74,12 +79,12 @@ def purge_ledgers(
     return _finish_download(download, files)
 
 
-def _download_layout(layout: DatasetLayout) -> shard_state.Layout | None:
+def _download_layout(layout: DatasetLayout) -> DownloadLayout | None:
     """How the download that made the dataset names its files, None when none made it."""
-    split = shard_state.SPLIT
+    split = SPLIT
     if split not in layout.lengths or not (layout.folder / CLIPKIT_FOLDER / ledger.LEDGER_FOLDER).exists():
         return None
-    made = shard_state.Layout(layout.folder, "tfds", layout.name, len(layout.lengths[split]))
+    made = DownloadLayout(layout.folder, "tfds", layout.name, len(layout.lengths[split]))
     names = [made.files(number).data.name for number in range(made.shard_count)]
     return made if names == layout.files[split] and made.files(0).ledger.exists() else None
 
@@ -91,7 +96,7 @@ def purge_ledger(job: LedgerJob) -> int:
         rows = pq.read_table(local, columns=["key", "row", "url", "caption"], partitioning=None)
     outcomes = read_ledger(path)
     keys: list[str] = rows["key"].to_pylist()
-    purged = Outcome(PURGED, f"by the purge {job.purge}")
+    purged = RowOutcome(PURGED, f"by the purge {job.purge}")
     before = [outcome.reason for outcome in outcomes]
     stored = [row for row, reason in enumerate(before) if reason is None]
     if job.shard is not None and len(stored) != job.shard.records:
@@ -113,42 +118,28 @@ def purge_ledger(job: LedgerJob) -> int:
             if place >= 0:
                 outcomes[row] = purged
     if [outcome.reason for outcome in outcomes] != before:
-        captions = [
-            None if outcome.reason == PURGED else caption
-            for outcome, caption in zip(outcomes, rows["caption"].to_pylist(), strict=True)
-        ]
-        cleared = pa.table({"url": rows["url"], "caption": pa.array(captions, pa.string())})
-        write_ledger(path, keys, rows["row"].to_pylist(), cleared, outcomes)
+        write_ledger(path, ledger_table(keys, rows["row"].to_pylist(), rows, outcomes))
     _write_state(job, outcomes)
     return sum(outcome.reason == PURGED for outcome in outcomes)
 
 
-def _write_state(job: LedgerJob, outcomes: list[Outcome]) -> None:
+def _write_state(job: LedgerJob, outcomes: list[RowOutcome]) -> None:
     """The download's own state of the shard, counted again from the ledger."""
     state = load_state(job.files)
     if state is None:
         return
-    stored = [outcome for outcome in outcomes if outcome.reason is None]
-    if state.successes != len(stored) and job.shard is not None:
+    counts = outcome_counts(outcomes)
+    if state.successes != counts["successes"] and job.shard is not None:
         columns = {name: count - job.shard.columns.get(name, 0) for name, count in state.present.items()}
         state = replace(state, present={name: count for name, count in columns.items() if count})
-    checks = Counter(outcome.hash_check for outcome in stored if outcome.hash_check)
-    failed = Counter(outcome.reason for outcome in outcomes if outcome.reason is not None)
     entry = job.shard.entry if job.shard is not None else None
-    new = replace(
-        state,
-        successes=len(stored),
-        failed=dict(sorted(failed.items())),
-        hash_check=dict(sorted(checks.items())),
-        image_bytes=sum(outcome.jpg_bytes or 0 for outcome in stored),
-        sizes=file_sizes(job.files),
-        crc32c=entry.crc32c if entry is not None else state.crc32c,
-    )
+    crc32c = entry.crc32c if entry is not None else state.crc32c
+    new = replace(state, **counts, sizes=job.files.sizes(), crc32c=crc32c)
     if new != state:
         write_state(job.files.state, new)
 
 
-def _finish_download(made: shard_state.Layout, files: Sequence[ShardFiles]) -> dict[str, dict[str, int]]:
+def _finish_download(made: DownloadLayout, files: Sequence[DownloadFiles]) -> dict[str, dict[str, int]]:
     """Bring the download's tables of all its shards into line; returns what failed in each shard, by its file."""
     states = [state for each in files if (state := load_state(each)) is not None]
     failures, account = made.own / ledger.FAILURES_FILE, made.own / "download.json"
@@ -156,13 +147,7 @@ def _finish_download(made: shard_state.Layout, files: Sequence[ShardFiles]) -> d
         names = [(made.shard(number), each.ledger) for number, each in enumerate(files)]
         ledger.write_failures(failures, names)
     if account.exists() and len(states) == len(files):
-        failed = add_counts(state.failed for state in states)
-        values = read_json(account)
-        values["downloaded"] = sum(state.successes for state in states)
-        values["failed"] = dict(sorted(failed.items(), key=lambda each: (-each[1], each[0])))
-        values["hash_check"] = add_counts(state.hash_check for state in states)
-        values["image_bytes"] = sum(state.image_bytes for state in states)
-        write_json(account, values)
+        write_json(account, {**read_json(account), **add_states(states)})
     return {each.data.name: state.failed for each, state in zip(files, states, strict=False)}
 
 

@@ -10,11 +10,11 @@ from bad_server import bad_server
 from click.testing import CliRunner
 from download_site import numbered, write_numbered
 
-from clipkit.cli.download import PASSING
 from clipkit.cli.main import main
 from clipkit.tfrecord_tools.download import command as stage
-from clipkit.tfrecord_tools.download.summary import DownloadSummary
+from clipkit.tfrecord_tools.download.finish import DownloadSummary
 from clipkit.tfrecord_tools.pictures.picture import PictureSettings
+from clipkit.tfrecord_tools.reasons import DEFAULT_RETRY
 from clipkit.tfrecord_tools.web.settings import FetchSettings, user_agent
 
 DEFAULTS = inspect.signature(stage.download).parameters
@@ -88,7 +88,7 @@ def test_retry_failed_may_stand_alone_anywhere(called: dict[str, Any], place: in
     arguments = ["urls.parquet", "out"]
     arguments.insert(place, "--retry-failed")
     run(*arguments)
-    assert called["retry_failed"] == PASSING and called["urls"] == Path("urls.parquet")
+    assert called["retry_failed"] == DEFAULT_RETRY and called["urls"] == Path("urls.parquet")
 
 
 def test_what_is_printed(called: dict[str, Any]) -> None:

@@ -48,10 +48,9 @@ from clipkit.jobs.run import Engine
 from clipkit.pixels.phash import perceptual_hash_of
 from clipkit.tfrecord_tools.account.ledger import read_ledger
 from clipkit.tfrecord_tools.download import work
-from clipkit.tfrecord_tools.download import work as download_work
-from clipkit.tfrecord_tools.download.plan import cut
-from clipkit.tfrecord_tools.download.retry import DEFAULT
-from clipkit.tfrecord_tools.download.summary import DownloadSummary
+from clipkit.tfrecord_tools.download.finish import DownloadSummary
+from clipkit.tfrecord_tools.download.plan import DownloadJob, cut
+from clipkit.tfrecord_tools.reasons import DEFAULT_RETRY
 
 Finished = dict[str, tuple[Path, Path, DownloadSummary]]
 FORMATS = ("tfds", "webdataset", "parquet")
@@ -394,7 +393,7 @@ def test_private_addresses_are_refused_unless_allowed(tmp_path: Path) -> None:
         # They who forgot to allow them say so in the retry.
         for allowed, downloaded in [(False, 0), (True, 1)]:
             network = replace(NETWORK, allow_private_hosts=allowed)
-            summary = fetch(urls, tmp_path / "out", format="parquet", network=network, retry_failed=DEFAULT)
+            summary = fetch(urls, tmp_path / "out", format="parquet", network=network, retry_failed=DEFAULT_RETRY)
             assert summary.downloaded == downloaded
 
 
@@ -435,8 +434,8 @@ def test_the_process_that_leads_imports_nothing_heavy(tmp_path: Path) -> None:
 def test_runs_overlap_shards_and_leave_work_for_every_worker(
     shards: int, workers: int, engine: Engine, lengths: set[int]
 ) -> None:
-    todo = [download_work.ShardJob(shard) for shard in cut([Path("t")], [shards], [None], 1)]
-    runs = download_work.cut_runs(todo, workers, engine)
+    todo = [DownloadJob(shard) for shard in cut([Path("t")], [shards], [None], 1)]
+    runs = work.cut_batches(todo, workers, engine)
     assert {len(run) for run in runs} == lengths
     assert [job for run in runs for job in run] == todo
 

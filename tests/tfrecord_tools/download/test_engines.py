@@ -19,7 +19,7 @@ from clipkit.formats.dataset import open_dataset
 from clipkit.jobs.local import run_here
 from clipkit.storage.files import as_path, remove
 from clipkit.tfrecord_tools.download import work
-from clipkit.tfrecord_tools.download.retry import DEFAULT
+from clipkit.tfrecord_tools.reasons import DEFAULT_RETRY
 
 COUNT, SHARD = 12, 3
 
@@ -108,7 +108,7 @@ def test_to_s3_with_workers(urls: Path, whole: dict[str, bytes], s3: str) -> Non
     assert {name: data for name, data in found.items() if name in whole} == whole
     dataset = open_dataset(summary.out)
     assert [dataset.example(i)["txt"] for i in range(COUNT)] == [f"caption {i}" for i in range(COUNT)]
-    assert fetch(urls, f"{s3}/data", samples_per_shard=SHARD, retry_failed=DEFAULT) == summary
+    assert fetch(urls, f"{s3}/data", samples_per_shard=SHARD, retry_failed=DEFAULT_RETRY) == summary
 
 
 def test_table_in_s3(urls: Path, s3: str, tmp_path: Path) -> None:

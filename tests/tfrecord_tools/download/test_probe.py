@@ -16,8 +16,7 @@ from clipkit.cli.demo_server import Answer, serve
 from clipkit.cli.main import main
 from clipkit.errors import UserError
 from clipkit.tfrecord_tools.download.plan import Output, make_plan
-from clipkit.tfrecord_tools.download.probe import LOWER, ProbeResult
-from clipkit.tfrecord_tools.download.probe_worker import MAX_ROW_GROUPS, sample_rows
+from clipkit.tfrecord_tools.download.probe import LOWER, MAX_ROW_GROUPS, ProbeResult, sample_rows
 from clipkit.tfrecord_tools.reasons import ADVICE, remedy_after_download
 from clipkit.tfrecord_tools.tables.url_table import TableColumns
 

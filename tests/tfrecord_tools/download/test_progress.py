@@ -4,7 +4,6 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 from bad_server import bad_server
@@ -12,22 +11,18 @@ from download_site import NETWORK, fetch, numbered, write_numbered
 
 from clipkit.log import Progress
 from clipkit.tfrecord_tools.download import progress as download_progress
-from clipkit.tfrecord_tools.download.progress import DownloadLine, LiveCounts, counters, note, read_counts, watch
+from clipkit.tfrecord_tools.download.progress import DownloadLine, LiveCounts, note, read_counts, watch
 from clipkit.tfrecord_tools.reasons import REASONS
-
-
-def fetcher(bytes_in: int = 0, concurrency: int = 0) -> Any:
-    return SimpleNamespace(stats=SimpleNamespace(bytes_in=bytes_in, concurrency=concurrency))
 
 
 def test_workers_counts_are_added_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for pid in (11, 12):
         monkeypatch.setattr(download_progress.os, "getpid", lambda pid=pid: pid)
         counts = LiveCounts(str(tmp_path))
-        counts.add(None, fetcher(1000 * pid, pid))
-        counts.add("dns", fetcher())
+        counts.add(None, 1000 * pid, pid)
+        counts.add("dns", 1000 * pid, pid)
         counts.add_refused(["bad-url", "something else"])
-    LiveCounts(str(tmp_path)).add(None, fetcher(5000, 3))  # the same process goes on
+    LiveCounts(str(tmp_path)).add(None, 5000, 3)  # the same process goes on
     (tmp_path / "13").write_bytes(b"half")
     total = read_counts(str(tmp_path))
     by_name = dict(zip(download_progress.NAMES, total.tolist(), strict=False))
@@ -47,18 +42,16 @@ def test_note_names_the_top_errors() -> None:
 def test_rates_are_of_late(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = SimpleNamespace(now=0.0)
     monkeypatch.setattr(download_progress.time, "monotonic", lambda: clock.now)
-    with counters(True) as folder:
-        line = DownloadLine(Progress("download", 10_000, "rows", quiet=True), Counter({"ok": 5}), folder)
-        counts = LiveCounts(folder)
+    line = DownloadLine(Progress("download", 10_000, "rows", quiet=True), Counter({"ok": 5}), str(tmp_path))
+    counts = LiveCounts(str(tmp_path))
+    line.draw()
+    for second in range(1, 31):
+        clock.now = float(second)
+        for _ in range(100 if second > 15 else 1):
+            counts.add(None, second * 1_000_000, 8)
         line.draw()
-        for second in range(1, 31):
-            clock.now = float(second)
-            for _ in range(100 if second > 15 else 1):
-                counts.add(None, fetcher(second * 1_000_000, 8))
-            line.draw()
-        assert line.rates() == pytest.approx((100, 1.0), rel=0.1)
-        assert line.line.done == 5 + 15 + 1500
-    assert not Path(folder).exists()
+    assert line.rates() == pytest.approx((100, 1.0), rel=0.1)
+    assert line.line.done == 5 + 15 + 1500
 
 
 def test_the_line_has_one_rate_of_late_and_at_the_end_that_of_the_run(
@@ -67,22 +60,23 @@ def test_the_line_has_one_rate_of_late_and_at_the_end_that_of_the_run(
     clock = SimpleNamespace(now=0.0)
     monkeypatch.setattr(download_progress.time, "monotonic", lambda: clock.now)
     monkeypatch.setattr(download_progress, "DRAW_SECONDS", 3600.0)
-    with counters(True) as folder, watch(1000, Counter({"ok": 500}), folder) as line:
-        counts = LiveCounts(folder)
+    with watch(1000, Counter({"ok": 500}), live=True) as line:
+        counts = LiveCounts(line.folder)
         for second in range(1, 51):
             clock.now = float(second)
             if second <= 20:
                 for _ in range(20):
-                    counts.add(None, fetcher(second * 1_000_000, 8))
+                    counts.add(None, second * 1_000_000, 8)
             line.draw()
         assert line.line.text() == "900/1,000 rows · 0 images/s, 0.0 MB/s, 8 at once, 100.0% ok"
+    assert not Path(line.folder).exists()
     last = capsys.readouterr().err.splitlines()[-1]
     assert last == "download: 900/1,000 rows · 8 images/s, 0.4 MB/s, 8 at once, 100.0% ok"
 
 
 def test_a_cluster_tells_by_runs() -> None:
-    with counters(False) as folder, watch(10, Counter({"ok": 1}), folder) as line:
-        assert folder is None
+    with watch(10, Counter({"ok": 1}), live=False) as line:
+        assert line.folder is None
         line.finished(Counter({"ok": 3, "dns": 2}))
         assert line.line.done == 6 and line.line.note.endswith("66.7% ok, dns 2")
 

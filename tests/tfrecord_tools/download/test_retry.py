@@ -10,14 +10,15 @@ import pytest
 from download_site import JPEG, examples, fetch, file_bytes, members, write_urls
 
 from clipkit.cli.demo_server import Answer, serve
-from clipkit.cli.download import PASSING
 from clipkit.errors import UserError
 from clipkit.formats.dataset import open_dataset
 from clipkit.tfrecord_tools import reasons
-from clipkit.tfrecord_tools.account.shard_state import ShardState
+from clipkit.tfrecord_tools.account.shard_state import DownloadState
 from clipkit.tfrecord_tools.download import work
-from clipkit.tfrecord_tools.download.plan import Shard
-from clipkit.tfrecord_tools.download.retry import DEFAULT, Retry, begin_retry, end_retry, parse_reasons, retry_jobs
+from clipkit.tfrecord_tools.download.plan import DownloadShard
+from clipkit.tfrecord_tools.download.progress import NAMES
+from clipkit.tfrecord_tools.download.work import NOT_RETRIED, Retry, begin_retry, end_retry, parse_reasons, retry_jobs
+from clipkit.tfrecord_tools.reasons import DEFAULT_RETRY
 
 GOOD, BUSY, GONE = Answer(JPEG), Answer(b"", status=HTTPStatus.BAD_GATEWAY), Answer(b"", status=HTTPStatus.NOT_FOUND)
 PATHS = [f"/{number}.jpg" for number in range(8)]
@@ -39,7 +40,7 @@ def test_failed_rows_are_merged(tmp_path: Path, format: str) -> None:
     untouched = {path: path.stat().st_mtime_ns for path in data}
     with serve(second, port):
         assert fetch(urls, tmp_path / "out", **options) == summary  # nothing that failed is fetched, or done, by itself
-        retried = fetch(urls, tmp_path / "out", retry_failed=DEFAULT, **options)
+        retried = fetch(urls, tmp_path / "out", retry_failed=DEFAULT_RETRY, **options)
         assert (retried.failed, retried.downloaded, retried.retries) == ({"http-4xx": 2, "http-5xx": 1}, 5, 1)
         assert {path: path.stat().st_mtime_ns for path in data} == untouched
         failures = pq.read_table(summary.out / "clipkit" / "failures.parquet")
@@ -65,7 +66,7 @@ def test_rows_without_a_reason_to_pass_are_left_alone(tmp_path: Path, monkeypatc
         )
         summary = fetch(urls, tmp_path)
         monkeypatch.setattr(work, "run_jobs", None)
-        assert fetch(urls, tmp_path, retry_failed=DEFAULT) == summary
+        assert fetch(urls, tmp_path, retry_failed=DEFAULT_RETRY) == summary
     assert not (summary.out / "clipkit" / "retry.json").exists()
 
 
@@ -77,20 +78,20 @@ def test_a_retry_comes_with_what_was_missing(tmp_path: Path) -> None:
         summary = fetch(urls, tmp_path, samples_per_shard=4)
     (summary.out / "clipkit" / "shards" / "00001.json").unlink()
     with serve(dict.fromkeys(PATHS, GOOD), port):
-        again = fetch(urls, tmp_path, samples_per_shard=4, retry_failed=DEFAULT)
+        again = fetch(urls, tmp_path, samples_per_shard=4, retry_failed=DEFAULT_RETRY)
     assert (again.downloaded, again.failed) == (8, {})
 
 
-def state(round: int = 0, **failed: int) -> ShardState:
+def state(round: int = 0, **failed: int) -> DownloadState:
     failed = {name.replace("_", "-"): count for name, count in failed.items()}
     count = 10
-    return ShardState(
+    return DownloadState(
         count, count - sum(failed.values()), sum(failed.values()), 0, failed, 0, {}, 0, 0, 0.0, 0.0, round, {}
     )
 
 
 def test_a_killed_retry_goes_on_where_it_was(tmp_path: Path) -> None:
-    shards = [Shard(number, Path("t"), 0, 10, 10) for number in range(4)]
+    shards = [DownloadShard(number, Path("t"), 0, 10, 10) for number in range(4)]
     states = [state(dns=1), state(http_4xx=2), None, state(1, dns=1)]
     retry = begin_retry(tmp_path, frozenset({"dns"}), states)
     assert retry == Retry(2, frozenset({"dns"}))
@@ -108,8 +109,21 @@ def test_a_killed_retry_goes_on_where_it_was(tmp_path: Path) -> None:
 def test_reasons_by_name() -> None:
     assert parse_reasons("dns, http-5xx,") == {"dns", "http-5xx"}
     assert parse_reasons(",".join(reasons.REASONS)) == set(reasons.REASONS)
-    assert PASSING == DEFAULT and "http-4xx" not in DEFAULT and "blocked-address" not in DEFAULT
-    assert parse_reasons(DEFAULT) == reasons.PASSING and parse_reasons("dns", allow_private_hosts=True) == {"dns"}
-    assert parse_reasons(DEFAULT, allow_private_hosts=True) == reasons.PASSING | {"blocked-address"}
+    assert "http-4xx" not in DEFAULT_RETRY and "blocked-address" not in DEFAULT_RETRY
+    assert parse_reasons(DEFAULT_RETRY) == reasons.PASSING and parse_reasons("dns", allow_private_hosts=True) == {"dns"}
+    assert parse_reasons(DEFAULT_RETRY, allow_private_hosts=True) == reasons.PASSING | {"blocked-address"}
     with pytest.raises(UserError, match="unknown reason '404' in --retry-failed=404: choose among dns, connect, tls"):
         parse_reasons("404")
+
+
+def test_every_reason_that_a_download_reports_is_taken_or_refused_with_the_reason_why(tmp_path: Path) -> None:
+    """Rows fail for what a fetch or a picture ends in, and for what is never fetched into a dataset."""
+    reported = set(NAMES) - {"ok"}
+    assert reported == set(reasons.REASONS) | set(NOT_RETRIED)
+    for reason in reported - set(NOT_RETRIED):
+        assert parse_reasons(reason) == {reason}
+    with pytest.raises(UserError, match="can't be fetched again for empty-caption, a dataset takes no pair without"):
+        parse_reasons("dns,empty-caption")
+    urls = write_urls(tmp_path / "u.parquet", url=["http://127.0.0.1:1/a.jpg"], caption=["a"])
+    with pytest.raises(UserError, match="can't be fetched again for purged, what was purged must not come back"):
+        fetch(urls, tmp_path, retry_failed="purged")

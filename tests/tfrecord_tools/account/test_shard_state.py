@@ -8,16 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from clipkit.storage.files import as_path
-from clipkit.tfrecord_tools.account.replace_shard import commit, new_folder, recover
-from clipkit.tfrecord_tools.account.shard_state import Layout, ShardFiles
-from clipkit.tfrecord_tools.download.spool import Spool
+from clipkit.tfrecord_tools.account.shard_state import DownloadFiles, DownloadLayout, commit, new_folder, recover
+from clipkit.tfrecord_tools.download.shard import Spool
 
 
-def every(files: ShardFiles) -> list[Path]:
-    return [*files.written(), files.state]
+def every(files: DownloadFiles) -> list[Path]:
+    return [*files.written().values(), files.state]
 
 
-def write(files: ShardFiles, text: str) -> None:
+def write(files: DownloadFiles, text: str) -> None:
     for path in every(files):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(f"{text} {path.suffix}")
@@ -27,7 +26,7 @@ def write(files: ShardFiles, text: str) -> None:
 @given(moved=st.integers(0, 4))
 def test_recovery_finishes_what_was_whole(tmp_path_factory: pytest.TempPathFactory, format: str, moved: int) -> None:
     """However many files had been moved when it was killed; shards of another number stay for another time."""
-    layout = Layout(tmp_path_factory.mktemp("out"), format, "name" if format == "tfds" else "", 3)
+    layout = DownloadLayout(tmp_path_factory.mktemp("out"), format, "name" if format == "tfds" else "", 3)
     final = layout.files(1)
     write(final, "old")
     folder = new_folder(layout, 1)
@@ -46,7 +45,7 @@ def test_recovery_finishes_what_was_whole(tmp_path_factory: pytest.TempPathFacto
 
 
 def test_in_a_store() -> None:
-    layout = Layout(as_path("memory://replace/out"), "webdataset", "", 1)
+    layout = DownloadLayout(as_path("memory://replace/out"), "webdataset", "", 1)
     final = layout.files(0)
     for files, text in ((final, "old"), (final.inside(folder := new_folder(layout, 0)), "new")):
         for path in every(files):
@@ -58,9 +57,8 @@ def test_in_a_store() -> None:
 
 @given(st.lists(st.binary(max_size=50), max_size=20))
 def test_spool_keeps_bytes_at_their_places(tmp_path_factory: pytest.TempPathFactory, parts: list[bytes]) -> None:
-    layout = Layout(tmp_path_factory.mktemp("spool"), "parquet", "", 1)
-    layout.own.mkdir()
-    spool = Spool(layout)
+    folder = tmp_path_factory.mktemp("spool")
+    spool = Spool(folder)
     places = [spool.append(part) for part in parts]
     assert [spool.read(place, len(part)) for place, part in zip(places, parts, strict=True)] == parts
-    assert list(layout.own.iterdir()) == []
+    assert list(folder.iterdir()) == []
