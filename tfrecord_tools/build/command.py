@@ -32,11 +32,9 @@ from clipkit.jobs.passes import PassProgress, Runner
 from clipkit.jobs.run import Engine
 from clipkit.storage.files import as_path, clear_leftovers, is_remote, load_array, lock, read_json, remove
 from clipkit.tfrecord_tools.account.purged import refuse_unfinished_purge
-from clipkit.tfrecord_tools.build.condition import Condition
-from clipkit.tfrecord_tools.build.condition import kinds_of as kinds_of_samples
 from clipkit.tfrecord_tools.build.passes import gather_pass, hash_pass, write_pass
 from clipkit.tfrecord_tools.build.plan import BuildOptions, look, make_options, plan
-from clipkit.tfrecord_tools.build.prepare import Part, Preparation, part_left
+from clipkit.tfrecord_tools.build.prepare import Condition, Part, Preparation, kinds_of_samples, part_left
 from clipkit.tfrecord_tools.build.shard import BuildJob, BuildState, Task
 from clipkit.tfrecord_tools.build.shuffle import stretch_path
 from clipkit.tfrecord_tools.readers.shards import InputShard, find_shards, open_shard

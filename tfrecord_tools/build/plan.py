@@ -17,8 +17,7 @@ from clipkit.formats.dataset import check_name
 from clipkit.formats.tables import PairColumns
 from clipkit.storage.files import is_remote, read_json, write_json
 from clipkit.tfrecord_tools.build.dedup import Method, check_dedup
-from clipkit.tfrecord_tools.build.precompute import check_precompute
-from clipkit.tfrecord_tools.build.prepare import Part, check_sizes
+from clipkit.tfrecord_tools.build.prepare import Part, check_precompute, check_sizes
 from clipkit.tfrecord_tools.readers.shards import InputShard, places_in, read_shard
 from clipkit.tfrecord_tools.sample import Sample
 

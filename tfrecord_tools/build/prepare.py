@@ -3,24 +3,43 @@
 A sample goes through these in turn, and the first that refuses it gives the reason: its reader, `--where`, caption and
 image (`pair_writer.judge`), `--dedup`, `--resize`. Each judges the sample by itself or by the sample's number, so it
 doesn't matter how samples are cut into shards.
+
+`--where`: a sample's metadata become a row of an Arrow table, so that DuckDB judges it as it judges a table of URLs. A
+sample's columns are what its shard holds, without a schema. The kinds are found on the first samples; where a later
+value needs a wider kind, the condition is asked again with that kind, so that no value is taken for missing.
+
+`--precompute` adds what a trainer would otherwise make of each caption again and again. `tokens` is a list of ints:
+what `Tokenizer.encode` gives, so without start and end and not cut. `syntax` is a list of ints, one for each token:
+what `Syntax.priorities` gives for them (0 noun, 1 adjective, 2 verb, 3 other). The two are the arguments `ids` and
+`priorities` of `clipkit.text.tokens.reduce_text`.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from functools import cache
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
 from clipkit.errors import UserError
+from clipkit.formats.kinds import KindWidenedError, arrow_type, fit, kind_of, unify
 from clipkit.pixels.images import ImageError
-from clipkit.tfrecord_tools.build.condition import Condition
-from clipkit.tfrecord_tools.build.precompute import precompute
+from clipkit.text.tokenizer import Tokenizer
 from clipkit.tfrecord_tools.pictures.compact import compact
 from clipkit.tfrecord_tools.readers.shards import InputShard, read_shard
 from clipkit.tfrecord_tools.reasons import DUPLICATE, NOT_AN_IMAGE, NOT_WANTED
 from clipkit.tfrecord_tools.sample import Sample
+from clipkit.tfrecord_tools.tables.where import Mask, RowFilter
 from clipkit.tfrecord_tools.writing.pair_writer import judge, stored_image
+
+if TYPE_CHECKING:
+    from clipkit.text.syntax import Syntax
+
+CAPTION = "txt"
+TOKENS, SYNTAX = "tokens", "syntax"
+PRECOMPUTED = (TOKENS, SYNTAX)
 
 BATCH_SAMPLES = 256
 BATCH_BYTES = 1 << 20  # of images, that they are still in the processor's cache when they are written
@@ -81,7 +100,7 @@ def judged(parts: Sequence[Part], preparation: Preparation) -> Iterator[list[Jud
         yield judge_batch(batch, condition)
 
 
-def judge_batch(batch: Sequence[tuple[int, Sample]], condition: Condition | None) -> list[Judged]:
+def judge_batch(batch: Sequence[tuple[int, Sample]], condition: "Condition | None") -> list[Judged]:
     """The reasons that some samples give, with the numbers of their parts."""
     wanted = np.ones(len(batch), np.bool_)
     if condition is not None:
@@ -176,3 +195,94 @@ def check_sizes(resize: int | None, quality: int) -> None:
         raise UserError(f"--resize {resize}: give the shorter side in pixels, such as 128")
     if not 1 <= quality <= 100:
         raise UserError(f"--quality {quality}: give 1 to 100")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# --where
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def kinds_of_samples(samples: Iterable[Sample]) -> dict[str, str]:
+    """The kinds of the columns of some samples, the caption as `txt`; text where no sample has a value."""
+    schemas = [{CAPTION: "text"}]
+    names: dict[str, None] = {}
+    for sample in samples:
+        names.update(dict.fromkeys(sample.columns))
+        schemas.append({name: kind for name, value in sample.columns.items() if (kind := kind_of(value)) is not None})
+    return {**dict.fromkeys(names, "text"), **unify(schemas)}
+
+
+def arrow_schema(kinds: Mapping[str, str]) -> pa.Schema:
+    """The columns in Arrow's types."""
+    return pa.schema([(name, arrow_type(kind)) for name, kind in sorted(kinds.items())])
+
+
+class Condition:
+    """A condition asked of samples; one a worker, not for several threads."""
+
+    def __init__(self, where: str, kinds: Mapping[str, str]) -> None:
+        """`kinds` of the columns that there are. Raises UserError for a condition that can't be asked of them."""
+        self.where = where
+        self.kinds = dict(kinds)
+        self.filter = RowFilter(where, arrow_schema(kinds))
+
+    def mask(self, samples: Sequence[Sample]) -> Mask:
+        """bool[len(samples)]: which fulfil the condition; a missing value makes it unknown, which counts as not."""
+        while True:
+            named = {name: self.kinds[name] for name in self.filter.columns}
+            try:
+                rows = [self._row(sample, named) for sample in samples]
+            except KindWidenedError as widened:
+                self.kinds.update(widened.kinds)
+                self.filter = RowFilter(self.where, arrow_schema(self.kinds))
+                continue
+            return self.filter.mask(pa.Table.from_pylist(rows, arrow_schema(named)))
+
+    @staticmethod
+    def _row(sample: Sample, kinds: dict[str, str]) -> dict[str, object]:
+        columns = {name: sample.columns.get(name) for name in kinds}
+        if CAPTION in kinds:
+            columns[CAPTION] = sample.caption
+        fitted = fit(columns, kinds, {})
+        return {name: v.encode("utf-8", "replace") if isinstance(v, str) else v for name, v in fitted.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# --precompute
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def check_precompute(wanted: Sequence[str]) -> tuple[str, ...]:
+    """The wanted columns in their order. Raises UserError for others, and when the tagger isn't installed."""
+    for name in wanted:
+        if name not in PRECOMPUTED:
+            raise UserError(f"can't precompute {name!r}: choose among {', '.join(PRECOMPUTED)}")
+    if SYNTAX in wanted:
+        from clipkit.text.syntax import load_tagger
+
+        load_tagger()
+    return tuple(name for name in PRECOMPUTED if name in wanted)
+
+
+def precompute(wanted: Sequence[str], captions: Sequence[str]) -> list[dict[str, list[int]]]:
+    """The wanted columns of each caption."""
+    if not wanted:
+        return [{} for _ in captions]
+    columns = {TOKENS: tokenizer().encode(captions)}
+    if SYNTAX in wanted:
+        columns[SYNTAX] = syntax().priorities(columns[TOKENS])
+    return [{name: columns[name][i] for name in wanted} for i in range(len(captions))]
+
+
+@cache
+def tokenizer() -> Tokenizer:
+    """One a process: it takes a third of a second to build, and a worker makes many shards."""
+    return Tokenizer()
+
+
+@cache
+def syntax() -> "Syntax":
+    """One a process: its memory of tagged words makes it a hundred times as fast."""
+    from clipkit.text.syntax import Syntax
+
+    return Syntax(tokenizer())

@@ -1,0 +1,23 @@
+"""The ways of a URL row, of a record and of a checkpoint are short, and docs/architecture.md tells them as they are."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from rooms import ROOT
+
+MOST = {"row": 25, "record": 15, "checkpoint": 13}
+
+
+@pytest.fixture(scope="module")
+def walks() -> dict[str, list[str]]:
+    command = [sys.executable, ROOT / "tests" / "support" / "walks.py"]
+    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+@pytest.mark.parametrize("name", MOST)
+def test_a_walk_is_short_and_described(walks, name):
+    assert 5 < len(walks[name]) <= MOST[name]
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    assert [file for file in walks[name] if f"`{file}`" not in page] == []
