@@ -20,7 +20,7 @@ help:
 	@echo "make lint    ruff"
 	@echo "make types   mypy"
 	@echo "make bench   benchmarks against the peers"
-	@echo "make docs    the picture of the rooms, from the table of who may import whom"
+	@echo "make docs    docs/architecture.md: the picture of the rooms, and the walks"
 	@echo "make clean   remove the environments and caches"
 
 $(UV):

@@ -1,8 +1,11 @@
-"""Draws docs/rooms.svg from the one table of who may import whom (tests/support/rooms.py).
+"""Draws docs/rooms.svg from the one table of who may import whom, and writes the walks into docs/architecture.md.
 
-`make docs` runs it; tests/house/test_architecture.py fails when the picture is not the table's.
+`make docs` runs it; tests/house/test_architecture.py and test_walks.py fail when either is out of date.
 """
 
+import ast
+import json
+import subprocess
 import sys
 from html import escape
 from pathlib import Path
@@ -10,7 +13,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "tests" / "support"))
 
-from rooms import MAY_IMPORT  # noqa: E402 (the table is the tests' own)
+from rooms import MAY_IMPORT, ROOT  # noqa: E402 (the table is the tests' own)
 
 WIDTH, BOX_HEIGHT, MARGIN = 1180, 46, 16
 # From the top floor down: an arrow always leads downwards, or sideways within the training stage.
@@ -113,5 +116,29 @@ def arrow(source: tuple[float, float, float], target: tuple[float, float, float]
     return f'<path d="{shape}" stroke="{colour}"/><circle cx="{x2:.0f}" cy="{y2:.0f}" r="3" fill="{colour}"/>'
 
 
+def walks_text(walks: dict[str, list[str]]) -> str:
+    """A list for each walk: its files in the order in which they are met, each with the first sentence about it."""
+    titles = {
+        "row": "A URL row to its TFRecord",
+        "record": "A record to its training batch",
+        "checkpoint": "A checkpoint to its zero-shot numbers",
+    }
+    parts = []
+    for name, files in walks.items():
+        parts.append(f"### {titles[name]}: {len(files)} files\n")
+        for file in files:
+            about = ast.get_docstring(ast.parse((ROOT / file).read_text(encoding="utf-8"))) or ""
+            sentence = " ".join(about.partition("\n\n")[0].split()).partition(". ")[0].rstrip(".")
+            parts.append(f"1. `{file}`: {sentence}")
+        parts.append("")
+    return "\n".join(parts)
+
+
 if __name__ == "__main__":
     (HERE / "rooms.svg").write_text(draw(), encoding="utf-8")
+    command = [sys.executable, ROOT / "tests" / "support" / "walks.py"]
+    measured = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    page = HERE / "architecture.md"
+    before, start, rest = page.read_text(encoding="utf-8").partition("<!-- walks -->\n")
+    _, end, after = rest.partition("<!-- end of walks -->")
+    page.write_text(f"{before}{start}\n{walks_text(measured)}\n{end}{after}", encoding="utf-8")
