@@ -42,6 +42,5 @@ def test_the_reason_of_earlier_versions_has_its_present_name(tmp_path: Path) -> 
     failed = {"dns": 1, "empty caption": 1, "purged": 1}
     state = DownloadState(4, 1, 3, 0, failed, 1, {}, 8, 9, 0.0, 1.0, 0, {"ledger": 1})
     (tmp_path / "0.json").write_text(json.dumps(asdict(state)))
-    (tmp_path / "0.json").write_text(json.dumps(state))
     found = load_state(DownloadFiles(tmp_path / "0.tar", tmp_path / "0.parquet", tmp_path / "0.json"))
     assert found is not None and found.failed == {"dns": 1, "empty-caption": 1, "purged": 1}
