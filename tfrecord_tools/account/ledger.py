@@ -8,6 +8,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -81,9 +83,9 @@ def read_ledger(path: Path) -> list[RowOutcome]:
     return [RowOutcome(*values) for values in zip(*(columns[name] for name in OUTCOME_FIELDS), strict=True)]
 
 
-def read_offsets(path: Path) -> pa.Array:
+def read_offsets(path: Path) -> npt.NDArray[np.uint64]:
     """uint64[records]: where the records of a shard begin in its file, in bytes. Raises UserError."""
-    return _read(path, ["offset"])["offset"].drop_null().combine_chunks().cast(pa.uint64())
+    return _read(path, ["offset"])["offset"].drop_null().to_numpy().astype(np.uint64)
 
 
 def _read(path: Path, columns: list[str]) -> pa.Table:

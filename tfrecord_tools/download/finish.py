@@ -3,20 +3,16 @@
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import numpy as np
-
-from clipkit.formats.features import Feature, Kind
-from clipkit.formats.kinds import EMPTY_LIST, LIST, unify
-from clipkit.formats.manifest import ShardEntry, SourceEntry, SplitManifest, index_path, read_manifest, write_manifest
-from clipkit.storage.files import write_beside
+from clipkit.formats.kinds import unify
+from clipkit.formats.manifest import ShardEntry, SourceEntry, SplitManifest, read_manifest
 from clipkit.tfrecord_tools.account.ledger import FAILURES_FILE, read_offsets
 from clipkit.tfrecord_tools.account.shard_state import SPLIT, DownloadLayout, DownloadState, add_states
 from clipkit.tfrecord_tools.download.plan import DownloadPlan
 from clipkit.tfrecord_tools.download.probe import ProbeResult
 from clipkit.tfrecord_tools.reasons import PASSING
-from clipkit.tfrecord_tools.writing.metadata import write_metadata
+from clipkit.tfrecord_tools.writing.finish import finish_dataset, pair_features
 
 
 @dataclass(frozen=True)
@@ -85,21 +81,6 @@ def summarise(layout: DownloadLayout, plan: DownloadPlan, states: Sequence[Downl
     )
 
 
-def features_of(states: Sequence[DownloadState], kinds: dict[str, str]) -> dict[str, Feature]:
-    """The columns as `features.json` declares them, as building from tars would; optional where a value is missing."""
-    records = sum(state.successes for state in states)
-    features = {"jpg": Feature("image"), "txt": Feature("text")}
-    for column, kind in kinds.items():
-        optional = sum(state.present.get(column, 0) for state in states) < records
-        if kind == EMPTY_LIST:
-            features[column] = Feature("text", is_list=True)
-        elif kind.startswith(LIST):
-            features[column] = Feature(cast(Kind, kind.removeprefix(LIST)), is_list=True)
-        else:
-            features[column] = Feature("int" if kind == "bool" and optional else cast(Kind, kind), optional)
-    return features
-
-
 def split_manifest(layout: DownloadLayout, plan: DownloadPlan, states: Sequence[DownloadState]) -> SplitManifest:
     """The account of all shards; the source of each is the table whose rows it has."""
     sizes: dict[Path, int] = {}
@@ -133,17 +114,7 @@ def was_changed(layout: DownloadLayout, states: Sequence[DownloadState | None]) 
 def write_dataset(layout: DownloadLayout, plan: DownloadPlan, states: Sequence[DownloadState]) -> None:
     """Write index, manifest and TFDS's own files. Raises UserError when the disk or the store refuses."""
     manifest = split_manifest(layout, plan, states)
-    with write_beside(index_path(layout.root, SPLIT)) as temporary:
-        # Through the disk's cache: the offsets of 400 million records take 3.2 GB.
-        index = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint64, shape=(manifest.records,))
-        start = 0
-        for shard in plan.shards:
-            offsets = read_offsets(layout.files(shard.number).ledger)
-            index[start : start + len(offsets)] = offsets
-            start += len(offsets)
-        index.flush()
-        del index
-    write_manifest(layout.root, {SPLIT: manifest})
-    write_metadata(
-        layout.root, layout.name, features_of(states, unify(state.kinds_met for state in states)), {SPLIT: manifest}
-    )
+    kinds = unify(state.kinds_met for state in states)
+    features = pair_features(kinds, (state.present for state in states), manifest.records)
+    offsets = (read_offsets(layout.files(shard.number).ledger) for shard in plan.shards)
+    finish_dataset(layout.root, layout.name, features, {SPLIT: manifest}, {SPLIT: offsets})
