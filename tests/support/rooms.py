@@ -69,7 +69,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "tfrecord_tools/purge": (
         *_core("formats", "jobs", "storage"),
         "tfrecord_tools",
-        *_tools("account", "pictures"),
+        *_tools("account", "pictures", "writing"),
     ),
     "tfrecord_tools/verify": (
         *_core("formats", "jobs", "pixels", "storage"),

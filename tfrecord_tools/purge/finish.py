@@ -13,7 +13,7 @@ import datetime
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import islice
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from clipkit.tfrecord_tools.purge.plan import PurgePlan, work_folder
 from clipkit.tfrecord_tools.purge.removals import LINES, RemovalList, UInt64Array, find, read_values
 from clipkit.tfrecord_tools.purge.shard import RewrittenShard, without
 from clipkit.tfrecord_tools.reasons import PURGED
+from clipkit.tfrecord_tools.writing.finish import write_index
 
 
 def finish(
@@ -166,24 +167,20 @@ def _write_purged(
 def _write_index(layout: DatasetLayout, plan: PurgePlan, split: str, changed: Mapping[str, RewrittenShard]) -> None:
     """The index of a split with the new offsets of its changed shards, unless it has them already."""
     path = index_path(layout.folder, split)
-    before = sum(plan.lengths[split])
-    after = before - sum(state.removed for state in changed.values())
     if not path.exists():
         return
+    lengths = plan.lengths[split]
+    after = sum(lengths) - sum(state.removed for state in changed.values())
     with local_copy(path) as local:
-        old = np.load(local, mmap_mode="r" if after else None)
-        if len(old) == after:
+        before = np.load(local, mmap_mode="r" if after else None)
+        if len(before) == after:
             return
-        with write_beside(path) as temporary, temporary.open("wb") as file:
-            header = {"descr": "<u8", "fortran_order": False, "shape": (after,)}
-            np.lib.format.write_array_header_1_0(file, header)
-            first = 0
-            for name, length in zip(layout.files[split], plan.lengths[split], strict=True):
-                if name in changed:
-                    file.write(changed[name].offsets().tobytes())
-                else:
-                    file.write(old[first : first + length].tobytes())
-                first += length
+        firsts = accumulate(lengths, initial=0)
+        offsets = (
+            changed[file].offsets() if file in changed else before[first : first + length]
+            for file, first, length in zip(layout.files[split], firsts, lengths, strict=False)
+        )
+        write_index(layout.folder, split, offsets, after)
 
 
 def _purged_manifest(manifest: SplitManifest, changed: Mapping[str, RewrittenShard]) -> SplitManifest:
