@@ -70,7 +70,8 @@ Batches = Callable[[Request], Counted]
 def clipkit_side() -> Batches:
     from clipkit.formats.dataset import open_dataset
     from clipkit.train.loader.augment import Augmentation
-    from clipkit.train.loader.loader import LoaderConfig, batches
+    from clipkit.train.loader.loader import batches
+    from clipkit.train.loader.samples import LoaderConfig
     from clipkit.train.sources.source import RecordSource
 
     def run(request: Request) -> Counted:

@@ -25,7 +25,7 @@ from _loader_sides import CROP_AREA, CROP_RATIO, Answer, Request
 from clipkit.counter_rng import sample_keys
 from clipkit.pixels.images import decode, plain_jpeg_size
 from clipkit.train.loader.augment import geometry_draws
-from clipkit.train.loader.crop import crop_box, exact_crop_resize, random_resized_crop_of
+from clipkit.train.loader.crop import crop_box, exact_crop_resize, random_resized_crop
 
 SIDES = ("clipkit", "openclip", "tfds", "limit")
 CASES = (("standard", 64), ("standard", 112), ("standard", 224), ("compact", 64), ("compact", 112))
@@ -74,7 +74,7 @@ def pixels(size: int, count: int) -> float:
         full = plain_jpeg_size(data)
         assert full is not None
         box = crop_box(*full, CROP_AREA, CROP_RATIO, row)
-        ours = random_resized_crop_of(data, size, CROP_AREA, CROP_RATIO, row).astype(int)
+        ours = random_resized_crop(data, size, CROP_AREA, CROP_RATIO, row).astype(int)
         differences.append(np.abs(ours - exact_crop_resize(decode(data), box, size)).mean())
     return float(np.mean(differences))
 

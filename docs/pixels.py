@@ -44,8 +44,8 @@ from clipkit.intervals import wilson
 from clipkit.model.clip import CLIP
 from clipkit.pixels.images import Preprocess, UInt8Array, decode, eval_transform
 from clipkit.text.tokenizer import Tokenizer
-from clipkit.train.loader.augment import LUMA, Augmentation, central, central_box, cut, geometry_draws
-from clipkit.train.loader.crop import crop_box
+from clipkit.train.loader.augment import LUMA, Augmentation, cut, geometry_draws
+from clipkit.train.loader.crop import central_box, crop_box, random_resized_crop
 
 SIZES = (64, 112, 224)
 CROPS = 100
@@ -294,7 +294,7 @@ def evaluated(place: int, data: bytes, size: int) -> UInt8Array:
 
 def centred(place: int, data: bytes, size: int) -> UInt8Array:
     """The central square as training makes it."""
-    return central(data, size)
+    return random_resized_crop(data, size, (1.0, 1.0), (1.0, 1.0), ())
 
 
 def centred_by_library(place: int, data: bytes, size: int) -> UInt8Array:

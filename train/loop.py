@@ -50,8 +50,8 @@ class Run:
     samples_seen: int = 0
     seconds: float = 0.0
     bad_samples: int = 0
-    bad_told: dict[str, str] = field(default_factory=dict)
-    """The records that couldn't be used and were named, with the reasons."""
+    bad_reasons: dict[str, str] = field(default_factory=dict)
+    """The records that couldn't be used and were reported, with the reasons."""
     saved_at: float = 0.0
 
 
@@ -179,7 +179,7 @@ def run_stage(run: Run, stage: Stage, stage_start: int, model: CLIP, optimizer: 
         rank=device.rank,
         world=device.world,
         workers=workers,
-        bad_told=run.bad_told,
+        bad_reasons=run.bad_reasons,
     )
     loss = math.nan
     loss_sum, steps = torch.zeros((), device=device.torch_device), 0

@@ -20,8 +20,8 @@ from clipkit.model.config import ImageConfig, ModelConfig, TextConfig, vit_b16
 from clipkit.pixels.images import CLIP_MEAN, CLIP_STD, Preprocess
 from clipkit.text.tokens import ImageMethod, TextMethod
 from clipkit.train.loader.augment import Augmentation
-from clipkit.train.loader.batch import LoaderConfig
-from clipkit.train.loader.batch import check as check_loader
+from clipkit.train.loader.loader import check_loader
+from clipkit.train.loader.samples import LoaderConfig
 from clipkit.train.optimizer import OptimizerConfig
 from clipkit.train.sources.source import Examples, Source
 
@@ -53,7 +53,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Cadence:
-    """How often a run speaks, saves and looks at itself. It may be changed when a run is resumed."""
+    """How often a run logs, saves and evaluates. It may be changed when a run is resumed."""
 
     log_samples: int = 65_536
     checkpoint_samples: int | None = None

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from types import FrameType
 
-from clipkit.train.loader.batch import Batch
+from clipkit.train.loader.loader import Batch
 
 
 @dataclass

@@ -4,7 +4,7 @@ import contextlib
 import time
 from collections.abc import Iterator
 
-from clipkit.train.loader.batch import Batch
+from clipkit.train.loader.loader import Batch
 
 # Waiting more than this share of the time is worth a word.
 MUCH_WAITING = 0.1

@@ -17,8 +17,8 @@ from PIL import Image
 
 from clipkit.counter_rng import sample_keys
 from clipkit.pixels.images import UInt8Array, plain_jpeg_size
-from clipkit.train.loader.augment import GEOMETRY_DRAWS, Augmentation, central_box, cut, geometry_draws
-from clipkit.train.loader.crop import Box, crop_box, crop_of_shrunk_jpeg, scaled_crop
+from clipkit.train.loader.augment import GEOMETRY_DRAWS, Augmentation, cut, geometry_draws
+from clipkit.train.loader.crop import Box, central_box, crop_box, crop_of_shrunk_jpeg, scaled_crop
 
 SKIMAGE = Path(skimage.__file__).parent / "data"
 FILES = (

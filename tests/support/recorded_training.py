@@ -16,8 +16,7 @@ from typing import Any
 
 from clipkit.storage.files import as_path
 from clipkit.train import loop
-from clipkit.train.loader.batch import Batch
-from clipkit.train.loader.loader import batches
+from clipkit.train.loader.loader import Batch, batches
 from clipkit.train.loop import Summary
 from clipkit.train.recipes import debug
 

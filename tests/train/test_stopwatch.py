@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from clipkit.train import stopwatch as module
-from clipkit.train.loader.batch import Batch
+from clipkit.train.loader.loader import Batch
 from clipkit.train.stopwatch import Stopwatch, what_helps
 
 IMAGES = {"read": 0.1, "image": 0.8, "text": 0.1}

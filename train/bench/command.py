@@ -21,9 +21,9 @@ from clipkit.jobs.worker import cores
 from clipkit.pixels.images import UInt8Array, decode
 from clipkit.train.bench.findings import COMPACT_QUALITY, PUBLISHED, Compact, Findings, Need, Reading
 from clipkit.train.loader.augment import Augmentation, cut, geometry_draws
-from clipkit.train.loader.batch import LoaderConfig
 from clipkit.train.loader.crop import COMPILED
 from clipkit.train.loader.loader import batches
+from clipkit.train.loader.samples import LoaderConfig
 from clipkit.train.optimizer import make_optimizer
 from clipkit.train.recipes import Recipe, Stage, loader_config, model_at
 from clipkit.train.sources.open import CACHE_GB, open_source

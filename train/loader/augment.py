@@ -16,15 +16,8 @@ import numpy.typing as npt
 
 from clipkit.counter_rng import uniform
 from clipkit.errors import UserError
-from clipkit.pixels.images import Data, UInt8Array, decode, decode_scaled, plain_jpeg_size
-from clipkit.train.loader.crop import (
-    Box,
-    crop_box,
-    crop_of_jpeg,
-    crop_resize,
-    exact_crop_resize,
-    random_resized_crop_of,
-)
+from clipkit.pixels.images import Data, UInt8Array, decode_scaled
+from clipkit.train.loader.crop import random_resized_crop
 
 # Streams of random numbers, each for one use (see counter_rng).
 GEOMETRY, COLOUR, ERASING = range(100, 103)
@@ -129,42 +122,14 @@ def cut(
     if augmentation.is_affine or isinstance(data, np.ndarray):
         image = data if isinstance(data, np.ndarray) else warpable(data, size)
         pixels = warp(image, size, augmentation, draws, flip, out)
-    elif augmentation.exact:
-        pixels = exact(data, size, augmentation, draws)
-    elif augmentation.crop_area == (1.0, 1.0):
-        pixels = central(data, size, out)
     else:
-        pixels = random_resized_crop_of(data, size, augmentation.crop_area, augmentation.crop_ratio, draws, out)
+        area, ratio = augmentation.crop_area, augmentation.crop_ratio
+        pixels = random_resized_crop(data, size, area, ratio, draws, out, exact=augmentation.exact)
     if flip and not augmentation.is_affine:
         pixels = cv2.flip(pixels, 1, dst=out).astype(np.uint8, copy=False)
     if out is not None and pixels is not out:
         out[:] = pixels
     return pixels
-
-
-def central(data: Data, size: int, out: UInt8Array | None = None) -> UInt8Array:
-    """The central square of an encoded image."""
-    if full := plain_jpeg_size(data):
-        return crop_of_jpeg(data, full, central_box(*full), size, out)
-    image = decode(data)
-    return crop_resize(image, central_box(*image.shape[:2]), size, out)
-
-
-def central_box(height: int, width: int) -> Box:
-    """The largest central square, as `crop_box` gives a crop."""
-    side = min(height, width)
-    return (height - side) // 2, (width - side) // 2, side, side
-
-
-def exact(data: Data, size: int, augmentation: Augmentation, draws: Sequence[float]) -> UInt8Array:
-    """The crop of an encoded image as OpenCLIP makes it."""
-    image = decode(data)
-    height, width = image.shape[:2]
-    if augmentation.crop_area == (1.0, 1.0):
-        box = central_box(height, width)
-    else:
-        box = crop_box(height, width, augmentation.crop_area, augmentation.crop_ratio, draws)
-    return exact_crop_resize(image, box, size)
 
 
 def warpable(data: Data, size: int) -> UInt8Array:

@@ -53,8 +53,10 @@ def crop_box(
 
     The share of the area is uniform in `area`, the aspect ratio log-uniform in `ratio`; a crop that doesn't fit is
     drawn again, and after ten tries the largest central one of a permitted ratio is taken. `uniforms` are 22 numbers in
-    [0, 1): two a try, then two for the place.
+    [0, 1): two a try, then two for the place. An `area` of (1, 1) gives the central square.
     """
+    if area == (1.0, 1.0):
+        return central_box(height, width)
     # Plain numbers: for one image numpy takes ten times as long.
     pixels, spread = height * width, area[1] - area[0]
     low, octave = math.log(ratio[0]), math.log(ratio[1] / ratio[0])
@@ -66,6 +68,12 @@ def crop_box(
             return int(uniforms[20] * (height - h + 1)), int(uniforms[21] * (width - w + 1)), h, w
     w, h = min(width, round(height * ratio[1])), min(height, round(width / ratio[0]))
     return (height - h) // 2, (width - w) // 2, h, w
+
+
+def central_box(height: int, width: int) -> Box:
+    """The largest central square, as `crop_box` gives a crop."""
+    side = min(height, width)
+    return (height - side) // 2, (width - side) // 2, side, side
 
 
 def crop_resize(image: UInt8Array, box: Box, size: int, out: UInt8Array | None = None) -> UInt8Array:
@@ -97,30 +105,26 @@ def exact_crop_resize(image: UInt8Array, box: Box, size: int) -> UInt8Array:
 
 
 def random_resized_crop(
-    image: UInt8Array,
-    size: int,
-    area: tuple[float, float],
-    ratio: tuple[float, float],
-    uniforms: Sequence[float],
-    out: UInt8Array | None = None,
-) -> UInt8Array:
-    """A random crop of a decoded image as uint8[size, size, 3]; arguments as in `crop_box` and `crop_resize`."""
-    return crop_resize(image, crop_box(image.shape[0], image.shape[1], area, ratio, uniforms), size, out)
-
-
-def random_resized_crop_of(
     data: Data,
     size: int,
     area: tuple[float, float],
     ratio: tuple[float, float],
     uniforms: Sequence[float],
     out: UInt8Array | None = None,
+    *,
+    exact: bool = False,
 ) -> UInt8Array:
-    """The same from encoded bytes: a JPEG is decoded no larger than the crop needs. Raises ImageError."""
-    full = plain_jpeg_size(data)
-    if full is None:
-        return random_resized_crop(decode(data), size, area, ratio, uniforms, out)
-    return crop_of_jpeg(data, full, crop_box(*full, area, ratio, uniforms), size, out)
+    """The crop of an encoded image that `crop_box` chooses, as uint8[size, size, 3], in `out` where that is given.
+
+    A JPEG is decoded no larger than the crop needs, unless it is to be `exact`: then all of it is decoded, and `out`
+    isn't used. Raises ImageError.
+    """
+    full = None if exact else plain_jpeg_size(data)
+    if full is not None:
+        return crop_of_jpeg(data, full, crop_box(*full, area, ratio, uniforms), size, out)
+    image = decode(data)
+    box = crop_box(image.shape[0], image.shape[1], area, ratio, uniforms)
+    return exact_crop_resize(image, box, size) if exact else crop_resize(image, box, size, out)
 
 
 def crop_of_jpeg(data: Data, full: tuple[int, int], box: Box, size: int, out: UInt8Array | None = None) -> UInt8Array:

@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as StillRunning
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import cv2
 import numpy as np
@@ -23,15 +23,14 @@ from clipkit.counter_rng import UInt64Array, sample_keys
 from clipkit.errors import UserError
 from clipkit.pixels.images import UInt8Array
 from clipkit.text.tokenizer import Tokenizer
-from clipkit.text.tokens import reduce_text
-from clipkit.train.loader.batch import Batch, LoaderConfig, check, keep_indices
-from clipkit.train.loader.samples import Job, Kept, Made, SampleMaker
-from clipkit.train.loader.workers import Buffers, Chunk, Hands, Pool, ProcessHands, ThreadHands
+from clipkit.text.tokens import image_keep_indices, reduce_text
+from clipkit.train.loader.samples import Chunk, ChunkResult, LoaderConfig, Sample, SampleMaker
+from clipkit.train.loader.workers import Buffers, Pool, ProcessWorker
 from clipkit.train.order import Int64Array
-from clipkit.train.sources.source import Source
+from clipkit.train.sources.source import Examples, Source
 
 # More threads than this wait for the interpreter's lock more than they gain; from there on workers are processes. Where
-# images are warped, two threads still do better: they share what a small dataset keeps decoded (`samples.Kept`).
+# images are warped, two threads still do better: they share what a small dataset keeps decoded (`SampleMaker.decoded`).
 MAX_THREADS, MAX_WARPING_THREADS = 1, 2
 SMALLEST_CHUNK, LARGEST_CHUNK = 16, 128
 # The order is worked out for so many positions at once: a short stretch costs as much as this.
@@ -41,7 +40,36 @@ STALL_SECONDS = 20.0
 # The share of bad records is judged as if at least so many samples had been seen, so that one of ten stops nothing, and
 # so many standard deviations above the share that is allowed, so that chance doesn't stop a run that keeps within it.
 BAD_BASE, BAD_DEVIATIONS = 1000, 3.0
-REMEMBERED_BAD = 1000
+REPORTED_BAD = 1000
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One rank's share of a global batch; every array's first axis is the sample."""
+
+    image_BHWC: UInt8Array
+    ids_BT: np.ndarray
+    """int32, start and end included, zero padded."""
+    keep_BK: Int64Array | None
+    """Patches that stay, ascending; None when all do."""
+    caption_B: Int64Array
+    """A hash of the cleaned caption: equal for equal captions."""
+    positions_B: UInt64Array
+    """Samples seen before each sample."""
+    records_B: Int64Array
+    """The dataset's record behind each sample."""
+    bad: int = 0
+    """Records that couldn't be used and were replaced."""
+    keys: list[str] | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Processor seconds by phase: read, image, colour, text."""
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """What goes to the device, by name."""
+        arrays = {"image_BHWC": self.image_BHWC, "ids_BT": self.ids_BT, "caption_B": self.caption_B}
+        if self.keep_BK is not None:
+            arrays["keep_BK"] = self.keep_BK
+        return arrays
 
 
 def batches(
@@ -57,34 +85,32 @@ def batches(
     prefetch: int = 2,
     keys: bool = False,
     warn: Callable[[str], None] | None = None,
-    bad_told: dict[str, str] | None = None,
+    bad_reasons: dict[str, str] | None = None,
 ) -> Generator[Batch, None, None]:
     """Batches from `start` samples seen up to `stop` (for ever when None): this rank's contiguous share of each.
 
     `stop - start` must be a multiple of the batch size, for shapes are static. `workers` 0 makes each batch when it is
     asked for; else so many make up to `prefetch` batches ahead, as threads, or as `processes` (chosen by their number
     when None). `keys` fills `Batch.keys`. `warn` gets one line for each broken record, dead or stalled worker (default:
-    stderr). `bad_told` are the broken records that were named before, with the reasons, and gets those that are named
-    now. Closing the generator ends all workers.
+    stderr). `bad_reasons` are the broken records that were reported before, with the reasons, and gets those that are
+    reported now. Closing the generator ends all workers.
 
-    Raises UserError at once for a configuration that can't be, and later when a shard is gone or when more than
-    `max_bad` of the records are broken.
+    Raises UserError at once for invalid settings, and later when a shard is gone or when more than `max_bad` of the
+    records are broken.
     """
-    check(source, config, start, stop, world)
-    job = Job(
-        source,
-        config.image_size,
-        config.augmentation,
-        config.seed,
-        config.block_size,
-        syntax=config.text_reduction == "syntax",
-    )
+    check_loader(source, config, start, stop, world)
     if processes is None:
         processes = workers > (MAX_WARPING_THREADS if config.augmentation.is_affine else MAX_THREADS)
-    loader = Loader(job, config, workers, processes and workers > 0, prefetch if workers else 0, warn or warn_on_stderr)
-    loader.keys = keys
-    if bad_told is not None:
-        loader.told = bad_told
+    loader = Loader(
+        source,
+        config,
+        workers,
+        processes and workers > 0,
+        prefetch if workers else 0,
+        keys,
+        warn or warn_on_stderr,
+        {} if bad_reasons is None else bad_reasons,
+    )
     return loader.run(start, stop, rank, world)
 
 
@@ -94,61 +120,61 @@ def warn_on_stderr(message: str) -> None:
 
 
 @dataclass
-class Pending:
-    """A batch in the making."""
+class PendingBatch:
+    """A batch whose chunks are being made."""
 
     positions_B: UInt64Array
     buffer: UInt8Array
     slot: int | None
     """The shared buffer it lies in; None for memory of its own."""
-    parts: list[Future[Made]]
+    parts: list[Future[ChunkResult]]
     """Chunk by chunk, and the first record of each."""
     firsts: list[int]
 
 
+@dataclass
 class Loader:
     """The state of one run of `batches`: workers, buffers, and the count of bad records."""
 
-    def __init__(
-        self, job: Job, config: LoaderConfig, workers: int, processes: bool, prefetch: int, warn: Callable[[str], None]
-    ) -> None:
-        self.job, self.config, self.warn = job, config, warn
-        self.workers, self.processes, self.prefetch = workers, processes, prefetch
-        self.keys = False
-        self.seen = self.bad = 0
-        self.told: dict[str, str] = {}
+    source: Source
+    config: LoaderConfig
+    workers: int
+    processes: bool
+    prefetch: int
+    keys: bool
+    warn: Callable[[str], None]
+    bad_reasons: dict[str, str]
+    seen: int = 0
+    bad: int = 0
 
     def run(self, start: int, stop: int | None, rank: int, world: int) -> Generator[Batch, None, None]:
         """The generator behind `batches`."""
         share = self.config.batch_size // world
-        shape = (share, self.config.image_size, self.config.image_size, 3)
+        self.shape = (share, self.config.image_size, self.config.image_size, 3)
         slots = self.prefetch + 3  # one being filled, one in use, and one that the loop variable still names
         self.free = deque(range(slots))
         with contextlib.ExitStack() as ends:
             ends.callback(cv2.setNumThreads, cv2.getNumThreads())
             cv2.setNumThreads(0)  # each worker is one core's share; put back at the end
-            self.buffers = Buffers(slots, shape) if self.processes else None
+            self.buffers = Buffers(slots, self.shape) if self.processes else None
             if self.buffers is not None:
                 ends.callback(self.buffers.close)
-            self.pool = Pool(self.make_hands(slots))
+            self.pool = Pool(self.make_workers(), threads=self.workers > 0)
             ends.callback(self.pool.close)
-            inline = None if self.workers else ThreadHands(SampleMaker(self.job, kept=Kept()))
-            pending: deque[Pending] = deque()
+            pending: deque[PendingBatch] = deque()
             for positions_B, records_B in self.order(start, stop, rank, share):
-                pending.append(self.begin(positions_B, records_B, shape, inline))
+                pending.append(self.begin(positions_B, records_B))
                 if len(pending) > self.prefetch:
                     yield self.finish(pending.popleft())
             while pending:
                 yield self.finish(pending.popleft())
 
-    def make_hands(self, slots: int) -> list[Hands]:
-        """One pair of hands a worker."""
+    def make_workers(self) -> list[SampleMaker] | list[ProcessWorker]:
+        """The workers of the pool; one even where nothing is made ahead."""
         if self.buffers is not None:
-            return [ProcessHands(self.job, self.buffers, slots, self.warn) for _ in range(self.workers)]
-        if not self.workers:
-            return []
-        tokenizer, kept = Tokenizer(), Kept()
-        return [ThreadHands(SampleMaker(self.job, tokenizer, kept)) for _ in range(self.workers)]
+            return [ProcessWorker(self.source, self.config, self.buffers, self.warn) for _ in range(self.workers)]
+        tokenizer, decoded = Tokenizer(), dict[int, Sample]()
+        return [SampleMaker(self.source, self.config, tokenizer, decoded) for _ in range(max(1, self.workers))]
 
     def order(self, start: int, stop: int | None, rank: int, share: int) -> Iterator[tuple[UInt64Array, Int64Array]]:
         """Positions and records of this rank's share of each batch."""
@@ -159,58 +185,51 @@ class Loader:
             firsts = np.arange(start, start + count * size, size, dtype=np.uint64) + np.uint64(rank * share)
             positions_NB = firsts[:, None] + np.arange(share, dtype=np.uint64)
             positions = positions_NB.ravel().astype(np.uint64)
-            indices = self.job.source.records_at(positions, self.config.seed, self.config.block_size)
+            indices = self.source.records_at(positions, self.config.seed, self.config.block_size)
             yield from zip(positions_NB, indices.reshape(positions_NB.shape), strict=True)
             start += count * size
 
-    def begin(
-        self, positions_B: UInt64Array, records_B: Int64Array, shape: tuple[int, ...], inline: ThreadHands | None
-    ) -> Pending:
-        """Hand a batch to the workers, in chunks that keep all of them busy."""
+    def begin(self, positions_B: UInt64Array, records_B: Int64Array) -> PendingBatch:
+        """Give a batch to the workers, in chunks that keep all of them busy."""
         slot = None
         if self.buffers is not None:
             slot = self.free.popleft()
             buffer = self.buffers.array(slot)
         else:
-            buffer = np.empty(shape, np.uint8)
+            buffer = np.empty(self.shape, np.uint8)
         size = -(-len(positions_B) // (2 * max(1, self.workers)))
         size = min(max(size, SMALLEST_CHUNK), LARGEST_CHUNK)
-        parts: list[Future[Made]] = []
+        parts = []
         for first in range(0, len(positions_B), size):
             rows = slice(first, first + size)
-            chunk = Chunk(positions_B[rows], records_B[rows], slot or 0, first, buffer[rows])
-            if inline is None:
-                parts.append(self.pool.submit(chunk))
-            else:
-                parts.append(Future())
-                parts[-1].set_result(inline.make(chunk))
-        return Pending(positions_B, buffer, slot, parts, records_B[::size].tolist())
+            parts.append(self.pool.submit(Chunk(positions_B[rows], records_B[rows], slot or 0, first, buffer[rows])))
+        return PendingBatch(positions_B, buffer, slot, parts, records_B[::size].tolist())
 
-    def finish(self, pending: Pending) -> Batch:
+    def finish(self, pending: PendingBatch) -> Batch:
         """Wait for a batch's chunks and put them together."""
-        made = [self.wait(part, first) for part, first in zip(pending.parts, pending.firsts, strict=True)]
-        self.judge([entry for part in made for entry in part.bad], len(pending.positions_B))
+        results = [self.wait(part, first) for part, first in zip(pending.parts, pending.firsts, strict=True)]
+        self.count_bad([entry for part in results for entry in part.bad], len(pending.positions_B))
         keys_B = sample_keys(self.config.seed, pending.positions_B)
-        ids = [row for part in made for row in part.ids]
-        priorities = [row for part in made for row in part.priorities or []] or None
-        records_B = np.concatenate([part.records_B for part in made])
+        ids = [row for part in results for row in part.ids]
+        priorities = [row for part in results for row in part.priorities or []] or None
+        records_B = np.concatenate([part.records_B for part in results])
         seconds: dict[str, float] = {}
-        for part in made:
+        for part in results:
             for phase, value in part.seconds.items():
                 seconds[phase] = seconds.get(phase, 0.0) + value
         return Batch(
-            self.hand_over(pending),
+            self.pixels(pending),
             reduce_text(self.config.text_reduction, ids, self.config.context_length, keys_B, priorities),
             keep_indices(self.config, keys_B),
-            np.concatenate([part.caption_B for part in made]),
+            np.concatenate([part.caption_B for part in results]),
             pending.positions_B,
             records_B,
-            sum(len(part.bad) for part in made),
-            [self.job.source.key(record) for record in records_B.tolist()] if self.keys else None,
+            sum(len(part.bad) for part in results),
+            [self.source.key(record) for record in records_B.tolist()] if self.keys else None,
             seconds,
         )
 
-    def hand_over(self, pending: Pending) -> UInt8Array:
+    def pixels(self, pending: PendingBatch) -> UInt8Array:
         """The batch's pixels for the trainer.
 
         A shared buffer is used again once the trainer has let go of it. Were that the last free one, the trainer gets a
@@ -224,7 +243,7 @@ class Loader:
         weakref.finalize(pending.buffer.base, self.free.append, pending.slot).atexit = False
         return pending.buffer
 
-    def wait(self, part: Future[Made], first: int) -> Made:
+    def wait(self, part: Future[ChunkResult], first: int) -> ChunkResult:
         """A chunk's result; says so when it takes unusually long."""
         waited = 0.0
         while True:
@@ -235,22 +254,50 @@ class Loader:
                     raise
                 waited += STALL_SECONDS
                 self.warn(
-                    f"the loader has waited {waited:.0f} s for samples from {self.job.source.key(first)} on: "
+                    f"the loader has waited {waited:.0f} s for samples from {self.source.key(first)} on: "
                     "is the disk reachable?"
                 )
 
-    def judge(self, bad: Sequence[tuple[str, str]], seen: int) -> None:
-        """Count bad records and name each once. Raises UserError when they are too many."""
+    def count_bad(self, bad: Sequence[tuple[str, str]], seen: int) -> None:
+        """Count bad records and report each once. Raises UserError when they are too many."""
         self.seen += seen
         self.bad += len(bad)
         for key, reason in bad:
-            if key not in self.told and len(self.told) < REMEMBERED_BAD:
-                self.told[key] = reason
+            if key not in self.bad_reasons and len(self.bad_reasons) < REPORTED_BAD:
+                self.bad_reasons[key] = reason
                 self.warn(f"{key} is replaced by its neighbour: {reason}")
         allowed = self.config.max_bad * max(self.seen, BAD_BASE)
         if self.bad > allowed + BAD_DEVIATIONS * math.sqrt(allowed):
-            examples = "; ".join(f"{key} ({reason})" for key, reason in list(self.told.items())[:3])
+            examples = "; ".join(f"{key} ({reason})" for key, reason in list(self.bad_reasons.items())[:3])
             raise UserError(
                 f"{self.bad:,} of {self.seen + self.bad:,} records are broken, more than {self.config.max_bad:.0%}, "
-                f"among them {examples}: see clipkit verify and build the dataset anew, or train with --set max_bad=0.1"
+                f"among them {examples}: see clipkit verify and build the dataset again, or train with "
+                "--set max_bad=0.1"
             )
+
+
+def check_loader(dataset: Source | Examples, config: LoaderConfig, start: int, stop: int | None, world: int) -> None:
+    """Raise UserError for invalid settings."""
+    config.augmentation.check()
+    if dataset.num_records < 1:
+        raise UserError(f"{dataset!r} has no records: build it from shards that have some")
+    if config.batch_size < 1 or config.batch_size % world:
+        raise UserError(
+            f"a batch of {config.batch_size} can't be shared by {world} devices: choose a multiple of {world}"
+        )
+    if stop is not None and (stop < start or (stop - start) % config.batch_size):
+        raise UserError(f"{stop - start:,} samples aren't a whole number of batches of {config.batch_size}: round them")
+    if config.block_size < 1:
+        raise UserError(f"block_size is {config.block_size}: choose 1 (a full shuffle) or more")
+    if config.image_keep is not None and (config.image_reduction is None or config.grid is None):
+        raise UserError("image_keep needs image_reduction (random, grid or block)")
+    one = np.zeros(1, np.uint64)
+    reduce_text(config.text_reduction, [[1]], config.context_length, one, [[0]])
+    keep_indices(config, one)
+
+
+def keep_indices(config: LoaderConfig, keys_B: UInt64Array) -> Int64Array | None:
+    """The patches that stay of each image, or None when all do."""
+    if config.image_reduction is None or config.grid is None or config.image_keep is None:
+        return None
+    return image_keep_indices(config.image_reduction, config.grid, config.image_keep, keys_B)

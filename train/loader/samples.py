@@ -8,7 +8,7 @@ import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import cv2
 import numpy as np
@@ -21,32 +21,56 @@ from clipkit.train.loader.augment import Augmentation, cut, geometry_draws, reco
 from clipkit.train.order import Int64Array
 from clipkit.train.sources.source import Pair, Source
 
+if TYPE_CHECKING:
+    from clipkit.text.tokens import ImageMethod, TextMethod
+
 # A broken record is replaced by one of the next ones of its block; a block this broken is a broken dataset.
 MAX_TRIES = 16
 # So many records of a chunk are read before the first of them is decoded: each kind of work goes faster in a row.
 # Of large images fewer, by their bytes.
 READ_TOGETHER, READ_TOGETHER_BYTES = 32, 32_000_000
 # A dataset whose images, decoded, fit into so many bytes is decoded once; one that doesn't is never kept in part.
-KEPT_BYTES = 400_000_000
+DECODED_BYTES = 400_000_000
 
 Priorities = Callable[[Sequence[Sequence[int]]], list[list[int]]]
 
 
 @dataclass(frozen=True)
-class Job:
-    """What all chunks of a run have in common."""
+class LoaderConfig:
+    """Everything that decides what is in a batch."""
 
-    source: Source
     image_size: int
-    augmentation: Augmentation
-    seed: int
-    block_size: int
-    syntax: bool
-    """Whether to tag the captions' words, for the `syntax` way of reducing text."""
+    context_length: int
+    batch_size: int
+    """Samples in a batch of all ranks together."""
+    augmentation: Augmentation = field(default_factory=Augmentation)
+    text_reduction: "TextMethod" = "truncate"
+    image_reduction: "ImageMethod | None" = None
+    image_keep: int | None = None
+    """Patches that stay of the `grid` (rows, columns), where not all do."""
+    grid: tuple[int, int] | None = None
+    seed: int = 0
+    block_size: int = 64
+    """Records that the shuffle keeps together on disk (`clipkit.train.order`)."""
+    max_bad: float = 0.01
+    """Share of the records that may be broken before the run stops."""
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Some neighbouring samples of a batch, to be made."""
+
+    positions_B: UInt64Array
+    records_B: Int64Array
+    slot: int
+    """The number of the batch's buffer, and this chunk's first row in it."""
+    first: int
+    image_BHWC: UInt8Array
+    """The rows of the buffer themselves, in this process."""
 
 
 @dataclass
-class Made:
+class ChunkResult:
     """A chunk of samples without its pixels, which lie in the batch's buffer by then."""
 
     records_B: Int64Array
@@ -62,103 +86,105 @@ class Made:
     """Processor seconds of this thread by phase: read, image, colour, text."""
 
 
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """A pair that can be used: its caption cleaned, its image encoded or decoded for `warp`."""
+class Text(NamedTuple):
+    """A cleaned caption, and its token ids and their priorities where the record holds them."""
+
+    caption: str
+    ids: list[int] | None
+    priorities: list[int] | None
+
+
+class Sample(NamedTuple):
+    """A pair that can be used: its image encoded, or decoded for `warp`."""
 
     image: bytes | memoryview | UInt8Array
-    caption: str
-    ids: list[int] | None
-    priorities: list[int] | None
-
-
-class Text(NamedTuple):
-    """What stays of a sample until its chunk is made. Its image doesn't: a hundred large ones fill the memory."""
-
-    caption: str
-    ids: list[int] | None
-    priorities: list[int] | None
-
-
-Kept = dict[int, Sample]
+    text: Text
 
 
 class SampleMaker:
     """Makes chunks of samples; one a worker.
 
-    `kept` is where small datasets stay decoded: threads share one, and None (a worker process) keeps nothing.
+    `decoded` is where small datasets stay decoded, by record: threads share one, and None (a worker process) keeps
+    nothing.
     """
 
-    def __init__(self, job: Job, tokenizer: Tokenizer | None = None, kept: Kept | None = None) -> None:
-        self.job = job
+    def __init__(
+        self,
+        source: Source,
+        config: LoaderConfig,
+        tokenizer: Tokenizer | None = None,
+        decoded: dict[int, Sample] | None = None,
+    ) -> None:
+        self.source, self.config = source, config
         self.tokenizer = tokenizer or Tokenizer()
-        self.kept = kept if job.augmentation.is_affine else None
+        self.decoded = decoded if config.augmentation.is_affine else None
         self.tag: Priorities | None = None
-        if job.syntax:
+        if config.text_reduction == "syntax":
             from clipkit.text.syntax import Syntax
 
             self.tag = Syntax(self.tokenizer).priorities
 
-    def make(self, positions_B: UInt64Array, records_B: Int64Array, image_BHWC: UInt8Array) -> Made:
-        """Fill `image_BHWC` with the samples at these positions, made of these records or of their replacements.
+    def make(self, chunk: Chunk) -> ChunkResult:
+        """Fill the chunk's rows with the samples at its positions, made of its records or of their replacements.
 
         Raises UserError when a shard is gone, or when records can't be replaced.
         """
         clock = Clock()
-        keys_B = sample_keys(self.job.seed, positions_B)
+        image_BHWC = chunk.image_BHWC
+        keys_B = sample_keys(self.config.seed, chunk.positions_B)
         draws = geometry_draws(keys_B).tolist()
-        used_B = records_B.copy()
+        used_B = chunk.records_B.copy()
+        # The images aren't held until the chunk is made: a hundred large ones fill the memory.
         texts: list[Text] = []
         bad: list[tuple[str, str]] = []
-        records = records_B.tolist()
+        records = chunk.records_B.tolist()
         for first in range(0, len(records), READ_TOGETHER):
             coming = enumerate(self.samples(records[first : first + READ_TOGETHER]), first)
-            while found := together(coming):
+            while group := take_group(coming):
                 clock.lap("read")
-                for index, sample in found:
-                    used_B[index], chosen = self.use(records[index], sample, draws[index], image_BHWC[index], bad)
-                    texts.append(Text(chosen.caption, chosen.ids, chosen.priorities))
-                found.clear()
+                for index, sample in group:
+                    used_B[index], text = self.write_pixels(
+                        records[index], sample, draws[index], image_BHWC[index], bad
+                    )
+                    texts.append(text)
+                group.clear()
                 clock.lap("image")
-        recolour(image_BHWC, self.job.augmentation, keys_B)
+        recolour(image_BHWC, self.config.augmentation, keys_B)
         clock.lap("colour")
         ids = self.ids(texts)
         priorities = self.priorities(texts, ids)
         caption_B = np.array([caption_hash(text.caption) for text in texts], np.int64)
         clock.lap("text")
-        return Made(used_B, ids, priorities, caption_B, bad, clock.seconds)
+        return ChunkResult(used_B, ids, priorities, caption_B, bad, clock.seconds)
 
-    def use(
+    def write_pixels(
         self,
         record: int,
         found: Sample | UserError,
         draws: Sequence[float],
         image_HWC: UInt8Array,
         bad: list[tuple[str, str]],
-    ) -> tuple[int, Sample]:
+    ) -> tuple[int, Text]:
         """Write the pixels of a record or of the first one that can stand in for it, colours unchanged; says which.
 
         Adds what can't be used to `bad`. Raises UserError when nothing can.
         """
         for candidate, sample in self.candidates(record, found):
-            reason = sample if isinstance(sample, UserError) else self.fill(image_HWC, sample, draws)
-            if reason is None:
-                assert isinstance(sample, Sample)
-                return candidate, sample
-            bad.append((self.job.source.key(candidate), str(reason)))
+            if isinstance(sample, UserError):
+                reason: Exception = sample
+            else:
+                try:
+                    cut(sample.image, self.config.image_size, self.config.augmentation, draws, image_HWC)
+                except (ImageError, cv2.error) as error:
+                    reason = error
+                else:
+                    return candidate, sample.text
+            bad.append((self.source.key(candidate), str(reason)))
         key, why = bad[-1]
         raise UserError(
             f"{len(self.stand_ins(record)) + 1} records next to each other can't be used, the last one {key} ({why}): "
-            "build the dataset anew"
+            "build the dataset again"
         )
-
-    def fill(self, image_HWC: UInt8Array, sample: Sample, draws: Sequence[float]) -> Exception | None:
-        """Write a sample's pixels; returns why that can't be done."""
-        try:
-            cut(sample.image, self.job.image_size, self.job.augmentation, draws, image_HWC)
-        except (ImageError, cv2.error) as error:
-            return error
-        return None
 
     def candidates(self, record: int, found: Sample | UserError) -> Iterator[tuple[int, Sample | UserError]]:
         """The record, then what may stand in for it, each read when it is asked for."""
@@ -168,34 +194,34 @@ class SampleMaker:
 
     def stand_ins(self, record: int) -> list[int]:
         """The records that follow in the block, from the block's end on to its beginning."""
-        block = self.job.source.block(record, self.job.block_size)
+        block = self.source.block(record, self.config.block_size)
         place = block.index(record)
         return [block[(place + step) % len(block)] for step in range(1, min(MAX_TRIES, len(block)))]
 
     def samples(self, records: Sequence[int]) -> Iterator[Sample | UserError]:
-        """What the records hold: what was kept, or read anew."""
-        kept = self.kept
-        if kept is None:
-            yield from map(usable, self.job.source.pairs(records))
+        """What the records hold, read or kept decoded."""
+        decoded = self.decoded
+        if decoded is None:
+            yield from map(to_sample, self.source.pairs(records))
             return
-        found = {record: kept[record] for record in records if record in kept}
-        pairs = self.job.source.pairs([record for record in records if record not in found])
+        found = {record: decoded[record] for record in records if record in decoded}
+        pairs = self.source.pairs([record for record in records if record not in found])
         for record in records:
-            yield found[record] if record in found else self.keep(record, usable(next(pairs)))
+            yield found[record] if record in found else self.keep_decoded(record, to_sample(next(pairs)))
 
-    def keep(self, record: int, sample: Sample | UserError) -> Sample | UserError:
+    def keep_decoded(self, record: int, sample: Sample | UserError) -> Sample | UserError:
         """The sample, its image decoded and kept where all of the dataset's would fit."""
-        if self.kept is None or isinstance(sample, UserError) or isinstance(sample.image, np.ndarray):
+        if self.decoded is None or isinstance(sample, UserError) or isinstance(sample.image, np.ndarray):
             return sample
         try:
-            image = warpable(sample.image, self.job.image_size)
+            image = warpable(sample.image, self.config.image_size)
         except ImageError as error:
             return error
-        if image.nbytes * self.job.source.num_records > KEPT_BYTES:
-            self.kept = None
+        if image.nbytes * self.source.num_records > DECODED_BYTES:
+            self.decoded = None
             return sample
-        self.kept[record] = Sample(image, sample.caption, sample.ids, sample.priorities)
-        return self.kept[record]
+        self.decoded[record] = Sample(image, sample.text)
+        return self.decoded[record]
 
     def ids(self, texts: Sequence[Text]) -> list[list[int]]:
         """Token ids of the captions."""
@@ -210,23 +236,25 @@ class SampleMaker:
         return [next(tagged) if text.priorities is None else text.priorities for text in texts]
 
 
-def together(coming: Iterator[tuple[int, Sample | UserError]]) -> list[tuple[int, Sample | UserError]]:
+def take_group(coming: Iterator[tuple[int, Sample | UserError]]) -> list[tuple[int, Sample | UserError]]:
     """The samples that come next, until their images take READ_TOGETHER_BYTES; [] at the end."""
-    found, size = [], 0
+    group, size = [], 0
     for index, sample in coming:
-        found.append((index, sample))
-        size += len(sample.image) if isinstance(sample, Sample) else 0
+        group.append((index, sample))
+        size += 0 if isinstance(sample, UserError) else len(sample.image)
         if size >= READ_TOGETHER_BYTES:
             break
-    return found
+    return group
 
 
-def usable(pair: Pair | UserError) -> Sample | UserError:
+def to_sample(pair: Pair | UserError) -> Sample | UserError:
     """A pair with its caption cleaned, or why it can't be used."""
     if isinstance(pair, UserError):
         return pair
     caption = clean(pair.caption)
-    return Sample(pair.image, caption, pair.ids, pair.priorities) if caption else ImageError("the caption is empty")
+    return (
+        Sample(pair.image, Text(caption, pair.ids, pair.priorities)) if caption else ImageError("the caption is empty")
+    )
 
 
 def caption_hash(cleaned: str) -> int:

@@ -17,19 +17,17 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Any
 
 import numpy as np
 
-from clipkit.counter_rng import UInt64Array
 from clipkit.errors import UserError
 from clipkit.pixels.images import UInt8Array
-from clipkit.train.loader.samples import Job, Made, SampleMaker
-from clipkit.train.order import Int64Array
+from clipkit.train.loader.samples import Chunk, ChunkResult, LoaderConfig, SampleMaker
+from clipkit.train.sources.source import Source
 
 MAX_DEATHS = 3
 # How long the end of the loader waits for threads that may hang in the kernel, say on a disk that doesn't answer, and
@@ -40,40 +38,19 @@ CLOSE_SECONDS, KILL_SECONDS = 0.5, 5.0
 LARGE_BUFFERS = 500_000_000
 
 
-@dataclass(frozen=True)
-class Chunk:
-    """Some neighbouring samples of a batch."""
-
-    positions_B: UInt64Array
-    records_B: Int64Array
-    slot: int
-    """The number of the batch's buffer, and this chunk's first row in it."""
-    first: int
-    image_BHWC: UInt8Array
-    """The rows of the buffer themselves, in this process."""
-
-
-class Hands(Protocol):
-    """What does the work of one worker."""
-
-    def make(self, chunk: Chunk) -> Made: ...
-
-    def stop(self) -> None: ...
-
-
 class Buffers:
     """Equal image buffers in memory that worker processes share: uint8[slots][batch, size, size, 3]."""
 
     def __init__(self, slots: int, shape: tuple[int, ...]) -> None:
-        self.shape = shape
-        self.bytes = int(np.prod(shape))
+        self.slots, self.shape = slots, shape
+        size = max(1, slots * int(np.prod(shape)))
         if hasattr(os, "memfd_create"):
             self.file = os.memfd_create("clipkit-batches")
         else:
             with tempfile.TemporaryFile() as file:
                 self.file = os.dup(file.fileno())
-        os.ftruncate(self.file, max(1, slots * self.bytes))
-        self.memory = mmap.mmap(self.file, max(1, slots * self.bytes))
+        os.ftruncate(self.file, size)
+        self.memory = mmap.mmap(self.file, size)
 
     def array(self, slot: int) -> UInt8Array:
         """One buffer. The memory lives as long as any array made of it."""
@@ -97,26 +74,13 @@ def give_back(memory: mmap.mmap, start: int, stop: int) -> None:
         memory.madvise(mmap.MADV_DONTNEED, start, stop - start)
 
 
-class ThreadHands:
-    """Does the work where it is called."""
+class ProcessWorker:
+    """Has the work of a SampleMaker done by a process, and starts another where one dies."""
 
-    def __init__(self, maker: SampleMaker) -> None:
-        self.maker = maker
-
-    def make(self, chunk: Chunk) -> Made:
-        return self.maker.make(chunk.positions_B, chunk.records_B, chunk.image_BHWC)
-
-    def stop(self) -> None:
-        pass
-
-
-class ProcessHands:
-    """Has the work done by a process, and starts another where one dies."""
-
-    def __init__(self, job: Job, buffers: Buffers, slots: int, warn: Callable[[str], None]) -> None:
-        self.setup = pickle.dumps((job, buffers.file, slots, buffers.shape), protocol=5)
+    def __init__(self, source: Source, config: LoaderConfig, buffers: Buffers, warn: Callable[[str], None]) -> None:
+        self.setup = pickle.dumps((source, config, buffers.file, buffers.slots, buffers.shape), protocol=5)
         self.file, self.warn = buffers.file, warn
-        self.source = job.source
+        self.source = source
         self.lock = threading.Lock()
         self.stopped = False
         self.process: subprocess.Popen[bytes] | None = None
@@ -139,7 +103,8 @@ class ProcessHands:
         with contextlib.suppress(BrokenPipeError):
             send(self.process.stdin, self.setup)
 
-    def make(self, chunk: Chunk) -> Made:
+    def make(self, chunk: Chunk) -> ChunkResult:
+        """The chunk as a SampleMaker makes it; what the process raises is raised here."""
         order = pickle.dumps((chunk.positions_B, chunk.records_B, chunk.slot, chunk.first), protocol=5)
         for _ in range(MAX_DEATHS):
             process = self.process
@@ -152,21 +117,22 @@ class ProcessHands:
                     raise EOFError("the loader was closed") from None
                 process.kill()
                 code = process.wait()
-                close_pipes(process)
+                self.close_pipes()
                 where = self.source.key(int(chunk.records_B[0]))
                 self.warn(f"loader worker {process.pid} died (exit {code}) at about {where}: its work is done again")
                 self.start()
                 continue
             if isinstance(answer, BaseException):
                 raise answer
-            made: Made = answer
-            return made
+            result: ChunkResult = answer
+            return result
         raise UserError(
             f"{MAX_DEATHS} loader workers died at the {len(chunk.records_B)} samples that begin with {where}: "
             "look for records that take too much memory there, or use fewer workers"
         )
 
     def stop(self) -> None:
+        """End the process for good."""
         with self.lock:
             self.stopped = True
             if self.process is not None:
@@ -174,31 +140,43 @@ class ProcessHands:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     self.process.wait(KILL_SECONDS)
 
+    def close_pipes(self) -> None:
+        """Close our ends of the dead process's pipes."""
+        for pipe in (self.process.stdin, self.process.stdout) if self.process else ():
+            with contextlib.suppress(BrokenPipeError):
+                if pipe is not None:
+                    pipe.close()
+
 
 class Pool:
-    """Worker threads that take chunks in order and fulfil their futures."""
+    """Workers in a thread each that take chunks in order; without `threads` one worker, in the thread that asks."""
 
-    def __init__(self, hands: list[Hands]) -> None:
-        self.hands = hands
-        self.tasks: queue.SimpleQueue[tuple[Chunk, Future[Made]] | None] = queue.SimpleQueue()
-        self.threads = [threading.Thread(target=self.work, args=(hand,), daemon=True) for hand in hands]
+    def __init__(self, workers: Sequence[SampleMaker | ProcessWorker], threads: bool) -> None:
+        self.workers = workers
+        self.chunks: queue.SimpleQueue[tuple[Chunk, Future[ChunkResult]] | None] = queue.SimpleQueue()
+        self.threads = [
+            threading.Thread(target=self.serve, args=(worker,), daemon=True) for worker in workers if threads
+        ]
         for thread in self.threads:
             thread.start()
 
-    def submit(self, chunk: Chunk) -> Future[Made]:
+    def submit(self, chunk: Chunk) -> Future[ChunkResult]:
         """Have a chunk made, after those submitted before."""
-        future: Future[Made] = Future()
-        self.tasks.put((chunk, future))
+        future: Future[ChunkResult] = Future()
+        self.chunks.put((chunk, future))
+        if not self.threads:
+            self.chunks.put(None)
+            self.serve(self.workers[0])
         return future
 
-    def work(self, hand: Hands) -> None:
-        """The life of one worker thread."""
-        while (task := self.tasks.get()) is not None:
+    def serve(self, worker: SampleMaker | ProcessWorker) -> None:
+        """Make chunks until a None comes: the life of one worker thread."""
+        while (task := self.chunks.get()) is not None:
             chunk, future = task
             if not future.set_running_or_notify_cancel():
                 continue
             try:
-                future.set_result(hand.make(chunk))
+                future.set_result(worker.make(chunk))
             except BaseException as error:
                 future.set_exception(error)
             del task, chunk, future  # the arrays of a batch must not outlive it here
@@ -209,18 +187,18 @@ class Pool:
         A thread that hangs in reading is left to itself: it ends with its read, or with this process.
         """
         with contextlib.suppress(queue.Empty):
-            while task := self.tasks.get_nowait():
+            while task := self.chunks.get_nowait():
                 task[1].cancel()
         for _ in self.threads:
-            self.tasks.put(None)
-        for hand in self.hands:
-            hand.stop()
+            self.chunks.put(None)
+        processes = [worker for worker in self.workers if isinstance(worker, ProcessWorker)]
+        for process in processes:
+            process.stop()
         deadline = time.monotonic() + CLOSE_SECONDS
         for thread in self.threads:
             thread.join(max(0.0, deadline - time.monotonic()))
-        for hand in self.hands:
-            if isinstance(hand, ProcessHands) and hand.process is not None:
-                close_pipes(hand.process)
+        for process in processes:
+            process.close_pipes()
 
 
 def serve() -> None:
@@ -239,10 +217,10 @@ def serve() -> None:
     os.dup2(2, 1)  # whatever a library prints must not get among the answers
     try:
         try:
-            job, file, slots, shape = receive(orders)
+            source, config, file, slots, shape = receive(orders)
             memory = mmap.mmap(file, max(1, slots * int(np.prod(shape))))
             buffers = [buffer_array(memory, slot, shape) for slot in range(slots)]
-            maker = SampleMaker(job)
+            maker = SampleMaker(source, config)
         except EOFError:
             return
         except Exception as error:
@@ -252,7 +230,8 @@ def serve() -> None:
         while True:
             positions_B, records_B, slot, first = receive(orders)
             try:
-                answer: Any = maker.make(positions_B, records_B, buffers[slot][first : first + len(positions_B)])
+                rows = buffers[slot][first : first + len(positions_B)]
+                answer: Any = maker.make(Chunk(positions_B, records_B, slot, first, rows))
             except Exception as error:
                 answer = portable(error)
             if len(memory) > LARGE_BUFFERS:
@@ -289,11 +268,3 @@ def receive(pipe: IO[bytes] | None) -> Any:
         return pickle.load(pipe)
     except pickle.UnpicklingError as error:
         raise EOFError("the message was cut short") from error
-
-
-def close_pipes(process: subprocess.Popen[bytes]) -> None:
-    """Close our ends of a dead worker's pipes."""
-    for pipe in (process.stdin, process.stdout):
-        with contextlib.suppress(BrokenPipeError):
-            if pipe is not None:
-                pipe.close()

@@ -18,7 +18,7 @@ from PIL import Image
 
 from clipkit.pixels.images import ImageError, UInt8Array, plain_jpeg_size
 from clipkit.pixels.jpeg_crop import crop
-from clipkit.train.loader.crop import Box, crop_of_jpeg, exact_crop_resize, random_resized_crop_of
+from clipkit.train.loader.crop import Box, crop_of_jpeg, exact_crop_resize, random_resized_crop
 
 WAYS: tuple[dict[str, object], ...] = (
     {},
@@ -287,7 +287,7 @@ def test_broken_bytes_end_as_pixels_or_an_error(data: bytes, breaks: list[tuple[
             simplejpeg.decode_jpeg(bytes(broken), strict=True)  # no more forgiving than libjpeg
         try:
             crop_of_jpeg(bytes(broken), size, (0, 0, *size), 16)
-            random_resized_crop_of(bytes(broken), 16, (0.4, 1.0), (3 / 4, 4 / 3), [0.5] * 22)
+            random_resized_crop(bytes(broken), 16, (0.4, 1.0), (3 / 4, 4 / 3), [0.5] * 22)
         except ImageError:
             assert not done
 

@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from natural_images import PIXELS, encoded, jpeg
+from natural_images import encoded, jpeg
 from natural_images import natural as picture
 from PIL import Image
 
@@ -22,7 +22,6 @@ from clipkit.train.loader.crop import (
     crop_resize,
     exact_crop_resize,
     random_resized_crop,
-    random_resized_crop_of,
     scaled_crop,
 )
 
@@ -51,7 +50,7 @@ def test_crop_of_a_jpeg_equals_full_decoding_and_antialiased_bicubic(size: int, 
         data = jpeg(picture(256, 320, seed, roughness=1.3))
         for area in (0.45, 0.7, 0.95):
             draws = [0.5] * 22
-            fast = random_resized_crop_of(data, size, (area, area), (1.0, 1.0), draws)
+            fast = random_resized_crop(data, size, (area, area), (1.0, 1.0), draws)
             top, left, height, width = crop_box(256, 320, (area, area), (1.0, 1.0), draws)
             part = Image.open(io.BytesIO(data)).crop((left, top, left + width, top + height))
             plain = part.resize((size, size), Image.Resampling.BICUBIC)
@@ -83,7 +82,7 @@ def test_a_jpeg_is_cut_by_the_library_where_the_compiled_code_is_missing(way: st
     box = crop_box(200, 260, (0.5, 0.5), (1.0, 1.0), [0.5] * 22)
     for progressive in (False, True):
         data = jpeg(pixels, progressive=progressive)
-        found = random_resized_crop_of(data, 64, (0.5, 0.5), (1.0, 1.0), [0.5] * 22)
+        found = random_resized_crop(data, 64, (0.5, 0.5), (1.0, 1.0), [0.5] * 22)
         expected = way == "library" or progressive
         assert np.array_equal(found, by_library(data, box, 64)) == expected
 
@@ -118,9 +117,9 @@ def test_pixels_of_a_jpeg_are_written_where_they_belong() -> None:
     buffer = np.zeros((3, 48, 48, 3), np.uint8)
     for side in (30, 70, 256):
         data = jpeg(picture(side, side))
-        found = random_resized_crop_of(data, 48, (0.7, 0.7), (1.0, 1.0), [0.5] * 22, buffer[1])
+        found = random_resized_crop(data, 48, (0.7, 0.7), (1.0, 1.0), [0.5] * 22, buffer[1])
         np.testing.assert_array_equal(buffer[1], found)
-        np.testing.assert_array_equal(found, random_resized_crop_of(data, 48, (0.7, 0.7), (1.0, 1.0), [0.5] * 22))
+        np.testing.assert_array_equal(found, random_resized_crop(data, 48, (0.7, 0.7), (1.0, 1.0), [0.5] * 22))
         assert not buffer[[0, 2]].any()
 
 
@@ -172,12 +171,6 @@ def test_crop_that_never_fits_is_the_central_one() -> None:
 def test_tiny_and_thin_images_are_cropped(height: int, width: int) -> None:
     pixels = np.full((height, width, 3), 77, np.uint8)
     for data in (jpeg(pixels), encoded(Image.fromarray(pixels), "PNG")):
-        crop = random_resized_crop_of(data, 32, (0.4, 1.0), (3 / 4, 4 / 3), np.full(22, 0.7))
+        crop = random_resized_crop(data, 32, (0.4, 1.0), (3 / 4, 4 / 3), np.full(22, 0.7))
         assert crop.shape == (32, 32, 3)
         assert np.abs(crop.astype(int) - 77).max() <= 3
-
-
-def test_random_resized_crop_of_pixels() -> None:
-    crop = random_resized_crop(PIXELS, 24, (0.4, 1.0), (3 / 4, 4 / 3), np.random.default_rng(0).random(22))
-    assert crop.shape == (24, 24, 3)
-    assert crop.dtype == np.uint8

@@ -22,7 +22,8 @@ from clipkit.errors import UserError
 from clipkit.formats.dataset import Dataset, open_dataset
 from clipkit.train.loader import loader as data_module
 from clipkit.train.loader.augment import Augmentation
-from clipkit.train.loader.loader import Batch, LoaderConfig, batches
+from clipkit.train.loader.loader import Batch, batches
+from clipkit.train.loader.samples import LoaderConfig
 from clipkit.train.sources.source import RecordSource
 
 CONFIG = LoaderConfig(

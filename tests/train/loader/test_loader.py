@@ -24,7 +24,8 @@ from clipkit.train.loader import loader as data
 from clipkit.train.loader import samples
 from clipkit.train.loader import workers as worker_module
 from clipkit.train.loader.augment import Augmentation
-from clipkit.train.loader.loader import Batch, LoaderConfig, batches
+from clipkit.train.loader.loader import Batch, batches
+from clipkit.train.loader.samples import LoaderConfig
 from clipkit.train.sources.source import Pair, RecordSource, Source
 
 CONFIG = LoaderConfig(
@@ -174,7 +175,7 @@ def test_small_datasets_are_decoded_once(monkeypatch: pytest.MonkeyPatch) -> Non
 
     kept = digests(batches(RecordSource(Counted(16)), config, 0, 48, workers=1))
     assert sorted(reads) == list(range(16))
-    monkeypatch.setattr(samples, "KEPT_BYTES", 100)
+    monkeypatch.setattr(samples, "DECODED_BYTES", 100)
     assert digests(batches(RecordSource(Counted(16)), config, 0, 48, workers=1)) == kept
     assert len(reads) == 16 + 48
 
@@ -329,7 +330,8 @@ def test_workers_end_with_a_killed_trainer(pairs_dataset: Path) -> None:
     script = f"""
 import sys
 from clipkit.formats.dataset import open_dataset
-from clipkit.train.loader.loader import LoaderConfig, batches
+from clipkit.train.loader.loader import batches
+from clipkit.train.loader.samples import LoaderConfig
 from clipkit.train.sources.source import RecordSource
 config = LoaderConfig(image_size=16, context_length=8, batch_size=8)
 loader = batches(RecordSource(open_dataset({str(pairs_dataset)!r})), config, workers=1, processes=True)

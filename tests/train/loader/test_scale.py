@@ -28,7 +28,8 @@ from clipkit.pixels.images import MAX_PIXELS
 from clipkit.storage import ranges as range_reader
 from clipkit.tfrecord_tools.writing.metadata import write_metadata
 from clipkit.train.loader.augment import Augmentation
-from clipkit.train.loader.loader import Batch, LoaderConfig, batches
+from clipkit.train.loader.loader import Batch, batches
+from clipkit.train.loader.samples import LoaderConfig
 from clipkit.train.sources.open import open_source
 from clipkit.train.sources.source import RecordSource
 

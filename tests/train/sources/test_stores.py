@@ -47,7 +47,7 @@ def test_in_a_store(kind: str, written: dict[str, Path], s3: str, own_places: Pa
 
 READ_ONE_BATCH = """
 import sys
-from clipkit.train.loader.batch import LoaderConfig
+from clipkit.train.loader.samples import LoaderConfig
 from clipkit.train.loader.loader import batches
 from clipkit.train.sources.open import open_source
 source = open_source(sys.argv[1], block_size=8).source()
