@@ -1,1 +1,11 @@
-"""Evaluation: zero-shot classification, its results, and the report page."""
+"""Evaluation of checkpoints, and the page that tells a run's whole story.
+
+- `labelled`: labelled images from a dataset, a folder for each class, or a parquet file.
+- `classes`: the names of classes, the sentences they stand in, and the prompts as tokens.
+- `task`: labelled images, classes and templates, ready for any model.
+- `zeroshot`: classification by class embeddings, as a command and while training.
+- `metrics`: accuracies with their intervals and chance levels. A new metric belongs here.
+- `results`: what an evaluation leaves in a run: numbers and guesses.
+- `report_data`: what a run's folder and its dataset tell, as plain values.
+- `report`: the page made of these.
+"""

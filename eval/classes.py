@@ -1,4 +1,4 @@
-"""What the classes are called, and in which sentences.
+"""What the classes are called, in which sentences, and these as tokens.
 
 Half of all wrong zero-shot numbers come from here: names in another order than the labels, or templates other than the
 paper's. So names and templates are resolved once, checked, and hashed into every result.
@@ -10,10 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, cast, get_args
 
+import numpy as np
+from numpy.typing import NDArray
+
 from clipkit import embedded
 from clipkit.config import did_you_mean
 from clipkit.errors import UserError
 from clipkit.storage.files import read_json, require_file
+from clipkit.text.tokenizer import Tokenizer
 
 Pooling = Literal["mean", "sum"]
 
@@ -90,7 +94,7 @@ def templates(spec: str) -> Templates:
 def _template_file(path: Path) -> list[str]:
     if path.suffix == ".json":
         listed = read_json(path)
-        if not (isinstance(listed, list) and all(isinstance(each, str) for each in listed)):
+        if not (isinstance(listed, list) and all(isinstance(sentence, str) for sentence in listed)):
             raise UserError(f'{path} isn\'t a JSON list of sentences: write ["a photo of a {{}}.", …]')
         return listed
     try:
@@ -157,23 +161,40 @@ def check_pooling(text: str) -> Pooling:
     return cast(Pooling, text)
 
 
-def names_by_class(parquet: Path, class_column: str, name_column: str) -> dict[str, list[str]]:
-    """For each value of one column the sorted different values of another: for `--classes`, classes of many names.
-
-    The ten emoji groups, each of all that is in it: `names_by_class(emoji_parquet("train"), "group", "caption")`.
-    """
-    import pyarrow.parquet as pq
-
-    found: dict[str, set[str]] = {}
-    columns = pq.read_table(parquet, columns=[class_column, name_column])
-    for label, name in zip(columns[class_column].to_pylist(), columns[name_column].to_pylist(), strict=True):
-        if label is not None and name:
-            found.setdefault(str(label), set()).add(str(name))
-    return {label: sorted(found[label]) for label in sorted(found)}
-
-
 def nearest(word: str, known: Sequence[str]) -> str:
     """The end of an error line: near misses, or a few examples where there are too many to list."""
     if len(known) <= 12 or difflib.get_close_matches(word, known, n=1, cutoff=0.5):
         return did_you_mean(word, known)
-    return f"it has {len(known):,}, among them {', '.join(repr(each) for each in sorted(known)[:3])}"
+    return f"it has {len(known):,}, among them {', '.join(repr(name) for name in sorted(known)[:3])}"
+
+
+@dataclass(frozen=True, eq=False)
+class Prompts:
+    """The different prompts of all classes, tokenised, shortest first."""
+
+    ids_PT: NDArray[np.int32]
+    length_P: NDArray[np.int64]
+    """Tokens of each prompt, start and end included."""
+    prompt_Q: NDArray[np.int64]
+    """Q pairs of a prompt and a class it belongs to, in order of the prompt."""
+    class_Q: NDArray[np.int64]
+    classes: int
+    cut: int
+    """Prompts that lose words to the context length."""
+
+
+def tokenise(prompts: Sequence[Sequence[str]], tokenizer: Tokenizer, context_length: int) -> Prompts:
+    """Tokenise the prompts of each class. A sentence that occurs more than once is encoded once."""
+    place: dict[str, int] = {}
+    pairs = [(place.setdefault(text, len(place)), number) for number, texts in enumerate(prompts) for text in texts]
+    ids_PT = np.asarray(tokenizer(list(place), context_length), dtype=np.int32)
+    length_P = (ids_PT.argmax(axis=1) + 1).astype(np.int64)
+    full = np.flatnonzero(length_P == context_length)
+    whole = tokenizer.encode([list(place)[i] for i in full])
+    cut = sum(len(ids) + 2 > context_length for ids in whole)
+    order = np.argsort(length_P, kind="stable")
+    rank = np.empty_like(order)
+    rank[order] = np.arange(len(order))
+    prompt_Q, class_Q = (np.array(column, dtype=np.int64) for column in zip(*pairs, strict=True))
+    by_prompt = np.argsort(rank[prompt_Q], kind="stable")
+    return Prompts(ids_PT[order], length_P[order], rank[prompt_Q][by_prompt], class_Q[by_prompt], len(prompts), cut)

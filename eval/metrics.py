@@ -1,6 +1,6 @@
 """Accuracy with its uncertainty, beside what guessing gives.
 
-A zero-shot number without an interval and a chance level can't be told from luck, so none is given alone here.
+A zero-shot number without an interval and a chance level can't be told from luck, so each comes with both here.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,10 @@ from clipkit.intervals import wilson
 
 @dataclass(frozen=True)
 class Measure:
-    """One number: `value` with its 95% interval `low`..`high` over `n` images, and the `chance` level of guessing."""
+    """One number: `value` with its 95% interval `low`..`high` over `n` images, and the `chance` level of guessing.
+
+    All four are shares, 0 to 1.
+    """
 
     metric: str
     value: float
@@ -37,8 +40,8 @@ def mean_per_class_recall(correct_N: NDArray[np.bool_], labels_N: NDArray[np.int
     recall_C = np.bincount(class_N, weights=correct_N.astype(np.float64), minlength=len(classes)) / n_C
     value = float(recall_C.mean())
     pooled = value * (1 - value)
-    own_C = recall_C * (1 - recall_C) / np.maximum(n_C - 1, 1)
-    variance = float(np.where(n_C > 1, own_C, pooled).sum()) / len(classes) ** 2
+    variance_C = recall_C * (1 - recall_C) / np.maximum(n_C - 1, 1)
+    variance = float(np.where(n_C > 1, variance_C, pooled).sum()) / len(classes) ** 2
     trials = len(classes) ** 2 / float((1 / n_C).sum())
     if variance > 0:
         trials = min(trials, pooled / variance)
@@ -59,21 +62,10 @@ def measure(top_NK: NDArray[np.int64], labels_N: NDArray[np.int64], classes: int
         if k == 1 or classes > k:
             value = float(hit_NK[:, :k].any(axis=1).mean())
             measures.append(Measure(f"top{k}", value, *wilson(value, n), n, k / classes))
-    measures.append(
-        Measure("mean_per_class_recall", *mean_per_class_recall(hit_NK[:, 0], labels_N), n, 1 / classes),
-    )
+    measures.append(Measure("mean_per_class_recall", *mean_per_class_recall(hit_NK[:, 0], labels_N), n, 1 / classes))
     return measures
 
 
 def largest_class(labels_N: NDArray[np.int64]) -> float:
     """The share of the class with the most images: the top-1 of always guessing it."""
     return float(np.bincount(labels_N).max() / len(labels_N))
-
-
-def confused(top_NK: NDArray[np.int64], labels_N: NDArray[np.int64], most: int = 12) -> list[tuple[int, int, int, int]]:
-    """The pairs of classes that are taken for another most often: (label, guess, times, images with this label)."""
-    wrong_N = top_NK[:, 0] != labels_N
-    pairs, times = np.unique(np.stack([labels_N[wrong_N], top_NK[wrong_N, 0]], axis=1), axis=0, return_counts=True)
-    count_C = np.bincount(labels_N)
-    order = np.lexsort((pairs[:, 1], pairs[:, 0], -times))[:most]
-    return [(int(pairs[i, 0]), int(pairs[i, 1]), int(times[i]), int(count_C[pairs[i, 0]])) for i in order]

@@ -1,8 +1,8 @@
 """The page that tells a run's whole story: one HTML file that needs no network and no other file."""
 
 import base64
-import dataclasses
 import random
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from clipkit.errors import UserError
-from clipkit.eval import predictions, report_data, results
+from clipkit.eval import report_data, results
 from clipkit.eval.report_data import DataFacts, StageCost
 from clipkit.eval.results import METRICS, Result, verdict
 from clipkit.formatting import share
@@ -35,7 +35,7 @@ CURVES = (
 def report(run: Path) -> Path:
     """Write `report.html` into a run's folder and return its path. What the run doesn't have yet, the page says.
 
-    Raises UserError when `run` is no folder of a run, and when jinja2 (extra `report`) isn't installed.
+    Raises UserError when `run` isn't a run's folder, and when jinja2 (extra `report`) isn't installed.
     """
     require_dir(run, "run")
     known = ("config.json", "metrics.jsonl", "results.jsonl", "checkpoints")
@@ -52,20 +52,26 @@ def contents(run: Path) -> dict[str, Any]:
     """Everything the template shows."""
     config = report_data.read_config(run)
     metrics = report_data.read_metrics(run)
-    found = results.read(run)
+    found = results.read_results(run)
     stages = report_data.stage_costs(config, metrics)
-    facts, missing = data_facts(config)
+    seen = int(metrics[-1]["samples_seen"]) if metrics else 0
+    facts, missing = None, "the run doesn't say which data it was trained on"
+    if config.get("data"):
+        try:
+            facts = report_data.data_facts(Path(config["data"]), (config.get("dataset") or {}).get("split", "train"))
+        except UserError as error:
+            missing = str(error)
     latest = newest(found)
     return {
         "run": run.resolve().name,
         "config": config,
         "recipe": (config.get("recipe") or {}).get("name", ""),
-        "parameters": parameters(config),
+        "parameters": report_data.parameters(config),
         "metrics": metrics,
-        "seen": int(metrics[-1]["samples_seen"]) if metrics else 0,
+        "seen": seen,
         "planned": sum(stage.samples for stage in stages),
-        "seconds": report_data.clock(metrics, int(metrics[-1]["samples_seen"])) if metrics else 0.0,
-        "tasks": tasks(latest),
+        "seconds": report_data.clock(metrics, seen),
+        "tasks": [result for result in latest if result.metric == "top1"],
         "results": latest,
         "older": [result for result in found if result not in latest],
         "rows": rows(latest),
@@ -83,33 +89,20 @@ def contents(run: Path) -> dict[str, Any]:
     }
 
 
-def parameters(config: Mapping[str, Any]) -> int:
-    """The number of trained weights, 0 when the run has no recipe."""
-    recipe = config.get("recipe") or {}
-    stages = recipe.get("stages") or []
-    if not stages:
-        return 0
-    last = stages[-1]
-    return report_data.shape_of(recipe["model"], last["image_size"], last["context_length"])["parameters"]
-
-
 def newest(found: Sequence[Result]) -> list[Result]:
     """Each task's results at its latest checkpoint; tasks with the most classes first."""
-    last = {task: max(each.samples_seen for each in found if each.task == task) for task in {r.task for r in found}}
-    kept = [result for result in found if result.samples_seen == last[result.task]]
-    return sorted(kept, key=lambda each: (-each.classes, each.task))
-
-
-def tasks(latest: Sequence[Result]) -> list[Result]:
-    """The headline number of each task: its top-1."""
-    return [result for result in latest if result.metric == "top1"]
+    last: dict[str, int] = {}
+    for result in found:
+        last[result.task] = max(result.samples_seen, last.get(result.task, 0))
+    latest = [result for result in found if result.samples_seen == last[result.task]]
+    return sorted(latest, key=lambda result: (-result.classes, result.task))
 
 
 def rows(latest: Sequence[Result]) -> list[dict[str, Any]]:
     """The results table: each number with its words and its picture on a scale that the task's numbers share."""
     listed: list[dict[str, Any]] = []
     for result in latest:
-        top = max([each.high for each in latest if each.task == result.task] + [result.chance]) * 1.05
+        top = max([other.high for other in latest if other.task == result.task] + [result.chance]) * 1.05
         strip = interval_strip(result.value, result.low, result.high, result.chance, min(1.0, top))
         listed.append(
             {"task": result.task, "order": len(listed), "result": result, "note": verdict(result), "strip": strip}
@@ -148,13 +141,11 @@ def over_training(
     chance = {result.task: result.chance for result in found if result.metric == "top1"}
     drawn = []
     for task, by_metric in points.items():
-        lines = [
-            Line(
-                METRICS[metric], sorted(by_metric[metric]), [by_metric[metric][x] for x in sorted(by_metric[metric])], s
-            )
-            for metric, s in (("top1", "a"), ("top5", "b"))
-            if metric in by_metric
-        ]
+        lines = []
+        for metric, colour in (("top1", "a"), ("top5", "b")):
+            if metric in by_metric:
+                xs, ys = zip(*sorted(by_metric[metric].items()), strict=True)
+                lines.append(Line(METRICS[metric], list(xs), list(ys), colour))
         # One point is no curve: the table has it.
         if not lines or len(lines[0].xs) < 2:
             continue
@@ -166,11 +157,11 @@ def over_training(
 
 
 def walls(run: Path) -> list[dict[str, Any]]:
-    """A wall of pictures for each file of predictions: some taken blindly, then some more that were right."""
+    """A wall of pictures for each file of predictions: some taken at random, then some more that were right."""
     listed = []
     for path in sorted(run.glob("predictions-*.parquet")):
-        every, about = predictions.read(path)
-        readable = [row for row in every if row["guesses"]]
+        rows, about = results.read_predictions(path)
+        readable = [row for row in rows if row["guesses"]]
         pictured = [row for row in readable if row["image"]]
         rng = random.Random(SEED)
         blind = rng.sample(pictured, min(TILES, len(pictured)))
@@ -184,10 +175,10 @@ def walls(run: Path) -> list[dict[str, Any]]:
                 "right": [tile(row) for row in more],
                 "blind_right": sum(row["correct"] for row in blind),
                 "n": len(readable),
-                "classes": about.get("classes") or len({row["label"] for row in every}),
+                "classes": about.get("classes") or len({row["label"] for row in rows}),
                 "confused": confused(readable),
-                "problems": [row for row in every if row["problem"]][:5],
-                "unreadable": sum(bool(row["problem"]) for row in every),
+                "problems": [row for row in rows if row["problem"]][:5],
+                "unreadable": sum(bool(row["problem"]) for row in rows),
             }
         )
     return sorted(listed, key=lambda wall: -wall["classes"])
@@ -205,41 +196,28 @@ def confused(readable: Sequence[Mapping[str, Any]], most: int = 10) -> list[tupl
 
     Where each class has an image or two, no pair can repeat; then there is nothing to list.
     """
-    from clipkit.eval.metrics import confused as pairs_of
-
-    names = sorted({row["label"] for row in readable} | {row["guesses"][0] for row in readable})
-    place = {name: number for number, name in enumerate(names)}
-    labels_N = np.array([place[row["label"]] for row in readable], dtype=np.int64)
-    top_N1 = np.array([[place[row["guesses"][0]]] for row in readable], dtype=np.int64).reshape(-1, 1)
-    if not len(labels_N):
-        return []
-    pairs = pairs_of(top_N1, labels_N, most)
-    return [(names[label], names[guess], times, total) for label, guess, times, total in pairs if times > 1]
-
-
-def data_facts(config: Mapping[str, Any]) -> tuple[DataFacts | None, str]:
-    """The dataset's numbers, or why there are none."""
-    if not config.get("data"):
-        return None, "the run doesn't say which data it was trained on"
-    try:
-        return report_data.data_facts(Path(config["data"]), (config.get("dataset") or {}).get("split", "train")), ""
-    except UserError as error:
-        return None, str(error)
+    images = Counter(row["label"] for row in readable)
+    pairs = Counter((row["label"], row["guesses"][0]) for row in readable if row["guesses"][0] != row["label"])
+    repeated = sorted((-times, *pair) for pair, times in pairs.items() if times > 1)
+    return [(label, guess, -times, images[label]) for times, label, guess in repeated[:most]]
 
 
 def data_charts(facts: DataFacts, stages: Sequence[StageCost]) -> list[str]:
     """Histograms of caption lengths, with what each stage cuts, and of image sizes."""
     charts = []
     if facts.lengths:
-        cuts = {stage.context_length: stage for stage in stages}
+        cuts = sorted({stage.context_length for stage in stages})
         top = max(min(max(facts.lengths), 77), *cuts, 8) + 1
         lengths = [min(length, top - 1) for length in facts.lengths]
         step = 1 if top <= 50 else 2
         edges = list(range(2, top + step, step))
         counts, _ = np.histogram(lengths, bins=edges)
         marks = [
-            (float(context + 1), f"{share(cut_share(facts, context))} longer than {context}")
-            for context in sorted(cuts)
+            (
+                float(context + 1),
+                f"{share(sum(length > context for length in facts.lengths) / len(facts.lengths))} longer than {context}",
+            )
+            for context in cuts
         ]
         title = "captions by length (% of captions)"
         charts.append(
@@ -252,19 +230,13 @@ def data_charts(facts: DataFacts, stages: Sequence[StageCost]) -> list[str]:
     return charts
 
 
-def cut_share(facts: DataFacts, context_length: int) -> float:
-    """The share of captions that don't fit into so many tokens."""
-    return sum(length > context_length for length in facts.lengths) / max(1, len(facts.lengths))
-
-
 def costs(stages: Sequence[StageCost], metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Time, tokens and operations of all stages together."""
-    done = [dataclasses.asdict(stage) | {"total_flops": stage.flops * stage.done} for stage in stages]
     memory = [line["peak_memory"] for line in metrics if isinstance(line.get("peak_memory"), int | float)]
     seconds = sum(stage.seconds for stage in stages)
-    flops = sum(stage.flops * stage.done for stage in stages)
+    flops = sum(stage.total_flops for stage in stages)
     return {
-        "stages": done,
+        "stages": stages,
         "seconds": seconds,
         "samples": sum(stage.done for stage in stages),
         "image_tokens": sum(stage.image_tokens * stage.done for stage in stages),

@@ -3,18 +3,27 @@
 Everything here copes with what isn't there yet: a run without metrics, results or its dataset still has a report.
 """
 
+import io
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from PIL import Image
 
 from clipkit.errors import UserError
 from clipkit.eval.results import METRICS
+from clipkit.formats.dataset import open_dataset
+from clipkit.formats.features import find_caption
+from clipkit.formats.manifest import read_manifest
+from clipkit.model.clip import CLIP
+from clipkit.model.config import ModelConfig
 from clipkit.storage.files import read_json, read_json_lines
+from clipkit.text.tokenizer import Tokenizer, clean
 
 SAMPLE = 20_000
 SIZES = 2_000
@@ -37,6 +46,11 @@ class StageCost:
     batch_size: int
     flops: float
 
+    @property
+    def total_flops(self) -> float:
+        """What all of its samples so far have cost."""
+        return self.flops * self.done
+
 
 @dataclass(frozen=True)
 class DataFacts:
@@ -56,7 +70,7 @@ class DataFacts:
     formats: dict[str, int]
     skipped: dict[str, int]
     downloads: dict[str, int]
-    """URLs by what became of them, when the shards' own account is in reach; `downloaded` are the good ones."""
+    """URLs by how they ended, when the shards' own account is in reach; `downloaded` are the good ones."""
 
 
 def read_config(run: Path) -> dict[str, Any]:
@@ -98,11 +112,10 @@ def evaluations(metrics: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
 def stage_costs(config: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> list[StageCost]:
     """The recipe's stages with what they have cost so far; [] when the run has no recipe."""
     recipe = config.get("recipe") or {}
-    stages = recipe.get("stages") or []
     seen = int(metrics[-1]["samples_seen"]) if metrics else 0
     costs: list[StageCost] = []
     start = 0
-    for stage in stages:
+    for stage in recipe.get("stages") or []:
         stop = start + int(stage["samples"])
         image_tokens, text_tokens, flops = per_sample(recipe["model"], stage)
         seconds = clock(metrics, min(stop, seen)) - clock(metrics, min(start, seen))
@@ -131,6 +144,13 @@ def clock(metrics: Sequence[Mapping[str, Any]], samples: int) -> float:
     return times[-1] if times else 0.0
 
 
+def parameters(config: Mapping[str, Any]) -> int:
+    """The number of trained weights in the run's last stage, 0 when the run has no recipe."""
+    recipe = config.get("recipe") or {}
+    stages = recipe.get("stages") or []
+    return sum(weights.numel() for weights in model_at(recipe["model"], stages[-1]).parameters()) if stages else 0
+
+
 def per_sample(model: Mapping[str, Any], stage: Mapping[str, Any]) -> tuple[int, int, float]:
     """Image tokens, text tokens and floating-point operations of one training sample in a stage.
 
@@ -138,60 +158,35 @@ def per_sample(model: Mapping[str, Any], stage: Mapping[str, Any]) -> tuple[int,
     token, plus attention's own 4 N² D a layer, times three for the backward pass; nothing computed twice to save memory
     is counted twice.
     """
-    towers = shape_of(model, int(stage["image_size"]), int(stage["context_length"]))
-    patches = towers["patches"]
-    image_tokens = int(stage.get("image_keep") or patches) + towers["prefix"]
+    clip = model_at(model, stage)
+    trunk = clip.image.trunk
+    patches = int(trunk.patch_embed.num_patches)
+    image_tokens = int(stage.get("image_keep") or patches) + clip.image.prefix
     text_tokens = int(stage["context_length"])
-    forward = 2.0 * towers["patch_weights"] * patches
-    for tokens, tower in ((image_tokens, "image"), (text_tokens, "text")):
-        layers, width = towers[f"{tower}_depth"], towers[f"{tower}_width"]
-        forward += 2.0 * towers[f"{tower}_weights"] * tokens + 4.0 * tokens**2 * width * layers
+    forward = 2.0 * matrix_weights(trunk.patch_embed) * patches
+    image = image_tokens, trunk.blocks, clip.image.width
+    text = text_tokens, clip.text.blocks, clip.config.text.width
+    for tokens, blocks, width in (image, text):
+        forward += 2.0 * matrix_weights(blocks) * tokens + 4.0 * tokens**2 * width * len(blocks)
     return image_tokens, text_tokens, 3 * forward
 
 
-def shape_of(model: Mapping[str, Any], image_size: int, context_length: int) -> dict[str, int]:
-    """The sizes of a model's two towers, found by building it without memory for its weights."""
-    from dataclasses import replace
-
-    import torch
-
-    from clipkit.model.clip import CLIP
-    from clipkit.model.config import ModelConfig
-
+def model_at(model: Mapping[str, Any], stage: Mapping[str, Any]) -> CLIP:
+    """The model at a stage's sizes, built without memory for its weights."""
     config = ModelConfig.from_dict(model)
-    config = replace(
-        config,
-        image=replace(config.image, image_size=image_size),
-        text=replace(config.text, context_length=context_length),
-    )
+    image = replace(config.image, image_size=int(stage["image_size"]))
+    text = replace(config.text, context_length=int(stage["context_length"]))
     with torch.device("meta"):
-        clip = CLIP(config)
+        return CLIP(replace(config, image=image, text=text))
 
-    def weights(module: torch.nn.Module) -> int:
-        return sum(parameter.numel() for parameter in module.parameters() if parameter.dim() >= 2)
 
-    trunk = clip.image.trunk
-    return {
-        "parameters": sum(parameter.numel() for parameter in clip.parameters()),
-        "patches": int(trunk.patch_embed.num_patches),
-        "prefix": int(clip.image.prefix),
-        "patch_weights": weights(trunk.patch_embed),
-        "image_weights": weights(trunk.blocks),
-        "image_width": int(clip.image.width),
-        "image_depth": len(trunk.blocks),
-        "text_weights": weights(clip.text.blocks),
-        "text_width": config.text.width,
-        "text_depth": config.text.depth,
-    }
+def matrix_weights(module: torch.nn.Module) -> int:
+    """The number of weights in a module's matrices."""
+    return sum(parameter.numel() for parameter in module.parameters() if parameter.dim() >= 2)
 
 
 def data_facts(path: Path, split: str) -> DataFacts:
     """Read the dataset's metadata and a random sample of its records. Raises UserError when it isn't in reach."""
-    from clipkit.formats.dataset import open_dataset
-    from clipkit.formats.features import find_caption
-    from clipkit.formats.manifest import read_manifest
-    from clipkit.text.tokenizer import Tokenizer, clean
-
     dataset = open_dataset(path, split=split)
     total = dataset.num_records
     chosen = sample_places(total)
@@ -232,18 +227,14 @@ def sample_places(total: int) -> list[int]:
     return chosen
 
 
-def shorter_side(example: Mapping[str, Any], look: bool) -> int | None:
-    """The shorter side of a record's image: from its columns, or else, where `look` says so, from the header."""
+def shorter_side(example: Mapping[str, Any], read_header: bool) -> int | None:
+    """The shorter side of a record's image: from its columns, or else with `read_header` from the file's header."""
     width, height = example.get("width"), example.get("height")
     if isinstance(width, int) and isinstance(height, int) and min(width, height) > 0:
         return min(width, height)
     data = example.get("jpg") or example.get("image")
-    if not look or not isinstance(data, bytes):
+    if not read_header or not isinstance(data, bytes):
         return None
-    import io
-
-    from PIL import Image
-
     try:
         with Image.open(io.BytesIO(data)) as image:
             return min(image.size)
@@ -252,7 +243,7 @@ def shorter_side(example: Mapping[str, Any], look: bool) -> int | None:
 
 
 def downloads(dataset: Path, sources: Sequence[tuple[str, int]]) -> dict[str, int]:
-    """URLs by what became of them, `downloaded` first, from the account that clipkit download leaves with its shards.
+    """URLs by how they ended, `downloaded` first, from the account that clipkit download leaves with its shards.
 
     The shards are looked for near the dataset: a folder is theirs when it holds the files that the dataset was made of,
     by name and size. {} when there is none, or the shards came from elsewhere.
@@ -260,28 +251,23 @@ def downloads(dataset: Path, sources: Sequence[tuple[str, int]]) -> dict[str, in
     for parent in list(dataset.resolve().parents)[:4]:
         for account in sorted([*parent.glob("clipkit/download.json"), *parent.glob("*/clipkit/download.json")]):
             folder = account.parent.parent
-            if sources and all(is_file_of(folder / name, size) for name, size in sources):
-                told = read_json(account)
-                return {"downloaded": int(told["downloaded"]), **{k: int(n) for k, n in told["failed"].items()}}
+            files = [(folder / name, size) for name, size in sources]
+            if files and all(file.is_file() and file.stat().st_size == size for file, size in files):
+                summary = read_json(account)
+                return {"downloaded": int(summary["downloaded"]), **{k: int(n) for k, n in summary["failed"].items()}}
     return {}
-
-
-def is_file_of(path: Path, size: int) -> bool:
-    """Whether there is a file of this size."""
-    return path.is_file() and path.stat().st_size == size
 
 
 def pipeline(run: Path) -> list[dict[str, Any]]:
     """What each command of `clipkit demo` took: name, command, seconds, peak_memory_bytes; [] for other runs."""
     path = run / "demo.json"
-    told = read_json(path) if path.exists() else {}
-    return [stage for stage in told.get("stages", []) if {"name", "seconds", "peak_memory_bytes"} <= stage.keys()]
+    demo = read_json(path) if path.exists() else {}
+    return [stage for stage in demo.get("stages", []) if {"name", "seconds", "peak_memory_bytes"} <= stage.keys()]
 
 
 def waiting(metrics: Sequence[Mapping[str, Any]]) -> float | None:
     """The share of all training time that was spent waiting for data."""
-    total = waited = 0.0
-    before = 0.0
+    total = waited = before = 0.0
     for line in metrics:
         if "seconds" in line and "data_wait" in line:
             total += line["seconds"] - before

@@ -1,34 +1,39 @@
-"""The numbers of a run, a JSON line each, that say what made them: so two can be told to be comparable, or not."""
+"""What an evaluation leaves in a run: its numbers, and every guess.
+
+A number is a JSON line that says what it was made from, so that two can be seen to be comparable, or not. The guesses
+show which image was taken for what, and how sure the model was; a seeded random sample of them carries a small picture.
+"""
 
 import contextlib
 import dataclasses
 import fcntl
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from clipkit.errors import UserError
+from clipkit.eval.metrics import Measure
 from clipkit.formatting import percent
-from clipkit.storage.files import disk_errors, read_json_lines, write_json_lines
+from clipkit.storage.files import disk_errors, read_json_lines, write_beside, write_json_lines
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+SEED = 0
+PICTURES = 400
+PICTURE_PIXELS = 128
 METRICS = {"top1": "top-1", "top5": "top-5", "mean_per_class_recall": "mean per-class recall"}
 
 
 @dataclass(frozen=True)
-class Result:
-    """One line of `results.jsonl`. `value`, `low`, `high` and `chance` are shares, 0 to 1; the interval is at 95%."""
+class Result(Measure):
+    """One line of `results.jsonl`."""
 
-    metric: str
-    value: float
-    low: float
-    high: float
-    n: int
-    chance: float
     classes: int
     task: str
     data: str
@@ -55,10 +60,10 @@ def digest(value: Any) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
 
-def read(run: Path) -> list[Result]:
+def read_results(run: Path) -> list[Result]:
     """The results of a run in the order written; [] when there are none yet. Lines of other programs are left out."""
-    known = {each.name for each in dataclasses.fields(Result)}
-    needed = {each.name for each in dataclasses.fields(Result)[:11]}
+    known = [field.name for field in dataclasses.fields(Result)]
+    needed = set(known[: known.index("hashes")])
     return [
         Result(**{name: value for name, value in line.items() if name in known})
         for line in read_json_lines(run / "results.jsonl")
@@ -66,20 +71,20 @@ def read(run: Path) -> list[Result]:
     ]
 
 
-def write(run: Path, results: Iterable[Result]) -> Path:
+def write_results(run: Path, results: Iterable[Result]) -> Path:
     """Add results to `results.jsonl`, whole at all times; a repeated measurement replaces its older line.
 
     Several processes may write into one run: each waits for its turn.
     """
     path = run / "results.jsonl"
-    with turn(run):
-        lines = {result.identity: result for result in [*read(run), *results]}
+    with results_lock(run):
+        lines = {result.identity: result for result in [*read_results(run), *results]}
         write_json_lines(path, map(dataclasses.asdict, lines.values()))
     return path
 
 
 @contextlib.contextmanager
-def turn(run: Path) -> Iterator[None]:
+def results_lock(run: Path) -> Iterator[None]:
     """Wait until no other process writes the run's results; the kernel lets go when we die."""
     with disk_errors(run):
         run.mkdir(parents=True, exist_ok=True)
@@ -122,3 +127,51 @@ def table(results: Sequence[Result]) -> "Table":
         ]
         grid.add_row(*cells, style="yellow" if remark else None)
     return grid
+
+
+class PictureSample:
+    """Keeps the encoded images of a random sample of the places 0..total-1, seeded, so the same each time."""
+
+    def __init__(self, total: int) -> None:
+        chosen = np.random.default_rng(SEED).choice(total, size=min(PICTURES, total), replace=False)
+        self.chosen = frozenset(chosen.tolist())
+        self.images: dict[int, bytes] = {}
+
+    def take(self, place: int, data: bytes) -> None:
+        """Keep `data` if its place is in the sample."""
+        if place in self.chosen:
+            self.images[place] = data
+
+
+def write_predictions(path: Path, rows: Sequence[Mapping[str, Any]], about: Mapping[str, Any]) -> None:
+    """Write the guesses, a row for each image, as parquet, with `about` in the file's metadata."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    schema = pa.schema(
+        [
+            ("key", pa.string()),
+            ("label", pa.string()),
+            ("correct", pa.bool_()),
+            ("guesses", pa.list_(pa.string())),
+            ("probabilities", pa.list_(pa.float32())),
+            ("image", pa.binary()),
+            ("problem", pa.string()),
+        ],
+        metadata={"clipkit": json.dumps(dict(about))},
+    )
+    with write_beside(path) as temporary:
+        pq.write_table(pa.Table.from_pylist(list(rows), schema=schema), temporary, compression="zstd")
+
+
+def read_predictions(path: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The rows of a predictions file and what it is about. Raises UserError when it is damaged."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        table = pq.read_table(path)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise UserError(f"{path} is damaged: remove it and run zeroshot again") from error
+    about = json.loads((table.schema.metadata or {}).get(b"clipkit", b"{}"))
+    return table.to_pylist(), about

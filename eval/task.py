@@ -11,8 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from clipkit.errors import UserError
-from clipkit.eval.classes import Classes, Templates, check_pooling, name_classes, prompts, templates
-from clipkit.eval.classifier import Prompts, tokenise
+from clipkit.eval.classes import Classes, Prompts, Templates, check_pooling, name_classes, prompts, templates, tokenise
 from clipkit.eval.labelled import LabelledImages, open_labelled
 from clipkit.eval.results import digest
 from clipkit.pixels.images import Preprocess, decode, eval_transform
@@ -32,7 +31,7 @@ class Pixels:
 
 class Task:
     """What is to be classified into what. It keeps what is costly to make again while training goes on: the tokenised
-    prompts and, up to 1 GiB, the decoded images, both for the latest preprocessing alone.
+    prompts and, up to 1 GiB, the decoded images, both for the latest preprocessing only.
     """
 
     def __init__(self, images: LabelledImages, classes: Classes, sentences: Templates) -> None:

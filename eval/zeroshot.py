@@ -1,31 +1,42 @@
-"""Zero-shot classification by prompt ensembles: as a command on a checkpoint, and as an evaluator while training."""
+"""Zero-shot classification by prompt ensembles: as a command on a checkpoint, and as an evaluator while training.
+
+Each prompt's embedding is normalised, a class's are averaged, and the mean is normalised again (Radford et al., 2021),
+as `build_zero_shot_classifier` of OpenCLIP does. A thousand classes in 80 templates are 80,000 sentences, mostly short:
+they are tokenised once, sorted by length, and each batch is cut to its longest sentence. The text tower is causal and
+pooled at the end token, so what stands behind that token can't change the embedding.
+"""
 
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from clipkit import checkpoint as checkpoints
 from clipkit.device import Device, Precision, pick
 from clipkit.errors import UserError
-from clipkit.eval import predictions, results
-from clipkit.eval.classifier import class_embeddings, pad_rows
-from clipkit.eval.metrics import Measure, largest_class, measure
+from clipkit.eval import results
+from clipkit.eval.classes import Prompts
+from clipkit.eval.metrics import largest_class, measure
 from clipkit.eval.results import Result
 from clipkit.eval.task import Task, hashes, open_task
 from clipkit.log import Progress
-from clipkit.pixels.images import Preprocess, normalise
+from clipkit.pixels.images import Preprocess, normalise, thumbnail
 from clipkit.storage.files import require_writable
 from clipkit.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from clipkit.model.clip import CLIP
+
+Number = TypeVar("Number", bound=np.generic)
+
+TOKENS_PER_BATCH = 8192
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +46,53 @@ class Guesses:
     index_N: NDArray[np.int64]
     top_NK: NDArray[np.int64]
     probability_NK: NDArray[np.float32]
+
+
+def prompt_batches(prompts: Prompts, device: Device) -> Iterator[slice]:
+    """Slices of about equal numbers of tokens. On XLA all have one shape, as each new one is compiled."""
+    total, width = prompts.ids_PT.shape
+    start = 0
+    while start < total:
+        rows = TOKENS_PER_BATCH // width
+        if device.kind != "xla":
+            # The batch grows until its longest prompt, which is its last, makes it too large.
+            lengths = prompts.length_P[start : start + TOKENS_PER_BATCH]
+            fits = lengths * np.arange(1, len(lengths) + 1) <= TOKENS_PER_BATCH
+            rows = int(fits.sum())
+        stop = min(total, start + max(1, rows))
+        yield slice(start, stop)
+        start = stop
+
+
+@torch.no_grad()
+def class_embeddings(model: "CLIP", prompts: Prompts, device: Device, precision: Precision = "auto") -> torch.Tensor:
+    """The classifier [C, E] in float32 on the device: row c is the unit embedding of class c."""
+    width = prompts.ids_PT.shape[1]
+    sum_CE: torch.Tensor | None = None
+    for part in prompt_batches(prompts, device):
+        ids_BT = prompts.ids_PT[part]
+        if device.kind == "xla":
+            ids_BT = pad_rows(ids_BT, -(-max(1, TOKENS_PER_BATCH // width) // device.shards) * device.shards)
+        else:
+            ids_BT = np.ascontiguousarray(ids_BT[:, : prompts.length_P[part].max()])
+        with device.autocast(precision):
+            text_BE = model.encode_text(device.batch({"ids": ids_BT})["ids"], normalize=False)
+        text_BE = F.normalize(text_BE.float(), dim=-1)
+        first, last = np.searchsorted(prompts.prompt_Q, [part.start, part.stop])
+        row_Q = torch.from_numpy(prompts.prompt_Q[first:last] - part.start).to(text_BE.device)
+        class_Q = torch.from_numpy(prompts.class_Q[first:last]).to(text_BE.device)
+        if sum_CE is None:
+            sum_CE = text_BE.new_zeros(prompts.classes, text_BE.shape[1])
+        sum_CE.index_add_(0, class_Q, text_BE[row_Q])
+        device.end_step()
+    assert sum_CE is not None  # there is always a class, and a class has a name
+    # The direction of the mean is that of the sum.
+    return F.normalize(sum_CE, dim=-1)
+
+
+def pad_rows(array: NDArray[Number], rows: int) -> NDArray[Number]:
+    """Repeat the last row until there are `rows`."""
+    return np.concatenate([array, np.repeat(array[-1:], rows - len(array), axis=0)]) if len(array) < rows else array
 
 
 @torch.no_grad()
@@ -57,7 +115,7 @@ def classify(
     training = model.training
     model.eval()
     try:
-        asked = task.prompts(tokenizer, text_length(model))
+        asked = task.prompts(tokenizer, model.config.text.context_length)
         text_RE = class_embeddings(model, asked, device, precision)
         class_R = torch.tensor(task.classes.class_of_rows, device=text_RE.device)
         scale = model.logit_scale.exp().clamp(max=100.0)
@@ -85,11 +143,6 @@ def classify(
     return guesses
 
 
-def text_length(model: "CLIP") -> int:
-    """The number of text tokens that the model has positions for."""
-    return int(model.config.text.context_length)
-
-
 def evaluate(
     model: "CLIP",
     tokenizer: Tokenizer,
@@ -98,25 +151,11 @@ def evaluate(
     device: Device,
     *,
     precision: Precision = "auto",
-    batch_size: int = 256,
 ) -> Iterator[tuple[str, float]]:
     """Yield `(task/metric, value)` for a model in training: `emoji-heldout/top1` and so on."""
-    guesses = classify(
-        model,
-        tokenizer,
-        preprocess,
-        task,
-        device,
-        precision=precision,
-        batch_size=batch_size,
-    )
-    for each in measures(task, guesses):
-        yield f"{task.name}/{each.metric}", each.value
-
-
-def measures(task: Task, guesses: Guesses) -> list[Measure]:
-    """The task's metrics, each with interval and chance."""
-    return measure(guesses.top_NK, task.labels_N[guesses.index_N], len(task.classes))
+    guesses = classify(model, tokenizer, preprocess, task, device, precision=precision)
+    for measured in measure(guesses.top_NK, task.labels_N[guesses.index_N], len(task.classes)):
+        yield f"{task.name}/{measured.metric}", measured.value
 
 
 def zeroshot(
@@ -148,7 +187,7 @@ def zeroshot(
         require_writable(run)
     where = pick(device)
     model = checkpoints.build_model(loaded).to(where.torch_device)
-    thumbnails = predictions.Thumbnails(len(task.images))
+    pictures = results.PictureSample(len(task.images))
     with Progress(f"zeroshot {task.name}", len(task.images), "images") as progress:
         guesses = classify(
             model,
@@ -158,42 +197,65 @@ def zeroshot(
             where,
             precision=loaded.config["recipe"].get("precision", "auto"),
             batch_size=batch_size,
-            also=thumbnails.take,
+            also=pictures.take,
             progress=progress.update,
         )
-    context = text_length(model)
+    context = model.config.text.context_length
     if cut := task.prompts(Tokenizer(), context).cut:
-        say(f"{cut:,} prompts are longer than the {context} text tokens of the model and were cut")
+        note(f"{cut:,} prompts are longer than the {context} text tokens of the model and were cut")
     if task.unreadable:
         reason = next(iter(task.unreadable.values()))
-        say(f"{len(task.unreadable):,} images can't be read and aren't counted, for example: {reason}")
-    made_by = hashes(task, loaded.preprocess)
+        note(f"{len(task.unreadable):,} images can't be read and aren't counted, for example: {reason}")
+    labels_N = task.labels_N[guesses.index_N]
+    task_hashes = hashes(task, loaded.preprocess)
     found = [
         Result(
-            **vars(each),
+            **vars(measured),
             classes=len(task.classes),
             task=task.name,
             data=str(data),
             samples_seen=loaded.samples_seen,
             checkpoint=relative(loaded.path, run),
-            hashes=made_by,
+            hashes=task_hashes,
             templates=task.templates.name,
             unreadable=len(task.unreadable),
-            largest_class=largest_class(task.labels_N[guesses.index_N]),
+            largest_class=largest_class(labels_N),
         )
-        for each in measures(task, guesses)
+        for measured in measure(guesses.top_NK, labels_N, len(task.classes))
     ]
     if run is None:
-        say(f"{loaded.path} lies in no run: the numbers aren't written anywhere; give --out to keep them")
+        note(f"{loaded.path} isn't in a run's folder, so the numbers aren't written anywhere: give --out to keep them")
         return found
-    results.write(run, found)  # before the guesses, which may find no room
+    results.write_results(run, found)  # before the guesses, which may find no room
     about = {"task": task.name, "samples_seen": loaded.samples_seen, "classes": len(task.classes)}
-    predictions.write(
+    results.write_predictions(
         run / f"predictions-{file_name(task.name)}.parquet",
-        predictions.rows(task, guesses, thumbnails.images),
+        prediction_rows(task, guesses, pictures.images),
         about={**about, "templates": task.templates.name},
     )
     return found
+
+
+def prediction_rows(task: Task, guesses: Guesses, pictures: Mapping[int, bytes]) -> list[dict[str, Any]]:
+    """A row for each image in the order of the data: what it is, the best guesses, and for some the picture."""
+    titles = task.classes.titles
+    place_of = {int(index): row for row, index in enumerate(guesses.index_N)}
+    rows = []
+    for index, key in enumerate(task.images.keys):
+        row = place_of.get(index)
+        tops = guesses.top_NK[row].tolist() if row is not None else []
+        rows.append(
+            {
+                "key": key,
+                "label": titles[task.labels_N[index]],
+                "correct": bool(tops and tops[0] == task.labels_N[index]),
+                "guesses": [titles[number] for number in tops],
+                "probabilities": guesses.probability_NK[row].tolist() if row is not None else [],
+                "image": thumbnail(pictures[index], results.PICTURE_PIXELS) or None if index in pictures else None,
+                "problem": task.unreadable.get(index),
+            }
+        )
+    return rows
 
 
 def run_of(checkpoint: Path) -> Path | None:
@@ -215,6 +277,6 @@ def file_name(task: str) -> str:
     return re.sub(r"[^\w.-]+", "-", task).strip("-.") or "task"
 
 
-def say(note: str) -> None:
+def note(text: str) -> None:
     """A remark beside the results, on stderr."""
-    print(note, file=sys.stderr)
+    print(text, file=sys.stderr)

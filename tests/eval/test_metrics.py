@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from clipkit.eval.metrics import confused, largest_class, mean_per_class_recall, measure
+from clipkit.eval.metrics import largest_class, mean_per_class_recall, measure
 from clipkit.intervals import wilson
 
 
@@ -77,10 +77,3 @@ def test_guessing_is_seen_as_chance() -> None:
         for each in measure(np.argsort(rng.random((400, 100)))[:, :5], rng.integers(0, 100, 400), 100)
     ]
     assert np.mean(seen) > 0.92
-
-
-def test_confused_pairs_are_counted_from_the_commonest() -> None:
-    top_N1 = np.array([[1], [1], [0], [2], [2], [1]])
-    labels_N = np.array([0, 0, 0, 1, 2, 1])
-    assert confused(top_N1, labels_N) == [(0, 1, 2, 3), (1, 2, 1, 2)]
-    assert confused(labels_N[:, None], labels_N) == []

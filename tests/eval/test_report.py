@@ -14,8 +14,8 @@ from PIL import Image
 from clipkit import log
 from clipkit.config import to_json
 from clipkit.errors import UserError
-from clipkit.eval import predictions, report_data, results
-from clipkit.eval.report import report, walls
+from clipkit.eval import report_data, results
+from clipkit.eval.report import confused, report, walls
 from clipkit.eval.results import Result
 from clipkit.formatting import short
 from clipkit.intervals import wilson
@@ -79,21 +79,21 @@ def write_run(run: Path, data: Path) -> Path:
     rows: list[dict[str, Any]] = []
     for number in range(60):
         label, guesses = names[number % 20], [names[place] for place in rng.permutation(20)[:5]]
-        image = thumbnail(picture((number * 4, 90, 200)), predictions.PICTURE_PIXELS)
+        image = thumbnail(picture((number * 4, 90, 200)), results.PICTURE_PIXELS)
         rows.append(
             {"key": str(number), "label": label, "correct": guesses[0] == label, "guesses": guesses, "image": image}
             | {"probabilities": [0.4, 0.2, 0.1, 0.05, 0.01], "problem": None}
         )
     bad = {"key": "bad.jpg", "label": names[0], "correct": False, "guesses": [], "image": None, "probabilities": []}
     rows.append(bad | {"problem": "not an image"})
-    predictions.write(run / "predictions-shapes.parquet", rows, {"task": "shapes", "samples_seen": 10_000})
+    results.write_predictions(run / "predictions-shapes.parquet", rows, {"task": "shapes", "samples_seen": 10_000})
     hashes = {"classes": "0123456789abcdef", "templates": "b", "split": "c", "preprocessing": "d"}
     for metric, value, chance in (("top1", 0.25, 1 / 20), ("top5", 0.26, 5 / 20)):
         low, high = wilson(value, 60)
         made = Result(
             metric, value, low, high, 60, chance, 20, "shapes", "x", 10_000, "checkpoints/000000010000", hashes
         )
-        results.write(run, [made])
+        results.write_results(run, [made])
     stages = [{"name": "download", "command": "x", "seconds": 12.0, "peak_memory_bytes": 10**8}]
     (run / "demo.json").write_text(json.dumps({"stages": stages}), encoding="utf-8")
     return run
@@ -229,8 +229,18 @@ def test_the_wall_counts_the_classes_of_the_task(tmp_path: Path) -> None:
     row = {"key": "0", "label": "a", "correct": False, "guesses": ["b"], "image": None, "probabilities": [0.4]}
     for name, about in (("new", {"classes": 1000}), ("old", {})):
         (tmp_path / name).mkdir()
-        predictions.write(tmp_path / name / "predictions-x.parquet", [row | {"problem": None}], {"task": "x"} | about)
+        results.write_predictions(
+            tmp_path / name / "predictions-x.parquet", [row | {"problem": None}], {"task": "x"} | about
+        )
     assert [walls(tmp_path / name)[0]["classes"] for name in ("new", "old")] == [1000, 1]
+
+
+def test_confused_pairs_are_counted_from_the_commonest() -> None:
+    pairs = ["ab", "ab", "aa", "bc", "bc", "cc", "ba", "ac", "ac", "ac", "ca", "ca"]
+    rows = [{"label": label, "guesses": [guess, "z"]} for label, guess in pairs]
+    assert confused(rows) == [("a", "c", 3, 6), ("a", "b", 2, 6), ("b", "c", 2, 3), ("c", "a", 2, 3)]
+    assert confused(rows, most=1) == [("a", "c", 3, 6)]
+    assert confused([{"label": "a", "guesses": ["a"]}]) == []
 
 
 def test_metrics_of_one_moment_are_one_point(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ def result(value: float = 0.5, *, n: int = 1000, chance: float = 0.001, **change
 
 
 def test_lines_hold_what_the_design_asks_for(tmp_path: Path) -> None:
-    path = results.write(tmp_path / "run", [result()])
+    path = results.write_results(tmp_path / "run", [result()])
     line = json.loads(path.read_text(encoding="utf-8"))
     assert set(line) >= {
         "metric",
@@ -41,13 +41,13 @@ def test_lines_hold_what_the_design_asks_for(tmp_path: Path) -> None:
         "checkpoint",
     }
     assert set(line["hashes"]) == {"classes", "templates", "split", "preprocessing"}
-    assert results.read(tmp_path / "run") == [result()]
+    assert results.read_results(tmp_path / "run") == [result()]
 
 
 def test_a_repeated_measurement_replaces_its_line(tmp_path: Path) -> None:
-    results.write(tmp_path, [result(0.5), result(0.7, metric="top5")])
-    results.write(tmp_path, [result(0.6)])
-    assert [(each.metric, each.value) for each in results.read(tmp_path)] == [("top1", 0.6), ("top5", 0.7)]
+    results.write_results(tmp_path, [result(0.5), result(0.7, metric="top5")])
+    results.write_results(tmp_path, [result(0.6)])
+    assert [(each.metric, each.value) for each in results.read_results(tmp_path)] == [("top1", 0.6), ("top5", 0.7)]
 
 
 @pytest.mark.parametrize(
@@ -56,22 +56,22 @@ def test_a_repeated_measurement_replaces_its_line(tmp_path: Path) -> None:
     ids=["task", "checkpoint", "templates"],
 )
 def test_another_measurement_is_added(tmp_path: Path, change: dict[str, object]) -> None:
-    results.write(tmp_path, [result(0.5)])
-    results.write(tmp_path, [result(0.6, **change)])
-    assert [each.value for each in results.read(tmp_path)] == [0.5, 0.6]
+    results.write_results(tmp_path, [result(0.5)])
+    results.write_results(tmp_path, [result(0.6, **change)])
+    assert [each.value for each in results.read_results(tmp_path)] == [0.5, 0.6]
 
 
 def test_no_results_yet_and_foreign_lines(tmp_path: Path) -> None:
-    assert results.read(tmp_path) == []
+    assert results.read_results(tmp_path) == []
     (tmp_path / "results.jsonl").write_text('{"note": "mine"}\n[1]\n{"metric": "top1"}\n', encoding="utf-8")
-    assert results.read(tmp_path) == []
+    assert results.read_results(tmp_path) == []
 
 
 def test_a_failed_write_keeps_the_old_file(tmp_path: Path) -> None:
-    results.write(tmp_path, [result(0.5)])
+    results.write_results(tmp_path, [result(0.5)])
     with pytest.raises(TypeError):
-        results.write(tmp_path, [result(0.6, data=object())])
-    assert [each.value for each in results.read(tmp_path)] == [0.5]
+        results.write_results(tmp_path, [result(0.6, data=object())])
+    assert [each.value for each in results.read_results(tmp_path)] == [0.5]
     assert {path.name for path in tmp_path.iterdir()} == {"results.jsonl", ".results.lock"}
 
 
@@ -79,8 +79,8 @@ def test_two_writers_lose_nothing(tmp_path: Path) -> None:
     """Each opens the lock for itself, so threads stand for processes."""
     tasks = [f"task {number}" for number in range(16)]
     with ThreadPoolExecutor(4) as pool:
-        list(pool.map(lambda task: results.write(tmp_path, [result(task=task)]), tasks))
-    assert {each.task for each in results.read(tmp_path)} == set(tasks)
+        list(pool.map(lambda task: results.write_results(tmp_path, [result(task=task)]), tasks))
+    assert {each.task for each in results.read_results(tmp_path)} == set(tasks)
 
 
 @pytest.mark.parametrize(

@@ -19,12 +19,12 @@ from PIL import Image
 from clipkit import checkpoint, embedded
 from clipkit.device import pick
 from clipkit.errors import UserError
-from clipkit.eval import predictions, results
-from clipkit.eval.classes import Classes, name_classes, names_by_class, prompts, templates
-from clipkit.eval.classifier import class_embeddings, tokenise
+from clipkit.eval import results
+from clipkit.eval.classes import Classes, name_classes, prompts, templates, tokenise
 from clipkit.eval.labelled import open_labelled
+from clipkit.eval.metrics import measure
 from clipkit.eval.task import Task, open_task
-from clipkit.eval.zeroshot import classify, evaluate, measures, zeroshot
+from clipkit.eval.zeroshot import class_embeddings, classify, evaluate, zeroshot
 from clipkit.formats.records import RecordWriter, encode_example
 from clipkit.model.clip import CLIP, build
 from clipkit.model.config import ImageConfig, ModelConfig, TextConfig
@@ -106,7 +106,8 @@ def test_classifier_equals_open_clips(model: CLIP, tokenizer: Tokenizer, name: s
 def test_accuracy_equals_open_clips(model: CLIP, tokenizer: Tokenizer, emoji: Path) -> None:
     task = open_task(emoji, templates_name="openai-7")
     guesses = classify(model, tokenizer, PREPROCESS, task, pick("cpu"), batch_size=32)
-    found = {each.metric: each for each in measures(task, guesses)}
+    measures = measure(guesses.top_NK, task.labels_N[guesses.index_N], len(task.classes))
+    found = {measured.metric: measured for measured in measures}
 
     rows = pq.read_table(emoji).to_pylist()
     names = sorted({row["label"] for row in rows})
@@ -154,7 +155,7 @@ def test_many_classes_in_many_templates_are_many_batches(
     texts = prompts(Classes(("a", "b"), (("ant", "small ant"), ("bee",))), templates("openai-80").sentences)
     made = tokenise(texts, tokenizer, 32)
     at_once_CE = class_embeddings(model, made, pick("cpu"))
-    monkeypatch.setattr("clipkit.eval.classifier.TOKENS_PER_BATCH", 64)
+    monkeypatch.setattr("clipkit.eval.zeroshot.TOKENS_PER_BATCH", 64)
     torch.testing.assert_close(class_embeddings(model, made, pick("cpu")), at_once_CE, rtol=0, atol=1e-6)
 
 
@@ -269,9 +270,6 @@ def test_numbers_need_names(emoji: Path, tmp_path: Path) -> None:
 
 
 def test_a_class_of_many_names_is_their_mean(model: CLIP, tokenizer: Tokenizer, emoji: Path, tmp_path: Path) -> None:
-    groups = names_by_class(embedded.emoji_parquet("train"), "group", "label")
-    assert len(groups) == 10
-    assert "red apple" in groups["food & drink"]
     labels = sorted({str(label) for label in pq.read_table(emoji)["label"].to_pylist()})
     file = tmp_path / "classes.json"
     file.write_text(json.dumps({"distractor": "a"} | {each: ["ant", "bee"] for each in labels}), encoding="utf-8")
@@ -321,12 +319,12 @@ def test_numbers_and_guesses_are_written_into_the_run(
 ) -> None:
     found = zeroshot(run, emoji, templates="openai-7", device="cpu")
     again = zeroshot(run / "checkpoints" / "000000000064", emoji, templates="openai-7", device="cpu")
-    assert found == again == results.read(run)
+    assert found == again == results.read_results(run)
     assert [each.metric for each in found] == ["top1", "top5", "mean_per_class_recall"]
     assert {each.checkpoint for each in found} == {"checkpoints/000000000064"}
     assert found[0].samples_seen == 64
     assert found[0].chance == pytest.approx(1 / found[0].classes)
-    rows, about = predictions.read(run / "predictions-emoji.parquet")
+    rows, about = results.read_predictions(run / "predictions-emoji.parquet")
     assert (about["task"], about["classes"]) == ("emoji", found[0].classes)
     assert len(rows) == PAIRS
     assert np.mean([row["correct"] for row in rows]) == pytest.approx(found[0].value)
@@ -337,7 +335,7 @@ def test_numbers_and_guesses_are_written_into_the_run(
 
 def test_other_templates_are_another_result(run: Path, emoji: Path) -> None:
     first, second = (zeroshot(run, emoji, templates=name, device="cpu")[0] for name in ("plain", "a photo of a {}."))
-    assert len(results.read(run)) == 6
+    assert len(results.read_results(run)) == 6
     assert {name for name in first.hashes if first.hashes[name] != second.hashes[name]} == {"templates"}
 
 
@@ -349,7 +347,7 @@ def test_outside_of_a_run_nothing_is_written(
     assert "give --out to keep them" in capsys.readouterr().err
     assert not (tmp_path / "results.jsonl").exists()
     zeroshot(alone, emoji, templates="plain", device="cpu", out=tmp_path / "kept")
-    assert results.read(tmp_path / "kept")[0].checkpoint == str(alone)
+    assert results.read_results(tmp_path / "kept")[0].checkpoint == str(alone)
 
 
 def test_an_unwritable_run_is_found_out_before_the_work(
@@ -367,10 +365,10 @@ def test_numbers_are_kept_where_the_guesses_find_no_room(
     def full(*_: object, **__: object) -> None:
         raise UserError("the disk is full")
 
-    monkeypatch.setattr(predictions, "write", full)
+    monkeypatch.setattr(results, "write_predictions", full)
     with pytest.raises(UserError, match="the disk is full"):
         zeroshot(run, emoji, templates="plain", device="cpu")
-    assert len(results.read(run)) == 3
+    assert len(results.read_results(run)) == 3
 
 
 def test_an_image_that_is_none_is_told_and_left_out(
@@ -382,13 +380,13 @@ def test_an_image_that_is_none_is_told_and_left_out(
     found = zeroshot(run, data, templates="plain", device="cpu")
     assert (found[0].n, found[0].unreadable) == (199, 1)
     assert "1 images can't be read" in capsys.readouterr().err
-    rows, _ = predictions.read(run / "predictions-d.parquet")
+    rows, _ = results.read_predictions(run / "predictions-d.parquet")
     assert [row["key"] for row in rows if row["problem"]] == ["17"]
     images[18] = images[19] = b""
     broken = write_parquet(tmp_path / "e.parquet", image=images, label=["a", "b"] * 100)
     with pytest.raises(UserError, match=r"e.parquet: 3 of 200 images can't be read, the last one 19"):
         zeroshot(run, broken, templates="plain", device="cpu")
-    assert {each.task for each in results.read(run)} == {"d"}
+    assert {each.task for each in results.read_results(run)} == {"d"}
 
 
 def test_prompts_that_are_cut_are_told(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -419,7 +417,7 @@ def test_a_checkpoint_of_another_architecture(run: Path, emoji: Path) -> None:
     config.write_text(json.dumps(content), encoding="utf-8")
     with pytest.raises(UserError, match="architecture"):
         zeroshot(run, emoji, templates="plain", device="cpu")
-    assert results.read(run) == []
+    assert results.read_results(run) == []
 
 
 @pytest.mark.parametrize(
