@@ -212,13 +212,10 @@ def data_charts(facts: DataFacts, stages: Sequence[StageCost]) -> list[str]:
         step = 1 if top <= 50 else 2
         edges = list(range(2, top + step, step))
         counts, _ = np.histogram(lengths, bins=edges)
-        marks = [
-            (
-                float(context + 1),
-                f"{share(sum(length > context for length in facts.lengths) / len(facts.lengths))} longer than {context}",
-            )
-            for context in cuts
-        ]
+        marks = []
+        for context in cuts:
+            longer = sum(length > context for length in facts.lengths) / len(facts.lengths)
+            marks.append((float(context + 1), f"{share(longer)} longer than {context}"))
         title = "captions by length (% of captions)"
         charts.append(
             histogram(title, counts.tolist(), edges, x_name="text tokens, start and end included", marks=marks)

@@ -1,5 +1,6 @@
 """What is to be classified into what: labelled images, class names and templates, ready for any model."""
 
+import itertools
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,7 +15,7 @@ from clipkit.errors import UserError
 from clipkit.eval.classes import Classes, Prompts, Templates, check_pooling, name_classes, prompts, templates, tokenise
 from clipkit.eval.labelled import LabelledImages, open_labelled
 from clipkit.eval.results import digest
-from clipkit.pixels.images import Preprocess, decode, eval_transform
+from clipkit.pixels.images import Preprocess, UInt8Array, decode, eval_transform
 from clipkit.text.tokenizer import Tokenizer
 
 KEEP_PIXELS_BYTES = 1 << 30
@@ -26,7 +27,7 @@ class Pixels:
     """Some of a task's images as the model's input before normalising. `index_B` are their places in the task."""
 
     index_B: NDArray[np.int64]
-    image_BHWC: NDArray[np.uint8]
+    image_BHWC: UInt8Array
 
 
 class Task:
@@ -63,48 +64,50 @@ class Task:
             return
         self.unreadable, self._pixels = {}, None
         keep = len(self.images) * preprocess.size**2 * 3 <= KEEP_PIXELS_BYTES
-        kept: list[Pixels] = []
+        decoded: list[Pixels] = []
+        images = self._decode_ahead(preprocess, batch_size, also)
+        while batch := list(itertools.islice(images, batch_size)):
+            pixels = stack(batch)
+            if keep:
+                decoded.append(pixels)
+            yield pixels
+        if keep:
+            self._pixels = preprocess, decoded
+
+    def _decode_ahead(
+        self, preprocess: Preprocess, ahead: int, also: Callable[[int, bytes], None] | None
+    ) -> Iterator[tuple[int, UInt8Array]]:
+        """Places and pixels of the readable images, so many of them decoded ahead."""
         with ThreadPoolExecutor(min(16, cpu_count() or 1)) as pool:
-            waiting: deque[tuple[int, Future[NDArray[np.uint8]]]] = deque()
-            done: list[tuple[int, NDArray[np.uint8]]] = []
+            waiting: deque[tuple[int, Future[UInt8Array]]] = deque()
             for place, data in enumerate(self.images.read()):
                 if also is not None:
                     also(place, data)
                 waiting.append((place, pool.submit(model_input, data, preprocess)))
-                if len(waiting) > batch_size:
-                    self._take(waiting.popleft(), done)
-                if len(done) == batch_size:
-                    kept.append(stack(done))
-                    yield kept[-1] if keep else kept.pop()
-                    done = []
+                if len(waiting) > ahead:
+                    yield from self._result(*waiting.popleft())
             while waiting:
-                self._take(waiting.popleft(), done)
-            for start in range(0, len(done), batch_size):
-                kept.append(stack(done[start : start + batch_size]))
-                yield kept[-1] if keep else kept.pop()
-        if keep:
-            self._pixels = preprocess, kept
+                yield from self._result(*waiting.popleft())
 
-    def _take(self, job: "tuple[int, Future[NDArray[np.uint8]]]", done: list[tuple[int, NDArray[np.uint8]]]) -> None:
-        place, future = job
+    def _result(self, place: int, future: Future[UInt8Array]) -> Iterator[tuple[int, UInt8Array]]:
         try:
-            done.append((place, future.result()))
+            yield place, future.result()
         except UserError as error:
             self.unreadable[place] = str(error)
             count, total = len(self.unreadable), len(self.images)
             if count > UNREADABLE_SHARE * total:
                 raise UserError(
                     f"{self.images.path}: {count:,} of {total:,} images can't be read, the last one "
-                    f"{self.images.keys[place]} ({error}): mend or remove them"
+                    f"{self.images.keys[place]} ({error}): repair or remove them"
                 ) from error
 
 
-def stack(images: list[tuple[int, NDArray[np.uint8]]]) -> Pixels:
+def stack(images: list[tuple[int, UInt8Array]]) -> Pixels:
     """One batch of single images."""
     return Pixels(np.array([place for place, _ in images], dtype=np.int64), np.stack([image for _, image in images]))
 
 
-def model_input(data: bytes, preprocess: Preprocess) -> NDArray[np.uint8]:
+def model_input(data: bytes, preprocess: Preprocess) -> UInt8Array:
     """An encoded image as uint8 [size, size, 3]. Raises ImageError when it isn't an image."""
     return eval_transform(
         decode(data), preprocess.size, interpolation=preprocess.interpolation, resize_mode=preprocess.resize_mode

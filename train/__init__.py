@@ -1,1 +1,12 @@
-"""Training: recipes, data order and loading, the loop."""
+"""Training, from a recipe and a dataset to a run's folder.
+
+- `loop`: the training loop, which reads from top to bottom.
+- `recipes`: what decides what a run learns, as functions that return a `Recipe`. A new recipe belongs here.
+- `order`: which record comes when, from the seed and the samples seen.
+- `step`: one optimizer step, the optimizer and its learning rate.
+- `stopping`: how a signal ends a run in good order.
+- `stopwatch`: the time spent waiting for data, and what would help.
+
+The rooms: `sources/` (training data from where people have them), `loader/` (records to batches), `bench/` (how fast
+the loader is on a machine).
+"""

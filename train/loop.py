@@ -27,10 +27,9 @@ from clipkit.model.clip import CLIP, build, load_state
 from clipkit.storage.files import lock, remove, write_json
 from clipkit.text.tokenizer import Tokenizer
 from clipkit.train.loader.loader import batches
-from clipkit.train.optimizer import learning_rate_at, make_optimizer
 from clipkit.train.recipes import Recipe, Stage, check_recipe, loader_config, model_at, preprocess_at
 from clipkit.train.sources.open import CACHE_GB, Data, open_source
-from clipkit.train.step import train_step
+from clipkit.train.step import learning_rate_at, make_optimizer, train_step
 from clipkit.train.stopping import Stop, stop_on_signal, until_stopped
 from clipkit.train.stopwatch import Stopwatch
 

@@ -22,7 +22,6 @@ from clipkit.text.tokens import ImageMethod, TextMethod
 from clipkit.train.loader.augment import Augmentation
 from clipkit.train.loader.loader import check_loader
 from clipkit.train.loader.samples import LoaderConfig
-from clipkit.train.optimizer import OptimizerConfig
 from clipkit.train.sources.source import Examples, Source
 
 
@@ -49,6 +48,17 @@ class Stage:
     position: Literal["learnable", "sincos"] | None = None
     """The image tower's position embedding in this stage, where it isn't the model's own."""
     augmentation: Augmentation = field(default_factory=Augmentation)
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW (Loshchilov and Hutter, 2019). `grad_clip` is the largest norm of all gradients together."""
+
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.2
+    grad_clip: float = 1.0
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,10 @@
-"""One optimizer step: forward, contrastive loss, backward, clip, update.
+"""One optimizer step: forward, contrastive loss, backward, clip, update; and the optimizer with its learning rate.
 
 Nothing here reads a value from the device, so a step can be queued before the one ahead of it has finished.
 """
 
 import contextlib
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -11,9 +12,10 @@ from typing import Any
 import torch
 
 from clipkit.device import Device
+from clipkit.errors import UserError
 from clipkit.model.loss import info_nce, sigmoid_loss
 from clipkit.pixels.images import normalise
-from clipkit.train.recipes import Recipe
+from clipkit.train.recipes import OptimizerConfig, Recipe
 
 Tensors = dict[str, torch.Tensor]
 Features = tuple[torch.Tensor, ...]
@@ -100,3 +102,42 @@ def without_averaging(model: torch.nn.Module) -> contextlib.AbstractContextManag
     if isinstance(model, torch.nn.parallel.DistributedDataParallel):
         return model.no_sync()
     return contextlib.nullcontext()
+
+
+def make_optimizer(
+    model: torch.nn.Module, config: OptimizerConfig, learning_rate: float, device: Device
+) -> torch.optim.AdamW:
+    """AdamW with weight decay on matrices only: not on biases, norms' gains, embeddings or the logit scale."""
+    decayed: list[torch.nn.Parameter] = []
+    free: list[torch.nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            (decayed if is_decayed(name, parameter) else free).append(parameter)
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": free, "weight_decay": 0.0}]
+    try:
+        return torch.optim.AdamW(
+            [group for group in groups if group["params"]],
+            betas=(config.beta1, config.beta2),
+            eps=config.eps,
+            **device.optimizer_options(learning_rate),
+        )
+    except ValueError as error:
+        raise UserError(f"the recipe's optimizer has invalid settings: {error}") from error
+
+
+def is_decayed(name: str, parameter: torch.nn.Parameter) -> bool:
+    """Whether weight decay applies: to what multiplies activations, as in CLIP's own training."""
+    is_embedding = any(part in name for part in ("token_embedding", "positional_embedding", "pos_embed", "cls_token"))
+    return parameter.ndim >= 2 and not is_embedding
+
+
+def learning_rate_at(seen: int, batch: int, *, peak: float, warmup: int, total: int, final: float = 0.0) -> float:
+    """The learning rate of the step that takes a stage of `total` samples from `seen` to `seen + batch`.
+
+    Linear up to `peak`, which the step that completes `warmup` samples has, then half a cosine towards `final`.
+    Counting in samples and not in steps keeps the schedule where it was when the batch size changes.
+    """
+    if seen < warmup:
+        return peak * min(1.0, (seen + batch) / warmup)
+    share = (seen - warmup) / max(1, total - warmup)
+    return final + 0.5 * (peak - final) * (1 + math.cos(math.pi * min(1.0, share)))

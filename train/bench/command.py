@@ -24,10 +24,10 @@ from clipkit.train.loader.augment import Augmentation, cut, geometry_draws
 from clipkit.train.loader.crop import COMPILED
 from clipkit.train.loader.loader import batches
 from clipkit.train.loader.samples import LoaderConfig
-from clipkit.train.optimizer import make_optimizer
 from clipkit.train.recipes import Recipe, Stage, loader_config, model_at
 from clipkit.train.sources.open import CACHE_GB, open_source
 from clipkit.train.sources.source import Pair, Source
+from clipkit.train.step import make_optimizer, train_step
 
 # Batches of another size hold the same samples; these fit into any memory.
 BATCH = 256
@@ -210,7 +210,6 @@ def step_need(recipe: Recipe, stage: Stage, device: Device, seconds: float = 3.0
     import torch
 
     from clipkit.model.clip import build
-    from clipkit.train.step import train_step
 
     model = build(model_at(recipe, stage), seed=recipe.seed).to(device.torch_device)
     model.recompute_activations(device.recompute() if recipe.checkpoint_activations else None)

@@ -1,11 +1,12 @@
-"""What was measured of the loader, what follows from it, and how that is told to people and scripts."""
+"""What was measured of the loader, what follows from it, and how it is shown to people and scripts."""
 
 import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from clipkit.config import to_json
-from clipkit.formatting import counted
+from clipkit.formatting import counted, size_text
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -21,7 +22,7 @@ MUCH_TEXT, MUCH_READING = 0.1, 0.25
 
 @dataclass(frozen=True)
 class Need:
-    """So many samples a second, and who takes them."""
+    """Samples a second, and who needs them."""
 
     who: str
     samples_per_s: float
@@ -145,7 +146,7 @@ def advice(found: Findings) -> list[str]:
             f"{counted(found.cores_for(need, found.compact_gain), 'core')} would do."
         )
     text = found.phases_us.get("text", 0.0) / total
-    # Training reads stored columns for the syntax way alone.
+    # Training reads stored columns for the syntax way only.
     if text > MUCH_TEXT and found.text_reduction == "syntax" and not found.reading.precomputed:
         lines.append(f"Text takes {text:.0%}: store it once with clipkit build-tfds … --precompute tokens,syntax.")
     read = found.phases_us.get("read", 0.0) / total
@@ -163,45 +164,39 @@ def print_findings(found: Findings) -> None:
     workers = counted(found.workers, "worker")
     console.print(
         Text(
-            f"{found.data}: {found.records:,} records, images of {found.reading.image_bytes / 1e3:,.1f} KB\n"
+            f"{found.data}: {found.records:,} records, images of {size_text(found.reading.image_bytes)}\n"
             f"{found.samples_per_s:,.0f} samples/s at {found.image_size} px with {workers}, which computed "
-            f"{found.busy:.0%} of their time; a core alone gives {found.samples_per_core_s:,.0f}"
+            f"{found.busy:.0%} of their time; one core by itself gives {found.samples_per_core_s:,.0f}"
         )
     )
-    console.print(phase_table(found))
-    console.print(need_table(found))
+    total = sum(found.phases_us.values())
+    phases = [(phase, f"{value:,.0f}", f"{value / total:.0%}") for phase, value in found.phases_us.items()]
+    console.print(grid(["phase", "µs a sample", "share of a core"], phases, ("all", f"{total:,.0f}", "100%")))
+
+    columns = ["needed by", "samples/s", "cores for it"]
+    gains = [1.0]
+    if found.compact is not None and found.compact_gain >= WORTH:
+        columns.append("with a compact copy")
+        gains.append(found.compact_gain)
+    needs = [
+        (need.who, f"{need.samples_per_s:,.0f}", *(str(found.cores_for(need, gain)) for gain in gains))
+        for need in found.needs
+    ]
+    console.print(grid(columns, needs))
     for line in advice(found):
         console.print(Text(f"- {line}"))
 
 
-def phase_table(found: Findings) -> "Table":
-    """What a sample costs, phase by phase."""
+def grid(columns: Sequence[str], rows: Iterable[Sequence[str]], last: Sequence[str] = ()) -> "Table":
+    """A table of words in the first column and numbers in the others, perhaps with a last row set apart."""
     from rich.table import Table
 
     table = Table()
-    table.add_column("phase")
-    table.add_column("µs a sample", justify="right")
-    table.add_column("share of a core", justify="right")
-    total = sum(found.phases_us.values())
-    for phase, value in found.phases_us.items():
-        table.add_row(phase, f"{value:,.0f}", f"{value / total:.0%}")
-    table.add_section()
-    table.add_row("all", f"{total:,.0f}", "100%")
-    return table
-
-
-def need_table(found: Findings) -> "Table":
-    """What is needed, and how many cores that takes."""
-    from rich.table import Table
-
-    table = Table()
-    table.add_column("who takes them")
-    table.add_column("samples/s", justify="right")
-    table.add_column("cores for it", justify="right")
-    has_copy = found.compact is not None and found.compact_gain >= WORTH
-    if has_copy:
-        table.add_column("with a compact copy", justify="right")
-    for need in found.needs:
-        copy = [str(found.cores_for(need, found.compact_gain))] if has_copy else []
-        table.add_row(need.who, f"{need.samples_per_s:,.0f}", str(found.cores_for(need)), *copy)
+    for number, name in enumerate(columns):
+        table.add_column(name, justify="right" if number else "left")
+    for row in rows:
+        table.add_row(*row)
+    if last:
+        table.add_section()
+        table.add_row(*last)
     return table

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from clipkit.device import pick
-from clipkit.train.optimizer import OptimizerConfig, is_decayed, learning_rate_at, make_optimizer
+from clipkit.train.recipes import OptimizerConfig
+from clipkit.train.step import is_decayed, learning_rate_at, make_optimizer
 
 
 def rates(batch, total=1000, warmup=200, peak=1.0, final=0.0):
