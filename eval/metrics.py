@@ -15,7 +15,7 @@ from clipkit.intervals import wilson
 class Measure:
     """One number: `value` with its 95% interval `low`..`high` over `n` images, and the `chance` level of guessing.
 
-    All four are shares, 0 to 1.
+    All but `n` are shares, 0 to 1.
     """
 
     metric: str

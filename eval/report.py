@@ -146,7 +146,7 @@ def over_training(
             if metric in by_metric:
                 xs, ys = zip(*sorted(by_metric[metric].items()), strict=True)
                 lines.append(Line(METRICS[metric], list(xs), list(ys), colour))
-        # One point is no curve: the table has it.
+        # One point isn't a curve: the table has it.
         if not lines or len(lines[0].xs) < 2:
             continue
         if task in chance:

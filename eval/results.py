@@ -44,7 +44,7 @@ class Result(Measure):
     templates: str = ""
     """The name the templates were asked for by."""
     unreadable: int = 0
-    """Images that can't be decoded; they aren't among the n."""
+    """Images that can't be decoded; they aren't counted in `n`."""
     largest_class: float = 0.0
     """The share of the commonest class: the top-1 of a model that always guesses it."""
 

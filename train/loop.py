@@ -102,7 +102,7 @@ def train(
     `resume` goes on from the newest checkpoint in `folder`, where there is one. `init` takes the weights of another
     checkpoint to begin with. `task` is evaluated at the recipe's cadence and at the end of each stage. SIGTERM and
     Ctrl-C save a checkpoint and return. Raises UserError for whatever stands in the way before the first step, and when
-    the loss is no number any more.
+    the loss isn't finite any more.
     """
     # ---- Check what can be checked before any work ------------------------------------------------------------------
     found = open_source(data, cache=cache, cache_gb=cache_gb, block_size=recipe.block_size)
@@ -116,14 +116,16 @@ def train(
         # After an error the other ranks may wait in a collective: leaving in good order would wait with them.
         stack.push(lambda kind, *_: device.close() if kind is None else None)
 
-        # ---- Where to start: own checkpoint, another checkpoint's weights, scratch ---------------------------------
-        own = checkpoint.latest(folder)
-        if own is not None and not resume:
-            raise UserError(f"{folder} holds a run of {int(own.name):,} samples: add --resume, or choose another --out")
+        # ---- Where to start: the run's checkpoint, another checkpoint's weights, scratch --------------------------
+        latest = checkpoint.latest(folder)
+        if latest is not None and not resume:
+            raise UserError(
+                f"{folder} holds a run of {int(latest.name):,} samples: add --resume, or choose another --out"
+            )
         device.barrier()
         start = None
-        if own is not None:
-            start = checkpoint.load(own, with_optimizer=True)
+        if latest is not None:
+            start = checkpoint.load(latest, with_optimizer=True)
             refuse_another_run(start, recipe, found)
         tensors = start.tensors if start else checkpoint.load(init).tensors if init else None
 
@@ -133,7 +135,7 @@ def train(
             write_json(folder / "config.json", describe_run(recipe, found, device))
         writer: Writer = MetricsWriter(folder, start.samples_seen if start else 0) if device.is_first else Writer()
         stack.callback(writer.close)
-        stop = Stop(alone=device.world == 1)
+        stop = Stop(only_process=device.world == 1)
         run = Run(recipe, folder, found, device, writer, task if device.is_first else None, workers, stop)
         if start:
             run.samples_seen, run.seconds = start.samples_seen, float(start.state["seconds"])
@@ -270,7 +272,7 @@ def save(run: Run, stage: Stage, model: CLIP, optimizer: torch.optim.Optimizer, 
     if not run.device.is_first:
         return
     if not torch.isfinite(health).item():
-        raise UserError(broken(run, "the loss or its gradient is no number"))
+        raise UserError(broken(run, "the loss or its gradient isn't finite"))
     checkpoint.save(
         checkpoint.folder_of(run.folder, run.samples_seen),
         tensors={name: tensor.detach().cpu() for name, tensor in model.state_dict().items()},
@@ -289,7 +291,7 @@ def save(run: Run, stage: Stage, model: CLIP, optimizer: torch.optim.Optimizer, 
 
 
 def broken(run: Run, what: str) -> str:
-    """The error line for a run whose numbers are none any more."""
+    """The error line for a run whose loss or gradient isn't finite."""
     good = checkpoint.latest(run.folder)
     again = f"begin a new run with --init {good} and" if good else "begin again with"
     return f"{what} before {run.samples_seen:,} samples: {again} a lower learning rate or --set precision=float32"

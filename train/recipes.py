@@ -38,7 +38,7 @@ class Stage:
     """The peak, reached after the warm-up."""
     warmup_samples: int
     image_size: int
-    """Side of the square input in pixels; a smaller image is the best way to fewer image tokens."""
+    """Side of the square input in pixels; a smaller image is the best way to reduce image tokens."""
     context_length: int
     """Text tokens, start and end included."""
     text_reduction: TextMethod = "truncate"
@@ -234,14 +234,14 @@ def check_recipe(recipe: Recipe, source: Source | Examples, device: Device) -> N
         sizes = ("batch_size", "samples", "image_size", "learning_rate")
         check_positive(where, {name: getattr(stage, name) for name in sizes})
         if stage.batch_size < 2 or stage.batch_size % shards:
-            raise UserError(f"{where}: batch_size {stage.batch_size} doesn't divide over {shards} devices")
+            raise UserError(f"{where}: batch_size {stage.batch_size} can't be divided over {shards} devices")
         if stage.samples % stage.batch_size:
             near = max(1, round(stage.samples / stage.batch_size)) * stage.batch_size
             raise UserError(
-                f"{where}: samples {stage.samples} is no multiple of batch_size {stage.batch_size}: set {near}"
+                f"{where}: samples {stage.samples} is not a multiple of batch_size {stage.batch_size}: set {near}"
             )
         if not 0 <= stage.warmup_samples <= stage.samples:
-            raise UserError(f"{where}: warmup_samples {stage.warmup_samples} is not within 0 and {stage.samples}")
+            raise UserError(f"{where}: warmup_samples {stage.warmup_samples} is not between 0 and {stage.samples}")
         if (stage.image_keep is None) != (stage.image_reduction is None):
             raise UserError(f"{where}: image_keep and image_reduction go together: set both or neither")
         share = stage.batch_size // shards
@@ -254,7 +254,7 @@ def check_recipe(recipe: Recipe, source: Source | Examples, device: Device) -> N
 
 
 def check_positive(where: str, values: Mapping[str, float | None]) -> None:
-    """Raise UserError that names the first of `values` which isn't a positive number; None is no value."""
+    """Raise UserError that names the first of `values` which isn't a positive number; None is skipped."""
     for name, value in values.items():
         if value is not None and not (math.isfinite(value) and value > 0):
             raise UserError(f"{where}: {name} is {value}: set a positive number")

@@ -1,7 +1,7 @@
-"""How a training run ends in good order when it is told to: by Ctrl-C, or by the SIGTERM of a scheduler.
+"""How a training run ends in good order: by Ctrl-C, or by the SIGTERM of a scheduler.
 
 A signal asks for a stop after the step under way, since all ranks have to stop at the same step to save a checkpoint.
-Only a process that trains alone may give up at once where it waits for data: those that stall may never come.
+A process that is the only one of its run may stop at once where it waits for data, which may never come.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from clipkit.train.loader.loader import Batch
 class Stop:
     """Whether the run is to stop."""
 
-    alone: bool
+    only_process: bool
     """Whether this is the only process of the run."""
     signal: int | None = None
     """The first signal that this process got."""
@@ -45,7 +45,7 @@ def stop_on_signal(stop: Stop) -> Iterator[None]:
         if stop.asked and number == signal.SIGINT:
             raise KeyboardInterrupt
         stop.signal = stop.signal or number
-        if stop.waiting and stop.alone:
+        if stop.waiting and stop.only_process:
             raise StopWaitingError
 
     if threading.current_thread() is not threading.main_thread():
@@ -66,7 +66,7 @@ def until_stopped(stop: Stop, loader: Iterator[Batch]) -> Iterator[Batch]:
     while True:
         try:
             stop.waiting = True
-            if stop.asked and stop.alone:  # while evaluating or saving: data may stall as well then
+            if stop.asked and stop.only_process:  # while evaluating or saving: data may stall as well then
                 raise StopWaitingError
             batch = next(loader, None)
             stop.waiting = False

@@ -32,7 +32,7 @@ class Stopwatch:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Leave out of the interval what is no training."""
+        """Leave out of the interval what isn't training."""
         began = time.monotonic()
         yield
         self.started += time.monotonic() - began

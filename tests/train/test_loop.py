@@ -213,7 +213,7 @@ def test_weights_that_a_step_ruined_are_not_saved(pairs_dataset, tmp_path, monke
         return loss, norm * float("nan")
 
     monkeypatch.setattr(loop, "train_step", ruined)
-    with pytest.raises(UserError, match="the loss or its gradient is no number"):
+    with pytest.raises(UserError, match="the loss or its gradient isn't finite"):
         train(debug(), pairs_dataset, tmp_path, device_name="cpu", workers=1)
     assert checkpoint.latest(tmp_path) is None
 

@@ -32,7 +32,7 @@ def test_every_recipe_passes_its_own_check_and_survives_json(name):
     ("setting", "says"),
     [
         ("stages.0.batch_size=1", "batch_size 1"),
-        ("stages.0.samples=17", "samples 17 is no multiple of batch_size 16: set 16"),
+        ("stages.0.samples=17", "samples 17 is not a multiple of batch_size 16: set 16"),
         ("stages.1.warmup_samples=10000", "warmup_samples 10000"),
         ("stages.0.image_size=33", "stage reduced: .*33"),
         ("stages.0.image_size=0", "image_size is 0: set a positive number"),
@@ -61,7 +61,7 @@ def test_what_would_fail_later_is_refused_now(setting, says):
 
 
 def test_a_batch_must_divide_over_the_devices():
-    with pytest.raises(UserError, match="doesn't divide over 3 devices"):
+    with pytest.raises(UserError, match="can't be divided over 3 devices"):
         check(recipes()["debug"](), device=replace(pick("cpu"), world=3))
 
 

@@ -22,7 +22,7 @@ def endless(stalls: bool) -> Iterator[Any]:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_wait_for_data(number: int) -> None:
-    stop = Stop(alone=True)
+    stop = Stop(only_process=True)
     began = time.monotonic()
     with stop_on_signal(stop):
         threading.Timer(0.1, os.kill, (os.getpid(), number)).start()
@@ -32,7 +32,7 @@ def test_a_signal_ends_the_wait_for_data(number: int) -> None:
 
 
 def test_a_signal_between_two_batches_is_heeded_before_data_are_waited_for() -> None:
-    stop, taken = Stop(alone=True), []
+    stop, taken = Stop(only_process=True), []
     with stop_on_signal(stop):
         for batch in until_stopped(stop, endless(stalls=True)):
             taken.append(batch)
@@ -42,7 +42,7 @@ def test_a_signal_between_two_batches_is_heeded_before_data_are_waited_for() -> 
 
 
 def test_several_processes_stop_only_together() -> None:
-    stop, taken = Stop(alone=False), []
+    stop, taken = Stop(only_process=False), []
     with stop_on_signal(stop):
         for batch in until_stopped(stop, endless(stalls=False)):
             taken.append(batch)
@@ -54,7 +54,7 @@ def test_several_processes_stop_only_together() -> None:
 
 def test_a_second_ctrl_c_interrupts_and_handlers_are_put_back() -> None:
     before = signal.getsignal(signal.SIGINT)
-    stop = Stop(alone=True)
+    stop = Stop(only_process=True)
     with pytest.raises(KeyboardInterrupt), stop_on_signal(stop):
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
@@ -65,7 +65,7 @@ def test_nothing_is_handled_outside_the_main_thread() -> None:
     seen = []
 
     def run() -> None:
-        with stop_on_signal(Stop(alone=True)):
+        with stop_on_signal(Stop(only_process=True)):
             seen.append(signal.getsignal(signal.SIGTERM))
 
     thread = threading.Thread(target=run)

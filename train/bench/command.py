@@ -1,7 +1,7 @@
 """How fast the loader is on a dataset and this machine, what a GPU would need, and what to change.
 
-A starved GPU says nothing: it is only slow. So the loader is measured here alone, by phases, with the workers and the
-augmentation that a run would use; what a change would bring is tried on the dataset's own images rather than guessed.
+A starved GPU doesn't say so: it is only slow. So the loader is measured here by itself, by phases, with the workers and
+the augmentation that a run would use; what a change would bring is tried on the dataset's own images, not guessed.
 """
 
 import contextlib

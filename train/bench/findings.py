@@ -120,9 +120,10 @@ def advice(found: Findings) -> list[str]:
         lines.append(f"The loader gives what is needed ({need.who}).")
     elif found.busy < BUSY and found.reading.waiting > 1 - BUSY:
         lines.append(
-            f"The workers wait {1 - found.busy:.0%} of their time, and reading alone {found.reading.waiting:.0%}: the "
-            f"disk or network gives one reader {found.reading.megabytes_per_s:,.0f} MB/s. Copy the dataset to a faster "
-            "disk, or use more workers than cores."
+            f"The workers wait {1 - found.busy:.0%} of their time, and one that only reads "
+            f"{found.reading.waiting:.0%}: the disk or network gives one reader "
+            f"{found.reading.megabytes_per_s:,.0f} MB/s. Copy the dataset to a faster disk, or use more workers than "
+            "cores."
         )
     elif found.busy < BUSY:
         lines.append(

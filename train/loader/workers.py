@@ -34,7 +34,7 @@ MAX_DEATHS = 3
 # for processes that were killed: these go at once, unless the machine is busy.
 CLOSE_SECONDS, KILL_SECONDS = 0.5, 5.0
 # Where the buffers are larger together, a worker gives the pages of each chunk back when it is made: all that it ever
-# wrote to counts as its memory, though it is there but once. To get them anew costs a tenth of what a chunk does.
+# wrote to counts as its memory, though it is there but once. To get them again costs a tenth of what a chunk does.
 LARGE_BUFFERS = 500_000_000
 
 

@@ -228,7 +228,7 @@ def test_a_compact_copy_saves_what_images_cost() -> None:
 def test_a_slow_disk_is_told_from_a_busy_machine() -> None:
     idle = replace(FOUND, busy=0.4)
     slow = replace(idle, reading=replace(FOUND.reading, waiting=0.8, megabytes_per_s=20.0))
-    assert "wait 60% of their time, and reading alone 80%" in one(advice(slow), "faster disk")
+    assert "wait 60% of their time, and one that only reads 80%" in one(advice(slow), "faster disk")
     assert "one reader 20 MB/s" in one(advice(slow), "faster disk")
     assert "compute 40% of their time" in one(advice(idle), "other processes")
     assert not [line for line in advice(FOUND) if "disk" in line or "other processes" in line]
