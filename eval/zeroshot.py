@@ -25,7 +25,7 @@ from clipkit.eval import results
 from clipkit.eval.classes import Prompts
 from clipkit.eval.metrics import largest_class, measure
 from clipkit.eval.results import Result
-from clipkit.eval.task import Task, hashes, open_task
+from clipkit.eval.task import Task, hashes
 from clipkit.log import Progress
 from clipkit.pixels.images import Preprocess, normalise, thumbnail
 from clipkit.storage.files import require_writable
@@ -159,28 +159,14 @@ def evaluate(
 
 
 def zeroshot(
-    checkpoint: Path,
-    data: Path,
-    *,
-    label: str = "label",
-    templates: str = "openai-80",
-    classes: Path | None = None,
-    pooling: str = "mean",
-    split: str | None = None,
-    task_name: str | None = None,
-    batch_size: int = 256,
-    device: str = "auto",
-    out: Path | None = None,
+    checkpoint: Path, task: Task, *, batch_size: int = 256, device: str = "auto", out: Path | None = None
 ) -> list[Result]:
-    """Classify the images of `data` with a checkpoint; write numbers and guesses into the run, and return the numbers.
+    """Classify a task's images with a checkpoint; write numbers and guesses into the run, and return the numbers.
 
     `checkpoint` is a checkpoint's folder or a run's (its newest then). The run is `out`, or the one that the checkpoint
     lies in; outside of a run nothing is written. In the run, `results.jsonl` gets a line for each metric and
     `predictions-<task>.parquet` the guesses. Raises UserError for whatever is wrong with the input.
     """
-    task = open_task(
-        data, label=label, templates_name=templates, classes=classes, pooling=pooling, split=split, name=task_name
-    )
     loaded = checkpoints.load(checkpoint)
     run = out or run_of(loaded.path)
     if run is not None:
@@ -213,7 +199,7 @@ def zeroshot(
             **vars(measured),
             classes=len(task.classes),
             task=task.name,
-            data=str(data),
+            data=str(task.images.path),
             samples_seen=loaded.samples_seen,
             checkpoint=relative(loaded.path, run),
             hashes=task_hashes,

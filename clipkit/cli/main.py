@@ -83,7 +83,7 @@ def train(
     metrics.jsonl and TensorBoard files. Under `torchrun` each process takes its part of each batch.
     """
     from clipkit.config import set_values
-    from clipkit.eval.zeroshot import open_task
+    from clipkit.eval.task import open_task
     from clipkit.formatting import duration
     from clipkit.train.loop import train as stage
     from clipkit.train.recipes import find_recipe
@@ -162,26 +162,29 @@ def recipes(name: str | None, assignments: tuple[str, ...]) -> None:
 @main.command()
 @click.option("--ckpt", type=Folder, required=True, help="A checkpoint's folder, or a run's (its newest).")
 @click.option("--data", type=AnyPath, required=True, help="TFDS folder, image folder, or parquet file.")
-@click.option("--templates", default="openai-80", help="A known name, a file, or 'a photo of a {}'.")
+@click.option("--templates", "templates_name", default="openai-80", help="A known name, a file, or 'a photo of a {}'.")
 @click.option("--label", default="label", help="Column with the label.")
 @click.option("--classes", type=AnyPath, help="JSON file that names the classes: {label: name or [names]}.")
 @click.option("--pooling", default="mean", help="How several names make one class: mean or sum.")
 @click.option("--split", help="Split of the data. [default: the one it has, or validation]")
-@click.option("--name", "task_name", help="Name of the task in the results. [default: from the data]")
+@click.option("--name", help="Name of the task in the results. [default: from the data]")
 @click.option("--batch-size", type=Count, default=256, help="Images at once.")
 @device
 @click.option("--out", type=Folder, help="Run that gets the results. [default: the checkpoint's]")
 @as_json
-def zeroshot(ckpt: Path, data: Path, as_json: bool, **options: Any) -> None:
+def zeroshot(
+    ckpt: Path, data: Path, batch_size: int, device: str, out: Path | None, as_json: bool, **task_options: Any
+) -> None:
     """Classify images by prompts only, and print accuracies with their intervals.
 
     A checkpoint describes itself, so it needs no model name.
     """
     from clipkit.config import to_json
     from clipkit.eval.results import table
+    from clipkit.eval.task import open_task
     from clipkit.eval.zeroshot import zeroshot as stage
 
-    found = stage(ckpt, data, **options)
+    found = stage(ckpt, open_task(data, **task_options), batch_size=batch_size, device=device, out=out)
     if as_json:
         for result in found:
             print_json(to_json(result))

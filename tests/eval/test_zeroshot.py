@@ -317,8 +317,8 @@ def test_evaluation_in_training_keeps_what_is_costly(model: CLIP, tokenizer: Tok
 def test_numbers_and_guesses_are_written_into_the_run(
     run: Path, emoji: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    found = zeroshot(run, emoji, templates="openai-7", device="cpu")
-    again = zeroshot(run / "checkpoints" / "000000000064", emoji, templates="openai-7", device="cpu")
+    found = zeroshot(run, open_task(emoji, templates_name="openai-7"), device="cpu")
+    again = zeroshot(run / "checkpoints" / "000000000064", open_task(emoji, templates_name="openai-7"), device="cpu")
     assert found == again == results.read_results(run)
     assert [each.metric for each in found] == ["top1", "top5", "mean_per_class_recall"]
     assert {each.checkpoint for each in found} == {"checkpoints/000000000064"}
@@ -334,7 +334,9 @@ def test_numbers_and_guesses_are_written_into_the_run(
 
 
 def test_other_templates_are_another_result(run: Path, emoji: Path) -> None:
-    first, second = (zeroshot(run, emoji, templates=name, device="cpu")[0] for name in ("plain", "a photo of a {}."))
+    first, second = (
+        zeroshot(run, open_task(emoji, templates_name=name), device="cpu")[0] for name in ("plain", "a photo of a {}.")
+    )
     assert len(results.read_results(run)) == 6
     assert {name for name in first.hashes if first.hashes[name] != second.hashes[name]} == {"templates"}
 
@@ -343,10 +345,10 @@ def test_outside_of_a_run_nothing_is_written(
     run: Path, emoji: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     alone = (run / "checkpoints" / "000000000064").rename(tmp_path / "alone")
-    assert zeroshot(alone, emoji, templates="plain", device="cpu")
+    assert zeroshot(alone, open_task(emoji, templates_name="plain"), device="cpu")
     assert "give --out to keep them" in capsys.readouterr().err
     assert not (tmp_path / "results.jsonl").exists()
-    zeroshot(alone, emoji, templates="plain", device="cpu", out=tmp_path / "kept")
+    zeroshot(alone, open_task(emoji, templates_name="plain"), device="cpu", out=tmp_path / "kept")
     assert results.read_results(tmp_path / "kept")[0].checkpoint == str(alone)
 
 
@@ -356,7 +358,7 @@ def test_an_unwritable_run_is_found_out_before_the_work(
     monkeypatch.setattr("clipkit.eval.zeroshot.classify", None)
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"can't write .*file: a file stands where a folder is needed"):
-        zeroshot(run, emoji, templates="plain", device="cpu", out=tmp_path / "file")
+        zeroshot(run, open_task(emoji, templates_name="plain"), device="cpu", out=tmp_path / "file")
 
 
 def test_numbers_are_kept_where_the_guesses_find_no_room(
@@ -367,7 +369,7 @@ def test_numbers_are_kept_where_the_guesses_find_no_room(
 
     monkeypatch.setattr(results, "write_predictions", full)
     with pytest.raises(UserError, match="the disk is full"):
-        zeroshot(run, emoji, templates="plain", device="cpu")
+        zeroshot(run, open_task(emoji, templates_name="plain"), device="cpu")
     assert len(results.read_results(run)) == 3
 
 
@@ -377,7 +379,7 @@ def test_an_image_that_is_none_is_told_and_left_out(
     images = [png((place, 0, 0)) for place in range(200)]
     images[17] = b"<html>not here</html>"
     data = write_parquet(tmp_path / "d.parquet", image=images, label=["a", "b"] * 100)
-    found = zeroshot(run, data, templates="plain", device="cpu")
+    found = zeroshot(run, open_task(data, templates_name="plain"), device="cpu")
     assert (found[0].n, found[0].unreadable) == (199, 1)
     assert "1 images can't be read" in capsys.readouterr().err
     rows, _ = results.read_predictions(run / "predictions-d.parquet")
@@ -385,13 +387,13 @@ def test_an_image_that_is_none_is_told_and_left_out(
     images[18] = images[19] = b""
     broken = write_parquet(tmp_path / "e.parquet", image=images, label=["a", "b"] * 100)
     with pytest.raises(UserError, match=r"e.parquet: 3 of 200 images can't be read, the last one 19"):
-        zeroshot(run, broken, templates="plain", device="cpu")
+        zeroshot(run, open_task(broken, templates_name="plain"), device="cpu")
     assert {each.task for each in results.read_results(run)} == {"d"}
 
 
 def test_prompts_that_are_cut_are_told(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = write_parquet(tmp_path / "d.parquet", image=[png(), png()], label=["very " * 40 + "long", "b"])
-    zeroshot(run, data, templates="plain", device="cpu")
+    zeroshot(run, open_task(data, templates_name="plain"), device="cpu")
     assert "1 prompts are longer than the 32 text tokens" in capsys.readouterr().err
 
 
@@ -407,7 +409,7 @@ def test_a_broken_model_is_told(model: CLIP, tokenizer: Tokenizer, emoji: Path) 
 
 def test_a_missing_checkpoint(tmp_path: Path, emoji: Path) -> None:
     with pytest.raises(UserError, match=r"checkpoint .*nothing doesn't exist"):
-        zeroshot(tmp_path / "nothing", emoji)
+        zeroshot(tmp_path / "nothing", open_task(emoji))
 
 
 def test_a_checkpoint_of_another_architecture(run: Path, emoji: Path) -> None:
@@ -416,7 +418,7 @@ def test_a_checkpoint_of_another_architecture(run: Path, emoji: Path) -> None:
     content["model"]["text"]["width"] = 64
     config.write_text(json.dumps(content), encoding="utf-8")
     with pytest.raises(UserError, match="architecture"):
-        zeroshot(run, emoji, templates="plain", device="cpu")
+        zeroshot(run, open_task(emoji, templates_name="plain"), device="cpu")
     assert results.read_results(run) == []
 
 
