@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import cv2
 import numpy as np
 import simplejpeg
 
@@ -18,10 +17,10 @@ from clipkit.counter_rng import sample_keys
 from clipkit.device import Device, pick
 from clipkit.errors import UserError
 from clipkit.jobs.worker import cores
-from clipkit.pixels.images import UInt8Array, decode
+from clipkit.pixels.images import decode
 from clipkit.train.bench.findings import COMPACT_QUALITY, PUBLISHED, Compact, Findings, Need, Reading
 from clipkit.train.loader.augment import Augmentation, cut, geometry_draws
-from clipkit.train.loader.crop import COMPILED
+from clipkit.train.loader.crop import COMPILED, shrink
 from clipkit.train.loader.loader import batches
 from clipkit.train.loader.samples import LoaderConfig
 from clipkit.train.recipes import Recipe, Stage, loader_config, model_at
@@ -66,7 +65,14 @@ def bench_data(
     if workers is None:  # what a run would have; without a GPU the question is what the machine could feed
         workers = cores() if device.kind == "cpu" else device.loader_workers()
     samples, elapsed, phases = run_loader(source, config, workers, seconds, device)
-    reading, pairs = read_alone(source, config, first=samples + BATCH)
+    worked = sum(value for phase, value in phases.items() if not (workers and phase in ("assemble", "transfer")))
+    reading, pairs = measure_reading(source, config, first=samples + BATCH)
+    if need is not None:
+        needs: tuple[Need, ...] = (Need("what you asked for", need),)
+    elif recipe is not None and stage is not None and device.kind == "cuda":
+        needs = (step_need(recipe, stage, device),)
+    else:
+        needs = PUBLISHED
     return Findings(
         data=", ".join(map(str, data)) if isinstance(data, (list, tuple)) and len(data) > 1 else str(opened.places()),
         records=source.num_records,
@@ -77,10 +83,10 @@ def bench_data(
         samples=samples,
         seconds=elapsed,
         phases_us={phase: 1e6 * value / samples for phase, value in phases.items()},
-        busy=busy_share(phases, workers, elapsed),
+        busy=min(1.0, worked / (max(1, workers) * elapsed)),
         reading=reading,
         compact=try_compact(pairs, config.image_size, config.augmentation),
-        needs=who_needs(need, recipe, stage, device),
+        needs=needs,
         compiled=COMPILED,
     )
 
@@ -109,7 +115,7 @@ def run_loader(
         warm = time.monotonic() + min(WARM_SECONDS, seconds)
         while time.monotonic() < warm:
             next(loader)
-        began, own = time.monotonic(), time.thread_time()
+        began, spent = time.monotonic(), time.thread_time()
         while (elapsed := time.monotonic() - began) < seconds or not samples:
             batch = next(loader)
             samples += len(batch.image_BHWC)
@@ -119,20 +125,14 @@ def run_loader(
                 before = time.thread_time()
                 device.batch(batch.arrays())
                 transfer += time.thread_time() - before
-        own = time.thread_time() - own - (0.0 if workers else sum(phases.values()))
-    phases["assemble"] = max(0.0, own - transfer)
+        spent = time.thread_time() - spent - (0.0 if workers else sum(phases.values()))
+    phases["assemble"] = max(0.0, spent - transfer)
     if device.kind != "cpu":
         phases["transfer"] = transfer
     return samples, elapsed, phases
 
 
-def busy_share(phases: dict[str, float], workers: int, elapsed: float) -> float:
-    """The share of their time in which the workers, or the one thread without any, computed."""
-    own = ("assemble", "transfer") if workers else ()
-    return min(1.0, sum(value for phase, value in phases.items() if phase not in own) / (max(1, workers) * elapsed))
-
-
-def read_alone(source: Source, config: LoaderConfig, first: int) -> tuple[Reading, list[Pair]]:
+def measure_reading(source: Source, config: LoaderConfig, first: int) -> tuple[Reading, list[Pair]]:
     """Read TRIED records at the positions from `first` on, as the loader would."""
     positions = np.arange(first, first + min(TRIED, source.num_records), dtype=np.uint64)
     records = source.records_at(positions, config.seed, config.block_size).tolist()
@@ -185,24 +185,6 @@ def try_compact(pairs: Sequence[Pair], image_size: int, augmentation: Augmentati
 def compact_side(image_size: int) -> int:
     """The shorter side of copies for inputs of `image_size`: an eighth more, so that most crops need no enlarging."""
     return -(-image_size * 8 // (7 * 32)) * 32
-
-
-def shrink(image: UInt8Array, side: int) -> UInt8Array:
-    """The image with its shorter side reduced to `side`, where it is larger."""
-    scale = side / min(image.shape[:2])
-    if scale >= 1:
-        return image
-    size = max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale))
-    return cv2.resize(image, size, interpolation=cv2.INTER_AREA).astype(np.uint8, copy=False)
-
-
-def who_needs(need: float | None, recipe: Recipe | None, stage: Stage | None, device: Device) -> tuple[Need, ...]:
-    """What the loader is held against."""
-    if need is not None:
-        return (Need("what you asked for", need),)
-    if recipe is not None and stage is not None and device.kind == "cuda":
-        return (step_need(recipe, stage, device),)
-    return PUBLISHED
 
 
 def step_need(recipe: Recipe, stage: Stage, device: Device, seconds: float = 3.0) -> Need:

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from clipkit.counter_rng import uniform
 from clipkit.errors import UserError
 from clipkit.pixels.images import Data, UInt8Array, decode_scaled
-from clipkit.train.loader.crop import random_resized_crop
+from clipkit.train.loader.crop import random_resized_crop, shrink
 
 # Streams of random numbers, each for one use (see counter_rng).
 GEOMETRY, COLOUR, ERASING = range(100, 103)
@@ -135,12 +135,8 @@ def cut(
 def warpable(data: Data, size: int) -> UInt8Array:
     """An image decoded for `warp`, which takes the same pixels each time: two to three times the size of the output."""
     image = decode_scaled(data, 2 * size, 2 * size)
-    height, width = image.shape[:2]
-    if min(height, width) > 3 * size:  # bilinear sampling would skip pixels
-        shrink = 2 * size / min(height, width)
-        target = max(1, round(width * shrink)), max(1, round(height * shrink))
-        image = cv2.resize(image, target, interpolation=cv2.INTER_AREA).astype(np.uint8, copy=False)
-    return image
+    # Beyond three times the size, bilinear sampling would skip pixels.
+    return shrink(image, 2 * size) if min(image.shape[:2]) > 3 * size else image
 
 
 def warp(

@@ -160,3 +160,12 @@ def scaled_crop(height: int, width: int, box: Box, size: int) -> tuple[Box, int]
     rows, columns = max(1, last - first), max(1, end - begin)
     first, begin = min(first, -(-height // scale) - rows), min(begin, -(-width // scale) - columns)
     return (first * scale, begin * scale, rows * scale, columns * scale), scale
+
+
+def shrink(image: UInt8Array, side: int) -> UInt8Array:
+    """The image with its shorter side reduced to `side`, where it is larger."""
+    scale = side / min(image.shape[:2])
+    if scale >= 1:
+        return image
+    size = max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale))
+    return cv2.resize(image, size, interpolation=cv2.INTER_AREA).astype(np.uint8, copy=False)

@@ -18,7 +18,7 @@ from clipkit.cli.main import main
 from clipkit.device import pick
 from clipkit.errors import UserError
 from clipkit.train.bench import command as module
-from clipkit.train.bench.command import compact_side, plain_config, read_alone, step_need, try_compact
+from clipkit.train.bench.command import compact_side, measure_reading, plain_config, step_need, try_compact
 from clipkit.train.bench.findings import PUBLISHED, Compact, Findings, Need, Reading, advice
 from clipkit.train.loader.augment import Augmentation
 from clipkit.train.recipes import debug
@@ -138,10 +138,10 @@ def test_a_device_adds_the_phase_of_the_transfer(monkeypatch: pytest.MonkeyPatch
 
 def test_reading_knows_waiting_from_working() -> None:
     config = plain_config(64)
-    slow, pairs = read_alone(Photos(lambda: time.sleep(0.002), 50), config, first=0)
+    slow, pairs = measure_reading(Photos(lambda: time.sleep(0.002), 50), config, first=0)
     assert slow.waiting > 0.7
     assert len(pairs) == 50
-    busy, _ = read_alone(Photos(lambda: sum(range(200_000)) and None, 50), config, first=0)
+    busy, _ = measure_reading(Photos(lambda: sum(range(200_000)) and None, 50), config, first=0)
     assert busy.waiting < 0.3
     assert busy.image_bytes == pytest.approx(sum(len(pair(n).image) for n in range(10)) / 10)
     assert not busy.precomputed
@@ -150,7 +150,7 @@ def test_reading_knows_waiting_from_working() -> None:
 def test_records_with_ids_need_no_tokens_computed() -> None:
     source = Photos(count=20)
     source.kept = [each._replace(ids=[1, 2]) for each in source.kept]
-    assert read_alone(source, plain_config(64), first=0)[0].precomputed
+    assert measure_reading(source, plain_config(64), first=0)[0].precomputed
 
 
 def test_what_cannot_be_read_is_no_measurement() -> None:
@@ -159,7 +159,7 @@ def test_what_cannot_be_read_is_no_measurement() -> None:
             return itertools.repeat(UserError("gone"), len(records))
 
     with pytest.raises(UserError, match="none of 20 records"):
-        read_alone(Gone(count=20), plain_config(64), first=0)
+        measure_reading(Gone(count=20), plain_config(64), first=0)
 
 
 def test_a_compact_copy_is_tried_on_the_images() -> None:
