@@ -151,9 +151,10 @@ def evaluate(
     device: Device,
     *,
     precision: Precision = "auto",
+    batch_size: int = 256,
 ) -> Iterator[tuple[str, float]]:
     """Yield `(task/metric, value)` for a model in training: `emoji-heldout/top1` and so on."""
-    guesses = classify(model, tokenizer, preprocess, task, device, precision=precision)
+    guesses = classify(model, tokenizer, preprocess, task, device, precision=precision, batch_size=batch_size)
     for measured in measure(guesses.top_NK, task.labels_N[guesses.index_N], len(task.classes)):
         yield f"{task.name}/{measured.metric}", measured.value
 
