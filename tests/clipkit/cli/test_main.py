@@ -91,7 +91,7 @@ def test_clipa_b16_is_the_published_recipe():
         (["train", "--data", "DATASET", "--recipe", "debug", "--out", "run", "--device", "npu"], "choose from auto"),
         (
             ["train", "--data", "DATASET", "--recipe", "debug", "--out", "run", "--set", "stages.0.samples=100"],
-            "samples 100 is no multiple of batch_size 16: set 96",
+            "samples 100 is not a multiple of batch_size 16: set 96",
         ),
         (["train", "--data", "DATASET", "--recipe", "debug", "--out", "/proc/x"], "can't write /proc/x"),
         (["recipes", "nothing"], "unknown recipe 'nothing'"),
