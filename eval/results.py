@@ -14,8 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from clipkit.errors import UserError
 from clipkit.eval.metrics import Measure
 from clipkit.formatting import percent
@@ -24,9 +22,6 @@ from clipkit.storage.files import disk_errors, read_json_lines, write_beside, wr
 if TYPE_CHECKING:
     from rich.table import Table
 
-SEED = 0
-PICTURES = 400
-PICTURE_PIXELS = 128
 METRICS = {"top1": "top-1", "top5": "top-5", "mean_per_class_recall": "mean per-class recall"}
 
 
@@ -127,20 +122,6 @@ def table(results: Sequence[Result]) -> "Table":
         ]
         grid.add_row(*cells, style="yellow" if remark else None)
     return grid
-
-
-class PictureSample:
-    """Keeps the encoded images of a random sample of the places 0..total-1, seeded, so the same each time."""
-
-    def __init__(self, total: int) -> None:
-        chosen = np.random.default_rng(SEED).choice(total, size=min(PICTURES, total), replace=False)
-        self.chosen = frozenset(chosen.tolist())
-        self.images: dict[int, bytes] = {}
-
-    def take(self, place: int, data: bytes) -> None:
-        """Keep `data` if its place is in the sample."""
-        if place in self.chosen:
-            self.images[place] = data
 
 
 def write_predictions(path: Path, rows: Sequence[Mapping[str, Any]], about: Mapping[str, Any]) -> None:

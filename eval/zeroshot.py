@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 Number = TypeVar("Number", bound=np.generic)
 
 TOKENS_PER_BATCH = 8192
+# The sample of pictures that go with the guesses.
+SEED, PICTURES, PICTURE_PIXELS = 0, 400, 128
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,13 +170,13 @@ def zeroshot(
     lies in; outside of a run nothing is written. In the run, `results.jsonl` gets a line for each metric and
     `predictions-<task>.parquet` the guesses. Raises UserError for whatever is wrong with the input.
     """
+    pictures = PictureSample(len(task.images))
     loaded = checkpoints.load(checkpoint)
     run = out or run_of(loaded.path)
     if run is not None:
         require_writable(run)
     where = pick(device)
     model = checkpoints.build_model(loaded).to(where.torch_device)
-    pictures = results.PictureSample(len(task.images))
     with Progress(f"zeroshot {task.name}", len(task.images), "images") as progress:
         guesses = classify(
             model,
@@ -194,6 +196,7 @@ def zeroshot(
         reason = next(iter(task.unreadable.values()))
         note(f"{len(task.unreadable):,} images can't be read and aren't counted, for example: {reason}")
     labels_N = task.labels_N[guesses.index_N]
+    measures = measure(guesses.top_NK, labels_N, len(task.classes))
     task_hashes = hashes(task, loaded.preprocess)
     found = [
         Result(
@@ -208,7 +211,7 @@ def zeroshot(
             unreadable=len(task.unreadable),
             largest_class=largest_class(labels_N),
         )
-        for measured in measure(guesses.top_NK, labels_N, len(task.classes))
+        for measured in measures
     ]
     if run is None:
         note(f"{loaded.path} isn't in a run's folder, so the numbers aren't written anywhere: give --out to keep them")
@@ -221,6 +224,20 @@ def zeroshot(
         about={**about, "templates": task.templates.name},
     )
     return found
+
+
+class PictureSample:
+    """Keeps the encoded images of a random sample of the places 0..total-1, seeded, so the same each time."""
+
+    def __init__(self, total: int) -> None:
+        chosen = np.random.default_rng(SEED).choice(total, size=min(PICTURES, total), replace=False)
+        self.chosen = frozenset(chosen.tolist())
+        self.images: dict[int, bytes] = {}
+
+    def take(self, place: int, data: bytes) -> None:
+        """Keep `data` if its place is in the sample."""
+        if place in self.chosen:
+            self.images[place] = data
 
 
 def prediction_rows(task: Task, guesses: Guesses, pictures: Mapping[int, bytes]) -> list[dict[str, Any]]:
@@ -238,7 +255,7 @@ def prediction_rows(task: Task, guesses: Guesses, pictures: Mapping[int, bytes])
                 "correct": bool(tops and tops[0] == task.labels_N[index]),
                 "guesses": [titles[number] for number in tops],
                 "probabilities": guesses.probability_NK[row].tolist() if row is not None else [],
-                "image": thumbnail(pictures[index], results.PICTURE_PIXELS) or None if index in pictures else None,
+                "image": thumbnail(pictures[index], PICTURE_PIXELS) or None if index in pictures else None,
                 "problem": task.unreadable.get(index),
             }
         )

@@ -17,6 +17,7 @@ from clipkit.errors import UserError
 from clipkit.eval import report_data, results
 from clipkit.eval.report import confused, report, walls
 from clipkit.eval.results import Result
+from clipkit.eval.zeroshot import PICTURE_PIXELS
 from clipkit.formatting import short
 from clipkit.intervals import wilson
 from clipkit.model.config import ImageConfig, ModelConfig, TextConfig
@@ -79,7 +80,7 @@ def write_run(run: Path, data: Path) -> Path:
     rows: list[dict[str, Any]] = []
     for number in range(60):
         label, guesses = names[number % 20], [names[place] for place in rng.permutation(20)[:5]]
-        image = thumbnail(picture((number * 4, 90, 200)), results.PICTURE_PIXELS)
+        image = thumbnail(picture((number * 4, 90, 200)), PICTURE_PIXELS)
         rows.append(
             {"key": str(number), "label": label, "correct": guesses[0] == label, "guesses": guesses, "image": image}
             | {"probabilities": [0.4, 0.2, 0.1, 0.05, 0.01], "problem": None}

@@ -73,8 +73,8 @@ def walk_of_a_record(folder: Path) -> list[str]:
     """From a record to its batch: the loader without workers."""
     from small_dataset import write_pairs
 
-    from clipkit.train.loader.batch import LoaderConfig
     from clipkit.train.loader.loader import batches
+    from clipkit.train.loader.samples import LoaderConfig
     from clipkit.train.sources.open import open_source
 
     write_pairs(folder / "data", [16, 16])
@@ -98,6 +98,7 @@ def walk_of_a_checkpoint(folder: Path) -> list[str]:
     from clipkit import checkpoint
     from clipkit.eval import zeroshot
     from clipkit.eval.labelled import open_labelled
+    from clipkit.eval.task import open_task
     from clipkit.model.clip import build
     from clipkit.model.config import ImageConfig, ModelConfig, TextConfig
     from clipkit.pixels.images import Preprocess, decode, eval_transform
@@ -116,21 +117,21 @@ def walk_of_a_checkpoint(folder: Path) -> list[str]:
     with counted() as reading:
         for image in open_labelled(folder / "data.parquet").read():
             eval_transform(decode(image), 32)
-    load, measures = checkpoint.load, zeroshot.measures
+    load, measure = checkpoint.load, zeroshot.measure
     found: list[str] = []
 
     def load_counted(path: Path) -> Any:
         CALLS.clear()
         return load(path)
 
-    def measures_counted(*arguments: Any) -> Any:
-        numbers = measures(*arguments)
+    def measure_counted(*arguments: Any) -> Any:
+        numbers = measure(*arguments)
         found.extend(CALLS)
         return numbers
 
-    checkpoint.load, zeroshot.measures = load_counted, measures_counted
+    checkpoint.load, zeroshot.measure = load_counted, measure_counted
     with counted():
-        zeroshot.zeroshot(run, folder / "data.parquet", templates="plain", device="cpu")
+        zeroshot.zeroshot(run, open_task(folder / "data.parquet", templates_name="plain"), device="cpu")
     return [name for name in found if name not in reading and name != "clipkit/log.py"]
 
 
