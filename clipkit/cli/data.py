@@ -90,6 +90,7 @@ def _build_in_place(folder: Path, as_json: bool, options: dict[str, Any]) -> Non
 @click.option("--classes", type=AnyPath, help="Another set's classes in label order. [default: its folders, sorted]")
 @click.option("--subset", is_flag=True, help="Accept an ImageNet with classes or images missing.")
 @click.option("--max-bad", type=CountOrZero, default=0, help="Broken images to leave out.")
+@click.option("--allow-empty-classes", is_flag=True, help="Keep the numbers of classes without images.")
 @workers
 @engine
 @as_json

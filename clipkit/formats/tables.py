@@ -26,10 +26,44 @@ from clipkit.storage.stores import store_errors
 
 # ---- What things are called ------------------------------------------------------------------------------------------
 
-IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif"})
+# Of the formats that clipkit decodes (`clipkit.pixels.images.FORMATS`) all that Pillow knows.
+IMAGE_SUFFIXES = frozenset(
+    [
+        "jpg",
+        "jpeg",
+        "jpe",
+        "jfif",
+        "png",
+        "apng",
+        "webp",
+        "gif",
+        "bmp",
+        "tif",
+        "tiff",
+        "avif",
+        "avifs",
+        "jp2",
+        "j2k",
+        "jpc",
+        "jpf",
+        "jpx",
+        "j2c",
+        "ppm",
+        "pgm",
+        "pbm",
+        "pnm",
+        "pfm",
+        "ico",
+    ]
+)
+# What programs leave in folders of others: archives made on a Mac, disks of Synology, Windows and so on.
+_LEFT_BY_PROGRAMS = frozenset(
+    {"__macosx", "@eadir", "thumbs.db", "desktop.ini", "$recycle.bin", "#recycle", "lost+found"}
+)
 IMAGE_NAMES = ("jpg", "image", "img", *sorted(IMAGE_SUFFIXES - {"jpg"}), "image_bytes", "bytes")
 CAPTION_NAMES = ("txt", "caption", "text", "title")
 FILE_NAMES = ("file_name", "filename", "filepath", "file_path", "file", "image", "image_path", "path")
+CLASS_NAMES = ("label", "class", "class_name", "classname", "category", "label_name", "wnid", "target")
 URL_NAME, KEY_NAME = "url", "key"
 
 DELIMITERS = {".csv": ",", ".tsv": "\t", ".csv.gz": ",", ".tsv.gz": "\t"}
@@ -46,7 +80,7 @@ BUFFER_BYTES = 1 << 18
 
 def is_hidden(name: str) -> bool:
     """Whether a file or folder of this name is passed over wherever folders are listed."""
-    return name.startswith(".")
+    return name.startswith(".") or name.lower() in _LEFT_BY_PROGRAMS
 
 
 def is_image(name: str) -> bool:

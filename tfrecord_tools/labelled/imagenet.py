@@ -9,6 +9,7 @@ A label's number is the place of its class among the sorted wnids, which is the 
 are checked before anything is written: a set with classes or images missing gives an accuracy that looks like a result.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from clipkit import embedded
 from clipkit.errors import UserError
 from clipkit.formats.dataset import VERSION, check_name
 from clipkit.formats.features import Feature, parse_features
+from clipkit.formats.folders import aside_text, printable
 from clipkit.formats.manifest import CLIPKIT_FOLDER, SplitManifest, read_manifest
 from clipkit.formatting import counted, size_text
 from clipkit.jobs.passes import Runner
@@ -99,6 +101,7 @@ def build_imagenet(
     classes: Path | None = None,
     subset: bool = False,
     max_bad: int = 0,
+    allow_empty_classes: bool = False,
     workers: int | None = 1,
     engine: Engine = "local",
 ) -> LabelledSummary:
@@ -109,8 +112,9 @@ def build_imagenet(
     order (lines, or a JSON list); without it they are the sorted names of the class folders. Splits that are there
     already stay, so a validation set can be joined by its training set later.
     ImageNet must have its 1,000 classes and all its images unless `subset`; even then a label's number is that of the
-    whole set. Broken images are left out and named, `max_bad` of them at most. The bytes don't depend on `workers`
-    (None: one a core) and `engine` (see `run_jobs`).
+    whole set. A class folder without images stops another set's build, as the labels after it would shift, unless
+    `allow_empty_classes` keeps its number. Broken images are left out and named, `max_bad` of them at most.
+    The bytes don't depend on `workers` (None: one a core) and `engine` (see `run_jobs`).
     Raises UserError for a source that lacks something, an output that holds other data, and names that TFDS doesn't
     allow.
     """
@@ -127,8 +131,12 @@ def build_imagenet(
     folder = out / name / (IMAGENET_VERSION if imagenet else VERSION)
     target = _Target(source, folder, name, imagenet, subset)
     runner = Runner(workers, engine)
-    listed, notes = _list(target, find_splits(source, split), labels, _given_classes(imagenet, classes), runner)
-    class_names = _class_names(imagenet, classes, listed)
+    listed, empty, notes = _list(target, find_splits(source, split), labels, _given_classes(imagenet, classes), runner)
+    if empty and not (imagenet or classes or allow_empty_classes):
+        raise UserError(f"{_empty_text(empty)}: put images there, remove the folder, or give --allow-empty-classes")
+    if empty and not imagenet:
+        notes.append(f"{_empty_text(empty)}; {'it has' if len(empty) == 1 else 'they have'} a label of no image")
+    class_names = _class_names(imagenet, classes, listed, empty)
     notes += _check(target, listed, class_names)
     with lock(folder / CLIPKIT_FOLDER):
         refuse_unfinished_purge(folder)
@@ -195,9 +203,13 @@ Listed = list[tuple[SplitSource, list[Image]]]
 
 def _list(
     target: _Target, found: Sequence[SplitSource], labels: Path | None, known: list[str], runner: Runner
-) -> tuple[Listed, list[str]]:
-    """The images of each split with their classes, and where labels came from."""
+) -> tuple[Listed, dict[str, str], list[str]]:
+    """The images of each split with their classes; classes without any, each with what else is there; and notes.
+
+    A class is empty when it has a folder (or a tar) in some split, and images in none.
+    """
     listed: Listed = []
+    empty: dict[str, str] = {}
     notes: list[str] = []
     by_part = iter(
         runner.run(
@@ -205,23 +217,44 @@ def _list(
             list_part,
             [part for split in found for part in split.parts],
             describe=lambda part: f"{part.path} {part.label}".strip(),
-            counts=lambda images: {"images": len(images)},
+            counts=lambda listed: {"images": len(listed.images)},
         )
     )
     for split in found:
-        of_split = [image for _ in split.parts for image in next(by_part)]
+        parts = [(part, next(by_part)) for part in split.parts]
+        of_split = [image for _, images in parts for image in images.images]
+        aside = sum((images.aside for _, images in parts), Counter(split.aside))
         if not of_split:
-            raise UserError(f"{split.path} holds no images: give class folders, or the official tars")
+            found_there = f" (only {aside_text(aside)})" if aside else ""
+            raise UserError(f"{split.path} holds no images{found_there}: give class folders, or the official tars")
+        notes += split.notes
+        if aside:
+            notes.append(f"{split.split}: files left aside: {aside_text(aside)}")
+        empty |= {
+            part.label: f"{part.path} has {aside_text(images.aside) or 'no files'}"
+            for part, images in parts
+            if part.label and not images.images
+        }
         if not all(image.label for image in of_split):
             of_split, where = label_images(of_split, known, target.source, labels)
             notes.append(f"{split.split}: labels from {where}")
         listed.append((split, of_split))
-    return listed, notes
+    occurring = {image.label for _, images in listed for image in images}
+    return listed, {label: there for label, there in empty.items() if label not in occurring}, notes
 
 
-def _class_names(imagenet: bool, classes: Path | None, listed: Listed) -> list[str]:
+def _empty_text(empty: dict[str, str]) -> str:
+    there = next(iter(empty.values()))
+    many = f"{len(empty):,} classes have no images, such as {next(iter(empty))!r}"
+    one = f"the class {next(iter(empty))!r} has no images"
+    return f"{one if len(empty) == 1 else many} ({there})"
+
+
+def _class_names(imagenet: bool, classes: Path | None, listed: Listed, empty: dict[str, str]) -> list[str]:
     """All classes in label order. Numbers are in the order of their value, as no number list has 10 before 2."""
     occurring = {image.label for _, images in listed for image in images}
+    if not imagenet:
+        occurring |= set(empty)
     known = _given_classes(imagenet, classes)
     if not known:
         return sorted(occurring, key=int if all(label.isdecimal() for label in occurring) else None)
@@ -262,7 +295,8 @@ def _check(target: _Target, listed: Listed, class_names: Sequence[str]) -> list[
 
 def _file_name(imagenet: bool, image: Image) -> str:
     """What the record's `file_name` says: ImageNet's names are unique without their class."""
-    return image.name.rpartition("/")[2] if imagenet else image.name
+    name = printable(image.name)
+    return name.rpartition("/")[2] if imagenet else name
 
 
 def _splits_there(target: _Target, class_names: Sequence[str]) -> dict[str, SplitManifest]:

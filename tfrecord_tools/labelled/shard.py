@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from clipkit.errors import UserError
+from clipkit.formats.folders import printable
 from clipkit.formats.manifest import ShardEntry, SourceEntry
 from clipkit.formats.records import RecordWriter, encode_example
 from clipkit.storage.files import read_json, save_array, write_beside, write_json
@@ -87,7 +88,7 @@ def build_labelled_shard(job: LabelledJob) -> LabelledState:
             data, contents[number] = contents[number], b""
             stored, kind = stored_as(data, job.jpeg_only)
             if stored is None:
-                skipped.append((image.name, kind))
+                skipped.append((printable(image.name), kind))
                 continue
             offsets.append(writer.write(encode_example({"image": stored, "label": label, "file_name": name})))
             formats["jpeg" if stored is not data else kind] += 1

@@ -381,7 +381,7 @@ def food(folder: Path, **changes: bytes) -> Path:
 def test_any_image_folder_becomes_a_dataset(tmp_path):
     summary = build_imagenet(food(tmp_path / "food"), tmp_path / "out", name="food101")
     assert summary.path == tmp_path / "out" / "food101" / "1.0.0"
-    assert (summary.classes, summary.subset, summary.notes) == (2, False, ())
+    assert (summary.classes, summary.subset, summary.notes) == (2, False, ("train: files left aside: .txt 1",))
     train, test = summary.splits
     assert (train.split, train.records, train.formats) == ("train", 5, {"bmp": 1, "jpeg": 3, "png": 1})
     assert train.converted == {"cmyk jpeg": 1, "webp": 1}
