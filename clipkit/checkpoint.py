@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from clipkit.config import from_json, to_json
-from clipkit.errors import UserError
-from clipkit.storage.files import read_json, remove, require_dir, write_beside, write_json
+from clipkit.errors import UserError, one_line
+from clipkit.storage.files import read_json, remove, require_dir, require_file, write_beside, write_json
 
 if TYPE_CHECKING:
     from clipkit.model.clip import CLIP
@@ -132,6 +132,41 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
         return load_file(path)
     except (SafetensorError, OSError) as error:
         raise UserError(f"checkpoint file {path} is damaged ({error}): take another checkpoint of the run") from error
+
+
+def set_damaged_aside(run: Path) -> list[str]:
+    """Rename the newest checkpoints of a run to `damaged-…` until one is whole; a line for each, to be told.
+
+    Only what is asked of a file's head is looked at: whether it is there, and as long as it says.
+    Raises UserError when none of the run's checkpoints is whole.
+    """
+    notes = []
+    for folder in reversed(checkpoints(run)):
+        problem = damage(folder)
+        if problem is None:
+            return notes
+        aside = folder.with_name(f"damaged-{folder.name}")
+        notes.append(f"{problem}: going on from the checkpoint before it; the damaged one is now {aside}")
+        remove(aside)
+        folder.rename(aside)
+    if notes:
+        raise UserError(
+            f"{run}: no checkpoint is whole ({notes[-1].partition(': going on')[0]}): remove its checkpoints/"
+        )
+    return notes
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with the files of a checkpoint that a run is to go on from, None where nothing is."""
+    try:
+        for name in ("config.json", "state.json"):
+            read_json(folder / name)
+        for name in ("model.safetensors", "optimizer.safetensors"):
+            with safe_open(require_file(folder / name, "checkpoint file"), "pt"):
+                pass  # it compares the length with the header's
+    except (UserError, SafetensorError, OSError) as error:
+        return f"checkpoint {folder} is damaged ({one_line(error)})"
+    return None
 
 
 def find(path: Path) -> Path:

@@ -157,3 +157,27 @@ def test_optimizer_state_of_another_model_is_refused(tmp_path):
     optimizer = make_optimizer(model, OptimizerConfig(), 1e-2, pick("cpu"))
     with pytest.raises(UserError, match="no optimizer state for"):
         checkpoint.restore_optimizer(model, optimizer, {}, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["config.json", "state.json", "model.safetensors", "optimizer.safetensors"])
+@pytest.mark.parametrize("harm", ["cut", "missing", "empty"])
+def test_damaged_checkpoints_are_set_aside_until_one_is_whole(tmp_path, name, harm):
+    whole, damaged, newest = (saved(tmp_path, samples_seen) for samples_seen in (32, 64, 96))
+    for folder in (damaged, newest):
+        path = folder / name
+        data = path.read_bytes()
+        path.unlink()
+        if harm != "missing":
+            path.write_bytes(data[: len(data) // 2] if harm == "cut" else b"")
+    lines = checkpoint.set_damaged_aside(tmp_path)
+    assert [str(folder) in line and "\n" not in line for folder, line in zip((newest, damaged), lines, strict=True)]
+    assert checkpoint.latest(tmp_path) == whole
+    assert (tmp_path / "checkpoints" / f"damaged-{newest.name}").is_dir()
+    assert checkpoint.set_damaged_aside(tmp_path) == []
+
+
+def test_a_run_without_a_whole_checkpoint_names_the_folder_to_remove(tmp_path):
+    (saved(tmp_path) / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"no checkpoint is whole .*model\.safetensors.*remove .*checkpoints"):
+        checkpoint.set_damaged_aside(tmp_path)
+    assert checkpoint.set_damaged_aside(tmp_path / "nothing") == []
