@@ -140,7 +140,7 @@ def set_damaged_aside(run: Path) -> list[str]:
     Only what is asked of a file's head is looked at: whether it is there, and as long as it says.
     Raises UserError when none of the run's checkpoints is whole.
     """
-    notes = []
+    notes: list[str] = []
     for folder in reversed(checkpoints(run)):
         problem = damage(folder)
         if problem is None:

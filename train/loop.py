@@ -9,6 +9,7 @@ killed ends with the weights of the unbroken one.
 import contextlib
 import itertools
 import math
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -24,7 +25,7 @@ from clipkit.errors import UserError
 from clipkit.eval.zeroshot import Task, evaluate
 from clipkit.log import MetricsWriter, Progress, Writer, forget_metrics_after
 from clipkit.model.clip import CLIP, build, load_state
-from clipkit.storage.files import lock, remove, write_json
+from clipkit.storage.files import clear_leftovers, lock, write_json
 from clipkit.text.tokenizer import Tokenizer
 from clipkit.train.loader.loader import batches
 from clipkit.train.recipes import Recipe, Stage, check_recipe, loader_config, model_at, preprocess_at
@@ -112,17 +113,19 @@ def train(
     with contextlib.ExitStack() as stack:
         if device.is_first:
             stack.enter_context(lock(folder))
-            remove_leftovers(folder)
+            clear_leftovers(folder / "checkpoints")
+            for line in checkpoint.set_damaged_aside(folder) if resume else ():
+                print(line, file=sys.stderr)
         # After an error the other ranks may wait in a collective: leaving in good order would wait with them.
         stack.push(lambda kind, *_: device.close() if kind is None else None)
 
         # ---- Where to start: the run's checkpoint, another checkpoint's weights, scratch --------------------------
+        device.barrier()
         latest = checkpoint.latest(folder)
         if latest is not None and not resume:
             raise UserError(
                 f"{folder} holds a run of {int(latest.name):,} samples: add --resume, or choose another --out"
             )
-        device.barrier()
         start = None
         if latest is not None:
             start = checkpoint.load(latest, with_optimizer=True)
@@ -295,12 +298,6 @@ def broken(run: Run, what: str) -> str:
     good = checkpoint.latest(run.folder)
     again = f"begin a new run with --init {good} and" if good else "begin again with"
     return f"{what} before {run.samples_seen:,} samples: {again} a lower learning rate or --set precision=float32"
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Remove the checkpoints that killed runs were writing."""
-    for leftover in (folder / "checkpoints").glob(".*"):
-        remove(leftover)
 
 
 def progress_line(run: Run, label: str, total: int, start: int) -> Progress:

@@ -58,7 +58,8 @@ class OptimizerConfig:
     beta2: float = 0.95
     eps: float = 1e-8
     weight_decay: float = 0.2
-    grad_clip: float = 1.0
+    grad_clip: float | None = 1.0
+    """None is off."""
 
 
 @dataclass(frozen=True)
@@ -229,6 +230,9 @@ def check_recipe(recipe: Recipe, source: Source | Examples, device: Device) -> N
     if recipe.micro_batch is not None and device.mesh is not None:
         raise UserError("micro_batch isn't for TPUs yet: unset it, and set checkpoint_activations=true to save memory")
     check_positive(f"recipe {recipe.name}: cadence", vars(recipe.cadence))
+    clip = recipe.optimizer.grad_clip
+    if clip is not None and not clip > 0:  # 0 would learn nothing, and a negative norm climbs the loss
+        raise UserError(f"recipe {recipe.name}: optimizer.grad_clip is {clip}: set a positive number, or none for off")
     for stage in recipe.stages:
         where = f"recipe {recipe.name}, stage {stage.name}"
         sizes = ("batch_size", "samples", "image_size", "learning_rate")

@@ -43,7 +43,7 @@ def train_step(
         loss.backward()
     else:
         loss = backward_in_micro_batches(model, features_of, loss_of, batch, recipe.micro_batch)
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.optimizer.grad_clip)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.optimizer.grad_clip or math.inf)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     device.end_step()

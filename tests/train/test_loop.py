@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -134,6 +135,32 @@ def test_a_finished_run_resumes_to_nothing(unbroken, pairs_dataset):
     summary = train(debug(), pairs_dataset, unbroken, device_name="cpu", resume=True, workers=1)
     assert summary.finished
     assert all(torch.equal(value, before[name]) for name, value in weights(unbroken).items())
+
+
+def test_a_run_goes_on_from_the_last_whole_checkpoint_and_removes_nothing_of_the_users(
+    unbroken, pairs_dataset, tmp_path, capsys
+):
+    run = tmp_path / "run"
+    shutil.copytree(unbroken, run)
+    newest = checkpoint.latest(run)
+    before = checkpoint.checkpoints(run)[-2]
+    with (newest / "optimizer.safetensors").open("r+b") as file:
+        file.truncate(5000)
+    shutil.copytree(before, run / "checkpoints" / ".best")
+    (run / "checkpoints" / f".{newest.name}.123").mkdir()  # what a killed run was writing
+    summary = train(debug(), pairs_dataset, run, device_name="cpu", resume=True, workers=1)
+    assert summary.finished
+    assert f"checkpoint {newest} is damaged" in capsys.readouterr().err
+    assert_same_weights(run, unbroken)
+    assert sorted(path.name for path in (run / "checkpoints").glob(".*")) == [".best"]
+
+
+def test_none_turns_clipping_off(pairs_dataset, tmp_path):
+    """As no norm is above 1e30, clipping at it changes nothing either."""
+    for name, clip in (("none", "none"), ("far", "1e30")):
+        recipe = set_values(debug(), [f"optimizer.grad_clip={clip}"])
+        train(recipe, pairs_dataset, tmp_path / name, device_name="cpu", workers=1)
+    assert_same_weights(tmp_path / "none", tmp_path / "far")
 
 
 def test_micro_batches_change_nothing_but_memory(unbroken, pairs_dataset, tmp_path):
