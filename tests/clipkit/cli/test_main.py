@@ -10,7 +10,8 @@ from clipkit.cli.main import main
 
 OPTIONS = {
     "bench-data": "data --image-size --recipe --set --cache --cache-gb --workers --seconds --need --json",
-    "build-imagenet": "source out --name --split --labels --classes --subset --max-bad --allow-empty-classes --workers --engine --json",
+    "build-imagenet": "source out --name --split --labels --classes --subset --max-bad --allow-empty-classes --workers "
+    "--engine --json",
     "build-tfds": "shards out --name --image-column --caption-column --where --dedup --split --resize --quality "
     "--precompute --shuffle --shard-megabytes --in-place --workers --engine --json",
     "demo": "--out",
