@@ -7,7 +7,7 @@ import dataclasses
 import difflib
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, Literal, TypeVar, Union
 
 from clipkit.errors import UserError
@@ -56,6 +56,13 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     names = sorted(known)
     near = difflib.get_close_matches(word, names, n=3, cutoff=0.5)
     return f"did you mean {' or '.join(near)}?" if near else f"choose from {', '.join(names)}"
+
+
+def nearest(word: str, known: Collection[str]) -> str:
+    """The end of an error line: near misses, or a few examples where there are too many to list."""
+    if len(known) <= 12 or difflib.get_close_matches(word, known, n=1, cutoff=0.5):
+        return did_you_mean(word, known)
+    return f"it has {len(known):,}, among them {', '.join(repr(name) for name in sorted(known)[:3])}"
 
 
 def parse(text: str, kind: Any, key: str) -> Any:

@@ -1,6 +1,7 @@
 """Evaluation of checkpoints, and the page that tells a run's whole story.
 
 - `labelled`: labelled images from a dataset, a folder for each class, or a parquet file.
+- `labels`: what stands in a label column, as numbers and names.
 - `classes`: the names of classes, the sentences they stand in, and the prompts as tokens.
 - `task`: labelled images, classes and templates, ready for any model.
 - `zeroshot`: classification by class embeddings, as a command and while training.

@@ -4,22 +4,26 @@ Half of all wrong zero-shot numbers come from here: names in another order than 
 paper's. So names and templates are resolved once, checked, and hashed into every result.
 """
 
-import difflib
+import json
+import re
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from clipkit import embedded
-from clipkit.config import did_you_mean
-from clipkit.errors import UserError
+from clipkit.config import did_you_mean, nearest
+from clipkit.errors import UserError, one_line
 from clipkit.storage.files import read_json, require_file
 from clipkit.text.tokenizer import Tokenizer
 
 Pooling = Literal["mean", "sum"]
+# A WordNet id, and what some sets have behind it.
+_WNID = re.compile(r"(n\d{8})(?:[-_. ]+(\S.*))?")
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,8 @@ class Classes:
     """How several names make one class. `mean`: one embedding, the mean over the prompts of all names. `sum`: each name
     is a class of its own, and the class's probability is the sum over its names (as the hierarchical label sets of
     Novack et al., "CHiLS", 2023): for classes that are unions of unlike things."""
+    notes: tuple[str, ...] = ()
+    """What may be wrong with the names."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -97,10 +103,7 @@ def _template_file(path: Path) -> list[str]:
         if not (isinstance(listed, list) and all(isinstance(sentence, str) for sentence in listed)):
             raise UserError(f'{path} isn\'t a JSON list of sentences: write ["a photo of a {{}}.", …]')
         return listed
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} isn't UTF-8 text: give a text file with one template on each line") from error
+    lines = _read_text(path, "templates file").splitlines()
     return [line.strip() for line in lines if line.strip()]
 
 
@@ -114,44 +117,129 @@ def prompts(classes: Classes, sentences: Sequence[str]) -> list[list[str]]:
     return [[fill(sentence, name) for name in names for sentence in sentences] for names in classes.rows]
 
 
-def name_classes(labels: Sequence[str], where: Path, file: Path | None = None) -> Classes:
+def class_name(text: str) -> str:
+    """A class's name as sentences have it: `dog_face`, as folders are called, is a dog face."""
+    return " ".join(text.replace("_", " ").split()) or text
+
+
+def name_classes(labels: Sequence[str], where: Path, file: Path | None = None, *, numbers: bool = False) -> Classes:
     """Names for the labels of a data set, whose order is that of the label numbers.
 
-    Without a file: a wnid (`n01440764`) gets its ImageNet name as curated for CLIP, where all labels are wnids; any
-    other label is its own name. With a file, a JSON object from label to a name or a list of names: its keys, in its
-    order, are the classes, and may be more than occur in the data; or a JSON list of names in label order.
-    Raises UserError for a label without a name.
+    Without a file a wnid (`n01440764`) gets its ImageNet name as curated for CLIP, what stands behind another one
+    (`n02085620-Chihuahua`) is its name, and any other label is its own. With a file, a JSON object from label to a name
+    or a list of names: its keys, in its order, are the classes, and may be more than occur in the data; or a list of
+    names, in JSON or a line each: of the labels themselves, or else in label order. `numbers` says that the labels are
+    bare numbers, of which there may be more names than occur.
+    Raises UserError for a label without a name, and for a file that may mean two things.
     """
     if file is not None:
-        return _named_by_file(labels, where, file)
+        named = _named_by_file(labels, where, file, numbers)
+        return replace(named, notes=_twice_note(named, file))
     imagenet = {entry["wnid"]: entry["name"] for entry in embedded.imagenet_classes()}
-    if labels and all(label in imagenet for label in labels):
-        return Classes(tuple(labels), tuple((imagenet[label],) for label in labels))
-    return Classes(tuple(labels), tuple((label,) for label in labels))
+    names: list[str] = []
+    unknown: list[str] = []
+    wnids = False
+    for label in labels:
+        wnid, words = match.groups() if (match := _WNID.fullmatch(label)) else ("", None)
+        wnids = wnids or bool(wnid)
+        names.append(imagenet.get(wnid) or class_name(words or label))
+        if wnid not in imagenet and not words:
+            unknown.append(label)
+    classes = Classes(tuple(labels), tuple((name,) for name in names))
+    if not wnids:
+        return replace(classes, notes=_twice_note(classes, where))
+    if not unknown:
+        return classes
+    such = ", ".join(unknown[:5]) + (", …" if len(unknown) > 5 else "")
+    text = f"{len(unknown):,} of {len(labels):,} classes aren't among ImageNet's, and are prompted as they are called"
+    return replace(classes, notes=(f"{where}: {text} ({such}): name them with --classes",))
 
 
-def _named_by_file(labels: Sequence[str], where: Path, file: Path) -> Classes:
-    listed = read_json(file)
-    if isinstance(listed, list) and listed and all(isinstance(name, str) for name in listed):
-        if len(listed) != len(labels):
-            raise UserError(
-                f"{file} names {len(listed):,} classes, {where} has {len(labels):,}: give one for each label"
-            )
-        return Classes(tuple(labels), tuple((name,) for name in listed))
-    if not isinstance(listed, dict) or not listed:
+def _twice_note(classes: Classes, where: Path) -> tuple[str, ...]:
+    """A remark on a name that several classes have."""
+    counts = Counter(name for names in classes.names for name in {name.lower() for name in names})
+    twice = [name for name, count in counts.items() if count > 1]
+    if not twice:
+        return ()
+    more = f" and {len(twice) - 1:,} more names are" if len(twice) > 1 else " is"
+    return (f"{where}: {twice[0]!r}{more} of several classes, which no prompt can tell apart",)
+
+
+def _named_by_file(labels: Sequence[str], where: Path, file: Path, numbers: bool) -> Classes:
+    listed = _read_names(file)
+    if not isinstance(listed, dict | list) or not listed:
         raise UserError(
             f'{file} isn\'t a list of names or an object: write {{"label": "name"}} or {{"label": ["name", …]}}'
         )
-    named: dict[str, tuple[str, ...]] = {}
-    for label, value in listed.items():
-        names = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else ()
-        if not names or not all(isinstance(name, str) and name.strip() for name in names):
-            raise UserError(f"{file}: class {label!r} has no name: give it a text or a list of texts")
-        named[label] = names
+    items = list(listed.items()) if isinstance(listed, dict) else list(enumerate(listed))
+    names = tuple(_names(file, label, value) for label, value in items)
+    if isinstance(listed, dict):
+        keys = tuple(listed)
+    else:
+        keys = _labels_of_list(labels, [each[0] for each in names], where, file, numbers)
     for label in labels:
-        if label not in named:
-            raise UserError(f"{file} has no class {label!r}, which occurs in {where}: {nearest(label, list(named))}")
-    return Classes(tuple(named), tuple(named.values()))
+        if label not in keys:
+            raise UserError(f"{file} has no class {label!r}, which occurs in {where}: {nearest(label, keys)}")
+    return Classes(keys, names)
+
+
+def _names(file: Path, label: str | int, value: Any) -> tuple[str, ...]:
+    names = value if isinstance(value, list) else [value]
+    if not names or not all(isinstance(name, str) and name.strip() for name in names):
+        which = f"class {label!r}" if isinstance(label, str) else f"place {label + 1:,}"
+        raise UserError(f"{file}: {which} has no name: give it a text or a list of texts")
+    return tuple(map(class_name, names))
+
+
+def _labels_of_list(labels: Sequence[str], names: list[str], where: Path, file: Path, numbers: bool) -> tuple[str, ...]:
+    """The labels that a list of names is for. It is in label order, unless it lists the labels themselves."""
+    if numbers and len(names) >= len(labels):
+        return tuple(map(str, range(len(names))))
+    called = {class_name(label): label for label in labels}
+    listed = called.keys() & names
+    if not numbers and len(listed) == len(labels):
+        if len(set(names)) < len(names):
+            twice = next(name for name, count in Counter(names).items() if count > 1)
+            raise UserError(f"{file} gives the class {twice!r} twice: remove one")
+        return tuple(called.get(name, name) for name in names)
+    if listed and not numbers:
+        lacking = next(label for name, label in called.items() if name not in listed)
+        raise UserError(
+            f"{file} lists some labels of {where}, such as {min(listed)!r}, but not {lacking!r}: list all of them, or "
+            'write an object {"label": "name"}'
+        )
+    if len(names) != len(labels):
+        raise UserError(f"{file} names {len(names):,} classes, {where} has {len(labels):,}: give one for each label")
+    return tuple(labels)
+
+
+def _read_names(file: Path) -> Any:
+    """What a file of class names holds: JSON, or a list of lines. Raises UserError for a key that it has twice."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for label, value in pairs:
+            if label in found:
+                raise UserError(f"{file} has the class {label!r} twice, as {found[label]!r} and {value!r}: remove one")
+            found[label] = value
+        return found
+
+    text = _read_text(file, "classes file")
+    if file.suffix.lower() != ".json" and not text.lstrip().startswith(("[", "{")):
+        return text.rstrip().split("\n")
+    try:
+        return json.loads(text, object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        raise UserError(
+            f"{file} isn't valid JSON ({one_line(error)}): mend it, or write a name a line into a .txt"
+        ) from error
+
+
+def _read_text(file: Path, what: str) -> str:
+    try:
+        return require_file(file, what).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{what} {file} isn't UTF-8 text: convert it, for example with iconv") from error
 
 
 def check_pooling(text: str) -> Pooling:
@@ -159,13 +247,6 @@ def check_pooling(text: str) -> Pooling:
     if text not in get_args(Pooling):
         raise UserError(f"unknown pooling {text!r} of a class's names: choose mean or sum")
     return cast(Pooling, text)
-
-
-def nearest(word: str, known: Sequence[str]) -> str:
-    """The end of an error line: near misses, or a few examples where there are too many to list."""
-    if len(known) <= 12 or difflib.get_close_matches(word, known, n=1, cutoff=0.5):
-        return did_you_mean(word, known)
-    return f"it has {len(known):,}, among them {', '.join(repr(name) for name in sorted(known)[:3])}"
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,9 +1,10 @@
 """Labelled images from where people have them: a TFDS directory, a folder for each class, or a parquet file.
 
 The three give the same thing: a list of keys and labels that is known at once, and the encoded images in that order.
+An option that a kind can't heed is refused, for a number that looks as if it had been heeded is a wrong one.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,15 +12,25 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from clipkit import embedded
+from clipkit.config import nearest
 from clipkit.errors import UserError
-from clipkit.eval.classes import nearest
+from clipkit.eval.labels import enumerate_labels, is_missing, listed_labels, number_names
 from clipkit.formats.dataset import below, open_dataset
 from clipkit.formats.features import find_image
-from clipkit.formats.tables import find_image_column, is_hidden, is_image, open_parquet, table_errors
+from clipkit.formats.folders import (
+    aside_text,
+    choose_split,
+    class_folders,
+    empty_classes_text,
+    files_beside,
+    find_layout,
+    list_images,
+    printable,
+    unwrap,
+)
+from clipkit.formats.tables import find_image_column, open_parquet, table_errors
+from clipkit.pixels.images import ImageError
 from clipkit.storage.files import read_json
-
-EVALUATION_SPLITS = ("validation", "val", "test", "train")
 
 
 @dataclass(frozen=True)
@@ -34,19 +45,26 @@ class LabelledImages:
     label_names: tuple[str, ...]
     named: bool
     """False when the labels are bare numbers, for which no prompt can be made without a file of names."""
-    read: Callable[[], Iterator[bytes]]
+    read: Callable[[], Iterator[bytes | ImageError]]
+    notes: tuple[str, ...] = ()
+    """What else to know: files left aside, classes without images."""
 
     def __len__(self) -> int:
         return len(self.keys)
 
 
-def open_labelled(data: Path, *, label: str = "label", split: str | None = None) -> LabelledImages:
+def open_labelled(
+    data: Path, *, label: str = "label", split: str | None = None, allow_empty_classes: bool = False
+) -> LabelledImages:
     """Open labelled images of any of the three kinds.
 
-    Without `split` the first of validation, val, test, train that is there is taken; the result's name says which.
-    Raises UserError when `data` is none of the three, has no such split or label, or holds no image.
+    Without `split` the first of validation, test, train that is there is taken; the result's name says which.
+    Raises UserError when `data` is none of the three, has no such split or label, or holds no image, and for an option
+    that its kind can't heed.
     """
     if data.is_file():
+        refuse_option("--split", split, f"{data} is a file")
+        refuse_option("--allow-empty-classes", allow_empty_classes, f"{data} is a file")
         return from_parquet(data, label)
     if not data.is_dir():
         raise UserError(
@@ -54,32 +72,17 @@ def open_labelled(data: Path, *, label: str = "label", split: str | None = None)
         )
     splits = tfds_splits(data)
     if splits is None:
-        return from_folder(data, split)
+        refuse_option("--label", label != "label", f"{data} is a folder of class folders, whose names are the labels")
+        return from_folder(data, split, allow_empty_classes)
+    refuse_option("--allow-empty-classes", allow_empty_classes, f"{data} is a dataset, which lists its classes")
     first = splits[0] if splits else "train"
-    return from_tfds(data, label, split or next((name for name in EVALUATION_SPLITS if name in splits), first))
+    return from_tfds(data, label, choose_split(splits, split) or split or first)
 
 
-def enumerate_labels(values: Sequence[Any]) -> tuple[NDArray[np.int64], tuple[str, ...], bool]:
-    """Labels as numbers, their names, and whether they are names at all.
-
-    Texts are sorted. Numbers keep their value, as they point into somebody's list of classes; so folders named 0 to 999
-    aren't put in the order 0, 1, 10, 100, which is how ImageNetV2 is scored wrongly.
-    """
-    if all(isinstance(value, int) or (isinstance(value, str) and value.isdecimal()) for value in values):
-        labels_N = np.array([int(value) for value in values], dtype=np.int64)
-        if labels_N.min() < 0:
-            raise UserError(f"label {labels_N.min()} is negative: unlabelled test images can't be scored")
-        return labels_N, *number_names(int(labels_N.max()) + 1)
-    names = sorted({str(value) for value in values})
-    place = {name: number for number, name in enumerate(names)}
-    return np.array([place[str(value)] for value in values], dtype=np.int64), tuple(names), True
-
-
-def number_names(count: int) -> tuple[tuple[str, ...], bool]:
-    """The names of classes that are known by number alone: a thousand of them are ImageNet-1K's in its order."""
-    if count == 1000:
-        return tuple(entry["wnid"] for entry in embedded.imagenet_classes()), True
-    return tuple(str(number) for number in range(count)), False
+def refuse_option(option: str, given: object, why: str) -> None:
+    """Raise UserError when an option was given that can't be heeded."""
+    if given:
+        raise UserError(f"{option} can't be heeded: {why}: leave it out")
 
 
 def from_parquet(path: Path, label: str) -> LabelledImages:
@@ -96,9 +99,10 @@ def from_parquet(path: Path, label: str) -> LabelledImages:
         values = file.read(columns=[label])[label].to_pylist()
     if not values:
         raise UserError(f"{path} has no rows: nothing to classify")
-    if None in values:
-        raise UserError(f"{path} row {values.index(None)} has no {label!r}: leave out the rows without a label")
-    labels_N, names, named = enumerate_labels(values)
+    lacking = next((row for row, value in enumerate(values) if is_missing(value)), None)
+    if lacking is not None:
+        raise UserError(f"{path} row {lacking} has no {label!r}: leave out the rows without a label")
+    labels = enumerate_labels(values, f"{path} column {label!r}")
 
     def read() -> Iterator[bytes]:
         with table_errors(path):
@@ -107,7 +111,7 @@ def from_parquet(path: Path, label: str) -> LabelledImages:
                     yield (cell.get("bytes") if isinstance(cell, dict) else cell) or b""
 
     keys = [str(row) for row in range(len(values))]
-    return LabelledImages(path, with_label(path.stem, label), keys, labels_N, names, named, read)
+    return LabelledImages(path, with_label(path.stem, label), keys, *labels, read)
 
 
 def with_label(name: str, label: str) -> str:
@@ -115,35 +119,68 @@ def with_label(name: str, label: str) -> str:
     return name if label == "label" else f"{name}-{label}"
 
 
-def from_folder(path: Path, split: str | None) -> LabelledImages:
+def from_folder(path: Path, split: str | None, allow_empty_classes: bool = False) -> LabelledImages:
     """A folder for each class, images of any depth inside; or such a set in a folder for each split.
 
-    A class may be called `test`: folders are splits when all of them have a split's name.
+    Which folders are splits, which are classes, and which files are images is told by `clipkit.formats.folders`.
     """
-    root, name = path, path.name
-    folders = {folder.name for folder in _folders(path)}
-    splits = [name for name in EVALUATION_SPLITS if name in folders] if folders <= set(EVALUATION_SPLITS) else []
-    if split is not None and not (path / split).is_dir():
-        raise UserError(
-            f"{path} has no split {split!r}: it has {', '.join(splits) or 'no split folders'} (option --split)"
-        )
-    if split is not None or splits:
-        chosen = split or splits[0]
-        root, name = path / chosen, f"{path.name}-{chosen}"
-    files: list[Path] = []
-    for folder in _folders(root):
-        files += sorted(file for file in folder.rglob("*") if is_image(file.name))
-    if not files:
-        raise UserError(
-            f"{root} holds no class folders with images: give CLASS/IMAGE.jpg, a TFDS directory, or a parquet file"
-        )
-    labels_N, names, named = enumerate_labels([file.relative_to(root).parts[0] for file in files])
-    keys = [file.relative_to(root).as_posix() for file in files]
-    return LabelledImages(path, name, keys, labels_N, names, named, lambda: (file.read_bytes() for file in files))
+    root, name, notes = _find_split(path, split)
+    folders = class_folders(root)
+    listings = [list_images(folder) for folder in folders]
+    images = [
+        (folder.name, image.name) for folder, each in zip(folders, listings, strict=True) for image in each.images
+    ]
+    aside = sum((each.aside for each in listings), files_beside(root))
+    if not images:
+        found = f" ({aside_text(aside)})" if aside else ""
+        kinds = "give CLASS/IMAGE.jpg, a TFDS directory, or a parquet file"
+        raise UserError(f"{root} holds no class folders with images{found}: {kinds}")
+    empty = {
+        printable(folder.name): f"{folder} has {aside_text(each.aside) or 'no files'}"
+        for folder, each in zip(folders, listings, strict=True)
+        if not each.images
+    }
+    if empty and not allow_empty_classes:
+        remedy = "put images there, remove the folder, or give --allow-empty-classes"
+        raise UserError(f"{empty_classes_text(empty)}: {remedy}")
+    if empty:
+        notes = (*notes, empty_classes_text(empty))
+    if aside:
+        notes = (*notes, f"{root}: files left aside: {aside_text(aside)}")
+    labels = enumerate_labels([printable(folder.name) for folder in folders], str(root))
+
+    def read() -> Iterator[bytes | ImageError]:
+        for folder, file in images:
+            try:
+                yield (root / folder / file).read_bytes()
+            except OSError as error:
+                yield ImageError(f"the file can't be read ({error.strerror})")
+
+    return LabelledImages(
+        path,
+        name,
+        [printable(f"{folder}/{file}") for folder, file in images],
+        np.repeat(labels.labels_N, [len(each.images) for each in listings]),
+        labels.names,
+        labels.named,
+        read,
+        notes,
+    )
 
 
-def _folders(path: Path) -> list[Path]:
-    return sorted(folder for folder in path.iterdir() if folder.is_dir() and not is_hidden(folder.name))
+def _find_split(path: Path, split: str | None) -> tuple[Path, str, tuple[str, ...]]:
+    """The folder with the classes of a split, the task's name, and notes."""
+    if split and (path / split).is_dir():
+        return unwrap(path / split), f"{path.name}-{split}", ()
+    layout = find_layout(path)
+    chosen = choose_split(layout.splits, split)
+    if chosen is None and not split:
+        return layout.root, path.name, layout.notes
+    if chosen is None:
+        there = ", ".join(layout.splits) or "no split folders"
+        raise UserError(f"{path} has no split {split!r}: it has {there} (option --split)")
+    root = layout.splits[chosen]
+    return root, f"{path.name}-{root.relative_to(layout.root).parts[0]}", layout.notes
 
 
 def from_tfds(path: Path, label: str, split: str) -> LabelledImages:
@@ -160,18 +197,15 @@ def from_tfds(path: Path, label: str, split: str) -> LabelledImages:
     values: list[Any] = []
     for index in range(dataset.num_records):
         value = dataset.example(index)[label]
-        if value is None:
+        if is_missing(value):
             raise UserError(f"{dataset.path} record {dataset.key(index)} has no {label!r}: leave such records out")
-        values.append(value if isinstance(value, int) else str(value))
-    labels_N, names, named = enumerate_labels(values)
+        values.append(value)
+    labels = enumerate_labels(values, f"{dataset.path} feature {label!r}")
     classes = dataset.features[label].num_classes
     if classes is not None:
         listed = dataset.label_names(label)
         names, named = (tuple(listed), True) if listed else number_names(classes)
-        if labels_N.max() >= len(names):
-            raise UserError(
-                f"{dataset.path} has label {labels_N.max()}, but {len(names)} class names: mend its metadata"
-            )
+        labels = listed_labels(labels, names, str(dataset.path))._replace(named=named)
 
     def read() -> Iterator[bytes]:
         for index in range(dataset.num_records):
@@ -179,7 +213,7 @@ def from_tfds(path: Path, label: str, split: str) -> LabelledImages:
 
     keys = [dataset.key(index) for index in range(dataset.num_records)]
     name = with_label(f"{dataset.name}-{dataset.split}", label)
-    return LabelledImages(path, name, keys, labels_N, names, named, read)
+    return LabelledImages(path, name, keys, *labels, read)
 
 
 def tfds_splits(path: Path) -> list[str] | None:

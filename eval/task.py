@@ -1,5 +1,6 @@
 """What is to be classified into what: labelled images, class names and templates, ready for any model."""
 
+import hashlib
 import itertools
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ from clipkit.errors import UserError
 from clipkit.eval.classes import Classes, Prompts, Templates, check_pooling, name_classes, prompts, templates, tokenise
 from clipkit.eval.labelled import LabelledImages, open_labelled
 from clipkit.eval.results import digest
-from clipkit.pixels.images import Preprocess, UInt8Array, decode, eval_transform
+from clipkit.pixels.images import ImageError, Preprocess, UInt8Array, decode, eval_transform
 from clipkit.text.tokenizer import Tokenizer
 
 KEEP_PIXELS_BYTES = 1 << 30
@@ -42,6 +43,9 @@ class Task:
         number_L = np.array([place[label] for label in images.label_names], dtype=np.int64)
         self.labels_N = number_L[images.labels_N]
         self.unreadable: dict[int, str] = {}
+        self.notes = (*images.notes, *classes.notes)
+        self.content = ""
+        """A hash of all encoded images, once they were read."""
         self._prompts: tuple[int, Prompts] | None = None
         self._pixels: tuple[Preprocess, list[Pixels]] | None = None
 
@@ -57,7 +61,7 @@ class Task:
     ) -> Iterator[Pixels]:
         """The images, decoded on all cores a little ahead of the model; `also` is shown each place and encoded image.
 
-        An image that can't be decoded is noted in `unreadable`. Raises UserError when those are more than 1%.
+        An image that can't be read or decoded is noted in `unreadable`. Raises UserError when those are more than 1%.
         """
         if self._pixels is not None and self._pixels[0] == preprocess and also is None:
             yield from self._pixels[1]
@@ -78,28 +82,37 @@ class Task:
         self, preprocess: Preprocess, ahead: int, also: Callable[[int, bytes], None] | None
     ) -> Iterator[tuple[int, UInt8Array]]:
         """Places and pixels of the readable images, so many of them decoded ahead."""
+        content = hashlib.blake2b(digest_size=16)
         with ThreadPoolExecutor(min(16, cpu_count() or 1)) as pool:
-            waiting: deque[tuple[int, Future[UInt8Array]]] = deque()
-            for place, data in enumerate(self.images.read()):
-                if also is not None:
-                    also(place, data)
-                waiting.append((place, pool.submit(model_input, data, preprocess)))
-                if len(waiting) > ahead:
-                    yield from self._result(*waiting.popleft())
-            while waiting:
-                yield from self._result(*waiting.popleft())
+            waiting: deque[tuple[int, Future[tuple[bytes, UInt8Array | ImageError]]]] = deque()
 
-    def _result(self, place: int, future: Future[UInt8Array]) -> Iterator[tuple[int, UInt8Array]]:
-        try:
-            yield place, future.result()
-        except UserError as error:
-            self.unreadable[place] = str(error)
-            count, total = len(self.unreadable), len(self.images)
-            if count > UNREADABLE_SHARE * total:
-                raise UserError(
-                    f"{self.images.path}: {count:,} of {total:,} images can't be read, the last one "
-                    f"{self.images.keys[place]} ({error}): repair or remove them"
-                ) from error
+            def result() -> Iterator[tuple[int, UInt8Array]]:
+                place, future = waiting.popleft()
+                image_digest, image = future.result()
+                content.update(image_digest)
+                if isinstance(image, ImageError):
+                    self._note_unreadable(place, image)
+                else:
+                    yield place, image
+
+            for place, data in enumerate(self.images.read()):
+                if also is not None and isinstance(data, bytes):
+                    also(place, data)
+                waiting.append((place, pool.submit(digest_and_decode, data, preprocess)))
+                if len(waiting) > ahead:
+                    yield from result()
+            while waiting:
+                yield from result()
+        self.content = content.hexdigest()
+
+    def _note_unreadable(self, place: int, error: ImageError) -> None:
+        self.unreadable[place] = str(error)
+        count, total = len(self.unreadable), len(self.images)
+        if count > UNREADABLE_SHARE * total:
+            raise UserError(
+                f"{self.images.path}: {count:,} of {total:,} images can't be read, the last one "
+                f"{self.images.keys[place]} ({error}): repair or remove them"
+            ) from error
 
 
 def stack(images: list[tuple[int, UInt8Array]]) -> Pixels:
@@ -107,11 +120,17 @@ def stack(images: list[tuple[int, UInt8Array]]) -> Pixels:
     return Pixels(np.array([place for place, _ in images], dtype=np.int64), np.stack([image for _, image in images]))
 
 
-def model_input(data: bytes, preprocess: Preprocess) -> UInt8Array:
-    """An encoded image as uint8 [size, size, 3]. Raises ImageError when it isn't an image."""
-    return eval_transform(
-        decode(data), preprocess.size, interpolation=preprocess.interpolation, resize_mode=preprocess.resize_mode
-    )
+def digest_and_decode(data: bytes | ImageError, preprocess: Preprocess) -> tuple[bytes, UInt8Array | ImageError]:
+    """A hash of an encoded image, and its pixels as uint8 [size, size, 3], or the reason why there are none."""
+    if isinstance(data, ImageError):
+        return b"", data
+    try:
+        image: UInt8Array | ImageError = eval_transform(
+            decode(data), preprocess.size, interpolation=preprocess.interpolation, resize_mode=preprocess.resize_mode
+        )
+    except ImageError as error:
+        image = error
+    return hashlib.blake2b(data, digest_size=16).digest(), image
 
 
 def open_task(
@@ -122,6 +141,7 @@ def open_task(
     classes: Path | None = None,
     pooling: str = "mean",
     split: str | None = None,
+    allow_empty_classes: bool = False,
     name: str | None = None,
 ) -> Task:
     """Find the labelled images, their class names and the templates. No image is decoded yet.
@@ -129,19 +149,19 @@ def open_task(
     Raises UserError when the labels are bare numbers and no file of names is given.
     """
     sentences = templates(templates_name)
-    images = open_labelled(data, label=label, split=split)
+    images = open_labelled(data, label=label, split=split, allow_empty_classes=allow_empty_classes)
     if not images.named and classes is None:
         raise UserError(
             f"{data}: the labels are numbers, which can't be written into a prompt: give names with --classes"
         )
-    named = name_classes(images.label_names, data, classes)
+    named = name_classes(images.label_names, data, classes, numbers=not images.named)
     task = Task(images, replace(named, pooling=check_pooling(pooling)), sentences)
     task.name = name or images.name
     return task
 
 
 def hashes(task: Task, preprocess: Preprocess) -> dict[str, str]:
-    """What made a number. Two numbers with equal hashes are comparable."""
+    """What made a number, once the images were read. Two numbers with equal hashes are comparable."""
     names = [[label, *names] for label, names in zip(task.classes.labels, task.classes.names, strict=True)]
     if task.classes.pooling != "mean":
         names.append(["pooling", task.classes.pooling])
@@ -150,6 +170,6 @@ def hashes(task: Task, preprocess: Preprocess) -> dict[str, str]:
     return {
         "classes": digest(names),
         "templates": digest(task.templates.sentences),
-        "split": digest([task.images.keys, labels]),
+        "split": digest([task.images.keys, labels, task.content]),
         "preprocessing": digest(shown),
     }

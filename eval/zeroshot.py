@@ -170,6 +170,8 @@ def zeroshot(
     lies in; outside of a run nothing is written. In the run, `results.jsonl` gets a line for each metric and
     `predictions-<task>.parquet` the guesses. Raises UserError for whatever is wrong with the input.
     """
+    for text in task.notes:
+        note(text)
     pictures = PictureSample(len(task.images))
     loaded = checkpoints.load(checkpoint)
     run = out or run_of(loaded.path)

@@ -92,6 +92,8 @@ def train(
     task = None
     if eval_data:
         task = open_task(eval_data, label=eval_label, templates_name=eval_templates, classes=eval_classes)
+        for note in task.notes:
+            click.echo(note, err=True)
     summary = stage(recipe, data, out, device_name=device, task=task, **options)
     if summary.is_first and as_json:
         print_json(summary.to_json())
@@ -164,9 +166,10 @@ def recipes(name: str | None, assignments: tuple[str, ...]) -> None:
 @click.option("--data", type=AnyPath, required=True, help="TFDS folder, image folder, or parquet file.")
 @click.option("--templates", "templates_name", default="openai-80", help="A known name, a file, or 'a photo of a {}'.")
 @click.option("--label", default="label", help="Column with the label.")
-@click.option("--classes", type=AnyPath, help="JSON file that names the classes: {label: name or [names]}.")
+@click.option("--classes", type=AnyPath, help="Names of the classes: a name a line, or JSON {label: name or [names]}.")
 @click.option("--pooling", default="mean", help="How several names make one class: mean or sum.")
-@click.option("--split", help="Split of the data. [default: the one it has, or validation]")
+@click.option("--split", help="Split of the data. [default: validation, test or train, the first that it has]")
+@click.option("--allow-empty-classes", is_flag=True, help="Count class folders without images as classes.")
 @click.option("--name", help="Name of the task in the results. [default: from the data]")
 @click.option("--batch-size", type=Count, default=256, help="Images at once.")
 @device

@@ -8,7 +8,7 @@ for a class gives an accuracy that looks like a result.
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -40,6 +40,13 @@ def split_of(name: str) -> str | None:
     """`train`, `validation` or `test` when this is a usual name of such a folder or file, in any case; or None."""
     words = [word for word in _words(name) if not word.isdigit() and word not in _FILLERS]
     return _split_word(words[0]) if len(words) == 1 else None
+
+
+def choose_split(names: Collection[str], split: str | None = None) -> str | None:
+    """The one of a set's splits that was asked for, in its own spelling; unasked, that which evaluation takes."""
+    spelled = {split_of(name) or "": name for name in names} | {name: name for name in names}
+    wanted = (split, split_of(split) or split) if split else ("validation", "test", "train")
+    return next((spelled[name] for name in wanted if name in spelled), None)
 
 
 def _split_at_an_end(name: str) -> str | None:
@@ -119,6 +126,13 @@ def aside_text(aside: Mapping[str, int]) -> str:
 def _entries(folder: Path) -> "list[os.DirEntry[str]]":
     with os.scandir(folder) as found:
         return sorted((entry for entry in found if not is_hidden(entry.name)), key=lambda entry: entry.name)
+
+
+def empty_classes_text(empty: Mapping[str, str]) -> str:
+    """What is said of classes without images, each with what is there instead."""
+    name, there = next(iter(empty.items()))
+    one, many = f"the class {name!r} has no images", f"{len(empty):,} classes have no images, such as {name!r}"
+    return f"{one if len(empty) == 1 else many} ({there})"
 
 
 def files_beside(folder: Path, is_content: Callable[[str], bool] = is_image) -> Counter[str]:

@@ -19,7 +19,7 @@ from clipkit import embedded
 from clipkit.errors import UserError
 from clipkit.formats.dataset import VERSION, check_name
 from clipkit.formats.features import Feature, parse_features
-from clipkit.formats.folders import aside_text, printable
+from clipkit.formats.folders import aside_text, empty_classes_text, printable
 from clipkit.formats.manifest import CLIPKIT_FOLDER, SplitManifest, read_manifest
 from clipkit.formatting import counted, size_text
 from clipkit.jobs.passes import Runner
@@ -133,9 +133,11 @@ def build_imagenet(
     runner = Runner(workers, engine)
     listed, empty, notes = _list(target, find_splits(source, split), labels, _given_classes(imagenet, classes), runner)
     if empty and not (imagenet or classes or allow_empty_classes):
-        raise UserError(f"{_empty_text(empty)}: put images there, remove the folder, or give --allow-empty-classes")
+        raise UserError(
+            f"{empty_classes_text(empty)}: put images there, remove the folder, or give --allow-empty-classes"
+        )
     if empty and not imagenet:
-        notes.append(f"{_empty_text(empty)}; {'it has' if len(empty) == 1 else 'they have'} a label of no image")
+        notes.append(f"{empty_classes_text(empty)}; {'it has' if len(empty) == 1 else 'they have'} a label of no image")
     class_names = _class_names(imagenet, classes, listed, empty)
     notes += _check(target, listed, class_names)
     with lock(folder / CLIPKIT_FOLDER):
@@ -241,13 +243,6 @@ def _list(
         listed.append((split, of_split))
     occurring = {image.label for _, images in listed for image in images}
     return listed, {label: there for label, there in empty.items() if label not in occurring}, notes
-
-
-def _empty_text(empty: dict[str, str]) -> str:
-    there = next(iter(empty.values()))
-    many = f"{len(empty):,} classes have no images, such as {next(iter(empty))!r}"
-    one = f"the class {next(iter(empty))!r} has no images"
-    return f"{one if len(empty) == 1 else many} ({there})"
 
 
 def _class_names(imagenet: bool, classes: Path | None, listed: Listed, empty: dict[str, str]) -> list[str]:

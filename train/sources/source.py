@@ -6,6 +6,7 @@ makes the whole source unusable is raised. Numbers are all that the loader knows
 `records_at`, so that a mixture of sources can have its own.
 """
 
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -13,7 +14,7 @@ from typing import Any, NamedTuple, Protocol
 from clipkit.counter_rng import UInt64Array
 from clipkit.errors import UserError
 from clipkit.eval.classes import fill, name_classes
-from clipkit.eval.labelled import number_names
+from clipkit.eval.labels import number_names
 from clipkit.formats.dataset import Dataset
 from clipkit.formats.records import RecordError, decode_example
 from clipkit.pixels.images import ImageError
@@ -166,5 +167,7 @@ def class_captions(dataset: Dataset) -> list[str]:
             raise UserError(
                 f"{dataset.path} has no {LABEL_FIELD}.labels.txt, the classes' names: add it, a name a line"
             )
-    names = name_classes(labels, dataset.path).rows
-    return [fill(LABEL_TEMPLATE, row[0].replace("_", " ")) for row in names]
+    classes = name_classes(labels, dataset.path)
+    for note in classes.notes:
+        print(note, file=sys.stderr)
+    return [fill(LABEL_TEMPLATE, names[0]) for names in classes.names]
