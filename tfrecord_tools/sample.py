@@ -2,7 +2,8 @@
 
 from typing import Any, Literal, NamedTuple, get_args
 
-from clipkit.tfrecord_tools.reasons import EMPTY_CAPTION, NO_CAPTION
+from clipkit.formats.captions import CaptionChoice, captions_of, choose_captions
+from clipkit.tfrecord_tools.reasons import BAD_TEXT, EMPTY_CAPTION, NO_CAPTION
 
 # What img2dataset says about its own work: the same for all samples that reach a shard.
 DROPPED_COLUMNS = frozenset({"status", "error_message"})
@@ -20,6 +21,22 @@ class Sample(NamedTuple):
     caption: str | None
     columns: dict[str, Any]
     problem: str | None = None
+
+
+def samples_of(found: Sample, caption: Any, choice: CaptionChoice | None, place: object) -> tuple[Sample, ...]:
+    """A sample as a reader found it with its caption, or one for each that is chosen of several.
+
+    `caption` may be of any kind (`clipkit.formats.captions`). Raises UserError, naming the `place`, for several
+    captions without a choice, and for a struct.
+    """
+    if type(caption) is str or caption is None:
+        return (found._replace(caption=caption),)
+    try:
+        captions = captions_of(caption, place)
+    except UnicodeDecodeError:
+        return (found._replace(problem=BAD_TEXT),)
+    chosen = choose_captions(captions, choice, found.key, place)
+    return tuple(found._replace(caption=text) for text in chosen) or (found,)
 
 
 def caption_problem(caption: str | None) -> str | None:

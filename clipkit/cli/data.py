@@ -29,6 +29,12 @@ from clipkit.errors import UserError
 @click.option("--name", required=True, help="Name of the dataset; it becomes OUT/NAME/1.0.0.")
 @option("Input", "--image-column", metavar="NAME", help="Column with images, or with their file names.")
 @option("Input", "--caption-column", metavar="NAME", help="Column with captions.")
+@option(
+    "Input",
+    "--captions",
+    type=click.Choice(["first", "random", "each"]),
+    help="Which of an image's several captions to take.",
+)
 @option("Which samples", "--where", metavar="SQL", help='Condition such as "similarity > 0.3".')
 @option(
     "Which samples",

@@ -1,6 +1,7 @@
 """What clipkit's data look like on the disk: datasets, and the tables and tars that they are made of.
 
 - `tables`: which files are tables, which columns are image, caption, URL and key, and the reader of all of them.
+- `captions`: what a caption may look like: text, bytes, a list of several.
 - `folders`: which folders are splits or classes, and which files in them are images.
 - `kinds`: the types of metadata columns, found while records are written.
 - `records`: TFRecord files and the tf.train.Examples in them.

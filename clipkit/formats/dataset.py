@@ -107,8 +107,10 @@ class Dataset(ShardedRecords):
         shards: Sequence[ShardFile],
         cache: BlockCache | None = None,
         block_records: int = 64,
+        options: Mapping[str, Any] | None = None,
     ) -> None:
-        self.path, self.name, self.split = path, name, split
+        """`options` are those that the split was built with, as the manifest has them."""
+        self.path, self.name, self.split, self.options = path, name, split, dict(options or {})
         self.features = dict(features)
         self.shards = tuple(shards)
         self.cache, self.block_records = cache, block_records
@@ -306,7 +308,8 @@ def open_dataset(
         ShardFile(file, records, _checked_size(folder / file, sizes.get(file), expected), crc32c)
         for file, records, (expected, crc32c) in zip(layout.files[split], lengths[split], known, strict=True)
     ]
-    return Dataset(folder, layout.name, split, layout.features, shards, cache, block_records)
+    options = manifest.options if manifest else None
+    return Dataset(folder, layout.name, split, layout.features, shards, cache, block_records, options)
 
 
 def journal_path(folder: Path) -> Path:

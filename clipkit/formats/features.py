@@ -52,9 +52,9 @@ def find_image(features: Mapping[str, Feature]) -> str | None:
     return find_name(names, IMAGE_NAMES) or next(iter(names), None)
 
 
-def find_caption(features: Mapping[str, Feature]) -> str | None:
-    """The column with a record's caption, by its usual names."""
-    names = [name for name, feature in features.items() if feature.kind == "text" and not feature.is_list]
+def find_caption(features: Mapping[str, Feature], lists: bool = False) -> str | None:
+    """The column with a record's caption, with `lists` perhaps a list of several, by its usual names."""
+    names = [name for name, feature in features.items() if feature.kind == "text" and (lists or not feature.is_list)]
     return find_name(names, CAPTION_NAMES)
 
 

@@ -5,7 +5,7 @@ in every source, every shard that has sources, and every split, samples = record
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -14,6 +14,10 @@ from clipkit.errors import UserError
 from clipkit.storage.files import read_json, write_json
 
 CLIPKIT_FOLDER = "clipkit"
+# What `clipkit build-tfds --precompute` adds, by the names of the option and of the columns, which are clipkit's own. A
+# table may have a column called `tokens` too, so a column is only believed where the split's options name it.
+TOKENS, SYNTAX = "tokens", "syntax"
+PRECOMPUTED_COLUMNS = {TOKENS: "clipkit_tokens", SYNTAX: "clipkit_syntax"}
 
 
 @dataclass(frozen=True)
@@ -92,6 +96,18 @@ class SplitManifest:
     def converted(self) -> dict[str, int]:
         """Records whose image TFDS can't decode and which was therefore stored as JPEG, by the original format."""
         return add_counts(shard.converted for shard in self.shards)
+
+
+def precomputed_columns(options: Mapping[str, Any], names: Container[str]) -> dict[str, str]:
+    """The columns, among `names`, that a split's options say were precomputed, by the names of the option.
+
+    An older clipkit called the columns as the option.
+    """
+    return {
+        wanted: name
+        for wanted in options.get("precompute", ())
+        if (name := next((name for name in (PRECOMPUTED_COLUMNS.get(wanted), wanted) if name in names), None))
+    }
 
 
 def add_counts(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:

@@ -20,6 +20,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from clipkit.errors import UserError
+from clipkit.formats.captions import CaptionChoice, captions_of, check_caption_type
 from clipkit.formats.kinds import arrow_type, fit, kind_of, unify
 from clipkit.storage.files import disk_errors, is_remote, local_copy, write_beside
 from clipkit.storage.stores import store_errors
@@ -102,16 +103,20 @@ def holds_images(kind: pa.DataType) -> bool:
 
 def find_image_column(schema: pa.Schema) -> str | None:
     """The column with images by its usual names, or the only one of such a type; None when it can't be told."""
-    fitting = [field.name for field in schema if holds_images(field.type)]
+    fitting = [field.name for field in schema if holds_images(field.type) and field.name.lower() not in CAPTION_NAMES]
     return find_name(fitting, IMAGE_NAMES) or (fitting[0] if len(fitting) == 1 else None)
 
 
 @dataclass(frozen=True)
 class PairColumns:
-    """Which columns of a table hold the image (or its file name) and the caption; None is found by the usual names."""
+    """Which columns of a table hold the image (or its file name) and the caption; None is found by the usual names.
+
+    `captions` says which are stored of several captions of one image; None refuses them.
+    """
 
     image: str | None = None
     caption: str | None = None
+    captions: CaptionChoice | None = None
 
     def find_image(self, schema: pa.Schema) -> str | None:
         """The column with encoded images, or None. Raises UserError when the one that was named isn't there."""
@@ -135,11 +140,13 @@ class PairColumns:
             raise self._lacking(table, "names of image files", "--image-column", names, FILE_NAMES)
         return str(found)
 
-    def require_caption(self, names: Sequence[str], table: Path) -> str:
-        """The column with captions. Raises UserError when there is none."""
+    def require_caption(self, schema: pa.Schema, table: Path) -> str:
+        """The column with captions. Raises UserError when there is none, or when it can't hold any."""
+        names = schema.names
         found = find_name(names, CAPTION_NAMES) if self.caption is None else self.caption
         if found not in names:
             raise self._lacking(table, "captions", "--caption-column", names, CAPTION_NAMES)
+        check_caption_type(schema.field(found).type, str(found), table)
         return str(found)
 
     def _lacking(self, table: Path, what: str, option: str, names: Sequence[str], usual: Sequence[str]) -> UserError:
@@ -248,15 +255,19 @@ def read_columns(path: Path, columns: Sequence[str]) -> Iterator[pa.RecordBatch]
             if suffix == ".jsonl":
                 lines = read_json_lines(local, path)
                 while rows := list(islice(lines, BATCH_ROWS)):
-                    texts = ([_as_text(row.get(name)) for row in rows] for name in names)
-                    yield pa.RecordBatch.from_arrays([pa.array(column, pa.string()) for column in texts], names)
+                    columns_of_rows = [_json_column([row.get(name) for row in rows], name, path) for name in names]
+                    yield pa.RecordBatch.from_arrays(columns_of_rows, names)
                 return
             with open_text(local, dict.fromkeys(names, pa.string()), include=names) as reader:
                 yield from reader
 
 
-def _as_text(value: Any) -> Any:
-    return None if value is None else _replaced(str(value))
+def _json_column(values: list[Any], name: str, table: Path) -> pa.Array:
+    """Values of JSON as text, or as lists of text where one of them is a list. Raises UserError for an object."""
+    if any(isinstance(value, list | dict) for value in values):
+        texts = [None if value is None else captions_of(value, f"{table}, column {name!r},") for value in values]
+        return pa.array([text and [_replaced(item) for item in text] for text in texts], pa.list_(pa.string()))
+    return pa.array([None if value is None else _replaced(str(value)) for value in values], pa.string())
 
 
 def _replaced(value: Any) -> Any:
@@ -264,11 +275,18 @@ def _replaced(value: Any) -> Any:
     return value.encode("utf-8", "replace") if isinstance(value, str) else value
 
 
-def copy_table(path: Path, copy: Path, is_text: Callable[[str], bool], header: Sequence[str] = ()) -> int:
+def copy_table(
+    path: Path,
+    copy: Path,
+    is_text: Callable[[str], bool],
+    header: Sequence[str] = (),
+    captions: str | None = None,
+) -> int:
     """Write a table of any kind as parquet, in small row groups, and return its number of rows.
 
     Columns of CSV and TSV for whose name `is_text` holds stay text, even when all values are numbers. The types of the
-    others are guessed from the first block; where a later row doesn't fit them, every column becomes text.
+    others are guessed from the first block; where a later row doesn't fit them, every column becomes text. In JSON
+    lines the column `captions` becomes lists of text, whatever single rows hold.
     Raises UserError when the table can't be read to its end.
     """
     suffix = table_suffix(path)
@@ -277,7 +295,7 @@ def copy_table(path: Path, copy: Path, is_text: Callable[[str], bool], header: S
             with open_parquet(local) as file:
                 return _write_copy(copy, file.schema_arrow, file.iter_batches(COPY_ROWS))
         if suffix == ".jsonl":
-            return _copy_json_lines(local, copy, path)
+            return _copy_json_lines(local, copy, path, captions)
         with open_text(local, None, header) as reader:
             names = reader.schema.names
         try:
@@ -363,12 +381,16 @@ def _json_schema(kinds: dict[str, str]) -> pa.Schema:
     return pa.schema([(name, arrow_type(kind)) for name, kind in kinds.items()])
 
 
-def _copy_json_lines(path: Path, copy: Path, table: Path) -> int:
-    kinds = _json_kinds(read_json_lines(path, table))
+def _copy_json_lines(path: Path, copy: Path, table: Path, captions: str | None) -> int:
+    def read() -> Iterator[dict[str, Any]]:
+        for row in read_json_lines(path, table):
+            yield {**row, captions: captions_of(row[captions], table)} if captions in row else row
+
+    kinds = _json_kinds(read())
     schema = _json_schema(kinds)
 
     def batches() -> Iterator[pa.RecordBatch]:
-        lines = read_json_lines(path, table)
+        lines = read()
         while rows := list(islice(lines, COPY_ROWS)):
             fitted = [{name: _replaced(value) for name, value in fit(row, kinds, {}).items()} for row in rows]
             yield pa.RecordBatch.from_pylist(fitted, schema)

@@ -2,18 +2,20 @@
 
 It knows plain, GNU (long names) and POSIX (pax) archives, checks each header's checksum, and takes the end of the file
 for the end of the archive only where the archive says so: a tar that a killed download left must not pass for a small
-one.
+one. Tars joined by `cat` are read to the end of the last.
 """
 
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from clipkit.errors import UserError
-from clipkit.formats.tables import IMAGE_SUFFIXES
+from clipkit.formats.tables import IMAGE_SUFFIXES, is_hidden
 
 BLOCK = 512
 
@@ -56,7 +58,8 @@ class Member(NamedTuple):
 def read_headers(read: Read, path: Path | str) -> Iterator[Member]:
     """The regular files of a tar, in order; contents are not read.
 
-    `read(offset, length)` gives bytes of it, fewer at its end. Raises TarError naming `path` where it is damaged.
+    `read(offset, length)` gives bytes of it, fewer at its end. Raises TarError naming `path` where it is damaged, and
+    where something else than another tar stands behind an end mark.
     """
     offset = first = 0
     name: str | None = None
@@ -64,7 +67,14 @@ def read_headers(read: Read, path: Path | str) -> Iterator[Member]:
     while True:
         header = read(offset, BLOCK)
         if len(header) == BLOCK and header[0] == 0 and not any(header):
-            return
+            offset = first = _behind_zeros(read, offset + BLOCK)
+            header = read(offset, BLOCK)
+            if not any(header):
+                return
+            try:
+                header_size(header, offset, path)
+            except TarError:
+                raise TarError(path, offset, "what stands behind its end mark is no other tar") from None
         stored = header_size(header, offset, path)
         kind = header[156:157]
         extends = kind in b"xL"
@@ -90,8 +100,71 @@ def read_headers(read: Read, path: Path | str) -> Iterator[Member]:
             first = offset
 
 
+def _behind_zeros(read: Read, offset: int) -> int:
+    """The first block at or behind `offset` that isn't all zeros, or the end."""
+    while (block := read(offset, BLOCK)) and not any(block):
+        offset += len(block)
+    return offset
+
+
+# ---- Samples ---------------------------------------------------------------------------------------------------------
+
+
+class SampleNames:
+    """How a tar's names are told apart into the key of a sample and a suffix, and whether its members stand together.
+
+    webdataset ends the key at the first dot, so that `7.seg.png` belongs to `7`. Others write `St. Anna 1.0.jpg` and
+    end it at the last. Where a name has several dots, that rule holds for the tar by which more samples are complete.
+    """
+
+    def __init__(self, path: Path | str, names: Callable[[], Iterable[str]]) -> None:
+        """`names` gives all names of the tar; they are only gone through where one name isn't enough."""
+        self.path, self.names = path, names
+        self.split: Callable[[str], tuple[str, str] | None] = split_name
+        self.decided = False
+        self.apart: set[str] | None = None
+
+    def __call__(self, name: str) -> tuple[str, str] | None:
+        """The key and the suffix in lower case; None for a file of another kind."""
+        if not self.decided and name.count(".") > 1 and name.rpartition("/")[2].strip(".").count(".") > 1:
+            self.decided = True
+            names = list(self.names())
+            if _complete(names, _split_at_last_dot) > _complete(names, split_name):
+                self.split = _split_at_last_dot
+        return self.split(name)
+
+    def end(self, key: str, suffixes: Collection[str]) -> None:
+        """A sample ends, with these members. Raises UserError when its image stands elsewhere in the tar."""
+        if has_image(suffixes):
+            return
+        if self.apart is None:
+            self.apart = _apart(filter(None, map(self.split, self.names())))
+        if key in self.apart:
+            raise UserError(
+                f"{self.path}: the members of sample {key} don't stand beside each other: sort the tar by name "
+                "(unpack it, then tar --sort=name -cf)"
+            )
+
+
+def _apart(parts: Iterable[tuple[str, str]]) -> set[str]:
+    """The keys whose members stand in several places, each with other suffixes."""
+    found: dict[str, set[str]] = {}
+    apart = set()
+    for key, group in groupby(parts, key=itemgetter(0)):
+        suffixes = {suffix for _, suffix in group}
+        if key in found and not found[key] & suffixes:
+            apart.add(key)
+        found.setdefault(key, set()).update(suffixes)
+    return apart
+
+
+def has_image(suffixes: Iterable[str]) -> bool:
+    """Whether one of a sample's members is an image."""
+    return any(suffix in IMAGE_SUFFIXES for suffix in suffixes)
+
+
 def split_name(name: str) -> tuple[str, str] | None:
-    """The key of the sample that a member belongs to, and its suffix in lower case; None for a file of another kind."""
+    """The key and suffix of a member by webdataset's rule, at the first dot."""
     folder, _, base = name.rpartition("/")
     stem, dot, suffix = base.partition(".")
     if not stem or not dot:
@@ -99,11 +172,24 @@ def split_name(name: str) -> tuple[str, str] | None:
     return f"{folder}/{stem}" if folder else stem, suffix.lower()
 
 
+def _split_at_last_dot(name: str) -> tuple[str, str] | None:
+    stem, dot, suffix = name.rpartition(".")
+    return (stem, suffix.lower()) if dot and not is_hidden(name.rpartition("/")[2]) and "/" not in suffix else None
+
+
+def _complete(names: Iterable[str], split: Callable[[str], tuple[str, str] | None]) -> int:
+    """How many samples have an image and a text by a rule."""
+    suffixes: dict[str, set[str]] = {}
+    for key, suffix in filter(None, map(split, names)):
+        suffixes.setdefault(key, set()).add(suffix)
+    return sum(has_image(found) and bool(found & {"txt", "json"}) for found in suffixes.values())
+
+
 def index_tar(read: Read, path: Path | str, size: int) -> np.ndarray:
     """One row of INDEX_DTYPE for each sample of a tar of `size` bytes. Raises TarError where it is damaged.
 
-    Members of one key must follow each other, as webdataset has it. Those that are neither image, txt nor json are left
-    out. A sample's bytes end where the next one begins, at the latest.
+    Members of one key must follow each other, as webdataset has it, or UserError is raised. Those that are neither
+    image, txt nor json are left out. A sample's bytes end where the next one begins, at the latest.
     """
     rows: list[tuple[int, ...]] = []
     key: str | None = None
@@ -113,16 +199,18 @@ def index_tar(read: Read, path: Path | str, size: int) -> np.ndarray:
     def end() -> None:
         if key is None:
             return
+        split.end(key, members)
         image = next((members[suffix] for suffix in members if suffix in IMAGE_SUFFIXES), (0, 0))
         places = (image, members.get("txt", (0, 0)), members.get("json", (0, 0)))
         if max(max(place) for place in places) >= 1 << 32:
             raise TarError(path, first, "a sample takes more than 4 GiB")
         rows.append((first, *(number for place in places for number in place)))
 
+    split = SampleNames(path, lambda: (member.name for member in read_headers(read, path)))
     for member in read_headers(read, path):
         if member.start + member.size > size:
             raise TarError(path, member.first, "it ends inside a member")
-        parts = split_name(member.name)
+        parts = split(member.name)
         if parts is None:
             continue
         stem, suffix = parts

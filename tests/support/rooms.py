@@ -37,7 +37,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "clipkit/storage": (),
     "clipkit/text": (),
     # What the commands share: from the ground up.
-    "tfrecord_tools": (),
+    "tfrecord_tools": _core("formats"),
     "tfrecord_tools/tables": (*_core("formats", "storage"), "tfrecord_tools"),
     "tfrecord_tools/pictures": (*_core("pixels"), "tfrecord_tools"),
     "tfrecord_tools/readers": (*_core("formats", "storage"), "tfrecord_tools"),

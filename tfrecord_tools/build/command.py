@@ -9,7 +9,7 @@ skipped samples and the manifest; `dataset_info.json` last. A run that finds a s
 made from the same shards by the same options is left as it is. Nothing depends on the number of workers.
 
 Columns: `jpg` and `txt`, then those of the sources under their names. With a new size `width` and `height` are those of
-the stored image. `tokens` and `syntax`, both lists of ints, are as `precompute` says.
+the stored image. `clipkit_tokens` and `clipkit_syntax`, both lists of ints, are as `prepare.precompute` says.
 """
 
 import sys
@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from clipkit.errors import UserError
+from clipkit.formats.captions import CaptionChoice
 from clipkit.formats.dataset import VERSION, check_name, open_dataset, shard_name
 from clipkit.formats.features import parse_features
 from clipkit.formats.manifest import (
@@ -59,6 +60,7 @@ def build_tfds(
     precompute: Sequence[str] = (),
     image_column: str | None = None,
     caption_column: str | None = None,
+    captions: CaptionChoice | None = None,
     shard_megabytes: float = SHARD_MEGABYTES,
     workers: int | None = 1,
     engine: Engine = "local",
@@ -70,7 +72,8 @@ def build_tfds(
     SQL condition over the columns (`where`); `resize` the shorter side of the stored images in pixels, with a JPEG
     `quality`; `dedup` "sha256", "caption" or "phash" (`dedup`); `shuffle` a seed (`shuffle`); `precompute` any of
     "tokens" and "syntax" (`precompute`). `image_column` and `caption_column` name a table's columns where they aren't
-    found. `shard_megabytes` is what an output shard should have. A further split of another call joins the dataset when
+    found; `captions` ("first", "random" or "each") says which are taken where an image has a list of them.
+    `shard_megabytes` is what an output shard should have. A further split of another call joins the dataset when
     its columns have the same kinds. The result depends neither on `workers` (None: one a core) nor on `engine`.
     `progress` takes the place of the progress line. Paths may be remote.
 
@@ -81,7 +84,7 @@ def build_tfds(
     check_name(name)
     if shard_megabytes <= 0:
         raise UserError(f"shard size of {shard_megabytes} MB: give at least 1")
-    columns = PairColumns(image_column, caption_column)
+    columns = PairColumns(image_column, caption_column, captions)
     options = make_options(split, where, resize, quality, dedup, shuffle, precompute, columns)
     folder = out / name / VERSION
     if same_place(shards, folder):

@@ -78,6 +78,10 @@ def make_options(
 ) -> BuildOptions:
     """Raises UserError for what can't be."""
     check_sizes(resize, quality)
+    if columns.captions == "each" and dedup in ("sha256", "phash"):
+        raise UserError(
+            f"--captions each makes several records of an image, and --dedup {dedup} keeps one: leave one out"
+        )
     return BuildOptions(
         parse_split(split),
         where,
@@ -144,19 +148,21 @@ def plan(
 ) -> list[tuple[Part, ...]]:
     """The parts of each stretch, by a kept plan at `path` or a new one; `left` is the part of the bytes that stays.
 
-    Raises UserError when the kept plan is of another build.
+    Raises UserError when the kept plan is of another build that has finished a shard.
     """
     asked = {
         "sources": [shard.path.name for shard in shards],
         "shard_megabytes": shard_megabytes,
         "options": options.to_json(),
     }
-    if path.exists():
-        kept = read_json(path)
-        if kept["sources"] != asked["sources"]:
-            raise _another(path, "from other shards")
-        if {name: kept[name] for name in asked} != asked:
+    kept = read_json(path) if path.exists() else None
+    if kept is not None and kept["sources"] != asked["sources"]:
+        raise _another(path, "from other shards")
+    if kept is not None and {name: kept[name] for name in asked} != asked:
+        if any(path.parent.glob("shard-*.json")):
             raise _another(path, "with other options or another shard size")
+        kept = None  # nothing is finished: it was refused, say, and is given again with the option that decides
+    if kept is not None:
         cuts = [(i, place) for i, place in kept["cuts"]]
     else:
         cuts = cut(shards, shard_megabytes * 1e6 / max(left, LEAST_LEFT))

@@ -8,10 +8,10 @@ doesn't matter how samples are cut into shards.
 sample's columns are what its shard holds, without a schema. The kinds are found on the first samples; where a later
 value needs a wider kind, the condition is asked again with that kind, so that no value is taken for missing.
 
-`--precompute` adds what a trainer would otherwise make of each caption again and again. `tokens` is a list of ints:
-what `Tokenizer.encode` gives, so without start and end and not cut. `syntax` is a list of ints, one for each token:
-what `Syntax.priorities` gives for them (0 noun, 1 adjective, 2 verb, 3 other). The two are the arguments `ids` and
-`priorities` of `clipkit.text.tokens.reduce_text`.
+`--precompute` adds what a trainer would otherwise make of each caption again and again. `clipkit_tokens` is a list of
+ints: what `Tokenizer.encode` gives, so without start and end and not cut. `clipkit_syntax` is a list of ints, one for
+each token: what `Syntax.priorities` gives for them (0 noun, 1 adjective, 2 verb, 3 other). The two are the arguments
+`ids` and `priorities` of `clipkit.text.tokens.reduce_text`.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -25,6 +25,7 @@ import pyarrow as pa
 
 from clipkit.errors import UserError
 from clipkit.formats.kinds import KindWidenedError, arrow_type, fit, kind_of, unify
+from clipkit.formats.manifest import PRECOMPUTED_COLUMNS, SYNTAX, TOKENS
 from clipkit.pixels.images import ImageError
 from clipkit.text.tokenizer import Tokenizer
 from clipkit.tfrecord_tools.pictures.compact import compact
@@ -38,8 +39,6 @@ if TYPE_CHECKING:
     from clipkit.text.syntax import Syntax
 
 CAPTION = "txt"
-TOKENS, SYNTAX = "tokens", "syntax"
-PRECOMPUTED = (TOKENS, SYNTAX)
 
 BATCH_SAMPLES = 256
 BATCH_BYTES = 1 << 20  # of images, that they are still in the processor's cache when they are written
@@ -255,13 +254,13 @@ class Condition:
 def check_precompute(wanted: Sequence[str]) -> tuple[str, ...]:
     """The wanted columns in their order. Raises UserError for others, and when the tagger isn't installed."""
     for name in wanted:
-        if name not in PRECOMPUTED:
-            raise UserError(f"can't precompute {name!r}: choose among {', '.join(PRECOMPUTED)}")
+        if name not in PRECOMPUTED_COLUMNS:
+            raise UserError(f"can't precompute {name!r}: choose among {', '.join(PRECOMPUTED_COLUMNS)}")
     if SYNTAX in wanted:
         from clipkit.text.syntax import load_tagger
 
         load_tagger()
-    return tuple(name for name in PRECOMPUTED if name in wanted)
+    return tuple(name for name in PRECOMPUTED_COLUMNS if name in wanted)
 
 
 def precompute(wanted: Sequence[str], captions: Sequence[str]) -> list[dict[str, list[int]]]:
@@ -271,7 +270,7 @@ def precompute(wanted: Sequence[str], captions: Sequence[str]) -> list[dict[str,
     columns = {TOKENS: tokenizer().encode(captions)}
     if SYNTAX in wanted:
         columns[SYNTAX] = syntax().priorities(columns[TOKENS])
-    return [{name: columns[name][i] for name in wanted} for i in range(len(captions))]
+    return [{PRECOMPUTED_COLUMNS[name]: columns[name][i] for name in wanted} for i in range(len(captions))]
 
 
 @cache

@@ -155,7 +155,7 @@ def read_images(format: Format, path: Path) -> Iterator[bytes]:
                 (jpg,) = decode_example(record)["jpg"]
                 yield jpg
         elif format == "webdataset":
-            for sample in read_tar(local):
+            for sample in read_tar(local, captions="first"):
                 assert sample.image is not None
                 yield sample.image
         else:

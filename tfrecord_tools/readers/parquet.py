@@ -15,6 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from clipkit.formats.captions import merge_captions
 from clipkit.formats.tables import (
     CAPTION_NAMES,
     COPY_ROWS,
@@ -24,11 +25,12 @@ from clipkit.formats.tables import (
     PairColumns,
     RowReader,
     copy_table,
+    read_schema,
 )
 from clipkit.storage.files import is_remote, local_copy
 from clipkit.storage.stores import as_upath, reading
 from clipkit.tfrecord_tools.reasons import NO_IMAGE
-from clipkit.tfrecord_tools.sample import DROPPED_COLUMNS, Sample
+from clipkit.tfrecord_tools.sample import DROPPED_COLUMNS, Sample, samples_of
 
 BATCH_ROWS = 64
 SUMS = 100_000  # at most so many sums of sizes are held, however long the table
@@ -47,9 +49,10 @@ def read_parquet(path: Path, start: int = 0, stop: int | None = None, columns: P
     """
     with open_rows(path) as rows:
         image = columns.require_image(rows.schema, path)
-        caption = columns.require_caption(rows.schema.names, path)
+        caption = columns.require_caption(rows.schema, path)
         for number, row in _read(rows, start, stop):
-            yield _sample(f"{path.stem}-{number}", _image_bytes(row.pop(image)), row, caption)
+            found, text = _sample(f"{path.stem}-{number}", _image_bytes(row.pop(image)), row, caption)
+            yield from samples_of(found, text, columns.captions, path)
 
 
 def read_folder(
@@ -61,10 +64,11 @@ def read_folder(
     """
     with local_copy(table) as local, open_rows(local, COPY_ROWS) as rows:
         image = columns.require_file(rows.schema.names, folder)
-        caption = columns.require_caption(rows.schema.names, folder)
+        caption = columns.require_caption(rows.schema, folder)
         for number, row in _read(rows, start, stop):
             name = row.get(image)
-            yield _sample(str(name or number), _read_image(folder, name), row, caption)
+            found, text = _sample(str(name or number), _read_image(folder, name), row, caption)
+            yield from samples_of(found, text, columns.captions, folder)
 
 
 def copy_pairs(path: Path, copy: Path, columns: PairColumns = USUAL) -> None:
@@ -73,19 +77,26 @@ def copy_pairs(path: Path, copy: Path, columns: PairColumns = USUAL) -> None:
     Raises UserError when it can't be read to its end.
     """
     usual = {KEY_NAME, *CAPTION_NAMES, *FILE_NAMES}
-    copy_table(path, copy, lambda name: name.lower() in usual or name in (columns.image, columns.caption))
+    schema = read_schema(path)
+    columns.require_file(schema.names, path.parent)
+    copy_table(
+        path,
+        copy,
+        lambda name: name.lower() in usual or name in (columns.image, columns.caption),
+        captions=columns.require_caption(schema, path.parent),
+    )
 
 
-def _sample(fallback: str, image: bytes | None, row: dict[str, Any], caption_name: str) -> Sample:
-    """A sample of a row's image and its other columns; `fallback` is the key where the row has none."""
+def _sample(fallback: str, image: bytes | None, row: dict[str, Any], caption_name: str) -> tuple[Sample, Any]:
+    """A sample of a row's image and its other columns, and its caption; `fallback` is the key where it has none."""
     caption = row.pop(caption_name)
     for name in DROPPED_COLUMNS:
         row.pop(name, None)
-    if caption_name == "txt":
-        row.pop("caption", None)  # img2dataset writes it twice
+    if caption_name == "txt" and (caption is None or isinstance(caption, str)):
+        caption = merge_captions(caption, row)
     key = row.get(KEY_NAME)
     key = row[KEY_NAME] = fallback if key is None or key == "" else str(key)
-    return Sample(key, image, None if caption is None else str(caption), row, None if image else NO_IMAGE)
+    return Sample(key, image, None, row, None if image else NO_IMAGE), caption
 
 
 def _image_bytes(value: Any) -> bytes | None:
@@ -150,7 +161,7 @@ class FolderSizes:
         """Asks for the size of each image, one after the other; those of a store in one listing."""
         with local_copy(table) as local, open_rows(local) as rows:
             image = columns.require_file(rows.schema.names, folder)
-            columns.require_caption(rows.schema.names, folder)
+            columns.require_caption(rows.schema, folder)
             self.rows = int(rows.starts[-1])
             self.step = max(1, self.rows // SUMS)
             self.sums = array("q")

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from clipkit.errors import UserError
+from clipkit.formats.captions import CaptionChoice, merge_captions
 from clipkit.formats.features import Feature, find_caption, find_image, parse_features
 from clipkit.formats.records import RecordError, decode_example, read_range
 from clipkit.formats.tables import IMAGE_SUFFIXES, USUAL, PairColumns
 from clipkit.storage.files import read_json
 from clipkit.tfrecord_tools.reasons import BAD_TEXT, NO_IMAGE
-from clipkit.tfrecord_tools.sample import DROPPED_COLUMNS, Sample
+from clipkit.tfrecord_tools.sample import DROPPED_COLUMNS, Sample, samples_of
 
 
 def _examples(path: Path, start: int, stop: int | None) -> Iterator[tuple[int, dict[str, list[Any]]]]:
@@ -63,13 +64,14 @@ def read_dataset(
         data, text = values.pop(image, None), values.pop(caption, None)
         key = values.setdefault("key", f"{path.name}-{offset}")
         jpg = data if isinstance(data, bytes) and data else None
-        yield Sample(str(key), jpg, None if text is None else str(text), values, None if jpg else NO_IMAGE)
+        sample = Sample(str(key), jpg, None, values, None if jpg else NO_IMAGE)
+        yield from samples_of(sample, text, columns.captions, path)
 
 
 def _image_and_caption(path: Path, features: Mapping[str, Feature], columns: PairColumns) -> tuple[str, str]:
     images = [name for name, feature in features.items() if feature.kind == "image" and not feature.is_list]
-    texts = [name for name, feature in features.items() if feature.kind == "text" and not feature.is_list]
-    image, caption = columns.image or find_image(features), columns.caption or find_caption(features)
+    texts = [name for name, feature in features.items() if feature.kind == "text"]
+    image, caption = columns.image or find_image(features), columns.caption or find_caption(features, lists=True)
     if image not in images:
         raise UserError(f"{path.parent} has no image column {image or ''}: choose --image-column among {_list(images)}")
     if caption not in texts:
@@ -86,16 +88,20 @@ def _list(names: list[str]) -> str:
 # ---- img2dataset's files ---------------------------------------------------------------------------------------------
 
 
-def read_tfrecord(path: Path, start: int = 0, stop: int | None = None) -> Iterator[Sample]:
+def read_tfrecord(
+    path: Path, start: int = 0, stop: int | None = None, captions: CaptionChoice | None = None
+) -> Iterator[Sample]:
     """The samples of the records that begin in bytes [start, stop) of a TFRecord file, in order.
 
     Raises RecordError when one is cut off or damaged.
     """
     for offset, values in _examples(path, start, stop):
-        yield _sample(values, fallback=f"{path.stem}-{offset}")
+        sample, caption = _sample(values, fallback=f"{path.stem}-{offset}")
+        yield from samples_of(sample, caption, captions, path)
 
 
-def _sample(values: dict[str, list[Any]], fallback: str) -> Sample:
+def _sample(values: dict[str, list[Any]], fallback: str) -> tuple[Sample, Any]:
+    """A sample of a record's columns, and its caption."""
     image_name = next((name for name in sorted(values) if name in IMAGE_SUFFIXES), None)
     image = _one(values.pop(image_name)) if image_name else None
     key = fallback
@@ -103,12 +109,15 @@ def _sample(values: dict[str, list[Any]], fallback: str) -> Sample:
         columns = {name: _text(_one(items)) for name, items in sorted(values.items()) if name not in DROPPED_COLUMNS}
         key = str(columns.setdefault("key", fallback) or fallback)
     except UnicodeDecodeError:
-        return Sample(key, None, None, {}, BAD_TEXT)
+        return Sample(key, None, None, {}, BAD_TEXT), None
     has_caption = "txt" in columns or "caption" in columns
-    caption = columns.pop("txt", None) or columns.get("caption") or ("" if has_caption else None)
-    columns.pop("caption", None)
+    caption = columns.pop("txt", None)
+    if caption is None or isinstance(caption, str):
+        caption = merge_captions(caption, columns)
+    if caption is None and has_caption:
+        caption = ""
     problem = None if isinstance(image, bytes) and image else NO_IMAGE
-    return Sample(key, image if problem is None else None, None if caption is None else str(caption), columns, problem)
+    return Sample(key, image if problem is None else None, None, columns, problem), caption
 
 
 def _one(values: list[Any]) -> Any:

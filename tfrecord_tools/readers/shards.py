@@ -147,13 +147,13 @@ def _gone(path: Path) -> UserError:
 def _read(shard: InputShard, local: Path, start: int, stop: int | None) -> Iterator[Sample]:
     path = shard.path
     if path.suffix == ".tar":
-        return read_tar(local, start, stop)
+        return read_tar(local, start, stop, shard.columns.captions)
     if path.suffix == ".parquet":
         if not local.exists():
             raise FileNotFoundError(local)
         return read_parquet(local, start, stop, shard.columns)
     if path.suffix == ".tfrecord":
-        return read_tfrecord(local, start, stop)
+        return read_tfrecord(local, start, stop, shard.columns.captions)
     return read_dataset(local, dataset_features(path.parent), start, stop, shard.columns)
 
 

@@ -9,71 +9,69 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from clipkit.errors import UserError
+from clipkit.formats.captions import CaptionChoice, merge_captions
 from clipkit.formats.tables import IMAGE_SUFFIXES
-from clipkit.formats.tar import BLOCK, TarError, read_headers, split_name
+from clipkit.formats.tar import BLOCK, SampleNames, TarError, read_headers
 from clipkit.tfrecord_tools.reasons import BAD_METADATA, BAD_TEXT, NO_IMAGE
-from clipkit.tfrecord_tools.sample import DROPPED_COLUMNS, Sample
+from clipkit.tfrecord_tools.sample import DROPPED_COLUMNS, Sample, samples_of
 
 _CHUNK_BYTES = 1 << 18  # read at once; larger ones leave the processor's cache before they are looked at
+_NOTHING = 1 << 62  # a start beyond every end: only headers are read
 
 
-def read_tar(path: Path, start: int = 0, stop: int | None = None) -> Iterator[Sample]:
+def read_tar(
+    path: Path, start: int = 0, stop: int | None = None, captions: CaptionChoice | None = None
+) -> Iterator[Sample]:
     """The samples of a tar whose first header lies in bytes [start, stop), in order; stop None is the archive's end.
 
     Members of one key must follow each other, as webdataset has it. Those that are neither image, txt nor json are left
-    out. Raises UserError naming the file and the byte when the archive is cut off or damaged; what lies beyond the
-    range is not looked at, and of what lies before it only the headers.
+    out. `captions` says which of several are taken. Raises UserError naming the file and the byte when the archive is
+    cut off or damaged; what lies beyond the range is not looked at, and of what lies before it only the headers.
     """
+    split = SampleNames(path, lambda: (name for _, name, _ in read_members(path, _NOTHING)))
     key: str | None = None
     first = 0
     members: dict[str, bytes] = {}
     for offset, name, data in read_members(path, start):
-        parts = split_name(name)
+        parts = split(name)
         if parts is None:
             continue
         stem, suffix = parts
         if stem != key or suffix in members:
-            if key is not None and first >= start:
-                yield _sample(key, members)
+            if key is not None:
+                split.end(key, members)
+                if first >= start:
+                    yield from _samples(key, members, captions, path)
             if stop is not None and offset >= stop:
                 return
             key, first, members = stem, offset, {}
         members[suffix] = data
-    if key is not None and first >= start:
-        yield _sample(key, members)
+    if key is not None:
+        split.end(key, members)
+        if first >= start:
+            yield from _samples(key, members, captions, path)
 
 
-def _sample(key: str, members: dict[str, bytes]) -> Sample:
+def _samples(key: str, members: dict[str, bytes], captions: CaptionChoice | None, path: Path) -> tuple[Sample, ...]:
     image = next((data for suffix, data in members.items() if suffix in IMAGE_SUFFIXES), None)
     try:
         columns = json.loads(members["json"]) if "json" in members else {}
         if not isinstance(columns, dict):
-            return Sample(key, image, None, {}, BAD_METADATA)
-    except ValueError:
-        return Sample(key, image, None, {}, BAD_METADATA)
+            return (Sample(key, image, None, {}, BAD_METADATA),)
+    except (ValueError, RecursionError):
+        return (Sample(key, image, None, {}, BAD_METADATA),)
     try:
-        caption = _caption(members.get("txt"), columns)
+        text = members["txt"].decode("utf-8") if "txt" in members else None
     except UnicodeDecodeError:
-        return Sample(key, image, None, {}, BAD_TEXT)
+        return (Sample(key, image, None, {}, BAD_TEXT),)
+    caption = merge_captions(text, columns)
     for name in DROPPED_COLUMNS:
         columns.pop(name, None)
     if "key" not in columns:
         columns["key"] = key.rpartition("/")[2]
-    return Sample(key, image, caption, columns, NO_IMAGE if image is None else None)
-
-
-def _caption(text: bytes | None, columns: dict[str, Any]) -> str | None:
-    """The txt member, or the metadata's caption. A null caption there means "", though img2dataset may write "nan"."""
-    absent = "caption" not in columns
-    caption = columns.pop("caption", None)
-    if not absent and (caption is None or caption != caption):
-        return ""
-    if text is not None:
-        return text.decode("utf-8")
-    return None if absent else str(caption)
+    return samples_of(Sample(key, image, None, columns, NO_IMAGE if image is None else None), caption, captions, path)
 
 
 def read_members(path: Path, start: int = 0) -> Iterator[tuple[int, str, bytes]]:

@@ -38,7 +38,7 @@ def check_tar(check: TarCheck) -> ShardReport:
     samples = images = decoded = 0
     try:
         with local_copy(check.path) as local:
-            for sample in read_tar(local):
+            for sample in read_tar(local, captions="first"):
                 samples += 1
                 if sample.problem in (BAD_METADATA, BAD_TEXT):
                     found.add(sample.problem, f"sample {sample.key}", FETCH)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import cv2
 import numpy as np
 
-from clipkit.counter_rng import UInt64Array, sample_keys
+from clipkit.counter_rng import UInt64Array, sample_keys, uniform
 from clipkit.errors import UserError
 from clipkit.pixels.images import ImageError, UInt8Array
 from clipkit.text.tokenizer import Tokenizer, clean
@@ -31,6 +31,8 @@ MAX_TRIES = 16
 READ_TOGETHER, READ_TOGETHER_BYTES = 32, 32_000_000
 # A dataset whose images, decoded, fit into so many bytes is decoded once; one that doesn't is never kept in part.
 DECODED_BYTES = 400_000_000
+
+DRAWN_CAPTION = 905  # the stream of the choice among several captions
 
 Priorities = Callable[[Sequence[Sequence[int]]], list[list[int]]]
 
@@ -90,8 +92,10 @@ class Text(NamedTuple):
     """A cleaned caption, and its token ids and their priorities where the record holds them."""
 
     caption: str
-    ids: list[int] | None
-    priorities: list[int] | None
+    ids: list[int] | None = None
+    priorities: list[int] | None = None
+    captions: tuple[str, ...] = ()
+    """All of them, where there are several: one is drawn for each sample."""
 
 
 class Sample(NamedTuple):
@@ -146,7 +150,7 @@ class SampleMaker:
                     used_B[index], text = self.write_pixels(
                         records[index], sample, draws[index], image_BHWC[index], bad
                     )
-                    texts.append(text)
+                    texts.append(draw_caption(text, keys_B[index]))
                 group.clear()
                 clock.lap("image")
         recolour(image_BHWC, self.config.augmentation, keys_B)
@@ -251,10 +255,21 @@ def to_sample(pair: Pair | UserError) -> Sample | UserError:
     """A pair with its caption cleaned, or why it can't be used."""
     if isinstance(pair, UserError):
         return pair
-    caption = clean(pair.caption)
-    return (
-        Sample(pair.image, Text(caption, pair.ids, pair.priorities)) if caption else ImageError("the caption is empty")
-    )
+    if isinstance(pair.caption, str):
+        caption = clean(pair.caption)
+        text = Text(caption, pair.ids, pair.priorities)
+    else:
+        captions = tuple(filter(None, map(clean, pair.caption)))
+        caption = captions[0] if captions else ""
+        text = Text(caption, captions=captions)
+    return Sample(pair.image, text) if caption else ImageError("the caption is empty")
+
+
+def draw_caption(text: Text, key: np.uint64) -> Text:
+    """One of several captions, by the sample's key."""
+    if len(text.captions) < 2:
+        return text
+    return Text(text.captions[int(uniform(key, 1, DRAWN_CAPTION)[0, 0] * len(text.captions))])
 
 
 def caption_hash(cleaned: str) -> int:

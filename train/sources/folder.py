@@ -13,6 +13,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from clipkit.errors import UserError
+from clipkit.formats.captions import captions_of
 from clipkit.formats.tables import USUAL, read_columns, read_schema
 from clipkit.pixels.images import ImageError
 from clipkit.storage.cache import BlockCache
@@ -23,7 +24,8 @@ from clipkit.train.sources.index import index_place, waiting_lock
 from clipkit.train.sources.source import Pair, Source
 
 _BATCH_ROWS = 4_096
-_SCHEMA = pa.schema([("file", pa.large_string()), ("caption", pa.large_string())])
+_SCHEMA = pa.schema([("file", pa.large_string()), ("captions", pa.list_(pa.large_string()))])
+_FORMAT = 2  # of the copy: one of an older clipkit, which held a caption a row, is made again
 
 
 class FolderSource(Reopenable, Source):
@@ -48,7 +50,7 @@ class FolderSource(Reopenable, Source):
 
     def pairs(self, records: Sequence[int]) -> Iterator[Pair | UserError]:
         for record in records:
-            name, caption = self._row(record)
+            name, captions = self._row(record)
             if not name:
                 yield ImageError("the row names no image")
                 continue
@@ -61,7 +63,7 @@ class FolderSource(Reopenable, Source):
                 continue
             except OSError as error:
                 raise UserError(f"can't read {self.folder / name} ({error}): check the disk") from error
-            yield Pair(image, caption or "")
+            yield Pair(image, captions if len(captions) > 1 else "".join(captions))
 
     def fill(self, record: int) -> int:
         """Get a record's image into the cache, where there is one; returns the next record."""
@@ -70,10 +72,10 @@ class FolderSource(Reopenable, Source):
             self.cache.ensure(f"image {self.folder / name}", lambda: self._fetch(name))
         return record + 1
 
-    def _row(self, record: int) -> tuple[str | None, str | None]:
+    def _row(self, record: int) -> tuple[str | None, list[str]]:
         chunk, place = divmod(record, _BATCH_ROWS)
-        file, caption = (column.chunk(chunk)[place].as_py() for column in self._columns.columns)
-        return file, caption
+        file, captions = (column.chunk(chunk)[place].as_py() for column in self._columns.columns)
+        return file, captions
 
     def _image(self, name: str) -> bytes:
         if self.cache is None:
@@ -93,7 +95,7 @@ def open_folder(folder: Path, table: StoredFile, cache: BlockCache | None = None
     place = index_place(folder)
     stem = f"table-{hashlib.blake2b(table.name.encode(), digest_size=6).hexdigest()}"
     rows, mark = place / f"{stem}.arrow", place / f"{stem}.json"
-    wanted = {"name": table.name, "bytes": table.bytes, "version": table.version}
+    wanted = {"format": _FORMAT, "name": table.name, "bytes": table.bytes, "version": table.version}
     with waiting_lock(place / f".{stem}.lock"):
         known = None
         with contextlib.suppress(UserError):
@@ -107,19 +109,23 @@ def open_folder(folder: Path, table: StoredFile, cache: BlockCache | None = None
 
 def _copy(table: Path, rows: Path) -> None:
     """Write file names and captions in batches of _BATCH_ROWS, the last one shorter."""
-    names = read_schema(table).names
-    columns = USUAL.require_file(names, table), USUAL.require_caption(names, table)
-    pairs = chain.from_iterable(_pairs(batch, *columns) for batch in read_columns(table, columns))
+    schema = read_schema(table)
+    columns = USUAL.require_file(schema.names, table), USUAL.require_caption(schema, table)
+    pairs = chain.from_iterable(_pairs(batch, *columns, table) for batch in read_columns(table, columns))
     with (
         write_beside(rows) as temporary,
         pa.OSFile(str(temporary), "wb") as file,
         pa.ipc.new_file(file, _SCHEMA) as writer,
     ):
         while some := list(islice(pairs, _BATCH_ROWS)):
-            arrays = [pa.array(column, pa.large_string()) for column in zip(*some, strict=True)]
+            columns_of_some = zip(zip(*some, strict=True), _SCHEMA.types, strict=True)
+            arrays = [pa.array(column, kind) for column, kind in columns_of_some]
             writer.write_batch(pa.record_batch(arrays, _SCHEMA))
 
 
-def _pairs(batch: pa.RecordBatch, *names: str) -> Iterator[tuple[str | None, ...]]:
-    columns = (batch.column(name).to_pylist() for name in names)
-    return zip(*([None if value is None else str(value) for value in column] for column in columns), strict=True)
+def _pairs(batch: pa.RecordBatch, file: str, caption: str, table: Path) -> Iterator[tuple[str | None, list[str]]]:
+    files, captions = batch.column(file).to_pylist(), batch.column(caption).to_pylist()
+    for name, value in zip(files, captions, strict=True):
+        if isinstance(value, bytes):
+            value = value.decode("utf-8", "replace")
+        yield None if name is None else str(name), captions_of(value, table)

@@ -16,6 +16,7 @@ from typing import Any
 
 from clipkit.errors import UserError
 from clipkit.formats.dataset import below, open_dataset, refuse_unfinished_download, unfinished
+from clipkit.formats.manifest import precomputed_columns
 from clipkit.formats.tables import find_table, is_hidden, is_table
 from clipkit.storage.cache import BlockCache, scratch_cache
 from clipkit.storage.files import as_path, is_remote
@@ -68,7 +69,7 @@ class Data:
     weights: tuple[Fraction, ...]
 
     def source(self, precomputed: bool = False) -> Source:
-        """What the loader reads from; `precomputed` as in RecordSource."""
+        """What the loader reads from; `precomputed`: with the token ids and word classes that a dataset holds."""
         sources = [part.make(precomputed) for part in self.parts]
         if len(sources) == 1:
             return sources[0]
@@ -199,8 +200,11 @@ class _Opener:
         identity = {"name": dataset.name, "split": dataset.split, "records": dataset.num_records}
         ahead = partial(read_ahead, cached=dataset, block_records=self.block_size)
         if IMAGE_FIELD in dataset.features and TEXT_FIELD in dataset.features:
+            columns = precomputed_columns(dataset.options, dataset.features)
             return OpenedSource(
-                dataset.path, lambda computed: ahead(RecordSource(dataset, precomputed=computed)), identity
+                dataset.path,
+                lambda computed: ahead(RecordSource(dataset, precomputed=columns if computed else None)),
+                identity,
             )
         if LABELLED_IMAGE in dataset.features and LABEL_FIELD in dataset.features:
             labelled = ahead(LabelledSource(dataset, class_captions(dataset)))

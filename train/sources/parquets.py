@@ -6,17 +6,20 @@ more than some hundred rows make the order wait for rows that it doesn't want ye
 """
 
 import io
+import json
 import struct
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from clipkit.errors import UserError
+from clipkit.formats.captions import REPEATED, captions_of, merge_captions
 from clipkit.formats.tables import USUAL, find_image_column, unreadable
 from clipkit.pixels.images import ImageError
 from clipkit.storage.cache import BlockCache
@@ -28,6 +31,7 @@ from clipkit.train.sources.source import Pair, Source
 PART_ROWS = 64
 _BUFFER_BYTES = 1 << 20
 _KEPT_FOOTERS = 16
+_SEVERAL = b"\xff"
 _PLACES = struct.Struct("<QQQ")
 ROW_GROUPS = np.dtype([("group", "<u4"), ("rows", "<u4")])
 
@@ -105,13 +109,13 @@ class ParquetSource(Reopenable, Source):
             return ImageError("the decoded row is cut off")
         if middle == start:
             return ImageError("the row has no image")
-        return Pair(memoryview(data)[: middle - start], data[middle - start :].decode("utf-8", "replace"))
+        return Pair(memoryview(data)[: middle - start], unpack_captions(data[middle - start :]))
 
     def _key(self, place: int, part: int) -> str:
         file = int(self._files_of[place])
         shard = self.shards[file]
         path = self._reader.path(file)
-        return f"parquet {path} {shard.bytes} {shard.version} {self._groups[place]} {part}"
+        return f"parquet of captions {path} {shard.bytes} {shard.version} {self._groups[place]} {part}"
 
     def _decode(self, place: int, wanted: int) -> bytes:
         """One part of a row group; the others are put into the cache on the way."""
@@ -123,12 +127,12 @@ class ParquetSource(Reopenable, Source):
                 with pq.ParquetFile(
                     ranges, metadata=self._footer(file), pre_buffer=False, buffer_size=_BUFFER_BYTES
                 ) as table:
-                    image, caption = _columns(table.schema_arrow, path)
+                    columns = _columns(table.schema_arrow, path)
                     batches = table.iter_batches(
-                        PART_ROWS, row_groups=[int(self._groups[place])], columns=list(dict.fromkeys((image, caption)))
+                        PART_ROWS, row_groups=[int(self._groups[place])], columns=list(dict.fromkeys(columns))
                     )
                     for part, batch in enumerate(batches):
-                        data = pack(batch, image, caption)
+                        data = pack(batch, *columns)
                         if part == wanted:
                             found = data
                         else:
@@ -192,22 +196,44 @@ class _Ranges(io.RawIOBase):
         return True
 
 
-def _columns(schema: pa.Schema, path: Path) -> tuple[str, str]:
-    return USUAL.require_image(schema, path), USUAL.require_caption(schema.names, path)
+def _columns(schema: pa.Schema, path: Path) -> tuple[str, ...]:
+    """Image and caption, and where img2dataset has written a list of captions as text, the list."""
+    image, caption = USUAL.require_image(schema, path), USUAL.require_caption(schema, path)
+    lists = caption == "txt" and REPEATED in schema.names and pa.types.is_nested(schema.field(REPEATED).type)
+    return (image, caption, REPEATED) if lists else (image, caption)
 
 
-def pack(batch: pa.RecordBatch, image: str, caption: str) -> bytes:
+def pack(batch: pa.RecordBatch, image: str, caption: str, repeated: str | None = None) -> bytes:
     """A batch's rows as bytes: where each image and each caption begins (2n + 1 uint64), then image, caption, …"""
     parts: list[bytes] = []
     images = batch.column(batch.schema.names.index(image))
     if pa.types.is_struct(images.type):
         images = images.field(images.type.get_field_index("bytes"))
-    captions = batch.column(batch.schema.names.index(caption))
-    for data, text in zip(images, captions, strict=True):
-        value = text.as_py()
-        parts += (data.as_py() or b"", b"" if value is None else str(value).encode("utf-8", "replace"))
+    captions = batch.column(batch.schema.names.index(caption)).to_pylist()
+    if repeated is not None:
+        lists = batch.column(batch.schema.names.index(repeated)).to_pylist()
+        captions = [merge_captions(text, {REPEATED: found}) for text, found in zip(captions, lists, strict=True)]
+    for data, found in zip(images, captions, strict=True):
+        parts += (data.as_py() or b"", pack_captions(found))
     sizes = [8 * (len(parts) + 1), *map(len, parts)]
     return b"".join([np.cumsum(sizes, dtype=np.uint64).tobytes(), *parts])
+
+
+def pack_captions(value: Any) -> bytes:
+    """A caption in UTF-8; several as JSON behind a byte that UTF-8 never has."""
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "replace").encode()
+    captions = captions_of(value, "the table")
+    if len(captions) > 1:
+        return _SEVERAL + json.dumps(captions).encode()
+    return "".join(captions).encode("utf-8", "replace")
+
+
+def unpack_captions(data: bytes) -> str | list[str]:
+    """What `pack_captions` was given."""
+    if data[:1] == _SEVERAL:
+        return [str(caption) for caption in json.loads(data[1:])]
+    return data.decode("utf-8", "replace")
 
 
 def read_footer(reader: RangeReader, number: int) -> pq.FileMetaData:

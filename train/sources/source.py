@@ -16,6 +16,7 @@ from clipkit.errors import UserError
 from clipkit.eval.classes import fill, name_classes
 from clipkit.eval.labels import number_names
 from clipkit.formats.dataset import Dataset
+from clipkit.formats.manifest import SYNTAX, TOKENS
 from clipkit.formats.records import RecordError, decode_example
 from clipkit.pixels.images import ImageError
 from clipkit.train.order import Int64Array, record_indices
@@ -23,8 +24,6 @@ from clipkit.train.order import Int64Array, record_indices
 IMAGE_FIELD, TEXT_FIELD = "jpg", "txt"
 LABELLED_IMAGE, LABEL_FIELD = "image", "label"
 LABEL_TEMPLATE = "a photo of a {}"
-# The columns that `clipkit build-tfds --precompute` adds.
-TOKENS, SYNTAX = "tokens", "syntax"
 
 
 class Pair(NamedTuple):
@@ -32,8 +31,8 @@ class Pair(NamedTuple):
 
     image: bytes | memoryview
     """The encoded image; a view keeps what it points into."""
-    caption: str
-    """As it was found: the loader cleans it."""
+    caption: str | Sequence[str]
+    """As it was found: the loader cleans it, and draws one of several each time."""
     ids: list[int] | None = None
     """The caption's token ids where they were computed before: whole, without start and end."""
     priorities: list[int] | None = None
@@ -84,7 +83,7 @@ class Examples(Protocol):
 class RecordSource(Source):
     """The records of a dataset directory, or others of its kind.
 
-    `precomputed` also reads the columns of token ids and word classes, where a record has them.
+    `precomputed` are the columns of token ids and word classes by their names in `clipkit.formats.manifest`.
     """
 
     def __init__(
@@ -92,12 +91,14 @@ class RecordSource(Source):
         examples: Examples,
         image_field: str = IMAGE_FIELD,
         text_field: str = TEXT_FIELD,
-        precomputed: bool = False,
+        precomputed: Mapping[str, str] | None = None,
     ) -> None:
         self.examples = examples
         self.image_field, self.text_field = image_field, text_field
+        precomputed = precomputed or {}
+        self.tokens, self.syntax = precomputed.get(TOKENS, ""), precomputed.get(SYNTAX, "")
         # Of a record's dozen columns only these are unpacked.
-        self.columns = (image_field, text_field, *((TOKENS, SYNTAX) if precomputed else ()))
+        self.columns = (image_field, text_field, *filter(None, (self.tokens, self.syntax)))
 
     def __repr__(self) -> str:
         return repr(self.examples)
@@ -132,8 +133,9 @@ class RecordSource(Source):
     def caption_image(self, image: bytes, columns: Mapping[str, list[Any]]) -> Pair | UserError:
         """The image with the caption that its record gives it."""
         text = columns.get(self.text_field)
-        caption = text[0].decode("utf-8", errors="replace") if text and isinstance(text[0], bytes) else ""
-        ids, priorities = columns.get(TOKENS), columns.get(SYNTAX)
+        found = [item.decode("utf-8", errors="replace") for item in text or () if isinstance(item, bytes)]
+        caption = found if len(found) > 1 else "".join(found)
+        ids, priorities = columns.get(self.tokens), columns.get(self.syntax)
         return Pair(image, caption, ids, priorities if ids else None)
 
 

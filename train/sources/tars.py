@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from clipkit.errors import UserError
+from clipkit.formats.captions import captions_of, merge_captions
 from clipkit.formats.dataset import ShardedRecords
 from clipkit.formats.records import RecordError
 from clipkit.formats.tar import index_tar
@@ -71,23 +72,32 @@ class TarSource(ShardedRecords, Source):
         data = self._read(record, shard, start + begin, start + end)
         if len(data) < end - begin:
             return RecordError(self._files.path(shard), start, "the file ends inside a record")
-        caption = data[text - begin : text - begin + text_bytes] if text else b""
-        if not text or caption == b"nan":  # img2dataset writes that where the metadata's caption is null
-            caption = self._caption(record, shard, start + meta, meta_bytes, caption)
-        return Pair(memoryview(data)[image - begin : image - begin + image_bytes], caption.decode("utf-8", "replace"))
-
-    def _caption(self, record: int, shard: int, start: int, size: int, otherwise: bytes) -> bytes:
-        """The caption that a sample's metadata give."""
-        try:
-            caption = json.loads(self._read(record, shard, start, start + size)).get("caption", "")
-        except (ValueError, AttributeError):
-            return otherwise
-        return otherwise if caption == "" else b"" if caption is None or caption != caption else str(caption).encode()
+        caption: bytes | list[str] = data[text - begin : text - begin + text_bytes] if text else b""
+        # img2dataset writes "nan" where the metadata's caption is null, and Python's repr of a list of captions.
+        if not text or caption == b"nan" or (caption[:1] in (b"[", b"{") and meta_bytes):
+            metadata = self._read(record, shard, start + meta, start + meta + meta_bytes)
+            caption = _captions(caption if text else None, metadata, self.key(record))
+        found = memoryview(data)[image - begin : image - begin + image_bytes]
+        if isinstance(caption, bytes):
+            return Pair(found, caption.decode("utf-8", "replace"))
+        return Pair(found, caption)
 
     def _read(self, record: int, shard: int, start: int, end: int) -> bytes:
         if self._blocks is None:
             return self._files.read(shard, start, end)
         return self._blocks.read(shard, self._block(record), start, end)
+
+
+def _captions(text: bytes | None, metadata: bytes, key: str) -> bytes | list[str]:
+    """The captions of a sample with metadata. Raises UserError for a struct."""
+    try:
+        columns = json.loads(metadata)
+    except (ValueError, RecursionError):
+        columns = None
+    if not isinstance(columns, dict):
+        return text or b""
+    found = captions_of(merge_captions(None if text is None else text.decode("utf-8", "replace"), columns), key)
+    return found if len(found) > 1 else "".join(found).encode("utf-8", "replace")
 
 
 def open_tars(

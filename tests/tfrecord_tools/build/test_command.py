@@ -74,7 +74,7 @@ def test_what_cannot_be_used_is_counted_by_reason_and_named(tmp_path):
         [
             pair(0),
             pair(1, txt="  \n"),
-            pair(2, json={"caption": None}),
+            pair(2, txt="nan", json={"caption": None}),
             pair(3, jpg=b"<html>gone</html>"),
             pair(4, jpg=b""),
             pair(5, jpg=picture(5)[:-9]),

@@ -140,11 +140,11 @@ def test_tokens_and_syntax_are_what_the_tokenizer_and_the_tagger_give(tmp_path):
     build(tmp_path, precompute=["syntax", "tokens"])
     found = examples(tmp_path / "out")
     ids = Tokenizer().encode(captions)
-    assert [example["tokens"] for example in found] == ids
-    assert [example["syntax"] for example in found] == Syntax(Tokenizer()).priorities(ids)
+    assert [example["clipkit_tokens"] for example in found] == ids
+    assert [example["clipkit_syntax"] for example in found] == Syntax(Tokenizer()).priorities(ids)
     assert read_manifest(tmp_path / "out" / "pairs" / "1.0.0")["train"].options == {"precompute": ["tokens", "syntax"]}
     features = open_dataset(tmp_path / "out").features
-    assert features["tokens"] == features["syntax"] == Feature("int", is_list=True)
+    assert features["clipkit_tokens"] == features["clipkit_syntax"] == Feature("int", is_list=True)
     with pytest.raises(UserError, match="can't precompute 'words': choose among tokens, syntax"):
         build(tmp_path, "other", precompute=["words"])
 
@@ -269,7 +269,9 @@ for split, info in builder.info.splits.items():
     assert len(read) == info.num_examples == sum(info.shard_lengths)
     result[split] = {
         "types": {name: [str(spec.dtype.name), len(spec.shape)] for name, spec in dataset.element_spec.items()},
-        "rows": [[plain(e["key"]), plain(e["tokens"]), plain(e["syntax"]), e["jpg"].shape[0]] for e in read],
+        "rows": [
+            [plain(e["key"]), plain(e["clipkit_tokens"]), plain(e["clipkit_syntax"]), e["jpg"].shape[0]] for e in read
+        ],
     }
 """
 
@@ -292,7 +294,7 @@ def test_tfds_reads_all_that_options_make(tmp_path):
     assert sum(len(part["rows"]) for part in read.values()) == 27
     tokenizer, syntax = Tokenizer(), Syntax(Tokenizer())
     for split, part in read.items():
-        assert part["types"]["tokens"] == part["types"]["syntax"] == ["int64", 1]
+        assert part["types"]["clipkit_tokens"] == part["types"]["clipkit_syntax"] == ["int64", 1]
         assert part["types"]["width"] == part["types"]["n"] == ["int64", 0]
         expected = []
         for example in examples(summary.path, split):
