@@ -72,15 +72,14 @@ class TarSource(ShardedRecords, Source):
         data = self._read(record, shard, start + begin, start + end)
         if len(data) < end - begin:
             return RecordError(self._files.path(shard), start, "the file ends inside a record")
-        caption: bytes | list[str] = data[text - begin : text - begin + text_bytes] if text else b""
+        stored = data[text - begin : text - begin + text_bytes] if text else b""
+        written = stored.decode("utf-8", "replace")
+        caption: str | list[str] = written
         # img2dataset writes "nan" where the metadata's caption is null, and Python's repr of a list of captions.
-        if not text or caption == b"nan" or (caption[:1] in (b"[", b"{") and meta_bytes):
+        if meta_bytes and (not text or stored == b"nan" or stored[:1] in (b"[", b"{")):
             metadata = self._read(record, shard, start + meta, start + meta + meta_bytes)
-            caption = _captions(caption if text else None, metadata, self.key(record))
-        found = memoryview(data)[image - begin : image - begin + image_bytes]
-        if isinstance(caption, bytes):
-            return Pair(found, caption.decode("utf-8", "replace"))
-        return Pair(found, caption)
+            caption = _captions(written if text else None, metadata, self.key(record))
+        return Pair(memoryview(data)[image - begin : image - begin + image_bytes], caption)
 
     def _read(self, record: int, shard: int, start: int, end: int) -> bytes:
         if self._blocks is None:
@@ -88,16 +87,16 @@ class TarSource(ShardedRecords, Source):
         return self._blocks.read(shard, self._block(record), start, end)
 
 
-def _captions(text: bytes | None, metadata: bytes, key: str) -> bytes | list[str]:
+def _captions(text: str | None, metadata: bytes, key: str) -> str | list[str]:
     """The captions of a sample with metadata. Raises UserError for a struct."""
     try:
         columns = json.loads(metadata)
     except (ValueError, RecursionError):
         columns = None
     if not isinstance(columns, dict):
-        return text or b""
-    found = captions_of(merge_captions(None if text is None else text.decode("utf-8", "replace"), columns), key)
-    return found if len(found) > 1 else "".join(found).encode("utf-8", "replace")
+        return text or ""
+    found = captions_of(merge_captions(text, columns), key)
+    return found if len(found) > 1 else "".join(found)
 
 
 def open_tars(
