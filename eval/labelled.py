@@ -38,6 +38,7 @@ class LabelledImages:
     """The images to classify. `labels_N` are places in `label_names`; `read()` yields the N encoded images in order."""
 
     path: Path
+    """Where they are, down to the split, and the label where it isn't `label`."""
     name: str
     """For results and file names: the data's name, its split where it has several, the label where it isn't `label`."""
     keys: list[str]
@@ -111,12 +112,17 @@ def from_parquet(path: Path, label: str) -> LabelledImages:
                     yield (cell.get("bytes") if isinstance(cell, dict) else cell) or b""
 
     keys = [str(row) for row in range(len(values))]
-    return LabelledImages(path, with_label(path.stem, label), keys, *labels, read)
+    return LabelledImages(path_of(path, label), with_label(path.stem, label), keys, *labels, read)
 
 
 def with_label(name: str, label: str) -> str:
     """A task's name: the label is part of it where it isn't the usual one."""
     return name if label == "label" else f"{name}-{label}"
+
+
+def path_of(path: Path, label: str) -> Path:
+    """Where a task's images are, the label with it where it isn't the usual one."""
+    return path if label == "label" else path / label
 
 
 def from_folder(path: Path, split: str | None, allow_empty_classes: bool = False) -> LabelledImages:
@@ -157,7 +163,7 @@ def from_folder(path: Path, split: str | None, allow_empty_classes: bool = False
                 yield ImageError(f"the file can't be read ({error.strerror})")
 
     return LabelledImages(
-        path,
+        root,
         name,
         [printable(f"{folder}/{file}") for folder, file in images],
         np.repeat(labels.labels_N, [len(each.images) for each in listings]),
@@ -213,7 +219,7 @@ def from_tfds(path: Path, label: str, split: str) -> LabelledImages:
 
     keys = [dataset.key(index) for index in range(dataset.num_records)]
     name = with_label(f"{dataset.name}-{dataset.split}", label)
-    return LabelledImages(path, name, keys, *labels, read)
+    return LabelledImages(path_of(dataset.path / dataset.split, label), name, keys, *labels, read)
 
 
 def tfds_splits(path: Path) -> list[str] | None:

@@ -9,6 +9,7 @@ import dataclasses
 import fcntl
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,7 +36,7 @@ class Result(Measure):
     samples_seen: int
     checkpoint: str
     hashes: dict[str, str] = field(default_factory=dict)
-    """Of the class names, templates, split (image ids and labels) and preprocessing."""
+    """Of the class names, templates, split (image ids, labels and the images themselves) and preprocessing."""
     templates: str = ""
     """The name the templates were asked for by."""
     unreadable: int = 0
@@ -66,16 +67,51 @@ def read_results(run: Path) -> list[Result]:
     ]
 
 
-def write_results(run: Path, results: Iterable[Result]) -> Path:
+def write_results(run: Path, results: Iterable[Result]) -> list[Result]:
     """Add results to `results.jsonl`, whole at all times; a repeated measurement replaces its older line.
 
-    Several processes may write into one run: each waits for its turn.
+    A task whose name other images have in this run gets the name of the folder in front that tells the two apart.
+    Returns the results as they were written. Several processes may write into one run: each waits for its turn.
     """
-    path = run / "results.jsonl"
     with results_lock(run):
-        lines = {result.identity: result for result in [*read_results(run), *results]}
-        write_json_lines(path, map(dataclasses.asdict, lines.values()))
-    return path
+        there = read_results(run)
+        named = [dataclasses.replace(result, task=distinct_name(result, there)) for result in results]
+        lines = {result.identity: result for result in [*there, *named]}
+        write_json_lines(run / "results.jsonl", map(dataclasses.asdict, lines.values()))
+    return named
+
+
+def distinct_name(result: Result, there: Sequence[Result]) -> str:
+    """The task's name, with a folder of its data in front for each other set of the run that has the same name."""
+    mine = Path(result.data).absolute()
+    others: dict[str, Path] = {}
+    earlier = ""
+    for each in there:
+        path = Path(each.data).absolute()
+        # The same path may hold other images today, and a copy elsewhere holds the same ones: both keep the name.
+        # Older results have the path without the split.
+        if not mine.is_relative_to(path) and each.hashes.get("split") != result.hashes.get("split"):
+            others[file_name(each.task)] = path
+        elif each.task.endswith(f"-{result.task}"):
+            earlier = each.task
+    name = result.task
+    if earlier and file_name(name) in others:
+        return earlier
+    while other := others.pop(file_name(name), None):
+        parts = zip(reversed(mine.parts), reversed(other.parts), strict=False)
+        differing = next((part for part, theirs in parts if part != theirs), result.hashes.get("split", "other")[:8])
+        name = f"{differing.removesuffix('.parquet')}-{name}"
+    return name
+
+
+def file_name(task: str) -> str:
+    """A task's name as a part of a file's name."""
+    return re.sub(r"[^\w.-]+", "-", task).strip("-.") or "task"
+
+
+def predictions_path(run: Path, task: str) -> Path:
+    """Where a task's guesses are."""
+    return run / f"predictions-{file_name(task)}.parquet"
 
 
 @contextlib.contextmanager
@@ -101,8 +137,8 @@ def verdict(result: Result) -> str:
     return ""
 
 
-def table(results: Sequence[Result]) -> "Table":
-    """The results of one task as a table for the screen, each beside chance."""
+def table(results: Sequence[Result], dash: str = "–") -> "Table":
+    """The results of one task as a table for the screen, each beside chance; `dash` is for intervals."""
     from rich.table import Table
 
     one = results[0]
@@ -116,7 +152,7 @@ def table(results: Sequence[Result]) -> "Table":
         cells = [
             METRICS.get(result.metric, result.metric),
             percent(result.value),
-            f"{percent(result.low)} – {percent(result.high)}",
+            f"{percent(result.low)} {dash} {percent(result.high)}",
             percent(result.chance),
             remark,
         ]

@@ -16,6 +16,7 @@ from clipkit.errors import UserError
 from clipkit.eval.classes import Classes, Prompts, Templates, check_pooling, name_classes, prompts, templates, tokenise
 from clipkit.eval.labelled import LabelledImages, open_labelled
 from clipkit.eval.results import digest
+from clipkit.formats.folders import printable
 from clipkit.pixels.images import ImageError, Preprocess, UInt8Array, decode, eval_transform
 from clipkit.text.tokenizer import Tokenizer
 
@@ -156,7 +157,7 @@ def open_task(
         )
     named = name_classes(images.label_names, data, classes, numbers=not images.named)
     task = Task(images, replace(named, pooling=check_pooling(pooling)), sentences)
-    task.name = name or images.name
+    task.name = printable(name or images.name)
     return task
 
 

@@ -6,7 +6,6 @@ they are tokenised once, sorted by length, and each batch is cut to its longest 
 pooled at the end token, so what stands behind that token can't change the embedding.
 """
 
-import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from clipkit.eval.classes import Prompts
 from clipkit.eval.metrics import largest_class, measure
 from clipkit.eval.results import Result
 from clipkit.eval.task import Task, hashes
+from clipkit.formats.folders import printable
 from clipkit.log import Progress
 from clipkit.pixels.images import Preprocess, normalise, thumbnail
 from clipkit.storage.files import require_writable
@@ -205,7 +205,7 @@ def zeroshot(
             **vars(measured),
             classes=len(task.classes),
             task=task.name,
-            data=str(task.images.path),
+            data=printable(str(task.images.path.absolute())),
             samples_seen=loaded.samples_seen,
             checkpoint=relative(loaded.path, run),
             hashes=task_hashes,
@@ -218,12 +218,15 @@ def zeroshot(
     if run is None:
         note(f"{loaded.path} isn't in a run's folder, so the numbers aren't written anywhere: give --out to keep them")
         return found
-    results.write_results(run, found)  # before the guesses, which may find no room
-    about = {"task": task.name, "samples_seen": loaded.samples_seen, "classes": len(task.classes)}
+    found = results.write_results(run, found)  # before the guesses, which may find no room
+    name = found[0].task
+    if name != task.name:
+        note(f"{run} has a task {task.name!r} of other images, so this one is {name!r}: choose with --name")
+    about = {"task": name, "samples_seen": loaded.samples_seen, "classes": len(task.classes)}
     results.write_predictions(
-        run / f"predictions-{file_name(task.name)}.parquet",
+        results.predictions_path(run, name),
         prediction_rows(task, guesses, pictures.images),
-        about={**about, "templates": task.templates.name},
+        about={**about, "data": found[0].data, "templates": task.templates.name},
     )
     return found
 
@@ -276,11 +279,6 @@ def relative(checkpoint: Path, run: Path | None) -> str:
     if run is not None and path.is_relative_to(run.resolve()):
         return path.relative_to(run.resolve()).as_posix()
     return str(path)
-
-
-def file_name(task: str) -> str:
-    """A task's name as a part of a file's name."""
-    return re.sub(r"[^\w.-]+", "-", task).strip("-.") or "task"
 
 
 def note(text: str) -> None:

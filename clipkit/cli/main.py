@@ -23,6 +23,7 @@ from clipkit.cli.options import (
     cache_folder,
     cache_gigabytes,
     device,
+    is_unicode,
     loader_workers,
     print_json,
 )
@@ -194,7 +195,7 @@ def zeroshot(
     else:
         from rich.console import Console
 
-        Console().print(table(found))
+        Console().print(table(found, "–" if is_unicode() else "-"))
 
 
 @main.command()

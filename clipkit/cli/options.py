@@ -1,6 +1,8 @@
 """What the commands share: types of arguments, options, one-line errors, JSON on stdout, and help in sections."""
 
+import io
 import json
+import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -37,6 +39,8 @@ class OneLineErrors(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the subcommand; UserError exits with 2, InternalError with 1."""
+        if isinstance(sys.stdout, io.TextIOWrapper):  # what stdout's encoding lacks must not end the work of hours
+            sys.stdout.reconfigure(errors="backslashreplace")
         try:
             return super().invoke(ctx)
         except UserError as error:
@@ -90,8 +94,13 @@ def fail(message: str, code: int) -> NoReturn:
 
 
 def print_json(value: Any) -> None:
-    """One line of JSON on stdout, for scripts."""
-    click.echo(json.dumps(value, ensure_ascii=False))
+    """One line of JSON on stdout, for scripts; in ASCII where stdout isn't UTF-8."""
+    click.echo(json.dumps(value, ensure_ascii=not is_unicode()))
+
+
+def is_unicode() -> bool:
+    """Whether stdout takes all characters."""
+    return (sys.stdout.encoding or "").lower().replace("-", "").startswith("utf")
 
 
 def print_summary(summary: Any, as_json: bool) -> None:

@@ -26,8 +26,8 @@ def result(value: float = 0.5, *, n: int = 1000, chance: float = 0.001, **change
 
 
 def test_lines_hold_what_the_design_asks_for(tmp_path: Path) -> None:
-    path = results.write_results(tmp_path / "run", [result()])
-    line = json.loads(path.read_text(encoding="utf-8"))
+    assert results.write_results(tmp_path / "run", [result()]) == [result()]
+    line = json.loads((tmp_path / "run" / "results.jsonl").read_text(encoding="utf-8"))
     assert set(line) >= {
         "metric",
         "value",
@@ -59,6 +59,34 @@ def test_another_measurement_is_added(tmp_path: Path, change: dict[str, object])
     results.write_results(tmp_path, [result(0.5)])
     results.write_results(tmp_path, [result(0.6, **change)])
     assert [each.value for each in results.read_results(tmp_path)] == [0.5, 0.6]
+
+
+@pytest.mark.parametrize(
+    ("data", "name"),
+    [
+        (["noise/3", "blur/3", "noise/1/3"], ["3", "blur-3", "1-3"]),
+        (["a/test.parquet", "b/test.parquet"], ["test", "b-test"]),
+        (["a/x/test", "b/x/test", "a/y/test"], ["test", "b-test", "y-test"]),
+        (["a.parquet", "b.parquet"], ["test", "b-test"]),
+        (["x/shapes/1.0.0", "y/shapes/1.0.0"], ["shapes", "y-shapes"]),
+        (["a/t est", "b/t-est"], ["t est", "t-est-t-est"]),
+    ],
+)
+def test_two_sets_of_one_name_are_both_kept(tmp_path: Path, data: list[str], name: list[str]) -> None:
+    def line(place: int, **changes: object) -> Result:
+        own = {"data": str(tmp_path / data[place]), "hashes": HASHES | {"split": f"split {place}"}}
+        asked = "t-est" if data[place] == "b/t-est" else name[0]
+        return result(place / 10, task=asked, **(own | changes))
+
+    for _ in range(2):  # the second time each replaces its own line
+        written = [results.write_results(tmp_path / "run", [line(place)])[0] for place in range(len(data))]
+        assert [each.task for each in written] == name
+        assert results.read_results(tmp_path / "run") == written
+    # A copy is the same set, and so is the same path with other images in it.
+    copy = line(0, data=str(tmp_path / "copy"))
+    assert results.write_results(tmp_path / "run", [copy])[0].task == name[0]
+    changed = line(1, hashes=HASHES | {"split": "changed"})
+    assert results.write_results(tmp_path / "run", [changed])[0].task == name[1]
 
 
 def test_no_results_yet_and_foreign_lines(tmp_path: Path) -> None:

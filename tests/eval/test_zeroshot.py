@@ -3,6 +3,8 @@
 import dataclasses
 import io
 import json
+import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from open_clip.transform import image_transform
 from PIL import Image
 
 from clipkit import checkpoint, embedded
+from clipkit.cli.main import main
 from clipkit.device import pick
 from clipkit.errors import UserError
 from clipkit.eval import results
@@ -339,6 +342,80 @@ def test_other_templates_are_another_result(run: Path, emoji: Path) -> None:
     )
     assert len(results.read_results(run)) == 6
     assert {name for name in first.hashes if first.hashes[name] != second.hashes[name]} == {"templates"}
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "ascii", "utf-8"])
+def test_names_and_outputs_of_any_encoding(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, encoding: str
+) -> None:
+    """Folders, files and classes that aren't UTF-8, on a terminal that can't show them: the number isn't lost."""
+    data = Path(os.fsdecode(bytes(tmp_path) + "/中 caf".encode() + b"\xe9"))
+    for name in (b"na\xefve/1.png", "größe/日\u0301.png".encode()):
+        path = data / os.fsdecode(name)
+        path.parent.mkdir(parents=True)
+        path.write_bytes(png())
+    command = ["zeroshot", "--ckpt", run, "--data", data, "--templates", "plain", "--device", "cpu"]
+    for options in ([], ["--json"]):
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding))
+        main([*map(str, command), *options], standalone_mode=False)
+        sys.stdout.flush()
+        shown = sys.stdout.buffer.getvalue().decode(encoding)
+        if not options:
+            assert ("–" in shown) == (encoding == "utf-8")
+            assert "top-1" in shown
+        else:
+            assert json.loads(shown.splitlines()[0])["task"] == r"中 caf\xe9"
+    assert len(results.read_results(run)) == 2
+    rows, _ = results.read_predictions(results.predictions_path(run, r"中 caf\xe9"))
+    assert [row["key"] for row in rows] == ["größe/日\u0301.png", r"na\xefve/1.png"]
+    assert [row["label"] for row in rows] == ["größe", r"na\xefve"]
+
+
+@pytest.mark.parametrize("kind", ["folders", "parquet", "one name asked for"])
+def test_two_sets_of_one_name_keep_their_numbers_and_guesses(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    """ImageNet-C's layout: the same keys and labels, other images."""
+    asked = "test" if kind == "one name asked for" else None
+    for place, corruption in enumerate(("noise", "blur")):
+        images = [png((40 * place + 9 * number, 0, 0)) for number in range(4)]
+        data = tmp_path / corruption / "3"
+        for number, image in enumerate(images):
+            (data / "ab"[number % 2]).mkdir(parents=True, exist_ok=True)
+            (data / "ab"[number % 2] / f"{number}.png").write_bytes(image)
+        if kind == "parquet":
+            data = write_parquet(tmp_path / corruption / "3.parquet", image=images, label=["a", "b"] * 2)
+        zeroshot(run, open_task(data, templates_name="plain", name=asked), device="cpu")
+    name = asked or "3"
+    noise, blur = (each for each in results.read_results(run) if each.metric == "top1")
+    assert (noise.task, blur.task) == (name, f"blur-{name}")
+    assert {key for key in noise.hashes if noise.hashes[key] != blur.hashes[key]} == {"split"}
+    assert f"has a task {name!r} of other images, so this one is 'blur-{name}'" in capsys.readouterr().err
+    for each in (noise, blur):
+        rows, about = results.read_predictions(results.predictions_path(run, each.task))
+        assert about["data"] == each.data
+        assert len(rows) == 4
+
+
+def test_two_splits_of_one_name_are_both_kept(run: Path, tmp_path: Path) -> None:
+    for place, split in enumerate(("train", "val")):
+        for label in "ab":
+            (tmp_path / "set" / split / label).mkdir(parents=True)
+            (tmp_path / "set" / split / label / "1.png").write_bytes(png((place, 0, 0)))
+        zeroshot(run, open_task(tmp_path / "set", templates_name="plain", split=split, name="t"), device="cpu")
+    assert {each.task for each in results.read_results(run)} == {"t", "val-t"}
+    assert len(list(run.glob("predictions-*"))) == 2
+
+
+def test_the_hash_of_a_split_covers_each_byte(run: Path, tmp_path: Path) -> None:
+    hashes = set()
+    for place in range(3):
+        image = bytearray(png())
+        if place:
+            image += bytes([0, place])  # behind the end mark: the same pixels
+        data = write_parquet(tmp_path / "d.parquet", image=[bytes(image), png()], label=["a", "b"])
+        hashes.add(zeroshot(run, open_task(data, templates_name="plain"), device="cpu")[0].hashes["split"])
+    assert len(hashes) == 3
 
 
 def test_outside_of_a_run_nothing_is_written(
