@@ -21,18 +21,22 @@ import torch
 from clipkit import __version__, checkpoint
 from clipkit.config import differences, to_json
 from clipkit.device import Device, pick
-from clipkit.errors import UserError
+from clipkit.errors import UserError, one_line
 from clipkit.eval.zeroshot import Task, evaluate
-from clipkit.log import MetricsWriter, Progress, Writer, forget_metrics_after
+from clipkit.log import MetricsWriter, Progress, Writer, forget_metrics_after, read_metrics
 from clipkit.model.clip import CLIP, build, load_state
+from clipkit.pixels.images import Preprocess
 from clipkit.storage.files import clear_leftovers, lock, write_json
 from clipkit.text.tokenizer import Tokenizer
 from clipkit.train.loader.loader import batches
 from clipkit.train.recipes import Recipe, Stage, check_recipe, loader_config, model_at, preprocess_at
 from clipkit.train.sources.open import CACHE_GB, Data, open_source
 from clipkit.train.step import learning_rate_at, make_optimizer, train_step
-from clipkit.train.stopping import Stop, stop_on_signal, until_stopped
+from clipkit.train.stopping import Stop, StopNowError, stop_on_signal, until_stopped
 from clipkit.train.stopwatch import Stopwatch
+
+# What an evaluation may raise for its data, or for want of memory.
+EVALUATION_ERRORS = (UserError, OSError, RuntimeError, ValueError, LookupError, MemoryError)
 
 
 @dataclass
@@ -53,6 +57,8 @@ class Run:
     bad_reasons: dict[str, str] = field(default_factory=dict)
     """The records that couldn't be used and were reported, with the reasons."""
     saved_at: float = 0.0
+    evaluation_missing: bool = False
+    """A signal came in the way of the latest evaluation; a resumed run makes it."""
 
 
 @dataclass(frozen=True)
@@ -101,9 +107,9 @@ def train(
     """Train `recipe` on `data`, into the run's folder. `data`, `cache` and `cache_gb` are as in `open_source`.
 
     `resume` goes on from the newest checkpoint in `folder`, where there is one. `init` takes the weights of another
-    checkpoint to begin with. `task` is evaluated at the recipe's cadence and at the end of each stage. SIGTERM and
-    Ctrl-C save a checkpoint and return. Raises UserError for whatever stands in the way before the first step, and when
-    the loss isn't finite any more.
+    checkpoint to begin with. `task` is evaluated at the recipe's cadence and at the end of each stage; where that
+    fails, the run says so and goes on. The signals of `stopping` save a checkpoint and return. Raises UserError for
+    whatever stands in the way before the first step, and when the loss isn't finite any more.
     """
     # ---- Check what can be checked before any work ------------------------------------------------------------------
     found = open_source(data, cache=cache, cache_gb=cache_gb, block_size=recipe.block_size)
@@ -144,6 +150,12 @@ def train(
             run.samples_seen, run.seconds = start.samples_seen, float(start.state["seconds"])
             run.bad_samples = int(start.state["bad_samples"])
         stack.enter_context(stop_on_signal(stop))
+        if start:
+            if run.task and is_evaluation_missing(run, start):
+                at_start = checkpoint.build_model(start).to(device.torch_device)
+                evaluate_now(run, start.state["stage"], at_start, start.preprocess)
+                del at_start
+            (run.stop.agreed,) = device.agree(stop.asked)
 
         # ---- The stages: each begins with the weights of the one before, and a fresh optimizer ---------------------
         loss, stage_start = math.nan, 0
@@ -161,7 +173,7 @@ def train(
                 loss = run_stage(run, stage, stage_start, model, optimizer)
                 tensors = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
             stage_start = stage_end
-    finished = run.samples_seen >= stage_start
+    finished = run.samples_seen >= stage_start and not run.evaluation_missing
     newest = checkpoint.latest(folder)
     return Summary(
         folder, newest, run.samples_seen, run.seconds, loss, finished, device.is_first, stop.signal, run.bad_samples
@@ -232,24 +244,20 @@ def run_stage(run: Run, stage: Stage, stage_start: int, model: CLIP, optimizer: 
                 progress.update(run.samples_seen - stage_start, f"loss {loss:.3f} · {waits}")
                 watch.restart(run.samples_seen)
 
-            # ---- Evaluate, then save: a run that is killed in between evaluates again --------------------------------
+            # ---- Save, then evaluate: nothing that happens in an evaluation costs what was learned -------------------
             with watch.paused():
                 must_evaluate = is_end or is_due(cadence.evaluate_samples, before, run.samples_seen)
-                if run.task and must_evaluate and (is_end or not run.stop.agreed):
-                    prepared = preprocess_at(recipe, stage)
-                    found = evaluate(model, Tokenizer(), prepared, run.task, device, precision=recipe.precision)
-                    run.writer.write({"samples_seen": run.samples_seen, "stage": stage.name, **dict(found)})
-                if is_end or run.stop.agreed or must_save:
+                if is_end or must_save or (run.task and must_evaluate):
                     save(run, stage, model, optimizer, step_loss + grad_norm)
-                if is_end or run.stop.agreed or must_save or must_evaluate:
-                    device.barrier()
+                if must_evaluate:
+                    evaluate_now(run, stage.name, model, preprocess_at(recipe, stage))
+                if is_end or must_save or must_evaluate:
+                    (run.stop.agreed,) = device.agree(run.stop.asked)  # all wait here for the first rank
             if run.stop.agreed:
                 break
-        else:
-            # Stopped while waiting: the steps since the last checkpoint, where there were any, are saved.
-            place = checkpoint.folder_of(run.folder, run.samples_seen)
-            if run.stop.agreed and run.samples_seen - stage_start > start and not place.exists():
-                save(run, stage, model, optimizer, step_loss + grad_norm)
+    if run.stop.agreed and run.samples_seen > stage_start + start:
+        save(run, stage, model, optimizer, step_loss + grad_norm)
+        device.barrier()
     return loss
 
 
@@ -267,17 +275,48 @@ def is_checkpoint_due(run: Run, before: int) -> bool:
     return by_clock or is_due(cadence.checkpoint_samples, before, run.samples_seen)
 
 
+def is_evaluation_missing(run: Run, start: checkpoint.Checkpoint) -> bool:
+    """Whether the run was to evaluate the checkpoint that it goes on from, and didn't come to it."""
+    seen, stage_start = start.samples_seen, 0
+    for stage in run.recipe.stages:
+        stage_end = stage_start + stage.samples
+        if stage_start < seen <= stage_end:
+            is_asked = seen == stage_end or is_due(run.recipe.cadence.evaluate_samples, seen - stage.batch_size, seen)
+            lines = [line for line in read_metrics(run.folder) if line["samples_seen"] == seen]
+            return is_asked and not any("/" in name for line in lines for name in line)  # task/metric
+        stage_start = stage_end
+    return False
+
+
+def evaluate_now(run: Run, stage: str, model: CLIP, preprocess: Preprocess) -> None:
+    """Write the numbers of the run's task, if it has one. Where it fails that is reported, and training goes on."""
+    if run.task is None:
+        return
+    place: dict[str, float | int | str] = {"samples_seen": run.samples_seen, "stage": stage}
+    try:
+        with run.stop.while_evaluating():
+            found = dict(evaluate(model, Tokenizer(), preprocess, run.task, run.device, precision=run.recipe.precision))
+        run.writer.write({**place, **found})
+    except StopNowError:
+        run.evaluation_missing = True
+    except EVALUATION_ERRORS as error:
+        reason = one_line(error)
+        print(f"Warning: no evaluation at {run.samples_seen:,} samples, training goes on: {reason}", file=sys.stderr)
+        run.writer.write({**place, "evaluation_error": reason})
+
+
 def save(run: Run, stage: Stage, model: CLIP, optimizer: torch.optim.Optimizer, health: torch.Tensor) -> None:
     """Write the checkpoint of now. `health` is a scalar that isn't finite when the last step has ruined the weights:
     then UserError is raised, and nothing is saved.
     """
     run.saved_at = time.monotonic()
-    if not run.device.is_first:
+    folder = checkpoint.folder_of(run.folder, run.samples_seen)
+    if not run.device.is_first or folder.exists():
         return
     if not torch.isfinite(health).item():
         raise UserError(broken(run, "the loss or its gradient isn't finite"))
     checkpoint.save(
-        checkpoint.folder_of(run.folder, run.samples_seen),
+        folder,
         tensors={name: tensor.detach().cpu() for name, tensor in model.state_dict().items()},
         optimizer=checkpoint.optimizer_tensors(model, optimizer),
         config=checkpoint.describe(model_at(run.recipe, stage), preprocess_at(run.recipe, stage), run.recipe),

@@ -1,7 +1,8 @@
-"""How a training run ends in good order: by Ctrl-C, or by the SIGTERM of a scheduler.
+"""How a training run ends in good order: by Ctrl-C, a closed terminal, or the signals of a scheduler.
 
 A signal asks for a stop after the step under way, since all ranks have to stop at the same step to save a checkpoint.
-A process that is the only one of its run may stop at once where it waits for data, which may never come.
+It ends an evaluation at once, as that can take longer than a scheduler waits, and a resumed run makes it again. A
+process that is the only one of its run may also stop at once where it waits for data, which may never come.
 """
 
 import contextlib
@@ -12,6 +13,9 @@ from dataclasses import dataclass
 from types import FrameType
 
 from clipkit.train.loader.loader import Batch
+
+# SIGUSR1 is what schedulers are asked to send some time before the end (SLURM: --signal=USR1@120).
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
 @dataclass
@@ -26,32 +30,48 @@ class Stop:
     """All processes are to stop now."""
     waiting: bool = False
     """This process waits for data."""
+    evaluating: bool = False
 
     @property
     def asked(self) -> bool:
         """Whether this process got a signal."""
         return self.signal is not None
 
+    @contextlib.contextmanager
+    def while_evaluating(self) -> Iterator[None]:
+        """Leave the block by StopNowError when a signal comes, or has come."""
+        self.evaluating = True
+        try:
+            if self.asked:
+                raise StopNowError
+            yield
+        finally:
+            self.evaluating = False
 
-class StopWaitingError(Exception):
-    """A signal came while data were waited for."""
+
+class StopNowError(BaseException):
+    """A signal came while data were waited for, or in an evaluation. Nothing in between is to catch it."""
 
 
 @contextlib.contextmanager
 def stop_on_signal(stop: Stop) -> Iterator[None]:
-    """SIGTERM and Ctrl-C ask for a stop; a second Ctrl-C interrupts at once. Does nothing outside the main thread."""
+    """SIGNALS ask for a stop; a second Ctrl-C interrupts at once. Does nothing outside the main thread.
+
+    A SIGHUP that is ignored stays so: `nohup` is there to outlive the terminal.
+    """
 
     def ask(number: int, frame: FrameType | None) -> None:
         if stop.asked and number == signal.SIGINT:
             raise KeyboardInterrupt
         stop.signal = stop.signal or number
-        if stop.waiting and stop.only_process:
-            raise StopWaitingError
+        if stop.evaluating or (stop.waiting and stop.only_process):
+            raise StopNowError
 
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else set()
+    before = {number: signal.signal(number, ask) for number in SIGNALS if number not in ignored}
     try:
         yield
     finally:
@@ -67,10 +87,10 @@ def until_stopped(stop: Stop, loader: Iterator[Batch]) -> Iterator[Batch]:
         try:
             stop.waiting = True
             if stop.asked and stop.only_process:  # while evaluating or saving: data may stall as well then
-                raise StopWaitingError
+                raise StopNowError
             batch = next(loader, None)
             stop.waiting = False
-        except StopWaitingError:
+        except StopNowError:
             stop.waiting, stop.agreed = False, True
             return
         if batch is None:

@@ -81,7 +81,8 @@ def train(
 
     --data is a dataset folder (of build-tfds, or ImageNet), or a folder of webdataset tars, of parquet files with
     images, or of images with a table; local, or in a store such as s3://. The run's folder gets checkpoints,
-    metrics.jsonl and TensorBoard files. Under `torchrun` each process takes its part of each batch.
+    metrics.jsonl and TensorBoard files. Under `torchrun` each process takes its part of each batch. Ctrl-C and the
+    signals TERM, HUP and USR1 save a checkpoint and end the run; --resume goes on from there.
     """
     from clipkit.config import set_values
     from clipkit.eval.task import open_task

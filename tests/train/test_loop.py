@@ -7,8 +7,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 
+import pyarrow as pa
 import pytest
 import torch
 from colour_pairs import pairs, write_tar
@@ -22,6 +24,7 @@ from clipkit.tfrecord_tools.build.command import build_tfds
 from clipkit.train import loop
 from clipkit.train.loop import is_due, train
 from clipkit.train.recipes import debug
+from clipkit.train.stopping import SIGNALS
 
 
 def weights(run):
@@ -113,18 +116,19 @@ def test_a_real_sigkill_loses_nothing(unbroken, pairs_dataset, tmp_path):
     assert_same_weights(tmp_path, unbroken)
 
 
-def test_sigterm_saves_and_the_run_goes_on_from_there(unbroken, pairs_dataset, tmp_path, monkeypatch):
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_saves_and_the_run_goes_on_from_there(unbroken, pairs_dataset, tmp_path, monkeypatch, number):
     real, taken = loop.train_step, []
 
     def step(*arguments):
         taken.append(None)
         if len(taken) == 5:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
         return real(*arguments)
 
     monkeypatch.setattr(loop, "train_step", step)
     stopped = train(debug(), pairs_dataset, tmp_path, device_name="cpu", workers=1)
-    assert (stopped.finished, stopped.samples_seen, stopped.signal) == (False, 5 * 16, signal.SIGTERM)
+    assert (stopped.finished, stopped.samples_seen, stopped.signal) == (False, 5 * 16, number)
     assert checkpoint.load(tmp_path).samples_seen == 5 * 16
     train(debug(), pairs_dataset, tmp_path, device_name="cpu", resume=True, workers=1)
     assert_same_weights(tmp_path, unbroken)
@@ -212,7 +216,7 @@ def test_another_dataset_is_not_resumed(unbroken, tmp_path):
 
 
 def test_an_evaluation_is_never_lost_to_a_kill(pairs_dataset, tmp_path, monkeypatch):
-    """Killed between evaluating and saving, a run evaluates again; killed before, it still evaluates."""
+    """Killed in an evaluation, a run that goes on from the checkpoint that was saved before makes it again."""
     taken = []
 
     def evaluation(*arguments, precision):
@@ -229,6 +233,76 @@ def test_an_evaluation_is_never_lost_to_a_kill(pairs_dataset, tmp_path, monkeypa
     train(recipe, pairs_dataset, tmp_path, device_name="cpu", workers=1, task=object(), resume=True)
     evaluated = [line["samples_seen"] for line in read_metrics(tmp_path) if "colours/top1" in line]
     assert evaluated == [64, 128, 192, 256, 320]
+
+
+@pytest.mark.parametrize(("number", "place"), list(zip(SIGNALS, (1, 2, 3, 5), strict=True)))
+def test_an_evaluation_is_interrupted_and_made_again(pairs_dataset, unbroken, tmp_path, monkeypatch, number, place):
+    taken = []
+
+    def evaluation(*arguments, precision):
+        taken.append(None)
+        if len(taken) == place:
+            os.kill(os.getpid(), number)
+            time.sleep(60)
+        yield "colours/top1", 0.5
+
+    monkeypatch.setattr(loop, "evaluate", evaluation)
+    recipe = set_values(debug(), ["cadence.evaluate_samples=64", "cadence.checkpoint_samples=1000000"])
+    options = {"device_name": "cpu", "workers": 1, "task": object()}
+    began = time.monotonic()
+    stopped = train(recipe, pairs_dataset, tmp_path, **options)
+    assert time.monotonic() - began < 30
+    assert (stopped.finished, stopped.samples_seen, stopped.signal) == (False, 64 * place, number)
+    assert checkpoint.load(tmp_path).samples_seen == 64 * place
+    assert train(recipe, pairs_dataset, tmp_path, **options, resume=True).finished
+    evaluated = [line["samples_seen"] for line in read_metrics(tmp_path) if "colours/top1" in line]
+    assert evaluated == [64, 128, 192, 256, 320]
+    assert_same_weights(tmp_path, unbroken)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        UserError("4 of 52 images can't be read"),
+        FileNotFoundError(2, "No such file", "set"),
+        pa.ArrowInvalid("cut"),
+        torch.OutOfMemoryError("no memory"),
+        MemoryError(),
+        KeyError("image"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_an_evaluation_that_fails_is_reported_and_costs_nothing(
+    pairs_dataset, unbroken, tmp_path, monkeypatch, capsys, error
+):
+    seen = []
+
+    def evaluation(*arguments, precision):
+        seen.append(int(checkpoint.latest(tmp_path).name))
+        if len(seen) == 2:
+            raise error
+        yield "colours/top1", 0.5
+
+    monkeypatch.setattr(loop, "evaluate", evaluation)
+    recipe = set_values(debug(), ["cadence.evaluate_samples=80", "cadence.checkpoint_samples=1000000"])
+    summary = train(recipe, pairs_dataset, tmp_path, device_name="cpu", workers=1, task=object())
+    assert summary.finished
+    assert seen == [80, 160, 192, 240, 320]  # saved before each of them
+    assert_same_weights(tmp_path, unbroken)
+    (line,) = [line for line in read_metrics(tmp_path) if "evaluation_error" in line]
+    assert (line["samples_seen"], line["stage"]) == (160, "reduced")
+    warning = f"Warning: no evaluation at 160 samples, training goes on: {line['evaluation_error']}"
+    assert warning in capsys.readouterr().err.splitlines()
+
+
+def test_an_evaluation_is_asked_for_of_a_run_that_had_none(pairs_dataset, unbroken, tmp_path, monkeypatch):
+    """A run that is finished, but for the evaluation at its end, evaluates and doesn't train."""
+    run = shutil.copytree(unbroken, tmp_path / "run")
+    monkeypatch.setattr(loop, "evaluate", lambda *arguments, precision: [("colours/top1", 0.5)])
+    monkeypatch.setattr(loop, "train_step", None)
+    for _ in range(2):
+        assert train(debug(), pairs_dataset, run, device_name="cpu", workers=1, task=object(), resume=True).finished
+    assert [line["samples_seen"] for line in read_metrics(run) if "colours/top1" in line] == [320]
 
 
 def test_weights_that_a_step_ruined_are_not_saved(pairs_dataset, tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from clipkit.train.stopping import Stop, stop_on_signal, until_stopped
+from clipkit.train.stopping import SIGNALS, Stop, StopNowError, stop_on_signal, until_stopped
 
 
 def endless(stalls: bool) -> Iterator[Any]:
@@ -20,7 +20,7 @@ def endless(stalls: bool) -> Iterator[Any]:
     yield from "cdefg"
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_ends_the_wait_for_data(number: int) -> None:
     stop = Stop(only_process=True)
     began = time.monotonic()
@@ -72,3 +72,30 @@ def test_nothing_is_handled_outside_the_main_thread() -> None:
     thread.start()
     thread.join()
     assert seen == [signal.getsignal(signal.SIGTERM)]
+
+
+@pytest.mark.parametrize("only_process", [True, False])
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_ends_an_evaluation(number: int, only_process: bool) -> None:
+    stop = Stop(only_process)
+    began = time.monotonic()
+    with stop_on_signal(stop):
+        with pytest.raises(StopNowError), stop.while_evaluating():
+            threading.Timer(0.1, os.kill, (os.getpid(), number)).start()
+            time.sleep(60)
+        with pytest.raises(StopNowError), stop.while_evaluating():
+            raise AssertionError("no other evaluation begins")
+    assert (stop.signal, stop.evaluating) == (number, False)
+    assert time.monotonic() - began < 30
+
+
+def test_a_run_under_nohup_outlives_its_terminal() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        stop = Stop(only_process=True)
+        with stop_on_signal(stop):
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stop.asked
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)

@@ -210,8 +210,10 @@ def serve() -> None:
 
     warnings.filterwarnings("ignore", module=r"PIL\.")  # of EXIF blocks, which nobody here wants to read
 
-    # Ctrl-C reaches the whole group; the trainer decides what it means, and its end closes our stdin.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Ctrl-C and a scheduler's signals reach the whole group; the trainer decides what they mean, and its end closes
+    # our stdin.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
     cv2.setNumThreads(0)
     orders, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever a library prints must not get among the answers
