@@ -7,6 +7,7 @@ gives Pillow's pixels; all else through Pillow. Pixels are uint8 until they are 
 """
 
 import io
+import math
 import struct
 import sys
 from collections.abc import Iterator
@@ -33,6 +34,8 @@ Data = bytes | memoryview
 MAX_PIXELS = 80_000_000
 # What Pillow decoded is made RGB in strips of so many pixels.
 STRIP_PIXELS = 2_000_000
+# What evaluation resizes as a whole is no longer, in multiples of the shorter side.
+LONGEST_RESIZED = 64
 # Only formats of pictures: Pillow would also start other programs (EPS) or read scientific files.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "ICO")
 
@@ -322,6 +325,9 @@ def eval_transform(
 ) -> UInt8Array:
     """uint8[size, size, 3] as OpenCLIP evaluates it, bit for bit: Pillow's antialiased resize, then the centre.
 
+    Of a strip longer than LONGEST_RESIZED to 1 only the part is resized that becomes the centre: 1 x 60,000 pixels
+    would take gigabytes. That differs by the rounding between the two passes.
+
     Raises UserError for an unknown interpolation or resize mode.
     """
     filters = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
@@ -336,11 +342,28 @@ def eval_transform(
         target = size, int(size * height / width)
     else:
         target = int(size * width / height), size
+    left, top = round((target[0] - size) / 2), round((target[1] - size) / 2)
+    if max(target) > LONGEST_RESIZED * size:
+        return middle_of_strip(image, size, target, filters[interpolation])
     pixels = Image.fromarray(image)
     if target != (width, height):
         pixels = pixels.resize(target, filters[interpolation])
-    left, top = round((target[0] - size) / 2), round((target[1] - size) / 2)
     return np.asarray(pixels)[top : top + size, left : left + size]
+
+
+def middle_of_strip(image: UInt8Array, size: int, target: tuple[int, int], by: Image.Resampling) -> UInt8Array:
+    """What `eval_transform` makes of a long strip that would be resized to `target`."""
+    is_tall = target[1] > target[0]
+    length, longer = (image.shape[0], target[1]) if is_tall else (image.shape[1], target[0])
+    scale, begin = length / longer, round((longer - size) / 2)
+    reach = math.ceil(2 * max(scale, 1)) + 1  # of the filter
+    first, last = max(0, int(begin * scale) - reach), min(length, math.ceil((begin + size) * scale) + reach)
+    low, high = begin * scale - first, min((begin + size) * scale, length) - first
+    pixels = Image.fromarray(image[first:last] if is_tall else image[:, first:last])
+    if is_tall and scale < 1:  # Pillow would begin with the columns here, but begins with the rows of the whole
+        pixels = pixels.resize((size, last - first), by)
+    box = (0, low, pixels.width, high) if is_tall else (low, 0, high, pixels.height)
+    return np.asarray(pixels.resize((size, size), by, box))
 
 
 def normalise(

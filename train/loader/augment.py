@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from clipkit.counter_rng import uniform
 from clipkit.errors import UserError
-from clipkit.pixels.images import Data, UInt8Array, decode_scaled
+from clipkit.pixels.images import Data, ImageError, UInt8Array, decode_scaled
 from clipkit.train.loader.crop import random_resized_crop, shrink
 
 # Streams of random numbers, each for one use (see counter_rng).
@@ -27,6 +27,9 @@ LUMA = (0.299, 0.587, 0.114)
 # Brightness and two colour axes (NTSC): saturation scales the colour plane, hue turns it.
 RGB_TO_YIQ = np.array([LUMA, (0.596, -0.274, -0.322), (0.211, -0.523, 0.312)])
 YIQ_TO_RGB = np.linalg.inv(RGB_TO_YIQ)
+
+# OpenCV's limit.
+LONGEST_WARPED = (1 << 15) - 2
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -133,10 +136,17 @@ def cut(
 
 
 def warpable(data: Data, size: int) -> UInt8Array:
-    """An image decoded for `warp`, which takes the same pixels each time: two to three times the size of the output."""
+    """An image decoded for `warp`, which takes the same pixels each time: two to three times the size of the output.
+
+    Raises ImageError, for a strip that OpenCV can't warp too.
+    """
     image = decode_scaled(data, 2 * size, 2 * size)
     # Beyond three times the size, bilinear sampling would skip pixels.
-    return shrink(image, 2 * size) if min(image.shape[:2]) > 3 * size else image
+    image = shrink(image, 2 * size) if min(image.shape[:2]) > 3 * size else image
+    height, width = image.shape[:2]
+    if max(height, width) > LONGEST_WARPED:
+        raise ImageError(f"{width} x {height} pixels are longer than the {LONGEST_WARPED:,} that can be warped")
+    return image
 
 
 def warp(

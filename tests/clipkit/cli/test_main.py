@@ -27,8 +27,8 @@ OPTIONS = {
     "train": "--data --recipe --out --device --set --resume --init --workers --cache --cache-gb --eval-data "
     "--eval-label --eval-templates --eval-classes --json",
     "verify": "path --decode --workers --engine --json",
-    "zeroshot": "--ckpt --data --templates --label --classes --pooling --split --name "
-    "--batch-size --device --out --json",
+    "zeroshot": "--ckpt --data --templates --label --classes --pooling --split "
+    "--allow-empty-classes --name --batch-size --device --out --json",
 }
 
 

@@ -2,6 +2,8 @@
 
 import io
 import struct
+import subprocess
+import sys
 import zlib
 
 import numpy as np
@@ -280,3 +282,44 @@ def test_evaluation_pixels_equal_openclip(height: int, width: int, resize_mode: 
     pixels = eval_transform(image, 64, interpolation, resize_mode)
     found_BCHW = normalise(torch.from_numpy(pixels.copy())[None], CLIP_MEAN, CLIP_STD)
     assert torch.equal(found_BCHW[0], expected_CHW)
+
+
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+@pytest.mark.parametrize(("shorter", "longer", "size"), [(1, 100, 32), (20, 700, 64), (50, 4000, 224), (90, 2000, 32)])
+@pytest.mark.parametrize("is_tall", [True, False])
+def test_the_middle_of_a_strip_is_that_of_the_whole(
+    shorter: int, longer: int, size: int, interpolation: str, is_tall: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = np.asarray(Image.fromarray(picture(48, 48)).resize((longer, shorter)))
+    image = np.ascontiguousarray(image.transpose(1, 0, 2)) if is_tall else image
+    cut = images.eval_transform(image, size, interpolation)
+    monkeypatch.setattr(images, "LONGEST_RESIZED", float("inf"))
+    whole = images.eval_transform(image, size, interpolation)
+    assert np.abs(cut.astype(int) - whole).max() <= 1
+
+
+STRIPS = """
+import io, resource
+import numpy as np
+from PIL import Image
+from clipkit.pixels.images import decode, eval_transform, thumbnail
+from clipkit.train.loader.augment import Augmentation, cut, geometry_draws
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+draws = geometry_draws([3])[0].tolist()
+for size in ((1, 60_000), (60_000, 1), (3, 65_000), (65_000, 2)):
+    for kind in ("PNG", "JPEG", "TIFF", "BMP", "PPM"):
+        buffer = io.BytesIO()
+        Image.new("RGB", size, "teal").save(buffer, kind)
+        for mode in ("shortest", "squash"):
+            assert eval_transform(decode(buffer.getvalue()), 336, resize_mode=mode).shape == (336, 336, 3)
+        for augmentation in (Augmentation(), Augmentation(crop_area=(0.4, 1.0)), Augmentation(exact=True)):
+            assert cut(buffer.getvalue(), 336, augmentation, draws).shape == (336, 336, 3)
+        assert thumbnail(buffer.getvalue(), 128)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10)
+"""
+
+
+def test_strips_take_little_memory() -> None:
+    done = subprocess.run([sys.executable, "-c", STRIPS], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 100

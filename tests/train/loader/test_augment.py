@@ -13,7 +13,7 @@ from PIL import Image
 
 from clipkit.counter_rng import sample_keys
 from clipkit.errors import UserError
-from clipkit.pixels.images import UInt8Array, eval_transform
+from clipkit.pixels.images import ImageError, UInt8Array, eval_transform
 from clipkit.train.loader.augment import Augmentation, colour_matrices, cut, geometry_draws, recolour
 from clipkit.train.loader.crop import crop_box
 
@@ -249,3 +249,14 @@ def test_jpeg_and_png_of_the_same_pixels_look_alike() -> None:
         a = made(augmentation, KEYS[:10], data=jpeg(smooth))
         b = made(augmentation, KEYS[:10], data=encoded(Image.fromarray(smooth), "PNG"))
         assert np.abs(a.astype(int) - b).mean() < 3
+
+
+@pytest.mark.parametrize("size", [(1, 60_000), (60_000, 1), (40_000, 150)])
+def test_a_strip_that_cannot_be_warped_is_a_bad_sample(size: tuple[int, int]) -> None:
+    buffer = io.BytesIO()
+    Image.new("RGB", size).save(buffer, "PNG")
+    with pytest.raises(ImageError, match="longer than the 32,766 that can be warped"):
+        cut(buffer.getvalue(), 64, Augmentation(rotation=10.0), geometry_draws([0])[0].tolist())
+    buffer = io.BytesIO()
+    Image.new("RGB", (32_000, 1)).save(buffer, "PNG")
+    cut(buffer.getvalue(), 64, Augmentation(rotation=10.0), geometry_draws([0])[0].tolist())
