@@ -103,8 +103,9 @@ def train(
     task: Task | None = None,
     cache: Path | None = None,
     cache_gb: float = CACHE_GB,
+    split: str = "train",
 ) -> Summary:
-    """Train `recipe` on `data`, into the run's folder. `data`, `cache` and `cache_gb` are as in `open_source`.
+    """Train `recipe` on `data`, into the run's folder. `data`, `split`, `cache` and `cache_gb` are as in `open_source`.
 
     `resume` goes on from the newest checkpoint in `folder`, where there is one. `init` takes the weights of another
     checkpoint to begin with. `task` is evaluated at the recipe's cadence and at the end of each stage; where that
@@ -112,8 +113,10 @@ def train(
     whatever stands in the way before the first step, and when the loss isn't finite any more.
     """
     # ---- Check what can be checked before any work ------------------------------------------------------------------
-    found = open_source(data, cache=cache, cache_gb=cache_gb, block_size=recipe.block_size)
+    found = open_source(data, cache=cache, cache_gb=cache_gb, block_size=recipe.block_size, split=split)
     device = pick(device_name)
+    for note in found.notes if device.is_first else ():
+        print(note, file=sys.stderr)
     check_recipe(recipe, found.source(), device)
 
     with contextlib.ExitStack() as stack:

@@ -42,7 +42,13 @@ from clipkit.errors import UserError
     type=click.Choice(["sha256", "caption", "phash"]),
     help="Keep the first of samples with the same bytes, caption or picture.",
 )
-@option("Which samples", "--split", default="train", help="Name of the split, or shares: train=0.99,validation=0.01.")
+@option(
+    "Which samples",
+    "--split",
+    default="train",
+    help="Name of the split, or shares: train=0.99,validation=0.01. Of SHARDS whose names say splits, only this one's "
+    "are read; all mixes them.",
+)
 @option("Form", "--resize", type=Count, metavar="N", help="Store small copies, N pixels on the shorter side.")
 @option("Form", "--quality", default=90, help="JPEG quality of the small copies.")
 @option("Form", "--precompute", metavar="LIST", help="Columns to add: tokens, or tokens,syntax.")

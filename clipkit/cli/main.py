@@ -22,6 +22,7 @@ from clipkit.cli.options import (
     assignments,
     cache_folder,
     cache_gigabytes,
+    data_split,
     device,
     is_unicode,
     loader_workers,
@@ -56,6 +57,7 @@ for _command in (download.download, data.build_tfds, data.build_imagenet, data.v
 @assignments
 @click.option("--resume", is_flag=True, help="Go on from the newest checkpoint of the run, if there is one.")
 @click.option("--init", type=Folder, help="Start with the weights of this checkpoint.")
+@data_split
 @loader_workers
 @cache_folder
 @cache_gigabytes
@@ -118,6 +120,7 @@ def train(
 @click.option("--image-size", type=Count, help="Side of the input in pixels. [default: 112, or the recipe's]")
 @click.option("--recipe", "recipe_name", metavar="NAME", help="Take sizes, augmentation and text reduction from it.")
 @assignments
+@data_split
 @cache_folder
 @cache_gigabytes
 @loader_workers

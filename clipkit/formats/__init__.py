@@ -3,6 +3,7 @@
 - `tables`: which files are tables, which columns are image, caption, URL and key, and the reader of all of them.
 - `captions`: what a caption may look like: text, bytes, a list of several.
 - `folders`: which folders are splits or classes, and which files in them are images.
+- `shards`: which files of a folder hold pairs, by kind and split.
 - `kinds`: the types of metadata columns, found while records are written.
 - `records`: TFRecord files and the tf.train.Examples in them.
 - `tar`: headers of tars, and where the members of each sample stand.

@@ -8,7 +8,7 @@ for a class gives an accuracy that looks like a result.
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -47,6 +47,19 @@ def choose_split(names: Collection[str], split: str | None = None) -> str | None
     spelled = {split_of(name) or "": name for name in names} | {name: name for name in names}
     wanted = (split, split_of(split) or split) if split else ("validation", "test", "train")
     return next((spelled[name] for name in wanted if name in spelled), None)
+
+
+def group_by_split(names: Sequence[str]) -> dict[str, list[str]]:
+    """Files or folders by the split that a word of their names says, "" for none; {} where all say the same.
+
+    A word that all names have says nothing: `test-tube-train-0.tar` is of train beside `test-tube-val-0.tar`.
+    """
+    said = {name: {split for word in _words(name) if (split := _split_word(word)) is not None} for name in names}
+    common = set.intersection(*said.values()) if said else set()
+    groups: dict[str, list[str]] = {}
+    for name, splits in said.items():
+        groups.setdefault("+".join(sorted(splits - common or splits)), []).append(name)
+    return groups if len(groups) > 1 else {}
 
 
 def _split_at_an_end(name: str) -> str | None:

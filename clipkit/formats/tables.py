@@ -190,16 +190,6 @@ def find_tables(path: Path, what: str = "table") -> list[Path]:
     return [path]
 
 
-def find_table(folder: Path) -> Path | None:
-    """The one table of a folder: `metadata.*`, else the only one. Raises UserError when several could be meant."""
-    tables = sorted(path for path in folder.iterdir() if is_table(path))
-    found = [path for path in tables if path.name.lower().partition(".")[0] == METADATA_STEM] or tables
-    if len(found) > 1:
-        names = ", ".join(path.name for path in found)
-        raise UserError(f"{folder} holds several tables ({names}): name one of them in place of the folder")
-    return found[0] if found else None
-
-
 def unreadable(path: Path, error: Exception) -> UserError:
     """The one line for a table that its reader refuses."""
     reason = str(error).partition("\n")[0]

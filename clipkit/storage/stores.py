@@ -172,6 +172,18 @@ def list_folder(folder: Path) -> list[StoredFile]:
     return sorted(found, key=lambda file: file.name)
 
 
+def list_subfolders(folder: Path) -> list[str]:
+    """The names of the folders in a folder, local or remote. Raises as `list_folder`."""
+    if not is_remote(folder):
+        with os.scandir(folder) as entries:
+            return sorted(entry.name for entry in entries if entry.is_dir())
+    target = as_upath(folder)
+    with store_errors(folder):
+        listing = retry(lambda: target.fs.ls(target.path, detail=True))
+    paths = [str(entry["name"]) for entry in listing if entry.get("type") == "directory"]
+    return sorted(path.rstrip("/").rpartition("/")[2] for path in paths)
+
+
 def append(path: Path, line: bytes) -> None:
     """Put an object again with one more line, after closing a torn one."""
     with store_errors(path, writing=True):

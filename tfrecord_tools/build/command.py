@@ -27,6 +27,7 @@ from clipkit.formats.manifest import (
     add_counts,
     read_manifest,
 )
+from clipkit.formats.shards import ALL_SPLITS
 from clipkit.formats.tables import PairColumns
 from clipkit.formatting import size_text
 from clipkit.jobs.passes import PassProgress, Runner
@@ -68,7 +69,8 @@ def build_tfds(
 ) -> BuildSummary:
     """Make `out/name/1.0.0` from image shards (see `read_shards`), and go on where a killed run stopped.
 
-    `split` is a name, or shares by the hash of each sample's key, such as `train=0.99,validation=0.01`. `where` is an
+    `split` is a name, or shares by the hash of each sample's key, such as `train=0.99,validation=0.01`. Where the names
+    of the shards say several splits, those of this one are read; "all" makes one split, train, of all. `where` is an
     SQL condition over the columns (`where`); `resize` the shorter side of the stored images in pixels, with a JPEG
     `quality`; `dedup` "sha256", "caption" or "phash" (`dedup`); `shuffle` a seed (`shuffle`); `precompute` any of
     "tokens" and "syntax" (`precompute`). `image_column` and `caption_column` name a table's columns where they aren't
@@ -89,7 +91,8 @@ def build_tfds(
     folder = out / name / VERSION
     if same_place(shards, folder):
         raise UserError(f"{folder}: the dataset itself is the source: choose another --name or output")
-    paths = find_shards(shards, columns, options.splits[0])
+    wanted_split = split if split == ALL_SPLITS else options.splits[0]
+    paths = find_shards(shards, columns, wanted_split, lambda line: print(f"build-tfds: {line}", file=sys.stderr))
     work = folder / CLIPKIT_FOLDER / f"build-{'-'.join(options.splits)}"
     runner = Runner(workers, engine, progress)
     with lock(folder / CLIPKIT_FOLDER):

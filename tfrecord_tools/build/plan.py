@@ -14,6 +14,7 @@ from typing import Any
 
 from clipkit.errors import UserError
 from clipkit.formats.dataset import check_name
+from clipkit.formats.shards import ALL_SPLITS
 from clipkit.formats.tables import PairColumns
 from clipkit.storage.files import is_remote, read_json, write_json
 from clipkit.tfrecord_tools.build.dedup import Method, check_dedup
@@ -96,6 +97,8 @@ def make_options(
 
 def parse_split(text: str) -> tuple[tuple[str, float], ...]:
     """`train`, or shares as in `train=0.99,validation=0.01`. Raises UserError for names that TFDS refuses, bad sums."""
+    if text == ALL_SPLITS:
+        return (("train", 1.0),)
     shares: list[tuple[str, float]] = []
     for each in text.split(","):
         name, given, share = each.strip().partition("=")

@@ -5,13 +5,14 @@ data. `places_in` tells a reader's own place (bytes of a tar or TFRecord file, r
 and a reader takes the samples that begin in [start, stop). So no sample is lost or doubled, wherever the cuts are.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from clipkit.errors import UserError
 from clipkit.formats.dataset import find_dataset, open_dataset, read_layout, refuse_unfinished_download
-from clipkit.formats.tables import USUAL, PairColumns, find_table, is_hidden, is_table
+from clipkit.formats.shards import ALL_SPLITS, SHARD_SUFFIXES, list_shards
+from clipkit.formats.tables import USUAL, PairColumns, is_table
 from clipkit.storage.files import is_remote, local_copy, remove
 from clipkit.storage.stores import reading
 from clipkit.tfrecord_tools.readers.parquet import (
@@ -26,7 +27,6 @@ from clipkit.tfrecord_tools.readers.records import dataset_features, read_datase
 from clipkit.tfrecord_tools.readers.tar import read_tar
 from clipkit.tfrecord_tools.sample import Sample
 
-SUFFIXES = (".tar", ".tfrecord", ".parquet")
 KINDS = "tars, tfrecords, parquet files with images, a dataset directory, or a table of a folder of images"
 
 
@@ -40,15 +40,18 @@ class InputShard:
     table: Path | None = None
 
 
-def find_shards(path: Path, columns: PairColumns = USUAL, split: str = "train") -> list[Path]:
+def find_shards(
+    path: Path, columns: PairColumns = USUAL, split: str = "train", tell: Callable[[str], None] = lambda line: None
+) -> list[Path]:
     """The shards of a folder by name, all of one kind, or the one file `path`; of a folder of images its table.
 
-    Of a dataset directory the shards of `split`, or of the only one.
+    Of a dataset directory, and of a folder whose files' names say several splits, the shards of `split`, or of the only
+    one; of `clipkit.formats.shards.ALL_SPLITS` all. What lies there and isn't read is told by `tell`.
     Raises UserError when there are none, and for a folder that `clipkit download` hasn't finished.
     """
     with reading(path):
         if path.is_file():
-            if not (path.suffix in SUFFIXES or is_table(path) or _is_dataset_shard(path)):
+            if not (path.suffix in SHARD_SUFFIXES or is_table(path) or _is_dataset_shard(path)):
                 raise UserError(f"{path} isn't an image shard: clipkit reads {KINDS}")
             return [path]
         if not path.is_dir():
@@ -57,29 +60,21 @@ def find_shards(path: Path, columns: PairColumns = USUAL, split: str = "train") 
         dataset = find_dataset(path)
         if dataset is not None and (dataset / "features.json").exists():
             return dataset_shards(dataset, split)
-        files = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES and not is_hidden(file.name))
-        # Beside its tars and tfrecords img2dataset leaves parquet files without images.
-        shards = [file for file in files if file.suffix != ".parquet"]
-        kinds = sorted({file.suffix for file in shards})
-        if len(kinds) > 1:
-            raise UserError(f"{path} holds both {' and '.join(kinds)} shards: name a folder with one kind, or one file")
-        if shards:
-            return shards
-        if files and _has_images(files[0], columns):
-            return files
-        table = find_table(path)
-        if table is None:
+        found = list_shards(path, split, lambda folder, file: _has_images(folder / file.name, columns))
+        if found is None:
             raise UserError(f"{path} holds no image shards: clipkit reads {KINDS}; make them with clipkit download")
-        return [table]
+        for note in found.notes:
+            tell(note)
+        return [found.folder / file.name for file in found.files]
 
 
 def dataset_shards(folder: Path, split: str) -> list[Path]:
     """The shards of a split of a dataset directory, or of its only split. Raises UserError when they can't be told."""
     splits = list(read_layout(folder).lengths)
-    if split not in splits and len(splits) != 1:
+    if split not in splits and len(splits) != 1 and split != ALL_SPLITS:
         raise UserError(f"{folder} has the splits {', '.join(splits) or 'none'}: name the one to read by --split")
-    dataset = open_dataset(folder, split if split in splits else splits[0])
-    return [folder / shard.file for shard in dataset.shards]
+    wanted = splits if split == ALL_SPLITS else [split if split in splits else splits[0]]
+    return [folder / shard.file for each in wanted for shard in open_dataset(folder, each).shards]
 
 
 def open_shard(path: Path, columns: PairColumns = USUAL, work: Path | None = None) -> InputShard:

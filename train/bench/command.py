@@ -46,8 +46,10 @@ def bench_data(
     device_name: str = "auto",
     cache: Path | None = None,
     cache_gb: float = CACHE_GB,
+    split: str = "train",
 ) -> Findings:
-    """Measure the loader on `data` for so many seconds; `data`, `cache` and `cache_gb` are as in `open_source`.
+    """Measure the loader on `data` for so many seconds; `data`, `split`, `cache` and `cache_gb` are as in
+    `open_source`.
 
     Sizes, augmentation and text reduction are those of the recipe's first stage, or CLIPA's crop without one;
     `image_size` (default 112) goes before the recipe's. `need` is in samples/s; without it, the machine's GPU is
@@ -59,7 +61,7 @@ def bench_data(
     else:
         stage = replace(recipe.stages[0], image_size=image_size or recipe.stages[0].image_size)
         config = replace(loader_config(recipe, stage), batch_size=BATCH)
-    opened = open_source(data, cache=cache, cache_gb=cache_gb, block_size=config.block_size)
+    opened = open_source(data, cache=cache, cache_gb=cache_gb, block_size=config.block_size, split=split)
     source = opened.source(precomputed=config.text_reduction == "syntax")
     device = pick(device_name)
     if workers is None:  # what a run would have; without a GPU the question is what the machine could feed

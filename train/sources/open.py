@@ -17,10 +17,11 @@ from typing import Any
 from clipkit.errors import UserError
 from clipkit.formats.dataset import below, open_dataset, refuse_unfinished_download, unfinished
 from clipkit.formats.manifest import precomputed_columns
-from clipkit.formats.tables import find_table, is_hidden, is_table
+from clipkit.formats.shards import ALL_SPLITS, SHARD_SUFFIXES, ShardListing, list_shards
+from clipkit.formats.tables import is_table
 from clipkit.storage.cache import BlockCache, scratch_cache
 from clipkit.storage.files import as_path, is_remote
-from clipkit.storage.stores import StoredFile, list_folder, reading
+from clipkit.storage.stores import list_folder, reading
 from clipkit.train.sources.ahead import read_ahead
 from clipkit.train.sources.folder import FolderSource, open_folder
 from clipkit.train.sources.mixture import Member, Mixture
@@ -59,6 +60,8 @@ class OpenedSource:
     path: Path
     make: Callable[[bool], Source]
     identity: dict[str, Any]
+    notes: tuple[str, ...] = ()
+    """A line each on what is there and isn't read."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,11 @@ class Data:
     @property
     def num_records(self) -> int:
         return sum(int(part.identity["records"]) for part in self.parts)
+
+    @property
+    def notes(self) -> list[str]:
+        """A line each on what is there and isn't read."""
+        return [note for part in self.parts for note in part.notes]
 
     def identity(self) -> dict[str, Any]:
         """What decides the order of the data, beside the seed, as JSON values."""
@@ -116,8 +124,9 @@ def open_source(
     cache: Path | None = None,
     cache_gb: float = CACHE_GB,
     block_size: int = 64,
+    split: str = "train",
 ) -> Data:
-    """Open what one `--data` or several name.
+    """Open what one `--data` or several name: of each its `split`, where it has several.
 
     Blocks of `block_size` neighbours of what is in a store, and decoded parquet, go into a cache of at most `cache_gb`
     (10**9 bytes): in the folder `cache`, where they stay and local data are put too; else in a temporary one that all
@@ -132,7 +141,7 @@ def open_source(
         raise UserError("some --data have a weight and some don't: write PATH=WEIGHT for all of them, or for none")
     if not (cache_gb > 0 and math.isfinite(cache_gb)):
         raise UserError(f"--cache-gb is {cache_gb}: give a number of gigabytes above 0")
-    opener = _Opener(cache, round(cache_gb * 1e9), block_size, [str(option.path) for option in wanted])
+    opener = _Opener(cache, round(cache_gb * 1e9), block_size, [str(option.path) for option in wanted], split)
     parts = tuple(opener.open(option.path) for option in wanted)
     weights = tuple(
         Fraction(int(part.identity["records"])) if option.weight is None else option.weight
@@ -144,8 +153,9 @@ def open_source(
 class _Opener:
     """Opens one source after the other, with one cache for all, made when the first one needs it."""
 
-    def __init__(self, folder: Path | None, limit: int, block_size: int, names: Sequence[str]) -> None:
+    def __init__(self, folder: Path | None, limit: int, block_size: int, names: Sequence[str], split: str) -> None:
         self.folder, self.limit, self.block_size, self.names = folder, limit, block_size, names
+        self.split = split
         self.made: BlockCache | None = None
 
     def cache(self) -> BlockCache:
@@ -167,36 +177,32 @@ class _Opener:
         with reading(path):
             if _is_dataset(path):
                 return self.open_directory(path)
-            if path.is_file():
-                folder, files = path.parent, [file for file in list_folder(path.parent) if file.name == path.name]
-            elif path.is_dir():
-                folder, files = path, [file for file in list_folder(path) if not is_hidden(file.name)]
-            else:
+            if not path.exists():
                 raise UserError(f"{path} doesn't exist: check the path, or make a dataset with clipkit build-tfds")
-            return self.open_files(path, folder, files)
+            refuse_unfinished_download(path if path.is_dir() else path.parent)
+            found = _one_file(path) if path.is_file() else list_shards(path, self.split, has_images)
+            if found is None or found.kind == "tfrecords":
+                lacking = f"{path} isn't a dataset, and holds nothing else to train on: clipkit reads {KINDS}"
+                raise UserError(unfinished(path) or lacking)
+            return self.open_files(path, found)
 
-    def open_files(self, path: Path, folder: Path, files: Sequence[StoredFile]) -> OpenedSource:
-        refuse_unfinished_download(folder)
-        suffix = "" if path == folder else f"-{path.name}"
-        tars = [file for file in files if file.name.endswith(".tar")]
-        if tars:
-            tar_source = open_tars(folder, tars, self.cache_for(folder), self.block_size, f"tars{suffix}")
-            return self.opened(path, "tars", tars, tar_source, self.block_size)
-        parquets = [file for file in files if file.name.endswith(".parquet")]
-        if parquets and has_images(folder, parquets[0]):
-            parquet_source = open_parquets(folder, parquets, self.cache(), f"parquet{suffix}")
-            return self.opened(path, "parquet", parquets, parquet_source, self.block_size)
-        if path == folder:
-            table = find_table(folder)
-            files = [] if table is None else [file for file in files if file.name == table.name]
-        tables = [file for file in files if is_table(Path(file.name))]
-        if not tables:
-            lacking = f"{path} isn't a dataset, and holds nothing else to train on: clipkit reads {KINDS}"
-            raise UserError(unfinished(path) or lacking)
-        return self.opened(path, "folder", tables, open_folder(folder, tables[0], self.cache_for(folder)), 1)
+    def open_files(self, path: Path, found: ShardListing) -> OpenedSource:
+        folder, files = found.folder, found.files
+        # An index is of all the folder's files of a kind, or of those that one path or one split names.
+        suffix = f"-{path.name}" if path.is_file() else f"-{self.split}" if found.is_part else ""
+        source: FileSource
+        if found.kind == "tars":
+            source = open_tars(folder, files, self.cache_for(folder), self.block_size, f"tars{suffix}")
+            return self.opened(path, "tars", found, source, self.block_size)
+        if found.kind == "parquet":
+            source = open_parquets(folder, files, self.cache(), f"parquet{suffix}")
+            return self.opened(path, "parquet", found, source, self.block_size)
+        return self.opened(path, "folder", found, open_folder(folder, files[0], self.cache_for(folder)), 1)
 
     def open_directory(self, path: Path) -> OpenedSource:
-        dataset = open_dataset(path, cache=self.cache_for(path), block_records=self.block_size)
+        if self.split == ALL_SPLITS:
+            raise UserError(f"--split {ALL_SPLITS}: name one split of the dataset {path}")
+        dataset = open_dataset(path, self.split, cache=self.cache_for(path), block_records=self.block_size)
         identity = {"name": dataset.name, "split": dataset.split, "records": dataset.num_records}
         ahead = partial(read_ahead, cached=dataset, block_records=self.block_size)
         if IMAGE_FIELD in dataset.features and TEXT_FIELD in dataset.features:
@@ -215,9 +221,9 @@ class _Opener:
         )
 
     def opened(
-        self, path: Path, kind: str, files: Sequence[StoredFile], source: FileSource, block_records: int
+        self, path: Path, kind: str, found: ShardListing, source: FileSource, block_records: int
     ) -> OpenedSource:
-        listing = " ".join(f"{file.name}:{file.bytes}" for file in files)
+        listing = " ".join(f"{file.name}:{file.bytes}" for file in found.files)
         identity = {
             "name": path.name,
             "kind": kind,
@@ -225,7 +231,17 @@ class _Opener:
             "files": hashlib.blake2b(listing.encode(), digest_size=8).hexdigest(),
         }
         ahead = read_ahead(source, source, block_records)
-        return OpenedSource(path, lambda _: ahead, identity)
+        return OpenedSource(path, lambda _: ahead, identity, found.notes)
+
+
+def _one_file(path: Path) -> ShardListing | None:
+    files = tuple(file for file in list_folder(path.parent) if file.name == path.name)
+    kind = SHARD_SUFFIXES.get(path.suffix)
+    if kind == "parquet" and not has_images(path.parent, files[0]):
+        kind = None
+    if kind is None and is_table(path):
+        kind = "table"
+    return ShardListing(path.parent, kind, files) if kind is not None else None
 
 
 def _is_dataset(path: Path) -> bool:
