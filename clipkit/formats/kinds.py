@@ -98,7 +98,8 @@ def fit(columns: Mapping[str, Any], kinds: dict[str, str], present: dict[str, in
 
 def _convert(value: Any, kind: str) -> Any:
     if kind == "text":
-        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+        plain = isinstance(value, dict | list | bool | int | float)
+        text = json.dumps(value, ensure_ascii=False, default=str) if plain else str(value)
         return text.encode("utf-8", "replace")
     if kind == "float":
         return float(value)

@@ -83,7 +83,8 @@ def find_table(folder: Path, names: Iterable[str], split: str = "train") -> tupl
     Raises UserError when several could be meant.
     """
     tables = sorted(name for name in names if is_table(Path(name)))
-    found, notes = [name for name in tables if name.lower().partition(".")[0] == METADATA_STEM], ()
+    found = [name for name in tables if name.lower().partition(".")[0] == METADATA_STEM]
+    notes: tuple[str, ...] = ()
     if not found:
         found, notes = select_split(folder, tables, split)
     if len(found) > 1:

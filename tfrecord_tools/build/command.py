@@ -39,7 +39,7 @@ from clipkit.tfrecord_tools.build.plan import BuildOptions, look, make_options, 
 from clipkit.tfrecord_tools.build.prepare import Condition, Part, Preparation, kinds_of_samples, part_left
 from clipkit.tfrecord_tools.build.shard import BuildJob, BuildState, Task
 from clipkit.tfrecord_tools.build.shuffle import stretch_path
-from clipkit.tfrecord_tools.readers.shards import InputShard, find_shards, open_shard
+from clipkit.tfrecord_tools.readers.shards import InputShard, columns_left_out, find_shards, open_shard
 from clipkit.tfrecord_tools.writing.finish import finish_dataset, kinds_of, pair_features, write_skipped
 from clipkit.tfrecord_tools.writing.summary import BuildSummary, summarise_splits
 
@@ -111,6 +111,9 @@ def build_tfds(
             remove(work)
             return summarise_splits(folder, name, there, built=False)
         known = parse_features(read_json(folder / "features.json")) if whole else {}
+        left_out = columns_left_out(sources[0])
+        if left_out:
+            print(f"build-tfds: left out, as no record holds bytes: {', '.join(left_out)}", file=sys.stderr)
         preparation, left = _look(options, sources)
         stretches = plan(work / "plan.json", sources, options, shard_megabytes, left)
         jobs = _jobs(folder, work, name, options, sources, stretches)

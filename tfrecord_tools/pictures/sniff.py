@@ -54,8 +54,10 @@ def is_truncated_png(data: bytes) -> bool:
     return True
 
 
-# The formats that `image_format` tells, by the numbers that notes have for them.
-FORMATS = ("jpeg", "png", "bmp", "webp", "gif", "tiff", "avif")
+# The formats that `image_format` tells, by the numbers that notes have for them: all that `clipkit.pixels` decodes.
+FORMATS = ("jpeg", "png", "bmp", "webp", "gif", "tiff", "avif", "jpeg2000", "ppm", "ico")
+# PBM, PGM and PPM as text and as bytes, and PFM: two letters and a white space.
+PPM = re.compile(rb"P[1-6fF]\s")
 
 
 def image_format(data: bytes) -> str | None:
@@ -70,8 +72,12 @@ def image_format(data: bytes) -> str | None:
         return "gif"
     if data.startswith(b"BM") and int.from_bytes(data[14:18], "little") in (12, 40, 52, 56, 64, 108, 124):
         return "bmp"
-    if data.startswith((b"II*\x00", b"MM\x00*")):
+    if data.startswith((b"II*\x00", b"MM\x00*", b"II+\x00", b"MM\x00+")):  # with a plus, BigTIFF
         return "tiff"
-    if data[4:8] == b"ftyp" and data[8:12] in (b"avif", b"avis"):
+    if data[4:8] == b"ftyp" and data[8:12] in (b"avif", b"avis", b"mif1", b"msf1"):  # the last two may be HEIF as well
         return "avif"
-    return None
+    if data.startswith((b"\0\0\0\x0cjP  \r\n\x87\n", b"\xff\x4f\xff\x51")):
+        return "jpeg2000"
+    if data.startswith(b"\0\0\1\0"):
+        return "ico"
+    return "ppm" if PPM.match(data) else None

@@ -8,7 +8,8 @@ time, for a row group of ten thousand would take a third of a gigabyte.
 
 from array import array
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +38,38 @@ SUMS = 100_000  # at most so many sums of sizes are held, however long the table
 _BUFFER_BYTES = 1 << 20
 
 
-def open_rows(path: Path, batch_rows: int = BATCH_ROWS) -> RowReader:
+def open_rows(path: Path, batch_rows: int = BATCH_ROWS, columns: Sequence[str] | None = None) -> RowReader:
     """A local parquet file with images, or a folder's table. Raises UserError when it can't be read."""
-    return RowReader(path, None, batch_rows, _BUFFER_BYTES)
+    return RowReader(path, columns, batch_rows, _BUFFER_BYTES)
+
+
+def stored_columns(rows: RowReader, pair: Sequence[str]) -> list[str]:
+    """The columns that a record can hold: the `pair` of image and caption, and metadata that are text or numbers.
+
+    Of columns of bytes those are text that begin with UTF-8 in their first rows. A second image, and whatever has bytes
+    inside, is left out.
+    """
+    held = [field for field in rows.schema if field.name in pair or not _has_bytes_inside(field.type)]
+    binary = [field.name for field in held if field.name not in pair and _is_bytes(field.type)]
+    first = next(rows.file.iter_batches(BATCH_ROWS, columns=binary), None) if binary else None
+    lost = {name for name in binary if first is not None and not _is_text(first.column(name))}
+    return [field.name for field in held if field.name not in lost]
+
+
+def _is_bytes(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind))
+
+
+def _has_bytes_inside(kind: pa.DataType) -> bool:
+    fields = [kind.field(number) for number in range(kind.num_fields)]
+    return any(_is_bytes(field.type) or _has_bytes_inside(field.type) for field in fields)
+
+
+def _is_text(values: pa.Array) -> bool:
+    try:
+        return all(b"\0" not in value and value.decode("utf-8") is not None for value in values.drop_null().to_pylist())
+    except UnicodeDecodeError:
+        return False
 
 
 def read_parquet(path: Path, start: int = 0, stop: int | None = None, columns: PairColumns = USUAL) -> Iterator[Sample]:
@@ -47,9 +77,11 @@ def read_parquet(path: Path, start: int = 0, stop: int | None = None, columns: P
 
     Raises UserError when it is damaged, or when it has no column with images or none with captions.
     """
-    with open_rows(path) as rows:
-        image = columns.require_image(rows.schema, path)
-        caption = columns.require_caption(rows.schema, path)
+    with open_rows(path) as whole:
+        image = columns.require_image(whole.schema, path)
+        caption = columns.require_caption(whole.schema, path)
+        stored = stored_columns(whole, (image, caption))
+    with open_rows(path, columns=stored) as rows:
         for number, row in _read(rows, start, stop):
             found, text = _sample(f"{path.stem}-{number}", _image_bytes(row.pop(image)), row, caption)
             yield from samples_of(found, text, columns.captions, path)
@@ -62,9 +94,11 @@ def read_folder(
 
     An image that isn't there is a sample without an image. Raises UserError when the table lacks a column.
     """
-    with local_copy(table) as local, open_rows(local, COPY_ROWS) as rows:
-        image = columns.require_file(rows.schema.names, folder)
-        caption = columns.require_caption(rows.schema, folder)
+    with local_copy(table) as local, ExitStack() as stack:
+        whole = stack.enter_context(open_rows(local, COPY_ROWS))
+        image = columns.require_file(whole.schema.names, folder)
+        caption = columns.require_caption(whole.schema, folder)
+        rows = stack.enter_context(open_rows(local, COPY_ROWS, stored_columns(whole, (image, caption))))
         for number, row in _read(rows, start, stop):
             name = row.get(image)
             found, text = _sample(str(name or number), _read_image(folder, name), row, caption)
@@ -96,7 +130,7 @@ def _sample(fallback: str, image: bytes | None, row: dict[str, Any], caption_nam
         caption = merge_captions(caption, row)
     key = row.get(KEY_NAME)
     key = row[KEY_NAME] = fallback if key is None or key == "" else str(key)
-    return Sample(key, image, None, row, None if image else NO_IMAGE), caption
+    return Sample(key, image, None, _as_text(row), None if image else NO_IMAGE), caption
 
 
 def _image_bytes(value: Any) -> bytes | None:
@@ -130,6 +164,14 @@ def plain(batch: pa.RecordBatch) -> list[dict[str, Any]]:
     arrays = [pc.cast(column, pa.string()) if _is_odd(column.type) else column for column in batch.columns]
     rows: list[dict[str, Any]] = pa.RecordBatch.from_arrays(arrays, names=batch.schema.names).to_pylist()
     return rows
+
+
+def _as_text(row: dict[str, Any]) -> dict[str, Any]:
+    """A row with its bytes as text; a byte that isn't UTF-8 is escaped."""
+    return {
+        name: value.decode("utf-8", "backslashreplace") if isinstance(value, bytes) else value
+        for name, value in row.items()
+    }
 
 
 def _is_odd(kind: pa.DataType) -> bool:

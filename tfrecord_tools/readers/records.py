@@ -52,20 +52,27 @@ def read_dataset(
 ) -> Iterator[Sample]:
     """The samples of the records that begin in bytes [start, stop) of one shard. Raises UserError, as for tfrecords.
 
-    Columns that are nested in a way that clipkit doesn't know are left out.
+    `columns_left_out` are left out.
     """
     image, caption = _image_and_caption(path, features, columns)
+    left_out = columns_left_out(features, image)
     for offset, found in _examples(path, start, stop):
         values = {
             name: feature.value(found[name])
             for name, feature in features.items()
-            if name in found and feature.kind != "other"
+            if name in found and name not in left_out
         }
         data, text = values.pop(image, None), values.pop(caption, None)
         key = values.setdefault("key", f"{path.name}-{offset}")
         jpg = data if isinstance(data, bytes) and data else None
         sample = Sample(str(key), jpg, None, values, None if jpg else NO_IMAGE)
         yield from samples_of(sample, text, columns.captions, path)
+
+
+def columns_left_out(features: Mapping[str, Feature], image: str) -> list[str]:
+    """Further images, and columns that are nested in a way that clipkit doesn't know."""
+    further = {name for name, feature in features.items() if feature.kind == "image" and name != image}
+    return [name for name, feature in features.items() if feature.kind == "other" or name in further]
 
 
 def _image_and_caption(path: Path, features: Mapping[str, Feature], columns: PairColumns) -> tuple[str, str]:
@@ -102,8 +109,8 @@ def read_tfrecord(
 
 def _sample(values: dict[str, list[Any]], fallback: str) -> tuple[Sample, Any]:
     """A sample of a record's columns, and its caption."""
-    image_name = next((name for name in sorted(values) if name in IMAGE_SUFFIXES), None)
-    image = _one(values.pop(image_name)) if image_name else None
+    images = [values.pop(name) for name in sorted(values) if name in IMAGE_SUFFIXES]  # further ones are left out
+    image = _one(images[0]) if images else None
     key = fallback
     try:
         columns = {name: _text(_one(items)) for name, items in sorted(values.items()) if name not in DROPPED_COLUMNS}

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from clipkit.errors import UserError
 from clipkit.formats.dataset import find_dataset, open_dataset, read_layout, refuse_unfinished_download
+from clipkit.formats.features import find_image
 from clipkit.formats.shards import ALL_SPLITS, SHARD_SUFFIXES, list_shards
 from clipkit.formats.tables import USUAL, PairColumns, is_table
 from clipkit.storage.files import is_remote, local_copy, remove
@@ -22,7 +23,9 @@ from clipkit.tfrecord_tools.readers.parquet import (
     read_folder,
     read_parquet,
     row_at,
+    stored_columns,
 )
+from clipkit.tfrecord_tools.readers.records import columns_left_out as features_left_out
 from clipkit.tfrecord_tools.readers.records import dataset_features, read_dataset, read_tfrecord
 from clipkit.tfrecord_tools.readers.tar import read_tar
 from clipkit.tfrecord_tools.sample import Sample
@@ -133,6 +136,21 @@ def read_shard(shard: InputShard | Path, start: int = 0, stop: int | None = None
                 raise UserError(str(error).replace(str(local), str(path))) from error
     except FileNotFoundError as error:
         raise _gone(path) from error
+
+
+def columns_left_out(shard: InputShard) -> list[str]:
+    """The columns of a shard that no record can hold. Raises UserError where image or caption aren't found."""
+    path, columns = shard.path, shard.columns
+    if _is_dataset_shard(path):
+        features = dataset_features(path.parent)
+        return features_left_out(features, columns.image or find_image(features) or "")
+    if path.suffix != ".parquet" and shard.table is None:
+        return []
+    with local_copy(shard.table or path) as local, open_rows(local) as rows:
+        names = rows.schema.names
+        image = columns.require_image(rows.schema, path) if shard.table is None else columns.require_file(names, path)
+        stored = stored_columns(rows, (image, columns.require_caption(rows.schema, path)))
+    return [name for name in names if name not in stored]
 
 
 def _gone(path: Path) -> UserError:
