@@ -356,11 +356,22 @@ def read_json_lines(path: Path, table: Path) -> Iterator[dict[str, Any]]:
                 continue
             try:
                 row = json.loads(line)
-            except ValueError as error:
+            except UnicodeDecodeError as error:
+                raise UserError(
+                    f"table {table}: line {number} isn't UTF-8: convert the file, say with iconv"
+                ) from error
+            except (ValueError, RecursionError) as error:
                 raise UserError(f"table {table}: line {number} isn't JSON ({error}): mend it") from error
             if not isinstance(row, dict):
                 raise UserError(f"table {table}: line {number} isn't a JSON object: each line is one image's columns")
-            yield row
+            yield with_writable_names(row, line)
+
+
+def with_writable_names(row: dict[str, Any], text: bytes) -> dict[str, Any]:
+    """The row that JSON `text` gave, half a surrogate pair in a column's name, which UTF-8 hasn't, as "?"."""
+    if b"\\ud" not in text and b"\\uD" not in text:
+        return row
+    return {name.encode("utf-8", "replace").decode(): value for name, value in row.items()}
 
 
 def _json_kinds(rows: Iterator[dict[str, Any]]) -> dict[str, str]:

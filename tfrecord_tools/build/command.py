@@ -39,7 +39,8 @@ from clipkit.tfrecord_tools.build.plan import BuildOptions, look, make_options, 
 from clipkit.tfrecord_tools.build.prepare import Condition, Part, Preparation, kinds_of_samples, part_left
 from clipkit.tfrecord_tools.build.shard import BuildJob, BuildState, Task
 from clipkit.tfrecord_tools.build.shuffle import stretch_path
-from clipkit.tfrecord_tools.readers.shards import InputShard, columns_left_out, find_shards, open_shard
+from clipkit.tfrecord_tools.readers.shards import InputShard, columns_left_out, find_shards, open_shard, read_shard
+from clipkit.tfrecord_tools.reasons import EMPTY_CAPTION, NO_CAPTION, NO_IMAGE, NOT_AN_IMAGE, NOT_WANTED
 from clipkit.tfrecord_tools.writing.finish import finish_dataset, kinds_of, pair_features, write_skipped
 from clipkit.tfrecord_tools.writing.summary import BuildSummary, summarise_splits
 
@@ -123,7 +124,7 @@ def build_tfds(
             print(f"build-tfds: about {size_text(size)} of disk more are needed on the way, in {work}", file=sys.stderr)
         task = Task(preparation, options.shares, options.gathered, decisions)
         states, kinds = write_pass(jobs, task, kinds_of(known), runner)
-        _check_any(states, shards)
+        _check_any(states, shards, sources)
         if options.gathered:
             wanted = shard_megabytes * 1e6
             found = gather_pass(jobs, states, task, (folder, name), shuffle, wanted, runner)
@@ -228,12 +229,33 @@ def _jobs(
     ]
 
 
-def _check_any(states: Sequence[BuildState], shards: Path) -> None:
+def _check_any(states: Sequence[BuildState], shards: Path, sources: Sequence[InputShard]) -> None:
+    """Raise UserError, with the cause and the remedy of the most frequent reason, when there is no record at all."""
     if any(state.shard.records for state in states):
         return
-    accounts = [source.skipped for state in states for sources in state.accounts.values() for source in sources]
-    reasons = ", ".join(f"{count} × {reason}" for reason, count in add_counts(accounts).items()) or "they are empty"
-    raise UserError(f"no sample of {shards} can be used ({reasons}): check the download")
+    counts = add_counts(
+        source.skipped for state in states for accounts in state.accounts.values() for source in accounts
+    )
+    reasons = ", ".join(f"{count} × {reason}" for reason, count in counts.items()) or "there are none"
+    most = max(counts, key=lambda reason: counts[reason], default="")
+    if most == NO_IMAGE and sources[0].table is not None:
+        row = next(iter(read_shard(sources[0]))).columns
+        name = row[sources[0].columns.require_file(list(row), shards)]
+        remedy = f"there is no {sources[0].path.parent / str(name)}, for one: mend the paths, which start at the table"
+    else:
+        remedy = _REMEDIES.get(most, "check the download")
+    raise UserError(f"no sample of {shards} can be used ({reasons}): {remedy}")
+
+
+# What to do when all samples of a build are left out for one reason.
+_REMEDIES = {
+    NO_IMAGE: "a sample is KEY.jpg beside KEY.txt in a tar, or a row with the image's bytes (--image-column)",
+    NO_CAPTION: "a caption is KEY.txt or 'caption' in KEY.json in a tar, or a column (--caption-column)",
+    EMPTY_CAPTION: "name another column with --caption-column",
+    NOT_AN_IMAGE: "name another column with --image-column",
+    NOT_WANTED: "no row fulfils --where: ask for less",
+    "": "tars hold KEY.jpg and KEY.txt for each sample, tables a row",
+}
 
 
 def _sources(states: Sequence[BuildState], split: str) -> tuple[SourceEntry, ...]:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from clipkit.errors import UserError
 from clipkit.formats.captions import CaptionChoice, merge_captions
-from clipkit.formats.tables import IMAGE_SUFFIXES
+from clipkit.formats.tables import IMAGE_SUFFIXES, with_writable_names
 from clipkit.formats.tar import BLOCK, SampleNames, TarError, read_headers
 from clipkit.tfrecord_tools.reasons import BAD_METADATA, BAD_TEXT, NO_IMAGE
 from clipkit.tfrecord_tools.sample import DROPPED_COLUMNS, Sample, samples_of
@@ -60,6 +60,7 @@ def _samples(key: str, members: dict[str, bytes], captions: CaptionChoice | None
         columns = json.loads(members["json"]) if "json" in members else {}
         if not isinstance(columns, dict):
             return (Sample(key, image, None, {}, BAD_METADATA),)
+        columns = with_writable_names(columns, members.get("json", b""))
     except (ValueError, RecursionError):
         return (Sample(key, image, None, {}, BAD_METADATA),)
     try:

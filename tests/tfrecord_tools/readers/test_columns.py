@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
-from image_shards import picture
+from image_shards import pair, picture, write_tar
 
 from clipkit.cli.main import main
 from clipkit.formats.dataset import open_dataset
@@ -60,3 +60,48 @@ def test_bytes_that_stop_being_text_are_escaped(tmp_path):
     assert result.exit_code == 0, result.output
     dataset = open_dataset(tmp_path / "out")
     assert [dataset.example(i)["lang"] for i in (0, rows - 1)] == ["en", "caf\\xe9"]
+
+
+def build(folder, out):
+    return CliRunner().invoke(main, ["build-tfds", str(folder), str(out), "--name", "x"])
+
+
+def test_half_a_surrogate_pair_is_a_question_mark(tmp_path):
+    metadata = b'{"caption": "a \\ud83d", "\\ud83d": 1, "n": "\\udc00"}'
+    write_tar(tmp_path / "tar" / "0.tar", [pair(0, txt=None, json=metadata)])
+    (tmp_path / "lines").mkdir()
+    (tmp_path / "lines" / "0.jpg").write_bytes(picture(0))
+    (tmp_path / "lines" / "metadata.jsonl").write_bytes(b'{"file_name": "0.jpg", ' + metadata[1:])
+    for source in ("tar", "lines"):
+        assert build(tmp_path / source, tmp_path / f"out-{source}").exit_code == 0
+        example = open_dataset(tmp_path / f"out-{source}").example(0)
+        assert (example["txt"], example["?"], example["n"]) == ("a ?", 1, "?")
+
+
+@pytest.mark.parametrize(
+    ("name", "table", "message"),
+    [
+        ("metadata.jsonl", b'{"file_name": "0.jpg", "text": "caf\xe9"}\n', "line 1 isn't UTF-8: convert"),
+        ("metadata.jsonl", b'{"a": ' + b"[" * 3_000 + b"]" * 3_000 + b"}", "line 1 isn't JSON (maximum recursion"),
+        ("metadata.jsonl", b"[1]\n", "line 1 isn't a JSON object"),
+        ("metadata.csv", b"", "can't be read as csv (Empty CSV file)"),
+        ("metadata.csv", b"file_name,text\n", "(there are none)"),
+        ("metadata.csv", b"file_name,text,key\nimg/0.jpg,a,7\n", "in/img/0.jpg, for one: mend the paths"),
+        ("metadata.csv", b"file_name,text\nalbum.jpg,a\n", "in/album.jpg, for one"),
+        ("metadata.csv", b"file_name,text\n0.jpg,\n", "name another column with --caption-column"),
+    ],
+)
+def test_a_table_that_cannot_be_used_gets_one_line(name, table, message, tmp_path):
+    (tmp_path / "in" / "album.jpg").mkdir(parents=True)
+    (tmp_path / "in" / "0.jpg").write_bytes(picture(0))
+    (tmp_path / "in" / name).write_bytes(table)
+    result = build(tmp_path / "in", tmp_path / "out")
+    assert result.exit_code == 2
+    assert message in result.stderr.splitlines()[-1]
+
+
+def test_a_byte_order_mark_is_no_part_of_a_table(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "0.jpg").write_bytes(picture(0))
+    (tmp_path / "in" / "metadata.jsonl").write_bytes(b'\xef\xbb\xbf{"file_name": "0.jpg", "text": "x"}\n')
+    assert build(tmp_path / "in", tmp_path / "out").exit_code == 0
