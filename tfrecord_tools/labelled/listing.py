@@ -5,7 +5,6 @@ files of ImageNet take longer to list than to name. Nothing is unpacked: an imag
 and read from it.
 """
 
-import tarfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -24,6 +23,7 @@ from clipkit.formats.folders import (
     unwrap,
 )
 from clipkit.formats.tables import is_hidden, is_image
+from clipkit.formats.tar import TarError, read_headers
 
 WHOLE_FILE = -1
 
@@ -172,20 +172,18 @@ def _folder_images(part: Part) -> PartImages:
 
 def _tar_members(path: Path, start: int, end: int) -> Iterator[tuple[str, int, int]]:
     """Name, offset of the contents in `path` and size of each regular file of the tar at bytes `start` to `end`."""
-    reached = start
-    try:
-        with path.open("rb") as file:
-            file.seek(start)
-            with tarfile.open(fileobj=file, mode="r:") as tar:
-                for member in tar:
-                    reached = member.offset
-                    if member.isreg():
-                        yield member.name, member.offset_data, member.size
-                # The standard library takes a damaged header for the end: what stands there must be the end mark.
-                reached = tar.offset
-                file.seek(reached)
-                block = file.read(tarfile.BLOCKSIZE)
-                if reached >= end or len(block) < tarfile.BLOCKSIZE or any(block):
-                    raise tarfile.ReadError("no header and no end mark")
-    except tarfile.TarError as error:
-        raise UserError(f"{path}: damaged tar at byte {reached} ({error}): fetch it again") from error
+    with path.open("rb") as file:
+
+        def read(offset: int, length: int) -> bytes:
+            file.seek(start + offset)
+            return file.read(max(0, min(length, end - start - offset)))
+
+        try:
+            for member in read_headers(read, path):
+                if start + member.start + member.size > end:
+                    raise TarError(path, member.first, "it ends inside a member")
+                yield member.name, start + member.start, member.size
+        except TarError as error:
+            raise UserError(
+                f"{path}: damaged tar at byte {start + error.offset} ({error.reason}): fetch it again"
+            ) from None

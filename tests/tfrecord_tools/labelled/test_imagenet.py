@@ -707,7 +707,9 @@ def test_a_damaged_class_tar_gets_one_line(tmp_path):
     second += -second % 512
     data[second + 100] ^= 1
     tar.write_bytes(data)
-    with pytest.raises(UserError, match=f"damaged tar at byte {second} .no header and no end mark.: fetch it again"):
+    with pytest.raises(
+        UserError, match=f"damaged tar at byte {second} .a header's checksum doesn't match.: fetch it again"
+    ):
         build_imagenet(source, tmp_path / "out", subset=True)
 
 
@@ -725,6 +727,19 @@ def test_a_class_tar_without_its_end_gets_one_line(tmp_path):
         with pytest.raises(UserError, match=rf"{name}\.tar: damaged tar at byte \d+"):
             build_imagenet(tmp_path / "train", tmp_path / "out", subset=True)
         path.unlink()
+
+
+def test_joined_class_tars_are_read_to_the_end_and_garbage_is_told(tmp_path):
+    images = train_images()["n01440764"]
+    halves = [dict(list(images.items())[:1]), dict(list(images.items())[1:])]
+    (tmp_path / "train").mkdir()
+    path = tmp_path / "train" / "n01440764.tar"
+    path.write_bytes(b"".join(map(tar_of, halves)))
+    summary = build_imagenet(tmp_path / "train", tmp_path / "out", subset=True, split="train")
+    assert summary.splits[0].records == len(images) > 1
+    path.write_bytes(tar_of(images) + b"garbage")
+    with pytest.raises(UserError, match="what stands behind its end mark is no other tar"):
+        build_imagenet(tmp_path / "train", tmp_path / "other", subset=True, split="train")
 
 
 def test_an_image_that_vanishes_gets_one_line(tmp_path, monkeypatch):
