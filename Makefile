@@ -66,6 +66,7 @@ bench: $(VENV)/.dev
 
 docs: $(VENV)/.dev
 	$(BIN)/python docs/architecture.py
+	$(BIN)/python docs/accepts.py
 
 clean:
 	rm -rf $(VENV) $(XLA) .typing .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist

@@ -58,7 +58,7 @@ IMAGE_SUFFIXES = frozenset(
     ]
 )
 # What programs leave in folders of others: archives made on a Mac, disks of Synology, Windows and so on.
-_LEFT_BY_PROGRAMS = frozenset(
+LEFT_BY_PROGRAMS = frozenset(
     {"__macosx", "@eadir", "thumbs.db", "desktop.ini", "$recycle.bin", "#recycle", "lost+found"}
 )
 IMAGE_NAMES = ("jpg", "image", "img", *sorted(IMAGE_SUFFIXES - {"jpg"}), "image_bytes", "bytes")
@@ -81,7 +81,7 @@ BUFFER_BYTES = 1 << 18
 
 def is_hidden(name: str) -> bool:
     """Whether a file or folder of this name is passed over wherever folders are listed."""
-    return name.startswith(".") or name.lower() in _LEFT_BY_PROGRAMS
+    return name.startswith(".") or name.lower() in LEFT_BY_PROGRAMS
 
 
 def is_image(name: str) -> bool:
