@@ -162,6 +162,13 @@ class Device:
         torch.distributed.all_reduce(raised, torch.distributed.ReduceOp.MAX, group=self.control)
         return [bool(flag) for flag in raised.tolist()]
 
+    def gather(self, value: Any) -> list[Any]:
+        """What each rank gave, in their order."""
+        gathered: list[Any] = [value] * self.world
+        if self.world > 1:
+            torch.distributed.all_gather_object(gathered, value, group=self.control)
+        return gathered
+
     def loader_workers(self) -> int:
         """Loader workers for this process: half of its share of the cores where they compute too, else all but one."""
         here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

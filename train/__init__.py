@@ -2,6 +2,7 @@
 
 - `loop`: the training loop, which reads from top to bottom.
 - `recipes`: what decides what a run learns, as functions that return a `Recipe`. A new recipe belongs here.
+- `start`: where a run starts, and what may have changed when it goes on.
 - `order`: which record comes when, from the seed and the samples seen.
 - `step`: one optimizer step, the optimizer and its learning rate.
 - `stopping`: how a signal ends a run in good order.

@@ -19,18 +19,19 @@ from typing import Any
 import torch
 
 from clipkit import __version__, checkpoint
-from clipkit.config import differences, to_json
+from clipkit.config import to_json
 from clipkit.device import Device, pick
 from clipkit.errors import UserError, one_line
 from clipkit.eval.zeroshot import Task, evaluate
 from clipkit.log import MetricsWriter, Progress, Writer, forget_metrics_after, read_metrics
 from clipkit.model.clip import CLIP, build, load_state
 from clipkit.pixels.images import Preprocess
-from clipkit.storage.files import clear_leftovers, lock, write_json
+from clipkit.storage.files import clear_leftovers, lock, read_json, write_json
 from clipkit.text.tokenizer import Tokenizer
 from clipkit.train.loader.loader import batches
 from clipkit.train.recipes import Recipe, Stage, check_recipe, loader_config, model_at, preprocess_at
 from clipkit.train.sources.open import CACHE_GB, Data, open_source
+from clipkit.train.start import Start, find_start, refuse_different_starts
 from clipkit.train.step import learning_rate_at, make_optimizer, train_step
 from clipkit.train.stopping import Stop, StopNowError, stop_on_signal, until_stopped
 from clipkit.train.stopwatch import Stopwatch
@@ -99,6 +100,8 @@ def train(
     device_name: str = "auto",
     resume: bool = False,
     init: Path | None = None,
+    from_stage: str | None = None,
+    allow_changes: bool = False,
     workers: int | None = None,
     task: Task | None = None,
     cache: Path | None = None,
@@ -107,10 +110,11 @@ def train(
 ) -> Summary:
     """Train `recipe` on `data`, into the run's folder. `data`, `split`, `cache` and `cache_gb` are as in `open_source`.
 
-    `resume` goes on from the newest checkpoint in `folder`, where there is one. `init` takes the weights of another
-    checkpoint to begin with. `task` is evaluated at the recipe's cadence and at the end of each stage; where that
-    fails, the run says so and goes on. The signals of `stopping` save a checkpoint and return. Raises UserError for
-    whatever stands in the way before the first step, and when the loss isn't finite any more.
+    `resume` goes on from the newest checkpoint in `folder`, where there is one; `allow_changes` lets the recipe's later
+    stages differ then. `init` takes the weights of another checkpoint to begin with, at the start of the stage
+    `from_stage`. `task` is evaluated at the recipe's cadence and at the end of each stage; where that fails, the run
+    says so and goes on. The signals of `stopping` save a checkpoint and return. Raises UserError for whatever stands in
+    the way before the first step, and when the loss isn't finite any more.
     """
     # ---- Check what can be checked before any work ------------------------------------------------------------------
     found = open_source(data, cache=cache, cache_gb=cache_gb, block_size=recipe.block_size, split=split)
@@ -130,38 +134,33 @@ def train(
 
         # ---- Where to start: the run's checkpoint, another checkpoint's weights, scratch --------------------------
         device.barrier()
-        latest = checkpoint.latest(folder)
-        if latest is not None and not resume:
-            raise UserError(
-                f"{folder} holds a run of {int(latest.name):,} samples: add --resume, or choose another --out"
-            )
-        start = None
-        if latest is not None:
-            start = checkpoint.load(latest, with_optimizer=True)
-            refuse_another_run(start, recipe, found)
-        tensors = start.tensors if start else checkpoint.load(init).tensors if init else None
+        start = find_start(
+            folder, recipe, found, resume=resume, init=init, from_stage=from_stage, allow_changes=allow_changes
+        )
+        refuse_different_starts(start, recipe, found, folder, device)
 
         # ---- Open the run's files ----------------------------------------------------------------------------------
         if device.is_first:
-            forget_metrics_after(folder, start.samples_seen if start else 0)
-            write_json(folder / "config.json", describe_run(recipe, found, device))
-        writer: Writer = MetricsWriter(folder, start.samples_seen if start else 0) if device.is_first else Writer()
+            for change in start.changes:
+                print(f"going on from {start.samples_seen:,} samples with {change}", file=sys.stderr)
+            forget_metrics_after(folder, start.samples_seen)
+            write_json(folder / "config.json", describe_run(folder, recipe, found, device, start, init))
+        writer: Writer = MetricsWriter(folder, start.samples_seen) if device.is_first else Writer()
         stack.callback(writer.close)
         stop = Stop(only_process=device.world == 1)
-        run = Run(recipe, folder, found, device, writer, task if device.is_first else None, workers, stop)
-        if start:
-            run.samples_seen, run.seconds = start.samples_seen, float(start.state["seconds"])
-            run.bad_samples = int(start.state["bad_samples"])
+        task = task if device.is_first else None
+        run = Run(recipe, folder, found, device, writer, task, workers, stop, start.samples_seen)
         stack.enter_context(stop_on_signal(stop))
-        if start:
-            if run.task and is_evaluation_missing(run, start):
-                at_start = checkpoint.build_model(start).to(device.torch_device)
-                evaluate_now(run, start.state["stage"], at_start, start.preprocess)
+        if start.own:
+            run.seconds, run.bad_samples = float(start.own.state["seconds"]), int(start.own.state["bad_samples"])
+            if run.task and is_evaluation_missing(run, start.own):
+                at_start = checkpoint.build_model(start.own).to(device.torch_device)
+                evaluate_now(run, start.own.state["stage"], at_start, start.own.preprocess)
                 del at_start
             (run.stop.agreed,) = device.agree(stop.asked)
 
         # ---- The stages: each begins with the weights of the one before, and a fresh optimizer ---------------------
-        loss, stage_start = math.nan, 0
+        loss, stage_start, tensors = math.nan, 0, start.tensors
         for stage in recipe.stages:
             stage_end = stage_start + stage.samples
             if run.samples_seen < stage_end and not run.stop.agreed:
@@ -171,8 +170,8 @@ def train(
                 model.to(device.torch_device)
                 model.recompute_activations(device.recompute() if recipe.checkpoint_activations else None)
                 optimizer = make_optimizer(model, recipe.optimizer, stage.learning_rate, device)
-                if start and run.samples_seen > stage_start:
-                    checkpoint.restore_optimizer(model, optimizer, start.optimizer, start.path)
+                if start.own and run.samples_seen > stage_start:
+                    checkpoint.restore_optimizer(model, optimizer, start.own.optimizer, start.own.path)
                 loss = run_stage(run, stage, stage_start, model, optimizer)
                 tensors = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
             stage_start = stage_end
@@ -347,30 +346,13 @@ def progress_line(run: Run, label: str, total: int, start: int) -> Progress:
     return Progress(label, total, start=start, quiet=not run.device.is_first)
 
 
-def refuse_another_run(start: checkpoint.Checkpoint, recipe: Recipe, data: Data) -> None:
-    """Raises UserError for a checkpoint of another recipe, data or weights: its schedule and order would not hold.
-
-    How often a run logs, saves and evaluates may differ.
-    """
-    theirs, ours = dict(start.config["recipe"]), to_json(recipe)
-    theirs.pop("cadence", None), ours.pop("cadence", None)
-    changed = differences(theirs, ours)
-    if changed:
-        more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
-        raise UserError(
-            f"{start.path} was made by another recipe ({changed[0]}{more}): "
-            "resume with the same recipe and --set, or begin a new run with --init"
-        )
-    changed = differences(start.state["dataset"], data.identity())
-    if changed:
-        raise UserError(
-            f"{start.path} was trained on another dataset ({changed[0]}): "
-            "resume with the same --data, or begin a new run with --init"
-        )
-
-
-def describe_run(recipe: Recipe, data: Data, device: Device) -> dict[str, Any]:
-    """The `config.json` of a run's folder: what was trained, on what, where."""
+def describe_run(
+    folder: Path, recipe: Recipe, data: Data, device: Device, start: Start, init: Path | None
+) -> dict[str, Any]:
+    """The `config.json` of a run's folder: what was trained, on what, where, and what changed on the way."""
+    path = folder / "config.json"
+    before: dict[str, Any] = read_json(path) if start.own and path.exists() else {"init": str(init) if init else None}
+    changes = [{"samples_seen": start.samples_seen, "changed": start.changes}] if start.changes else []
     return {
         "clipkit": __version__,
         "torch": torch.__version__,
@@ -383,4 +365,6 @@ def describe_run(recipe: Recipe, data: Data, device: Device) -> dict[str, Any]:
             "devices": device.shards,
             "arithmetic": device.arithmetic(recipe.precision),
         },
+        "init": before.get("init"),
+        "changes": [*before.get("changes", []), *changes],
     }

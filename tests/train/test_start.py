@@ -1,0 +1,228 @@
+"""Where a run starts: what may change when it goes on, at which stage it may begin, and that ranks start alike."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from clipkit import checkpoint
+from clipkit.config import set_values
+from clipkit.device import pick
+from clipkit.errors import UserError
+from clipkit.log import read_metrics
+from clipkit.train.loop import train
+from clipkit.train.recipes import debug
+from clipkit.train.sources.open import open_source
+from clipkit.train.start import Start, refuse_different_starts, weights_digest
+
+CPU = {"device_name": "cpu", "workers": 1}
+
+
+@pytest.fixture(scope="module")
+def whole(pairs_dataset, tmp_path_factory):
+    """A finished run, with a checkpoint in each stage and at the end of the first."""
+    run = tmp_path_factory.mktemp("whole")
+    recipe = set_values(debug(), ["cadence.keep_checkpoints=9", "cadence.checkpoint_samples=32"])
+    assert train(recipe, pairs_dataset, run, **CPU).finished
+    return run
+
+
+def stopped_at(whole: Path, run: Path, samples: int) -> Path:
+    """A copy of the run as it was at a checkpoint."""
+    shutil.copytree(whole, run)
+    for path in checkpoint.checkpoints(run):
+        if int(path.name) > samples:
+            shutil.rmtree(path)
+    return run
+
+
+def weights(path):
+    return load_file(checkpoint.find(path) / "model.safetensors")
+
+
+def assert_same_weights(one, other):
+    ours, theirs = weights(one), weights(other)
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+
+
+@pytest.mark.parametrize("samples", [128, 192, 256])
+@pytest.mark.parametrize(
+    "setting", ["max_bad=0.5", "checkpoint_activations=true", "cadence.log_samples=64", "cadence.keep_checkpoints=1"]
+)
+def test_what_changes_nothing_that_is_learned_may_change(whole, pairs_dataset, tmp_path, capsys, samples, setting):
+    run = stopped_at(whole, tmp_path / "run", samples)
+    recipe = set_values(debug(), [setting])
+    assert train(recipe, pairs_dataset, run, **CPU, resume=True).finished
+    assert_same_weights(run, whole)
+    key = setting.partition("=")[0]
+    assert re.search(rf"^going on from {samples} samples with {key}: \S+ -> \S+$", capsys.readouterr().err, re.M)
+    (logged,) = json.loads((run / "config.json").read_text())["changes"]
+    assert logged["samples_seen"] == samples
+    assert any(line.startswith(f"{key}: ") for line in logged["changed"])
+
+
+def test_a_second_stage_that_ran_out_of_memory_goes_on_in_micro_batches(whole, pairs_dataset, tmp_path):
+    run = stopped_at(whole, tmp_path / "run", 192)
+    train(set_values(debug(), ["micro_batch=4"]), pairs_dataset, run, **CPU, resume=True)
+    ours, theirs = ([line["loss"] for line in read_metrics(path) if "loss" in line] for path in (run, whole))
+    assert ours == pytest.approx(theirs, abs=2e-5)
+    # Every resume with other settings is kept.
+    train(set_values(debug(), ["max_bad=0.5"]), pairs_dataset, run, **CPU, resume=True)
+    changes = json.loads((run / "config.json").read_text())["changes"]
+    assert [entry["samples_seen"] for entry in changes] == [192, 320]
+
+
+LATER = ["stages.1.batch_size=8", "stages.1.learning_rate=2e-4", "stages.1.samples=256", "stages.1.warmup_samples=0"]
+
+
+@pytest.mark.parametrize("samples", [128, 192])
+@pytest.mark.parametrize("setting", LATER)
+def test_a_stage_that_has_not_begun_may_change_where_that_is_asked_for(
+    whole, pairs_dataset, tmp_path, capsys, samples, setting
+):
+    run = stopped_at(whole, tmp_path / "run", samples)
+    recipe = set_values(debug(), [setting, "cadence.keep_checkpoints=9"])
+    with pytest.raises(UserError, match=rf"other later stages \({setting.partition('=')[0]}: .*add --allow-changes"):
+        train(recipe, pairs_dataset, run, **CPU, resume=True)
+    summary = train(recipe, pairs_dataset, run, **CPU, resume=True, allow_changes=True)
+    assert summary.finished
+    assert summary.samples_seen == recipe.samples
+    assert f"going on from {samples} samples with {setting.partition('=')[0]}" in capsys.readouterr().err
+    # As if it had been so from the beginning.
+    train(recipe, pairs_dataset, tmp_path / "other", **CPU)
+    assert_same_weights(run, tmp_path / "other")
+
+
+def test_a_finished_run_may_get_another_stage(whole, pairs_dataset, tmp_path):
+    run = stopped_at(whole, tmp_path / "run", 320)
+    stages = debug().stages
+    recipe = replace(debug(), stages=(*stages, replace(stages[1], name="more", samples=64)))
+    assert train(recipe, pairs_dataset, run, **CPU, resume=True, allow_changes=True).samples_seen == 384
+
+
+@pytest.mark.parametrize(
+    ("samples", "setting"),
+    [
+        (128, "stages.0.learning_rate=1"),
+        (192, "stages.0.samples=96"),
+        (256, "stages.1.learning_rate=1"),
+        (128, "seed=1"),
+        (192, "optimizer.beta1=0.5"),
+        (192, "precision=bfloat16"),
+        (192, "block_size=8"),
+        (192, "model.embed_dim=64"),
+    ],
+)
+@pytest.mark.parametrize("allow_changes", [False, True])
+def test_what_was_learned_with_may_not_change(whole, pairs_dataset, tmp_path, samples, setting, allow_changes):
+    run = stopped_at(whole, tmp_path / "run", samples)
+    key = setting.partition("=")[0]
+    with pytest.raises(UserError, match=rf"made by another recipe \({key}: .*--init"):
+        train(set_values(debug(), [setting]), pairs_dataset, run, **CPU, resume=True, allow_changes=allow_changes)
+
+
+def test_a_run_may_begin_at_a_stage_with_the_weights_of_another(whole, pairs_dataset, tmp_path):
+    border = whole / "checkpoints" / f"{192:012d}"
+    summary = train(debug(), pairs_dataset, tmp_path, **CPU, init=border, from_stage="full")
+    assert (summary.finished, summary.samples_seen) == (True, 320)
+    assert_same_weights(tmp_path, whole)
+    assert [line["samples_seen"] for line in read_metrics(tmp_path)] == list(range(208, 321, 16))
+    assert json.loads((tmp_path / "config.json").read_text())["init"] == str(border)
+    # The same command with --resume has nothing left to do.
+    train(debug(), pairs_dataset, tmp_path, **CPU, init=border, from_stage="full", resume=True)
+    assert json.loads((tmp_path / "config.json").read_text())["init"] == str(border)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"from_stage": "full"}, "--from-stage full needs the weights of a checkpoint: name it with --init"),
+        ({"from_stage": "ful", "init": Path("x")}, "has no such stage; did you mean full?"),
+        ({"allow_changes": True}, "--allow-changes is for a run that goes on: add --resume"),
+    ],
+)
+def test_options_that_go_with_others_are_refused_without_them(pairs_dataset, tmp_path, options, says):
+    with pytest.raises(UserError, match=re.escape(says)):
+        train(debug(), pairs_dataset, tmp_path, **CPU, **options)
+
+
+# ---- Ranks -----------------------------------------------------------------------------------------------------------
+
+
+class Ranks:
+    """A device of two ranks; the other one gives `other`."""
+
+    world = 2
+
+    def __init__(self, change=lambda ours: ours):
+        self.change = change
+
+    def gather(self, ours):
+        return [ours, self.change(ours)]
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda o: (0, weights_digest(None), *o[2:]), "rank 1 starts at 0 samples and rank 0 at 320: --out"),
+        (
+            lambda o: (o[0], "other", *o[2:]),
+            "rank 1 starts at 320 samples and rank 0 at 320, with other weights: --out",
+        ),
+        (lambda o: (*o[:2], {**o[2], "seed": 5}, o[3]), "another recipe than rank 0 (seed: 0 -> 5): give"),
+        (lambda o: (*o[:3], {**o[3], "records": 9}), "other data than rank 0 (records: 96 -> 9): give"),
+    ],
+)
+def test_ranks_that_start_differently_are_refused(whole, pairs_dataset, change, says):
+    own = checkpoint.load(whole)
+    data = open_source(pairs_dataset)
+    start = Start(own.samples_seen, own.tensors, own)
+    refuse_different_starts(start, debug(), data, whole, Ranks())
+    refuse_different_starts(start, debug(), data, whole, pick("cpu"))
+    with pytest.raises(UserError, match=re.escape(says)):
+        refuse_different_starts(start, debug(), data, whole, Ranks(change))
+
+
+def test_the_digest_of_weights_sees_each_change():
+    weights = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.tensor(1.0), "c": torch.zeros(0)}
+    others = [
+        {**weights, "a": weights["a"].reshape(3, 2)},
+        {**weights, "a": weights["a"] + 1},
+        {**weights, "b": torch.tensor(2.0)},
+        {"a": weights["a"], "b": weights["b"], "d": weights["c"]},
+        None,
+    ]
+    digests = {weights_digest(found) for found in (weights, *others)}
+    assert len(digests) == 6
+    assert weights_digest(dict(reversed(weights.items()))) == weights_digest(weights)
+
+
+def test_ranks_without_a_common_folder_start_together_and_do_not_resume(pairs_dataset, tmp_path):
+    script = tmp_path / "go.sh"
+    script.write_text(
+        f"#!/bin/bash\nexec {sys.executable} -m clipkit train --data {pairs_dataset} --recipe debug --device cpu "
+        f'--workers 1 --out {tmp_path}/node$RANK "$@"\n'
+    )
+    script.chmod(0o755)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python"]
+
+    def both(*more):
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run([*command, str(script), *more], capture_output=True, text=True, env=environment)
+        return done.returncode, [line for line in done.stderr.splitlines() if line.startswith("Error:")], done.stderr
+
+    code, errors, output = both()
+    assert (code, errors) == (0, []), output
+    code, errors, output = both("--resume")
+    assert code != 0
+    assert "SIGABRT" not in output
+    assert errors
+    assert all("rank 1 starts at 0 samples and rank 0 at 320: --out" in line for line in errors)

@@ -1,0 +1,159 @@
+"""Where a run starts: at its own newest checkpoint, with another checkpoint's weights, or from scratch.
+
+What decides what is learned must be as it was when a run goes on, or its schedule and order would not hold. The rest
+may change, and so may stages that haven't begun, where that is asked for. All ranks must start at the same place.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from clipkit import checkpoint
+from clipkit.config import did_you_mean, differences, to_json
+from clipkit.device import Device
+from clipkit.errors import UserError
+from clipkit.train.recipes import Recipe
+from clipkit.train.sources.open import Data
+
+# Settings of a recipe that don't change what is learned.
+FREE = ("cadence", "checkpoint_activations", "max_bad", "micro_batch")
+HASHED_BYTES = 4096
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins or goes on. `tensors` are the weights to begin with; None takes new ones."""
+
+    samples_seen: int = 0
+    tensors: dict[str, torch.Tensor] | None = None
+    own: checkpoint.Checkpoint | None = None
+    """The run's own checkpoint, where it goes on from one."""
+    changes: list[str] = field(default_factory=list)
+    """How the recipe differs from the checkpoint's."""
+
+
+def find_start(
+    folder: Path,
+    recipe: Recipe,
+    data: Data,
+    *,
+    resume: bool = False,
+    init: Path | None = None,
+    from_stage: str | None = None,
+    allow_changes: bool = False,
+) -> Start:
+    """The run's own newest checkpoint, else the weights of `init`, at the start of `from_stage`, else scratch.
+
+    Raises UserError for a run that isn't to be resumed, or that can't be with this recipe and these data.
+    """
+    if allow_changes and not resume:
+        raise UserError("--allow-changes is for a run that goes on: add --resume")
+    latest = checkpoint.latest(folder)
+    if latest is not None and not resume:
+        raise UserError(f"{folder} holds a run of {int(latest.name):,} samples: add --resume, or choose another --out")
+    if latest is not None:
+        own = checkpoint.load(latest, with_optimizer=True)
+        return Start(own.samples_seen, own.tensors, own, changes_on_resume(own, recipe, data, allow_changes))
+    if from_stage is not None and init is None:
+        raise UserError(f"--from-stage {from_stage} needs the weights of a checkpoint: name it with --init")
+    begin = 0 if from_stage is None else stage_start(recipe, from_stage)
+    return Start(begin, checkpoint.load(init).tensors if init else None)
+
+
+def stage_start(recipe: Recipe, name: str) -> int:
+    """The samples that are seen before the stage of that name. Raises UserError when there is none."""
+    names = [stage.name for stage in recipe.stages]
+    if name not in names:
+        raise UserError(f"--from-stage {name}: recipe {recipe.name} has no such stage; {did_you_mean(name, names)}")
+    return sum(stage.samples for stage in recipe.stages[: names.index(name)])
+
+
+def changes_on_resume(start: checkpoint.Checkpoint, recipe: Recipe, data: Data, allow_changes: bool) -> list[str]:
+    """How the recipe differs from the checkpoint's, where it may. Raises UserError where it may not, and for other
+    data: the schedule and the order would not hold.
+    """
+    theirs = start.config["recipe"]
+    begun = first = 0
+    for stage in theirs["stages"]:
+        begun += first < start.samples_seen
+        first += stage["samples"]
+    changed = differences(by_number(theirs), by_number(to_json(recipe)))
+    later = [line for line in changed if is_later(line, begun)]
+    refused = [line for line in changed if line not in later and not line.startswith(FREE)]
+    if refused:
+        hint = "; --allow-changes is for stages that haven't begun" if allow_changes else ""
+        raise UserError(
+            f"{start.path} was made by another recipe ({shown(refused)}): "
+            f"resume with the same recipe and --set, or begin a new run with --init{hint}"
+        )
+    if later and not allow_changes:
+        raise UserError(
+            f"{start.path} was made by a recipe with other later stages ({shown(later)}): "
+            "add --allow-changes to go on with the new ones, or resume with the same recipe and --set"
+        )
+    other = differences(start.state["dataset"], data.identity())
+    if other:
+        raise UserError(
+            f"{start.path} was trained on another dataset ({other[0]}): "
+            "resume with the same --data, or begin a new run with --init"
+        )
+    return changed
+
+
+def by_number(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe's JSON with its stages by number, so that two of unequal length are compared stage by stage."""
+    return {**recipe, "stages": {str(number): stage for number, stage in enumerate(recipe["stages"])}}
+
+
+def is_later(line: str, begun: int) -> bool:
+    """Whether a difference is one of a stage from number `begun` on."""
+    head, _, rest = line.partition(".")
+    return head == "stages" and int(rest.partition(":")[0].partition(".")[0]) >= begun
+
+
+def shown(changed: list[str]) -> str:
+    """The first of some differences, and how many more there are."""
+    more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
+    return changed[0] + more
+
+
+def refuse_different_starts(start: Start, recipe: Recipe, data: Data, folder: Path, device: Device) -> None:
+    """Raises UserError, on all ranks, when they don't start alike: each would take the others' gradients for its own.
+
+    Only the first rank writes checkpoints, so the others find them only in a folder that they share with it.
+    """
+    if device.world == 1:
+        return
+    starts = device.gather((start.samples_seen, weights_digest(start.tensors), to_json(recipe), data.identity()))
+    for rank, (seen, weights, theirs, dataset) in enumerate(starts):
+        first_seen, first_weights, ours, first_dataset = starts[0]
+        if theirs != ours:
+            raise UserError(
+                f"rank {rank} has another recipe than rank 0 ({shown(differences(ours, theirs))}): "
+                "give all ranks the same --recipe and --set"
+            )
+        if dataset != first_dataset:
+            raise UserError(
+                f"rank {rank} has other data than rank 0 ({shown(differences(first_dataset, dataset))}): "
+                "give all ranks the same --data"
+            )
+        if seen != first_seen or weights != first_weights:
+            raise UserError(
+                f"rank {rank} starts at {seen:,} samples and rank 0 at {first_seen:,}"
+                f"{'' if seen != first_seen else ', with other weights'}: --out ({folder} here) and --init must be "
+                "the same folders on all ranks, on a disk that they share, or copies of rank 0's"
+            )
+
+
+def weights_digest(tensors: Mapping[str, torch.Tensor] | None) -> str:
+    """A hash of weights by their names, shapes, and the bytes at their beginnings and ends."""
+    digest = hashlib.blake2b(digest_size=8)
+    for name, tensor in sorted((tensors or {}).items()):
+        flat = tensor.contiguous().view(-1).view(torch.uint8).numpy()
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
+        digest.update(flat[:HASHED_BYTES].tobytes() + flat[-HASHED_BYTES:].tobytes())
+    return digest.hexdigest()
