@@ -29,6 +29,7 @@ _FILLERS = frozenset(("seg", "set", "data", "dataset", "images", "image", "imgs"
 _BESIDE_SPLITS = frozenset(
     ["annotation", "annotations", "label", "labels", "mask", "masks", "meta", "metadata", "docs"]
 )
+_PACKED = frozenset(("gz", "bz2", "xz", "zst"))
 _WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|[0-9]+|[^\x00-\x7f]+")
 _EXAMPLES = 3
 
@@ -128,6 +129,8 @@ def list_images(folder: Path, is_content: Callable[[str], bool] = is_image) -> L
 def kind_of_file(name: str) -> str:
     """What files left aside are counted by: the suffix."""
     stem, dot, suffix = name.rpartition(".")
+    if suffix.lower() in _PACKED and (inner := kind_of_file(stem)).startswith("."):
+        return f"{inner}.{suffix.lower()}"  # .tar.gz
     return f".{printable(suffix.lower())}" if dot and stem else "without suffix"
 
 

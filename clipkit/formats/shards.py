@@ -58,6 +58,13 @@ def list_shards(
     return replace(found, notes=(*found.notes, note)) if unread else found
 
 
+def describe_files(folder: Path) -> str:
+    """What lies in a folder that holds nothing to read, for an error's line: ` (.tar.gz 2)`; "" for nothing."""
+    kinds = Counter(kind_of_file(file.name) for file in list_folder(folder) if not is_hidden(file.name))
+    packed = any(kind.endswith((".gz", ".bz2", ".xz", ".zst", ".zip", ".tgz")) for kind in kinds)
+    return f" ({aside_text(kinds)}{': unpack them' * packed})" if kinds else ""
+
+
 def select_split(folder: Path, names: Sequence[str], split: str) -> tuple[list[str], tuple[str, ...]]:
     """The names of a split's files among those of a folder, and a line on those of others.
 

@@ -98,7 +98,12 @@ def holds_images(kind: pa.DataType) -> bool:
     """Whether a column of this type may hold encoded images: binary, or Hugging Face's struct of `bytes` and `path`."""
     if pa.types.is_struct(kind):
         return any(kind.field(i).name == "bytes" and holds_images(kind.field(i).type) for i in range(kind.num_fields))
-    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+    return is_bytes(kind)
+
+
+def is_bytes(kind: pa.DataType) -> bool:
+    """Whether a column of this type holds bytes of any length."""
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind))
 
 
 def find_image_column(schema: pa.Schema) -> str | None:

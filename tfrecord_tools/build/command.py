@@ -40,7 +40,7 @@ from clipkit.tfrecord_tools.build.prepare import Condition, Part, Preparation, k
 from clipkit.tfrecord_tools.build.shard import BuildJob, BuildState, Task
 from clipkit.tfrecord_tools.build.shuffle import stretch_path
 from clipkit.tfrecord_tools.readers.shards import InputShard, columns_left_out, find_shards, open_shard, read_shard
-from clipkit.tfrecord_tools.reasons import EMPTY_CAPTION, NO_CAPTION, NO_IMAGE, NOT_AN_IMAGE, NOT_WANTED
+from clipkit.tfrecord_tools.reasons import BAD_TEXT, EMPTY_CAPTION, NO_CAPTION, NO_IMAGE, NOT_AN_IMAGE, NOT_WANTED
 from clipkit.tfrecord_tools.writing.finish import finish_dataset, kinds_of, pair_features, write_skipped
 from clipkit.tfrecord_tools.writing.summary import BuildSummary, summarise_splits
 
@@ -251,6 +251,7 @@ def _check_any(states: Sequence[BuildState], shards: Path, sources: Sequence[Inp
 _REMEDIES = {
     NO_IMAGE: "a sample is KEY.jpg beside KEY.txt in a tar, or a row with the image's bytes (--image-column)",
     NO_CAPTION: "a caption is KEY.txt or 'caption' in KEY.json in a tar, or a column (--caption-column)",
+    BAD_TEXT: "convert the texts to UTF-8, for example with iconv",
     EMPTY_CAPTION: "name another column with --caption-column",
     NOT_AN_IMAGE: "name another column with --image-column",
     NOT_WANTED: "no row fulfils --where: ask for less",

@@ -26,6 +26,7 @@ from clipkit.formats.tables import (
     PairColumns,
     RowReader,
     copy_table,
+    is_bytes,
     read_schema,
 )
 from clipkit.storage.files import is_remote, local_copy
@@ -57,7 +58,7 @@ def stored_columns(rows: RowReader, pair: Sequence[str]) -> list[str]:
 
 
 def _is_bytes(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind))
+    return is_bytes(kind) or bool(pa.types.is_fixed_size_binary(kind))
 
 
 def _has_bytes_inside(kind: pa.DataType) -> bool:

@@ -12,7 +12,7 @@ from pathlib import Path
 from clipkit.errors import UserError
 from clipkit.formats.dataset import find_dataset, open_dataset, read_layout, refuse_unfinished_download
 from clipkit.formats.features import find_image
-from clipkit.formats.shards import ALL_SPLITS, SHARD_SUFFIXES, list_shards
+from clipkit.formats.shards import ALL_SPLITS, SHARD_SUFFIXES, describe_files, list_shards
 from clipkit.formats.tables import USUAL, PairColumns, is_table
 from clipkit.storage.files import is_remote, local_copy, remove
 from clipkit.storage.stores import reading
@@ -65,7 +65,10 @@ def find_shards(
             return dataset_shards(dataset, split)
         found = list_shards(path, split, lambda folder, file: _has_images(folder / file.name, columns))
         if found is None:
-            raise UserError(f"{path} holds no image shards: clipkit reads {KINDS}; make them with clipkit download")
+            there = describe_files(path)
+            raise UserError(
+                f"{path} holds no image shards{there}: clipkit reads {KINDS}; make them with clipkit download"
+            )
         for note in found.notes:
             tell(note)
         return [found.folder / file.name for file in found.files]

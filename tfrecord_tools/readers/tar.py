@@ -64,7 +64,7 @@ def _samples(key: str, members: dict[str, bytes], captions: CaptionChoice | None
     except (ValueError, RecursionError):
         return (Sample(key, image, None, {}, BAD_METADATA),)
     try:
-        text = members["txt"].decode("utf-8") if "txt" in members else None
+        text = members["txt"].decode("utf-8-sig") if "txt" in members else None
     except UnicodeDecodeError:
         return (Sample(key, image, None, {}, BAD_TEXT),)
     caption = merge_captions(text, columns)

@@ -17,7 +17,7 @@ from typing import Any
 from clipkit.errors import UserError
 from clipkit.formats.dataset import below, open_dataset, refuse_unfinished_download, unfinished
 from clipkit.formats.manifest import precomputed_columns
-from clipkit.formats.shards import ALL_SPLITS, SHARD_SUFFIXES, ShardListing, list_shards
+from clipkit.formats.shards import ALL_SPLITS, SHARD_SUFFIXES, ShardListing, describe_files, list_shards
 from clipkit.formats.tables import is_table
 from clipkit.storage.cache import BlockCache, scratch_cache
 from clipkit.storage.files import as_path, is_remote
@@ -182,7 +182,8 @@ class _Opener:
             refuse_unfinished_download(path if path.is_dir() else path.parent)
             found = _one_file(path) if path.is_file() else list_shards(path, self.split, has_images)
             if found is None or found.kind == "tfrecords":
-                lacking = f"{path} isn't a dataset, and holds nothing else to train on: clipkit reads {KINDS}"
+                there = describe_files(path) if path.is_dir() else ""
+                lacking = f"{path} isn't a dataset, and holds nothing else to train on{there}: clipkit reads {KINDS}"
                 raise UserError(unfinished(path) or lacking)
             return self.open_files(path, found)
 

@@ -73,7 +73,7 @@ class TarSource(ShardedRecords, Source):
         if len(data) < end - begin:
             return RecordError(self._files.path(shard), start, "the file ends inside a record")
         stored = data[text - begin : text - begin + text_bytes] if text else b""
-        written = stored.decode("utf-8", "replace")
+        written = stored.decode("utf-8-sig", "replace")
         caption: str | list[str] = written
         # img2dataset writes "nan" where the metadata's caption is null, and Python's repr of a list of captions.
         if meta_bytes and (not text or stored == b"nan" or stored[:1] in (b"[", b"{")):

@@ -113,9 +113,21 @@ def test_what_is_not_read_is_told(tmp_path):
         (folder / name).write_bytes(b"x")
     code, captions, told = build(folder)
     assert (code, captions) == (0, ["a"])
-    assert f"{folder}: not read: .csv 1, .gz 1, images 1, more/" in told
+    assert f"{folder}: not read: .csv 1, .tar.gz 1, images 1, more/" in told
     opened = open_source(folder)
-    assert opened.notes == [f"{folder}: not read: .csv 1, .gz 1, images 1, more/"]
+    assert opened.notes == [f"{folder}: not read: .csv 1, .tar.gz 1, images 1, more/"]
+
+
+@pytest.mark.parametrize("suffix", [".tar.gz", ".tgz", ".zip"])
+def test_packed_shards_are_named(suffix, tmp_path):
+    write(tmp_path / "0.tar", "a")
+    (tmp_path / "in").mkdir()
+    (tmp_path / "0.tar").rename(tmp_path / "in" / f"0{suffix}")
+    code, _, told = build(tmp_path / "in")
+    assert code == 2
+    assert f"holds no image shards ({suffix} 1: unpack them)" in told
+    with pytest.raises(UserError, match=f"nothing else to train on .{suffix} 1: unpack them"):
+        train(tmp_path / "in")
 
 
 def test_folders_that_could_all_be_meant_are_refused(tmp_path):

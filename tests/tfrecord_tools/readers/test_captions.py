@@ -87,6 +87,22 @@ def test_the_draw_is_a_function_of_the_samples_key():
     assert draw_caption(Text("a", [1], [2]), 7) == Text("a", [1], [2])
 
 
+@pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary(), pa.binary_view()])
+def test_images_and_captions_in_columns_of_any_kind_of_bytes(kind, tmp_path):
+    (tmp_path / "in").mkdir()
+    columns = {"image": pa.array([picture(1)], kind), "caption": pa.array(["ein Käfer".encode()], kind)}
+    pq.write_table(pa.table(columns), tmp_path / "in" / "0.parquet")
+    assert texts(tmp_path / "in", tmp_path / "out") == ["ein Käfer"]
+    (found,) = open_source(tmp_path / "in").source().pairs([0])
+    assert (bytes(found.image), found.caption) == (picture(1), "ein Käfer")
+
+
+def test_a_byte_order_mark_is_no_part_of_a_caption(tmp_path):
+    write_tar(tmp_path / "in" / "0.tar", [pair(0, txt="\ufeffa cat", json=None)])
+    assert texts(tmp_path / "in", tmp_path / "out") == ["a cat"]
+    assert [found.caption for found in open_source(tmp_path / "in").source().pairs([0])] == ["a cat"]
+
+
 def test_bytes_are_utf8(tmp_path):
     (tmp_path / "in").mkdir()
     captions = ["ein Käfer".encode(), b"caf\xe9", b"a bird"]
