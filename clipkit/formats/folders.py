@@ -225,11 +225,11 @@ class Layout:
     notes: tuple[str, ...] = ()
 
 
-def find_layout(path: Path, is_content: Callable[[str], bool] = is_image) -> Layout:
+def find_layout(path: Path, is_content: Callable[[str], bool] = is_image, split: str | None = None) -> Layout:
     """Tell splits from classes, inside of as many folders as are wrapped around them.
 
     Folders are splits when their names say so and they hold class folders (or nothing beside them does).
-    Raises UserError for splits beside classes, and for two folders of one split.
+    Raises UserError for splits beside classes unless one of them is asked for, and for two folders of one split.
     """
     folders = list(_folders(path, is_content))
     full = [each for each in folders if each.images or each.inner]
@@ -242,7 +242,7 @@ def find_layout(path: Path, is_content: Callable[[str], bool] = is_image) -> Lay
     splits = [each for each in full if named[each.path.name] is not None]
     others = [each for each in full if each not in splits and each.path.name.lower() not in _BESIDE_SPLITS]
     if splits and (not others or any(each.holds_folders_only for each in splits)):
-        if others:
+        if others and not (split and split_of(split) in named.values()):
             raise UserError(
                 f"{path} has folders of splits ({_names(splits)}) beside others: {_texts(others)}: "
                 "name one with --split, or give a folder that holds only splits or only classes"
@@ -260,7 +260,7 @@ def find_layout(path: Path, is_content: Callable[[str], bool] = is_image) -> Lay
         notes = (f"{path}: beside the splits and left aside: {_names(aside)}",) if aside else ()
         return Layout(path, {split: unwrap(folder, is_content) for split, folder in found.items()}, notes)
     if len(full) == 1 and full[0].holds_folders_only and not any(is_content(each.name) for each in _files(path)):
-        inner = find_layout(full[0].path, is_content)
+        inner = find_layout(full[0].path, is_content, split)
         aside = [each for each in folders if each is not full[0]]
         notes = (f"{path}: read {printable(full[0].path.name)}",)
         if aside:

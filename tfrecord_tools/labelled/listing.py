@@ -89,7 +89,7 @@ def find_splits(source: Path, split: str | None) -> list[SplitSource]:
         return [_source(split_of(split) or split, unwrap(source / split, _is_content))]
     root = next((source / each for each in _ROOTS if (source / each).is_dir()), source)
     tars = {name: root / tar for name, tar in _OFFICIAL_TARS.items() if (root / tar).is_file()}
-    layout = find_layout(root, _is_content)
+    layout = find_layout(root, _is_content, split)
     places = {**layout.splits, **tars}
     if not places:
         return [_source(split or "train", layout.root, layout.notes)]
@@ -102,7 +102,7 @@ def find_splits(source: Path, split: str | None) -> list[SplitSource]:
     canonical = split if split in places else split_of(split)
     if canonical not in places:
         raise UserError(f"{source} has no split {split!r}: it has {', '.join(places)}")
-    return [_source(canonical, places[canonical])]
+    return [_source(canonical, places[canonical], layout.notes)]
 
 
 def _is_content(name: str) -> bool:

@@ -140,3 +140,18 @@ def test_names_that_are_not_utf8_can_be_written(tmp_path) -> None:
     (image,) = list_images(tmp_path).images
     assert printable(image.name) == r"caf\xe9.png"
     assert printable("café.png") == "café.png"
+
+
+def test_a_split_that_is_asked_for_may_stand_beside_other_folders(tmp_path):
+    """Intel's scenes: `seg_pred` holds images without classes."""
+    for name in ("seg_train/cat/1.jpg", "seg_train/dog/1.jpg", "seg_test/cat/1.jpg", "seg_pred/1.jpg"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"x")
+    with pytest.raises(UserError, match="beside others: seg_pred holds images: name one with --split"):
+        find_layout(tmp_path)
+    layout = find_layout(tmp_path, split="train")
+    assert layout.splits["train"] == tmp_path / "seg_train"
+    assert "left aside: seg_pred" in layout.notes[0]
+    with pytest.raises(UserError, match="beside others"):
+        find_layout(tmp_path, split="validation")
