@@ -48,7 +48,7 @@ class PassProgress:
 
 @dataclass(frozen=True)
 class Runner:
-    """Where the passes of one command run, and who is told: `tell` takes the place of the progress line.
+    """Where the passes of one command run; `tell`, where it is given, gets the progress instead of the progress line.
 
     `workers` and `engine` are those of `run_jobs`.
     """

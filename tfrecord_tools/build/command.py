@@ -1,8 +1,8 @@
 """From image shards of any kind to a dataset directory that TFDS opens: `clipkit build-tfds`.
 
-The image shards, one behind the other, are cut by size into stretches, one an output shard, so the number of shards,
-and with it every file's name, is known before the first record (see `build_plan`). Passes over the stretches write
-them (`build_passes`); where records change places, the stretches are files on the way to the shards (`shuffle`).
+The image shards, one after the other, are cut by size into stretches, one for each output shard, so the number of
+shards, and with it every file's name, is known before the first record (`plan`). Passes over the stretches write them
+(`passes`); where records change places, what is written are intermediate files (`shuffle`).
 
 Files come in the order of trust: shards, each with its state in `clipkit/build-SPLIT/`; then the index, the list of
 skipped samples and the manifest; `dataset_info.json` last. A run that finds a state goes on from it; a whole dataset
@@ -35,7 +35,7 @@ from clipkit.jobs.run import Engine
 from clipkit.storage.files import as_path, clear_leftovers, is_remote, load_array, lock, read_json, remove
 from clipkit.tfrecord_tools.account.purged import refuse_unfinished_purge
 from clipkit.tfrecord_tools.build.passes import gather_pass, hash_pass, write_pass
-from clipkit.tfrecord_tools.build.plan import BuildOptions, look, make_options, plan
+from clipkit.tfrecord_tools.build.plan import BuildOptions, first_samples, make_options, plan
 from clipkit.tfrecord_tools.build.prepare import Condition, Part, Preparation, kinds_of_samples, part_left
 from clipkit.tfrecord_tools.build.shard import BuildJob, BuildState, Task
 from clipkit.tfrecord_tools.build.shuffle import stretch_path
@@ -80,7 +80,7 @@ def build_tfds(
     its columns have the same kinds. The result depends neither on `workers` (None: one a core) nor on `engine`.
     `progress` takes the place of the progress line. Paths may be remote.
 
-    Raises UserError for shards that are damaged, names and options that can't be, an output that holds other data,
+    Raises UserError for shards that are damaged, invalid names and options, an output that holds other data,
     columns that don't go with those of another split, and when not one sample can be used.
     """
     shards, out = as_path(shards), as_path(out)
@@ -104,24 +104,24 @@ def build_tfds(
         if whole - set(splits):
             raise _foreign(folder)
         sources = [open_shard(path, columns, work) for path in paths]
-        there = _there(folder, options, splits, sources)
+        existing = _existing_splits(folder, options, splits, sources)
         clear_leftovers(folder, folder / CLIPKIT_FOLDER, work)
-        if there:
+        if existing:
             for part in options.splits:
                 open_dataset(folder, part)  # says so when a shard is missing
             remove(work)
-            return summarise_splits(folder, name, there, built=False)
+            return summarise_splits(folder, name, existing, built=False)
         known = parse_features(read_json(folder / "features.json")) if whole else {}
         left_out = columns_left_out(sources[0])
         if left_out:
             print(f"build-tfds: left out, as no record holds bytes: {', '.join(left_out)}", file=sys.stderr)
-        preparation, left = _look(options, sources)
+        preparation, left = _prepare(options, sources)
         stretches = plan(work / "plan.json", sources, options, shard_megabytes, left)
         jobs = _jobs(folder, work, name, options, sources, stretches)
         decisions = hash_pass(jobs, work, preparation, options.dedup, runner) if options.dedup else ()
         if options.gathered and not progress:
             size = sum(source.size for source in sources) * left
-            print(f"build-tfds: about {size_text(size)} of disk more are needed on the way, in {work}", file=sys.stderr)
+            print(f"build-tfds: uses about {size_text(size)} of disk besides the output, in {work}", file=sys.stderr)
         task = Task(preparation, options.shares, options.gathered, decisions)
         states, kinds = write_pass(jobs, task, kinds_of(known), runner)
         _check_any(states, shards, sources)
@@ -169,35 +169,35 @@ def _foreign(folder: Path) -> UserError:
     return UserError(f"{folder} holds a dataset that clipkit didn't write: choose another output or --name")
 
 
-def _there(
+def _existing_splits(
     folder: Path, options: BuildOptions, splits: dict[str, SplitManifest], sources: list[InputShard]
 ) -> dict[str, SplitManifest]:
-    """The splits that are to be made, when they are there already. Raises UserError when they are others."""
-    there = {split: splits[split] for split in options.splits if split in splits}
+    """Those of the wanted splits that an earlier build finished; raises UserError when it made them of other things."""
+    existing = {split: splits[split] for split in options.splits if split in splits}
     wanted = list(dict.fromkeys((source.path.name, source.size) for source in sources))
-    for split, manifest in there.items():
+    for split, manifest in existing.items():
         reason = ""
         if manifest.source_files != wanted:
             reason = "made from other shards"
         elif manifest.options and manifest.options != options.to_json():
             reason = "made with other options"
-        elif len(there) < len(options.splits):
+        elif len(existing) < len(options.splits):
             reason = "and not the others"
         if reason:
             raise UserError(
                 f"{folder} already holds a split {split!r} {reason}: remove it, or choose another output or --name"
             )
-    return there
+    return existing
 
 
-def _look(options: BuildOptions, sources: list[InputShard]) -> tuple[Preparation, float]:
-    """What is to be done to each sample, and about what part of the bytes will be left.
+def _prepare(options: BuildOptions, sources: list[InputShard]) -> tuple[Preparation, float]:
+    """What is to be done to each sample, and about what part of the bytes will be left, by a look at some of them.
 
     Raises UserError when `--where` names a column that the first samples don't have.
     """
     if options.where is None and options.resize is None:
         return Preparation(precompute=options.precompute), 1.0
-    samples = look(sources)
+    samples = first_samples(sources)
     kinds = kinds_of_samples(samples) if options.where is not None else {}
     if options.where is not None:
         Condition(options.where, kinds)

@@ -194,7 +194,7 @@ def near_earlier(keys: UInt64Array) -> npt.NDArray[np.bool_]:
         for left in range(0, end, COMPARED_COLUMNS):
             columns = keys[None, left : min(left + COMPARED_COLUMNS, end)]
             hits = np.bitwise_count(rows ^ columns) <= NEAR_BITS
-            near[top:end] |= np.tril(hits, top - left - 1).any(axis=1)  # with those before it alone
+            near[top:end] |= np.tril(hits, top - left - 1).any(axis=1)  # only with those before it
     return near
 
 

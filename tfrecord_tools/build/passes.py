@@ -1,7 +1,7 @@
 """The passes of `build-tfds` over the stretches of its image shards, each one function over many jobs.
 
     hashing, comparing     with --dedup
-    writing                always: the output shards, or files on the way
+    writing                always: the output shards, or intermediate files
     sorting, gathering     with --shuffle or several splits
 
 Columns' kinds aren't known before the records are written: each file is written with the kinds it meets (see `kinds`),

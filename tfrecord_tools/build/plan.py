@@ -1,4 +1,4 @@
-"""What `build-tfds` is asked for, and how the line of image shards is cut into stretches, one an output shard.
+"""What `build-tfds` is asked for, and where its image shards are cut into stretches, one for each output shard.
 
 The cuts are made once, by size, and kept while the build isn't finished: what a killed run has finished stays valid,
 and so does everything that doesn't touch a shard that was fetched again.
@@ -22,7 +22,7 @@ from clipkit.tfrecord_tools.build.prepare import Part, check_precompute, check_s
 from clipkit.tfrecord_tools.readers.shards import InputShard, places_in, read_shard
 from clipkit.tfrecord_tools.sample import Sample
 
-# A look at the data before it is cut: what columns there are, and how much of it will be left.
+# Some samples are looked at beforehand: what columns there are, and how much of the data will be left.
 LOOK_SHARDS, LOOK_REMOTE_SHARDS, LOOK_SAMPLES = 8, 2, 32
 LEAST_LEFT = 1 / 64
 
@@ -77,7 +77,7 @@ def make_options(
     precompute: Sequence[str],
     columns: PairColumns,
 ) -> BuildOptions:
-    """Raises UserError for what can't be."""
+    """Check the options. Raises UserError for invalid ones."""
     check_sizes(resize, quality)
     if columns.captions == "each" and dedup in ("sha256", "phash"):
         raise UserError(
@@ -115,8 +115,8 @@ def parse_split(text: str) -> tuple[tuple[str, float], ...]:
     return tuple(shares)
 
 
-def look(shards: Sequence[InputShard]) -> list[Sample]:
-    """The first samples of some shards all over the line."""
+def first_samples(shards: Sequence[InputShard]) -> list[Sample]:
+    """The first samples of some shards, which are spread over all of them."""
     most = LOOK_REMOTE_SHARDS if is_remote(shards[0].path) else LOOK_SHARDS
     step = max(1, len(shards) // most)
     return [sample for shard in shards[::step][:most] for sample in islice(read_shard(shard), LOOK_SAMPLES)]
@@ -164,7 +164,7 @@ def plan(
     if kept is not None and {name: kept[name] for name in asked} != asked:
         if any(path.parent.glob("shard-*.json")):
             raise _another(path, "with other options or another shard size")
-        kept = None  # nothing is finished: it was refused, say, and is given again with the option that decides
+        kept = None  # no shard is finished, as when the first run was refused for want of the option that is given now
     if kept is not None:
         cuts = [(i, place) for i, place in kept["cuts"]]
     else:
@@ -176,5 +176,5 @@ def plan(
 
 def _another(path: Path, how: str) -> UserError:
     return UserError(
-        f"{path.parent} holds a build begun {how}: remove that folder to begin anew, or run the command as it was"
+        f"{path.parent} holds a build begun {how}: remove that folder to start over, or run the command as it was"
     )

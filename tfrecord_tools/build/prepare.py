@@ -189,7 +189,7 @@ def part_left(samples: Sequence[Sample], preparation: Preparation) -> float:
 
 
 def check_sizes(resize: int | None, quality: int) -> None:
-    """Raise UserError for a size or quality that can't be."""
+    """Raise UserError for an invalid size or quality."""
     if resize is not None and resize < 1:
         raise UserError(f"--resize {resize}: give the shorter side in pixels, such as 128")
     if not 1 <= quality <= 100:
@@ -220,7 +220,7 @@ class Condition:
     """A condition asked of samples; one a worker, not for several threads."""
 
     def __init__(self, where: str, kinds: Mapping[str, str]) -> None:
-        """`kinds` of the columns that there are. Raises UserError for a condition that can't be asked of them."""
+        """`kinds` of the columns that there are. Raises UserError for one that is invalid or names others."""
         self.where = where
         self.kinds = dict(kinds)
         self.filter = RowFilter(where, arrow_schema(kinds))

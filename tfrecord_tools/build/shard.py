@@ -2,7 +2,7 @@
 
 The file and its state appear one after the other by renames, the state last. So a file with a state is finished, and
 one without is written again, to the same bytes. It is an output shard, or where records are still to be put into
-another order or into several splits (`shuffle`), a file on the way with a few notes on each record.
+another order or into several splits (`shuffle`), an intermediate file with a few notes on each record.
 """
 
 import hashlib
@@ -29,8 +29,8 @@ from clipkit.tfrecord_tools.writing.pair_writer import PairWriter
 class Task:
     """What all shards of a build have in common.
 
-    `shares` are the splits with the part of the samples that each gets; `gathered`: the files are on the way to
-    others, so notes are kept. `duplicates` are the decisions of `dedup`.
+    `shares` are the splits with the part of the samples that each gets; `gathered`: the files are
+    intermediate, so notes are kept. `duplicates` are the decisions of `dedup`.
     """
 
     preparation: Preparation
@@ -79,7 +79,7 @@ class BuildState:
 def build_shard(job: BuildJob, task: Task, kinds: Mapping[str, str]) -> BuildState:
     """Write the file, its record offsets and its state. `kinds` are the columns' kinds to begin with.
 
-    A value that doesn't fit widens its column's kind and the file is begun anew, so that all of it has one kind.
+    A value that doesn't fit widens its column's kind and the file is written again, so that all of it has one kind.
     """
     while True:
         try:

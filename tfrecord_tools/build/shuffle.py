@@ -1,11 +1,11 @@
 """Records into another order or into several splits without holding them in memory: `--shuffle`, `--split a=…,b=…`.
 
-The stretches of the image shards have been written as TFRecord files in the order of arrival (`build_shard`). Each
+The stretches of the image shards have been written as TFRecord files in the order of arrival (`shard`). Each
 record gets a key: a hash of (seed, its number among all records), or without a shuffle the number itself. The keys of
-many stretches at a time are sorted and written with the records' places; an output shard is a stretch of keys, so its
+many stretches at a time are sorted and written with the records' places; an output shard is a range of keys, so its
 worker looks it up in each of these files and copies the records in the order of their keys, to the byte as they were.
 So the order is a pure function of the records, the seed and nothing else, and every order is equally likely as far as
-the hash is random. It takes the dataset's size of disk on the way.
+the hash is random. Meanwhile it takes as much disk space again as the dataset.
 """
 
 import os
@@ -31,13 +31,13 @@ _MAX_OPEN = 128
 
 
 def stretch_path(folder: Path, number: int) -> Path:
-    """The file on the way of one stretch."""
+    """The intermediate file of one stretch."""
     return folder / f"stretch-{number:05d}.tfrecord"
 
 
 @dataclass(frozen=True)
 class Stretch:
-    """What is known of a file on the way: its offsets and notes, and `first`, its first record's number among all."""
+    """An intermediate file: where its offsets and notes lie, and `first`, the number of its first record among all."""
 
     offsets: Path
     notes: Path
@@ -113,7 +113,7 @@ def keys_of(ordinals: npt.NDArray[np.uint64], total: int, seed: int | None) -> n
 
 @dataclass(frozen=True)
 class GatherJob:
-    """Output shard `number` of `count` of a split. `made_of` names the stretches, so that another's shard is told."""
+    """Output shard `number` of `count` of a split. `made_of` differs for one that is gathered from other records."""
 
     number: int
     count: int
@@ -170,7 +170,7 @@ def read_gathered(job: GatherJob) -> ShardEntry | None:
 
 
 class Stretches:
-    """Parts of the many files on the way, of which few are open at a time."""
+    """Reads parts of the many intermediate files, of which few are open at a time."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

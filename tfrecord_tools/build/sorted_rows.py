@@ -1,8 +1,8 @@
-"""Rows sorted by a 64-bit key in a file of which any stretch of keys can be read without the rest.
+"""Rows sorted by a 64-bit key in a file of which any range of keys can be read without the rest.
 
 What is sorted over all of a dataset (hashes, places in a shuffle) doesn't fit into memory, so it lies in many such
-files, and each worker reads its stretch of keys from all of them, on a disk or in a store alike. The file is
-uint64[BUCKETS + 1] of row numbers, where each of as many equal stretches of keys begins, and then the rows.
+files, and each worker reads its range of keys from all of them, on a disk or in a store alike. The file is
+uint64[BUCKETS + 1] of row numbers, where each of as many equal ranges of keys begins, and then the rows.
 """
 
 import os
@@ -64,5 +64,5 @@ def read_bytes(path: Path, offset: int, length: int) -> bytes:
 
 
 def gone(path: Path) -> UserError:
-    """The one line for a file on the way that isn't there any more."""
+    """The one line for an intermediate file that is missing or cut short."""
     return UserError(f"{path} is gone or cut short: run the same command again")

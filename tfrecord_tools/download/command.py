@@ -144,7 +144,7 @@ def dataset_name(name: str | None, preset: str | None, urls: Path) -> str:
         name = re.sub(r"\W+", "_", preset or stem, flags=re.ASCII).strip("_").lower()
         name = name if name[:1].isalpha() else f"urls_{name}".rstrip("_")
     if not re.fullmatch(r"[a-zA-Z]\w*", name, re.ASCII):
-        raise UserError(f"--name {name!r}: TFDS wants a letter, then letters, digits and _ alone; choose such a one")
+        raise UserError(f"--name {name!r}: TFDS wants a letter, then only letters, digits and _; choose such a name")
     return name
 
 

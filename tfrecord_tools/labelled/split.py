@@ -1,6 +1,6 @@
 """One split of labelled images: its shards planned, made side by side, and accounted for.
 
-The plan depends on the names and sizes of the images alone. It is kept while the split is unfinished, so that a build
+The plan depends on the names and sizes of the images only. It is kept while the split is unfinished, so that a build
 of other images can't go on among its shards.
 """
 

@@ -32,7 +32,7 @@ def compact(image: bytes, size: int, quality: int) -> Compacted:
     """An encoded image of any format as a JPEG, upright, its shorter side `size` pixels, or its own where that is less.
 
     A JPEG that is upright and no larger keeps its bytes. `quality` is libjpeg's, 1 to 100; chroma is halved (4:2:0).
-    Raises ImageError for an image that can't be decoded, UserError for a size or quality that can't be.
+    Raises ImageError for an image that can't be decoded, UserError for an invalid size or quality.
     """
     if size < 1 or not 1 <= quality <= 100:
         raise UserError(f"can't resize to {size} px at quality {quality}: give 1 px or more, and a quality of 1 to 100")

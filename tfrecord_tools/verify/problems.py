@@ -64,7 +64,7 @@ def remedy(layout: DatasetLayout, file: str, problems: Sequence[Problem]) -> str
         sources = _sources(layout, file)
         made_of = f" (this shard is made of {sources})" if sources else ""
         copy = "copy the shard again from where the dataset came from, or " if FETCH in todo else ""
-        how = "build it anew with clipkit build-tfds" if layout.manifest else "make the dataset anew with TFDS"
+        how = "build it again with clipkit build-tfds" if layout.manifest else "make the dataset again with TFDS"
         return f"{copy}{how}{made_of}"
     if INDEX in todo:
         # Readers find the offsets by themselves, a little later, where there is no index.
@@ -72,7 +72,7 @@ def remedy(layout: DatasetLayout, file: str, problems: Sequence[Problem]) -> str
         return f"remove {', '.join(indices) or file}: readers then find the offsets by themselves"
     if PURGE in todo:
         return "keep it, for training leaves such images out; or remove these records with clipkit purge --by key"
-    return "build it anew"
+    return "build it again"
 
 
 def _sources(layout: DatasetLayout, file: str) -> str:

@@ -78,7 +78,7 @@ class HandlerThreads:
         self.waiting_bytes = 0
         self.inbox: queue.SimpleQueue[tuple[Call, FetchOutcome, int] | None] = queue.SimpleQueue()
         self.outbox: deque[tuple[Call, FetchOutcome, int, BaseException | None]] = deque()
-        self.is_called = False
+        self.is_collecting = False
         self.threads = [
             threading.Thread(target=self.run, name=f"handler {number}", daemon=True) for number in range(threads)
         ]
@@ -108,14 +108,14 @@ class HandlerThreads:
                 error = caught
             self.outbox.append((call, outcome, size, error))
             del entry, call, outcome
-            # One call wakes the loop for all that is finished by then: a call an image would cost a write each.
-            if not self.is_called:
-                self.is_called = True
+            # One wake-up of the loop collects all that is finished by then: each costs a write to its socket.
+            if not self.is_collecting:
+                self.is_collecting = True
                 self.loop.call_soon_threadsafe(self.collect)
 
     def collect(self) -> None:
         """Take back what the threads have finished."""
-        self.is_called = False
+        self.is_collecting = False
         while self.outbox:
             call, outcome, size, error = self.outbox.popleft()
             self.waiting -= 1

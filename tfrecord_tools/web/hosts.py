@@ -23,8 +23,8 @@ PROBE_PAUSES = (1.0, 4.0)
 GIVEN_UP_SECONDS = 300.0
 TROUBLED_HOSTS = 20_000  # idle hosts whose troubles are remembered
 FIRST_PAUSE = 1.0  # after a 429 that names no time; doubles
-FIRST = 64
-LEAST = 8
+FIRST_LIMIT = 64  # requests under way at the beginning
+LEAST_LIMIT = 8  # and at the worst
 WINDOW_SECONDS = 1.0
 WINDOW_REQUESTS = 50
 BAD_SHARE = 0.3  # of a list of old links, a tenth or so time out on any day
@@ -103,7 +103,7 @@ class HostQueues(Generic[Item]):
 
     def take(self, now: float) -> Item | None:
         """The next item that may start, None when there is none."""
-        self.ring(now)
+        self.release_due(now)
         while self.ready:
             host = self.ready.popleft()
             host.is_ready = False
@@ -143,7 +143,7 @@ class HostQueues(Generic[Item]):
     # -----------------------------------------------------------------------------------------------------------------
 
     def succeeded(self, name: str) -> None:
-        """It answered, whatever it said."""
+        """It answered, with whatever status."""
         host = self.hosts[name]
         host.failures = 0
         host.refusal = None
@@ -153,7 +153,7 @@ class HostQueues(Generic[Item]):
             self.mark_ready(host)
 
     def failed(self, name: str, reason: str, message: str, now: float) -> list[Item]:
-        """It could not be reached. Returns the items that shall fail with it, should that be the last straw."""
+        """It could not be reached. Returns the queued items, to fail with it, when that was one time too many."""
         host = self.hosts[name]
         if host.paused_until > now:  # what was under way when the pause began says nothing new
             return []
@@ -168,9 +168,9 @@ class HostQueues(Generic[Item]):
         return self.refuse(host, now + GIVEN_UP_SECONDS, Refusal(reason, f"host backed off: {message}"))
 
     def rate_limited(self, name: str, seconds: float | None, now: float) -> tuple[float, list[Item]]:
-        """It asked for patience, for `seconds` if it said so.
+        """It asked us to wait, for `seconds` if it named a time.
 
-        Returns for how long it will be left alone, and the items that shall fail at once if that is too long.
+        Returns for how long it gets no requests, and, when that is too long, the queued items, to fail at once.
         """
         host = self.hosts[name]
         host.failures = 0
@@ -215,8 +215,8 @@ class HostQueues(Generic[Item]):
         self.queued -= len(dropped)
         return dropped
 
-    def ring(self, now: float) -> None:
-        """Let in what was to come later, and the hosts whose pause is over."""
+    def release_due(self, now: float) -> None:
+        """Queue the items whose time has come, and let hosts go on whose pause is over."""
         while self.timers and self.timers[0][0] <= now:
             _, _, entry = heapq.heappop(self.timers)
             if isinstance(entry, Host):
@@ -226,7 +226,7 @@ class HostQueues(Generic[Item]):
                 self.add(*entry, first=True)
 
     def retire(self, host: Host[Item], now: float) -> None:
-        """Forget an idle host; one in trouble only when too many are."""
+        """Forget an idle host; one in trouble only when more than TROUBLED_HOSTS are remembered."""
         if host.is_clean(now):
             del self.hosts[host.name]
             return
@@ -254,7 +254,7 @@ class Concurrency:
 
     def __init__(self, most: int) -> None:
         self.most = most
-        self.limit = min(most, FIRST)
+        self.limit = min(most, FIRST_LIMIT)
         self.began = 0.0
         self.finished = self.timeouts = self.lookups = self.lost_lookups = 0
         self.was_full = False
@@ -273,7 +273,7 @@ class Concurrency:
 
     def starved(self) -> None:
         """This machine is out of sockets or ports."""
-        self.limit = self.most = max(LEAST, int(self.limit * FALL))
+        self.limit = self.most = max(LEAST_LIMIT, int(self.limit * FALL))
 
     def adapt(self, now: float, in_flight: int) -> None:
         """Look at the window that ends now, if it is long enough, and change `limit`."""
@@ -284,7 +284,7 @@ class Concurrency:
         bad = self.timeouts > BAD_SHARE * self.finished
         bad = bad or (self.lookups >= WINDOW_REQUESTS and self.lost_lookups > BAD_NAMES * self.lookups)
         if bad:
-            self.limit = max(min(LEAST, self.most), int(self.limit * FALL))
+            self.limit = max(min(LEAST_LIMIT, self.most), int(self.limit * FALL))
             self.rate_before = 0.0
         elif self.was_full and self.limit < self.most:
             self.waiting += 1

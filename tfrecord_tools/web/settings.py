@@ -26,7 +26,7 @@ class FetchSettings:
     connections: int = 256  # upper bound of requests under way; the actual number adapts below it
     per_host: int = 8  # requests under way to one hostname, whatever redirect led there
     timeout: float = 10.0  # without a byte: connecting with TLS, headers, each read
-    deadline: float = 30.0  # of one URL's own time: names, redirects, retries and the waits that hosts ask for, body
+    deadline: float = 30.0  # for one URL: names, redirects, retries, waits that hosts ask for, the body; not queueing
     max_bytes: int = 50_000_000  # of a body, before and after decompression
     max_redirects: int = 5
     retries: int = 0  # further tries after a temporary failure: dns, connect, timeout, truncated, http-5xx

@@ -2,7 +2,7 @@
 
 All of them must agree to the byte on what a record is, which samples are taken, and what is told of a shard. A value
 that doesn't fit the kind that its column has so far can't be written into the same file: `KindWidenedError` tells the
-caller to begin the shard anew with the wider kinds.
+caller to write the shard from the start again, with the wider kinds.
 """
 
 from collections import Counter
@@ -69,7 +69,7 @@ class PairWriter:
     def add(self, sample: Sample) -> str | None:
         """Write a sample, or return the reason not to take it (one of those in `sample`).
 
-        Raises KindWidenedError when a value doesn't fit its column; the shard must then be begun anew.
+        Raises KindWidenedError when a value doesn't fit its column; the shard must then be written again.
         """
         kind, reason = judge(sample)
         image = None if reason else stored_image(sample, kind)

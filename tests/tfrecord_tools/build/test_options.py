@@ -204,7 +204,7 @@ def test_the_disk_that_a_shuffle_takes_is_told_before(tmp_path, capsys):
     )
     assert re.match(r"build-tfds: ([1-9]\d*)/\1 kB · ", lines[1])
     assert lines[2].startswith("build-tfds, sorting: 1/1 shards · ")
-    assert re.match(r"build-tfds: about \d+\.\d kB of disk more are needed on the way, in ", lines[0])
+    assert re.match(r"build-tfds: uses about \d+\.\d kB of disk besides the output, in ", lines[0])
     assert [line.partition(":")[0] for line in lines[1:]] == [
         "build-tfds",
         "build-tfds, sorting",

@@ -154,7 +154,7 @@ def test_shares_that_cannot_be_are_refused(shards, tmp_path, split, message):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_stretch_of_keys_is_read_without_the_rest(tmp_path):
+def test_a_range_of_keys_is_read_without_the_rest(tmp_path):
     dtype = np.dtype([("key", "<u8"), ("n", "<u4")])
     rows = np.empty(5000, dtype)
     rows["key"] = np.sort(np.random.default_rng(0).integers(0, 2**64, 5000, dtype=np.uint64))

@@ -191,7 +191,7 @@ def test_labels_beyond_their_classes(tmp_path):
     data = write_dataset(tmp_path / "d", {"validation": [records]}, features, manifest=False, image="image")
     name = "pairs-validation.tfrecord-00000-of-00001"
     assert problems(data) == [(name, "column 'label' holds labels beyond its 3 classes", 1)]
-    assert "make the dataset anew with TFDS" in verify(data).remedies[name]
+    assert "make the dataset again with TFDS" in verify(data).remedies[name]
 
 
 def test_accounts_that_do_not_agree(data):

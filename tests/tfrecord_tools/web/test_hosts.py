@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from clipkit.tfrecord_tools.web import hosts
 from clipkit.tfrecord_tools.web.hosts import (
     CIRCUIT_AFTER,
-    FIRST,
+    FIRST_LIMIT,
     GIVEN_UP_SECONDS,
-    LEAST,
+    LEAST_LIMIT,
     PROBE_PAUSES,
     WINDOW_REQUESTS,
     Concurrency,
@@ -255,8 +255,8 @@ def test_concurrency_grows_while_it_helps() -> None:
     run(wide, 60, 1, capacity=1e5)
     assert wide.limit == 1000
     narrow = Concurrency(1000)
-    run(narrow, 12, 1, capacity=FIRST * 10)
-    assert FIRST < narrow.limit < 3 * FIRST
+    run(narrow, 12, 1, capacity=FIRST_LIMIT * 10)
+    assert FIRST_LIMIT < narrow.limit < 3 * FIRST_LIMIT
     assert Concurrency(5).limit == 5
 
 
@@ -267,7 +267,7 @@ def test_concurrency_falls_when_much_times_out_and_comes_back() -> None:
     now = run(concurrency, 30, now, capacity=1e5, timeouts=0.1)  # as many as a list of old links has anyway
     assert concurrency.limit == 256
     now = run(concurrency, 30, now, capacity=1e5, timeouts=0.5)
-    assert concurrency.limit == LEAST
+    assert concurrency.limit == LEAST_LIMIT
     run(concurrency, 30, now, capacity=1e5)
     assert concurrency.limit == 256
 
@@ -279,7 +279,7 @@ def test_concurrency_falls_when_names_fail() -> None:
             concurrency.looked_up(failed=number % 3 != 0)
             concurrency.completed(timed_out=False)
         concurrency.adapt(float(second), 0)
-    assert concurrency.limit == LEAST
+    assert concurrency.limit == LEAST_LIMIT
 
 
 def test_a_machine_out_of_sockets_never_asks_for_as_many_again() -> None:
