@@ -1,6 +1,6 @@
 """Evaluation of checkpoints, and the page that tells a run's whole story.
 
-- `labelled`: labelled images from a dataset, a folder for each class, or a parquet file.
+- `labelled`: labelled images from a dataset, a folder for each class, parquet files, or webdataset tars.
 - `labels`: what stands in a label column, as numbers and names.
 - `classes`: the names of classes, the sentences they stand in, and the prompts as tokens.
 - `task`: labelled images, classes and templates, ready for any model.

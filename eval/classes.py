@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from clipkit import embedded
 from clipkit.config import did_you_mean, nearest
 from clipkit.errors import UserError, one_line
-from clipkit.storage.files import read_json, require_file
+from clipkit.storage.files import read_json, read_text, require_file
 from clipkit.text.tokenizer import Tokenizer
 
 Pooling = Literal["mean", "sum"]
@@ -89,6 +89,7 @@ def templates(spec: str) -> Templates:
         raise UserError(
             f"unknown templates {spec!r}: {did_you_mean(spec, known)}, or give a file or 'a photo of a {{}}'"
         )
+    sentences = [sentence.replace("{c}", "{}") for sentence in sentences]  # as CLIP_benchmark's files have it
     for sentence in sentences:
         if sentence.count("{}") < 1:
             raise UserError(f"template {sentence!r} in {name} has no {{}}: write {{}} where the class name goes")
@@ -103,7 +104,7 @@ def _template_file(path: Path) -> list[str]:
         if not (isinstance(listed, list) and all(isinstance(sentence, str) for sentence in listed)):
             raise UserError(f'{path} isn\'t a JSON list of sentences: write ["a photo of a {{}}.", …]')
         return listed
-    lines = _read_text(path, "templates file").splitlines()
+    lines = read_text(path, "templates file").splitlines()
     return [line.strip() for line in lines if line.strip()]
 
 
@@ -224,22 +225,15 @@ def _read_names(file: Path) -> Any:
             found[label] = value
         return found
 
-    text = _read_text(file, "classes file")
+    text = read_text(file, "classes file")
     if file.suffix.lower() != ".json" and not text.lstrip().startswith(("[", "{")):
-        return text.rstrip().split("\n")
+        return text.split("\n")
     try:
         return json.loads(text, object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
         raise UserError(
             f"{file} isn't valid JSON ({one_line(error)}): mend it, or write a name a line into a .txt"
         ) from error
-
-
-def _read_text(file: Path, what: str) -> str:
-    try:
-        return require_file(file, what).read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{what} {file} isn't UTF-8 text: convert it, for example with iconv") from error
 
 
 def check_pooling(text: str) -> Pooling:

@@ -1,15 +1,21 @@
-"""Labelled images from where people have them: a TFDS directory, a folder for each class, or a parquet file.
+"""Labelled images from where people have them: a TFDS directory, a folder for each class, parquet files, or tars.
 
-The three give the same thing: a list of keys and labels that is known at once, and the encoded images in that order.
+All give the same thing: a list of keys and labels that is known at once, and the encoded images in that order.
 An option that a kind can't heed is refused, for a number that looks as if it had been heeded is a wrong one.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import itertools
+import json
+import operator
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from clipkit.config import nearest
@@ -18,19 +24,28 @@ from clipkit.eval.labels import enumerate_labels, is_missing, listed_labels, num
 from clipkit.formats.dataset import below, open_dataset
 from clipkit.formats.features import find_image
 from clipkit.formats.folders import (
+    EVALUATED,
     aside_text,
     choose_split,
     class_folders,
     empty_classes_text,
     files_beside,
     find_layout,
+    holds_class_folders,
     list_images,
     printable,
+    split_of,
     unwrap,
 )
-from clipkit.formats.tables import find_image_column, open_parquet, table_errors
+from clipkit.formats.shards import ALL_SPLITS, ShardKind, ShardListing, list_shards
+from clipkit.formats.tables import IMAGE_SUFFIXES, find_image_column, open_parquet, table_errors
+from clipkit.formats.tar import Member, SampleNames, TarError, read_headers
 from clipkit.pixels.images import ImageError
-from clipkit.storage.files import read_json
+from clipkit.storage.files import read_json, read_text
+from clipkit.storage.stores import StoredFile
+
+KINDS = "CLASS/IMAGE.jpg, a TFDS directory, parquet files, or webdataset tars with .cls"
+NAMES_FILE = "classnames.txt"
 
 
 @dataclass(frozen=True)
@@ -57,27 +72,57 @@ class LabelledImages:
 def open_labelled(
     data: Path, *, label: str = "label", split: str | None = None, allow_empty_classes: bool = False
 ) -> LabelledImages:
-    """Open labelled images of any of the three kinds.
+    """Open labelled images of any kind.
 
     Without `split` the first of validation, test, train that is there is taken; the result's name says which.
-    Raises UserError when `data` is none of the three, has no such split or label, or holds no image, and for an option
+    Raises UserError when `data` is of no such kind, has no such split or label, or holds no image, and for an option
     that its kind can't heed.
+    """
+    if not data.exists():
+        raise UserError(f"data {data} doesn't exist: give {KINDS}")
+    if data.name in ("", ".."):
+        data = data.resolve()
+    splits = tfds_splits(data) if data.is_dir() else None
+    shards = None if splits is not None else _find_shards(data, split)
+    if splits is None and shards is None:
+        refuse_option("--label", label != "label", f"{data} is a folder of class folders, whose names are the labels")
+        return from_folder(data, split, allow_empty_classes)
+    refuse_option("--allow-empty-classes", allow_empty_classes, f"{data} holds no class folders")
+    if shards is None:
+        return from_tfds(data, label, choose_split(splits or (), split) or split or "train")
+    said = shards.split if split != ALL_SPLITS else split
+    if split and said not in (split, split_of(split)):
+        raise UserError(f"{data} has no split {split!r}: its files are {f'of {said}' if said else 'of no split'}")
+    name = data.stem if data.is_file() else f"{data.name}-{said}" if said else data.name
+    files = [shards.folder / file.name for file in shards.files]
+    read = from_tars if shards.kind == "tars" else from_parquet
+    images = read(files, data / said if data.is_dir() else data, with_label(name, label), label)
+    return replace(images, notes=(*shards.notes, *images.notes))
+
+
+def _find_shards(data: Path, split: str | None) -> ShardListing | None:
+    """The parquet files or tars that the labelled images are in; None for a folder of class folders.
+
+    Tables of file names, and archives that class folders were unpacked from, lie beside those: they are passed by.
     """
     if data.is_file():
         refuse_option("--split", split, f"{data} is a file")
-        refuse_option("--allow-empty-classes", allow_empty_classes, f"{data} is a file")
-        return from_parquet(data, label)
-    if not data.is_dir():
-        raise UserError(
-            f"data {data} doesn't exist: give a TFDS directory, a folder of class folders, or a parquet file"
-        )
-    splits = tfds_splits(data)
-    if splits is None:
-        refuse_option("--label", label != "label", f"{data} is a folder of class folders, whose names are the labels")
-        return from_folder(data, split, allow_empty_classes)
-    refuse_option("--allow-empty-classes", allow_empty_classes, f"{data} is a dataset, which lists its classes")
-    first = splits[0] if splits else "train"
-    return from_tfds(data, label, choose_split(splits, split) or split or first)
+        kind: ShardKind = "tars" if data.suffix.lower() == ".tar" else "parquet"
+        return ShardListing(data.parent, kind, (StoredFile(data.name, data.stat().st_size),))
+
+    def has_images(folder: Path, file: StoredFile) -> bool:
+        with table_errors(folder / file.name):
+            return find_image_column(open_parquet(folder / file.name).schema_arrow) is not None
+
+    wanted = split or (*EVALUATED, "")
+    for folder in (data, data / "data"):  # as Hugging Face has it, pictures for the README beside
+        found = list_shards(folder, wanted, has_images, inside=True) if any(folder.glob("*.parquet")) else None
+        if found is not None and found.kind == "parquet":
+            return found
+    if holds_class_folders(data) or not (below(data, "*.parquet") or below(data, "*.tar")):
+        return None
+    found = list_shards(data, wanted, has_images)
+    return found if found is not None and found.kind in ("parquet", "tars") else None
 
 
 def refuse_option(option: str, given: object, why: str) -> None:
@@ -86,33 +131,119 @@ def refuse_option(option: str, given: object, why: str) -> None:
         raise UserError(f"{option} can't be heeded: {why}: leave it out")
 
 
-def from_parquet(path: Path, label: str) -> LabelledImages:
-    """A row an image: a column of encoded bytes (or Hugging Face's `{bytes, path}`), and the column `label`."""
-    with table_errors(path):
-        file = open_parquet(path)
-    schema = file.schema_arrow
-    if label not in schema.names:
-        raise UserError(f"{path} has no column {label!r}: {nearest(label, schema.names)} (option --label)")
-    image = find_image_column(schema)
-    if image is None:
-        raise UserError(f"{path} has no column of encoded images ({', '.join(schema.names)}): name the column `image`")
-    with table_errors(path):
-        values = file.read(columns=[label])[label].to_pylist()
+def from_parquet(paths: Sequence[Path], origin: Path, name: str, label: str) -> LabelledImages:
+    """A row an image: a column of encoded bytes (or Hugging Face's `{bytes, path}`), and the column `label`.
+
+    A column that Hugging Face's metadata call a ClassLabel has its names from there.
+    """
+    files: list[tuple[Path, pq.ParquetFile, str]] = []
+    keys: list[str] = []
+    values: list[Any] = []
+    for path in paths:
+        with table_errors(path):
+            file = open_parquet(path)
+            schema = file.schema_arrow
+            if label not in schema.names:
+                raise UserError(f"{path} has no column {label!r}: {nearest(label, schema.names)} (option --label)")
+            of_file = file.read(columns=[label])[label].to_pylist()
+        image = find_image_column(schema)
+        if image is None:
+            columns = ", ".join(schema.names)
+            raise UserError(f"{path} has no column of encoded images ({columns}): name the column `image`")
+        lacking = next((row for row, value in enumerate(of_file) if is_missing(value)), None)
+        if lacking is not None:
+            raise UserError(f"{path} row {lacking} has no {label!r}: leave out the rows without a label")
+        listed = class_label_names(schema, label)
+        if files and listed != class_label_names(files[0][1].schema_arrow, label):
+            raise UserError(f"{path} and {paths[0]} have other class names in {label!r}: evaluate one at a time")
+        files.append((path, file, image))
+        keys += [f"{path.name}:{row}" if len(paths) > 1 else str(row) for row in range(len(of_file))]
+        values += of_file
     if not values:
-        raise UserError(f"{path} has no rows: nothing to classify")
-    lacking = next((row for row, value in enumerate(values) if is_missing(value)), None)
-    if lacking is not None:
-        raise UserError(f"{path} row {lacking} has no {label!r}: leave out the rows without a label")
-    labels = enumerate_labels(values, f"{path} column {label!r}")
+        raise UserError(f"{paths[0]} has no rows: nothing to classify")
+    labels = enumerate_labels(values, f"{origin} column {label!r}")
+    if listed and labels.are_numbers:
+        labels = listed_labels(labels, listed, f"{origin} column {label!r}")
 
     def read() -> Iterator[bytes]:
-        with table_errors(path):
-            for batch in file.iter_batches(batch_size=256, columns=[image]):
-                for cell in batch.column(0).to_pylist():
-                    yield (cell.get("bytes") if isinstance(cell, dict) else cell) or b""
+        for path, file, image in files:
+            with table_errors(path):
+                for batch in file.iter_batches(batch_size=256, columns=[image]):
+                    for cell in batch.column(0).to_pylist():
+                        yield (cell.get("bytes") if isinstance(cell, dict) else cell) or b""
 
-    keys = [str(row) for row in range(len(values))]
-    return LabelledImages(path_of(path, label), with_label(path.stem, label), keys, *labels, read)
+    return LabelledImages(path_of(origin, label), name, keys, *labels[:3], read)
+
+
+def class_label_names(schema: pa.Schema, label: str) -> list[str] | None:
+    """The class names that Hugging Face's datasets write into a parquet file's metadata; None without any."""
+    try:
+        info = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+        feature = info["info"]["features"][label]
+        names = feature.get("feature", feature)["names"]  # of a list of labels, those of its elements
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return names if isinstance(names, list) and all(isinstance(each, str) for each in names) else None
+
+
+def from_tars(paths: Sequence[Path], origin: Path, name: str, label: str) -> LabelledImages:
+    """webdataset tars as CLIP_benchmark has them: an image and a `.cls` a sample, and `classnames.txt` beside.
+
+    Another `label` is the suffix of another member.
+    """
+    suffix = "cls" if label == "label" else label.lower()
+    keys, places, values = [], [], []
+    for path in paths:
+        for key, image, value in _labelled_members(path, suffix):
+            keys.append(f"{path.name}:{key}" if len(paths) > 1 else key)
+            places.append((path, *image))
+            values.append(value)
+    if not values:
+        raise UserError(f"{paths[0]} holds no sample of an image and a .{suffix}: --label names the label's suffix")
+    labels = enumerate_labels(values, f"{origin} .{suffix}")
+    folder = paths[0].parent
+    listed = next((file for file in (folder / NAMES_FILE, folder.parent / NAMES_FILE) if file.is_file()), None)
+    notes: tuple[str, ...] = ()
+    if listed and labels.are_numbers:
+        labels = listed_labels(labels, read_text(listed, "class names").split("\n"), str(listed))
+        notes = (f"{origin}: class names from {listed}",)
+
+    def read() -> Iterator[bytes | ImageError]:
+        for path, group in itertools.groupby(places, key=operator.itemgetter(0)):
+            with path.open("rb") as file:
+                for _, start, size in group:
+                    file.seek(start)
+                    yield file.read(size)
+
+    return LabelledImages(path_of(origin, label), name, keys, *labels[:3], read, notes)
+
+
+def _labelled_members(path: Path, suffix: str) -> Iterator[tuple[str, tuple[int, int], bytes]]:
+    """The key, the image's place and the label of each sample of a tar. Raises UserError for one that lacks either."""
+    with path.open("rb") as file:
+
+        def read(offset: int, length: int) -> bytes:
+            return os.pread(file.fileno(), length, offset)
+
+        size = path.stat().st_size
+        split = SampleNames(path, lambda: (member.name for member in read_headers(read, path)))
+        samples: dict[str, dict[str, Member]] = {}
+        for member in read_headers(read, path):
+            if member.start + member.size > size:
+                raise TarError(path, member.first, "it ends inside a member")
+            if parts := split(member.name):
+                samples.setdefault(parts[0], {})[parts[1]] = member
+        for key, members in samples.items():
+            image = next((members[kind] for kind in members if kind in IMAGE_SUFFIXES), None)
+            if image is None and suffix not in members:
+                continue
+            if image is None or suffix not in members:
+                lacking = "image" if image is None else f".{suffix}"
+                raise UserError(f"{path}: sample {key} has no {lacking}: mend the tar, or name the suffix by --label")
+            value = read(members[suffix].start, members[suffix].size).strip()
+            if not value:
+                raise UserError(f"{path}: sample {key} has an empty .{suffix}: leave out the samples without a label")
+            yield key, (image.start, image.size), value
 
 
 def with_label(name: str, label: str) -> str:
@@ -139,8 +270,7 @@ def from_folder(path: Path, split: str | None, allow_empty_classes: bool = False
     aside = sum((each.aside for each in listings), files_beside(root))
     if not images:
         found = f" ({aside_text(aside)})" if aside else ""
-        kinds = "give CLASS/IMAGE.jpg, a TFDS directory, or a parquet file"
-        raise UserError(f"{root} holds no class folders with images{found}: {kinds}")
+        raise UserError(f"{root} holds no class folders with images{found}: give {KINDS}")
     empty = {
         printable(folder.name): f"{folder} has {aside_text(each.aside) or 'no files'}"
         for folder, each in zip(folders, listings, strict=True)
@@ -219,7 +349,7 @@ def from_tfds(path: Path, label: str, split: str) -> LabelledImages:
 
     keys = [dataset.key(index) for index in range(dataset.num_records)]
     name = with_label(f"{dataset.name}-{dataset.split}", label)
-    return LabelledImages(path_of(dataset.path / dataset.split, label), name, keys, *labels, read)
+    return LabelledImages(path_of(dataset.path / dataset.split, label), name, keys, *labels[:3], read)
 
 
 def tfds_splits(path: Path) -> list[str] | None:

@@ -24,6 +24,8 @@ class Labels(NamedTuple):
     labels_N: NDArray[np.int64]
     names: tuple[str, ...]
     named: bool
+    are_numbers: bool = False
+    """Whether the data hold numbers, whatever they are called."""
 
 
 def is_missing(value: Any) -> bool:
@@ -107,7 +109,7 @@ def _refuse_ids(last: int, where: str) -> None:
 
 def number_labels(labels_N: NDArray[np.int64]) -> Labels:
     """Labels that are bare numbers."""
-    return Labels(labels_N, *number_names(int(labels_N.max()) + 1))
+    return Labels(labels_N, *number_names(int(labels_N.max()) + 1), are_numbers=True)
 
 
 def number_names(count: int) -> tuple[tuple[str, ...], bool]:

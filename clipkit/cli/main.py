@@ -170,7 +170,7 @@ def recipes(name: str | None, assignments: tuple[str, ...]) -> None:
 
 @main.command()
 @click.option("--ckpt", type=Folder, required=True, help="A checkpoint's folder, or a run's (its newest).")
-@click.option("--data", type=AnyPath, required=True, help="TFDS folder, image folder, or parquet file.")
+@click.option("--data", type=AnyPath, required=True, help="TFDS folder, class folders, parquet, or tars with .cls.")
 @click.option("--templates", "templates_name", default="openai-80", help="A known name, a file, or 'a photo of a {}'.")
 @click.option("--label", default="label", help="Column with the label.")
 @click.option("--classes", type=AnyPath, help="Names of the classes: a name a line, or JSON {label: name or [names]}.")

@@ -23,6 +23,8 @@ SPLIT_WORDS = {
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test", "testing", "tst", "eval", "evaluation"),
 }
+# Of several splits the first of these is evaluated on.
+EVALUATED = ("validation", "test", "train")
 # Words that say nothing beside a split's: `seg_train`, `TestSet`, `val_images`.
 _FILLERS = frozenset(("seg", "set", "data", "dataset", "images", "image", "imgs", "img", "split", "pictures", "photos"))
 # Folders beside splits that hold no samples, whatever images are in them (masks, previews).
@@ -46,7 +48,7 @@ def split_of(name: str) -> str | None:
 def choose_split(names: Collection[str], split: str | None = None) -> str | None:
     """The one of a set's splits that was asked for, in its own spelling; unasked, that which evaluation takes."""
     spelled = {split_of(name) or "": name for name in names} | {name: name for name in names}
-    wanted = (split, split_of(split) or split) if split else ("validation", "test", "train")
+    wanted = (split, split_of(split) or split) if split else EVALUATED
     return next((spelled[name] for name in wanted if name in spelled), None)
 
 
@@ -55,12 +57,22 @@ def group_by_split(names: Sequence[str]) -> dict[str, list[str]]:
 
     A word that all names have says nothing: `test-tube-train-0.tar` is of train beside `test-tube-val-0.tar`.
     """
-    said = {name: {split for word in _words(name) if (split := _split_word(word)) is not None} for name in names}
+    said = {name: _splits_said(name) for name in names}
     common = set.intersection(*said.values()) if said else set()
     groups: dict[str, list[str]] = {}
     for name, splits in said.items():
         groups.setdefault("+".join(sorted(splits - common or splits)), []).append(name)
     return groups if len(groups) > 1 else {}
+
+
+def common_split(names: Sequence[str]) -> str:
+    """The split that a word of each of these names says, or ""."""
+    common = set.intersection(*map(_splits_said, names)) if names else set()
+    return common.pop() if len(common) == 1 else ""
+
+
+def _splits_said(name: str) -> set[str]:
+    return {split for word in _words(name) if (split := _split_word(word)) is not None}
 
 
 def _split_at_an_end(name: str) -> str | None:
@@ -276,6 +288,11 @@ def unwrap(path: Path, is_content: Callable[[str], bool] = is_image) -> Path:
         if len(full) != 1 or not full[0].holds_folders_only:
             return path
         path = full[0].path
+
+
+def holds_class_folders(path: Path) -> bool:
+    """Whether some folder in it holds images, at any depth."""
+    return any(each.images or each.inner for each in _folders(path, is_image))
 
 
 def class_folders(root: Path, is_content: Callable[[str], bool] = is_image) -> list[Path]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from clipkit.errors import UserError
-from clipkit.formats.folders import aside_text, group_by_split, kind_of_file, split_of
+from clipkit.formats.folders import aside_text, common_split, group_by_split, kind_of_file, split_of
 from clipkit.formats.manifest import CLIPKIT_FOLDER
 from clipkit.formats.tables import METADATA_STEM, is_hidden, is_image, is_table
 from clipkit.formatting import counted
@@ -35,15 +35,18 @@ class ShardListing:
     notes: tuple[str, ...] = ()
     is_part: bool = False
     """Whether files of other splits lie in the same folder."""
+    split: str = ""
+    """The split that the names of the files, or of their folder, say."""
 
 
 def list_shards(
-    folder: Path, split: str, has_images: Callable[[Path, StoredFile], bool], inside: bool = False
+    folder: Path, split: str | Sequence[str], has_images: Callable[[Path, StoredFile], bool], inside: bool = False
 ) -> ShardListing | None:
     """The shards of a split in a folder, in its folder of that split, or in the one folder that holds any.
 
-    `has_images` tells whether a parquet file holds images; with `inside` no folders are looked into. Returns None where
-    nothing is found. Raises UserError for files of two kinds, and for several splits without the one that was asked.
+    Of several splits asked for, the first that is there is taken. `has_images` tells whether a parquet file holds
+    images; with `inside` no folders are looked into. Returns None where nothing is found. Raises UserError for files of
+    two kinds, and for several splits without one that was asked for.
     """
     files = [file for file in list_folder(folder) if not is_hidden(file.name)]
     found = _in_folder(folder, files, split, has_images)
@@ -65,7 +68,7 @@ def describe_files(folder: Path) -> str:
     return f" ({aside_text(kinds)}{': unpack them' * packed})" if kinds else ""
 
 
-def select_split(folder: Path, names: Sequence[str], split: str) -> tuple[list[str], tuple[str, ...]]:
+def select_split(folder: Path, names: Sequence[str], split: str | Sequence[str]) -> tuple[list[str], tuple[str, ...]]:
     """The names of a split's files among those of a folder, and a line on those of others.
 
     Raises UserError where the names say several splits, and not the one that was asked for.
@@ -73,18 +76,21 @@ def select_split(folder: Path, names: Sequence[str], split: str) -> tuple[list[s
     groups = group_by_split(names)
     if not groups or split == ALL_SPLITS:
         return list(names), ()
-    wanted = split_of(split) or split
+    asked = [split] if isinstance(split, str) else split
+    wanted = next((known for each in asked if (known := split_of(each) or each) in groups), None)
     described = [f"{group or 'others'} {counted(len(of_group), 'file')}" for group, of_group in groups.items()]
-    if wanted not in groups:
+    if wanted is None:
         raise UserError(
-            f"{folder} holds files of several splits ({', '.join(described)}), of which none is {split!r}: name one "
+            f"{folder} holds files of several splits ({', '.join(described)}), of which none is {asked[0]!r}: name one "
             f"with --split, or take all with --split {ALL_SPLITS}"
         )
     others = [text for group, text in zip(groups, described, strict=True) if group != wanted]
     return groups[wanted], (f"{folder}: reading the split {wanted}; left aside: {', '.join(others)}",)
 
 
-def find_table(folder: Path, names: Iterable[str], split: str = "train") -> tuple[str | None, tuple[str, ...]]:
+def find_table(
+    folder: Path, names: Iterable[str], split: str | Sequence[str] = "train"
+) -> tuple[str | None, tuple[str, ...]]:
     """The one table among a folder's files, `metadata.*`, else the only one of the split, and a line on others.
 
     Raises UserError when several could be meant.
@@ -100,7 +106,10 @@ def find_table(folder: Path, names: Iterable[str], split: str = "train") -> tupl
 
 
 def _in_folder(
-    folder: Path, files: Sequence[StoredFile], split: str, has_images: Callable[[Path, StoredFile], bool]
+    folder: Path,
+    files: Sequence[StoredFile],
+    split: str | Sequence[str],
+    has_images: Callable[[Path, StoredFile], bool],
 ) -> ShardListing | None:
     by_kind: dict[ShardKind, list[StoredFile]] = {}
     for file in files:
@@ -114,7 +123,8 @@ def _in_folder(
     if kind is not None and (kind != "parquet" or has_images(folder, by_kind[kind][0])):
         names, notes = select_split(folder, [file.name for file in by_kind[kind]], split)
         chosen = tuple(file for file in by_kind[kind] if file.name in set(names))
-        return ShardListing(folder, kind, chosen, notes, is_part=len(chosen) < len(by_kind[kind]))
+        is_part = len(chosen) < len(by_kind[kind])
+        return ShardListing(folder, kind, chosen, notes, is_part, common_split(names))
     table, notes = find_table(folder, (file.name for file in files), split)
     if table is None:
         return None
@@ -122,7 +132,7 @@ def _in_folder(
 
 
 def _in_subfolders(
-    folder: Path, inner: Sequence[str], split: str, has_images: Callable[[Path, StoredFile], bool]
+    folder: Path, inner: Sequence[str], split: str | Sequence[str], has_images: Callable[[Path, StoredFile], bool]
 ) -> ShardListing | None:
     full = [name for name in inner if _holds_shards(folder / name)]
     if not full:
@@ -134,7 +144,8 @@ def _in_subfolders(
         )
     found = list_shards(folder / names[0], split, has_images, inside=True)
     note = f"{folder}: reading {names[0]}/"
-    return found and replace(found, notes=(*(notes or (note,)), *found.notes))
+    said = common_split(names) or (found.split if found else "")
+    return found and replace(found, notes=(*(notes or (note,)), *found.notes), split=said)
 
 
 def _holds_shards(folder: Path) -> bool:

@@ -178,11 +178,11 @@ def _split_at_last_dot(name: str) -> tuple[str, str] | None:
 
 
 def _complete(names: Iterable[str], split: Callable[[str], tuple[str, str] | None]) -> int:
-    """How many samples have an image and a text by a rule."""
+    """How many samples have an image and a text or a label by a rule."""
     suffixes: dict[str, set[str]] = {}
     for key, suffix in filter(None, map(split, names)):
         suffixes.setdefault(key, set()).add(suffix)
-    return sum(has_image(found) and bool(found & {"txt", "json"}) for found in suffixes.values())
+    return sum(has_image(found) and bool(found & {"txt", "json", "cls"}) for found in suffixes.values())
 
 
 def index_tar(read: Read, path: Path | str, size: int) -> np.ndarray:

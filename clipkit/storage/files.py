@@ -180,6 +180,14 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path} isn't valid JSON ({error}): it may be damaged; make it again or remove it") from error
 
 
+def read_text(path: Path, what: str) -> str:
+    """A person's text file, without the mark and the blank lines that editors leave at its ends. Raises UserError."""
+    try:
+        return require_file(path, what).read_text(encoding="utf-8-sig").rstrip()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{what} {path} isn't UTF-8 text: convert it, for example with iconv") from error
+
+
 def save_array(path: Path, values: "npt.NDArray[Any]") -> None:
     """Write an array as NumPy's own file, whole or not at all."""
     import numpy as np

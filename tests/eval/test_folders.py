@@ -118,6 +118,14 @@ def test_names_that_are_not_utf8(tmp_path: Path) -> None:
     assert list(images.read()) == [b"x", b"x"]
 
 
+def test_the_folder_that_one_stands_in_has_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tree(tmp_path / "set", "a/1.png", "b/1.png")
+    monkeypatch.chdir(tmp_path / "set" / "a")
+    assert open_labelled(Path("..")).name == "set"
+    monkeypatch.chdir(tmp_path / "set")
+    assert open_labelled(Path()).name == "set"
+
+
 def test_a_file_that_goes_away_is_an_unreadable_image(tmp_path: Path) -> None:
     images = open_labelled(tree(tmp_path, "a/1.png", "b/1.png"))
     (tmp_path / "a" / "1.png").unlink()
@@ -132,7 +140,11 @@ def test_options_that_cannot_be_heeded_are_refused(tmp_path: Path) -> None:
     pq.write_table(pa.table({"image": [b"x"], "label": ["a"]}), file)
     for path, options, says in (
         (file, {"split": "test"}, "--split can't be heeded: .*parquet is a file"),
-        (file, {"allow_empty_classes": True}, "--allow-empty-classes can't be heeded: .*parquet is a file"),
+        (
+            file,
+            {"allow_empty_classes": True},
+            "--allow-empty-classes can't be heeded: .*parquet holds no class",
+        ),
         (folder, {"label": "fine"}, "--label can't be heeded: .*set is a folder of class folders"),
     ):
         with pytest.raises(UserError, match=says):

@@ -193,7 +193,7 @@ def _given_classes(imagenet: bool, file: Path | None) -> list[str]:
 
 def _lines(file: Path) -> list[str]:
     try:
-        return [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        return [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except FileNotFoundError as error:
         raise UserError(f"classes {file} don't exist: check the path") from error
     except UnicodeDecodeError as error:

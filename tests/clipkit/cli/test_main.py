@@ -9,11 +9,11 @@ from clipkit import __version__
 from clipkit.cli.main import main
 
 OPTIONS = {
-    "bench-data": "data --image-size --recipe --set --cache --cache-gb --workers --seconds --need --json",
+    "bench-data": "data --image-size --recipe --set --split --cache --cache-gb --workers --seconds --need --json",
     "build-imagenet": "source out --name --split --labels --classes --subset --max-bad --allow-empty-classes --workers "
     "--engine --json",
-    "build-tfds": "shards out --name --image-column --caption-column --where --dedup --split --resize --quality "
-    "--precompute --shuffle --shard-megabytes --in-place --workers --engine --json",
+    "build-tfds": "shards out --name --image-column --caption-column --captions --where --dedup --split --resize "
+    "--quality --precompute --shuffle --shard-megabytes --in-place --workers --engine --json",
     "demo": "--out",
     "doctor": "--json",
     "download": "urls out --preset --url-column --caption-column --keep --where --hash-column --hash-kind "
@@ -24,8 +24,8 @@ OPTIONS = {
     "purge": "path --list --by --dry-run --workers --engine --json",
     "recipes": "name --set",
     "report": "run",
-    "train": "--data --recipe --out --device --set --resume --init --workers --cache --cache-gb --eval-data "
-    "--eval-label --eval-templates --eval-classes --json",
+    "train": "--data --recipe --out --device --set --resume --allow-changes --init --from-stage --split --workers "
+    "--cache --cache-gb --eval-data --eval-label --eval-templates --eval-classes --json",
     "verify": "path --decode --workers --engine --json",
     "zeroshot": "--ckpt --data --templates --label --classes --pooling --split "
     "--allow-empty-classes --name --batch-size --device --out --json",
