@@ -6,18 +6,21 @@ image and text tokens, then briefly on all ("An Inverse Scaling Law for CLIP Tra
 """
 
 import math
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal, NamedTuple, get_args, get_type_hints
 
 import torch
 
 from clipkit.config import did_you_mean
 from clipkit.device import Device, Precision
 from clipkit.errors import UserError
+from clipkit.formatting import size_text
 from clipkit.model.clip import CLIP
 from clipkit.model.config import ImageConfig, ModelConfig, TextConfig, vit_b16
 from clipkit.pixels.images import CLIP_MEAN, CLIP_STD, Preprocess
+from clipkit.text.tokenizer import VOCAB_SIZE
 from clipkit.text.tokens import ImageMethod, TextMethod
 from clipkit.train.loader.augment import Augmentation
 from clipkit.train.loader.loader import check_loader
@@ -222,6 +225,102 @@ def recipes() -> dict[str, Callable[[], Recipe]]:
     return {"emoji-demo": emoji_demo, "debug": debug, "clipa-b16-i50-t16": clipa_b16_i50_t16}
 
 
+# ---- What a recipe's numbers may be ----------------------------------------------------------------------------------
+
+
+class Range(NamedTuple):
+    """Which numbers a field takes: finite ones from `low`, or above it where it is `open`, to `high`."""
+
+    low: float
+    high: float = math.inf
+    open: bool = False
+
+    def problem(self, value: float) -> str | None:
+        """What to do about a value that isn't among them."""
+        if math.isfinite(value) and self.low <= value <= self.high and not (self.open and value == self.low):
+            return None
+        if self.open and not self.low < value < math.inf:
+            return "set a positive number"
+        if self.high == math.inf:
+            return "set a number" if self.low == -math.inf else "set 0 or a positive number"
+        return f"set at most {self.high:,}" if self.open else f"set a number from {self.low:,} to {self.high:,}"
+
+
+ANY, POSITIVE, NOT_NEGATIVE, SHARE = Range(-math.inf), Range(0, open=True), Range(0), Range(0, 1)
+SIZE, DEPTH, COUNT = Range(0, 1_000_000, open=True), Range(0, 1_000, open=True), Range(0, 2**62, open=True)
+RANGES: dict[type, dict[str, Range]] = {
+    Recipe: {
+        "micro_batch": COUNT,
+        "mean": SHARE,
+        "std": POSITIVE,
+        "block_size": Range(0, 2**31, open=True),
+        "max_bad": SHARE,
+        "seed": Range(-(2**63), 2**64 - 1),
+    },
+    Stage: {
+        "samples": COUNT,
+        "batch_size": COUNT,
+        "learning_rate": POSITIVE,
+        "warmup_samples": NOT_NEGATIVE,
+        "image_size": Range(0, 16_384, open=True),
+        "context_length": SIZE,
+        "image_keep": SIZE,
+    },
+    OptimizerConfig: {
+        "beta1": Range(0, 0.999999),
+        "beta2": Range(0, 0.99999999),
+        "eps": POSITIVE,
+        "weight_decay": NOT_NEGATIVE,
+        "grad_clip": POSITIVE,  # 0 would learn nothing, and a negative norm climbs the loss
+    },
+    Cadence: {
+        "log_samples": COUNT,
+        "checkpoint_samples": COUNT,
+        "checkpoint_minutes": POSITIVE,
+        "evaluate_samples": COUNT,
+        "keep_checkpoints": COUNT,
+    },
+    # From 100 on the logit scale is held, and wouldn't learn.
+    ModelConfig: {"embed_dim": SIZE, "logit_scale_init": Range(0, 100, open=True), "logit_bias_init": ANY},
+    ImageConfig: {
+        "image_size": SIZE,
+        "patch_size": SIZE,
+        "width": SIZE,
+        "depth": DEPTH,
+        "heads": SIZE,
+        "mlp_ratio": POSITIVE,
+        "norm_eps": POSITIVE,
+    },
+    TextConfig: {
+        "context_length": SIZE,
+        "vocab_size": Range(VOCAB_SIZE, 10_000_000),
+        "width": SIZE,
+        "depth": DEPTH,
+        "heads": SIZE,
+        "mlp_ratio": POSITIVE,
+        "norm_eps": POSITIVE,
+    },
+}
+
+
+def check_ranges(config: Any, where: str, prefix: str = "") -> None:
+    """Raise UserError that names the first number in `config`, or in a configuration in it, that is out of its range.
+
+    An Augmentation checks itself.
+    """
+    for name, allowed in RANGES[type(config)].items():
+        value = getattr(config, name)
+        for number in value if isinstance(value, tuple) else [value]:
+            remedy = None if number is None else allowed.problem(number)
+            if remedy:
+                is_optional = type(None) in get_args(get_type_hints(type(config))[name])
+                off = f", or none{' for off' if name == 'grad_clip' else ''}" if is_optional else ""
+                raise UserError(f"{where}: {prefix}{name} is {number}: {remedy}{off}")
+    for name, part in vars(config).items():
+        if type(part) in RANGES and name != "model":  # which each stage changes
+            check_ranges(part, where, f"{prefix}{name}.")
+
+
 def check_recipe(recipe: Recipe, source: Source | Examples, device: Device) -> None:
     """Refuse what would fail only hours later. Raises UserError that names the stage and the field."""
     shards = device.shards
@@ -229,14 +328,11 @@ def check_recipe(recipe: Recipe, source: Source | Examples, device: Device) -> N
         raise UserError("loss=sigmoid and a bias go together: set model.logit_bias_init=-10 with it, or neither")
     if recipe.micro_batch is not None and device.mesh is not None:
         raise UserError("micro_batch isn't for TPUs yet: unset it, and set checkpoint_activations=true to save memory")
-    check_positive(f"recipe {recipe.name}: cadence", vars(recipe.cadence))
-    clip = recipe.optimizer.grad_clip
-    if clip is not None and not clip > 0:  # 0 would learn nothing, and a negative norm climbs the loss
-        raise UserError(f"recipe {recipe.name}: optimizer.grad_clip is {clip}: set a positive number, or none for off")
+    check_ranges(recipe, f"recipe {recipe.name}")
     for stage in recipe.stages:
         where = f"recipe {recipe.name}, stage {stage.name}"
-        sizes = ("batch_size", "samples", "image_size", "learning_rate")
-        check_positive(where, {name: getattr(stage, name) for name in sizes})
+        check_ranges(stage, where)
+        check_ranges(recipe.model, where, "model.")
         if stage.batch_size < 2 or stage.batch_size % shards:
             raise UserError(f"{where}: batch_size {stage.batch_size} can't be divided over {shards} devices")
         if stage.samples % stage.batch_size:
@@ -249,19 +345,27 @@ def check_recipe(recipe: Recipe, source: Source | Examples, device: Device) -> N
         if (stage.image_keep is None) != (stage.image_reduction is None):
             raise UserError(f"{where}: image_keep and image_reduction go together: set both or neither")
         share = stage.batch_size // shards
-        if recipe.micro_batch is not None and (recipe.micro_batch < 1 or share % recipe.micro_batch):
+        if recipe.micro_batch is not None and share % recipe.micro_batch:
             raise UserError(f"{where}: micro_batch {recipe.micro_batch} doesn't divide a device's share of {share}")
         try:
+            check_memory(recipe, stage, device.world)
             check_loader(source, loader_config(recipe, stage), 0, stage.samples, device.world)
         except UserError as error:
             raise UserError(f"{where}: {error}") from error
 
 
-def check_positive(where: str, values: Mapping[str, float | None]) -> None:
-    """Raise UserError that names the first of `values` which isn't a positive number; None is skipped."""
-    for name, value in values.items():
-        if value is not None and not (math.isfinite(value) and value > 0):
-            raise UserError(f"{where}: {name} is {value}: set a positive number")
+def check_memory(recipe: Recipe, stage: Stage, world: int) -> None:
+    """Raise UserError where the model's weights, or one batch of images, are larger than this machine's memory."""
+    with torch.device("meta"):
+        weights = sum(parameter.numel() for parameter in CLIP(model_at(recipe, stage)).parameters())
+    images, pixels = stage.batch_size // world, stage.image_size**2
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for what, size, remedy in (
+        (f"the model's {weights:,} weights take", 4 * weights, "a smaller width or depth under model"),
+        (f"a batch of {images:,} images of {stage.image_size} px takes", 3 * images * pixels, "a smaller batch_size"),
+    ):
+        if size > memory:
+            raise UserError(f"{what} {size_text(size)}, and this machine has {size_text(memory)}: set {remedy}")
 
 
 def model_at(recipe: Recipe, stage: Stage) -> ModelConfig:

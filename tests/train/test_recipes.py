@@ -1,4 +1,5 @@
-from dataclasses import dataclass, replace
+import typing
+from dataclasses import dataclass, fields, is_dataclass, replace
 
 import pytest
 
@@ -49,9 +50,9 @@ def test_every_recipe_passes_its_own_check_and_survives_json(name):
         ("micro_batch=3", "micro_batch 3"),
         ("loss=sigmoid", "go together"),
         ("model.logit_bias_init=-10", "go together"),
-        ("model.image.heads=0", "stage reduced: "),
-        ("model.image.patch_size=0", "stage reduced: "),
-        ("model.text.heads=0", "stage reduced: "),
+        ("model.image.heads=0", "stage reduced: model.image.heads is 0"),
+        ("model.image.patch_size=0", "stage reduced: model.image.patch_size is 0"),
+        ("model.text.heads=0", "stage reduced: model.text.heads is 0"),
         ("cadence.log_samples=0", "log_samples is 0: set a positive number"),
         ("cadence.keep_checkpoints=-1", "keep_checkpoints is -1: set a positive number"),
         ("block_size=0", "block_size is 0"),
@@ -61,6 +62,99 @@ def test_what_would_fail_later_is_refused_now(setting, says):
     recipe = set_values(recipes()["debug"](), [setting])
     with pytest.raises(UserError, match=says):
         check(recipe)
+
+
+def leaves(config, path=""):
+    """The path of every number of a configuration, how it is written by --set, and whether it is whole."""
+    hints = typing.get_type_hints(type(config))
+    for field in fields(config):
+        value, where = getattr(config, field.name), f"{path}{field.name}"
+        kinds = [kind for kind in (typing.get_args(hints[field.name]) or (hints[field.name],)) if kind in (int, float)]
+        if is_dataclass(value):
+            yield from leaves(value, f"{where}.")
+        elif isinstance(value, tuple) and is_dataclass(value[0]):
+            for number, part in enumerate(value):
+                yield from leaves(part, f"{where}.{number}.")
+        elif isinstance(value, tuple):
+            yield where, f"{{}},{','.join(map(str, value[1:]))}", float
+        elif kinds:
+            yield where, "{}", kinds[0]
+
+
+NUMBERS = list(leaves(recipes()["debug"]()))
+UNBOUNDED_BELOW = ("model.logit_bias_init", "seed")
+
+
+@pytest.mark.parametrize(("key", "form", "kind"), NUMBERS, ids=[key for key, _, _ in NUMBERS])
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "-0.1", "-1e9", "1e30"])
+def test_no_number_that_means_nothing_passes_the_check(key, form, kind, value):
+    """Every number of a recipe has its range: a field without one fails here."""
+    if value == "1e30" and kind is float and not key.endswith(("crop_area", "crop_ratio")):
+        pytest.skip("a float may be large")
+    if value.startswith("-") and value != "-inf" and key in UNBOUNDED_BELOW:
+        pytest.skip("may be negative")
+    with pytest.raises(UserError) as refusal:
+        check(set_values(recipes()["debug"](), [f"{key}={form.format(value)}"]))
+    assert key.rpartition(".")[2] in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("setting", "says"),
+    [
+        ("max_bad=-0.1", "recipe debug: max_bad is -0.1: set a number from 0 to 1"),
+        ("max_bad=1.1", "recipe debug: max_bad is 1.1: set a number from 0 to 1"),
+        (
+            "model.text.vocab_size=1000",
+            "recipe debug, stage reduced: model.text.vocab_size is 1000: set a number from 49,408 to",
+        ),
+        ("std=0,0,0", "recipe debug: std is 0.0: set a positive number"),
+        ("mean=0.5,0.5,128", "recipe debug: mean is 128.0: set a number from 0 to 1"),
+        ("seed=1e30", "recipe debug: seed is 1000000000000000019884624838656: set a number from -9,223,"),
+        ("model.embed_dim=0", "recipe debug, stage reduced: model.embed_dim is 0: set a positive number"),
+        ("model.image.width=0", "recipe debug, stage reduced: model.image.width is 0: set a positive number, or none"),
+        ("model.text.width=0", "recipe debug, stage reduced: model.text.width is 0: set a positive number"),
+        ("model.text.depth=1e6", "recipe debug, stage reduced: model.text.depth is 1000000: set at most 1,000"),
+        ("model.text.width=1e6", "recipe debug, stage reduced: the model's .* weights take .* TB, and this machine"),
+        ("stages.0.batch_size=1e15", "stage reduced: a batch of 1,000,000,000,000,000 images of 32 px takes"),
+        (
+            "model.logit_scale_init=0",
+            "recipe debug, stage reduced: model.logit_scale_init is 0.0: set a positive number",
+        ),
+        ("model.logit_scale_init=101", "recipe debug, stage reduced: model.logit_scale_init is 101.0: set at most 100"),
+        ("optimizer.weight_decay=-0.1", "recipe debug: optimizer.weight_decay is -0.1: set 0 or a positive number"),
+        ("optimizer.beta2=1", "recipe debug: optimizer.beta2 is 1.0: set a number from 0 to 0.99999999"),
+        ("cadence.checkpoint_samples=0", "cadence.checkpoint_samples is 0: set a positive number, or none"),
+        ("stages.1.warmup_samples=-1", "stage full: warmup_samples is -1: set 0 or a positive number"),
+        ("stages.1.augmentation.fill=256", "stage full: augmentation fill=256: give a number from 0 to 255"),
+    ],
+)
+def test_a_number_out_of_its_range_is_named_with_what_it_may_be(setting, says):
+    more = ["stages.0.samples=1e15"] if "batch_size" in setting else []
+    with pytest.raises(UserError, match=says):
+        check(set_values(recipes()["debug"](), [setting, *more]))
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "seed=-1",
+        "seed=18446744073709551615",
+        "max_bad=0",
+        "max_bad=1",
+        "optimizer.weight_decay=0",
+        "optimizer.beta1=0",
+        "mean=0,0,1",
+        "stages.0.warmup_samples=0",
+        "stages.0.learning_rate=1e30",
+        "optimizer.grad_clip=none",
+        "model.logit_scale_init=100",
+        "model.text.vocab_size=49409",
+        "stages.0.augmentation.hue=0.5",
+    ],
+)
+def test_the_ends_of_a_range_are_in_it(setting):
+    check(set_values(recipes()["debug"](), [setting]))
 
 
 def test_a_batch_must_divide_over_the_devices():

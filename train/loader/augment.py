@@ -31,6 +31,10 @@ YIQ_TO_RGB = np.linalg.inv(RGB_TO_YIQ)
 # OpenCV's limit.
 LONGEST_WARPED = (1 << 15) - 2
 
+# The largest values of what isn't a probability.
+MOST: dict[str, float] = {"rotation": 180, "shear": 89, "translation": 10, "fill": 255}
+MOST |= {"brightness": 10, "contrast": 10, "saturation": 10, "hue": 0.5}
+
 FloatArray = npt.NDArray[np.float64]
 
 
@@ -95,9 +99,14 @@ class Augmentation:
             low, high = getattr(self, name)
             if not 0 < low <= high:
                 raise UserError(f"augmentation {name}={low},{high}: give two positive numbers, the smaller first")
+            if not 0.001 <= low <= high <= 1000:
+                raise UserError(f"augmentation {name}={low},{high}: give numbers from 0.001 to 1000")
         for name in ("flip", "jitter", "hue_jitter", "grey", "permute_channels", "invert", "erase"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"augmentation {name}={getattr(self, name)} is a probability: give 0 to 1")
+        for name, most in MOST.items():
+            if not 0 <= getattr(self, name) <= most:
+                raise UserError(f"augmentation {name}={getattr(self, name)}: give a number from 0 to {most}")
         if self.fixed not in ("black", "white"):
             raise UserError(f"augmentation fixed={self.fixed!r}: choose black or white")
 
