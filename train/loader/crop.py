@@ -39,10 +39,9 @@ except ImportError:  # installed where there is no C compiler
 
 Box = tuple[int, int, int, int]
 
-# How many pixels of the image make one of the output along an axis is what the way of resizing depends on. Four by four
-# pixels are enough for an output pixel up to CUBIC, two by two up to LINEAR. Beyond, twice the size is interpolated and
-# halved: by cubic interpolation up to SHARP, else by linear. What shrinks by more than SMOOTH along an axis would lose
-# pixels by that.
+# How a crop is resized depends on how much it shrinks: by cubic interpolation up to a factor of CUBIC, by linear up to
+# LINEAR. Beyond, it is interpolated to twice the output's size (cubic up to SHARP, else linear), and that is halved.
+# Above SMOOTH along either axis that would skip pixels, so areas are averaged.
 CUBIC, LINEAR, SHARP, SMOOTH = 1.15, 1.25, 1.7, 2.6
 
 

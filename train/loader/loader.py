@@ -33,12 +33,13 @@ from clipkit.train.sources.source import Examples, Source
 # images are warped, two threads still do better: they share what a small dataset keeps decoded (`SampleMaker.decoded`).
 MAX_THREADS, MAX_WARPING_THREADS = 1, 2
 SMALLEST_CHUNK, LARGEST_CHUNK = 16, 128
-# The order is worked out for so many positions at once: a short stretch costs as much as this.
+# The order is computed for this many positions at once: fewer would take as long.
 ORDER_SPAN = 4096
-# A batch that doesn't come is reported within half a minute, the batches ahead of it included.
+# A chunk that isn't there after this time is reported: with the batches made ahead, within half a minute of the stall.
 STALL_SECONDS = 20.0
-# The share of bad records is judged as if at least so many samples had been seen, so that one of ten stops nothing, and
-# so many standard deviations above the share that is allowed, so that chance doesn't stop a run that keeps within it.
+# Bad records stop a run when they are more than the allowed share of the samples seen by BAD_DEVIATIONS standard
+# deviations: less may be chance. At least BAD_BASE samples count as seen, so that one bad record in the first ten stops
+# nothing.
 BAD_BASE, BAD_DEVIATIONS = 1000, 3.0
 REPORTED_BAD = 1000
 

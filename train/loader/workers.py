@@ -33,8 +33,9 @@ MAX_DEATHS = 3
 # How long the end of the loader waits for threads that may hang in the kernel, say on a disk that doesn't answer, and
 # for processes that were killed: these go at once, unless the machine is busy.
 CLOSE_SECONDS, KILL_SECONDS = 0.5, 5.0
-# Where the buffers are larger together, a worker gives the pages of each chunk back when it is made: all that it ever
-# wrote to counts as its memory, though it is there but once. To get them again costs a tenth of what a chunk does.
+# Where all buffers together have more bytes than this, a worker gives the pages of each finished chunk back: otherwise
+# all that it ever wrote to counts as its memory, although the workers share it. To get the pages again costs a tenth of
+# what a chunk does.
 LARGE_BUFFERS = 500_000_000
 
 
