@@ -1,6 +1,6 @@
-"""What a person sees while long work runs, and what a script reads afterwards: progress and metrics.
+"""What a person sees while long work runs, and what a script reads afterwards: progress, warnings and metrics.
 
-Progress goes to stderr, so that stdout stays for results.
+Progress and warnings go to stderr, so that stdout stays for results.
 """
 
 import sys
@@ -16,6 +16,11 @@ if TYPE_CHECKING:
     from rich.progress import TaskID
 
 PLAIN_LINE_SECONDS = 10.0
+
+
+def warn_on_stderr(message: str) -> None:
+    """Print a warning."""
+    print(f"Warning: {message}", file=sys.stderr, flush=True)
 
 
 class Progress:

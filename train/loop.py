@@ -23,7 +23,7 @@ from clipkit.config import to_json
 from clipkit.device import Device, pick
 from clipkit.errors import UserError, one_line
 from clipkit.eval.zeroshot import Task, evaluate
-from clipkit.log import MetricsWriter, Progress, Writer, forget_metrics_after, read_metrics
+from clipkit.log import MetricsWriter, Progress, Writer, forget_metrics_after, read_metrics, warn_on_stderr
 from clipkit.model.clip import CLIP, build, load_state
 from clipkit.pixels.images import Preprocess
 from clipkit.storage.files import clear_leftovers, lock, read_json, write_json
@@ -303,7 +303,7 @@ def evaluate_now(run: Run, stage: str, model: CLIP, preprocess: Preprocess) -> N
         run.evaluation_missing = True
     except EVALUATION_ERRORS as error:
         reason = one_line(error)
-        print(f"Warning: no evaluation at {run.samples_seen:,} samples, training goes on: {reason}", file=sys.stderr)
+        warn_on_stderr(f"no evaluation at {run.samples_seen:,} samples, training goes on: {reason}")
         run.writer.write({**place, "evaluation_error": reason})
 
 

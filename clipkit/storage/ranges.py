@@ -10,7 +10,6 @@ cut short while it is in use kills the process where `pread` gives an error that
 
 import errno
 import os
-import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from clipkit.errors import UserError, one_line
+from clipkit.log import warn_on_stderr
 from clipkit.storage.files import allow_many_files, is_remote
 from clipkit.storage.stores import StoredFile, as_upath, is_transient, retry, store_errors
 
@@ -33,11 +33,6 @@ SLOWEST = 250_000
 PIECE_BYTES = 8_000_000
 
 Warn = Callable[[str], None]
-
-
-def warn_on_stderr(message: str) -> None:
-    """Print a warning."""
-    print(f"Warning: {message}", file=sys.stderr, flush=True)
 
 
 def read_range(path: Path, start: int, end: int, warn: Warn = warn_on_stderr) -> bytes:

@@ -8,7 +8,6 @@ state but the number of samples seen.
 
 import contextlib
 import math
-import sys
 import weakref
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -21,6 +20,7 @@ import numpy as np
 
 from clipkit.counter_rng import UInt64Array, sample_keys
 from clipkit.errors import UserError
+from clipkit.log import warn_on_stderr
 from clipkit.pixels.images import UInt8Array
 from clipkit.text.tokenizer import Tokenizer
 from clipkit.text.tokens import image_keep_indices, reduce_text
@@ -113,11 +113,6 @@ def batches(
         {} if bad_reasons is None else bad_reasons,
     )
     return loader.run(start, stop, rank, world)
-
-
-def warn_on_stderr(message: str) -> None:
-    """Print a warning."""
-    print(f"Warning: {message}", file=sys.stderr)
 
 
 @dataclass
