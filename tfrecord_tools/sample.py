@@ -23,14 +23,16 @@ class Sample(NamedTuple):
     problem: str | None = None
 
 
-def samples_of(found: Sample, caption: Any, choice: CaptionChoice | None, place: object) -> tuple[Sample, ...]:
-    """A sample as a reader found it with its caption, or one for each that is chosen of several.
+def samples_of(found: Sample, choice: CaptionChoice | None, place: object) -> tuple[Sample, ...]:
+    """A sample as a reader found it, its caption of any kind (`clipkit.formats.captions`), or one for each that is
+    chosen of several captions.
 
-    `caption` may be of any kind (`clipkit.formats.captions`). Raises UserError, naming the `place`, for several
-    captions without a choice, and for a struct.
+    Raises UserError, naming the `place`, for several captions without a choice, and for a struct.
     """
+    caption: Any = found.caption
     if type(caption) is str or caption is None:
-        return (found._replace(caption=caption),)
+        return (found,)
+    found = found._replace(caption=None)
     try:
         captions = captions_of(caption, place)
     except UnicodeDecodeError:

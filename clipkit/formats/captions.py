@@ -68,6 +68,9 @@ def merge_captions(text: str | None, columns: dict[str, Any]) -> Any:
     if REPEATED not in columns:
         return text
     value = columns[REPEATED]
+    if value == text and text is not None:
+        del columns[REPEATED]
+        return text
     if value is None or value != value:
         del columns[REPEATED]
         return "" if text in (None, "nan") else text

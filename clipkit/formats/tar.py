@@ -126,16 +126,20 @@ class SampleNames:
 
     def __call__(self, name: str) -> tuple[str, str] | None:
         """The key and the suffix in lower case; None for a file of another kind."""
-        if not self.decided and name.count(".") > 1 and name.rpartition("/")[2].strip(".").count(".") > 1:
+        return self.rule_for(name)(name)
+
+    def rule_for(self, name: str) -> Callable[[str], tuple[str, str] | None]:
+        """What splits a name with another number of dots than one: into key and suffix, None for another kind."""
+        if not self.decided and name.rpartition("/")[2].strip(".").count(".") > 1:
             self.decided = True
             names = list(self.names())
             if _complete(names, _split_at_last_dot) > _complete(names, split_name):
                 self.split = _split_at_last_dot
-        return self.split(name)
+        return self.split
 
     def end(self, key: str, suffixes: Collection[str]) -> None:
         """A sample ends, with these members. Raises UserError when its image stands elsewhere in the tar."""
-        if has_image(suffixes):
+        if not IMAGE_SUFFIXES.isdisjoint(suffixes):
             return
         if self.apart is None:
             self.apart = _apart(filter(None, map(self.split, self.names())))
@@ -158,11 +162,6 @@ def _apart(parts: Iterable[tuple[str, str]]) -> set[str]:
     return apart
 
 
-def has_image(suffixes: Iterable[str]) -> bool:
-    """Whether one of a sample's members is an image."""
-    return any(suffix in IMAGE_SUFFIXES for suffix in suffixes)
-
-
 def split_name(name: str) -> tuple[str, str] | None:
     """The key and suffix of a member by webdataset's rule, at the first dot."""
     folder, _, base = name.rpartition("/")
@@ -182,7 +181,7 @@ def _complete(names: Iterable[str], split: Callable[[str], tuple[str, str] | Non
     suffixes: dict[str, set[str]] = {}
     for key, suffix in filter(None, map(split, names)):
         suffixes.setdefault(key, set()).add(suffix)
-    return sum(has_image(found) and bool(found & {"txt", "json", "cls"}) for found in suffixes.values())
+    return sum(bool(found & IMAGE_SUFFIXES and found & {"txt", "json", "cls"}) for found in suffixes.values())
 
 
 def index_tar(read: Read, path: Path | str, size: int) -> np.ndarray:
@@ -199,18 +198,18 @@ def index_tar(read: Read, path: Path | str, size: int) -> np.ndarray:
     def end() -> None:
         if key is None:
             return
-        split.end(key, members)
+        names.end(key, members)
         image = next((members[suffix] for suffix in members if suffix in IMAGE_SUFFIXES), (0, 0))
         places = (image, members.get("txt", (0, 0)), members.get("json", (0, 0)))
         if max(max(place) for place in places) >= 1 << 32:
             raise TarError(path, first, "a sample takes more than 4 GiB")
         rows.append((first, *(number for place in places for number in place)))
 
-    split = SampleNames(path, lambda: (member.name for member in read_headers(read, path)))
+    names = SampleNames(path, lambda: (member.name for member in read_headers(read, path)))
     for member in read_headers(read, path):
         if member.start + member.size > size:
             raise TarError(path, member.first, "it ends inside a member")
-        parts = split(member.name)
+        parts = names(member.name)
         if parts is None:
             continue
         stem, suffix = parts

@@ -84,8 +84,8 @@ def read_parquet(path: Path, start: int = 0, stop: int | None = None, columns: P
         stored = stored_columns(whole, (image, caption))
     with open_rows(path, columns=stored) as rows:
         for number, row in _read(rows, start, stop):
-            found, text = _sample(f"{path.stem}-{number}", _image_bytes(row.pop(image)), row, caption)
-            yield from samples_of(found, text, columns.captions, path)
+            found = _sample(f"{path.stem}-{number}", _image_bytes(row.pop(image)), row, caption)
+            yield from samples_of(found, columns.captions, path)
 
 
 def read_folder(
@@ -102,8 +102,8 @@ def read_folder(
         rows = stack.enter_context(open_rows(local, COPY_ROWS, stored_columns(whole, (image, caption))))
         for number, row in _read(rows, start, stop):
             name = row.get(image)
-            found, text = _sample(str(name or number), _read_image(folder, name), row, caption)
-            yield from samples_of(found, text, columns.captions, folder)
+            found = _sample(str(name or number), _read_image(folder, name), row, caption)
+            yield from samples_of(found, columns.captions, folder)
 
 
 def copy_pairs(path: Path, copy: Path, columns: PairColumns = USUAL) -> None:
@@ -122,8 +122,8 @@ def copy_pairs(path: Path, copy: Path, columns: PairColumns = USUAL) -> None:
     )
 
 
-def _sample(fallback: str, image: bytes | None, row: dict[str, Any], caption_name: str) -> tuple[Sample, Any]:
-    """A sample of a row's image and its other columns, and its caption; `fallback` is the key where it has none."""
+def _sample(fallback: str, image: bytes | None, row: dict[str, Any], caption_name: str) -> Sample:
+    """A sample of a row's image and its other columns; `fallback` is the key where the row has none."""
     caption = row.pop(caption_name)
     for name in DROPPED_COLUMNS:
         row.pop(name, None)
@@ -131,7 +131,7 @@ def _sample(fallback: str, image: bytes | None, row: dict[str, Any], caption_nam
         caption = merge_captions(caption, row)
     key = row.get(KEY_NAME)
     key = row[KEY_NAME] = fallback if key is None or key == "" else str(key)
-    return Sample(key, image, None, _as_text(row), None if image else NO_IMAGE), caption
+    return Sample(key, image, caption, _as_text(row), None if image else NO_IMAGE)
 
 
 def _image_bytes(value: Any) -> bytes | None:

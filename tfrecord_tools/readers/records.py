@@ -65,8 +65,8 @@ def read_dataset(
         data, text = values.pop(image, None), values.pop(caption, None)
         key = values.setdefault("key", f"{path.name}-{offset}")
         jpg = data if isinstance(data, bytes) and data else None
-        sample = Sample(str(key), jpg, None, values, None if jpg else NO_IMAGE)
-        yield from samples_of(sample, text, columns.captions, path)
+        sample = Sample(str(key), jpg, text, values, None if jpg else NO_IMAGE)
+        yield from samples_of(sample, columns.captions, path)
 
 
 def columns_left_out(features: Mapping[str, Feature], image: str) -> list[str]:
@@ -103,12 +103,10 @@ def read_tfrecord(
     Raises RecordError when one is cut off or damaged.
     """
     for offset, values in _examples(path, start, stop):
-        sample, caption = _sample(values, fallback=f"{path.stem}-{offset}")
-        yield from samples_of(sample, caption, captions, path)
+        yield from samples_of(_sample(values, fallback=f"{path.stem}-{offset}"), captions, path)
 
 
-def _sample(values: dict[str, list[Any]], fallback: str) -> tuple[Sample, Any]:
-    """A sample of a record's columns, and its caption."""
+def _sample(values: dict[str, list[Any]], fallback: str) -> Sample:
     images = [values.pop(name) for name in sorted(values) if name in IMAGE_SUFFIXES]  # further ones are left out
     image = _one(images[0]) if images else None
     key = fallback
@@ -116,7 +114,7 @@ def _sample(values: dict[str, list[Any]], fallback: str) -> tuple[Sample, Any]:
         columns = {name: _text(_one(items)) for name, items in sorted(values.items()) if name not in DROPPED_COLUMNS}
         key = str(columns.setdefault("key", fallback) or fallback)
     except UnicodeDecodeError:
-        return Sample(key, None, None, {}, BAD_TEXT), None
+        return Sample(key, None, None, {}, BAD_TEXT)
     has_caption = "txt" in columns or "caption" in columns
     caption = columns.pop("txt", None)
     if caption is None or isinstance(caption, str):
@@ -124,7 +122,7 @@ def _sample(values: dict[str, list[Any]], fallback: str) -> tuple[Sample, Any]:
     if caption is None and has_caption:
         caption = ""
     problem = None if isinstance(image, bytes) and image else NO_IMAGE
-    return Sample(key, image if problem is None else None, None, columns, problem), caption
+    return Sample(key, image if problem is None else None, caption, columns, problem)
 
 
 def _one(values: list[Any]) -> Any:

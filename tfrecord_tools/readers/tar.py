@@ -7,6 +7,7 @@ a build may take; this reader spends about 20. What it takes for an archive, and
 
 import json
 import os
+from codecs import BOM_UTF8
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,18 +31,21 @@ def read_tar(
     out. `captions` says which of several are taken. Raises UserError naming the file and the byte when the archive is
     cut off or damaged; what lies beyond the range is not looked at, and of what lies before it only the headers.
     """
-    split = SampleNames(path, lambda: (name for _, name, _ in read_members(path, _NOTHING)))
+    names = SampleNames(path, lambda: (name for _, name, _ in read_members(path, _NOTHING)))
+    split = names.split
     key: str | None = None
     first = 0
     members: dict[str, bytes] = {}
     for offset, name, data in read_members(path, start):
+        if name.count(".") != 1:
+            split = names.rule_for(name)
         parts = split(name)
         if parts is None:
             continue
         stem, suffix = parts
         if stem != key or suffix in members:
             if key is not None:
-                split.end(key, members)
+                names.end(key, members)
                 if first >= start:
                     yield from _samples(key, members, captions, path)
             if stop is not None and offset >= stop:
@@ -49,7 +53,7 @@ def read_tar(
             key, first, members = stem, offset, {}
         members[suffix] = data
     if key is not None:
-        split.end(key, members)
+        names.end(key, members)
         if first >= start:
             yield from _samples(key, members, captions, path)
 
@@ -64,7 +68,7 @@ def _samples(key: str, members: dict[str, bytes], captions: CaptionChoice | None
     except (ValueError, RecursionError):
         return (Sample(key, image, None, {}, BAD_METADATA),)
     try:
-        text = members["txt"].decode("utf-8-sig") if "txt" in members else None
+        text = members["txt"].removeprefix(BOM_UTF8).decode("utf-8") if "txt" in members else None
     except UnicodeDecodeError:
         return (Sample(key, image, None, {}, BAD_TEXT),)
     caption = merge_captions(text, columns)
@@ -72,7 +76,7 @@ def _samples(key: str, members: dict[str, bytes], captions: CaptionChoice | None
         columns.pop(name, None)
     if "key" not in columns:
         columns["key"] = key.rpartition("/")[2]
-    return samples_of(Sample(key, image, None, columns, NO_IMAGE if image is None else None), caption, captions, path)
+    return samples_of(Sample(key, image, caption, columns, NO_IMAGE if image is None else None), captions, path)
 
 
 def read_members(path: Path, start: int = 0) -> Iterator[tuple[int, str, bytes]]:

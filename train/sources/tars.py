@@ -5,6 +5,7 @@ are then read in one piece, for they stand side by side.
 """
 
 import json
+from codecs import BOM_UTF8
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -73,7 +74,7 @@ class TarSource(ShardedRecords, Source):
         if len(data) < end - begin:
             return RecordError(self._files.path(shard), start, "the file ends inside a record")
         stored = data[text - begin : text - begin + text_bytes] if text else b""
-        written = stored.decode("utf-8-sig", "replace")
+        written = stored.removeprefix(BOM_UTF8).decode("utf-8", "replace")
         caption: str | list[str] = written
         # img2dataset writes "nan" where the metadata's caption is null, and Python's repr of a list of captions.
         if meta_bytes and (not text or stored == b"nan" or stored[:1] in (b"[", b"{")):
