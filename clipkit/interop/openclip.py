@@ -4,6 +4,7 @@ Takes the state dict of `open_clip.CLIP` and `open_clip.CustomTextCLIP` with a v
 which has the same names. ResNets and Hugging Face text towers have no counterpart here.
 """
 
+import math
 import re
 from collections.abc import Mapping
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from clipkit.errors import UserError
 from clipkit.model.clip import CLIP, allocate, load_state
 from clipkit.model.config import ModelConfig
+from clipkit.model.image_tower import sincos_2d
 
 # Numbers that OpenAI stores among the weights, and masks that can be computed.
 NOT_WEIGHTS = {"input_resolution", "context_length", "vocab_size", "attn_mask", "text.attn_mask"}
@@ -60,11 +62,28 @@ def convert(state_dict: Mapping[str, Tensor], config: ModelConfig) -> dict[str, 
         elif name in ("logit_scale", "logit_bias"):
             value = value.reshape(())
         tensors[name] = value
-    if not config.image.pre_norm:
-        # Without the norm timm's patch projection has a bias, OpenCLIP's never has.
+    if config.image.position == "sincos":
+        check_sincos(tensors["image.trunk.pos_embed"])
+    bias = config.image.patch_bias
+    if bias if bias is not None else not config.image.pre_norm:
+        # OpenCLIP's patch projection never has one.
         width = len(tensors["image.trunk.patch_embed.proj.weight"])
         tensors["image.trunk.patch_embed.proj.bias"] = torch.zeros(width)
     return tensors
+
+
+def check_sincos(position_1ND: Tensor) -> None:
+    """UserError when these positions, a class token's and those of a square grid, aren't sin-cos ones as ours.
+
+    `load_state` would put ours in their place, and the features would be quietly wrong. CLIPA's published weights come
+    from JAX, whose frequencies differ a little.
+    """
+    side = math.isqrt(position_1ND.shape[1] - 1)
+    expected_ND = sincos_2d((side, side), position_1ND.shape[2])
+    if len(expected_ND) + 1 != position_1ND.shape[1] or not torch.allclose(position_1ND[0, 1:], expected_ND, atol=2e-3):
+        raise UserError(
+            "the image positions in these weights aren't fixed sin-cos ones: set model.image.position=learnable"
+        )
 
 
 def rename(key: str) -> str:

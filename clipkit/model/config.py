@@ -13,6 +13,7 @@ from clipkit.errors import UserError
 
 Activation = Literal["gelu", "quick_gelu", "gelu_tanh"]
 Pooling = Literal["token", "average"]
+TextPooling = Literal["end", "last"]
 Position = Literal["learnable", "sincos"]
 Stem = Literal["patch", "conv"]
 
@@ -36,7 +37,9 @@ class ImageConfig:
     position: Position = "learnable"
     """`sincos` is fixed: it is computed from the grid and never trained."""
     pre_norm: bool = True
-    """A layer norm before the first block, and no bias in the patch embedding, as in CLIP."""
+    """A layer norm before the first block, as in CLIP."""
+    patch_bias: bool | None = None
+    """A bias in the patch embedding. None: only where no norm follows it (`pre_norm=False`)."""
     act: Activation = "gelu"
     """OpenAI's own weights need `quick_gelu`."""
     norm_eps: float = 1e-5
@@ -46,7 +49,7 @@ class ImageConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TextConfig:
-    """The text tower: a causal pre-norm transformer, pooled at the end token."""
+    """The text tower: a pre-norm transformer, causal and read at the end token as in CLIP, or neither."""
 
     context_length: int = 77
     """The most text tokens, start and end included, that the position embedding has room for."""
@@ -55,6 +58,11 @@ class TextConfig:
     depth: int = 12
     heads: int = 8
     mlp_ratio: float = 4.0
+    causal: bool = True
+    """A token sees only itself and those before it."""
+    pooling: TextPooling = "end"
+    """`end`: the end token, which has the largest id. `last`: the last of `context_length` positions, padding included
+    (as in CLIPA-v2 and SigLIP)."""
     act: Activation = "gelu"
     norm_eps: float = 1e-5
 
@@ -89,23 +97,58 @@ def check_choices(config: Any, where: str) -> None:
             raise UserError(f"{where}.{name} {value!r}: choose from {', '.join(typing.get_args(hint))}")
 
 
+def vit_s16(act: Activation = "gelu") -> ModelConfig:
+    """OpenCLIP's ViT-S/16 at 224 px."""
+    return _clip("vit_small_patch16_224", 384, TextConfig(width=384, heads=6, act=act))
+
+
 def vit_b32(act: Activation = "gelu") -> ModelConfig:
     """CLIP's ViT-B/32 at 224 px."""
-    return ModelConfig(image=ImageConfig("vit_base_patch32_224", act=act), text=TextConfig(act=act))
+    return _clip("vit_base_patch32_224", 512, TextConfig(act=act))
 
 
 def vit_b16(act: Activation = "gelu") -> ModelConfig:
     """CLIP's ViT-B/16 at 224 px."""
-    return ModelConfig(image=ImageConfig("vit_base_patch16_224", act=act), text=TextConfig(act=act))
+    return _clip("vit_base_patch16_224", 512, TextConfig(act=act))
 
 
 def vit_l16(act: Activation = "gelu") -> ModelConfig:
     """ViT-L/16 at 224 px with the text tower of CLIP's ViT-L/14, as in CLIPA."""
-    text = TextConfig(width=768, heads=12, act=act)
-    return ModelConfig(embed_dim=768, image=ImageConfig("vit_large_patch16_224", act=act), text=text)
+    return _clip("vit_large_patch16_224", 768, TextConfig(width=768, heads=12, act=act))
 
 
 def vit_l14(act: Activation = "gelu") -> ModelConfig:
     """CLIP's ViT-L/14 at 224 px."""
-    text = TextConfig(width=768, heads=12, act=act)
-    return ModelConfig(embed_dim=768, image=ImageConfig("vit_large_patch14_224", act=act), text=text)
+    return _clip("vit_large_patch14_224", 768, TextConfig(width=768, heads=12, act=act))
+
+
+def vit_h14(act: Activation = "gelu") -> ModelConfig:
+    """OpenCLIP's ViT-H/14 at 224 px. The image tower's heads are 80 wide."""
+    return _clip("vit_huge_patch14_224", 1024, TextConfig(width=1024, depth=24, heads=16, act=act))
+
+
+def vit_bigg14(act: Activation = "gelu") -> ModelConfig:
+    """OpenCLIP's ViT-bigG/14 at 224 px. The image tower's heads are 104 wide."""
+    return _clip("vit_gigantic_patch14_clip_224", 1280, TextConfig(width=1280, depth=32, heads=20, act=act))
+
+
+def vit_l14_clipa(act: Activation = "gelu_tanh") -> ModelConfig:
+    """CLIPA-v2's ViT-L/14 at 224 px and 32 text tokens."""
+    return _clipa_v2(vit_l14(act))
+
+
+def vit_h14_clipa(act: Activation = "gelu_tanh") -> ModelConfig:
+    """CLIPA-v2's ViT-H/14 at 224 px and 32 text tokens."""
+    return _clipa_v2(vit_h14(act))
+
+
+def _clip(name: str, embed_dim: int, text: TextConfig) -> ModelConfig:
+    return ModelConfig(embed_dim=embed_dim, image=ImageConfig(name, act=text.act), text=text)
+
+
+def _clipa_v2(config: ModelConfig) -> ModelConfig:
+    """What CLIPA-v2 changes in CLIP's towers (Li, Wang & Xie, 2023). It was trained in JAX, where GELU is the tanh
+    one; OpenCLIP runs the published weights with the exact one."""
+    image = dataclasses.replace(config.image, pooling="average", pre_norm=False, position="sincos")
+    text = dataclasses.replace(config.text, context_length=32, vocab_size=32_000, causal=False, pooling="last")
+    return dataclasses.replace(config, image=image, text=text)

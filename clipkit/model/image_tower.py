@@ -171,6 +171,9 @@ def make_trunk(config: ImageConfig) -> VisionTransformer:
         raise UserError(f"timm can't build {config.name} as model.image asks ({reason}): change it") from error
     if not is_plain(trunk):
         raise UserError(f"{config.name} isn't a plain vision transformer in timm: set another model.image.name")
+    if config.patch_bias is not None:
+        bias = nn.Parameter(torch.empty(trunk.embed_dim)) if config.patch_bias else None
+        trunk.patch_embed.proj.register_parameter("bias", bias)
     patch = trunk.patch_embed.patch_size[0]
     if config.image_size % patch:
         near_sizes = config.image_size // patch * patch, math.ceil(config.image_size / patch) * patch

@@ -352,6 +352,7 @@ def test_a_configuration_survives_json(config: ModelConfig) -> None:
         (with_image(name="vit_small_patch16_18x2_224"), "isn't a plain vision transformer"),
         (with_text(heads=5), "isn't a multiple of its heads"),
         (with_text(act="relu"), "choose from gelu"),
+        (with_text(pooling="mean"), "choose from end, last"),
     ],
 )
 def test_configurations_that_cannot_be_built(config: ModelConfig, message: str) -> None:
