@@ -5,6 +5,7 @@ to be purged: so downloading, building, inspecting, purging, training and evalua
 """
 
 import contextlib
+import errno
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,40 +23,17 @@ import pyarrow.parquet as pq
 from clipkit.errors import UserError
 from clipkit.formats.captions import CaptionChoice, captions_of, check_caption_type
 from clipkit.formats.kinds import arrow_type, fit, kind_of, unify
-from clipkit.storage.files import disk_errors, is_remote, local_copy, write_beside
+from clipkit.storage.files import disk_errors, disk_message, is_remote, local_copy, write_beside
 from clipkit.storage.stores import store_errors
 
 # ---- What things are called ------------------------------------------------------------------------------------------
 
 # Of the formats that clipkit decodes (`clipkit.pixels.images.FORMATS`) all that Pillow knows.
 IMAGE_SUFFIXES = frozenset(
-    [
-        "jpg",
-        "jpeg",
-        "jpe",
-        "jfif",
-        "png",
-        "apng",
-        "webp",
-        "gif",
-        "bmp",
-        "tif",
-        "tiff",
-        "avif",
-        "avifs",
-        "jp2",
-        "j2k",
-        "jpc",
-        "jpf",
-        "jpx",
-        "j2c",
-        "ppm",
-        "pgm",
-        "pbm",
-        "pnm",
-        "pfm",
-        "ico",
-    ]
+    (
+        *("jpg", "jpeg", "jpe", "jfif", "png", "apng", "webp", "gif", "bmp", "tif", "tiff", "avif", "avifs"),
+        *("jp2", "j2k", "jpc", "jpf", "jpx", "j2c", "ppm", "pgm", "pbm", "pnm", "pfm", "ico"),
+    )
 )
 # What programs leave in folders of others: archives made on a Mac, disks of Synology, Windows and so on.
 LEFT_BY_PROGRAMS = frozenset(
@@ -196,7 +174,9 @@ def find_tables(path: Path, what: str = "table") -> list[Path]:
 
 
 def unreadable(path: Path, error: Exception) -> UserError:
-    """The one line for a table that its reader refuses."""
+    """The one line for a table that its reader refuses, or for a full disk, which is no fault of the table."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return UserError(disk_message(error, error.filename or f"what is made of {path}"))
     reason = str(error).partition("\n")[0]
     kind = next((suffix[1:] for suffix in TABLE_SUFFIXES if path.name.lower().endswith(suffix)), "parquet")
     return UserError(f"{path} can't be read as {kind} ({reason}): it may be damaged or of another kind; get it again")

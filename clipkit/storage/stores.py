@@ -318,16 +318,20 @@ def comes_from_store(error: BaseException) -> bool:
 
 @contextlib.contextmanager
 def scratch() -> Iterator[Path]:
-    """Yield a local folder for files on their way, removed at the end.
+    """Yield a local folder for temporary files, removed at the end. Raises UserError when none can be made.
 
     It is held by a kernel lock, so that what a killed process left can be recognised, and is removed here.
     It lies where `tempfile` puts things: TMPDIR chooses another disk.
     """
-    for left in Path(tempfile.gettempdir()).glob("clipkit-scratch-*"):
-        with contextlib.suppress(OSError), _held(left, fcntl.LOCK_EX | fcntl.LOCK_NB):
-            shutil.rmtree(left, ignore_errors=True)
     while True:
-        folder = Path(tempfile.mkdtemp(prefix="clipkit-scratch-"))
+        try:
+            for left in Path(tempfile.gettempdir()).glob("clipkit-scratch-*"):
+                with contextlib.suppress(OSError), _held(left, fcntl.LOCK_EX | fcntl.LOCK_NB):
+                    shutil.rmtree(left, ignore_errors=True)
+            folder = Path(tempfile.mkdtemp(prefix="clipkit-scratch-"))
+        except OSError as error:
+            reason = error.strerror or error
+            raise UserError(f"can't write temporary files ({reason}): free some space, or set TMPDIR") from error
         # Another process may have taken the folder for a left one before we hold it.
         with contextlib.suppress(FileNotFoundError), _held(folder, fcntl.LOCK_EX):
             if folder.exists():

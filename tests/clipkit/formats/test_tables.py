@@ -1,14 +1,19 @@
 """Tables of all kinds give the same rows, and files that are hidden aren't among them."""
 
+import errno
 import gzip
 import json
+import os
+import uuid
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from clipkit.formats.tables import RowReader, copy_table, find_tables, read_columns, read_schema
+from clipkit.errors import UserError
+from clipkit.formats.tables import RowReader, copy_table, find_tables, read_columns, read_schema, table_errors
+from clipkit.storage.files import as_path
 
 ROWS = [{"url": f"http://x/{i}.jpg", "caption": f"0{i}", "score": i} for i in range(5)]
 
@@ -41,3 +46,29 @@ def test_hidden_files_are_no_tables(tmp_path: Path) -> None:
     write(tmp_path / "._a.parquet")
     path = write(tmp_path / "a.parquet")
     assert find_tables(tmp_path) == [path]
+
+
+FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def refuse(*arguments: object, **options: object) -> None:
+    raise FULL
+
+
+def test_a_full_disk_is_no_fault_of_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While a copy is written, while a remote table is fetched, and in whatever else stands in the block."""
+    table, copy = write(tmp_path / "a.csv"), tmp_path / "copy.parquet"
+    with (
+        pytest.raises(UserError, match=f"^the disk is full while writing what is made of {table}: "),
+        table_errors(table),
+    ):
+        refuse()
+    with monkeypatch.context() as patch, pytest.raises(UserError, match=f"^the disk is full while writing {copy}: "):
+        patch.setattr(pq.ParquetWriter, "write_batch", refuse)
+        copy_table(table, copy, lambda column: False)
+    remote = as_path(f"memory://{uuid.uuid4().hex}/a.csv")
+    remote.write_bytes(table.read_bytes())
+    monkeypatch.setattr("tempfile.mkdtemp", refuse)
+    with pytest.raises(UserError, match=r"^can't write temporary files \(No space left .*, or set TMPDIR$"):
+        copy_table(remote, copy, lambda column: False)
+    assert list(tmp_path.iterdir()) == [table]
