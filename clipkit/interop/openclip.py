@@ -7,13 +7,14 @@ which has the same names. ResNets and Hugging Face text towers have no counterpa
 import math
 import re
 from collections.abc import Mapping
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from clipkit.errors import UserError
 from clipkit.model.clip import CLIP, allocate, load_state
-from clipkit.model.config import ModelConfig
+from clipkit.model.config import ModelConfig, Position
 from clipkit.model.image_tower import sincos_2d
 
 # Numbers that OpenAI stores among the weights, and masks that can be computed.
@@ -62,8 +63,8 @@ def convert(state_dict: Mapping[str, Tensor], config: ModelConfig) -> dict[str, 
         elif name in ("logit_scale", "logit_bias"):
             value = value.reshape(())
         tensors[name] = value
-    if config.image.position == "sincos":
-        check_sincos(tensors["image.trunk.pos_embed"])
+    if config.image.position != "learnable":
+        check_sincos(tensors["image.trunk.pos_embed"], config.image.position)
     bias = config.image.patch_bias
     if bias if bias is not None else not config.image.pre_norm:
         # OpenCLIP's patch projection never has one.
@@ -72,18 +73,23 @@ def convert(state_dict: Mapping[str, Tensor], config: ModelConfig) -> dict[str, 
     return tensors
 
 
-def check_sincos(position_1ND: Tensor) -> None:
-    """UserError when these positions, a class token's and those of a square grid, aren't sin-cos ones as ours.
+def check_sincos(position_1ND: Tensor, position: Position) -> None:
+    """UserError when these positions, a class token's and those of a square grid, aren't what `position` names.
 
-    `load_state` would put ours in their place, and the features would be quietly wrong. CLIPA's published weights come
-    from JAX, whose frequencies differ a little.
+    `load_state` would put ours in their place, and the features would be quietly wrong.
     """
-    side = math.isqrt(position_1ND.shape[1] - 1)
-    expected_ND = sincos_2d((side, side), position_1ND.shape[2])
-    if len(expected_ND) + 1 != position_1ND.shape[1] or not torch.allclose(position_1ND[0, 1:], expected_ND, atol=2e-3):
-        raise UserError(
-            "the image positions in these weights aren't fixed sin-cos ones: set model.image.position=learnable"
-        )
+    side, patches_ND = math.isqrt(position_1ND.shape[1] - 1), position_1ND[0, 1:]
+    found: Position = "learnable"
+    if side * side == len(patches_ND):
+        errors = {
+            "sincos": (patches_ND - sincos_2d((side, side), patches_ND.shape[1])).abs(),
+            "sincos_jax": (patches_ND - sincos_2d((side, side), patches_ND.shape[1], jax=True)).abs(),
+        }
+        nearest = min(errors, key=lambda kind: errors[kind].mean().item())
+        if errors[nearest].max() < 5e-3:  # half precision rounds by up to 0.004
+            found = cast(Position, nearest)
+    if found != position:
+        raise UserError(f"these weights have {found} image positions, not {position}: set model.image.position={found}")
 
 
 def rename(key: str) -> str:

@@ -117,7 +117,7 @@ class CLIP(nn.Module):
         for token in (trunk.cls_token, trunk.reg_token):
             if token is not None:
                 normal(token, self.image.width**-0.5)
-        if self.image.position == "sincos":
+        if self.image.fixed:
             trunk.pos_embed.copy_(self.image.fixed_positions())
         else:
             normal(trunk.pos_embed, self.image.width**-0.5)
@@ -199,7 +199,7 @@ def fit_positions(model: CLIP, tensors: Mapping[str, Tensor]) -> dict[str, Tenso
     """`tensors` with the two position embeddings as large as the model's."""
     fitted = dict(tensors)
     image_key, text_key = "image.trunk.pos_embed", "text.pos_embed"
-    if model.image.position == "sincos":
+    if model.image.fixed:
         fitted[image_key] = model.image.fixed_positions()
     elif image_key in fitted:
         fitted[image_key] = resize_image_positions(fitted[image_key], model.image.grid, model.image.position_prefix)

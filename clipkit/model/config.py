@@ -14,7 +14,7 @@ from clipkit.errors import UserError
 Activation = Literal["gelu", "quick_gelu", "gelu_tanh"]
 Pooling = Literal["token", "average"]
 TextPooling = Literal["end", "last"]
-Position = Literal["learnable", "sincos"]
+Position = Literal["learnable", "sincos", "sincos_jax"]
 Stem = Literal["patch", "conv"]
 
 
@@ -35,7 +35,8 @@ class ImageConfig:
     (as in CLIPA and big_vision's `gap`)."""
     class_token: bool = True
     position: Position = "learnable"
-    """`sincos` is fixed: it is computed from the grid and never trained."""
+    """`sincos` and `sincos_jax` are fixed: computed from the grid and never trained. They differ a little in their
+    frequencies; the second is CLIPA-v2's (`image_tower.sincos_2d`)."""
     pre_norm: bool = True
     """A layer norm before the first block, as in CLIP."""
     patch_bias: bool | None = None
@@ -147,8 +148,12 @@ def _clip(name: str, embed_dim: int, text: TextConfig) -> ModelConfig:
 
 
 def _clipa_v2(config: ModelConfig) -> ModelConfig:
-    """What CLIPA-v2 changes in CLIP's towers (Li, Wang & Xie, 2023). It was trained in JAX, where GELU is the tanh
-    one; OpenCLIP runs the published weights with the exact one."""
-    image = dataclasses.replace(config.image, pooling="average", pre_norm=False, position="sincos")
-    text = dataclasses.replace(config.text, context_length=32, vocab_size=32_000, causal=False, pooling="last")
+    """What CLIPA-v2 changes in CLIP's towers (Li, Wang & Xie, 2023), after its JAX code. Its published weights went
+    through tanh GELUs and norms with this epsilon; OpenCLIP runs them with the exact GELU and 1e-5."""
+    image = dataclasses.replace(
+        config.image, pooling="average", pre_norm=False, patch_bias=False, position="sincos_jax", norm_eps=1e-6
+    )
+    text = dataclasses.replace(
+        config.text, context_length=32, vocab_size=32_000, causal=False, pooling="last", norm_eps=1e-6
+    )
     return dataclasses.replace(config, image=image, text=text)

@@ -65,14 +65,14 @@ def prime_factors(number: int) -> list[int]:
     return factors
 
 
-def sincos_2d(grid: tuple[int, int], width: int) -> Tensor:
+def sincos_2d(grid: tuple[int, int], width: int, jax: bool = False) -> Tensor:
     """float32[h * w, width]: sine and cosine of the column, then of the row, at width / 4 frequencies each.
 
     As in MoCo v3 and MAE, hence in OpenCLIP and CLIPA's PyTorch code: frequency i of n is 10000 ** (-i / n). big_vision
-    and CLIPA's JAX code divide by n - 1 instead, so their numbers differ slightly. `width` is a multiple of 4.
+    and CLIPA's JAX code divide by n - 1 instead (`jax`), so their numbers differ slightly. `width` is a multiple of 4.
     """
     n = width // 4
-    omega_F = 10_000.0 ** (-torch.arange(n, dtype=torch.float64) / n)
+    omega_F = 10_000.0 ** (-torch.arange(n, dtype=torch.float64) / (n - 1 if jax else n))
     rows_N = torch.arange(grid[0], dtype=torch.float64).repeat_interleave(grid[1])
     columns_N = torch.arange(grid[1], dtype=torch.float64).repeat(grid[0])
     column_NF = columns_N[:, None] * omega_F
@@ -95,12 +95,14 @@ class ImageTower(nn.Module):
         """How many positions belong to the tokens before the patches: 1 for a class token, or 0."""
         self.recompute: Recompute | None = None
         self.position = config.position
-        if config.position == "sincos":
+        self.fixed = config.position != "learnable"
+        if self.fixed:
             self.trunk.pos_embed.requires_grad_(False)
 
     def fixed_positions(self) -> Tensor:
         """[1, prefix + N, D]: the 2-D sin-cos embedding of this tower's grid, zero for the class token."""
-        return torch.cat([torch.zeros(self.position_prefix, self.width), sincos_2d(self.grid, self.width)])[None]
+        patches_ND = sincos_2d(self.grid, self.width, jax=self.position == "sincos_jax")
+        return torch.cat([torch.zeros(self.position_prefix, self.width), patches_ND])[None]
 
     def forward(self, image_BCHW: Tensor, keep_BK: Tensor | None = None) -> Tensor:
         """float[B, 3, H, W] normalised, and optionally int64[B, K] indices of the patches to keep -> [B, D].
@@ -181,7 +183,7 @@ def make_trunk(config: ImageConfig) -> VisionTransformer:
             f"model.image.image_size {config.image_size} isn't a multiple of the patch size {patch}: "
             f"take {near_sizes[0] or patch} or {near_sizes[1]}"
         )
-    if config.position == "sincos" and trunk.embed_dim % 4:
+    if config.position != "learnable" and (trunk.embed_dim % 4 or trunk.embed_dim < 8):
         raise UserError(
             f"sincos positions need a model.image.width that is a multiple of 4, not {trunk.embed_dim}: change it"
         )

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 
 import open_clip
 import pytest
@@ -11,6 +12,7 @@ from clipkit.errors import UserError
 from clipkit.interop.openclip import load_openclip
 from clipkit.model.clip import CLIP, build
 from clipkit.model.config import ModelConfig, vit_b16, vit_bigg14, vit_h14, vit_h14_clipa, vit_l14_clipa, vit_s16
+from clipkit.model.image_tower import sincos_2d
 
 TOWERS = {
     "ViT-S-16": vit_s16,
@@ -19,7 +21,7 @@ TOWERS = {
     "ViT-H-14": vit_h14,
     "ViT-bigG-14": vit_bigg14,
 }
-TANH = {"act_kwargs": {"approximate": "tanh"}}
+JAX = {"act_kwargs": {"approximate": "tanh"}, "norm_kwargs": {"eps": 1e-6}}
 
 
 def shallow(config: ModelConfig, depth: int = 2, **image: object) -> ModelConfig:
@@ -76,16 +78,16 @@ def assert_same_features(ours: CLIP, theirs: torch.nn.Module) -> None:
 
 @pytest.mark.parametrize("name", TOWERS)
 def test_towers_equal_openclip(name: str) -> None:
-    """CLIPA's with the tanh GELU that it was trained with, and sin-cos positions as in its scripts."""
-    deep = 1 if "bigG" in name else 2
-    config = shallow(TOWERS[name](), deep, image_size=64 if name == "ViT-S-16" else 56)
-    tanh = TANH if name.endswith("CLIPA") else {}
-    vision = {"pos_embed_type": "sin_cos_2d"} if name.endswith("CLIPA") else {}
-    theirs = openclip_model(name, config, {**tanh, **vision}, tanh)
+    """CLIPA's with the GELU, the norms and the positions that it was trained with."""
+    config = shallow(TOWERS[name](), 1 if "bigG" in name else 2, image_size=64 if name == "ViT-S-16" else 56)
+    jax = JAX if name.endswith("CLIPA") else {}
+    theirs = openclip_model(name, config, jax, jax)
+    if jax:
+        with torch.no_grad():
+            theirs.visual.positional_embedding.copy_(build(config).image.fixed_positions()[0])
     ours = load_openclip(config, theirs.state_dict()).eval()
     assert_same_features(ours, theirs)
-    bias = ours.image.width if name.endswith("CLIPA") else 0  # of the patches: zero here
-    assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in theirs.parameters()) + bias
+    assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in theirs.parameters())
 
 
 @pytest.mark.parametrize("name", TOWERS)
@@ -112,14 +114,36 @@ def small_clipa(**image: object) -> ModelConfig:
     return dataclasses.replace(config, embed_dim=16, text=text)
 
 
-def test_published_clipa_weights_keep_the_positions_they_have() -> None:
-    """OpenCLIP's CLIPA has them among the weights: JAX's, which aren't quite ours."""
-    config = shallow(vit_l14_clipa("gelu"), 1, image_size=56)
+def test_clipa_runs_as_in_openclip_where_asked() -> None:
+    """With the exact GELU and OpenCLIP's epsilon, and with whatever positions are among the weights."""
+    config = shallow(vit_l14_clipa("gelu"), 1, image_size=56, norm_eps=1e-5)
+    config = dataclasses.replace(config, text=dataclasses.replace(config.text, norm_eps=1e-5))
     theirs = openclip_model("ViT-L-14-CLIPA", config)
-    with pytest.raises(UserError, match=r"aren't fixed sin-cos ones: set model\.image\.position=learnable"):
+    with pytest.raises(UserError, match=r"learnable image positions.*set model\.image\.position=learnable"):
         load_openclip(config, theirs.state_dict())
     learnable = shallow(config, 1, position="learnable")
     assert_same_features(load_openclip(learnable, theirs.state_dict()).eval(), theirs)
+
+
+def test_the_two_kinds_of_fixed_positions_are_told_apart() -> None:
+    """In half precision too, and on another grid than the model's."""
+    for position, other in (("sincos", "sincos_jax"), ("sincos_jax", "sincos")):
+        config = shallow(vit_l14_clipa(), 1, image_size=56, position=position)
+        theirs = openclip_model("ViT-L-14-CLIPA", config, JAX, JAX)
+        with torch.no_grad():
+            theirs.visual.positional_embedding.copy_(build(config).image.fixed_positions()[0].bfloat16())
+        load_openclip(shallow(config, 1, image_size=84), theirs.state_dict())
+        with pytest.raises(UserError, match=f"{position} image positions, not {other}"):
+            load_openclip(shallow(config, 1, position=other), theirs.state_dict())
+
+
+def test_jax_positions_are_big_visions() -> None:
+    """Its frequencies run from 1 to 1/10000, both included."""
+    position_ND = sincos_2d((2, 3), 16, jax=True)
+    omega = [10_000 ** (-i / 3) for i in range(4)]
+    column, row = 2, 1  # of the last patch
+    expected = [f(place * w) for place in (column, row) for f in (math.sin, math.cos) for w in omega]
+    torch.testing.assert_close(position_ND[-1], torch.tensor(expected))
 
 
 def test_text_without_a_mask_sees_its_padding() -> None:
@@ -137,8 +161,8 @@ def test_a_bias_of_the_patches_is_kept_or_left_out() -> None:
     def bias(**image: object) -> torch.Tensor | None:
         return build(small_clipa(**image)).image.trunk.patch_embed.proj.bias
 
-    assert bias() is not None and bias(pre_norm=True, patch_bias=True) is not None
-    assert bias(patch_bias=False) is None and bias(pre_norm=True) is None
+    assert bias(patch_bias=True) is not None and bias(patch_bias=None) is not None
+    assert bias() is None and bias(pre_norm=True, patch_bias=None) is None
 
 
 def test_a_configuration_of_an_older_clipkit_still_loads() -> None:
@@ -160,6 +184,6 @@ def test_a_configuration_of_an_older_clipkit_still_loads() -> None:
     assert ModelConfig.from_dict(old) == vit_b16()
 
 
-@pytest.mark.parametrize("config", [vit_h14_clipa(), vit_bigg14(), small_clipa(patch_bias=False)])
+@pytest.mark.parametrize("config", [vit_h14_clipa(), vit_bigg14(), small_clipa(patch_bias=True)])
 def test_a_configuration_survives_json(config: ModelConfig) -> None:
     assert ModelConfig.from_dict(json.loads(json.dumps(dataclasses.asdict(config)))) == config
