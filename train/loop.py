@@ -23,11 +23,13 @@ from clipkit.config import to_json
 from clipkit.device import Device, pick
 from clipkit.errors import UserError, one_line
 from clipkit.eval.zeroshot import Task, evaluate
+from clipkit.formatting import share
 from clipkit.log import MetricsWriter, Progress, Writer, forget_metrics_after, read_metrics, warn_on_stderr
 from clipkit.model.clip import CLIP, build, load_state
 from clipkit.pixels.images import Preprocess
 from clipkit.storage.files import clear_leftovers, lock, read_json, write_json
 from clipkit.text.tokenizer import Tokenizer
+from clipkit.train.captions import FirstCaptions
 from clipkit.train.loader.loader import batches
 from clipkit.train.recipes import Recipe, Stage, check_recipe, loader_config, model_at, preprocess_at
 from clipkit.train.sources.open import CACHE_GB, Data, open_source
@@ -52,6 +54,7 @@ class Run:
     task: Task | None
     workers: int | None
     stop: Stop
+    captions: FirstCaptions
     samples_seen: int = 0
     seconds: float = 0.0
     bad_samples: int = 0
@@ -148,8 +151,8 @@ def train(
         writer: Writer = MetricsWriter(folder, start.samples_seen) if device.is_first else Writer()
         stack.callback(writer.close)
         stop = Stop(only_process=device.world == 1)
-        task = task if device.is_first else None
-        run = Run(recipe, folder, found, device, writer, task, workers, stop, start.samples_seen)
+        task, captions = task if device.is_first else None, FirstCaptions(found.source())
+        run = Run(recipe, folder, found, device, writer, task, workers, stop, captions, start.samples_seen)
         stack.enter_context(stop_on_signal(stop))
         if start.own:
             run.seconds, run.bad_samples = float(start.own.state["seconds"]), int(start.own.state["bad_samples"])
@@ -208,6 +211,7 @@ def run_stage(run: Run, stage: Stage, stage_start: int, model: CLIP, optimizer: 
         for batch in watch.time_waiting(until_stopped(run.stop, loader)):
             before, run.samples_seen = run.samples_seen, run.samples_seen + stage.batch_size
             run.bad_samples += batch.bad
+            run.captions.take(batch)
             is_end = run.samples_seen >= stage_end
 
             # ---- One step ------------------------------------------------------------------------------------------
@@ -241,9 +245,10 @@ def run_stage(run: Run, stage: Stage, stage_start: int, model: CLIP, optimizer: 
                     "seconds": run.seconds,
                     "peak_memory": device.peak_memory(),
                 }
+                note = describe_captions(run, metrics)
                 run.writer.write({"samples_seen": run.samples_seen, "stage": stage.name, **metrics})
                 waits = watch.note(workers, device.loader_workers(), stage.text_reduction == "syntax")
-                progress.update(run.samples_seen - stage_start, f"loss {loss:.3f} · {waits}")
+                progress.update(run.samples_seen - stage_start, f"loss {loss:.3f} · {waits}{note}")
                 watch.restart(run.samples_seen)
 
             # ---- Save, then evaluate: nothing that happens in an evaluation costs what was learned -------------------
@@ -261,6 +266,17 @@ def run_stage(run: Run, stage: Stage, stage_start: int, model: CLIP, optimizer: 
         save(run, stage, model, optimizer, step_loss + grad_norm)
         device.barrier()
     return loss
+
+
+def describe_captions(run: Run, metrics: dict[str, float]) -> str:
+    """At the first log line: the share of equal captions for the line and into its metrics, and warnings. Else ""."""
+    found = run.captions.report() if run.device.is_first else None
+    if found is None:
+        return ""
+    metrics["equal_captions"], warnings = found
+    for warning in warnings:
+        warn_on_stderr(warning)
+    return f" · {share(found[0])} equal captions"
 
 
 def is_due(every: int | None, before: int, now: int) -> bool:

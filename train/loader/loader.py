@@ -64,6 +64,8 @@ class Batch:
     keys: list[str] | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     """Processor seconds by phase: read, image, colour, text."""
+    wordless: list[int] = field(default_factory=list)
+    """The samples whose caption has no letter or digit."""
 
     def arrays(self) -> dict[str, np.ndarray]:
         """What goes to the device, by name."""
@@ -210,7 +212,11 @@ class Loader:
         priorities = [row for part in results for row in part.priorities or []] or None
         records_B = np.concatenate([part.records_B for part in results])
         seconds: dict[str, float] = {}
+        wordless: list[int] = []
+        first = 0
         for part in results:
+            wordless += [first + row for row in part.wordless]
+            first += len(part.records_B)
             for phase, value in part.seconds.items():
                 seconds[phase] = seconds.get(phase, 0.0) + value
         return Batch(
@@ -223,6 +229,7 @@ class Loader:
             sum(len(part.bad) for part in results),
             [self.source.key(record) for record in records_B.tolist()] if self.keys else None,
             seconds,
+            wordless,
         )
 
     def pixels(self, pending: PendingBatch) -> UInt8Array:

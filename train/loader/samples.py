@@ -86,6 +86,8 @@ class ChunkResult:
     """Key and reason of each record that couldn't be used."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Processor seconds of this thread by phase: read, image, colour, text."""
+    wordless: list[int] = field(default_factory=list)
+    """The rows whose caption has no letter or digit."""
 
 
 class Text(NamedTuple):
@@ -158,8 +160,9 @@ class SampleMaker:
         ids = self.ids(texts)
         priorities = self.priorities(texts, ids)
         caption_B = np.array([caption_hash(text.caption) for text in texts], np.int64)
+        wordless = [row for row, text in enumerate(texts) if not any(map(str.isalnum, text.caption))]
         clock.lap("text")
-        return ChunkResult(used_B, ids, priorities, caption_B, bad, clock.seconds)
+        return ChunkResult(used_B, ids, priorities, caption_B, bad, clock.seconds, wordless)
 
     def write_pixels(
         self,
