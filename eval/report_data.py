@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 
 from clipkit.errors import UserError
@@ -20,8 +19,8 @@ from clipkit.eval.results import METRICS
 from clipkit.formats.dataset import open_dataset
 from clipkit.formats.features import find_caption
 from clipkit.formats.manifest import read_manifest
-from clipkit.model.clip import CLIP
 from clipkit.model.config import ModelConfig
+from clipkit.model.flops import sample_cost, weight_count
 from clipkit.storage.files import read_json, read_json_lines
 from clipkit.text.tokenizer import Tokenizer, clean
 
@@ -117,7 +116,7 @@ def stage_costs(config: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]])
     start = 0
     for stage in recipe.get("stages") or []:
         stop = start + int(stage["samples"])
-        image_tokens, text_tokens, flops = per_sample(recipe["model"], stage)
+        image_tokens, text_tokens, flops = sample_cost(config_at(recipe["model"], stage), stage.get("image_keep"))
         seconds = clock(metrics, min(stop, seen)) - clock(metrics, min(start, seen))
         costs.append(
             StageCost(
@@ -148,41 +147,15 @@ def parameters(config: Mapping[str, Any]) -> int:
     """The number of trained weights in the run's last stage, 0 when the run has no recipe."""
     recipe = config.get("recipe") or {}
     stages = recipe.get("stages") or []
-    return sum(weights.numel() for weights in model_at(recipe["model"], stages[-1]).parameters()) if stages else 0
+    return weight_count(config_at(recipe["model"], stages[-1])) if stages else 0
 
 
-def per_sample(model: Mapping[str, Any], stage: Mapping[str, Any]) -> tuple[int, int, float]:
-    """Image tokens, text tokens and floating-point operations of one training sample in a stage.
-
-    Tokens are what enters the transformers, class token included. Operations: two for each weight of a matrix and
-    token, plus attention's own 4 N² D a layer, times three for the backward pass; nothing computed twice to save memory
-    is counted twice.
-    """
-    clip = model_at(model, stage)
-    trunk = clip.image.trunk
-    patches = int(trunk.patch_embed.num_patches)
-    image_tokens = int(stage.get("image_keep") or patches) + clip.image.prefix
-    text_tokens = int(stage["context_length"])
-    forward = 2.0 * matrix_weights(trunk.patch_embed) * patches
-    image = image_tokens, trunk.blocks, clip.image.width
-    text = text_tokens, clip.text.blocks, clip.config.text.width
-    for tokens, blocks, width in (image, text):
-        forward += 2.0 * matrix_weights(blocks) * tokens + 4.0 * tokens**2 * width * len(blocks)
-    return image_tokens, text_tokens, 3 * forward
-
-
-def model_at(model: Mapping[str, Any], stage: Mapping[str, Any]) -> CLIP:
-    """The model at a stage's sizes, built without memory for its weights."""
+def config_at(model: Mapping[str, Any], stage: Mapping[str, Any]) -> ModelConfig:
+    """The model at the sizes of a run's stage."""
     config = ModelConfig.from_dict(model)
     image = replace(config.image, image_size=int(stage["image_size"]))
     text = replace(config.text, context_length=int(stage["context_length"]))
-    with torch.device("meta"):
-        return CLIP(replace(config, image=image, text=text))
-
-
-def matrix_weights(module: torch.nn.Module) -> int:
-    """The number of weights in a module's matrices."""
-    return sum(parameter.numel() for parameter in module.parameters() if parameter.dim() >= 2)
+    return replace(config, image=image, text=text)
 
 
 def data_facts(path: Path, split: str) -> DataFacts:

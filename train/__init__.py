@@ -1,7 +1,8 @@
 """Training, from a recipe and a dataset to a run's folder.
 
 - `loop`: the training loop, which reads from top to bottom.
-- `recipes`: what decides what a run learns, as functions that return a `Recipe`. A new recipe belongs here.
+- `catalogue`: the recipes by name, and those from TOML files. A new recipe belongs here.
+- `recipes`: what a recipe is, and which values its fields take.
 - `start`: where a run starts, and what may have changed when it goes on.
 - `order`: which record comes when, from the seed and the samples seen.
 - `step`: one optimizer step, the optimizer and its learning rate.

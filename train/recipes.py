@@ -1,24 +1,21 @@
-"""Recipes: everything that decides what a run learns, as one frozen dataclass.
+"""What a recipe is: everything that decides what a run learns, as one frozen dataclass, and what its values may be.
 
-A recipe is a function that returns a `Recipe`, so it can be read, called and changed in Python; the command line
-changes it by `--set key=value`. Lengths are samples seen. CLIPA's plan is the shape of all of them: train long on few
-image and text tokens, then briefly on all ("An Inverse Scaling Law for CLIP Training", NeurIPS 2023).
+The recipes themselves are in `catalogue`. Lengths are samples seen.
 """
 
 import math
 import os
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple, get_args, get_type_hints
 
 import torch
 
-from clipkit.config import did_you_mean
 from clipkit.device import Device, Precision
 from clipkit.errors import UserError
 from clipkit.formatting import size_text
 from clipkit.model.clip import CLIP
-from clipkit.model.config import ImageConfig, ModelConfig, TextConfig, vit_b16
+from clipkit.model.config import ImageConfig, ModelConfig, TextConfig
+from clipkit.model.flops import SampleCost, sample_cost
 from clipkit.pixels.images import CLIP_MEAN, CLIP_STD, Preprocess
 from clipkit.text.tokenizer import VOCAB_SIZE
 from clipkit.text.tokens import ImageMethod, TextMethod
@@ -26,6 +23,8 @@ from clipkit.train.loader.augment import Augmentation
 from clipkit.train.loader.loader import check_loader
 from clipkit.train.loader.samples import LoaderConfig
 from clipkit.train.sources.source import Examples, Source
+
+Decay = Literal["matrices", "layers"]
 
 
 @dataclass(frozen=True)
@@ -55,14 +54,17 @@ class Stage:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW (Loshchilov and Hutter, 2019). `grad_clip` is the largest norm of all gradients together."""
+    """AdamW (Loshchilov and Hutter, 2019). The defaults are those of CLIPA's public scripts."""
 
     beta1: float = 0.9
     beta2: float = 0.95
-    eps: float = 1e-8
+    eps: float = 1e-6
     weight_decay: float = 0.2
-    grad_clip: float | None = 1.0
-    """None is off."""
+    decay: Decay = "matrices"
+    """What is decayed: `matrices` is every tensor of two or more dimensions, embeddings of tokens and positions
+    included, as in OpenCLIP and CLIPA; `layers` leaves embeddings out."""
+    grad_clip: float | None = None
+    """The largest norm of all gradients together; None is off."""
 
 
 @dataclass(frozen=True)
@@ -107,122 +109,6 @@ class Recipe:
     def samples(self) -> int:
         """The length of all stages together, in samples seen."""
         return sum(stage.samples for stage in self.stages)
-
-
-def clipa_b16_i50_t16() -> Recipe:
-    """CLIPA's B/16 with 50 image and 16 text tokens on LAION-400M: 63.2% ImageNet zero-shot in about two days on eight
-    A100-80GB, as published.
-
-    Six passes over about 407 million pairs at 112 px, then 131,072,000 samples at 224 px.
-    """
-    crop = Augmentation(crop_area=(0.4, 1.0))
-    model = vit_b16()
-    batch = 65_536
-    return Recipe(
-        name="clipa-b16-i50-t16",
-        model=replace(model, image=replace(model.image, position="sincos")),
-        stages=(
-            Stage(
-                name="reduced",
-                samples=37_263 * batch,
-                batch_size=batch,
-                learning_rate=2.048e-3,
-                warmup_samples=782 * batch,
-                image_size=112,
-                context_length=16,
-                augmentation=crop,
-            ),
-            Stage(
-                name="full",
-                samples=16_000 * 8_192,
-                batch_size=8_192,
-                learning_rate=2.56e-5,
-                warmup_samples=3_072 * 8_192,
-                image_size=224,
-                context_length=16,
-                position="learnable",
-                augmentation=crop,
-            ),
-        ),
-        same_caption="negative",
-        checkpoint_activations=True,
-        cadence=Cadence(log_samples=20 * batch, checkpoint_minutes=30.0, evaluate_samples=4_000 * batch),
-    )
-
-
-def emoji_demo() -> Recipe:
-    """A first CLIP from 8,548 drawings in minutes on two CPU cores: 9 image tokens, then 16.
-
-    Towers of 0.4 million weights beside the token embedding; a convolutional stem, without which so few drawings
-    teach a transformer little. Colours and shapes are shaken hard, because the drawings to be recognised are in
-    a style that training never saw.
-    """
-    image = ImageConfig(
-        "vit_tiny_patch16_224", image_size=48, patch_size=16, width=128, depth=1, heads=2, pooling="average",
-        class_token=False, pre_norm=False, stem="conv",
-    )  # fmt: skip
-    drawings = Augmentation(
-        crop_area=(0.6, 1.3), crop_ratio=(1 / 1.2, 1.2), rotation=12.0, translation=0.08,
-        brightness=0.3, contrast=0.3, saturation=0.4, grey=0.1, fixed="white",
-    )  # fmt: skip
-    batch = 256
-    reduced = Stage(
-        name="reduced", samples=1_200 * batch, batch_size=batch, learning_rate=2e-3, warmup_samples=60 * batch,
-        image_size=48, context_length=8, augmentation=drawings,
-    )  # fmt: skip
-    full = replace(
-        reduced, name="full", samples=240 * batch, learning_rate=1e-3, warmup_samples=20 * batch, image_size=64,
-        context_length=16,
-    )  # fmt: skip
-    return Recipe(
-        name="emoji-demo",
-        model=ModelConfig(embed_dim=128, image=image, text=TextConfig(context_length=16, width=64, depth=1, heads=1)),
-        stages=(reduced, full),
-        optimizer=OptimizerConfig(beta2=0.98, weight_decay=0.1),
-        mean=(0.70, 0.68, 0.63),
-        std=(0.35, 0.34, 0.37),
-        block_size=16,
-        cadence=Cadence(log_samples=10 * batch, checkpoint_samples=100 * batch, evaluate_samples=200 * batch),
-    )
-
-
-def debug() -> Recipe:
-    """Twenty steps on towers of a few thousand weights: seconds on any device, every part of the trainer in use."""
-    image = ImageConfig(
-        "vit_tiny_patch16_224", image_size=32, patch_size=8, width=32, depth=2, heads=2, pooling="average",
-        class_token=False, position="sincos",
-    )  # fmt: skip
-    text = TextConfig(context_length=16, width=32, depth=1, heads=2)
-    crop = Augmentation(crop_area=(0.4, 1.0), flip=0.5)
-    common = Stage(
-        name="reduced", samples=12 * 16, batch_size=16, learning_rate=1e-3, warmup_samples=4 * 16, image_size=32,
-        context_length=8, text_reduction="random", image_reduction="random", image_keep=8, augmentation=crop,
-    )  # fmt: skip
-    full = replace(
-        common, name="full", samples=8 * 16, learning_rate=1e-4, image_size=48, context_length=16,
-        text_reduction="truncate", image_reduction=None, image_keep=None, position="learnable",
-    )  # fmt: skip
-    return Recipe(
-        name="debug",
-        model=ModelConfig(embed_dim=32, image=image, text=text),
-        stages=(common, full),
-        block_size=4,
-        precision="float32",
-        cadence=Cadence(log_samples=16, checkpoint_samples=4 * 16),
-    )
-
-
-def find_recipe(name: str) -> Recipe:
-    """The recipe of that name. Raises UserError, with the nearest names, when there is none."""
-    known = recipes()
-    if name not in known:
-        raise UserError(f"unknown recipe {name!r}: {did_you_mean(name, known)}")
-    return known[name]()
-
-
-def recipes() -> dict[str, Callable[[], Recipe]]:
-    """All recipes by the name that `--recipe` takes."""
-    return {"emoji-demo": emoji_demo, "debug": debug, "clipa-b16-i50-t16": clipa_b16_i50_t16}
 
 
 # ---- What a recipe's numbers may be ----------------------------------------------------------------------------------
@@ -378,6 +264,11 @@ def model_at(recipe: Recipe, stage: Stage) -> ModelConfig:
 def preprocess_at(recipe: Recipe, stage: Stage) -> Preprocess:
     """How images are prepared when the stage's model is evaluated."""
     return Preprocess(size=stage.image_size, mean=recipe.mean, std=recipe.std)
+
+
+def stage_cost(recipe: Recipe, stage: Stage) -> SampleCost:
+    """What one sample of a stage costs."""
+    return sample_cost(model_at(recipe, stage), stage.image_keep)
 
 
 def patch_grid(recipe: Recipe, stage: Stage) -> tuple[int, int]:

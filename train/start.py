@@ -77,6 +77,8 @@ def changes_on_resume(start: checkpoint.Checkpoint, recipe: Recipe, data: Data, 
     data: the schedule and the order would not hold.
     """
     theirs = start.config["recipe"]
+    # An older clipkit knew no other way.
+    theirs = {**theirs, "optimizer": {"decay": "layers", **theirs["optimizer"]}}
     begun = first = 0
     for stage in theirs["stages"]:
         begun += first < start.samples_seen

@@ -15,7 +15,7 @@ from clipkit.device import Device
 from clipkit.errors import UserError
 from clipkit.model.loss import info_nce, sigmoid_loss
 from clipkit.pixels.images import normalise
-from clipkit.train.recipes import OptimizerConfig, Recipe
+from clipkit.train.recipes import Decay, OptimizerConfig, Recipe
 
 Tensors = dict[str, torch.Tensor]
 Features = tuple[torch.Tensor, ...]
@@ -107,12 +107,12 @@ def without_averaging(model: torch.nn.Module) -> contextlib.AbstractContextManag
 def make_optimizer(
     model: torch.nn.Module, config: OptimizerConfig, learning_rate: float, device: Device
 ) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices only: not on biases, norms' gains, embeddings or the logit scale."""
+    """AdamW with weight decay on what `config.decay` says, and never on biases, norms' gains or the logit scale."""
     decayed: list[torch.nn.Parameter] = []
     free: list[torch.nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            (decayed if is_decayed(name, parameter) else free).append(parameter)
+            (decayed if is_decayed(name, parameter, config.decay) else free).append(parameter)
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": free, "weight_decay": 0.0}]
     try:
         return torch.optim.AdamW(
@@ -125,10 +125,10 @@ def make_optimizer(
         raise UserError(f"the recipe's optimizer has invalid settings: {error}") from error
 
 
-def is_decayed(name: str, parameter: torch.nn.Parameter) -> bool:
-    """Whether weight decay applies: to what multiplies activations, as in CLIP's own training."""
-    is_embedding = any(part in name for part in ("token_embedding", "positional_embedding", "pos_embed", "cls_token"))
-    return parameter.ndim >= 2 and not is_embedding
+def is_decayed(name: str, parameter: torch.nn.Parameter, decay: Decay) -> bool:
+    """Whether weight decay applies to a parameter. The class token counts as the vector that it is in OpenCLIP."""
+    is_matrix = parameter.ndim >= 2 and not name.endswith(("cls_token", "reg_token"))
+    return is_matrix and (decay == "matrices" or not any(part in name for part in ("token_embedding", "pos_embed")))
 
 
 def learning_rate_at(seen: int, batch: int, *, peak: float, warmup: int, total: int, final: float = 0.0) -> float:

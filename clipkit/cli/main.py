@@ -91,8 +91,8 @@ def train(
     from clipkit.config import set_values
     from clipkit.eval.task import open_task
     from clipkit.formatting import duration
+    from clipkit.train.catalogue import find_recipe
     from clipkit.train.loop import train as stage
-    from clipkit.train.recipes import find_recipe
 
     recipe = set_values(find_recipe(recipe_name), assignments)
     task = None
@@ -140,7 +140,7 @@ def bench_data(
     from clipkit.config import set_values
     from clipkit.train.bench.command import bench_data as stage
     from clipkit.train.bench.findings import print_findings
-    from clipkit.train.recipes import find_recipe
+    from clipkit.train.catalogue import find_recipe
 
     if assignments and not recipe_name:
         raise UserError("--set changes a recipe: name it with --recipe")
@@ -155,17 +155,24 @@ def bench_data(
 @main.command()
 @click.argument("name", required=False)
 @assignments
-def recipes(name: str | None, assignments: tuple[str, ...]) -> None:
-    """List the recipes, or print one (NAME) as JSON: its keys are what `train --set` takes."""
+@as_json
+def recipes(name: str | None, assignments: tuple[str, ...], as_json: bool) -> None:
+    """List the recipes with what they cost, or print one (NAME, or a TOML file) as JSON.
+
+    The keys of the JSON are what `train --set` and TOML files take. Tokens count what enters the transformers; FLOPs
+    are those of training, 2 for each multiply-add, without what is computed again to save memory.
+    """
+    from rich.console import Console
+
     from clipkit.config import set_values, to_json
-    from clipkit.train.recipes import find_recipe
-    from clipkit.train.recipes import recipes as known
+    from clipkit.train.catalogue import find_recipe, recipe_rows, recipe_table
 
     if name:
         click.echo(json.dumps(to_json(set_values(find_recipe(name), assignments)), indent=2))
-        return
-    for recipe_name, make in known().items():
-        click.echo(f"{recipe_name:24}{(make.__doc__ or '').split('. ')[0].split(':')[0]}")
+    elif as_json:
+        print_json(recipe_rows())
+    else:
+        Console().print(recipe_table(recipe_rows()))
 
 
 @main.command()

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from clipkit.log import read_metrics
+from clipkit.train.catalogue import debug
 from clipkit.train.loop import train
-from clipkit.train.recipes import debug
 
 # Runs the command in this very process and says how often XLA compiled.
 COUNT_COMPILATIONS = """

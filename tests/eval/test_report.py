@@ -191,7 +191,8 @@ def test_costs_add_up(tmp_path: Path) -> None:
     # By hand for the full stage: 12 D² weights a layer, D = 32; two layers and one; patches of 8 × 8 × 3.
     image = 2 * (2 * 12 * 32**2) * 65 + 4 * 65**2 * 32 * 2 + 2 * (32 * 8 * 8 * 3) * 64
     text = 2 * (12 * 32**2) * 16 + 4 * 16**2 * 32
-    assert full.flops == 3 * (image + text)
+    projections = 2 * (32 * 16 + 32 * 16)
+    assert full.flops == 3 * (image + text + projections)
 
 
 def test_an_unfinished_stage_counts_what_is_done(tmp_path: Path) -> None:

@@ -16,9 +16,9 @@ from typing import Any
 
 from clipkit.storage.files import as_path
 from clipkit.train import loop
+from clipkit.train.catalogue import debug
 from clipkit.train.loader.loader import Batch, batches
 from clipkit.train.loop import Summary
-from clipkit.train.recipes import debug
 
 
 def digest(array: Any) -> str:

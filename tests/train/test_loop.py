@@ -22,8 +22,8 @@ from clipkit.errors import UserError
 from clipkit.log import read_metrics
 from clipkit.tfrecord_tools.build.command import build_tfds
 from clipkit.train import loop
+from clipkit.train.catalogue import debug
 from clipkit.train.loop import is_due, train
-from clipkit.train.recipes import debug
 from clipkit.train.stopping import SIGNALS
 
 
@@ -100,7 +100,7 @@ def test_a_real_sigkill_loses_nothing(unbroken, pairs_dataset, tmp_path):
     """The process is killed by the kernel at its seventh step, in the middle of everything."""
     code = (
         "import os, signal, sys; from pathlib import Path; from clipkit.train import loop\n"
-        "from clipkit.train.recipes import debug\n"
+        "from clipkit.train.catalogue import debug\n"
         "real, taken = loop.train_step, []\n"
         "def step(*a):\n"
         "    taken.append(0)\n"

@@ -2,12 +2,15 @@ import typing
 from dataclasses import dataclass, fields, is_dataclass, replace
 
 import pytest
+import torch
 
 from clipkit.config import from_json, set_values, to_json
 from clipkit.device import Device, pick
 from clipkit.errors import UserError
+from clipkit.model.clip import allocate
 from clipkit.model.config import vit_b32, vit_l14
-from clipkit.train.recipes import Recipe, check_recipe, loader_config, model_at, patch_grid, recipes
+from clipkit.train.catalogue import find_recipe, recipes
+from clipkit.train.recipes import Recipe, check_recipe, loader_config, model_at, patch_grid, stage_cost
 
 
 @dataclass(frozen=True)
@@ -184,3 +187,83 @@ def test_a_stage_says_the_sizes_of_its_model_and_loader():
     assert (reduced.image.image_size, reduced.image.position, reduced.text.context_length) == (112, "sincos", 16)
     assert (full.image.image_size, full.image.position) == (224, "learnable")
     assert loader_config(recipe, recipe.stages[0]).grid == (7, 7)
+
+
+# ---- CLIPA's own numbers, and recipes from files ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["clipa-b16-i50-t16", "clipa-l16-i17-t16", "clipa-l16-i37-t8"])
+def test_clipas_optimizer_is_the_published_one(name):
+    optimizer = find_recipe(name).optimizer
+    assert (optimizer.beta1, optimizer.beta2, optimizer.eps, optimizer.weight_decay) == (0.9, 0.95, 1e-6, 0.2)
+    assert (optimizer.grad_clip, optimizer.decay) == (None, "matrices")
+
+
+def test_clipas_l16_are_the_published_recipes():
+    for name, size, tokens, full_tokens in (("clipa-l16-i17-t16", 64, 16, 16), ("clipa-l16-i37-t8", 96, 8, 32)):
+        reduced, full = find_recipe(name).stages
+        assert (reduced.image_size, reduced.context_length, reduced.text_reduction) == (size, tokens, "syntax")
+        assert (reduced.batch_size, reduced.learning_rate) == (32_768, 1.024e-3)
+        assert reduced.warmup_samples == 1_563 * 32_768
+        assert (full.batch_size, full.learning_rate, full.context_length) == (7_168, 2.24e-5, full_tokens)
+        assert full.samples == pytest.approx(131_072_000, rel=1e-4)
+        jitter = reduced.augmentation
+        assert (jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue) == (0.32, 0.32, 0.32, 0.08)
+        assert (jitter.jitter, jitter.grey, full.augmentation.grey) == (0.8, 0.2, 0.0)
+
+
+@pytest.mark.parametrize("name", ["debug", "emoji-demo", "clipa-b16-i50-t16"])
+def test_flops_are_those_that_pytorch_counts(name):
+    """Of the forward pass; masked patches and the tokens that are cut are never computed."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    recipe = find_recipe(name)
+    for stage in recipe.stages:
+        model = allocate(model_at(recipe, stage))
+        image_BCHW = torch.zeros(1, 3, stage.image_size, stage.image_size)
+        ids_BT = torch.zeros(1, stage.context_length, dtype=torch.long)
+        keep_BK = None if stage.image_keep is None else torch.zeros(1, stage.image_keep, dtype=torch.long)
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model.eval()(image_BCHW, ids_BT, keep_BK)
+        assert stage_cost(recipe, stage).flops == pytest.approx(3 * counter.get_total_flops(), rel=0.01)
+
+
+def test_a_recipe_from_a_file_changes_its_base(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text(
+        'base = "debug"\nseed = 7\nmax_bad = 0.5\n[optimizer]\neps = 1e-7\ngrad_clip = "none"\n'
+        "[stages.0]\nsamples = 160\n[stages.1.augmentation]\ncrop_area = [0.5, 1.0]\nexact = true\n"
+    )
+    recipe = find_recipe(str(path))
+    assert (recipe.name, recipe.seed, recipe.max_bad, recipe.stages[0].samples) == ("mine", 7, 0.5, 160)
+    assert (recipe.optimizer.eps, recipe.optimizer.grad_clip) == (1e-7, None)
+    assert recipe.stages[1].augmentation.crop_area == (0.5, 1.0)
+    assert recipe.stages[1].augmentation.exact
+    assert recipe.model == find_recipe("debug").model
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("seed = 1", "names no base"),
+        ("base = 3", "names no base"),
+        ('base = "debgu"', "unknown recipe 'debgu': did you mean debug"),
+        ('base = "other.toml"', "is a file: name one of"),
+        ('base = "debug"\nsede = 1', "sede: unknown key 'sede'; did you mean seed"),
+        ('base = "debug"\nseed = "many"', "seed=many: takes a whole number"),
+        ('base = "debug"\nseed = 1.5', "seed=1.5: takes a whole number"),
+        ('base = "debug"\n[stages.7]\nsamples = 1', "isn't an index of the list"),
+        ('base = "debug"\n[stages', "isn't TOML"),
+        ('base = "debug"\noptimizer = 3', "can't be set as a whole"),
+    ],
+)
+def test_a_recipe_file_that_says_something_else_gets_one_line(text, says, tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text(text)
+    with pytest.raises(UserError) as refusal:
+        find_recipe(str(path))
+    assert says in str(refusal.value)
+    assert str(refusal.value).startswith(f"recipe {path}")
+    assert "--set" not in str(refusal.value)
+    with pytest.raises(UserError, match="doesn't exist"):
+        find_recipe(str(tmp_path / "none.toml"))

@@ -18,8 +18,8 @@ from clipkit.config import set_values
 from clipkit.device import pick
 from clipkit.errors import UserError
 from clipkit.log import read_metrics
+from clipkit.train.catalogue import debug
 from clipkit.train.loop import train
-from clipkit.train.recipes import debug
 from clipkit.train.sources.open import open_source
 from clipkit.train.start import Start, refuse_different_starts, weights_digest
 

@@ -37,12 +37,15 @@ def test_no_warm_up_begins_at_the_peak():
     assert rates(10, warmup=0)[0] == 1.0
 
 
-def test_weight_decay_is_for_matrices_alone():
+@pytest.mark.parametrize("decay", ["matrices", "layers"])
+def test_weight_decay_is_for_matrices_and_for_embeddings_if_the_recipe_says_so(decay):
     matrix, vector = torch.nn.Parameter(torch.ones(2, 2)), torch.nn.Parameter(torch.ones(2))
-    assert is_decayed("text.blocks.0.mlp.fc1.weight", matrix)
-    assert not is_decayed("text.blocks.0.mlp.fc1.bias", vector)
-    assert not is_decayed("text.token_embedding.weight", matrix)
-    assert not is_decayed("image.trunk.pos_embed", torch.nn.Parameter(torch.ones(1, 2, 2)))
+    stacked = torch.nn.Parameter(torch.ones(1, 2, 2))
+    assert is_decayed("text.blocks.0.mlp.fc1.weight", matrix, decay)
+    assert not is_decayed("text.blocks.0.mlp.fc1.bias", vector, decay)
+    assert is_decayed("text.token_embedding.weight", matrix, decay) == (decay == "matrices")
+    assert is_decayed("image.trunk.pos_embed", stacked, decay) == (decay == "matrices")
+    assert not is_decayed("image.trunk.cls_token", stacked, decay)  # a vector in OpenCLIP
 
 
 def test_a_frozen_parameter_is_not_in_the_optimizer():

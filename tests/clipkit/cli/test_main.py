@@ -66,7 +66,14 @@ def test_the_version_is_told():
 def test_recipes_are_listed_and_shown():
     listed = run("recipes")
     assert listed.exit_code == 0
-    assert [line.split()[0] for line in listed.output.splitlines()] == ["emoji-demo", "debug", "clipa-b16-i50-t16"]
+    assert "clipa-b16-i50-t16: 63.2% ImageNet" in listed.output
+    rows = json.loads(run("recipes", "--json").output)
+    by_stage = {(row["recipe"], row["stage"]): (row["image_tokens"], row["text_tokens"]) for row in rows}
+    assert by_stage["clipa-b16-i50-t16", "reduced"] == (50, 16)
+    assert by_stage["clipa-l16-i17-t16", "reduced"] == (17, 16)
+    assert by_stage["clipa-l16-i37-t8", "reduced"] == (37, 8)
+    assert by_stage["clipa-l16-i37-t8", "full"] == (197, 32)
+    assert by_stage["clip-b32", "full"] == (50, 77)
     shown = run("recipes", "debug", "--set", "stages.0.samples=1600")
     assert json.loads(shown.output)["stages"][0]["samples"] == 1600
 

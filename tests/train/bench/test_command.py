@@ -20,8 +20,8 @@ from clipkit.errors import UserError
 from clipkit.train.bench import command as module
 from clipkit.train.bench.command import compact_side, measure_reading, plain_config, step_need, try_compact
 from clipkit.train.bench.findings import PUBLISHED, Compact, Findings, Need, Reading, advice
+from clipkit.train.catalogue import debug
 from clipkit.train.loader.augment import Augmentation
-from clipkit.train.recipes import debug
 from clipkit.train.sources.source import Pair, Source
 
 FOUND = Findings(

@@ -333,7 +333,7 @@ import itertools, sys, threading
 from pathlib import Path
 from clipkit.train import loop
 from clipkit.train.loader import loader as data
-from clipkit.train.recipes import debug
+from clipkit.train.catalogue import debug
 data.STALL_SECONDS = 0.5
 real = loop.batches
 def stalling(source, *arguments, **options):

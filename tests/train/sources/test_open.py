@@ -245,8 +245,8 @@ def test_what_can_not_be_trained_on_is_one_line(message: str, tmp_path: Path, wr
 
 def test_a_run_goes_on_with_the_same_data_and_weights_alone(written: dict[str, Path]) -> None:
     from clipkit.config import to_json
+    from clipkit.train.catalogue import debug
     from clipkit.train.loop import refuse_another_run
-    from clipkit.train.recipes import debug
 
     tar, other = str(written["tars"]), str(written["folder"])
     identity = open_source([f"{tar}=0.75", f"{other}=0.25"]).identity()
