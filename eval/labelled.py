@@ -61,6 +61,8 @@ class LabelledImages:
     label_names: tuple[str, ...]
     named: bool
     """False when the labels are bare numbers, for which no prompt can be made without a file of names."""
+    are_numbers: bool
+    """Whether numbers stand in the data, and no list of names."""
     read: Callable[[], Iterator[bytes | ImageError]]
     notes: tuple[str, ...] = ()
     """What else to know: files left aside, classes without images."""
@@ -172,7 +174,7 @@ def from_parquet(paths: Sequence[Path], origin: Path, name: str, label: str) -> 
                     for cell in batch.column(0).to_pylist():
                         yield (cell.get("bytes") if isinstance(cell, dict) else cell) or b""
 
-    return LabelledImages(path_of(origin, label), name, keys, *labels[:3], read)
+    return LabelledImages(path_of(origin, label), name, keys, *labels, read)
 
 
 def class_label_names(schema: pa.Schema, label: str) -> list[str] | None:
@@ -215,7 +217,7 @@ def from_tars(paths: Sequence[Path], origin: Path, name: str, label: str) -> Lab
                     file.seek(start)
                     yield file.read(size)
 
-    return LabelledImages(path_of(origin, label), name, keys, *labels[:3], read, notes)
+    return LabelledImages(path_of(origin, label), name, keys, *labels, read, notes)
 
 
 def _labelled_members(path: Path, suffix: str) -> Iterator[tuple[str, tuple[int, int], bytes]]:
@@ -297,8 +299,7 @@ def from_folder(path: Path, split: str | None, allow_empty_classes: bool = False
         name,
         [printable(f"{folder}/{file}") for folder, file in images],
         np.repeat(labels.labels_N, [len(each.images) for each in listings]),
-        labels.names,
-        labels.named,
+        *labels[1:],
         read,
         notes,
     )
@@ -349,7 +350,7 @@ def from_tfds(path: Path, label: str, split: str) -> LabelledImages:
 
     keys = [dataset.key(index) for index in range(dataset.num_records)]
     name = with_label(f"{dataset.name}-{dataset.split}", label)
-    return LabelledImages(path_of(dataset.path / dataset.split, label), name, keys, *labels[:3], read)
+    return LabelledImages(path_of(dataset.path / dataset.split, label), name, keys, *labels, read)
 
 
 def tfds_splits(path: Path) -> list[str] | None:

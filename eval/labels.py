@@ -25,7 +25,7 @@ class Labels(NamedTuple):
     names: tuple[str, ...]
     named: bool
     are_numbers: bool = False
-    """Whether the data hold numbers, whatever they are called."""
+    """Whether numbers stand in the data, and no list of names."""
 
 
 def is_missing(value: Any) -> bool:

@@ -157,6 +157,8 @@ def open_task(
         )
     named = name_classes(images.label_names, data, classes, numbers=not images.named)
     task = Task(images, replace(named, pooling=check_pooling(pooling)), sentences)
+    if images.named and images.are_numbers and classes is None:
+        task.notes += (f"{data}: labels 0 to 999 are taken for ImageNet-1K's classes in its order",)
     task.name = printable(name or images.name)
     return task
 

@@ -253,6 +253,9 @@ def test_folders_with_numbers_are_in_the_order_of_the_numbers(tmp_path: Path) ->
     images = open_labelled(tmp_path)
     assert {key: int(label) for key, label in zip(images.keys, images.labels_N, strict=True)}["10/a.png"] == 10
     assert name_classes(images.label_names, tmp_path).names[10] == ("brambling",)
+    assert open_task(tmp_path).notes == (
+        f"{tmp_path}: labels 0 to 999 are taken for ImageNet-1K's classes in its order",
+    )
 
 
 def test_hugging_faces_image_cells(tmp_path: Path) -> None:
