@@ -1,21 +1,32 @@
-"""Labels as numbers: what stands in people's label columns, read as whole numbers or as texts, and nothing else."""
+"""Labels: what stands in people's label columns as numbers, and what the classes are called.
+
+Half of all wrong zero-shot numbers come from here: numbers read as texts, or names in another order than the labels. So
+a label is a whole number or a text and nothing else, and names are resolved once, checked, and hashed into each result.
+"""
 
 import contextlib
+import json
 import re
+from collections import Counter
 from collections.abc import Sequence
 from decimal import Decimal
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from clipkit import embedded
-from clipkit.errors import UserError
+from clipkit.config import nearest
+from clipkit.errors import UserError, one_line
+from clipkit.storage.files import read_text
 
 # More than any set of images has; a column with larger numbers, or with more texts, holds ids.
 MOST_CLASSES = 1_000_000
 # A whole number as texts have it: pandas writes 3 as 3.0 where a neighbour is missing.
 _WHOLE = re.compile(r"\s*([+-]?\d{1,40})(?:\.0*)?\s*")
+# A WordNet id, and what some sets have behind it.
+_WNID = re.compile(r"(n\d{8})(?:[-_. ]+(\S.*))?")
 
 
 class Labels(NamedTuple):
@@ -124,3 +135,143 @@ def listed_labels(labels: Labels, names: Sequence[str], where: str) -> Labels:
     if labels.labels_N.max() >= len(names):
         raise UserError(f"{where}: label {labels.labels_N.max()}, but {len(names)} class names: mend the metadata")
     return Labels(labels.labels_N, tuple(names), True)
+
+
+# ---- Names -----------------------------------------------------------------------------------------------------------
+
+
+class Names(NamedTuple):
+    """What the classes of a data set are called."""
+
+    labels: tuple[str, ...]
+    """The classes, in their order."""
+    names: tuple[tuple[str, ...], ...]
+    """Of each class one name or more."""
+    notes: tuple[str, ...] = ()
+    """What may be wrong with the names."""
+
+
+def class_name(text: str) -> str:
+    """A class's name as sentences have it: `dog_face`, as folders are called, is a dog face."""
+    return " ".join(text.replace("_", " ").split()) or text
+
+
+def fill(sentence: str, name: str) -> str:
+    """The template with the class name in it; other braces stay as they are."""
+    return sentence.replace("{}", name)
+
+
+def name_classes(labels: Sequence[str], where: Path, file: Path | None = None, *, numbers: bool = False) -> Names:
+    """Names for the labels of a data set, whose order is that of the label numbers.
+
+    Without a file a wnid (`n01440764`) gets its ImageNet name as curated for CLIP, what stands behind another one
+    (`n02085620-Chihuahua`) is its name, and any other label is its own. With a file, a JSON object from label to a name
+    or a list of names: its keys, in its order, are the classes, and may be more than occur in the data; or a list of
+    names, in JSON or a line each: of the labels themselves, or else in label order. `numbers` says that the labels are
+    bare numbers, of which there may be more names than occur.
+    Raises UserError for a label without a name, and for a file that may mean two things.
+    """
+    if file is not None:
+        keys, listed = _named_by_file(labels, where, file, numbers)
+        return Names(keys, listed, _twice_note(listed, file))
+    imagenet = {entry["wnid"]: entry["name"] for entry in embedded.imagenet_classes()}
+    names: list[str] = []
+    unknown: list[str] = []
+    wnids = False
+    for label in labels:
+        wnid, words = match.groups() if (match := _WNID.fullmatch(label)) else ("", None)
+        wnids = wnids or bool(wnid)
+        names.append(imagenet.get(wnid) or class_name(words or label))
+        if wnid not in imagenet and not words:
+            unknown.append(label)
+    found = Names(tuple(labels), tuple((name,) for name in names))
+    if not wnids:
+        return found._replace(notes=_twice_note(found.names, where))
+    if not unknown:
+        return found
+    such = ", ".join(unknown[:5]) + (", …" if len(unknown) > 5 else "")
+    text = f"{len(unknown):,} of {len(labels):,} classes aren't among ImageNet's, and are prompted as they are called"
+    return found._replace(notes=(f"{where}: {text} ({such}): name them with --classes",))
+
+
+def _twice_note(names: tuple[tuple[str, ...], ...], where: Path) -> tuple[str, ...]:
+    """A remark on a name that several classes have."""
+    counts = Counter(name for of_class in names for name in {name.lower() for name in of_class})
+    twice = [name for name, count in counts.items() if count > 1]
+    if not twice:
+        return ()
+    more = f" and {len(twice) - 1:,} more names are" if len(twice) > 1 else " is"
+    return (f"{where}: {twice[0]!r}{more} of several classes, which no prompt can tell apart",)
+
+
+def _named_by_file(
+    labels: Sequence[str], where: Path, file: Path, numbers: bool
+) -> tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]:
+    listed = _read_names(file)
+    if not isinstance(listed, dict | list) or not listed:
+        raise UserError(
+            f'{file} isn\'t a list of names or an object: write {{"label": "name"}} or {{"label": ["name", …]}}'
+        )
+    items = list(listed.items()) if isinstance(listed, dict) else list(enumerate(listed))
+    names = tuple(_names(file, label, value) for label, value in items)
+    if isinstance(listed, dict):
+        keys = tuple(listed)
+    else:
+        keys = _labels_of_list(labels, [each[0] for each in names], where, file, numbers)
+    known = set(keys)
+    for label in labels:
+        if label not in known:
+            raise UserError(f"{file} has no class {label!r}, which occurs in {where}: {nearest(label, keys)}")
+    return keys, names
+
+
+def _names(file: Path, label: str | int, value: Any) -> tuple[str, ...]:
+    names = value if isinstance(value, list) else [value]
+    if not names or not all(isinstance(name, str) and name.strip() for name in names):
+        which = f"class {label!r}" if isinstance(label, str) else f"place {label + 1:,}"
+        raise UserError(f"{file}: {which} has no name: give it a text or a list of texts")
+    return tuple(map(class_name, names))
+
+
+def _labels_of_list(labels: Sequence[str], names: list[str], where: Path, file: Path, numbers: bool) -> tuple[str, ...]:
+    """The labels that a list of names is for. It is in label order, unless it lists the labels themselves."""
+    if numbers and len(names) >= len(labels):
+        return tuple(map(str, range(len(names))))
+    called = {class_name(label): label for label in labels}
+    listed = called.keys() & names
+    if not numbers and len(listed) == len(labels):
+        if len(set(names)) < len(names):
+            twice = next(name for name, count in Counter(names).items() if count > 1)
+            raise UserError(f"{file} gives the class {twice!r} twice: remove one")
+        return tuple(called.get(name, name) for name in names)
+    if listed and not numbers:
+        lacking = next((label for name, label in called.items() if name not in listed), labels[-1])
+        raise UserError(
+            f"{file} lists some labels of {where}, such as {min(listed)!r}, but not {lacking!r}: list all of them, or "
+            'write an object {"label": "name"}'
+        )
+    if len(names) != len(labels):
+        raise UserError(f"{file} names {len(names):,} classes, {where} has {len(labels):,}: give one for each label")
+    return tuple(labels)
+
+
+def _read_names(file: Path) -> Any:
+    """What a file of class names holds: JSON, or a list of lines. Raises UserError for a key that it has twice."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for label, value in pairs:
+            if label in found:
+                raise UserError(f"{file} has the class {label!r} twice, as {found[label]!r} and {value!r}: remove one")
+            found[label] = value
+        return found
+
+    text = read_text(file, "classes file")
+    if file.suffix.lower() != ".json" and not text.lstrip().startswith(("[", "{")):
+        return text.split("\n")
+    try:
+        return json.loads(text, object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        raise UserError(
+            f"{file} isn't valid JSON ({one_line(error)}): mend it, or write a name a line into a .txt"
+        ) from error

@@ -3,25 +3,161 @@
 import hashlib
 import itertools
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from os import cpu_count
 from pathlib import Path
+from typing import Literal, cast, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
+from clipkit import embedded
+from clipkit.config import did_you_mean
 from clipkit.errors import UserError
-from clipkit.eval.classes import Classes, Prompts, Templates, check_pooling, name_classes, prompts, templates, tokenise
 from clipkit.eval.labelled import LabelledImages, open_labelled
+from clipkit.eval.labels import fill, name_classes
 from clipkit.eval.results import digest
 from clipkit.formats.folders import printable
 from clipkit.pixels.images import ImageError, Preprocess, UInt8Array, decode, eval_transform
+from clipkit.storage.files import read_json, read_text, require_file
 from clipkit.text.tokenizer import Tokenizer
+
+Pooling = Literal["mean", "sum"]
 
 KEEP_PIXELS_BYTES = 1 << 30
 UNREADABLE_SHARE = 0.01
+
+
+@dataclass(frozen=True)
+class Classes:
+    """The classes of a task in label order."""
+
+    labels: tuple[str, ...]
+    """What stands in the data: a label's text, a folder's name, a wnid."""
+    names: tuple[tuple[str, ...], ...]
+    """What goes into the templates: one name or more."""
+    pooling: Pooling = "mean"
+    """How several names make one class. `mean`: one embedding, the mean over the prompts of all names. `sum`: each name
+    is a class of its own, and the class's probability is the sum over its names (as the hierarchical label sets of
+    Novack et al., "CHiLS", 2023): for classes that are unions of unlike things."""
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def rows(self) -> tuple[tuple[str, ...], ...]:
+        """The names behind each embedding of the classifier."""
+        return self.names if self.pooling == "mean" else tuple((name,) for names in self.names for name in names)
+
+    @property
+    def class_of_rows(self) -> tuple[int, ...]:
+        """The class that each embedding of the classifier stands for."""
+        if self.pooling == "mean":
+            return tuple(range(len(self)))
+        return tuple(number for number, names in enumerate(self.names) for _ in names)
+
+    @property
+    def titles(self) -> tuple[str, ...]:
+        """What a person is shown: the name where there is one, the label where there are several."""
+        return tuple(
+            names[0] if len(names) == 1 else label for label, names in zip(self.labels, self.names, strict=True)
+        )
+
+
+def check_pooling(text: str) -> Pooling:
+    """`mean` or `sum`. Raises UserError for anything else."""
+    if text not in get_args(Pooling):
+        raise UserError(f"unknown pooling {text!r} of a class's names: choose mean or sum")
+    return cast(Pooling, text)
+
+
+# ---- Prompts ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Templates:
+    """Sentences in which `{}` stands for the class name, and the name they were asked for by."""
+
+    name: str
+    sentences: tuple[str, ...]
+
+
+def templates(spec: str) -> Templates:
+    """`openai-80`, `openai-7`, `plain` (the bare name), a file (a JSON list, or a line each), or one literal template.
+
+    Raises UserError for an unknown name, with the nearest known ones, and for a sentence without `{}`.
+    """
+    known = {**embedded.prompt_templates(), "plain": ["{}"]}
+    if spec in known:
+        return Templates(spec, tuple(known[spec]))
+    path = Path(spec)
+    if "{}" in spec:
+        sentences, name = [spec], spec
+    elif path.suffix in (".json", ".txt") or path.is_file():
+        sentences, name = _template_file(require_file(path, "templates file")), path.stem
+    else:
+        raise UserError(
+            f"unknown templates {spec!r}: {did_you_mean(spec, known)}, or give a file or 'a photo of a {{}}'"
+        )
+    sentences = [sentence.replace("{c}", "{}") for sentence in sentences]  # as CLIP_benchmark's files have it
+    for sentence in sentences:
+        if sentence.count("{}") < 1:
+            raise UserError(f"template {sentence!r} in {name} has no {{}}: write {{}} where the class name goes")
+    if not sentences:
+        raise UserError(f"{path} holds no template: write one sentence with {{}} on each line")
+    return Templates(name, tuple(sentences))
+
+
+def _template_file(path: Path) -> list[str]:
+    if path.suffix == ".json":
+        listed = read_json(path)
+        if not (isinstance(listed, list) and all(isinstance(sentence, str) for sentence in listed)):
+            raise UserError(f'{path} isn\'t a JSON list of sentences: write ["a photo of a {{}}.", …]')
+        return listed
+    lines = read_text(path, "templates file").splitlines()
+    return [line.strip() for line in lines if line.strip()]
+
+
+def prompts(classes: Classes, sentences: Sequence[str]) -> list[list[str]]:
+    """For each embedding of the classifier every name in every template."""
+    return [[fill(sentence, name) for name in names for sentence in sentences] for names in classes.rows]
+
+
+@dataclass(frozen=True, eq=False)
+class Prompts:
+    """The different prompts of all classes, tokenised, shortest first."""
+
+    ids_PT: NDArray[np.int32]
+    length_P: NDArray[np.int64]
+    """Tokens of each prompt, start and end included."""
+    prompt_Q: NDArray[np.int64]
+    """Q pairs of a prompt and a class it belongs to, in order of the prompt."""
+    class_Q: NDArray[np.int64]
+    classes: int
+    cut: int
+    """Prompts that lose words to the context length."""
+
+
+def tokenise(prompts: Sequence[Sequence[str]], tokenizer: Tokenizer, context_length: int) -> Prompts:
+    """Tokenise the prompts of each class. A sentence that occurs more than once is encoded once."""
+    place: dict[str, int] = {}
+    pairs = [(place.setdefault(text, len(place)), number) for number, texts in enumerate(prompts) for text in texts]
+    ids_PT = np.asarray(tokenizer(list(place), context_length), dtype=np.int32)
+    length_P = (ids_PT.argmax(axis=1) + 1).astype(np.int64)
+    full = np.flatnonzero(length_P == context_length)
+    whole = tokenizer.encode([list(place)[i] for i in full])
+    cut = sum(len(ids) + 2 > context_length for ids in whole)
+    order = np.argsort(length_P, kind="stable")
+    rank = np.empty_like(order)
+    rank[order] = np.arange(len(order))
+    prompt_Q, class_Q = (np.array(column, dtype=np.int64) for column in zip(*pairs, strict=True))
+    by_prompt = np.argsort(rank[prompt_Q], kind="stable")
+    return Prompts(ids_PT[order], length_P[order], rank[prompt_Q][by_prompt], class_Q[by_prompt], len(prompts), cut)
+
+
+# ---- Task ------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +180,7 @@ class Task:
         number_L = np.array([place[label] for label in images.label_names], dtype=np.int64)
         self.labels_N = number_L[images.labels_N]
         self.unreadable: dict[int, str] = {}
-        self.notes = (*images.notes, *classes.notes)
+        self.notes = images.notes
         self.content = ""
         """A hash of all encoded images, once they were read."""
         self._prompts: tuple[int, Prompts] | None = None
@@ -156,7 +292,8 @@ def open_task(
             f"{data}: the labels are numbers, which can't be written into a prompt: give names with --classes"
         )
     named = name_classes(images.label_names, data, classes, numbers=not images.named)
-    task = Task(images, replace(named, pooling=check_pooling(pooling)), sentences)
+    task = Task(images, Classes(named.labels, named.names, check_pooling(pooling)), sentences)
+    task.notes += named.notes
     if images.named and images.are_numbers and classes is None:
         task.notes += (f"{data}: labels 0 to 999 are taken for ImageNet-1K's classes in its order",)
     task.name = printable(name or images.name)

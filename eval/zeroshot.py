@@ -21,10 +21,9 @@ from clipkit import checkpoint as checkpoints
 from clipkit.device import Device, Precision, pick
 from clipkit.errors import UserError
 from clipkit.eval import results
-from clipkit.eval.classes import Prompts
 from clipkit.eval.metrics import largest_class, measure
 from clipkit.eval.results import Result
-from clipkit.eval.task import Task, hashes
+from clipkit.eval.task import Prompts, Task, hashes
 from clipkit.formats.folders import printable
 from clipkit.log import Progress
 from clipkit.pixels.images import Preprocess, normalise, thumbnail

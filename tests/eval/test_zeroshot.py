@@ -23,10 +23,10 @@ from clipkit.cli.main import main
 from clipkit.device import pick
 from clipkit.errors import UserError
 from clipkit.eval import results
-from clipkit.eval.classes import Classes, name_classes, prompts, templates, tokenise
 from clipkit.eval.labelled import open_labelled
+from clipkit.eval.labels import name_classes
 from clipkit.eval.metrics import measure
-from clipkit.eval.task import Task, open_task
+from clipkit.eval.task import Classes, Task, open_task, prompts, templates, tokenise
 from clipkit.eval.zeroshot import class_embeddings, classify, evaluate, zeroshot
 from clipkit.formats.records import RecordWriter, encode_example
 from clipkit.model.clip import CLIP, build

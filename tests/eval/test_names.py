@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from clipkit.errors import UserError
-from clipkit.eval.classes import class_name, name_classes
+from clipkit.eval.labels import class_name, name_classes
 
 HERE = Path("here")
 
@@ -125,3 +125,15 @@ def test_a_name_of_two_classes_in_a_file_is_told(tmp_path: Path) -> None:
     assert "'cat' is of several classes" in name_classes(["0", "1"], HERE, tmp_path / "a.txt", numbers=True).notes[0]
     with pytest.raises(UserError, match="gives the class 'cat' twice"):
         name_classes(["cat"], HERE, tmp_path / "a.txt")
+
+
+def test_two_labels_of_one_name_and_a_list(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("dog face\n", encoding="utf-8")
+    with pytest.raises(UserError, match="lists some labels of here"):
+        name_classes(["dog face", "dog_face"], HERE, tmp_path / "a.txt")
+
+
+def test_many_classes_take_no_time(tmp_path: Path) -> None:
+    labels = [f"class {number:06d}" for number in range(50_000)]
+    (tmp_path / "a.json").write_text(json.dumps(dict.fromkeys(labels, "x")), encoding="utf-8")
+    assert len(name_classes(labels, HERE, tmp_path / "a.json").names) == 50_000
