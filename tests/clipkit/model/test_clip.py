@@ -11,20 +11,15 @@ import pytest
 import torch
 from open_clip.model import resize_pos_embed, resize_text_pos_embed
 from open_clip.pos_embed import get_2d_sincos_pos_embed
+from openclip_twin import TINY, captions, images, openclip_twin
 
 from clipkit.device import pick
 from clipkit.errors import UserError
 from clipkit.interop.openclip import convert, load_openclip
 from clipkit.model.clip import CLIP, allocate, build, load_state, resize_text_positions
-from clipkit.model.config import ImageConfig, ModelConfig, TextConfig, vit_b16, vit_b32, vit_l14, vit_l16
+from clipkit.model.config import ImageConfig, ModelConfig, vit_b16, vit_b32, vit_l14, vit_l16
 from clipkit.model.image_tower import prime_factors, sincos_2d
 from clipkit.text.tokenizer import EOT, SOT
-
-TINY = ModelConfig(
-    embed_dim=16,
-    image=ImageConfig("vit_tiny_patch16_224", image_size=32, patch_size=8, width=32, depth=2, heads=2),
-    text=TextConfig(context_length=12, width=32, depth=2, heads=2),
-)
 
 
 def with_image(config: ModelConfig = TINY, **changes: object) -> ModelConfig:
@@ -33,40 +28,6 @@ def with_image(config: ModelConfig = TINY, **changes: object) -> ModelConfig:
 
 def with_text(config: ModelConfig = TINY, **changes: object) -> ModelConfig:
     return dataclasses.replace(config, text=dataclasses.replace(config.text, **changes))
-
-
-def images(count: int, size: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(seed))
-
-
-def captions(count: int, length: int, seed: int = 0) -> torch.Tensor:
-    """Captions of 1 to length - 2 random tokens, the last of them as long as can be."""
-    rng = np.random.default_rng(seed)
-    ids = np.zeros((count, length), np.int32)
-    for row, words in zip(ids, [*rng.integers(1, length - 1, count - 1), length - 2], strict=True):
-        row[: words + 2] = [SOT, *rng.integers(1, 49000, words), EOT]
-    return torch.from_numpy(ids)
-
-
-def openclip_twin(config: ModelConfig, **vision: object) -> open_clip.CLIP:
-    """OpenCLIP's own model with the sizes of a tiny configuration, randomly initialised."""
-    return open_clip.CLIP(
-        config.embed_dim,
-        vision_cfg={
-            "image_size": config.image.image_size,
-            "patch_size": config.image.patch_size,
-            "width": config.image.width,
-            "layers": config.image.depth,
-            "head_width": config.image.width // config.image.heads,
-            **vision,
-        },
-        text_cfg={
-            "context_length": config.text.context_length,
-            "width": config.text.width,
-            "layers": config.text.depth,
-            "heads": config.text.heads,
-        },
-    ).eval()
 
 
 @torch.no_grad()

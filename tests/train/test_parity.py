@@ -1,0 +1,114 @@
+"""Twenty steps beside OpenCLIP's own model, loss, optimizer groups and schedule: the same losses, the same weights."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from open_clip.loss import ClipLoss
+from openclip_twin import TINY, captions, openclip_twin
+
+from clipkit.config import set_values
+from clipkit.device import pick
+from clipkit.interop.openclip import convert, load_openclip
+from clipkit.pixels.images import normalise
+from clipkit.train.catalogue import debug, find_recipe
+from clipkit.train.recipes import OptimizerConfig, Recipe
+from clipkit.train.step import learning_rate_at, make_optimizer, train_step
+
+STEPS, BATCH, WARMUP, PEAK = 20, 8, 4, 1e-3
+
+
+def openclip_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, object]]:
+    """The groups of `open_clip_train.main`: what has fewer than two dimensions, and the logit scale, isn't decayed."""
+    free, decayed = [], []
+    for name, parameter in model.named_parameters():
+        excluded = parameter.ndim < 2 or any(word in name for word in ("bn", "ln", "bias", "logit_scale"))
+        if parameter.requires_grad:
+            (free if excluded else decayed).append(parameter)
+    return [{"params": free, "weight_decay": 0.0}, {"params": decayed, "weight_decay": weight_decay}]
+
+
+def openclip_rate(step: int) -> float:
+    """`open_clip_train.scheduler.cosine_lr`."""
+    if step < WARMUP:
+        return PEAK * (step + 1) / WARMUP
+    return 0.5 * (1 + math.cos(math.pi * (step - WARMUP) / (STEPS - WARMUP))) * PEAK
+
+
+def batches() -> list[dict[str, torch.Tensor]]:
+    rng = np.random.default_rng(0)
+    size = TINY.image.image_size
+    return [
+        {
+            "image_BHWC": torch.from_numpy(rng.integers(0, 256, (BATCH, size, size, 3), dtype=np.uint8)),
+            "ids_BT": captions(BATCH, TINY.text.context_length, seed=step),
+            "caption_B": torch.arange(BATCH),
+        }
+        for step in range(STEPS)
+    ]
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [find_recipe("clipa-b16-i50-t16").optimizer, OptimizerConfig(beta2=0.98), OptimizerConfig(grad_clip=0.5)],
+    ids=["CLIPA's", "OpenCLIP's", "clipped"],
+)
+@pytest.mark.parametrize(
+    ("image", "vision"),
+    [
+        ({}, {}),
+        (
+            {"pooling": "average", "pre_norm": False, "position": "sincos", "act": "gelu_tanh"},
+            {
+                "pool_type": "avg",
+                "final_ln_after_pool": True,
+                "no_ln_pre": True,
+                "pos_embed_type": "sin_cos_2d",
+                "act_kwargs": {"approximate": "tanh"},
+            },
+        ),
+    ],
+    ids=["CLIP", "CLIPA"],
+)
+def test_twenty_steps_equal_openclip(image, vision, optimizer: OptimizerConfig) -> None:
+    torch.manual_seed(0)
+    config = replace(TINY, image=replace(TINY.image, **image))
+    theirs = openclip_twin(config, **vision).train()
+    ours = load_openclip(config, theirs.state_dict()).train()
+    if ours.image.trunk.patch_embed.proj.bias is not None:  # big_vision has one; OpenCLIP's towers never do
+        ours.image.trunk.patch_embed.proj.bias.requires_grad_(False)
+    device = pick("cpu")
+    recipe: Recipe = replace(set_values(debug(), ["precision=float32", "same_caption=negative"]), optimizer=optimizer)
+    ours_optimizer = make_optimizer(ours, optimizer, PEAK, device)
+    theirs_optimizer = torch.optim.AdamW(
+        openclip_groups(theirs, optimizer.weight_decay),
+        lr=PEAK,
+        betas=(optimizer.beta1, optimizer.beta2),
+        eps=optimizer.eps,
+    )
+    loss_of = ClipLoss()
+    for step, batch in enumerate(batches()):
+        rate = learning_rate_at(step * BATCH, BATCH, peak=PEAK, warmup=WARMUP * BATCH, total=STEPS * BATCH)
+        assert rate == pytest.approx(openclip_rate(step), rel=1e-6)
+        device.set_learning_rate(ours_optimizer, rate)
+        ours_loss, _ = train_step(ours, ours_optimizer, batch, recipe, device)
+        for group in theirs_optimizer.param_groups:
+            group["lr"] = rate
+        image_BCHW = normalise(batch["image_BHWC"], recipe.mean, recipe.std)
+        image_BE, text_BE, scale = theirs(image_BCHW, batch["ids_BT"].long())[:3]
+        theirs_loss = loss_of(image_BE, text_BE, scale)
+        theirs_loss.backward()
+        if optimizer.grad_clip is not None:
+            torch.nn.utils.clip_grad_norm_(theirs.parameters(), optimizer.grad_clip)
+        theirs_optimizer.step()
+        theirs_optimizer.zero_grad()
+        with torch.no_grad():
+            theirs.logit_scale.clamp_(0, math.log(100))
+        assert ours_loss.item() == pytest.approx(theirs_loss.item(), abs=1e-4)
+    expected = convert(theirs.state_dict(), config)
+    for name, parameter in ours.named_parameters():
+        if name.endswith("qkv.bias"):  # a key's bias has no gradient but rounding, which Adam makes a step of
+            continue
+        torch.testing.assert_close(parameter.detach(), expected[name].reshape(parameter.shape), atol=1e-4, rtol=1e-4)
