@@ -18,6 +18,7 @@ from clipkit.cli.options import (
     engine,
     option,
     print_summary,
+    quoting,
     workers,
 )
 from clipkit.errors import UserError
@@ -154,6 +155,7 @@ def verify(path: Path, as_json: bool, **options: Any) -> None:
     "--list", "removals", type=PathOrUrl, required=True, help="Parquet, CSV, TSV, or a text file with a value a line."
 )
 @click.option("--by", metavar="COLUMN", help="url, key, sha256, md5, or a text column. [default: from the list]")
+@quoting
 @click.option("--dry-run", is_flag=True, help="Count what would be removed, and change nothing.")
 @workers
 @engine

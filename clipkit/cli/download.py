@@ -6,9 +6,11 @@ from typing import Any
 import click
 
 from clipkit.cli.options import (
+    QUOTING_HELP,
     Count,
     CountOrZero,
     PathOrUrl,
+    Quoting,
     SectionedCommand,
     as_json,
     engine,
@@ -36,6 +38,7 @@ class DownloadCommand(SectionedCommand):
 @option("Table", "--url-column", metavar="NAME", help="Column with the image's URL.")
 @option("Table", "--caption-column", metavar="NAME", help="Column with the caption.")
 @option("Table", "--keep", metavar="NAMES", help="Columns to keep, with commas between. [default: the preset's]")
+@option("Table", "--quoting", type=Quoting, help=f"{QUOTING_HELP} [default: auto]")
 @option(
     "Table", "--where", metavar="SQL", help="Condition for a row, such as \"similarity > 0.3 AND NSFW = 'UNLIKELY'\"."
 )

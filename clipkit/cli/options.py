@@ -111,6 +111,9 @@ def print_summary(summary: Any, as_json: bool) -> None:
         click.echo(summary.text())
 
 
+Quoting = click.Choice(["auto", "csv", "backslash", "none"])
+QUOTING_HELP = "Quotes in CSV and TSV: doubled in quoted fields, behind a backslash, or characters."
+quoting = click.option("--quoting", type=Quoting, default="auto", help=QUOTING_HELP)
 dataset_folder = click.argument("path", metavar="DIR", type=PathOrUrl)
 workers = click.option("--workers", type=Count, help="Processes to use. [default: one a core]")
 loader_workers = click.option("--workers", type=CountOrZero, help="Loader workers. [default: by the number of cores]")

@@ -6,8 +6,10 @@ to be purged: so downloading, building, inspecting, purging, training and evalua
 
 import contextlib
 import errno
+import io
 import json
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -22,8 +24,10 @@ import pyarrow.parquet as pq
 
 from clipkit.errors import UserError
 from clipkit.formats.captions import CaptionChoice, captions_of, check_caption_type
-from clipkit.formats.kinds import arrow_type, fit, kind_of, unify
-from clipkit.storage.files import disk_errors, disk_message, is_remote, local_copy, write_beside
+from clipkit.formats.kinds import arrow_type, kind_of, unify
+from clipkit.formats.text_file import PIECE_BYTES, TEXT_BLOCK_BYTES, Quoting, TextFile
+from clipkit.formats.text_quotes import study
+from clipkit.storage.files import disk_errors, disk_message, is_remote, local_copy
 from clipkit.storage.stores import store_errors
 
 # ---- What things are called ------------------------------------------------------------------------------------------
@@ -49,7 +53,6 @@ DELIMITERS = {".csv": ",", ".tsv": "\t", ".csv.gz": ",", ".tsv.gz": "\t"}
 TABLE_SUFFIXES = (".parquet", *DELIMITERS, ".jsonl")
 METADATA_STEM = "metadata"
 
-TEXT_BLOCK_BYTES = 16 << 20
 SCHEMA_ROWS = 10_000  # of JSON lines, as many are looked at for the columns' types
 COPY_ROWS = 10_000
 BATCH_ROWS = 4_096
@@ -191,10 +194,10 @@ def table_errors(path: Path) -> Iterator[None]:
         raise unreadable(path, error) from error
 
 
-def read_schema(path: Path, header: Sequence[str] = ()) -> pa.Schema:
-    """The columns and types of a table; of text, as its first rows have them. Raises UserError.
+def read_schema(path: Path, header: Sequence[str] = (), quoting: Quoting = "auto") -> pa.Schema:
+    """The columns and types of a table; those of CSV and TSV are text, of JSON lines as the first rows have them.
 
-    `header` names the columns of a CSV or TSV file that has no line with their names.
+    `header` names the columns of a CSV or TSV file that has no line with their names. Raises UserError.
     """
     suffix = table_suffix(path)
     with table_errors(path):
@@ -202,19 +205,13 @@ def read_schema(path: Path, header: Sequence[str] = ()) -> pa.Schema:
             with open_parquet(path) as file:
                 return file.schema_arrow
         with local_copy(path) as local:
-            if suffix == ".jsonl":
-                return _json_schema(_json_kinds(islice(read_json_lines(local, path), SCHEMA_ROWS)))
-            with open_text(local, None, header) as reader:
-                schema = reader.schema
-    for field in schema:
-        if pa.types.is_binary(field.type):
-            raise UserError(
-                f"column {field.name!r} of {path} isn't UTF-8 text: convert the file, for example with iconv"
-            )
-    return schema
+            if suffix != ".jsonl":
+                return pa.schema([(name, pa.string()) for name in open_text(local, path, quoting, header).names])
+            kinds = unify(json_kinds(row) for row in islice(read_json_lines(local, path), SCHEMA_ROWS))
+            return pa.schema([(name, arrow_type(kind)) for name, kind in kinds.items()])
 
 
-def read_columns(path: Path, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+def read_columns(path: Path, columns: Sequence[str], quoting: Quoting = "auto") -> Iterator[pa.RecordBatch]:
     """Some columns of a table of any kind, in their order, some thousand rows at once; those of text files as text.
 
     Raises UserError when it lacks one or can't be read to its end.
@@ -227,107 +224,96 @@ def read_columns(path: Path, columns: Sequence[str]) -> Iterator[pa.RecordBatch]
                     yield batch.select(names)
             return
         with local_copy(path) as local:
-            if suffix == ".jsonl":
-                lines = read_json_lines(local, path)
-                while rows := list(islice(lines, BATCH_ROWS)):
-                    columns_of_rows = [_json_column([row.get(name) for row in rows], name, path) for name in names]
-                    yield pa.RecordBatch.from_arrays(columns_of_rows, names)
+            if suffix != ".jsonl":
+                yield from text_batches(open_text(local, path, quoting), names)
                 return
-            with open_text(local, dict.fromkeys(names, pa.string()), include=names) as reader:
-                yield from reader
+            lines = read_json_lines(local, path)
+            while rows := list(islice(lines, BATCH_ROWS)):
+                arrays = [_json_column([row.get(name) for row in rows], name, path) for name in names]
+                yield pa.RecordBatch.from_arrays(arrays, names)
 
 
 def _json_column(values: list[Any], name: str, table: Path) -> pa.Array:
     """Values of JSON as text, or as lists of text where one of them is a list. Raises UserError for an object."""
     if any(isinstance(value, list | dict) for value in values):
         texts = [None if value is None else captions_of(value, f"{table}, column {name!r},") for value in values]
-        return pa.array([text and [_replaced(item) for item in text] for text in texts], pa.list_(pa.string()))
-    return pa.array([None if value is None else _replaced(str(value)) for value in values], pa.string())
+        return pa.array([text and [without_surrogates(item) for item in text] for text in texts], pa.list_(pa.string()))
+    return pa.array([None if value is None else without_surrogates(str(value)) for value in values], pa.string())
 
 
-def _replaced(value: Any) -> Any:
+def without_surrogates(value: Any) -> Any:
     """Text without lone surrogates, which JSON can hold and Arrow can't; other values as they are."""
     return value.encode("utf-8", "replace") if isinstance(value, str) else value
-
-
-def copy_table(
-    path: Path,
-    copy: Path,
-    is_text: Callable[[str], bool],
-    header: Sequence[str] = (),
-    captions: str | None = None,
-) -> int:
-    """Write a table of any kind as parquet, in small row groups, and return its number of rows.
-
-    Columns of CSV and TSV for whose name `is_text` holds stay text, even when all values are numbers. The types of the
-    others are guessed from the first block; where a later row doesn't fit them, every column becomes text. In JSON
-    lines the column `captions` becomes lists of text, whatever single rows hold.
-    Raises UserError when the table can't be read to its end.
-    """
-    suffix = table_suffix(path)
-    with table_errors(path), local_copy(path) as local:
-        if suffix == ".parquet":
-            with open_parquet(local) as file:
-                return _write_copy(copy, file.schema_arrow, file.iter_batches(COPY_ROWS))
-        if suffix == ".jsonl":
-            return _copy_json_lines(local, copy, path, captions)
-        with open_text(local, None, header) as reader:
-            names = reader.schema.names
-        try:
-            return _copy_text(local, copy, [name for name in names if is_text(name)], header)
-        except pa.ArrowInvalid:
-            return _copy_text(local, copy, names, header)
-
-
-def _copy_text(path: Path, copy: Path, text_columns: Sequence[str], header: Sequence[str]) -> int:
-    with open_text(path, dict.fromkeys(text_columns, pa.string()), header) as reader:
-        return _write_copy(copy, reader.schema, reader)
-
-
-def _write_copy(copy: Path, schema: pa.Schema, batches: Iterator[pa.RecordBatch]) -> int:
-    rows = 0
-    with write_beside(copy) as temporary, pq.ParquetWriter(temporary, schema) as writer:
-        for batch in batches:
-            writer.write_batch(batch, row_group_size=COPY_ROWS)
-            rows += batch.num_rows
-    return rows
 
 
 # ---- CSV and TSV -----------------------------------------------------------------------------------------------------
 
 
-def open_text(
-    path: Path, types: dict[str, pa.DataType] | None, header: Sequence[str] = (), include: Sequence[str] = ()
-) -> pyarrow.csv.CSVStreamingReader:
-    """A reader of a local CSV or TSV file block by block, of the columns `include` or all; gzip is undone.
-
-    CSV fields may be quoted and hold line breaks. In TSV a quote is a character like any other, as in the published
-    tables: a caption that begins with a lone quote would otherwise swallow the rows up to the next one.
-    """
-    delimiter = DELIMITERS[table_suffix(path)]
-    quoted = delimiter == ","
-    names = None if not header or has_header(path, delimiter, header) else list(header)
-    return pyarrow.csv.open_csv(
-        open_bytes(path),
-        read_options=pyarrow.csv.ReadOptions(block_size=TEXT_BLOCK_BYTES, column_names=names),
-        parse_options=pyarrow.csv.ParseOptions(
-            delimiter=delimiter, quote_char='"' if quoted else False, newlines_in_values=quoted
-        ),
-        convert_options=pyarrow.csv.ConvertOptions(column_types=types, include_columns=include),
-    )
+def open_text(path: Path, table: Path, quoting: Quoting, header: Sequence[str] = ()) -> TextFile:
+    """A local CSV or TSV file, which its user calls `table`. Raises UserError for the first line."""
+    return TextFile(path, table, DELIMITERS[table_suffix(path)], quoting, header)
 
 
-def open_bytes(path: Path) -> pa.NativeFile:
-    """The bytes of a local text file, unpacked."""
-    return pa.input_stream(str(path), compression="gzip" if path.name.lower().endswith(".gz") else None)
+def text_batches(file: TextFile, columns: Sequence[str] = ()) -> Iterator[pa.RecordBatch]:
+    """All rows, of some columns in their order or of all, every field as text; an empty one is "". Raises UserError."""
+    for name in columns or file.names:
+        if file.names.count(name) != 1:
+            raise UserError(f"{file.table} has {file.names.count(name)} columns {name!r}: {', '.join(file.names)}")
+    if file.is_empty:
+        return
+    reading = study(file)
+    source = file.open()
+    if reading.fields is not None:
+        source = pa.PythonFile(_Pieces(reading.fields.rewrite(file.blocks(PIECE_BYTES))), "r")
+    try:
+        with pyarrow.csv.open_csv(
+            source,
+            read_options=pyarrow.csv.ReadOptions(
+                block_size=TEXT_BLOCK_BYTES, column_names=file.names, skip_rows_after_names=int(file.has_header)
+            ),
+            parse_options=pyarrow.csv.ParseOptions(
+                delimiter=file.delimiter.decode(),
+                quote_char='"' if reading.quoted else False,
+                newlines_in_values=reading.newlines,
+            ),
+            convert_options=pyarrow.csv.ConvertOptions(
+                column_types=dict.fromkeys(file.names, pa.string()), include_columns=list(columns)
+            ),
+        ) as reader:
+            yield from reader
+    except pa.ArrowInvalid as error:
+        reason = str(error).partition("\n")[0]
+        if column := re.match(r"In CSV column #(\d+): .*invalid UTF8", reason):
+            name = file.names[int(column[1])]
+            raise UserError(
+                f"column {name!r} of {file.table} isn't UTF-8 text: convert the file, for example with iconv"
+            ) from error
+        if "Expected" not in reason:
+            raise
+        raise UserError(
+            f"{file.table} can't be read as {table_suffix(file.table)[1:]} ({reason}): its fields are separated by "
+            f"{file.delimiter.decode()!r}; mend that row, or say what quotes mean by --quoting"
+        ) from error
 
 
-def has_header(path: Path, delimiter: str, header: Sequence[str]) -> bool:
-    """Whether somebody has put the line of names in front of a table that is published without one."""
-    expected = delimiter.join(header).encode()
-    with open_bytes(path) as file:
-        start: bytes = file.read(len(expected) + 4)
-    return start.removeprefix(b"\xef\xbb\xbf").splitlines()[:1] == [expected]
+class _Pieces(io.RawIOBase):
+    """Pieces of bytes as a file."""
+
+    def __init__(self, pieces: Iterator[bytes]) -> None:
+        self.pieces, self.rest = pieces, b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self.rest:
+            piece = next(self.pieces, None)
+            if piece is None:
+                return 0
+            self.rest = piece
+        count = min(len(buffer), len(self.rest))
+        buffer[:count], self.rest = self.rest[:count], self.rest[count:]
+        return count
 
 
 # ---- JSON lines ------------------------------------------------------------------------------------------------------
@@ -359,29 +345,9 @@ def with_writable_names(row: dict[str, Any], text: bytes) -> dict[str, Any]:
     return {name.encode("utf-8", "replace").decode(): value for name, value in row.items()}
 
 
-def _json_kinds(rows: Iterator[dict[str, Any]]) -> dict[str, str]:
-    return unify({name: kind for name, value in row.items() if (kind := kind_of(value)) is not None} for row in rows)
-
-
-def _json_schema(kinds: dict[str, str]) -> pa.Schema:
-    return pa.schema([(name, arrow_type(kind)) for name, kind in kinds.items()])
-
-
-def _copy_json_lines(path: Path, copy: Path, table: Path, captions: str | None) -> int:
-    def read() -> Iterator[dict[str, Any]]:
-        for row in read_json_lines(path, table):
-            yield {**row, captions: captions_of(row[captions], table)} if captions in row else row
-
-    kinds = _json_kinds(read())
-    schema = _json_schema(kinds)
-
-    def batches() -> Iterator[pa.RecordBatch]:
-        lines = read()
-        while rows := list(islice(lines, COPY_ROWS)):
-            fitted = [{name: _replaced(value) for name, value in fit(row, kinds, {}).items()} for row in rows]
-            yield pa.RecordBatch.from_pylist(fitted, schema)
-
-    return _write_copy(copy, schema, batches())
+def json_kinds(row: dict[str, Any]) -> dict[str, str]:
+    """The kinds of a row's values, without those that are missing."""
+    return {name: kind for name, value in row.items() if (kind := kind_of(value)) is not None}
 
 
 # ---- Parquet ---------------------------------------------------------------------------------------------------------

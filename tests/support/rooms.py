@@ -40,7 +40,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "tfrecord_tools": _core("formats"),
     "tfrecord_tools/tables": (*_core("formats", "storage"), "tfrecord_tools"),
     "tfrecord_tools/pictures": (*_core("pixels"), "tfrecord_tools"),
-    "tfrecord_tools/readers": (*_core("formats", "storage"), "tfrecord_tools"),
+    "tfrecord_tools/readers": (*_core("formats", "storage"), "tfrecord_tools", *_tools("tables")),
     "tfrecord_tools/account": (*_core("formats", "storage"), "tfrecord_tools"),
     "tfrecord_tools/writing": (*_core("formats", "pixels", "storage"), "tfrecord_tools", *_tools("pictures")),
     "tfrecord_tools/web": (*_core("storage"), "tfrecord_tools"),

@@ -10,12 +10,14 @@ import dataclasses
 import importlib.util
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from clipkit.errors import UserError
 from clipkit.formats.dataset import VERSION
 from clipkit.formats.tables import find_tables, read_schema, table_suffix
+from clipkit.formats.text_file import Quoting
 from clipkit.jobs.run import Engine
 from clipkit.jobs.worker import cores
 from clipkit.storage.files import as_path, disk_errors, lock, remove, require_writable
@@ -26,7 +28,7 @@ from clipkit.tfrecord_tools.download.plan import JobSettings, Output, make_plan
 from clipkit.tfrecord_tools.download.probe import ProbeResult, probe
 from clipkit.tfrecord_tools.download.work import Download, parse_reasons
 from clipkit.tfrecord_tools.pictures.picture import PictureSettings
-from clipkit.tfrecord_tools.tables.url_table import check_tables, choose_columns, column_kind
+from clipkit.tfrecord_tools.tables.url_table import check_tables, choose_columns, column_kind, usual_quoting
 from clipkit.tfrecord_tools.web.settings import FetchSettings
 
 NEEDED = ("img2dataset", "ada_url", "aiohttp", "aiodns", "protego")
@@ -47,6 +49,7 @@ def download(
     url_column: str | None = None,
     caption_column: str | None = None,
     keep_columns: Sequence[str] | None = None,
+    quoting: Quoting | None = None,
     where: str | None = None,
     hash_column: str | None = None,
     hash_kind: str | None = None,
@@ -66,6 +69,7 @@ def download(
     `format`: `tfds` makes the dataset `out/NAME/1.0.0`, as build-tfds would from tars (`name`: the preset's or the
     table's, unless given); `webdataset` makes `00000.tar`, with a table of all rows beside; `parquet` a table with the
     image in the column `jpg`. The last two are named and laid out as img2dataset has them.
+    `quoting` says what quotes mean in text tables (see `formats.text_quotes`), None: to be told from the table.
     `where` is an SQL condition over a row. A hash column (`hash_kind`: md5, sha1, sha256, sha512 or phash) is compared
     with what comes, and the verdict stored as `hash_check`; `drop_changed` leaves out what isn't the same picture.
     `network.connections` are those of each process; `network.per_host` holds for all of this machine together.
@@ -87,8 +91,15 @@ def download(
     for package in NEEDED:
         if importlib.util.find_spec(package) is None:
             raise UserError(f"{package} isn't installed, and downloading needs it: pip install 'clipkit[download]'")
-    schemas = [(table, read_schema(table, chosen.header)) for table in tables]
-    columns = check_tables(schemas, chosen, keep_columns is not None, hash_column is not None)
+    check = partial(
+        check_tables,
+        chosen=chosen,
+        must_keep_all=keep_columns is not None,
+        must_check=hash_column is not None,
+        quoting=quoting,
+    )
+    known = quoting or usual_quoting(chosen.header)
+    columns = check([(table, read_schema(table, chosen.header, known)) for table in tables])
     dataset = dataset_name(name, preset, urls) if format == "tfds" else ""
     root = out / dataset / VERSION if format == "tfds" else out
     if root == urls:
@@ -96,12 +107,14 @@ def download(
     output = Output(format, dataset, columns, pictures, drop_changed, samples_per_shard)
     processes = processes or (cores() if engine == "local" else None)
     network = dataclasses.replace(network, per_host=max(1, network.per_host // (processes or 1)))
-    kinds = {field.name: kind for field in columns.kept if (kind := column_kind(field.type)) is not None}
     require_writable(root)
     with lock(root / "clipkit"), disk_errors(root):
         check_output(root)
         refuse_unfinished_purge(root)
-        plan = make_plan(urls, tables, output, where, root / "clipkit")
+        plan = make_plan(urls, tables, output, where, root / "clipkit", check)
+        output = plan.output
+        kept = output.columns.kept
+        kinds = {field.name: kind for field in kept if (kind := column_kind(field.type)) is not None}
         layout = DownloadLayout(root, format, dataset, len(plan.shards))
         course = Download(plan, JobSettings(layout, output, network, kinds), processes, engine, str(urls), where)
         found = None

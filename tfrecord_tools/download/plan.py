@@ -4,20 +4,21 @@ The rows that `--where` wants are remembered as bits, an eighth of a byte a row,
 a table's rows and how many of them are wanted.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
 from clipkit.errors import UserError
-from clipkit.formats.tables import open_parquet, table_errors
+from clipkit.formats.tables import open_parquet, read_schema, table_errors
 from clipkit.storage.files import load_array, read_json, save_array, write_json
 from clipkit.tfrecord_tools.account.shard_state import DownloadLayout, Format
 from clipkit.tfrecord_tools.pictures.picture import PictureSettings
-from clipkit.tfrecord_tools.tables.url_table import TableColumns, count_rows, fingerprint, rows_path
+from clipkit.tfrecord_tools.tables.url_table import TableColumns, count_rows, fingerprint, rows_path, usual_quoting
 from clipkit.tfrecord_tools.web.settings import FetchSettings
 
 
@@ -90,25 +91,37 @@ class DownloadJob:
     retry: frozenset[str] | None = None
 
 
-def make_plan(urls: Path, tables: Sequence[Path], output: Output, where: str | None, own: Path) -> DownloadPlan:
+def make_plan(
+    urls: Path,
+    tables: Sequence[Path],
+    output: Output,
+    where: str | None,
+    own: Path,
+    check: Callable[[Sequence[tuple[Path, pa.Schema]]], TableColumns],
+) -> DownloadPlan:
     """Cut the tables into shards, as the run before did if there was one.
 
-    `own` is clipkit's folder in the output, which remembers. Raises UserError when no row is wanted, when the
-    condition can't be asked, and when `own` remembers other tables or other settings.
+    `check` gives the columns for the tables' types, which are known of text tables once they are copied. `own` is
+    clipkit's folder in the output, which remembers. Raises UserError when no row is wanted, when the condition can't be
+    asked, and when `own` remembers other tables or other settings.
     """
     copies = [own / "input" / f"{number:05d}.parquet" for number in range(len(tables))]
     masks = [own / "input" / f"{number:05d}-mask.npy" for number in range(len(tables))]
     paths = [rows_path(path, copy) for path, copy in zip(tables, copies, strict=True)]
-    settings = settings_of(output, where)
     fingerprints = [fingerprint(path) for path in tables]
     memory = own / "plan.json"
-    if memory.exists():
+    is_known = memory.exists()
+    columns = output.columns
+    if not is_known:
+        counts = count_rows(tables, copies, (columns.url, columns.caption), columns.header, columns.quoting)
+    if any(path.exists() for path in copies):
+        sources = [rows if rows.exists() else table for table, rows in zip(tables, paths, strict=True)]
+        schemas = [read_schema(source, columns.header) for source in sources]
+        output = replace(output, columns=check(list(zip(tables, schemas, strict=True))))
+    settings = settings_of(output, where)
+    if is_known:
         before = recall(memory, settings, fingerprints, urls)
     else:
-        texts = (output.columns.url, output.columns.caption)
-        counts = [
-            count_rows(path, copy, texts, output.columns.header) for path, copy in zip(tables, copies, strict=True)
-        ]
         if sum(counts) == 0:
             raise UserError(f"{urls} holds no rows: nothing to download")
         wanted = counts if where is None else [write_mask(*each, where) for each in zip(paths, masks, strict=True)]
@@ -126,11 +139,13 @@ def settings_of(output: Output, where: str | None) -> dict[str, Any]:
     """All that decides which bytes come out, by name, as JSON has it."""
     columns = {**asdict(output.columns), "kept": [f"{field.name}: {field.type}" for field in output.columns.kept]}
     columns["header"] = list(output.columns.header)
+    quoting = columns.pop("quoting")
     return {
         "format": output.format,
         "name": output.name,
         "where": where,
         **{f"{name} column" if name != "header" else name: value for name, value in columns.items()},
+        "quoting": None if quoting == usual_quoting(output.columns.header) else quoting,
         **asdict(output.pictures),
         "drop_changed": output.drop_changed,
         "samples_per_shard": output.samples_per_shard,

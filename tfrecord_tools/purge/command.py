@@ -26,6 +26,7 @@ import numpy.typing as npt
 from clipkit.errors import UserError
 from clipkit.formats.dataset import DatasetLayout, open_dataset, read_layout
 from clipkit.formats.manifest import CLIPKIT_FOLDER
+from clipkit.formats.text_file import Quoting
 from clipkit.formatting import counted, size_text
 from clipkit.jobs.passes import Runner
 from clipkit.jobs.run import Engine
@@ -89,6 +90,7 @@ def purge(
     removals: Path,
     *,
     by: str | None = None,
+    quoting: Quoting = "auto",
     dry_run: bool = False,
     engine: Engine = "local",
     workers: int | None = 1,
@@ -97,13 +99,14 @@ def purge(
 
     `by` is the column that is compared (`url`, `key`, `sha256`, `md5`, or any text column), None to tell from the list.
     A hash is compared with the column of that name, and where a record has none, with the hash of its stored image.
+    `quoting` says what quotes mean in a list that is a text table (see `formats.text_quotes`).
     `dry_run` counts and changes nothing. One job a shard runs on `engine`.
     Raises UserError for a list that is empty, a list or a dataset that can't be read, a dataset that isn't whole, and
     another purge that isn't finished.
     """
     layout = read_layout(as_path(path))
     folder = layout.folder
-    listed = open_list(as_path(removals), by, layout.features)
+    listed = open_list(as_path(removals), by, layout.features, quoting)
     reader = ValueReader.of(listed.by, layout.features)
     wanted, empty = wanted_entries(listed)
     if not wanted.size:

@@ -20,7 +20,8 @@ import numpy.typing as npt
 
 from clipkit.errors import UserError
 from clipkit.formats.features import Feature
-from clipkit.formats.tables import KEY_NAME, URL_NAME, find_tables, open_bytes, read_columns, read_schema
+from clipkit.formats.tables import KEY_NAME, URL_NAME, find_tables, read_columns, read_schema
+from clipkit.formats.text_file import Quoting, open_bytes
 from clipkit.storage.files import disk_errors, local_copy, require_file
 
 # Hashes in hexadecimal: which of these a column is, its name says. All can be computed from the stored image.
@@ -45,9 +46,10 @@ class RemovalList:
     by: str
     column: str | None
     sha256: str
+    quoting: Quoting = "auto"
 
 
-def open_list(path: Path, by: str | None, features: Mapping[str, Feature]) -> RemovalList:
+def open_list(path: Path, by: str | None, features: Mapping[str, Feature], quoting: Quoting = "auto") -> RemovalList:
     """Find out what a list holds: a table (parquet, CSV, TSV, JSON lines), a folder of them, or .txt, a value a line.
 
     Raises UserError when there is no list, when it can't be told what it holds, and when no record has such values.
@@ -58,7 +60,7 @@ def open_list(path: Path, by: str | None, features: Mapping[str, Feature]) -> Re
         by = by or _kind_of_lines(path)
     else:
         files = tuple(find_tables(path, "list"))
-        names = read_schema(files[0]).names
+        names = read_schema(files[0], (), quoting).names
         column = _choose_column(path, by, names, features)
         by = by or column
     known = {name.lower(): name for name in features}
@@ -67,7 +69,7 @@ def open_list(path: Path, by: str | None, features: Mapping[str, Feature]) -> Re
         raise UserError(f"the dataset has no column {by!r}: choose one of {', '.join(sorted(features))} by --by")
     if found is not None and (features[found].is_list or features[found].kind not in ("text", "int", "label")):
         raise UserError(f"column {found!r} of the dataset is {features[found].kind}: choose a text column by --by")
-    return RemovalList(path, files, found or by.lower(), column, _sha256(files))
+    return RemovalList(path, files, found or by.lower(), column, _sha256(files), quoting)
 
 
 def _choose_column(path: Path, by: str | None, names: list[str], features: Mapping[str, Feature]) -> str:
@@ -111,7 +113,7 @@ def read_values(removals: RemovalList) -> Iterator[list[bytes]]:
     the end is touched, for only the server knows which spellings are the same. Hashes are read in either case.
     """
     for file in removals.files:
-        values = _lines(file) if removals.column is None else _table_values(file, removals.column)
+        values = _lines(file) if removals.column is None else _table_values(file, removals.column, removals.quoting)
         for batch in values:
             yield [each.strip().lower() for each in batch] if removals.by in HASHES else batch
 
@@ -125,8 +127,8 @@ def _lines(path: Path) -> Iterator[list[bytes]]:
         yield [rest.removesuffix(b"\r")] if rest else []
 
 
-def _table_values(path: Path, column: str) -> Iterator[list[bytes]]:
-    for batch in read_columns(path, [column]):
+def _table_values(path: Path, column: str, quoting: Quoting) -> Iterator[list[bytes]]:
+    for batch in read_columns(path, [column], quoting):
         yield [_bytes(value) for value in batch.column(0).to_pylist()]
 
 

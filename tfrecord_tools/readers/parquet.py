@@ -25,7 +25,6 @@ from clipkit.formats.tables import (
     USUAL,
     PairColumns,
     RowReader,
-    copy_table,
     is_bytes,
     read_schema,
 )
@@ -33,6 +32,7 @@ from clipkit.storage.files import is_remote, local_copy
 from clipkit.storage.stores import as_upath, reading
 from clipkit.tfrecord_tools.reasons import NO_IMAGE
 from clipkit.tfrecord_tools.sample import DROPPED_COLUMNS, Sample, samples_of
+from clipkit.tfrecord_tools.tables.copies import copy_table
 
 BATCH_ROWS = 64
 SUMS = 100_000  # at most so many sums of sizes are held, however long the table

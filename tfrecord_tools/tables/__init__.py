@@ -1,6 +1,7 @@
 """The tables of URLs that are downloaded.
 
 - `url_table`: which columns are read, of which types they are over all tables, and how many rows there are.
+- `copies`: text tables as parquet, with types that hold for all of them.
 - `presets`: the column names of published tables.
 - `where`: which rows are wanted, by an SQL condition.
 """

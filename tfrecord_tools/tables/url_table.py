@@ -12,10 +12,12 @@ from typing import cast
 import pyarrow as pa
 
 from clipkit.errors import UserError
-from clipkit.formats.tables import copy_table, open_parquet, table_errors, table_suffix
+from clipkit.formats.tables import open_parquet, read_schema, table_errors, table_suffix
+from clipkit.formats.text_file import Quoting
 from clipkit.storage.files import is_remote
 from clipkit.storage.stores import as_upath, store_errors
 from clipkit.tfrecord_tools.sample import HASH_KINDS, HashKind
+from clipkit.tfrecord_tools.tables.copies import copy_tables
 from clipkit.tfrecord_tools.tables.presets import PRESETS, Preset, fitting_presets
 
 # Up to this size the whole file is hashed, beyond it samples of it: the check is against the wrong file, not an enemy.
@@ -43,6 +45,7 @@ class TableColumns:
     phash: str | None = None
     phash_is_number: bool = False
     header: tuple[str, ...] = ()
+    quoting: Quoting = "auto"
 
     @property
     def read(self) -> list[str]:
@@ -95,8 +98,17 @@ def choose_columns(
     return replace(chosen, hash_column=hash_column, hash_kind=cast(HashKind, hash_kind), phash_column=None)
 
 
+def usual_quoting(header: Sequence[str]) -> Quoting:
+    """What quotes mean in text tables, unless the user says it: characters in those published without a header."""
+    return "none" if header else "auto"
+
+
 def check_tables(
-    tables: Sequence[tuple[Path, pa.Schema]], chosen: Preset, must_keep_all: bool, must_check: bool
+    tables: Sequence[tuple[Path, pa.Schema]],
+    chosen: Preset,
+    must_keep_all: bool,
+    must_check: bool,
+    quoting: Quoting | None = None,
 ) -> TableColumns:
     """The columns to read of all tables. Raises UserError when one lacks some, or when they are of a wrong type.
 
@@ -125,6 +137,7 @@ def check_tables(
         phash=None if phash is None else phash.name,
         phash_is_number=phash is not None and pa.types.is_integer(phash.type),
         header=chosen.header,
+        quoting=quoting or usual_quoting(chosen.header),
     )
 
 
@@ -221,16 +234,30 @@ def column_kind(kind: pa.DataType) -> str | None:
 # ---- Rows ------------------------------------------------------------------------------------------------------------
 
 
-def count_rows(path: Path, copy: Path, text_columns: Sequence[str], header: Sequence[str] = ()) -> int:
-    """Count the rows of a table; those of a text table by copying it to parquet at `copy`.
+def count_rows(
+    tables: Sequence[Path],
+    copies: Sequence[Path],
+    text_columns: Sequence[str],
+    header: Sequence[str] = (),
+    quoting: Quoting = "auto",
+) -> list[int]:
+    """Count the rows of all tables; those of text tables by copying them to parquet at `copies`.
 
-    `text_columns` (URL and caption) are read as text even where they look like numbers. Raises UserError when the
-    table can't be read to its end.
+    `text_columns` (URL and caption) are read as text even where they look like numbers. The types of the others hold
+    for all tables. Raises UserError when a table can't be read to its end.
     """
-    if table_suffix(path) != ".parquet":
-        return copy_table(path, copy, lambda name: name in text_columns, header)
-    with table_errors(path), open_parquet(path) as file:
-        return int(file.metadata.num_rows)
+    others: list[dict[str, str]] = []
+    counts: dict[Path, int] = {}
+    for path in tables:
+        if table_suffix(path) == ".parquet":
+            with table_errors(path), open_parquet(path) as file:
+                counts[path] = int(file.metadata.num_rows)
+            kinds = {field.name: column_kind(field.type) for field in read_schema(path)}
+            others.append({name: kind for name, kind in kinds.items() if kind is not None})
+    texts = [(path, copy) for path, copy in zip(tables, copies, strict=True) if path not in counts]
+    rows = copy_tables(texts, lambda name: name in text_columns, header, quoting, others)
+    counts.update(zip((path for path, _ in texts), rows, strict=True))
+    return [counts[path] for path in tables]
 
 
 def rows_path(path: Path, copy: Path) -> Path:

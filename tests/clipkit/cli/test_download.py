@@ -61,6 +61,8 @@ def test_each_option_arrives(called: dict[str, Any]) -> None:
             "9",
             "--connections",
             "7",
+            "--quoting",
+            "none",
             "--per-host",
             "3",
         ],
@@ -77,7 +79,8 @@ def test_each_option_arrives(called: dict[str, Any]) -> None:
     called.pop("tell_probe")
     assert called == {
         "urls": Path("u.csv"), "out": Path("out"), "preset": "coyo", "url_column": "u", "caption_column": "c",
-        "keep_columns": ["a", "b"], "where": "a > 1", "hash_column": "h", "hash_kind": "md5", "drop_changed": True,
+        "keep_columns": ["a", "b"], "quoting": "none", "where": "a > 1",
+        "hash_column": "h", "hash_kind": "md5", "drop_changed": True,
         "format": "parquet", "name": "n", "samples_per_shard": 11, "probe_rows": 12, "probe_floor": 0.25,
         "retry_failed": "dns", "processes": 13, "engine": "ray",
     }  # fmt: skip

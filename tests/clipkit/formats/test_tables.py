@@ -12,8 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from clipkit.errors import UserError
-from clipkit.formats.tables import RowReader, copy_table, find_tables, read_columns, read_schema, table_errors
+from clipkit.formats.tables import RowReader, find_tables, read_columns, read_schema, table_errors
 from clipkit.storage.files import as_path
+from clipkit.tfrecord_tools.tables.copies import copy_table
 
 ROWS = [{"url": f"http://x/{i}.jpg", "caption": f"0{i}", "score": i} for i in range(5)]
 

@@ -70,7 +70,7 @@ def test_advice_names_options_that_exist() -> None:
 def plan_of(folder: Path, own: Path, where: str | None = None) -> object:
     columns = TableColumns("url", "caption", pa.schema([]))
     output = Output("parquet", "", columns, PICTURES, False, 1000)
-    return make_plan(folder, sorted(folder.iterdir()), output, where, own)
+    return make_plan(folder, sorted(folder.iterdir()), output, where, own, lambda schemas: columns)
 
 
 def test_every_wanted_row_is_as_likely(tmp_path: Path) -> None:

@@ -107,6 +107,29 @@ def test_the_counts_add_up(data, tmp_path):
     ]
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("list.tsv", 'url\tnote\n"{}"\tx\n"{}"\t"a ""b"""\n'),
+        ("list.tsv", '"url"\r\n"{}"\r\n"{}"\r\n'),
+        ("list.csv", "url;note\n{};a\n{};b, c\n"),
+        ("list.csv", '\ufeffurl,note\n{},"one\ntwo"\n"{}",\n'),
+        ("list.jsonl", '{{"url": "{}"}}\n{{"url": "{}", "note": 1}}\n'),
+    ],
+)
+def test_lists_as_programs_write_them(data, tmp_path, name, content):
+    (tmp_path / name).write_text(content.format(*urls(4, 19)), newline="", encoding="utf-8")
+    summary = purge(data, tmp_path / name)
+    assert (summary.entries, summary.matched, summary.records) == (2, 2, 3)  # 4 is in both splits
+
+
+def test_a_list_whose_quotes_are_characters(data, tmp_path):
+    (tmp_path / "list.csv").write_text(f'url,note\n{urls(4)[0]},"a\n{urls(19)[0]},b\n')
+    with pytest.raises(UserError, match=r"row 1 \(line 2\) .*--quoting none"):
+        purge(data, tmp_path / "list.csv")
+    assert purge(data, tmp_path / "list.csv", quoting="none").records == 3
+
+
 def test_sources_of_a_shuffled_split(data, tmp_path):
     """A shuffled split names its sources once; which of them a record came from isn't known, but the sums stay."""
     splits = read_manifest(data)

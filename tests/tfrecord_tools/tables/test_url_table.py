@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from clipkit.errors import UserError
-from clipkit.formats import tables
+from clipkit.formats import tables, text_file
 from clipkit.formats.tables import RowReader
 from clipkit.tfrecord_tools.tables import url_table
 
@@ -58,14 +58,14 @@ def test_tables_that_are_damaged_further_on(tmp_path: Path, monkeypatch: pytest.
     assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match=r"gone\.parquet can't be read as parquet"):
         read_rows(tmp_path / "gone.parquet", 0, 1, ["url"])
-    monkeypatch.setattr(tables, "TEXT_BLOCK_BYTES", 1 << 16)
+    monkeypatch.setattr(text_file, "TEXT_BLOCK_BYTES", 1 << 16)
     noise = np.random.default_rng(0).integers(0, 10**12, 200_000).tolist()
     content = bytearray(gzip.compress("\n".join(["url,caption", *(f"u,{n}" for n in noise)]).encode()))
     content[-200_000:-100_000] = bytes(100_000)
     (tmp_path / "late.csv.gz").write_bytes(content)
     tables.read_schema(tmp_path / "late.csv.gz")  # the damage lies beyond what this reads
     with pytest.raises(UserError, match=r"late\.csv\.gz can't be read as csv\.gz") as caught:
-        url_table.count_rows(tmp_path / "late.csv.gz", tmp_path / "copy.parquet", ("url", "caption"))
+        url_table.count_rows([tmp_path / "late.csv.gz"], [tmp_path / "copy.parquet"], ("url", "caption"))
     assert "\n" not in str(caught.value)
     assert not list(tmp_path.glob("*copy*"))
 
@@ -84,20 +84,21 @@ def test_text_tables(tmp_path: Path) -> None:
     """CSV quotes, TSV doesn't; captions that look like numbers stay text; a column that changes its mind is text."""
     csv = tmp_path / "a.csv"
     csv.write_text('url,caption,score\nu0,007,1\nu1,"two\nlines, one comma",2\nu2,,\n')
-    assert url_table.count_rows(csv, tmp_path / "a.parquet", ("url", "caption")) == 3
+    assert url_table.count_rows([csv], [tmp_path / "a.parquet"], ("url", "caption")) == [3]
     rows = pq.read_table(tmp_path / "a.parquet").to_pydict()
     assert rows == {"url": ["u0", "u1", "u2"], "caption": ["007", "two\nlines, one comma", ""], "score": [1, 2, None]}
     tsv = tmp_path / "a.tsv"
     tsv.write_text('caption\turl\n"quote at the start\tu0\nplain\tu1\n')
-    assert url_table.count_rows(tsv, tmp_path / "b.parquet", ("url", "caption")) == 2
+    assert url_table.count_rows([tsv], [tmp_path / "b.parquet"], ("url", "caption")) == [2]
     assert pq.read_table(tmp_path / "b.parquet")["caption"].to_pylist() == ['"quote at the start', "plain"]
 
 
 def test_text_types_that_change_after_the_first_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tables, "TEXT_BLOCK_BYTES", 64)
+    monkeypatch.setattr(text_file, "TEXT_BLOCK_BYTES", 64)
     csv = tmp_path / "a.csv"
     csv.write_text("url,caption,score\n" + "u,c,1\n" * 40 + "u,c,high\n")
-    assert url_table.count_rows(csv, tmp_path / "a.parquet", ("url", "caption")) == 41
+    assert url_table.count_rows([csv], [tmp_path / "a.parquet"], ("url", "caption")) == [41]
     assert set(pq.read_table(tmp_path / "a.parquet")["score"].to_pylist()) == {"1", "high"}
 
 
@@ -190,6 +191,6 @@ def test_published_without_a_header(tmp_path: Path, with_header: bool) -> None:
     path.write_text("\n".join(lines) + "\n")
     header = ("caption", "url")
     assert tables.read_schema(path, header).names == ["caption", "url"]
-    assert url_table.count_rows(path, tmp_path / "copy.parquet", ("url", "caption"), header) == 2
+    assert url_table.count_rows([path], [tmp_path / "copy.parquet"], ("url", "caption"), header) == [2]
     rows = pq.read_table(tmp_path / "copy.parquet").to_pydict()
     assert rows == {"caption": ['a "cat', "007"], "url": ["http://x/1.jpg", "http://x/2.jpg"]}
