@@ -1,6 +1,7 @@
 """From captions to token ids, and to fewer of them.
 
-- `tokenizer`: CLIP's byte-pair encoding
+- `tokenizer`: what every tokenizer has, and CLIP's byte-pair encoding
+- `wordpiece`: BERT's WordPiece, for CLIPA-v2's towers
 - `tokens`: CLIPA's eight ways to keep fewer image or text tokens
 - `syntax`: the class of each word, for the reduction that keeps nouns first
 """

@@ -8,10 +8,8 @@ on the neighbours can be kept for every later caption, which makes it fast enoug
 
 from collections.abc import Callable, Sequence
 
-from tokenizers import decoders
-
 from clipkit.errors import UserError
-from clipkit.text.tokenizer import SPECIAL, VOCAB_SIZE, Tokenizer
+from clipkit.text.tokenizer import WordTokenizer
 
 NOUN, ADJECTIVE, VERB, OTHER = range(4)
 
@@ -49,32 +47,26 @@ def load_tagger() -> Tagger:
 class Syntax:
     """Priorities for the `syntax` way of `tokens.reduce_text`. One a worker: it holds its cache of words."""
 
-    def __init__(self, tokenizer: Tokenizer, tagger: Tagger | None = None) -> None:
+    def __init__(self, tokenizer: WordTokenizer, tagger: Tagger | None = None) -> None:
         self.tagger = tagger or load_tagger()
         self.cache: dict[tuple[int, ...], int] = {}
-        self.pieces = [str(tokenizer.fast.id_to_token(index)) for index in range(VOCAB_SIZE)]
-        self.ends_word = [piece.endswith("</w>") or piece in SPECIAL for piece in self.pieces]
-        self.decoder = decoders.ByteLevel()
+        self.tokenizer = tokenizer
 
     def priorities(self, ids: Sequence[Sequence[int]]) -> list[list[int]]:
         """The class of each id's word: 0 noun, 1 adjective, 2 verb, 3 other; all pieces of a word have the same.
 
-        `ids` is what `Tokenizer.encode` gives: every word there ends in a piece marked as such, so the words are read
-        off the ids and the two lists match by construction.
+        `ids` is what the tokenizer's `encode` gives: the words are read off the ids, so the two lists match by
+        construction.
         """
-        cache, ends_word = self.cache, self.ends_word
+        cache, split_words = self.cache, self.tokenizer.split_words
         rows = []
         for caption in ids:
             row: list[int] = []
-            start = 0
-            for stop, token in enumerate(caption, 1):
-                if ends_word[token]:
-                    word = tuple(caption[start:stop])
-                    priority = cache.get(word)
-                    if priority is None:
-                        priority = self.classify(word)
-                    row += [priority] * (stop - start)
-                    start = stop
+            for word in split_words(caption):
+                priority = cache.get(word)
+                if priority is None:
+                    priority = self.classify(word)
+                row += [priority] * len(word)
             rows.append(row)
         return rows
 
@@ -82,10 +74,5 @@ class Syntax:
         """Tag one word and remember it."""
         if len(self.cache) >= CACHE_WORDS:
             self.cache.clear()
-        priority = self.cache[word] = self.tagger(self.text(word))
+        priority = self.cache[word] = self.tagger(self.tokenizer.spell(word))
         return priority
-
-    def text(self, word: tuple[int, ...]) -> str:
-        """The word that these ids spell."""
-        spelled: str = self.decoder.decode([self.pieces[token] for token in word])
-        return spelled.removesuffix("</w>")

@@ -1,4 +1,5 @@
-"""CLIP's byte-pair encoding: captions to ids, the same ids as OpenCLIP's SimpleTokenizer, several times as fast.
+"""Captions to ids. `WordTokenizer` is what every tokenizer has; `Tokenizer` is CLIP's byte-pair encoding, with the
+same ids as OpenCLIP's SimpleTokenizer, several times as fast.
 
 The merges run in the Rust `tokenizers` library; the cleaning (ftfy, HTML entities, white space, lower case) is
 OpenCLIP's, skipped where it provably changes nothing. Encoding: Sennrich, Haddow & Birch, ACL 2016, over bytes as in
@@ -9,13 +10,14 @@ import gzip
 import html
 import re
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 
 import ftfy
 import numpy as np
 import numpy.typing as npt
 import tokenizers
-from tokenizers import Regex, models, pre_tokenizers
+from tokenizers import Regex, decoders, models, pre_tokenizers
 
 from clipkit.embedded import clip_merges
 from clipkit.errors import UserError
@@ -49,7 +51,12 @@ UNTOUCHED = re.compile("(?:[ -%'-~–—…‘’“”]|&(?= |$)|(?<![^ -~])[À
 
 
 def clean(text: str) -> str:
-    """A caption as the tokenizer sees it: mojibake repaired, entities resolved, white space collapsed, lower case.
+    """A caption as CLIP's tokenizer sees it: tidy, and in lower case."""
+    return tidy(text).lower()
+
+
+def tidy(text: str) -> str:
+    """A caption with mojibake repaired, entities resolved and white space collapsed.
 
     Printable ASCII without `&` takes a short cut: there ftfy and `html.unescape` have nothing to act on (no entity, no
     control character, no escape sequence, no character above 127). So does what UNTOUCHED describes.
@@ -57,7 +64,7 @@ def clean(text: str) -> str:
     if not (text.isascii() and text.isprintable() and "&" not in text):
         plain = UNTOUCHED.fullmatch(text)
         text = text.translate(STRAIGHT) if plain else html.unescape(html.unescape(ftfy.fix_text(text)))
-    return " ".join(text.split()).lower()
+    return " ".join(text.split())
 
 
 def byte_characters() -> list[str]:
@@ -67,10 +74,87 @@ def byte_characters() -> list[str]:
     return [chr(byte) for byte in printable] + [chr(256 + n) for n in range(others)]
 
 
-class Tokenizer:
-    """Captions to ids. Building one takes a third of a second; it can be shared between threads."""
+class WordTokenizer:
+    """Captions to ids, word by word: no token holds a space. It can be shared between threads."""
+
+    name: str
+    vocab_size: int
+    fast: tokenizers.Tokenizer
+    whole: dict[str, list[int]]
+    """The words that are known from the start."""
+    cache: dict[str, list[int]]
+    start: int | None
+    """The id before a caption's own."""
+    end: int | None
+    """The id after them, kept when the caption is cut."""
+    pad: int = 0
+
+    @staticmethod
+    def clean(text: str) -> str:
+        """A caption as `encode_cleaned` takes it."""
+        raise NotImplementedError
+
+    def split_words(self, ids: Sequence[int]) -> list[tuple[int, ...]]:
+        """The ids of one caption, as `encode` gives them, word by word."""
+        raise NotImplementedError
+
+    def spell(self, ids: Sequence[int]) -> str:
+        """The word that these ids stand for."""
+        raise NotImplementedError
+
+    @cached_property
+    def pieces(self) -> list[str]:
+        """The text of each id, as the vocabulary writes it."""
+        return [str(self.fast.id_to_token(index)) for index in range(self.vocab_size)]
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of each caption, cleaned, without start and end, not truncated."""
+        return self.encode_cleaned([self.clean(text) for text in texts])
+
+    def encode_cleaned(self, cleaned: Sequence[str]) -> list[list[int]]:
+        """The same for captions that went through `clean` already.
+
+        Each word between spaces has its ids whatever is beside it: those of the words that captions are mostly made of
+        are looked up, and the library is asked for the rest.
+        """
+        cache = self.cache
+        if len(cache) > CACHE_WORDS:
+            cache = self.cache = dict(self.whole)  # another, not emptied: a thread may be reading the old one
+        rows = [text.split(" ") for text in cleaned]
+        new = {word for row in rows for word in row if word not in cache}
+        if new:
+            long = [word for word in new if len(word) > CACHE_LENGTH]
+            short = [word for word in new if len(word) <= CACHE_LENGTH]
+            cache.update(zip(short, self.encode_words(short), strict=True))
+            if long:
+                ids = dict(zip(long, self.encode_words(long), strict=True))
+                return [[i for word in row for i in (ids[word] if word in ids else cache[word])] for row in rows]
+        return [[i for word in row for i in cache[word]] for row in rows]
+
+    def encode_words(self, words: Sequence[str]) -> list[list[int]]:
+        """The ids of each text, whether it was seen before or not."""
+        encodings = self.fast.encode_batch_fast(words, add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
+
+    def __call__(self, texts: str | Sequence[str], context_length: int = 77) -> npt.NDArray[np.int32]:
+        """int32[B, context_length]: start, ids, end, then padding. A caption too long loses its tail, never its end."""
+        encoded = self.encode([texts] if isinstance(texts, str) else texts)
+        start = [] if self.start is None else [self.start]
+        end = [] if self.end is None else [self.end]
+        ids_BT = np.full((len(encoded), context_length), self.pad, np.int32)
+        for row, ids in zip(ids_BT, encoded, strict=True):
+            kept = start + ids[: context_length - len(start) - len(end)] + end
+            row[: len(kept)] = kept
+        return ids_BT
+
+
+class Tokenizer(WordTokenizer):
+    """CLIP's byte-pair encoding. Building one takes a third of a second."""
 
     name = "clip-bpe"
+    vocab_size = VOCAB_SIZE
+    start, end = SOT, EOT
+    clean = staticmethod(clean)
 
     def __init__(self, merges_path: Path | None = None) -> None:
         path = merges_path or clip_merges()
@@ -94,34 +178,28 @@ class Tokenizer:
         self.whole = {word: [vocabulary[f"{word}</w>"]] for word in ends if LETTERS.fullmatch(word)}
         self.cache = dict(self.whole)
 
-    def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """The ids of each caption, cleaned, without start and end, not truncated."""
-        return self.encode_cleaned([clean(text) for text in texts])
+    @cached_property
+    def ends_word(self) -> list[bool]:
+        """Whether each id is the last of its word."""
+        return [piece.endswith("</w>") or piece in SPECIAL for piece in self.pieces]
 
-    def encode_cleaned(self, cleaned: Sequence[str]) -> list[list[int]]:
-        """The same for captions that went through `clean` already.
+    def split_words(self, ids: Sequence[int]) -> list[tuple[int, ...]]:
+        """The ids of one caption, as `encode` gives them, word by word."""
+        ends_word, words, start = self.ends_word, [], 0
+        for stop, token in enumerate(ids, 1):
+            if ends_word[token]:
+                words.append(tuple(ids[start:stop]))
+                start = stop
+        return words
 
-        No match of the pattern holds a space, so each word between spaces has its ids whatever is beside it: those
-        of the words that captions are mostly made of are looked up, and the library is asked for the rest.
-        """
-        cache = self.cache
-        if len(cache) > CACHE_WORDS:
-            cache = self.cache = dict(self.whole)  # another, not emptied: a thread may be reading the old one
-        rows = [text.split(" ") for text in cleaned]
-        new = {word for row in rows for word in row if word not in cache}
-        if new:
-            long = [word for word in new if len(word) > CACHE_LENGTH]
-            short = [word for word in new if len(word) <= CACHE_LENGTH]
-            cache.update(zip(short, self.encode_words(short), strict=True))
-            if long:
-                ids = dict(zip(long, self.encode_words(long), strict=True))
-                return [[i for word in row for i in (ids[word] if word in ids else cache[word])] for row in rows]
-        return [[i for word in row for i in cache[word]] for row in rows]
+    def spell(self, ids: Sequence[int]) -> str:
+        """The word that these ids stand for."""
+        spelled: str = decoders.ByteLevel().decode([self.pieces[token] for token in ids])
+        return spelled.removesuffix("</w>")
 
     def encode_words(self, words: Sequence[str]) -> list[list[int]]:
         """The ids of each text, whether it was seen before or not."""
-        encodings = self.fast.encode_batch_fast(words, add_special_tokens=False)
-        ids = [encoding.ids for encoding in encodings]
+        ids = super().encode_words(words)
         for index, text in enumerate(words):
             if "<" in text and any(literal in text for literal in SPECIAL):
                 ids[index] = self.encode_with_specials(text)
@@ -142,14 +220,3 @@ class Tokenizer:
                     token.id for part, _ in self.to_bytes.pre_tokenize_str(word) for token in self.model.tokenize(part)
                 )
         return ids
-
-    def __call__(self, texts: str | Sequence[str], context_length: int = 77) -> npt.NDArray[np.int32]:
-        """int32[B, context_length]: start, ids, end, then zeros. A caption too long loses its tail, never its end."""
-        encoded = self.encode([texts] if isinstance(texts, str) else texts)
-        ids_BT = np.zeros((len(encoded), context_length), np.int32)
-        for row, ids in zip(ids_BT, encoded, strict=True):
-            kept = ids[: context_length - 2]
-            row[0] = SOT
-            row[1 : len(kept) + 1] = kept
-            row[len(kept) + 1] = EOT
-        return ids_BT

@@ -127,18 +127,25 @@ def reduce_text(
     context_length: int,
     keys_B: npt.ArrayLike,
     priorities: Sequence[Sequence[int]] | None = None,
+    *,
+    start: int | None = SOT,
+    end: int | None = EOT,
+    pad_id: int = 0,
 ) -> Int32Array:
-    """Captions' ids, without start and end, to int32[B, context_length]: start, the ids kept, end, then zeros.
+    """Captions' ids, without start and end, to int32[B, context_length]: start, the ids kept, end, then padding.
 
-    A caption that fits is kept whole by every method. `truncate` with any keys equals the tokenizer's own call.
-    `syntax` needs `priorities`, one for each id, the lowest kept first (`clipkit.text.syntax.Syntax.priorities`).
+    A caption that fits is kept whole by every method. `truncate` with any keys equals the tokenizer's own call, given
+    its `start`, `end` and `pad` (CLIP's unless told). `syntax` needs `priorities`, one for each id, the lowest kept
+    first (`clipkit.text.syntax.Syntax.priorities`).
     """
-    if context_length < 3:
-        raise UserError(f"{context_length} text tokens leave no room between start and end: take 3 or more")
+    first = int(start is not None)
+    room = context_length - first - int(end is not None)
+    if room < 1:
+        least = context_length - room + 1
+        raise UserError(f"{context_length} text tokens leave no room between start and end: take {least} or more")
     keys = np.atleast_1d(np.asarray(keys_B, np.uint64))
     length_B = np.fromiter(map(len, ids), np.int64, len(ids))
     ids_BL = pad(ids, length_B)
-    room = context_length - 2
     B, L = ids_BL.shape
     position_L = np.arange(L)
     rank_BL: npt.NDArray[np.number]
@@ -161,10 +168,13 @@ def reduce_text(
     rank_BL = np.where(position_L < length_B[:, None], rank_BL, np.inf)
     kept_BR = np.sort(rank_BL.argsort(axis=1, kind="stable")[:, :room], axis=1)
     count_B = np.minimum(length_B, room)
-    out_BT = np.zeros((B, context_length), np.int32)
-    out_BT[:, 0] = SOT
-    out_BT[:, 1 : 1 + kept_BR.shape[1]] = np.take_along_axis(ids_BL, kept_BR, axis=1)
-    out_BT[np.arange(B), count_B + 1] = EOT
+    kept_ids_BR = np.take_along_axis(ids_BL, kept_BR, axis=1)
+    out_BT = np.full((B, context_length), pad_id, np.int32)
+    out_BT[:, first : first + kept_BR.shape[1]] = np.where(kept_BR < length_B[:, None], kept_ids_BR, pad_id)
+    if start is not None:
+        out_BT[:, 0] = start
+    if end is not None:
+        out_BT[np.arange(B), first + count_B] = end
     return out_BT
 
 
