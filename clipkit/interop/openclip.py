@@ -1,7 +1,7 @@
 """OpenCLIP's weights under our names, so that its models run here and ours can start from them.
 
-Takes the state dict of `open_clip.CLIP` and `open_clip.CustomTextCLIP` with a vision transformer, and OpenAI's own,
-which has the same names. ResNets and Hugging Face text towers have no counterpart here.
+Takes the state dict of `open_clip.CLIP` and `open_clip.CustomTextCLIP` with a vision transformer, its own or timm's,
+and OpenAI's own, which has the same names. ResNets and Hugging Face text towers have no counterpart here.
 """
 
 import math
@@ -27,12 +27,15 @@ RENAMES = (
     (r"^visual\.ln_pre\.", "image.trunk.norm_pre."),
     (r"^visual\.ln_post\.", "image.trunk.norm."),
     (r"^visual\.proj$", "image_projection.weight"),
+    (r"^visual\.trunk\.", "image.trunk."),
+    (r"^visual\.head\.proj\.", "image_projection."),
     (r"^visual\.transformer\.resblocks\.", "image.trunk.blocks."),
     (r"^(text\.)?transformer\.resblocks\.", "text.blocks."),
     (r"^(text\.)?token_embedding\.", "text.token_embedding."),
     (r"^(text\.)?positional_embedding$", "text.pos_embed"),
     (r"^(text\.)?ln_final\.", "text.norm."),
     (r"^(text\.)?text_projection$", "text_projection.weight"),
+    (r"^(text\.)?text_projection\.", "text_projection."),
 )
 BLOCK_RENAMES = (
     (".ln_1.", ".norm1."),
@@ -52,13 +55,11 @@ def convert(state_dict: Mapping[str, Tensor], config: ModelConfig) -> dict[str, 
             continue
         name = rename(key)
         value = tensor.detach().float()
-        if name in ("image_projection.weight", "text_projection.weight"):
+        if key in ("visual.proj", "text_projection", "text.text_projection"):
             value = value.T  # OpenCLIP multiplies by the matrix, a linear layer by its transpose
-        elif name == "image.trunk.cls_token":
-            value = value[None, None]
-        elif name == "image.trunk.pos_embed":
-            value = value[None]
-        elif name.startswith("image.trunk.norm.") and config.image.pooling == "average":
+        elif name in ("image.trunk.cls_token", "image.trunk.pos_embed"):
+            value = value.reshape(1, -1, value.shape[-1])
+        elif key.startswith("visual.ln_post.") and config.image.pooling == "average":
             name = name.replace(".norm.", ".fc_norm.")
         elif name in ("logit_scale", "logit_bias"):
             value = value.reshape(())
@@ -66,28 +67,28 @@ def convert(state_dict: Mapping[str, Tensor], config: ModelConfig) -> dict[str, 
     if config.image.position != "learnable":
         check_sincos(tensors["image.trunk.pos_embed"], config.image.position)
     bias = config.image.patch_bias
-    if bias if bias is not None else not config.image.pre_norm:
-        # OpenCLIP's patch projection never has one.
+    if "visual.conv1.weight" in state_dict and (bias if bias is not None else not config.image.pre_norm):
+        # OpenCLIP's own patch projection never has one.
         width = len(tensors["image.trunk.patch_embed.proj.weight"])
         tensors["image.trunk.patch_embed.proj.bias"] = torch.zeros(width)
     return tensors
 
 
 def check_sincos(position_1ND: Tensor, position: Position) -> None:
-    """UserError when these positions, a class token's and those of a square grid, aren't what `position` names.
+    """UserError when these positions, those of a square grid at their end, aren't what `position` names.
 
     `load_state` would put ours in their place, and the features would be quietly wrong.
     """
-    side, patches_ND = math.isqrt(position_1ND.shape[1] - 1), position_1ND[0, 1:]
+    side = math.isqrt(position_1ND.shape[1])
+    patches_ND = position_1ND[0, -side * side :]
     found: Position = "learnable"
-    if side * side == len(patches_ND):
-        errors = {
-            "sincos": (patches_ND - sincos_2d((side, side), patches_ND.shape[1])).abs(),
-            "sincos_jax": (patches_ND - sincos_2d((side, side), patches_ND.shape[1], jax=True)).abs(),
-        }
-        nearest = min(errors, key=lambda kind: errors[kind].mean().item())
-        if errors[nearest].max() < 5e-3:  # half precision rounds by up to 0.004
-            found = cast(Position, nearest)
+    errors = {
+        "sincos": (patches_ND - sincos_2d((side, side), patches_ND.shape[1])).abs(),
+        "sincos_jax": (patches_ND - sincos_2d((side, side), patches_ND.shape[1], jax=True)).abs(),
+    }
+    nearest = min(errors, key=lambda kind: errors[kind].mean().item())
+    if errors[nearest].max() < 5e-3:  # half precision rounds by up to 0.004
+        found = cast(Position, nearest)
     if found != position:
         raise UserError(f"these weights have {found} image positions, not {position}: set model.image.position={found}")
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clipkit.errors import UserError
-from clipkit.model.config import ModelConfig, check_choices
+from clipkit.model.config import ModelConfig, Projection, check_choices
 from clipkit.model.image_tower import ConvStem, ImageTower
 from clipkit.model.text_tower import Recompute, TextTower
 
@@ -37,8 +37,8 @@ class CLIP(nn.Module):
         self.config = config
         self.image = ImageTower(config.image)
         self.text = TextTower(config.text)
-        self.image_projection = nn.Linear(self.image.width, config.embed_dim, bias=False)
-        self.text_projection = nn.Linear(config.text.width, config.embed_dim, bias=False)
+        self.image_projection = make_projection(config.image.projection, self.image.width, config.embed_dim)
+        self.text_projection = make_projection(config.text.projection, config.text.width, config.embed_dim)
         self.logit_scale = nn.Parameter(torch.empty(()))
         self.logit_bias = None if config.logit_bias_init is None else nn.Parameter(torch.empty(()))
 
@@ -90,7 +90,8 @@ class CLIP(nn.Module):
         The text tower is CLIP's published initialisation. CLIP publishes none for the blocks of its image tower
         (PyTorch's defaults of 2021 act there), so they get the text tower's rule: normal, with standard deviation
         width^-0.5 for attention inputs, (2 width)^-0.5 for the first layer of the MLP, and width^-0.5 (2 depth)^-0.5
-        for what is added to the residual stream. Class token, image positions and projections: normal, width^-0.5.
+        for what is added to the residual stream. Class token, image positions, projections and attention pooling:
+        normal, width^-0.5.
         """
         generator = torch.Generator().manual_seed(seed)
         for parameter in self.parameters():
@@ -135,8 +136,11 @@ class CLIP(nn.Module):
                 normal(block.mlp.fc1.weight, (2 * width) ** -0.5)
                 normal(block.mlp.fc2.weight, (2 * width * len(blocks)) ** -0.5)
 
-        normal(self.image_projection.weight, self.image.width**-0.5)
-        normal(self.text_projection.weight, self.config.text.width**-0.5)
+        for layer in (self.image_projection, self.text_projection, *pooling_layers(trunk)):
+            if isinstance(layer, nn.Linear):
+                normal(layer.weight, layer.in_features**-0.5)
+        if trunk.attn_pool is not None:
+            normal(trunk.attn_pool.latent, self.image.width**-0.5)
         self.logit_scale.fill_(math.log(self.config.logit_scale_init))
         if self.logit_bias is not None and self.config.logit_bias_init is not None:
             self.logit_bias.fill_(self.config.logit_bias_init)
@@ -144,6 +148,20 @@ class CLIP(nn.Module):
         for name, parameter in self.named_parameters():
             if parameter.flatten()[0].isnan():
                 raise UserError(f"no rule to initialise {name}: set model.image.name to a plainer vit_* model")
+
+
+def make_projection(kind: Projection, width: int, embed_dim: int) -> nn.Module:
+    """From a tower's vector to the shared space. Raises UserError where none is asked for and the sizes differ."""
+    if kind == "none":
+        if width != embed_dim:
+            raise UserError(f"projection=none needs a width of model.embed_dim, {embed_dim}, not {width}: set either")
+        return nn.Identity()
+    return nn.Linear(width, embed_dim, bias=kind == "bias")
+
+
+def pooling_layers(trunk: Any) -> list[nn.Module]:
+    """The layers of attention pooling; none where the trunk has another."""
+    return [] if trunk.attn_pool is None else list(trunk.attn_pool.modules())
 
 
 def float32_maths(device: torch.device) -> contextlib.AbstractContextManager[object]:

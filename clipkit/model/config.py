@@ -12,10 +12,11 @@ from clipkit.config import from_json
 from clipkit.errors import UserError
 
 Activation = Literal["gelu", "quick_gelu", "gelu_tanh"]
-Pooling = Literal["token", "average"]
+Pooling = Literal["token", "average", "attention"]
 TextPooling = Literal["end", "last"]
 Position = Literal["learnable", "sincos", "sincos_jax"]
 Stem = Literal["patch", "conv"]
+Projection = Literal["linear", "bias", "none"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +33,8 @@ class ImageConfig:
     mlp_ratio: float | None = None
     pooling: Pooling = "token"
     """`token`: the class token, normed. `average`: the mean of the patches without the class token, then the norm
-    (as in CLIPA and big_vision's `gap`)."""
+    (as in CLIPA and big_vision's `gap`). `attention`: a learned query attends to the normed patches (as in SigLIP and
+    big_vision's `map`)."""
     class_token: bool = True
     position: Position = "learnable"
     """`sincos` and `sincos_jax` are fixed: computed from the grid and never trained. They differ a little in their
@@ -46,6 +48,8 @@ class ImageConfig:
     norm_eps: float = 1e-5
     stem: Stem = "patch"
     """`conv`: strided 3 x 3 convolutions in place of the one big patch projection (Xiao et al., 2021)."""
+    projection: Projection = "linear"
+    """Into the shared space: a matrix, with a `bias` or without; `none` where the width is `embed_dim` already."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +70,7 @@ class TextConfig:
     (as in CLIPA-v2 and SigLIP)."""
     act: Activation = "gelu"
     norm_eps: float = 1e-5
+    projection: Projection = "linear"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,6 +146,19 @@ def vit_l14_clipa(act: Activation = "gelu_tanh") -> ModelConfig:
 def vit_h14_clipa(act: Activation = "gelu_tanh") -> ModelConfig:
     """CLIPA-v2's ViT-H/14 at 224 px and 32 text tokens."""
     return _clipa_v2(vit_h14(act))
+
+
+def vit_b16_siglip(act: Activation = "gelu_tanh") -> ModelConfig:
+    """SigLIP's ViT-B/16 at 224 px and 64 text tokens (Zhai et al., 2023). Its weights were trained with the tanh GELU;
+    OpenCLIP runs them with the exact one."""
+    image = ImageConfig(
+        pooling="attention", class_token=False, pre_norm=False, act=act, norm_eps=1e-6, projection="none"
+    )
+    text = TextConfig(
+        context_length=64, vocab_size=32_000, width=768, heads=12, causal=False, pooling="last", act=act, norm_eps=1e-6,
+        projection="bias",
+    )  # fmt: skip
+    return ModelConfig(embed_dim=768, image=image, text=text, logit_scale_init=10.0, logit_bias_init=-10.0)
 
 
 def _clip(name: str, embed_dim: int, text: TextConfig) -> ModelConfig:

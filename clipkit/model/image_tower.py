@@ -121,6 +121,9 @@ class ImageTower(nn.Module):
             x_BND = torch.cat([x_BND[:, : self.prefix], x_BKD], dim=1)
         x_BND = self.trunk.norm_pre(x_BND)
         x_BND = run_blocks(self.trunk.blocks, x_BND, self.recompute if self.training else None)
+        if self.pooling == "attention":
+            pooled_BD: Tensor = self.trunk.attn_pool(self.trunk.norm(x_BND[:, self.prefix :]))
+            return pooled_BD
         # Of `norm` and `fc_norm` one is the identity: timm norms the class token before pooling, an average after it.
         x_BD = x_BND[:, 0] if self.pooling == "token" else x_BND[:, self.prefix :].mean(dim=1)
         out: Tensor = self.trunk.fc_norm(self.trunk.norm(x_BD))
@@ -160,7 +163,7 @@ def make_trunk(config: ImageConfig) -> VisionTransformer:
             config.name,
             img_size=config.image_size,
             num_classes=0,
-            global_pool="token" if config.pooling == "token" else "avg",
+            global_pool={"token": "token", "average": "avg", "attention": "map"}[config.pooling],
             class_token=config.class_token,
             pre_norm=config.pre_norm,
             act_layer=config.act,

@@ -11,7 +11,19 @@ import torch
 from clipkit.errors import UserError
 from clipkit.interop.openclip import load_openclip
 from clipkit.model.clip import CLIP, build
-from clipkit.model.config import ModelConfig, vit_b16, vit_bigg14, vit_h14, vit_h14_clipa, vit_l14_clipa, vit_s16
+from clipkit.model.config import (
+    Activation,
+    ImageConfig,
+    ModelConfig,
+    TextConfig,
+    vit_b16,
+    vit_b16_siglip,
+    vit_bigg14,
+    vit_h14,
+    vit_h14_clipa,
+    vit_l14_clipa,
+    vit_s16,
+)
 from clipkit.model.image_tower import sincos_2d
 
 TOWERS = {
@@ -21,7 +33,8 @@ TOWERS = {
     "ViT-H-14": vit_h14,
     "ViT-bigG-14": vit_bigg14,
 }
-JAX = {"act_kwargs": {"approximate": "tanh"}, "norm_kwargs": {"eps": 1e-6}}
+TANH = {"act_kwargs": {"approximate": "tanh"}}
+JAX = {**TANH, "norm_kwargs": {"eps": 1e-6}}
 
 
 def shallow(config: ModelConfig, depth: int = 2, **image: object) -> ModelConfig:
@@ -43,11 +56,15 @@ def openclip_model(
     theirs["vision_cfg"] |= {"layers": config.image.depth, "image_size": config.image.image_size, **(vision or {})}
     theirs["text_cfg"] |= {"layers": config.text.depth, **(text or {})}
     torch.manual_seed(0)
-    model = open_clip.CLIP(**theirs).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():  # no bias is zero and no norm is the identity
-            if parameter.dim() == 1:
-                parameter.add_(torch.randn(parameter.shape) * 0.1)
+    return shake(open_clip.CLIP(**theirs).eval())
+
+
+@torch.no_grad()
+def shake(model: torch.nn.Module) -> torch.nn.Module:
+    """So that no bias is zero and no norm is the identity."""
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            parameter.add_(torch.randn(parameter.shape) * 0.1)
     return model
 
 
@@ -146,6 +163,69 @@ def test_jax_positions_are_big_visions() -> None:
     torch.testing.assert_close(position_ND[-1], torch.tensor(expected))
 
 
+@pytest.mark.parametrize("act", ["gelu", "gelu_tanh"])
+def test_siglip_equals_openclip(act: Activation) -> None:
+    """With the exact GELU as OpenCLIP has it, and with the tanh one of its training."""
+    config = shallow(vit_b16_siglip(act))
+    theirs = open_clip.CustomTextCLIP(**siglip_arguments(config, TANH if act == "gelu_tanh" else {})).eval()
+    trunk = theirs.visual.trunk
+    trunk.blocks = trunk.blocks[:2]
+    shake(theirs)
+    if act == "gelu_tanh":
+        for module in trunk.modules():
+            if isinstance(module, torch.nn.GELU):
+                module.approximate = "tanh"
+    ours = load_openclip(config, theirs.state_dict()).eval()
+    assert_same_features(ours, theirs)
+    assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in theirs.parameters())
+    assert ours.logit_bias is not None and ours.logit_bias.item() == theirs.logit_bias.item()
+
+
+def siglip_arguments(config: ModelConfig, text: dict) -> dict:
+    """What OpenCLIP makes its ViT-B-16-SigLIP of."""
+    theirs = json.loads(json.dumps(open_clip.get_model_config("ViT-B-16-SigLIP")))
+    theirs.pop("custom_text")
+    theirs["text_cfg"] |= {"layers": config.text.depth, **text}
+    return theirs
+
+
+def test_the_other_starting_values_of_siglip() -> None:
+    model = build(shallow(vit_b16_siglip(), 1))
+    assert model.clamped_logit_scale().item() == pytest.approx(10)
+    assert model.logit_bias is not None and model.logit_bias.item() == -10
+    pool = model.image.trunk.attn_pool
+    for weight, fan_in in ((pool.latent, 768), (pool.kv.weight, 768), (pool.mlp.fc2.weight, 3072)):
+        assert weight.std().item() == pytest.approx(fan_in**-0.5, rel=0.1)
+
+
+def test_attention_pooling_sees_the_kept_patches_only() -> None:
+    model = build(small_clipa(pooling="attention", class_token=False)).eval()
+    image, changed = images(1, 56), images(1, 56)
+    changed[:, :, :, 28:] += 1  # the last two columns of patches
+    keep = torch.tensor([[0, 1, 4]])
+    with torch.no_grad():
+        torch.testing.assert_close(model.encode_image(changed, keep), model.encode_image(image, keep))
+        assert (model.encode_image(changed) - model.encode_image(image)).abs().max() > 1e-3
+        everything = model.encode_image(image, torch.arange(16)[None])
+        torch.testing.assert_close(everything, model.encode_image(image))
+
+
+def test_a_timm_tower_of_openclip_with_a_class_token_and_a_projection() -> None:
+    theirs = open_clip.CustomTextCLIP(
+        16,
+        {"timm_model_name": "vit_tiny_patch16_224", "timm_pool": "token", "timm_proj": "linear"},
+        {"context_length": 8, "vocab_size": 99, "width": 64, "layers": 1, "heads": 2},
+    ).eval()
+    image = ImageConfig("vit_tiny_patch16_224", pre_norm=False, norm_eps=1e-6)
+    text = TextConfig(context_length=8, vocab_size=99, width=64, depth=1, heads=2)
+    assert_same_features(load_openclip(ModelConfig(16, image, text), theirs.state_dict()).eval(), theirs)
+
+
+def test_no_projection_needs_the_width_of_the_shared_space() -> None:
+    with pytest.raises(UserError, match=r"projection=none needs a width of model\.embed_dim, 16, not 64"):
+        build(small_clipa(projection="none"))
+
+
 def test_text_without_a_mask_sees_its_padding() -> None:
     model = build(small_clipa()).eval()
     ids_BT = words(1, model.config)
@@ -184,6 +264,6 @@ def test_a_configuration_of_an_older_clipkit_still_loads() -> None:
     assert ModelConfig.from_dict(old) == vit_b16()
 
 
-@pytest.mark.parametrize("config", [vit_h14_clipa(), vit_bigg14(), small_clipa(patch_bias=True)])
+@pytest.mark.parametrize("config", [vit_h14_clipa(), vit_bigg14(), small_clipa(patch_bias=True), vit_b16_siglip()])
 def test_a_configuration_survives_json(config: ModelConfig) -> None:
     assert ModelConfig.from_dict(json.loads(json.dumps(dataclasses.asdict(config)))) == config
