@@ -221,6 +221,8 @@ def run_stage(run: Run, stage: Stage, stage_start: int, model: CLIP, optimizer: 
                 peak=stage.learning_rate,
                 warmup=stage.warmup_samples,
                 total=stage.samples,
+                schedule=stage.schedule,
+                cooldown=stage.cooldown_samples,
             )
             device.set_learning_rate(optimizer, learning_rate)
             step_loss, grad_norm = train_step(wrapped, optimizer, device.batch(batch.arrays()), recipe, device)

@@ -25,6 +25,7 @@ from clipkit.train.loader.samples import LoaderConfig
 from clipkit.train.sources.source import Examples, Source
 
 Decay = Literal["matrices", "layers"]
+Schedule = Literal["cosine", "constant", "inverse_sqrt"]
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Stage:
     learning_rate: float
     """The peak, reached after the warm-up."""
     warmup_samples: int
+    """The learning rate rises over so many samples."""
     image_size: int
     """Side of the square input in pixels; a smaller image is the best way to reduce image tokens."""
     context_length: int
@@ -47,6 +49,11 @@ class Stage:
     image_reduction: ImageMethod | None = None
     """How patches are chosen when `image_keep` says to keep only some of them."""
     image_keep: int | None = None
+    schedule: Schedule = "cosine"
+    """How the learning rate goes on from its peak: `cosine` to zero at the end; `constant`; `inverse_sqrt` of the
+    samples seen. A stage on one of the last two can be made longer while it runs."""
+    cooldown_samples: int = 0
+    """The learning rate falls to zero over the last so many samples, in a straight line; not with a cosine."""
     position: Literal["learnable", "sincos"] | None = None
     """The image tower's position embedding in this stage, where it isn't the model's own."""
     augmentation: Augmentation = field(default_factory=Augmentation)
@@ -148,6 +155,7 @@ RANGES: dict[type, dict[str, Range]] = {
         "batch_size": COUNT,
         "learning_rate": POSITIVE,
         "warmup_samples": NOT_NEGATIVE,
+        "cooldown_samples": NOT_NEGATIVE,
         "image_size": Range(0, 16_384, open=True),
         "context_length": SIZE,
         "image_keep": SIZE,
@@ -228,6 +236,12 @@ def check_recipe(recipe: Recipe, source: Source | Examples, device: Device) -> N
             )
         if not 0 <= stage.warmup_samples <= stage.samples:
             raise UserError(f"{where}: warmup_samples {stage.warmup_samples} is not between 0 and {stage.samples}")
+        cooldown, after_warmup = stage.cooldown_samples, stage.samples - stage.warmup_samples
+        if cooldown and (stage.schedule == "cosine" or cooldown > after_warmup):
+            raise UserError(
+                f"{where}: cooldown_samples {cooldown} needs schedule=constant or inverse_sqrt, and at most the "
+                f"{after_warmup} samples after the warm-up"
+            )
         if (stage.image_keep is None) != (stage.image_reduction is None):
             raise UserError(f"{where}: image_keep and image_reduction go together: set both or neither")
         share = stage.batch_size // shards

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from clipkit import checkpoint
-from clipkit.config import did_you_mean, differences, to_json
+from clipkit.config import did_you_mean, differences, from_json, to_json
 from clipkit.device import Device
 from clipkit.errors import UserError
 from clipkit.train.recipes import Recipe
@@ -77,15 +77,17 @@ def changes_on_resume(start: checkpoint.Checkpoint, recipe: Recipe, data: Data, 
     data: the schedule and the order would not hold.
     """
     theirs = start.config["recipe"]
-    # An older clipkit knew no other way.
-    theirs = {**theirs, "optimizer": {"decay": "layers", **theirs["optimizer"]}}
+    # What an older clipkit didn't write has its default, but for the decay, of which it knew one kind.
+    legacy = {**theirs, "optimizer": {"decay": "layers", **theirs["optimizer"]}}
+    theirs = to_json(from_json(Recipe, legacy, f"{start.path}/config.json: recipe"))
     begun = first = 0
     for stage in theirs["stages"]:
         begun += first < start.samples_seen
         first += stage["samples"]
     changed = differences(by_number(theirs), by_number(to_json(recipe)))
     later = [line for line in changed if is_later(line, begun)]
-    refused = [line for line in changed if line not in later and not line.startswith(FREE)]
+    kept = [line for line in changed if line not in later and not line.startswith(FREE)]
+    refused = [line for line in kept if not is_extension(line, recipe, theirs, begun - 1, start.samples_seen)]
     if refused:
         hint = "; --allow-changes is for stages that haven't begun" if allow_changes else ""
         raise UserError(
@@ -109,6 +111,19 @@ def changes_on_resume(start: checkpoint.Checkpoint, recipe: Recipe, data: Data, 
 def by_number(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """A recipe's JSON with its stages by number, so that two of unequal length are compared stage by stage."""
     return {**recipe, "stages": {str(number): stage for number, stage in enumerate(recipe["stages"])}}
+
+
+def is_extension(line: str, recipe: Recipe, theirs: Mapping[str, Any], number: int, samples_seen: int) -> bool:
+    """Whether a difference makes the stage that is under way longer or shorter, or moves its cool-down.
+
+    Only where the learning rate so far doesn't depend on the stage's end: neither on a cosine nor in a cool-down.
+    """
+    if line.partition(":")[0] not in (f"stages.{number}.samples", f"stages.{number}.cooldown_samples"):
+        return False
+    stage, before = recipe.stages[number], theirs["stages"][number]
+    seen = samples_seen - sum(each["samples"] for each in theirs["stages"][:number])
+    ends = stage.samples - stage.cooldown_samples, before["samples"] - before["cooldown_samples"]
+    return stage.schedule == before["schedule"] != "cosine" and seen <= min(ends)
 
 
 def is_later(line: str, begun: int) -> bool:

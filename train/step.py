@@ -15,7 +15,7 @@ from clipkit.device import Device
 from clipkit.errors import UserError
 from clipkit.model.loss import info_nce, sigmoid_loss
 from clipkit.pixels.images import normalise
-from clipkit.train.recipes import Decay, OptimizerConfig, Recipe
+from clipkit.train.recipes import Decay, OptimizerConfig, Recipe, Schedule
 
 Tensors = dict[str, torch.Tensor]
 Features = tuple[torch.Tensor, ...]
@@ -131,13 +131,30 @@ def is_decayed(name: str, parameter: torch.nn.Parameter, decay: Decay) -> bool:
     return is_matrix and (decay == "matrices" or not any(part in name for part in ("token_embedding", "pos_embed")))
 
 
-def learning_rate_at(seen: int, batch: int, *, peak: float, warmup: int, total: int, final: float = 0.0) -> float:
+def learning_rate_at(
+    seen: int,
+    batch: int,
+    *,
+    peak: float,
+    warmup: int,
+    total: int,
+    schedule: Schedule = "cosine",
+    cooldown: int = 0,
+) -> float:
     """The learning rate of the step that takes a stage of `total` samples from `seen` to `seen + batch`.
 
-    Linear up to `peak`, which the step that completes `warmup` samples has, then half a cosine towards `final`.
-    Counting in samples and not in steps keeps the schedule where it was when the batch size changes.
+    Linear up to `peak`, which the step that completes `warmup` samples has; then half a cosine towards 0, or constant,
+    or falling with the inverse square root of the samples seen. The last `cooldown` samples lead from there to 0 in a
+    straight line (Hägele et al., 2024). Counting in samples and not in steps keeps the schedule where it was when the
+    batch size changes.
     """
     if seen < warmup:
         return peak * min(1.0, (seen + batch) / warmup)
-    share = (seen - warmup) / max(1, total - warmup)
-    return final + 0.5 * (peak - final) * (1 + math.cos(math.pi * min(1.0, share)))
+    if schedule == "cosine":
+        share = (seen - warmup) / max(1, total - warmup)
+        return 0.5 * peak * (1 + math.cos(math.pi * min(1.0, share)))
+    start = total - cooldown
+    reference = max(warmup, batch)
+    before_cooldown = max(reference, min(seen, start))
+    rate = peak if schedule == "constant" else peak * math.sqrt(reference / before_cooldown)
+    return rate * max(0.0, min(1.0, (total - seen) / max(1, cooldown)))

@@ -40,6 +40,7 @@ def test_every_recipe_passes_its_own_check_and_survives_json(name):
         ("stages.1.warmup_samples=10000", "warmup_samples 10000"),
         ("stages.0.image_size=33", "stage reduced: .*33"),
         ("stages.0.image_size=0", "image_size is 0: set a positive number"),
+        ("stages.0.cooldown_samples=16", "cooldown_samples 16 needs schedule=constant or inverse_sqrt"),
         ("optimizer.grad_clip=0", "grad_clip is 0.0: set a positive number, or none for off"),
         ("optimizer.grad_clip=-1", "grad_clip is -1.0: set a positive number, or none for off"),
         ("optimizer.grad_clip=nan", "grad_clip is nan: set a positive number, or none for off"),

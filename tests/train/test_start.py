@@ -101,6 +101,35 @@ def test_a_stage_that_has_not_begun_may_change_where_that_is_asked_for(
     assert_same_weights(run, tmp_path / "other")
 
 
+@pytest.mark.parametrize("schedule", ["constant", "inverse_sqrt"])
+def test_a_rate_that_does_not_know_the_end_can_be_extended_and_cooled_down(pairs_dataset, tmp_path, schedule):
+    """As if the longer run, or the one with a cool-down, had been asked for from the beginning."""
+    base = [f"stages.0.schedule={schedule}", "cadence.checkpoint_samples=32", "cadence.keep_checkpoints=9"]
+    longer = [*base, "stages.0.samples=320", "stages.0.cooldown_samples=96"]
+    train(set_values(debug(), base), pairs_dataset, tmp_path / "short", **CPU)
+    train(set_values(debug(), longer), pairs_dataset, tmp_path / "long", **CPU)
+    branch = stopped_at(tmp_path / "short", tmp_path / "branch", 192)
+    shutil.rmtree(branch / "checkpoints" / f"{192:012d}")  # the end of the stage, where the next one would begin
+    assert train(set_values(debug(), longer), pairs_dataset, branch, **CPU, resume=True).finished
+    assert_same_weights(branch, tmp_path / "long")
+
+
+@pytest.mark.parametrize(
+    ("begun_with", "setting"),
+    [
+        ([], "stages.0.samples=320"),  # a cosine
+        (["stages.0.schedule=constant", "stages.0.cooldown_samples=96"], "stages.0.samples=320"),  # in the cool-down
+        (["stages.0.schedule=constant"], "stages.0.samples=128"),  # it has seen more
+    ],
+)
+def test_a_rate_that_knows_its_end_cannot_be_extended(pairs_dataset, tmp_path, begun_with, setting):
+    base = [*begun_with, "cadence.checkpoint_samples=32", "cadence.keep_checkpoints=9"]
+    train(set_values(debug(), base), pairs_dataset, tmp_path / "whole", **CPU)
+    run = stopped_at(tmp_path / "whole", tmp_path / "run", 160)
+    with pytest.raises(UserError, match=r"was made by another recipe .stages\.0\.samples: 192 -> "):
+        train(set_values(debug(), [*base, setting]), pairs_dataset, run, **CPU, resume=True)
+
+
 def test_a_finished_run_may_get_another_stage(whole, pairs_dataset, tmp_path):
     run = stopped_at(whole, tmp_path / "run", 320)
     stages = debug().stages

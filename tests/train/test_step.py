@@ -9,9 +9,9 @@ from clipkit.train.recipes import OptimizerConfig
 from clipkit.train.step import is_decayed, learning_rate_at, make_optimizer
 
 
-def rates(batch, total=1000, warmup=200, peak=1.0, final=0.0):
+def rates(batch, total=1000, warmup=200, peak=1.0, **schedule):
     return [
-        learning_rate_at(seen, batch, peak=peak, warmup=warmup, total=total, final=final)
+        learning_rate_at(seen, batch, peak=peak, warmup=warmup, total=total, **schedule)
         for seen in range(0, total, batch)
     ]
 
@@ -35,6 +35,32 @@ def test_the_schedule_stays_where_it_was_when_the_batch_changes():
 
 def test_no_warm_up_begins_at_the_peak():
     assert rates(10, warmup=0)[0] == 1.0
+
+
+@pytest.mark.parametrize("schedule", ["constant", "inverse_sqrt"])
+def test_what_was_learned_so_far_does_not_depend_on_the_end(schedule):
+    short, long = rates(10, schedule=schedule), rates(10, total=4000, schedule=schedule)
+    assert short == long[: len(short)]
+    cooled = rates(10, schedule=schedule, cooldown=300)
+    assert cooled[:70] == short[:70]  # a branch off the same run
+
+
+def test_a_constant_rate_stays_and_cools_down_in_a_straight_line():
+    found = rates(10, schedule="constant", cooldown=100)
+    assert found[:20] == rates(10)[:20]
+    assert set(found[20:90]) == {1.0}
+    assert found[90:] == pytest.approx([1 - step / 10 for step in range(10)])
+    assert set(rates(10, schedule="constant")[20:]) == {1.0}
+
+
+def test_inverse_square_root_halves_at_four_times_the_samples():
+    found = rates(10, schedule="inverse_sqrt")
+    assert found[20] == pytest.approx(1.0)
+    assert found[80] == pytest.approx(0.5)
+    cooled = rates(10, schedule="inverse_sqrt", cooldown=200)
+    assert cooled[80] == pytest.approx(0.5)
+    assert cooled[90] == pytest.approx(0.25)
+    assert rates(10, warmup=0, schedule="inverse_sqrt")[0] == 1.0
 
 
 @pytest.mark.parametrize("decay", ["matrices", "layers"])
