@@ -83,14 +83,14 @@ def write_results(run: Path, results: Iterable[Result]) -> list[Result]:
 
 def distinct_name(result: Result, there: Sequence[Result]) -> str:
     """The task's name, with a folder of its data in front for each other set of the run that has the same name."""
-    mine = Path(result.data).absolute()
+    mine, split = Path(result.data).absolute(), result.hashes.get("split")
     others: dict[str, Path] = {}
     earlier = ""
-    for each in there:
+    for each in {file_name(each.task): each for each in there}.values():
         path = Path(each.data).absolute()
         # The same path may hold other images today, and a copy elsewhere holds the same ones: both keep the name.
-        # Older results have the path without the split.
-        if not mine.is_relative_to(path) and each.hashes.get("split") != result.hashes.get("split"):
+        # Older results have the folder without its split.
+        if path != mine and each.hashes.get("split") != split and not (mine.is_relative_to(path) and path.is_dir()):
             others[file_name(each.task)] = path
         elif each.task.endswith(f"-{result.task}"):
             earlier = each.task
@@ -99,7 +99,7 @@ def distinct_name(result: Result, there: Sequence[Result]) -> str:
         return earlier
     while other := others.pop(file_name(name), None):
         parts = zip(reversed(mine.parts), reversed(other.parts), strict=False)
-        differing = next((part for part, theirs in parts if part != theirs), result.hashes.get("split", "other")[:8])
+        differing = next((part for part, theirs in parts if part != theirs), split or "other")
         name = f"{differing.removesuffix('.parquet')}-{name}"
     return name
 

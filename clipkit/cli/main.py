@@ -4,6 +4,7 @@ Stages are imported inside the commands, so that `--help` loads neither torch no
 """
 
 import json
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,7 @@ for _command in (download.download, data.build_tfds, data.build_imagenet, data.v
 @click.option("--eval-label", default="label", help="Label column of --eval-data.")
 @click.option("--eval-templates", default="openai-80", help="As zeroshot's --templates.")
 @click.option("--eval-classes", type=AnyPath, help="As zeroshot's --classes.")
+@click.option("--eval-split", help="As zeroshot's --split.")
 @as_json
 def train(
     data: tuple[str, ...],
@@ -78,6 +80,7 @@ def train(
     eval_label: str,
     eval_templates: str,
     eval_classes: Path | None,
+    eval_split: str | None,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -97,9 +100,14 @@ def train(
     recipe = set_values(find_recipe(recipe_name), assignments)
     task = None
     if eval_data:
-        task = open_task(eval_data, label=eval_label, templates_name=eval_templates, classes=eval_classes)
+        try:
+            task = open_task(
+                eval_data, label=eval_label, templates_name=eval_templates, classes=eval_classes, split=eval_split
+            )
+        except UserError as error:
+            raise UserError(as_train_says(str(error))) from error
         for note in task.notes:
-            click.echo(note, err=True)
+            click.echo(as_train_says(note), err=True)
     summary = stage(recipe, data, out, device_name=device, task=task, **options)
     if summary.is_first and as_json:
         print_json(summary.to_json())
@@ -115,6 +123,12 @@ def train(
     if not summary.finished:
         # What a shell reports for a process that a signal ended; another rank may have got it.
         raise SystemExit(128 + (summary.signal or signal.SIGTERM))
+
+
+def as_train_says(message: str) -> str:
+    """A message about zero-shot data with the options as `train` calls them."""
+    message = message.replace(", or give --allow-empty-classes", "")
+    return re.sub(r"--(label|templates|classes|split)\b", r"--eval-\1", message)
 
 
 @main.command("bench-data")

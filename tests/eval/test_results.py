@@ -7,6 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from rich.console import Console
 
 from clipkit import formatting
@@ -14,6 +16,7 @@ from clipkit.eval import results
 from clipkit.eval.results import Result
 from clipkit.intervals import wilson
 
+PATHS = ["a/x", "b/x", "a/y", "b", "x", "a/x/val", "a-x", "x.parquet", "b/x.parquet", "x.parquet/fine"]
 HASHES = {"classes": "a", "templates": "b", "split": "c", "preprocessing": "d"}
 
 
@@ -87,6 +90,21 @@ def test_two_sets_of_one_name_are_both_kept(tmp_path: Path, data: list[str], nam
     assert results.write_results(tmp_path / "run", [copy])[0].task == name[0]
     changed = line(1, hashes=HASHES | {"split": "changed"})
     assert results.write_results(tmp_path / "run", [changed])[0].task == name[1]
+
+
+@given(st.lists(st.tuples(st.sampled_from(PATHS), st.integers(0, 4)), min_size=1, max_size=8))
+def test_no_two_sets_share_a_file_of_guesses(measured: list[tuple[str, int]]) -> None:
+    """Whatever sets are called, and in whatever order they are measured."""
+    there: list[Result] = []
+    owner: dict[Path, tuple[str, int]] = {}
+    for path, split in measured:
+        new = result(data=f"/data/{path}", task="t", hashes=HASHES | {"split": str(split)})
+        new = dataclasses.replace(new, task=results.distinct_name(new, there))
+        file = results.predictions_path(Path("run"), new.task)
+        before = owner.get(file, (path, split))
+        assert before[0] == path or before[1] == split
+        owner[file] = path, split
+        there.append(new)
 
 
 def test_no_results_yet_and_foreign_lines(tmp_path: Path) -> None:

@@ -22,10 +22,10 @@ OPTIONS = {
     "--samples-per-shard --probe --probe-floor --retry-failed --processes --engine --json",
     "inspect": "path --split --sample --out --json",
     "purge": "path --list --by --quoting --dry-run --workers --engine --json",
-    "recipes": "name --set",
+    "recipes": "name --set --json",
     "report": "run",
     "train": "--data --recipe --out --device --set --resume --allow-changes --init --from-stage --split --workers "
-    "--cache --cache-gb --eval-data --eval-label --eval-templates --eval-classes --json",
+    "--cache --cache-gb --eval-data --eval-label --eval-templates --eval-classes --eval-split --json",
     "verify": "path --decode --workers --engine --json",
     "zeroshot": "--ckpt --data --templates --label --classes --pooling --split "
     "--allow-empty-classes --name --batch-size --device --out --json",
@@ -89,6 +89,9 @@ def test_clipa_b16_is_the_published_recipe():
     assert [stage["augmentation"]["crop_area"] for stage in recipe["stages"]] == [[0.4, 1.0], [0.4, 1.0]]
 
 
+EVALUATED = ["train", "--data", "DATASET", "--recipe", "debug", "--out", "run", "--eval-data", "HELDOUT"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -102,6 +105,8 @@ def test_clipa_b16_is_the_published_recipe():
             "samples 100 is not a multiple of batch_size 16: set 96",
         ),
         (["train", "--data", "DATASET", "--recipe", "debug", "--out", "/proc/x"], "can't write /proc/x"),
+        ([*EVALUATED, "--eval-label", "lable"], "(option --eval-label)"),
+        ([*EVALUATED, "--eval-split", "test"], "--eval-split can't be heeded"),
         (["recipes", "nothing"], "unknown recipe 'nothing'"),
         (["zeroshot", "--ckpt", "none", "--data", "x.parquet"], "x.parquet doesn't exist"),
         (["zeroshot", "--ckpt", "none", "--data", "HELDOUT"], "checkpoint none doesn't exist"),
