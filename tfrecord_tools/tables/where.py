@@ -77,7 +77,10 @@ class RowFilter:
             self.connection.register(TABLE, readable(table))
             return self.connection.sql(f"SELECT ({self.where}\n) FROM {TABLE}").to_arrow_table()
         except (duckdb.Error, pa.ArrowException) as error:
-            raise UserError(f"--where {self.where!r} can't be asked: {reason(error)}") from error
+            texts = [field.name for field in table.schema if pa.types.is_string(field.type)]
+            is_text = bool(texts) and "VARCHAR" in str(error)
+            hint = f"; {texts[0]} is text, as a number it is CAST({texts[0]} AS DOUBLE)" if is_text else ""
+            raise UserError(f"--where {self.where!r} can't be asked: {reason(error)}{hint}") from error
         finally:
             self.connection.unregister(TABLE)
 

@@ -154,6 +154,14 @@ def test_a_value_that_can_not_be_converted_is_one_line() -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_a_number_asked_of_a_text_column_gets_the_remedy() -> None:
+    """`0.30` in a CSV isn't written as the number 0.3 prints, so the column is text."""
+    table = pa.table({"similarity": ["0.30", "0.350"]})
+    with pytest.raises(UserError, match=r"similarity is text, as a number it is CAST\(similarity AS DOUBLE\)"):
+        RowFilter("similarity > 0.33", table.schema).mask(table)
+    assert RowFilter("CAST(similarity AS DOUBLE) > 0.33", table.schema).mask(table).tolist() == [False, True]
+
+
 def test_columns_that_differ_in_case() -> None:
     table = pa.table({"url": [1, 2], "URL": [2, 1]})
     assert select(table, "url = 1").tolist() == [True, False]
