@@ -161,18 +161,29 @@ def fill(sentence: str, name: str) -> str:
     return sentence.replace("{}", name)
 
 
-def name_classes(labels: Sequence[str], where: Path, file: Path | None = None, *, numbers: bool = False) -> Names:
+def name_classes(
+    labels: Sequence[str],
+    where: Path,
+    file: Path | None = None,
+    *,
+    numbers: bool = False,
+    occurring: Sequence[str] | None = None,
+) -> Names:
     """Names for the labels of a data set, whose order is that of the label numbers.
 
     Without a file a wnid (`n01440764`) gets its ImageNet name as curated for CLIP, what stands behind another one
     (`n02085620-Chihuahua`) is its name, and any other label is its own. With a file, a JSON object from label to a name
     or a list of names: its keys, in its order, are the classes, and may be more than occur in the data; or a list of
     names, in JSON or a line each: of the labels themselves, or else in label order. `numbers` says that the labels are
-    bare numbers, of which there may be more names than occur.
+    bare numbers, of which there may be more names than occur; an object needs to name those `occurring` only.
     Raises UserError for a label without a name, and for a file that may mean two things.
     """
     if file is not None:
         keys, listed = _named_by_file(labels, where, file, numbers)
+        known = set(keys)
+        for label in labels if occurring is None else occurring:
+            if label not in known:
+                raise UserError(f"{file} has no class {label!r}, which occurs in {where}: {nearest(label, keys)}")
         return Names(keys, listed, _twice_note(listed, file))
     imagenet = {entry["wnid"]: entry["name"] for entry in embedded.imagenet_classes()}
     names: list[str] = []
@@ -215,14 +226,8 @@ def _named_by_file(
     items = list(listed.items()) if isinstance(listed, dict) else list(enumerate(listed))
     names = tuple(_names(file, label, value) for label, value in items)
     if isinstance(listed, dict):
-        keys = tuple(listed)
-    else:
-        keys = _labels_of_list(labels, [each[0] for each in names], where, file, numbers)
-    known = set(keys)
-    for label in labels:
-        if label not in known:
-            raise UserError(f"{file} has no class {label!r}, which occurs in {where}: {nearest(label, keys)}")
-    return keys, names
+        return tuple(listed), names
+    return _labels_of_list(labels, [each[0] for each in names], where, file, numbers), names
 
 
 def _names(file: Path, label: str | int, value: Any) -> tuple[str, ...]:

@@ -177,7 +177,7 @@ class Task:
         self.images, self.classes, self.templates = images, classes, sentences
         self.name = images.name
         place = {label: number for number, label in enumerate(classes.labels)}
-        number_L = np.array([place[label] for label in images.label_names], dtype=np.int64)
+        number_L = np.array([place.get(label, -1) for label in images.label_names], dtype=np.int64)
         self.labels_N = number_L[images.labels_N]
         self.unreadable: dict[int, str] = {}
         self.notes = images.notes
@@ -291,7 +291,8 @@ def open_task(
         raise UserError(
             f"{data}: the labels are numbers, which can't be written into a prompt: give names with --classes"
         )
-    named = name_classes(images.label_names, data, classes, numbers=not images.named)
+    occurring = [images.label_names[number] for number in np.unique(images.labels_N)]
+    named = name_classes(images.label_names, data, classes, numbers=not images.named, occurring=occurring)
     task = Task(images, Classes(named.labels, named.names, check_pooling(pooling)), sentences)
     task.notes += named.notes
     if images.named and images.are_numbers and classes is None:

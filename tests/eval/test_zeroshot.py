@@ -275,6 +275,16 @@ def test_numbers_need_names(emoji: Path, tmp_path: Path) -> None:
         open_task(emoji, label="number", classes=names)
 
 
+def test_names_for_the_numbers_that_occur_are_enough(tmp_path: Path) -> None:
+    data = write_parquet(tmp_path / "d.parquet", image=[png(), png()], label=[7, 2])
+    (tmp_path / "names.json").write_text('{"2": "cat", "5": "cow", "7": "dog"}', encoding="utf-8")
+    task = open_task(data, classes=tmp_path / "names.json")
+    assert (task.classes.titles, task.labels_N.tolist()) == (("cat", "cow", "dog"), [2, 0])
+    (tmp_path / "names.json").write_text('{"2": "cat", "5": "cow"}', encoding="utf-8")
+    with pytest.raises(UserError, match="has no class '7', which occurs in"):
+        open_task(data, classes=tmp_path / "names.json")
+
+
 def test_a_class_of_many_names_is_their_mean(model: CLIP, tokenizer: Tokenizer, emoji: Path, tmp_path: Path) -> None:
     labels = sorted({str(label) for label in pq.read_table(emoji)["label"].to_pylist()})
     file = tmp_path / "classes.json"
