@@ -218,46 +218,20 @@ def test_workers_change_nothing(tmp_path):
     assert (seen[-1].counts["records"], seen[-1].done) == (one.records, seen[-1].total)
 
 
-# Each build is killed just before one of its renames, or after the last, and done again. The shards differ in the kind
-# of one column, so that the second pass over them is killed too. A kill loses nothing of what the kernel holds, so
-# flushing, most of the time, is left out.
+# The shards differ in the kind of one column, so that the second pass over them is killed too.
 KILLED = """
-import json, os, shutil, signal, sys
+import json, sys
 from pathlib import Path
-from clipkit.tfrecord_tools.build import command as build
-from folder_contents import contents
+from clipkit.tfrecord_tools.build.command import build_tfds
+from killed_builds import kill_at_each_rename
 
-os.fsync = lambda descriptor: None
 shards, out, OPTIONS = Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
-rename = Path.replace
 
-def run(kill_at=None):
-    done = 0
-    def counted(path, target):
-        nonlocal done
-        done += 1
-        if done == kill_at:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return rename(path, target)
-    Path.replace = counted
-    summary = build.build_tfds(shards, out, "pairs", progress=lambda now: None, shard_megabytes=0.01024, **OPTIONS)
-    Path.replace = rename
-    os.kill(os.getpid(), signal.SIGKILL) if kill_at else None
-    return summary, done
+def build():
+    summary = build_tfds(shards, out, "pairs", progress=lambda now: None, shard_megabytes=0.01024, **OPTIONS)
+    return summary.records, summary.skipped
 
-whole, renames = run()
-assert renames > 14
-expected = contents(out)
-for kill_at in range(1, renames + 2):
-    shutil.rmtree(out)
-    child = os.fork()
-    if not child:
-        run(kill_at)
-    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
-    summary, _ = run()
-    assert contents(out) == expected, kill_at
-    assert (summary.records, summary.skipped) == (whole.records, whole.skipped)
-print("the same")
+kill_at_each_rename(build, out, least=14)
 """
 
 

@@ -596,44 +596,19 @@ def test_workers_change_nothing(tmp_path, monkeypatch):
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
 
 
-# Each build is killed just before one of its renames, or after the last, and done again.
 KILLED = """
-import os, shutil, signal, sys
+import sys
 from pathlib import Path
 from clipkit.tfrecord_tools.labelled import imagenet
-from folder_contents import contents
+from killed_builds import kill_at_each_rename
 
 imagenet.SHARD_MEGABYTES = 0.004
-os.fsync = lambda descriptor: None
 source, out = Path(sys.argv[1]), Path(sys.argv[2])
-rename = Path.replace
 
-def run(kill_at=None):
-    done = 0
-    def counted(path, target):
-        nonlocal done
-        done += 1
-        if done == kill_at:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return rename(path, target)
-    Path.replace = counted
-    imagenet.build_imagenet(source, out, subset=True)
-    Path.replace = rename
-    os.kill(os.getpid(), signal.SIGKILL) if kill_at else None
-    return done
+def build():
+    return [split.records for split in imagenet.build_imagenet(source, out, subset=True).splits]
 
-renames = run()
-assert renames > 20
-expected = contents(out)
-for kill_at in range(1, renames + 2):
-    shutil.rmtree(out)
-    child = os.fork()
-    if not child:
-        run(kill_at)
-    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
-    run()
-    assert contents(out) == expected, kill_at
-print("the same")
+kill_at_each_rename(build, out, least=20)
 """
 
 
