@@ -44,8 +44,9 @@ def section() -> str:
         ("splits", splits()),
         (
             "labelled images",
-            "a folder a class, in a folder a split or in the given one; a class without images stops a build unless "
-            "`--allow-empty-classes`",
+            "a folder a class, in a folder a split or in the given one; a class without images is refused without "
+            "`--allow-empty-classes`; for `zeroshot` also parquet files with a column `label`, and tars with a `.cls` "
+            "for each sample",
         ),
         (
             "hidden, passed over everywhere",

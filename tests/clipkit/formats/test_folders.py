@@ -9,7 +9,16 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from clipkit.errors import UserError
-from clipkit.formats.folders import SPLIT_WORDS, class_folders, find_layout, list_images, printable, split_of
+from clipkit.formats.folders import (
+    SPLIT_WORDS,
+    choose_split,
+    class_folders,
+    common_split,
+    find_layout,
+    list_images,
+    printable,
+    split_of,
+)
 from clipkit.formats.tables import IMAGE_SUFFIXES
 from clipkit.pixels.images import FORMATS
 
@@ -155,3 +164,29 @@ def test_a_split_that_is_asked_for_may_stand_beside_other_folders(tmp_path):
     assert "left aside: seg_pred" in layout.notes[0]
     with pytest.raises(UserError, match="beside others"):
         find_layout(tmp_path, split="validation")
+
+
+@pytest.mark.parametrize(
+    ("names", "asked", "chosen"),
+    [
+        (["train", "validation"], None, "validation"),
+        (["train", "val", "test"], None, "val"),
+        (["train", "test"], None, "test"),
+        (["Training"], None, "Training"),
+        (["train", "val"], "validation", "val"),
+        (["train", "validation"], "dev", "validation"),
+        (["train", "fold_1"], "fold_1", "fold_1"),
+        (["train", "fold_1"], "test", None),
+        (["fold_1", "fold_2"], None, None),
+    ],
+)
+def test_the_split_that_is_evaluated_on(names, asked, chosen) -> None:
+    assert choose_split(names, asked) == chosen
+
+
+@pytest.mark.parametrize(
+    ("names", "split"),
+    [("test-0.tar test-1.tar", "test"), ("0.tar 1.tar", ""), ("test-0.tar train-1.tar", ""), ("train-val.tar", "")],
+)
+def test_the_split_that_all_names_say(names, split) -> None:
+    assert common_split(names.split()) == split
