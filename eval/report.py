@@ -55,12 +55,7 @@ def contents(run: Path) -> dict[str, Any]:
     found = results.read_results(run)
     stages = report_data.stage_costs(config, metrics)
     seen = int(metrics[-1]["samples_seen"]) if metrics else 0
-    facts, missing = None, "the run doesn't say which data it was trained on"
-    if config.get("data"):
-        try:
-            facts = report_data.data_facts(Path(config["data"]), (config.get("dataset") or {}).get("split", "train"))
-        except UserError as error:
-            missing = str(error)
+    data = report_data.training_data(config)
     latest = newest(found)
     return {
         "run": run.resolve().name,
@@ -81,9 +76,10 @@ def contents(run: Path) -> dict[str, Any]:
         "curves": curves(metrics, stages),
         "over_training": over_training(metrics, stages, found),
         "walls": walls(run),
-        "facts": facts,
-        "missing_facts": missing,
-        "data_charts": data_charts(facts, stages) if facts else [],
+        "data": data,
+        "data_charts": [data_charts(part.facts, stages) if part.facts else [] for part in data],
+        "data_names": " and ".join(part.name for part in data) or (config.get("dataset") or {}).get("name", ""),
+        "records": sum(part.records for part in data) or (config.get("dataset") or {}).get("records", 0),
         "metric_names": METRICS,
         "seed": SEED,
     }

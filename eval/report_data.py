@@ -8,23 +8,25 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from clipkit.errors import UserError
+from clipkit.errors import UserError, one_line
 from clipkit.eval.results import METRICS
 from clipkit.formats.dataset import open_dataset
 from clipkit.formats.features import find_caption
 from clipkit.formats.manifest import read_manifest
 from clipkit.model.config import ModelConfig
 from clipkit.model.flops import sample_cost, weight_count
-from clipkit.storage.files import read_json, read_json_lines
+from clipkit.storage.files import as_path, is_remote, read_json, read_json_lines
+from clipkit.storage.stores import store_message
 from clipkit.text.tokenizer import Tokenizer, clean
 
-SAMPLE = 20_000
+SAMPLE, REMOTE_SAMPLE = 20_000, 500
 SIZES = 2_000
 SEED = 0
 
@@ -70,6 +72,22 @@ class DataFacts:
     skipped: dict[str, int]
     downloads: dict[str, int]
     """URLs by how they ended, when the shards' own account is in reach; `downloaded` are the good ones."""
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """One of the places that a run's data came from, with what can be read there now."""
+
+    path: str
+    name: str
+    records: int
+    kind: str
+    """`tars`, `parquet` or `folder` for what was read as it was; "" for a dataset."""
+    share: float
+    """Of the samples; 1 where the run had one place only."""
+    facts: DataFacts | None
+    missing: str
+    """Why there are no facts."""
 
 
 def read_config(run: Path) -> dict[str, Any]:
@@ -158,18 +176,37 @@ def config_at(model: Mapping[str, Any], stage: Mapping[str, Any]) -> ModelConfig
     return replace(config, image=image, text=text)
 
 
+def training_data(config: Mapping[str, Any]) -> list[TrainingData]:
+    """The places that the run's data came from; [] when the run doesn't say. Where one can't be read, it says why."""
+    places, dataset = config.get("data") or [], config.get("dataset") or {}
+    places = [places] if isinstance(places, str) else places
+    parts = dataset.get("mixture") or [dataset] * len(places)
+    found = []
+    for place, part in zip(places, parts, strict=False):
+        facts, missing, kind = None, "", str(part.get("kind", ""))
+        try:
+            facts = None if kind else data_facts(as_path(place), part.get("split", "train"))
+        except Exception as error:  # a disk, a store, a dataset that was changed: the rest of the page stands
+            missing = store_message(error, place) or one_line(error)
+        weight = float(Fraction(part.get("weight", "1")))
+        name, records = str(part.get("name", Path(place).name)), int(part.get("records", 0))
+        found.append(TrainingData(place, name, records, kind, weight, facts, missing))
+    return found
+
+
 def data_facts(path: Path, split: str) -> DataFacts:
     """Read the dataset's metadata and a random sample of its records. Raises UserError when it isn't in reach."""
     dataset = open_dataset(path, split=split)
     total = dataset.num_records
-    chosen = sample_places(total)
+    chosen = sample_places(total, REMOTE_SAMPLE if is_remote(path) else SAMPLE)
     column = find_caption(dataset.features)
     captions: list[str] = []
     sides: list[int] = []
     for number, index in enumerate(chosen):
         example = dataset.example(index)
         if column:
-            captions.append(example[column] or "")
+            value = example[column]
+            captions.append(value if isinstance(value, str) else str(value[0]) if value else "")
         side = shorter_side(example, number < SIZES)
         if side is not None:
             sides.append(side)
@@ -193,10 +230,10 @@ def data_facts(path: Path, split: str) -> DataFacts:
     )
 
 
-def sample_places(total: int) -> list[int]:
-    """Up to SAMPLE of the places 0..total-1 in order, drawn at random; memory doesn't grow with `total`."""
+def sample_places(total: int, most: int = SAMPLE) -> list[int]:
+    """Up to `most` of the places 0..total-1 in order, drawn at random; memory doesn't grow with `total`."""
     rng = np.random.default_rng(SEED)
-    chosen: list[int] = np.sort(rng.choice(total, min(SAMPLE, total), replace=False, shuffle=False)).tolist()
+    chosen: list[int] = np.sort(rng.choice(total, min(most, total), replace=False, shuffle=False)).tolist()
     return chosen
 
 

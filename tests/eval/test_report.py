@@ -257,3 +257,70 @@ def test_thinning_keeps_the_mean_and_leaves_nan_out() -> None:
     assert len(xs) <= charts.POINTS
     assert xs == ys
     assert xs[0] == 2.0
+
+
+# ---- Where the data came from ----------------------------------------------------------------------------------------
+
+
+def page_of(run: Path, data: object, dataset: dict[str, Any] | None) -> str:
+    """The page of a run whose config.json says so."""
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps({**config, "data": data, "dataset": dataset}))
+    return report(run).read_text(encoding="utf-8")
+
+
+def mixture(*parts: dict[str, Any]) -> dict[str, Any]:
+    return {"mixture": list(parts)}
+
+
+def test_a_mixture_is_told_part_by_part(tmp_path: Path, pairs_dataset: Path, browser: Browser) -> None:
+    run = write_run(tmp_path / "run", tmp_path)
+    text = page_of(
+        run,
+        [str(pairs_dataset), str(tmp_path / "gone"), str(tmp_path / "shards")],
+        mixture(
+            {"name": "colours", "split": "train", "records": 96, "weight": "7/10"},
+            {"name": "gone", "split": "train", "records": 1000, "weight": "1/5"},
+            {"name": "shards", "kind": "tars", "records": 2000, "files": "0", "weight": "1/10"},
+        ),
+    )
+    assert "on colours and gone and shards" in text
+    assert "trained on 3,096 image–caption pairs" in text
+    assert "colours: 70.0% of the samples, 72.9 passes" in text
+    assert "gone: 20.0% of the samples, 2 passes" in text
+    assert f"The data isn’t in reach: dataset {tmp_path}/gone doesn&#39;t exist" in text
+    assert "2,000 pairs, read from webdataset tars" in text
+    browser.open(run / "report.html", 1200, "light")
+    assert browser.problems() == []
+
+
+@pytest.mark.parametrize("kind", ["tars", "parquet", "folder", "something new"])
+def test_data_that_was_read_as_it_was_are_told_in_a_line(tmp_path: Path, kind: str) -> None:
+    run = write_run(tmp_path / "run", tmp_path)
+    text = page_of(run, str(tmp_path), {"name": "x", "kind": kind, "records": 2000, "files": "0"})
+    assert "2,000 pairs, read from " in text
+    assert "The data isn’t in reach" not in text
+
+
+@pytest.mark.parametrize("place", ["s3://nowhere/data", "gs://nowhere/data", "nothing://data", "memory://nowhere"])
+@pytest.mark.parametrize("several", [False, True])
+def test_a_store_that_is_out_of_reach_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, several: bool
+) -> None:
+    def refuse(path: Path, split: str) -> None:
+        raise ConnectionError(f"no route to {path}")
+
+    if place.startswith(("s3", "gs")):
+        monkeypatch.setattr(report_data, "open_dataset", refuse)
+    run = write_run(tmp_path / "run", tmp_path)
+    part = {"name": "far", "split": "train", "records": 500}
+    dataset = mixture({**part, "weight": "1/2"}, {**part, "weight": "1/2"}) if several else part
+    text = page_of(run, [place, place] if several else place, dataset)
+    assert text.count("The data isn’t in reach: ") == 1 + several
+    assert place.partition("://")[2] in text
+    assert "It had 500 pairs." in text
+
+
+@pytest.mark.parametrize(("data", "dataset"), [(None, None), ([], {}), (["x"], None), ("x", {"records": 3})])
+def test_a_run_that_says_little_of_its_data_has_a_page(tmp_path: Path, data: object, dataset: Any) -> None:
+    assert "The data isn’t in reach: " in page_of(write_run(tmp_path / "run", tmp_path), data, dataset)
