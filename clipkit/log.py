@@ -3,14 +3,15 @@
 Progress and warnings go to stderr, so that stdout stays for results.
 """
 
+import json
 import sys
 import time
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from clipkit.formatting import duration
-from clipkit.storage.files import append_json_line, read_json_lines, write_json_lines
+from clipkit.formatting import counted, duration
+from clipkit.storage.files import append_json_line, read_json_lines, write_beside
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
@@ -156,13 +157,40 @@ class MetricsWriter(Writer):
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The metrics of a run, in order of samples seen; [] when there are none."""
-    return read_json_lines(run / "metrics.jsonl")
+    """The metrics of a run, in order of samples seen; [] when there are none. Other lines are passed over."""
+    return [line for line in read_json_lines(run / "metrics.jsonl") if is_metrics(line)]
+
+
+def is_metrics(line: Any) -> bool:
+    """Whether a value read from `metrics.jsonl` is a line of ours."""
+    return isinstance(line, dict) and type(line.get("samples_seen")) is int
 
 
 def forget_metrics_after(run: Path, samples_seen: int) -> None:
-    """Drop the lines beyond a checkpoint, since a resumed run is going to write them again."""
-    lines = read_metrics(run)
-    kept = [line for line in lines if line["samples_seen"] <= samples_seen]
-    if len(kept) < len(lines):
-        write_json_lines(run / "metrics.jsonl", kept)
+    """Drop the lines beyond a checkpoint, since a resumed run is going to write them again.
+
+    Lines that aren't ours stay where they are, and a warning says so; a torn last one goes.
+    """
+    path = run / "metrics.jsonl"
+    if not path.exists():
+        return
+    kept, foreign, dropped = [], [], False
+    with path.open(encoding="utf-8", errors="surrogateescape", newline="\n") as file:
+        for number, text in enumerate(file, 1):
+            try:
+                line = json.loads(text)
+            except ValueError:
+                line = None
+            if is_metrics(line):
+                is_kept = line["samples_seen"] <= samples_seen
+            else:
+                is_kept = text.endswith("\n")
+                foreign += [number] if text.strip() and is_kept else []
+            kept += [text] if is_kept else []
+            dropped |= not is_kept
+    if foreign:
+        lines = counted(len(foreign), "line")
+        warn_on_stderr(f"{path}: {lines} not of clipkit's, the first is line {foreign[0]}: left as they are")
+    if dropped:
+        with write_beside(path) as temporary:
+            temporary.write_bytes("".join(kept).encode("utf-8", errors="surrogateescape"))

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from clipkit import log
 from clipkit.errors import UserError, one_line
 from clipkit.eval.results import METRICS
 from clipkit.formats.dataset import open_dataset
@@ -22,7 +23,7 @@ from clipkit.formats.features import find_caption
 from clipkit.formats.manifest import read_manifest
 from clipkit.model.config import ModelConfig
 from clipkit.model.flops import sample_cost, weight_count
-from clipkit.storage.files import as_path, is_remote, read_json, read_json_lines
+from clipkit.storage.files import as_path, is_remote, read_json
 from clipkit.storage.stores import store_message
 from clipkit.text.tokenizer import Tokenizer, clean
 
@@ -102,9 +103,8 @@ def read_config(run: Path) -> dict[str, Any]:
 def read_metrics(run: Path) -> list[dict[str, Any]]:
     """Metrics in order of samples seen; lines of the same moment (training, evaluation) are put together."""
     merged: dict[int, dict[str, Any]] = {}
-    for line in read_json_lines(run / "metrics.jsonl"):
-        if isinstance(line, dict) and isinstance(line.get("samples_seen"), int):
-            merged.setdefault(line["samples_seen"], {}).update(line)
+    for line in log.read_metrics(run):
+        merged.setdefault(line["samples_seen"], {}).update(line)
     return [merged[seen] for seen in sorted(merged)]
 
 

@@ -54,6 +54,25 @@ def test_metrics_are_read_back_and_forgotten_after_a_checkpoint(tmp_path):
     assert [line["loss"] for line in read_metrics(tmp_path)] == [1.0, 2.0]
 
 
+@pytest.mark.parametrize(
+    "foreign",
+    [
+        b"[1, 2]", b"17", b"null", b'"text"', b"# my note", b"{}", b'{"loss": 1.0}', b'{"samples_seen": "16"}',
+        b'{"samples_seen": true}', b'{"samples_seen": null}', b'{"samples_seen": 1e3}', b"\xff\xfe",
+        b"step,loss", b"a\x0bb",
+    ],
+)  # fmt: skip
+def test_lines_that_are_not_ours_stay_and_are_said(tmp_path, capsys, foreign):
+    path = tmp_path / "metrics.jsonl"
+    ours = [f'{{"samples_seen": {seen}, "loss": 1.0}}\n'.encode() for seen in (16, 32, 48)]
+    path.write_bytes(ours[0] + foreign + b"\n\n" + ours[1] + ours[2] + foreign + b"\n" + b'{"samples_seen": 4')
+    forget_metrics_after(tmp_path, 32)
+    assert path.read_bytes() == ours[0] + foreign + b"\n\n" + ours[1] + foreign + b"\n"
+    assert [line["samples_seen"] for line in read_metrics(tmp_path)] == [16, 32]
+    says = f"Warning: {path}: 2 lines not of clipkit's, the first is line 2: left as they are\n"
+    assert capsys.readouterr().err == says
+
+
 def test_tensorboard_reads_what_was_written_and_tensorflow_was_not_needed(tmp_path):
     code = (
         "import sys; from pathlib import Path; from clipkit.log import MetricsWriter\n"
