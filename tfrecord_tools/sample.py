@@ -3,6 +3,7 @@
 from typing import Any, Literal, NamedTuple, get_args
 
 from clipkit.formats.captions import CaptionChoice, captions_of, choose_captions
+from clipkit.formats.kinds import OWN
 from clipkit.tfrecord_tools.reasons import BAD_TEXT, EMPTY_CAPTION, NO_CAPTION
 
 # What img2dataset says about its own work: the same for all samples that reach a shard.
@@ -21,6 +22,16 @@ class Sample(NamedTuple):
     caption: str | None
     columns: dict[str, Any]
     problem: str | None = None
+
+
+def drop_account(columns: dict[str, Any]) -> None:
+    """Take out what a download says of its own work in a sample's columns, but not a user's columns of such names."""
+    status, message = (OWN + "status", OWN + "error_message")
+    if status not in columns:
+        status, message = ("status", "error_message")
+        if columns.get(status) != "success" or columns.get(message, "missing") not in (None, ""):
+            return
+    columns.pop(status), columns.pop(message, None)
 
 
 def samples_of(found: Sample, choice: CaptionChoice | None, place: object) -> tuple[Sample, ...]:

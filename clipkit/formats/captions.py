@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 import pyarrow as pa
 
 from clipkit.errors import UserError
+from clipkit.formats.kinds import OWN
 
 CaptionChoice = Literal["first", "random", "each"]
 CAPTION_CHOICES: tuple[CaptionChoice, ...] = get_args(CaptionChoice)
@@ -63,8 +64,11 @@ def choose_captions(captions: Sequence[str], choice: CaptionChoice | None, key: 
 def merge_captions(text: str | None, columns: dict[str, Any]) -> Any:
     """The caption of a sample that holds it as `txt` and perhaps again, in its own type, in the column `caption`.
 
-    The column is taken out of `columns` unless it holds something else than `txt`.
+    The column is taken out of `columns` unless it holds something else than `txt`. Where a download has found another
+    column of that name in its table, its own is taken out, and the other stays.
     """
+    if OWN + REPEATED in columns:
+        return merge_captions(text, {REPEATED: columns.pop(OWN + REPEATED)})
     if REPEATED not in columns:
         return text
     value = columns[REPEATED]

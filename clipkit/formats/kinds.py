@@ -6,12 +6,16 @@ column are missing values and belong to every kind.
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
 import pyarrow as pa
 
 from clipkit.formats.records import Value
+
+# Stands before the name of one of clipkit's own columns (`url`, `key`, `caption`, …) where a user's table has a column
+# of that name. No column of a table may be called so.
+OWN = "clipkit_"
 
 KINDS = ("bool", "int", "float", "text")
 LIST = "list of "
@@ -60,6 +64,11 @@ def arrow_type(kind: str) -> pa.DataType:
     if kind == EMPTY_LIST:
         return pa.list_(types["text"])
     return pa.list_(types[kind.removeprefix(LIST)]) if kind.startswith(LIST) else types[kind]
+
+
+def own_name(names: Container[str], name: str) -> str:
+    """What clipkit's own column is called among these."""
+    return OWN + name if OWN + name in names else name
 
 
 class KindWidenedError(Exception):

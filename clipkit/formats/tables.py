@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 
 from clipkit.errors import UserError
 from clipkit.formats.captions import CaptionChoice, captions_of, check_caption_type
-from clipkit.formats.kinds import arrow_type, kind_of, unify
+from clipkit.formats.kinds import OWN, arrow_type, kind_of, unify
 from clipkit.formats.text_file import PIECE_BYTES, TEXT_BLOCK_BYTES, Quoting, TextFile
 from clipkit.formats.text_quotes import study
 from clipkit.storage.files import disk_errors, disk_message, is_remote, local_copy
@@ -71,7 +71,10 @@ def is_image(name: str) -> bool:
 
 
 def find_name(names: Sequence[str], wanted: Sequence[str]) -> str | None:
-    """The first of the wanted names that is there, in upper or lower case."""
+    """The first of the wanted names that is there, in upper or lower case; one of clipkit's own before all others."""
+    own = next((OWN + usual for usual in wanted if OWN + usual in names), None)
+    if own is not None:
+        return own
     return next((name for usual in wanted for name in names if name.lower() == usual), None)
 
 

@@ -54,7 +54,13 @@ FAILURES = pa.schema(
 )
 
 
-def ledger_table(keys: Sequence[str], numbers: Sequence[int], rows: pa.Table, outcomes: list[RowOutcome]) -> pa.Table:
+def ledger_table(
+    keys: Sequence[str],
+    numbers: Sequence[int],
+    urls: pa.ChunkedArray | pa.Array,
+    captions: pa.ChunkedArray | pa.Array,
+    outcomes: list[RowOutcome],
+) -> pa.Table:
     """The ledger of a shard. `numbers` are the rows' numbers in their table.
 
     Captions are kept of failures, but of a purged row nothing but its place.
@@ -64,8 +70,8 @@ def ledger_table(keys: Sequence[str], numbers: Sequence[int], rows: pa.Table, ou
     arrays = [
         pa.array(keys, pa.string()),
         pa.array(numbers, pa.int64()),
-        rows["url"],
-        pc.if_else(failed, rows["caption"], None),
+        urls,
+        pc.if_else(failed, captions, None),
         *(pa.array(values, LEDGER.field(name).type) for name, values in columns.items()),
     ]
     return pa.Table.from_arrays(arrays, schema=LEDGER)

@@ -24,7 +24,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from clipkit.errors import UserError
-from clipkit.formats.kinds import KindWidenedError, arrow_type, fit, kind_of, unify
+from clipkit.formats.kinds import KindWidenedError, arrow_type, fit, kind_of, own_name, unify
 from clipkit.formats.manifest import PRECOMPUTED_COLUMNS, SYNTAX, TOKENS
 from clipkit.pixels.images import ImageError
 from clipkit.text.tokenizer import Tokenizer
@@ -156,7 +156,8 @@ def _pair(part: int, sample: Sample, kind: str, reason: str | None, preparation:
         except ImageError:
             return Prepared(part, sample.key, NOT_AN_IMAGE)
         image = small.jpg
-        columns = {**columns, "width": small.width, "height": small.height}
+        sizes = {"width": small.width, "height": small.height}
+        columns = {**columns, **{own_name(columns, name): size for name, size in sizes.items()}}
         kind = "jpeg"
     else:
         image = stored_image(sample, kind)

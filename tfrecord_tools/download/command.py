@@ -30,6 +30,7 @@ from clipkit.tfrecord_tools.download.work import Download, parse_reasons
 from clipkit.tfrecord_tools.pictures.picture import PictureSettings
 from clipkit.tfrecord_tools.tables.url_table import check_tables, choose_columns, column_kind, usual_quoting
 from clipkit.tfrecord_tools.web.settings import FetchSettings
+from clipkit.tfrecord_tools.writing.pair_writer import stored_name
 
 NEEDED = ("img2dataset", "ada_url", "aiohttp", "aiodns", "protego")
 SAMPLES_PER_SHARD = 10_000
@@ -114,7 +115,7 @@ def download(
         plan = make_plan(urls, tables, output, where, root / "clipkit", check)
         output = plan.output
         kept = output.columns.kept
-        kinds = {field.name: kind for field in kept if (kind := column_kind(field.type)) is not None}
+        kinds = {stored_name(field.name): kind for field in kept if (kind := column_kind(field.type)) is not None}
         layout = DownloadLayout(root, format, dataset, len(plan.shards))
         course = Download(plan, JobSettings(layout, output, network, kinds), processes, engine, str(urls), where)
         found = None

@@ -13,13 +13,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from clipkit.formats.kinds import KindWidenedError
+from clipkit.formats.kinds import KindWidenedError, own_name
 from clipkit.formats.records import decode_example, read_records
 from clipkit.storage.files import local_copy, write_beside
 from clipkit.tfrecord_tools.account.shard_state import DownloadFiles, Format
 from clipkit.tfrecord_tools.outcome import RowOutcome
 from clipkit.tfrecord_tools.readers.tar import read_tar
-from clipkit.tfrecord_tools.sample import DROPPED_COLUMNS
+from clipkit.tfrecord_tools.tables.url_table import WantedRows
 from clipkit.tfrecord_tools.writing.pair_tar import PairTar
 from clipkit.tfrecord_tools.writing.pair_writer import PairWriter
 
@@ -49,13 +49,17 @@ def status_of(outcome: RowOutcome) -> str:
     return NOT_FETCHED if outcome.body_bytes is None else NOT_USABLE
 
 
-def rows_table(rows: pa.Table, ledger: pa.Table, outcomes: Sequence[RowOutcome], tells_hash: bool) -> pa.Table:
+def rows_table(
+    rows: WantedRows, ledger: pa.Table, outcomes: Sequence[RowOutcome], names: Mapping[str, str], tells_hash: bool
+) -> pa.Table:
     """All rows with what became of them, in the columns of img2dataset's tables.
 
-    `rows` has the kept columns, `caption` and `url`; `tells_hash` adds the column `hash_check`.
+    `names` say what the download's own columns are called; `tells_hash` adds `hash_check`.
     """
     messages = [None if o.reason is None else f"{o.reason}: {o.message}" for o in outcomes]
     added = {
+        "caption": rows.captions,
+        "url": rows.urls,
         "key": ledger["key"],
         "status": pa.array([status_of(outcome) for outcome in outcomes], pa.string()),
         "error_message": pa.array(messages, pa.string()),
@@ -63,10 +67,8 @@ def rows_table(rows: pa.Table, ledger: pa.Table, outcomes: Sequence[RowOutcome],
     }
     if tells_hash:
         added["hash_check"] = pc.if_else(pc.equal(ledger["hash_check"], ""), None, ledger["hash_check"])
-    table = rows.drop_columns([name for name in ("hash", "phash") if name in rows.column_names])
-    for name, column in added.items():
-        table = table.append_column(name, column)
-    return table
+    columns = [*rows.kept.columns, *added.values()]
+    return pa.Table.from_arrays(columns, [*rows.kept.column_names, *(names[name] for name in added)])
 
 
 def write_data(
@@ -74,6 +76,7 @@ def write_data(
     files: DownloadFiles,
     table: pa.Table,
     outcomes: Sequence[RowOutcome],
+    names: Mapping[str, str],
     image: Image,
     kinds: Mapping[str, str],
 ) -> DataFacts:
@@ -82,17 +85,18 @@ def write_data(
     `kinds` are the TFRecord columns' to begin with. Raises UserError when the disk or the store refuses.
     """
     if format == "tfds":
-        return write_records(files.data, table, outcomes, image, kinds)
+        account = [names["status"], names["error_message"]]
+        return write_records(files.data, table.drop_columns(account), outcomes, names["caption"], image, kinds)
     if format == "webdataset":
         assert files.rows is not None
         with write_beside(files.data) as temporary, PairTar(temporary) as tar:
             for i, row in numbered_rows(table):
                 if outcomes[i].reason is None:
-                    tar.add(row["key"], image(i), row["caption"] or "", row)
+                    tar.add(row[names["key"]], image(i), row[names["caption"]] or "", row)
         with write_beside(files.rows) as temporary:
             pq.write_table(table, temporary)
         return DataFacts()
-    write_parquet(files.data, table, outcomes, image)
+    write_parquet(files.data, table, outcomes, names["jpg"], image)
     return DataFacts()
 
 
@@ -106,7 +110,12 @@ def numbered_rows(table: pa.Table) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def write_records(
-    path: Path, table: pa.Table, outcomes: Sequence[RowOutcome], image: Image, kinds: Mapping[str, str]
+    path: Path,
+    table: pa.Table,
+    outcomes: Sequence[RowOutcome],
+    caption: str,
+    image: Image,
+    kinds: Mapping[str, str],
 ) -> DataFacts:
     """A TFRecord file of the rows that have an image, as building a dataset from tars of them would write it.
 
@@ -116,9 +125,9 @@ def write_records(
         try:
             offsets = {}
             with write_beside(path) as temporary, PairWriter(temporary, kinds) as writer:
-                for i, row in numbered_rows(table.drop_columns(list(DROPPED_COLUMNS))):
+                for i, row in numbered_rows(table):
                     if outcomes[i].reason is None:
-                        writer.put(image(i), row.pop("caption"), row)
+                        writer.put(image(i), row.pop(caption), row)
                         offsets[i] = writer.offsets[-1]
             written = writer.written()
             return DataFacts(f"{written.checksum:08x}", written.kinds, written.present, offsets)
@@ -126,14 +135,14 @@ def write_records(
             kinds = widened.kinds
 
 
-def write_parquet(path: Path, table: pa.Table, outcomes: Sequence[RowOutcome], image: Image) -> None:
-    """A parquet file of all rows with the column `jpg`, null where there is no image, as img2dataset writes it."""
-    schema = table.schema.append(pa.field("jpg", pa.binary()))
+def write_parquet(path: Path, table: pa.Table, outcomes: Sequence[RowOutcome], image_name: str, image: Image) -> None:
+    """A parquet file of all rows with a column of images, null where there is no image, as img2dataset writes it."""
+    schema = table.schema.append(pa.field(image_name, pa.binary()))
     with write_beside(path) as temporary, pq.ParquetWriter(temporary, schema) as writer:
         for start, stop in row_groups(outcomes):
             images = [image(i) if outcomes[i].reason is None else None for i in range(start, stop)]
             part = table.slice(start, stop - start)
-            writer.write_table(part.append_column(schema.field("jpg"), pa.array(images, pa.binary())))
+            writer.write_table(part.append_column(schema.field(image_name), pa.array(images, pa.binary())))
 
 
 def row_groups(outcomes: Sequence[RowOutcome]) -> Iterator[tuple[int, int]]:
@@ -160,5 +169,5 @@ def read_images(format: Format, path: Path) -> Iterator[bytes]:
                 yield sample.image
         else:
             with pq.ParquetFile(local) as file:
-                for batch in file.iter_batches(BATCH_ROWS, columns=["jpg"]):
+                for batch in file.iter_batches(BATCH_ROWS, columns=[own_name(file.schema_arrow.names, "jpg")]):
                     yield from batch.column(0).drop_null().to_pylist()

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import pyarrow as pa
 
 from clipkit.formats.tables import RowReader, open_parquet, row_group_starts
 from clipkit.formatting import duration, size_text
@@ -97,14 +96,14 @@ def probe(plan: DownloadPlan, count: int, network: FetchSettings, processes: int
     sample = sample_rows(plan, count, SEED)
     counts: Counter[str] = Counter()
     wanted: list[str] = []
-    for url, caption in zip(sample["url"].to_pylist(), sample["caption"].to_pylist(), strict=True):
+    for url, caption in sample:
         if plan.output.format == "tfds" and caption_problem(caption) is not None:
             counts[EMPTY_CAPTION] += 1
         elif url is None:
             counts[reasons.BAD_URL] += 1
         else:
             wanted.append(url)
-    rows = sample.num_rows
+    rows = len(sample)
     parts = [part for i in range(processes) if (part := wanted[i::processes])]
     fetch = partial(fetch_part, network=network, pictures=plan.output.pictures)
     found = [
@@ -138,8 +137,8 @@ def probe(plan: DownloadPlan, count: int, network: FetchSettings, processes: int
     )
 
 
-def sample_rows(plan: DownloadPlan, count: int, seed: int) -> pa.Table:
-    """`url` and `caption` of `count` wanted rows (of all, if there are no more), from row groups all over the tables.
+def sample_rows(plan: DownloadPlan, count: int, seed: int) -> list[tuple[str | None, str | None]]:
+    """URL and caption of `count` wanted rows (of all, if there are no more), from row groups all over the tables.
 
     Every row is as likely as any other where all row groups are looked into; of more than MAX_ROW_GROUPS some are
     chosen by their size, which leaves rows of one group a little alike. Raises UserError for tables that can't be read.
@@ -161,14 +160,16 @@ def sample_rows(plan: DownloadPlan, count: int, seed: int) -> pa.Table:
         chosen = np.sort(random.choice(len(groups), MAX_ROW_GROUPS, replace=False, p=weights / weights.sum()))
         groups, sizes = [groups[i] for i in chosen], [sizes[i] for i in chosen]
     shares = random.multivariate_hypergeometric(np.array(sizes), min(count, sum(sizes)))
-    columns, tables = plan.output.columns, []
+    columns = plan.output.columns
+    found: list[tuple[str | None, str | None]] = []
     for (table, mask, start, stop), share in zip(groups, shares.tolist(), strict=True):
         if share:
             rows = np.arange(start, stop) if mask is None else wanted_rows(load_mask(mask), start, stop)
             numbers = np.sort(random.choice(rows, share, replace=False))
             with RowReader(table, columns.read) as reader:
-                tables.append(columns.align(reader.pick(numbers)).select(["url", "caption"]))
-    return pa.concat_tables(tables)
+                aligned = columns.align(reader.pick(numbers))
+                found += zip(aligned.urls.to_pylist(), aligned.captions.to_pylist(), strict=True)
+    return found
 
 
 class PartResult(NamedTuple):

@@ -45,6 +45,7 @@ from clipkit.tfrecord_tools.outcome import RowOutcome
 from clipkit.tfrecord_tools.pictures.hash_check import check_hash, parse_phash
 from clipkit.tfrecord_tools.pictures.picture import Picture, PictureError, PictureMaker
 from clipkit.tfrecord_tools.sample import caption_problem
+from clipkit.tfrecord_tools.tables.url_table import WantedRows, own_names
 from clipkit.tfrecord_tools.web.settings import FetchOutcome
 
 # What a hash says when the image isn't the one that the table means, as far as anybody can tell.
@@ -58,13 +59,13 @@ class OpenShard:
     `take` may be called from several threads at once.
     """
 
-    def __init__(self, settings: JobSettings, job: DownloadJob, rows: pa.Table, numbers: list[int]) -> None:
+    def __init__(self, settings: JobSettings, job: DownloadJob, rows: WantedRows, numbers: list[int]) -> None:
         """`rows` are the wanted rows as `TableColumns.align` has them, `numbers` their numbers in the table."""
         self.settings, self.job, self.rows, self.numbers = settings, job, rows, numbers
         self.started = time.time()
-        self.urls: list[str | None] = rows["url"].to_pylist()
-        self.digests: list[str | None] = rows["hash"].to_pylist() if "hash" in rows.column_names else []
-        self.phashes: list[Any] = rows["phash"].to_pylist() if "phash" in rows.column_names else []
+        self.urls: list[str | None] = rows.urls.to_pylist()
+        self.digests: list[str | None] = [] if rows.digests is None else rows.digests.to_pylist()
+        self.phashes: list[Any] = [] if rows.phashes is None else rows.phashes.to_pylist()
         self.spool = Spool(settings.layout.own)
         self.places = [0] * len(self.urls)
         self.round = settings.round
@@ -78,7 +79,7 @@ class OpenShard:
             if url is None:
                 outcomes[i] = RowOutcome(reasons.BAD_URL, "the URL is null")
         if self.settings.output.format == "tfds":
-            for i, caption in enumerate(self.rows["caption"].to_pylist()):
+            for i, caption in enumerate(self.rows.captions.to_pylist()):
                 if caption_problem(caption) is not None:
                     outcomes[i] = RowOutcome(reasons.EMPTY_CAPTION, "not fetched: a pair without a caption isn't used")
             # A shard that was lost is fetched whole again, by the table, which still has what was purged from it.
@@ -166,9 +167,10 @@ class OpenShard:
         if folder is None:
             # Tars come in steps of 10,240 bytes: the state of a damaged shard may seem right for half of a new one.
             remove(final.state)
-        ledger = ledger_table(self.keys(), self.numbers, self.rows, outcomes)
-        table = rows_table(self.rows, ledger, outcomes, settings.checks_hash)
-        facts = write_data(settings.output.format, files, table, outcomes, self.image, settings.kinds)
+        ledger = ledger_table(self.keys(), self.numbers, self.rows.urls, self.rows.captions, outcomes)
+        names = own_names(self.rows.kept.column_names)
+        table = rows_table(self.rows, ledger, outcomes, names, settings.checks_hash)
+        facts = write_data(settings.output.format, files, table, outcomes, names, self.image, settings.kinds)
         place = ledger.column_names.index("offset")
         offsets = pa.array([facts.offsets.get(i) for i in range(len(outcomes))], ledger["offset"].type)
         write_ledger(files.ledger, ledger.set_column(place, ledger.schema.field(place), offsets))
@@ -177,7 +179,7 @@ class OpenShard:
             count=len(outcomes),
             failed_to_download=statuses[NOT_FETCHED],
             failed_to_resize=statuses[NOT_USABLE],
-            empty_captions=sum(caption_problem(caption) is not None for caption in self.rows["caption"].to_pylist()),
+            empty_captions=sum(caption_problem(caption) is not None for caption in self.rows.captions.to_pylist()),
             body_bytes=sum(outcome.body_bytes or 0 for outcome in outcomes),
             start_time=self.started,
             end_time=time.time(),

@@ -22,7 +22,7 @@ from clipkit.tfrecord_tools.download.plan import DownloadJob, DownloadShard, Job
 from clipkit.tfrecord_tools.download.progress import LiveCounts
 from clipkit.tfrecord_tools.download.shard import OpenShard
 from clipkit.tfrecord_tools.pictures.picture import PictureMaker, PictureSettings
-from clipkit.tfrecord_tools.tables.url_table import TableColumns
+from clipkit.tfrecord_tools.tables.url_table import TableColumns, WantedRows
 from clipkit.tfrecord_tools.web.calls import Handle
 from clipkit.tfrecord_tools.web.fetcher import Fetcher
 from clipkit.tfrecord_tools.web.settings import FetchOutcome, FetchSettings
@@ -103,7 +103,7 @@ class ShardReader(ExitStack):
         self.columns = columns
         self.shard: DownloadShard | None = None
 
-    def read(self, shard: DownloadShard) -> tuple[pa.Table, list[int]]:
+    def read(self, shard: DownloadShard) -> tuple[WantedRows, list[int]]:
         """The wanted rows of a shard, as `TableColumns.align` has them, and their numbers in the table.
 
         Raises UserError.

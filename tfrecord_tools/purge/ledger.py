@@ -118,7 +118,7 @@ def purge_ledger(job: LedgerJob) -> int:
             if place >= 0:
                 outcomes[row] = purged
     if [outcome.reason for outcome in outcomes] != before:
-        write_ledger(path, ledger_table(keys, rows["row"].to_pylist(), rows, outcomes))
+        write_ledger(path, ledger_table(keys, rows["row"].to_pylist(), rows["url"], rows["caption"], outcomes))
     _write_state(job, outcomes)
     return sum(outcome.reason == PURGED for outcome in outcomes)
 

@@ -64,7 +64,7 @@ def open_list(path: Path, by: str | None, features: Mapping[str, Feature], quoti
         column = _choose_column(path, by, names, features)
         by = by or column
     known = {name.lower(): name for name in features}
-    found = known.get(by.lower())
+    found = by if by in features else known.get(by.lower())
     if found is None and by.lower() not in HASHES:
         raise UserError(f"the dataset has no column {by!r}: choose one of {', '.join(sorted(features))} by --by")
     if found is not None and (features[found].is_list or features[found].kind not in ("text", "int", "label")):

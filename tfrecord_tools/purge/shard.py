@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from clipkit.errors import UserError
 from clipkit.formats.features import Feature, find_image
+from clipkit.formats.kinds import own_name
 from clipkit.formats.manifest import ShardEntry, SourceEntry
 from clipkit.formats.records import RecordWriter, decode_example, read_records
 from clipkit.storage.files import load_array, local_copy, read_json, save_array, write_beside, write_json
@@ -67,14 +68,19 @@ class ValueReader:
             )
         return cls(by, image, frozenset(features))
 
+    @property
+    def column(self) -> str:
+        """The column of the records that is compared."""
+        return own_name(self.columns, self.by)
+
     def keys(self) -> list[str]:
         """The columns to decode."""
-        needed = [self.by] if self.by in self.columns else []
+        needed = [self.column] if self.column in self.columns else []
         return needed + ([self.image] if self.by in HASHES and self.image is not None else [])
 
     def value(self, values: Mapping[str, list[Any]]) -> tuple[bytes, bool]:
         """The record's value, b"" when it has none, and whether it was computed from the stored image's bytes."""
-        items = values.get(self.by)
+        items = values.get(self.column)
         if items:
             value = items[0] if isinstance(items[0], bytes) else str(items[0]).encode()
             if self.by not in HASHES:
@@ -240,7 +246,7 @@ def _description(values: Mapping[str, list[Any]], reader: ValueReader) -> dict[s
     """What a record was found by and what it was, without the image and the caption."""
 
     def text(column: str) -> str | None:
-        items = values.get(column)
+        items = values.get(own_name(values, column))
         value = items[0] if items else None
         return value.decode("utf-8", "replace") if isinstance(value, bytes) else None if value is None else str(value)
 

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from clipkit.formats.captions import merge_captions
+from clipkit.formats.kinds import own_name
 from clipkit.formats.tables import (
     CAPTION_NAMES,
     COPY_ROWS,
@@ -31,7 +32,7 @@ from clipkit.formats.tables import (
 from clipkit.storage.files import is_remote, local_copy
 from clipkit.storage.stores import as_upath, reading
 from clipkit.tfrecord_tools.reasons import NO_IMAGE
-from clipkit.tfrecord_tools.sample import DROPPED_COLUMNS, Sample, samples_of
+from clipkit.tfrecord_tools.sample import Sample, drop_account, samples_of
 from clipkit.tfrecord_tools.tables.copies import copy_table
 
 BATCH_ROWS = 64
@@ -125,12 +126,12 @@ def copy_pairs(path: Path, copy: Path, columns: PairColumns = USUAL) -> None:
 def _sample(fallback: str, image: bytes | None, row: dict[str, Any], caption_name: str) -> Sample:
     """A sample of a row's image and its other columns; `fallback` is the key where the row has none."""
     caption = row.pop(caption_name)
-    for name in DROPPED_COLUMNS:
-        row.pop(name, None)
+    drop_account(row)
     if caption_name == "txt" and (caption is None or isinstance(caption, str)):
         caption = merge_captions(caption, row)
-    key = row.get(KEY_NAME)
-    key = row[KEY_NAME] = fallback if key is None or key == "" else str(key)
+    name = own_name(row, KEY_NAME)
+    key = row.get(name)
+    key = row[name] = fallback if key is None or key == "" else str(key)
     return Sample(key, image, caption, _as_text(row), None if image else NO_IMAGE)
 
 

@@ -14,11 +14,12 @@ from typing import Any
 from clipkit.errors import UserError
 from clipkit.formats.captions import CaptionChoice, merge_captions
 from clipkit.formats.features import Feature, find_caption, find_image, parse_features
+from clipkit.formats.kinds import own_name
 from clipkit.formats.records import RecordError, decode_example, read_range
 from clipkit.formats.tables import IMAGE_SUFFIXES, USUAL, PairColumns
 from clipkit.storage.files import read_json
 from clipkit.tfrecord_tools.reasons import BAD_TEXT, NO_IMAGE
-from clipkit.tfrecord_tools.sample import DROPPED_COLUMNS, Sample, samples_of
+from clipkit.tfrecord_tools.sample import Sample, drop_account, samples_of
 
 
 def _examples(path: Path, start: int, stop: int | None) -> Iterator[tuple[int, dict[str, list[Any]]]]:
@@ -63,7 +64,7 @@ def read_dataset(
             if name in found and name not in left_out
         }
         data, text = values.pop(image, None), values.pop(caption, None)
-        key = values.setdefault("key", f"{path.name}-{offset}")
+        key = values.setdefault(own_name(features, "key"), f"{path.name}-{offset}")
         jpg = data if isinstance(data, bytes) and data else None
         sample = Sample(str(key), jpg, text, values, None if jpg else NO_IMAGE)
         yield from samples_of(sample, columns.captions, path)
@@ -111,7 +112,8 @@ def _sample(values: dict[str, list[Any]], fallback: str) -> Sample:
     image = _one(images[0]) if images else None
     key = fallback
     try:
-        columns = {name: _text(_one(items)) for name, items in sorted(values.items()) if name not in DROPPED_COLUMNS}
+        columns = {name: _text(_one(items)) for name, items in sorted(values.items())}
+        drop_account(columns)
         key = str(columns.setdefault("key", fallback) or fallback)
     except UnicodeDecodeError:
         return Sample(key, None, None, {}, BAD_TEXT)

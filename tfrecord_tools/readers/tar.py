@@ -13,10 +13,11 @@ from pathlib import Path
 
 from clipkit.errors import UserError
 from clipkit.formats.captions import CaptionChoice, merge_captions
+from clipkit.formats.kinds import own_name
 from clipkit.formats.tables import IMAGE_SUFFIXES, with_writable_names
 from clipkit.formats.tar import BLOCK, SampleNames, TarError, read_headers
 from clipkit.tfrecord_tools.reasons import BAD_METADATA, BAD_TEXT, NO_IMAGE
-from clipkit.tfrecord_tools.sample import DROPPED_COLUMNS, Sample, samples_of
+from clipkit.tfrecord_tools.sample import Sample, drop_account, samples_of
 
 _CHUNK_BYTES = 1 << 18  # read at once; larger ones leave the processor's cache before they are looked at
 _NOTHING = 1 << 62  # a start beyond every end: only headers are read
@@ -72,9 +73,8 @@ def _samples(key: str, members: dict[str, bytes], captions: CaptionChoice | None
     except UnicodeDecodeError:
         return (Sample(key, image, None, {}, BAD_TEXT),)
     caption = merge_captions(text, columns)
-    for name in DROPPED_COLUMNS:
-        columns.pop(name, None)
-    if "key" not in columns:
+    drop_account(columns)
+    if own_name(columns, "key") not in columns:
         columns["key"] = key.rpartition("/")[2]
     return samples_of(Sample(key, image, caption, columns, NO_IMAGE if image is None else None), captions, path)
 

@@ -12,6 +12,7 @@ from typing import cast
 import pyarrow as pa
 
 from clipkit.errors import UserError
+from clipkit.formats.kinds import OWN
 from clipkit.formats.tables import open_parquet, read_schema, table_errors, table_suffix
 from clipkit.formats.text_file import Quoting
 from clipkit.storage.files import is_remote
@@ -26,11 +27,32 @@ HASH_SAMPLES = 64
 HASH_SAMPLE_BYTES = 1 << 20
 
 PHASH = "phash"
-# Columns that a download makes itself, so that an input column of that name can't be kept.
-RESERVED = frozenset(
-    {"key", "caption", "url", "width", "height", "original_width", "original_height"}
-    | {"status", "error_message", "exif", "md5", "sha256", "sha512", "hash_check", "jpg", "txt"}
+# Columns that a download makes itself. Where a kept one has such a name, the download's own is called OWN + name.
+OWN_NAMES = (
+    *("key", "caption", "url", "status", "error_message", "width", "height", "original_width", "original_height"),
+    *("exif", "sha256", "hash_check", "jpg"),
 )
+
+
+def own_names(kept: Sequence[str]) -> dict[str, str]:
+    """What the download's own columns are called beside the kept ones."""
+    taken = {name for name in OWN_NAMES if name in kept}
+    if {"txt", "caption"} & {name.lower() for name in kept}:
+        taken.add("caption")  # a reader would take that for the caption
+    if taken & {"status", "error_message"}:
+        taken |= {"status", "error_message"}
+    return {name: OWN + name if name in taken else name for name in OWN_NAMES}
+
+
+@dataclass(frozen=True)
+class WantedRows:
+    """Rows of the tables: the kept columns, and apart from them, whatever they are called, what a download needs."""
+
+    kept: pa.Table
+    urls: pa.Array
+    captions: pa.Array
+    digests: pa.Array | None = None
+    phashes: pa.Array | None = None
 
 
 @dataclass(frozen=True)
@@ -53,20 +75,17 @@ class TableColumns:
         wanted = [*self.kept.names, self.caption, self.url, self.hash, self.phash]
         return list(dict.fromkeys(name for name in wanted if name is not None))
 
-    def align(self, rows: pa.Table) -> pa.Table:
-        """The rows with what is kept under its own name and type, and `caption`, `url`, `hash` and `phash`.
-
-        What a table hasn't is null.
-        """
-        columns = {field.name: self._column(rows, field.name, field.type) for field in self.kept}
-        columns["caption"] = self._column(rows, self.caption, pa.string())
-        columns["url"] = self._column(rows, self.url, pa.string())
-        if self.hash is not None:
-            columns["hash"] = self._column(rows, self.hash, pa.string())
-        if self.phash is not None:
-            kind = pa.int64() if self.phash_is_number else pa.string()
-            columns["phash"] = self._column(rows, self.phash, kind)
-        return pa.table(columns)
+    def align(self, rows: pa.Table) -> WantedRows:
+        """The rows with what is kept under its own name and type. What a table hasn't is null."""
+        kept = [self._column(rows, field.name, field.type) for field in self.kept]
+        kind = pa.int64() if self.phash_is_number else pa.string()
+        return WantedRows(
+            pa.Table.from_arrays(kept, schema=self.kept),
+            self._column(rows, self.url, pa.string()),
+            self._column(rows, self.caption, pa.string()),
+            None if self.hash is None else self._column(rows, self.hash, pa.string()),
+            None if self.phash is None else self._column(rows, self.phash, kind),
+        )
 
     def _column(self, rows: pa.Table, name: str, kind: pa.DataType) -> pa.ChunkedArray | pa.Array:
         return rows[name].cast(kind) if name in rows.column_names else pa.nulls(rows.num_rows, kind)
@@ -128,10 +147,12 @@ def check_tables(
     digest, phash = found[chosen.hash_column], found[chosen.phash_column]
     if digest is not None and not is_text(digest.type):
         raise UserError(f"the hash column {digest.name!r} holds {digest.type}, not hex digits: name another")
+    if chosen.url == "url":
+        kept.pop("url", None)  # which is stored anyway, under the same name
     return TableColumns(
         url=chosen.url,
         caption=chosen.caption,
-        kept=pa.schema([(name, kept[name]) for name in chosen.keep if name in kept]),
+        kept=pa.schema([(name, kept[name]) for name in dict.fromkeys(chosen.keep) if name in kept]),
         hash=None if digest is None else digest.name,
         hash_kind=None if digest is None else chosen.hash_kind,
         phash=None if phash is None else phash.name,
@@ -165,16 +186,16 @@ def check_columns(path: Path, schema: pa.Schema, columns: Preset, must_keep_all:
                 f"the {what} column {name!r} of {path} holds {schema.field(name).type}, not text: name another"
             )
     keep = []
-    for name in columns.keep:
+    for name in dict.fromkeys(columns.keep):
         if name in schema.names:
-            keep.append(schema.field(name))
+            keep.append(schema.field(schema.names.index(name)))
         elif must_keep_all:
             raise UserError(f"{path} has no column {name!r} to keep; it has {', '.join(schema.names)}")
     for field in keep:
-        if field.name in RESERVED:
-            raise UserError(
-                f"can't keep column {field.name!r} of {path}: the download makes one of that name; rename yours"
-            )
+        if field.name.startswith(OWN) and field.name.removeprefix(OWN) in OWN_NAMES:
+            raise UserError(f"can't keep column {field.name!r} of {path}: it is called as clipkit's own; rename yours")
+        if schema.names.count(field.name) > 1:
+            raise UserError(f"{path} has {schema.names.count(field.name)} columns {field.name!r}: rename all but one")
         if not is_json(field.type):
             raise UserError(f"can't keep column {field.name!r} of {path}: it holds {field.type}; leave it out")
     return keep

@@ -27,7 +27,12 @@ from clipkit.tfrecord_tools.sample import Sample, caption_problem
 # fails on them.
 TFDS_FORMATS = frozenset({"jpeg", "png", "bmp"})
 CONVERTED_QUALITY = 95
-OWN_COLUMNS = ("jpg", "txt")
+OTHERS = {"jpg": "table_jpg", "txt": "table_txt"}
+
+
+def stored_name(name: str) -> str:
+    """What a column is called in the records, in which `jpg` and `txt` are image and caption."""
+    return OTHERS.get(name, name)
 
 
 @dataclass(frozen=True)
@@ -80,7 +85,8 @@ class PairWriter:
 
     def put(self, image: bytes, caption: str, columns: Mapping[str, Any], kind: str | None = None) -> None:
         """Write a pair that was looked at already. `kind` is the format that its image had; None: it isn't counted."""
-        values = fit({name: v for name, v in columns.items() if name not in OWN_COLUMNS}, self.kinds, self.present)
+        columns = {stored_name(name): v for name, v in columns.items() if name != "txt" or v != caption}
+        values = fit(columns, self.kinds, self.present)
         values["jpg"], values["txt"] = image, caption
         self.offsets.append(self.writer.write(encode_columns(values)))
         if kind is not None:

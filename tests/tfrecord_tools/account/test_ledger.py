@@ -21,7 +21,7 @@ OUTCOMES = [
 
 def write(path: Path) -> None:
     rows = pa.table({"url": ["u0", "u1", "u2", "u3"], "caption": ["c0", "", "c2", "c3"]})
-    write_ledger(path, ledger_table(["k0", "k1", "k2", "k3"], [4, 5, 6, 7], rows, OUTCOMES))
+    write_ledger(path, ledger_table(["k0", "k1", "k2", "k3"], [4, 5, 6, 7], rows["url"], rows["caption"], OUTCOMES))
 
 
 def test_captions_are_kept_of_failures_only(tmp_path: Path) -> None:
