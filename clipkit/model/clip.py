@@ -41,6 +41,8 @@ class CLIP(nn.Module):
         self.text_projection = make_projection(config.text.projection, config.text.width, config.embed_dim)
         self.logit_scale = nn.Parameter(torch.empty(()))
         self.logit_bias = None if config.logit_bias_init is None else nn.Parameter(torch.empty(()))
+        check_frozen("image", config.image.frozen, len(self.image.trunk.blocks))
+        check_frozen("text", config.text.frozen, len(self.text.blocks))
 
     def encode_image(self, image_BCHW: Tensor, keep_BK: Tensor | None = None, normalize: bool = True) -> Tensor:
         """float[B, 3, S, S] normalised pixels -> float32[B, E]. `keep_BK` as for `ImageTower`."""
@@ -82,6 +84,42 @@ class CLIP(nn.Module):
         """
         self.image.recompute = recompute
         self.text.recompute = recompute
+
+    def freeze(self) -> None:
+        """Keep what the configuration calls frozen from being trained. Call it before the optimizer is made.
+
+        Raises UserError when only the temperature is left.
+        """
+        for part in self.frozen_parts():
+            for parameter in part.parameters() if isinstance(part, nn.Module) else (part,):
+                parameter.requires_grad_(False)
+        scalars = (self.logit_scale, self.logit_bias)
+        if not any(each.requires_grad for each in self.parameters() if all(each is not scalar for scalar in scalars)):
+            raise UserError("model.image.frozen and model.text.frozen leave nothing to train: set one of them to false")
+
+    def frozen_parts(self) -> list[nn.Module | nn.Parameter]:
+        """The parts of both towers that the configuration calls frozen."""
+        parts: list[nn.Module | nn.Parameter | None] = []
+        image, text = self.config.image.frozen, self.config.text.frozen
+        if image is True:
+            parts += [self.image, self.image_projection]
+        elif image:
+            trunk = self.image.trunk
+            parts += [trunk.patch_embed, trunk.cls_token, trunk.reg_token, trunk.pos_embed, trunk.norm_pre]
+            parts += trunk.blocks[:image]
+        if text is True:
+            parts += [self.text, self.text_projection]
+        elif text:
+            parts += [self.text.token_embedding, self.text.pos_embed, *self.text.blocks[:text]]
+        return [part for part in parts if part is not None]
+
+    def train(self, mode: bool = True) -> "CLIP":
+        """As for any module, but frozen parts stay in evaluation mode: their norms and dropout change nothing."""
+        super().train(mode)
+        for part in self.frozen_parts():
+            if isinstance(part, nn.Module):
+                part.eval()
+        return self
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
@@ -148,6 +186,12 @@ class CLIP(nn.Module):
         for name, parameter in self.named_parameters():
             if parameter.flatten()[0].isnan():
                 raise UserError(f"no rule to initialise {name}: set model.image.name to a plainer vit_* model")
+
+
+def check_frozen(tower: str, frozen: int | bool, depth: int) -> None:
+    """UserError for what can't be frozen of a tower with `depth` blocks."""
+    if not isinstance(frozen, int) or not 0 <= frozen <= (1 if isinstance(frozen, bool) else depth):
+        raise UserError(f"model.{tower}.frozen {frozen!r}: take true, false, or a number of blocks from 1 to {depth}")
 
 
 def make_projection(kind: Projection, width: int, embed_dim: int) -> nn.Module:

@@ -50,6 +50,9 @@ class ImageConfig:
     """`conv`: strided 3 x 3 convolutions in place of the one big patch projection (Xiao et al., 2021)."""
     projection: Projection = "linear"
     """Into the shared space: a matrix, with a `bias` or without; `none` where the width is `embed_dim` already."""
+    frozen: int | bool = False
+    """What `CLIP.freeze` keeps from being trained. True: the tower and its projection (as in LiT). A number: the
+    embeddings and that many blocks, the first ones."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +74,8 @@ class TextConfig:
     act: Activation = "gelu"
     norm_eps: float = 1e-5
     projection: Projection = "linear"
+    frozen: int | bool = False
+    """As for the image tower."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -91,8 +91,8 @@ class TextTower(nn.Module):
 
 def run_blocks(blocks: nn.ModuleList | nn.Sequential, x_BND: Tensor, recompute: Recompute | None) -> Tensor:
     """`x_BND` through the blocks in order; with `recompute` each block's inside is computed again in the backward pass
-    instead of being kept (Chen et al., 2016)."""
+    instead of being kept (Chen et al., 2016). Of frozen blocks, which are in evaluation mode, nothing is kept."""
     for block in blocks:
         # XLA's way of it wants a bound method, to find the weights behind it.
-        x_BND = block(x_BND) if recompute is None else recompute(block.forward, x_BND)
+        x_BND = recompute(block.forward, x_BND) if recompute and block.training else block(x_BND)
     return x_BND
