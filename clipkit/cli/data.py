@@ -7,11 +7,13 @@ import click
 from click.core import ParameterSource
 
 from clipkit.cli.options import (
+    QUOTING_HELP,
     AnyPath,
     Count,
     CountOrZero,
     Folder,
     PathOrUrl,
+    Quoting,
     SectionedCommand,
     as_json,
     dataset_folder,
@@ -36,6 +38,7 @@ from clipkit.errors import UserError
     type=click.Choice(["first", "random", "each"]),
     help="Which of an image's several captions to take.",
 )
+@option("Input", "--quoting", type=Quoting, help=f"{QUOTING_HELP} [default: auto]")
 @option("Which samples", "--where", metavar="SQL", help='Condition such as "similarity > 0.3".')
 @option(
     "Which samples",

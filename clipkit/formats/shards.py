@@ -61,6 +61,17 @@ def list_shards(
     return replace(found, notes=(*found.notes, note)) if unread else found
 
 
+def note_beside_tables(folder: Path) -> str | None:
+    """A line on what lies in a folder of tables and isn't read: files of other kinds, and folders that hold tables."""
+    if not folder.is_dir():
+        return None
+    names = [file.name for file in list_folder(folder) if not (is_hidden(file.name) or is_table(Path(file.name)))]
+    aside = Counter(kind_of_file(name) for name in names if name.lower() not in _BESIDE)
+    inner = [name for name in list_subfolders(folder) if not is_hidden(name) and name != CLIPKIT_FOLDER]
+    unread = [f"{name}/" for name in inner if _holds_shards(folder / name)] + ([aside_text(aside)] if aside else [])
+    return f"{folder}: not read: {', '.join(unread)}" if unread else None
+
+
 def describe_files(folder: Path) -> str:
     """What lies in a folder that holds nothing to read, for an error's line: ` (.tar.gz 2)`; "" for nothing."""
     kinds = Counter(kind_of_file(file.name) for file in list_folder(folder) if not is_hidden(file.name))

@@ -106,6 +106,8 @@ class PairColumns:
     image: str | None = None
     caption: str | None = None
     captions: CaptionChoice | None = None
+    quoting: Quoting | None = None
+    """What quotes mean in a text table (see `text_quotes`), None: to be told from the table."""
 
     def find_image(self, schema: pa.Schema) -> str | None:
         """The column with encoded images, or None. Raises UserError when the one that was named isn't there."""

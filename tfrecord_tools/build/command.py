@@ -29,6 +29,7 @@ from clipkit.formats.manifest import (
 )
 from clipkit.formats.shards import ALL_SPLITS
 from clipkit.formats.tables import PairColumns
+from clipkit.formats.text_file import Quoting
 from clipkit.formatting import size_text
 from clipkit.jobs.passes import PassProgress, Runner
 from clipkit.jobs.run import Engine
@@ -63,6 +64,7 @@ def build_tfds(
     image_column: str | None = None,
     caption_column: str | None = None,
     captions: CaptionChoice | None = None,
+    quoting: Quoting | None = None,
     shard_megabytes: float = SHARD_MEGABYTES,
     workers: int | None = 1,
     engine: Engine = "local",
@@ -75,7 +77,8 @@ def build_tfds(
     SQL condition over the columns (`where`); `resize` the shorter side of the stored images in pixels, with a JPEG
     `quality`; `dedup` "sha256", "caption" or "phash" (`dedup`); `shuffle` a seed (`shuffle`); `precompute` any of
     "tokens" and "syntax" (`precompute`). `image_column` and `caption_column` name a table's columns where they aren't
-    found; `captions` ("first", "random" or "each") says which are taken where an image has a list of them.
+    found; `captions` ("first", "random" or "each") says which are taken where an image has a list of them;
+    `quoting` what quotes mean in a text table (see `formats.text_quotes`).
     `shard_megabytes` is what an output shard should have. A further split of another call joins the dataset when
     its columns have the same kinds. The result depends neither on `workers` (None: one a core) nor on `engine`.
     `progress` takes the place of the progress line. Paths may be remote.
@@ -87,7 +90,7 @@ def build_tfds(
     check_name(name)
     if shard_megabytes <= 0:
         raise UserError(f"shard size of {shard_megabytes} MB: give at least 1")
-    columns = PairColumns(image_column, caption_column, captions)
+    columns = PairColumns(image_column, caption_column, captions, quoting)
     options = make_options(split, where, resize, quality, dedup, shuffle, precompute, columns)
     folder = out / name / VERSION
     if same_place(shards, folder):

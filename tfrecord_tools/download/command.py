@@ -9,6 +9,7 @@ of each shard's rows (`ledger`), all failures in one table, and the summary.
 import dataclasses
 import importlib.util
 import re
+import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 
 from clipkit.errors import UserError
 from clipkit.formats.dataset import VERSION
+from clipkit.formats.shards import note_beside_tables
 from clipkit.formats.tables import find_tables, read_schema, table_suffix
 from clipkit.formats.text_file import Quoting
 from clipkit.jobs.run import Engine
@@ -89,6 +91,8 @@ def download(
     pictures.check()
     chosen = choose_columns(preset, url_column, caption_column, keep_columns, hash_column, hash_kind)
     tables = find_tables(urls, "URL table")
+    if (note := note_beside_tables(urls)) is not None:
+        print(f"download: {note}", file=sys.stderr)
     for package in NEEDED:
         if importlib.util.find_spec(package) is None:
             raise UserError(f"{package} isn't installed, and downloading needs it: pip install 'clipkit[download]'")

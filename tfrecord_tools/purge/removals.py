@@ -9,6 +9,7 @@ a collision either: it would take 2^64 hashes, to have a record of one's own rem
 
 import hashlib
 import re
+import sys
 from array import array
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ import numpy.typing as npt
 
 from clipkit.errors import UserError
 from clipkit.formats.features import Feature
+from clipkit.formats.shards import note_beside_tables
 from clipkit.formats.tables import KEY_NAME, URL_NAME, find_tables, read_columns, read_schema
 from clipkit.formats.text_file import Quoting, open_bytes
 from clipkit.storage.files import disk_errors, local_copy, require_file
@@ -60,6 +62,8 @@ def open_list(path: Path, by: str | None, features: Mapping[str, Feature], quoti
         by = by or _kind_of_lines(path)
     else:
         files = tuple(find_tables(path, "list"))
+        if (note := note_beside_tables(path)) is not None:
+            print(f"purge: {note}", file=sys.stderr)
         names = read_schema(files[0], (), quoting).names
         column = _choose_column(path, by, names, features)
         by = by or column

@@ -113,13 +113,15 @@ def copy_pairs(path: Path, copy: Path, columns: PairColumns = USUAL) -> None:
     Raises UserError when it can't be read to its end.
     """
     usual = {KEY_NAME, *CAPTION_NAMES, *FILE_NAMES}
-    schema = read_schema(path)
+    quoting = columns.quoting or "auto"
+    schema = read_schema(path, (), quoting)
     columns.require_file(schema.names, path.parent)
     copy_table(
         path,
         copy,
         lambda name: name.lower() in usual or name in (columns.image, columns.caption),
         captions=columns.require_caption(schema, path.parent),
+        quoting=quoting,
     )
 
 

@@ -25,7 +25,7 @@ from clipkit.train.sources.source import Pair, Source
 
 _BATCH_ROWS = 4_096
 _SCHEMA = pa.schema([("file", pa.large_string()), ("captions", pa.list_(pa.large_string()))])
-_FORMAT = 2  # of the copy: one of an older clipkit, which held a caption a row, is made again
+_FORMAT = 3  # of the copy: one of an older clipkit, which left quotes in the captions of TSV, is made again
 
 
 class FolderSource(Reopenable, Source):
@@ -102,7 +102,12 @@ def open_folder(folder: Path, table: StoredFile, cache: BlockCache | None = None
             known = read_json(mark) if mark.exists() and rows.exists() else None
         if known != wanted:
             remove(mark)  # a new copy with an old mark must never be seen
-            _copy(folder / table.name, rows)
+            try:
+                _copy(folder / table.name, rows)
+            except UserError as error:
+                if "--quoting" not in str(error):
+                    raise
+                raise UserError(f"{error}, of clipkit build-tfds, and train on the dataset that it makes") from None
             write_json(mark, wanted)
         return FolderSource(folder, table, rows, cache)
 

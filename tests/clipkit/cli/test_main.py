@@ -12,8 +12,8 @@ OPTIONS = {
     "bench-data": "data --image-size --recipe --set --split --cache --cache-gb --workers --seconds --need --json",
     "build-imagenet": "source out --name --split --labels --classes --subset --max-bad --allow-empty-classes --workers "
     "--engine --json",
-    "build-tfds": "shards out --name --image-column --caption-column --captions --where --dedup --split --resize "
-    "--quality --precompute --shuffle --shard-megabytes --in-place --workers --engine --json",
+    "build-tfds": "shards out --name --image-column --caption-column --captions --quoting --where --dedup --split "
+    "--resize --quality --precompute --shuffle --shard-megabytes --in-place --workers --engine --json",
     "demo": "--out",
     "doctor": "--json",
     "download": "urls out --preset --url-column --caption-column --keep --quoting --where --hash-column --hash-kind "

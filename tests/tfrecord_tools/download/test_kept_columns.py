@@ -18,6 +18,7 @@ from clipkit.tfrecord_tools.build.command import build_tfds
 from clipkit.tfrecord_tools.purge.command import purge
 from clipkit.tfrecord_tools.tables.url_table import OWN_NAMES
 from clipkit.tfrecord_tools.writing.pair_writer import stored_name
+from clipkit.train.sources.open import open_source
 
 FORMATS = ("tfds", "webdataset", "parquet")
 HOSTILE = [
@@ -128,8 +129,46 @@ def test_the_preset_keeps_hash(tmp_path: Path, base_url: str) -> None:
     ]
 
 
-def test_names_of_clipkits_own_are_refused(tmp_path: Path) -> None:
-    columns = {"url": ["http://x/1.jpg"], "caption": ["a"], "clipkit_url": ["b"]}
-    pq.write_table(pa.table(columns), tmp_path / "t.parquet")
-    with pytest.raises(UserError, match=r"'clipkit_url' .* clipkit's own; rename"):
-        fetch(tmp_path / "t.parquet", tmp_path / "out", keep_columns=["clipkit_url"])
+def test_a_download_begun_before_types_were_decided_over_all_rows_goes_on(tmp_path: Path, base_url: str) -> None:
+    """Its plan has no word on quotes, and its copy of the table other types: those of the plan stay."""
+    (tmp_path / "t.csv").write_text(f"url,caption,sku\n{base_url}/0.jpg,a,0017\n{base_url}/1.jpg,b,0018\n")
+    options = {"keep_columns": ["sku"], "name": "x"}
+    out = fetch(tmp_path / "t.csv", tmp_path / "out", **options).out
+    assert [record["sku"] for record in examples(out)] == ["0017", "0018"]
+    plan = json.loads((out / "clipkit" / "plan.json").read_text())
+    del plan["settings"]["quoting"]
+    plan["settings"]["kept column"] = ["sku: int64"]
+    (out / "clipkit" / "plan.json").write_text(json.dumps(plan))
+    copy = out / "clipkit" / "input" / "00000.parquet"
+    rows = pq.read_table(copy)
+    pq.write_table(rows.set_column(2, "sku", pa.array([17, 18])), copy)
+    for path in (out / "clipkit" / "shards").iterdir():
+        path.unlink()
+    assert fetch(tmp_path / "t.csv", tmp_path / "out", **options).downloaded == 2
+    assert [record["sku"] for record in examples(out)] == [17, 18]
+
+
+def test_what_lies_beside_the_tables_is_told(tmp_path: Path, base_url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    row = {"url": [f"{base_url}/0.jpg"], "caption": ["a"]}
+    folder = tmp_path / "in"
+    for name in ("t.parquet", "more/u.parquet", ".ipynb_checkpoints/t.parquet"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(pa.table(row), folder / name)
+    (folder / "._t.parquet").write_bytes(b"\0\5\x16\7")
+    (folder / "notes.xlsx").write_bytes(b"PK")
+    out = fetch(folder, tmp_path / "out", name="x").out
+    assert f"download: {folder}: not read: more/, .xlsx 1\n" in capsys.readouterr().err
+    assert purge(out, folder).records == 1
+    assert f"purge: {folder}: not read: more/, .xlsx 1\n" in capsys.readouterr().err
+
+
+def test_build_reads_quotes_as_it_is_told(tmp_path: Path) -> None:
+    for name, jpg in numbered(3).items():
+        (tmp_path / name[1:]).write_bytes(jpg)
+    (tmp_path / "metadata.tsv").write_text('file_name\ttext\n0.jpg\t"a\n1.jpg\tb"\n2.jpg\t"c"\n')
+    with pytest.raises(UserError, match="--quoting csv or --quoting none"):
+        build_tfds(tmp_path, tmp_path / "out", "x")
+    with pytest.raises(UserError, match="--quoting none, of clipkit build-tfds"):
+        open_source(tmp_path)
+    built = build_tfds(tmp_path, tmp_path / "out", "x", quoting="none").path
+    assert [record["txt"] for record in examples(built)] == ['"a', 'b"', '"c"']

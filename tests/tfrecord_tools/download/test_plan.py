@@ -42,9 +42,9 @@ def test_missing_column_names_the_columns_and_a_preset(tmp_path: Path) -> None:
 
 
 def test_columns_that_cannot_be_kept(tmp_path: Path) -> None:
-    urls = write_urls(tmp_path / "u.parquet", url=["http://x/a.jpg"], caption=["a"], width=[1], raw=[b"bytes"])
-    with pytest.raises(UserError, match=r"'width'.*the download makes one of that name"):
-        download(urls, tmp_path / "out", keep_columns=["width"])
+    urls = write_urls(tmp_path / "u.parquet", url=["http://x/a.jpg"], caption=["a"], clipkit_width=[1], raw=[b"bytes"])
+    with pytest.raises(UserError, match=r"'clipkit_width'.*clipkit's own; rename yours"):
+        download(urls, tmp_path / "out", keep_columns=["clipkit_width"])
     with pytest.raises(UserError, match=r"'raw'.*it holds binary"):
         download(urls, tmp_path / "out", keep_columns=["raw"])
 
