@@ -7,7 +7,6 @@ other machines, the line moves when a batch of shards is finished.
 
 import contextlib
 import os
-import tempfile
 import threading
 import time
 from collections import Counter, deque
@@ -18,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from clipkit.log import Progress
+from clipkit.storage.stores import scratch
 from clipkit.tfrecord_tools.reasons import EMPTY_CAPTION, OTHER, PURGED, REASONS
 
 OK = "ok"
@@ -129,8 +129,7 @@ def watch(rows: int, before: Counter[str], live: bool) -> Iterator[DownloadLine]
     with contextlib.ExitStack() as stack:
         folder = None
         if live:
-            temporary = tempfile.TemporaryDirectory(prefix="clipkit-counts-", ignore_cleanup_errors=True)
-            folder = stack.enter_context(temporary)
+            folder = str(stack.enter_context(scratch()))
         progress = stack.enter_context(Progress("download", rows, "rows", start=before.total(), rate=False))
         line = DownloadLine(progress, before, folder)
         ended = threading.Event()
