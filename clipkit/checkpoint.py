@@ -159,8 +159,10 @@ def set_damaged_aside(run: Path) -> list[str]:
 def damage(folder: Path) -> str | None:
     """What is wrong with the files of a checkpoint that a run is to go on from, None where nothing is."""
     try:
-        for name in ("config.json", "state.json"):
-            read_json(folder / name)
+        for name, key in (("config.json", "recipe"), ("state.json", "samples_seen")):
+            values = read_json(folder / name)
+            if not isinstance(values, dict) or key not in values:
+                raise UserError(f"{folder / name} has no {key}")
         for name in ("model.safetensors", "optimizer.safetensors"):
             with safe_open(require_file(folder / name, "checkpoint file"), "pt"):
                 pass  # it compares the length with the header's

@@ -160,7 +160,7 @@ def test_optimizer_state_of_another_model_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["config.json", "state.json", "model.safetensors", "optimizer.safetensors"])
-@pytest.mark.parametrize("harm", ["cut", "missing", "empty"])
+@pytest.mark.parametrize("harm", ["cut", "missing", "empty", "zeros", "other"])
 def test_damaged_checkpoints_are_set_aside_until_one_is_whole(tmp_path, name, harm):
     whole, damaged, newest = (saved(tmp_path, samples_seen) for samples_seen in (32, 64, 96))
     for folder in (damaged, newest):
@@ -168,7 +168,8 @@ def test_damaged_checkpoints_are_set_aside_until_one_is_whole(tmp_path, name, ha
         data = path.read_bytes()
         path.unlink()
         if harm != "missing":
-            path.write_bytes(data[: len(data) // 2] if harm == "cut" else b"")
+            harmed = {"cut": data[: len(data) // 2], "empty": b"", "zeros": bytes(len(data)), "other": b"{}"}
+            path.write_bytes(harmed[harm])
     lines = checkpoint.set_damaged_aside(tmp_path)
     assert [str(folder) in line and "\n" not in line for folder, line in zip((newest, damaged), lines, strict=True)]
     assert checkpoint.latest(tmp_path) == whole
