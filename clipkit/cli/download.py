@@ -38,6 +38,7 @@ class DownloadCommand(SectionedCommand):
 @option("Table", "--url-column", metavar="NAME", help="Column with the image's URL.")
 @option("Table", "--caption-column", metavar="NAME", help="Column with the caption.")
 @option("Table", "--keep", metavar="NAMES", help="Columns to keep, with commas between. [default: the preset's]")
+@option("Table", "--split", default="train", help="Which tables, where their names say several splits; all: all.")
 @option("Table", "--quoting", type=Quoting, help=f"{QUOTING_HELP} [default: auto]")
 @option(
     "Table", "--where", metavar="SQL", help="Condition for a row, such as \"similarity > 0.3 AND NSFW = 'UNLIKELY'\"."

@@ -17,7 +17,7 @@ from typing import Any
 
 from clipkit.errors import UserError
 from clipkit.formats.dataset import VERSION
-from clipkit.formats.shards import note_beside_tables
+from clipkit.formats.shards import note_beside_tables, select_split
 from clipkit.formats.tables import find_tables, read_schema, table_suffix
 from clipkit.formats.text_file import Quoting
 from clipkit.jobs.run import Engine
@@ -53,6 +53,7 @@ def download(
     caption_column: str | None = None,
     keep_columns: Sequence[str] | None = None,
     quoting: Quoting | None = None,
+    split: str = "train",
     where: str | None = None,
     hash_column: str | None = None,
     hash_kind: str | None = None,
@@ -72,6 +73,7 @@ def download(
     `format`: `tfds` makes the dataset `out/NAME/1.0.0`, as build-tfds would from tars (`name`: the preset's or the
     table's, unless given); `webdataset` makes `00000.tar`, with a table of all rows beside; `parquet` a table with the
     image in the column `jpg`. The last two are named and laid out as img2dataset has them.
+    Of a folder whose tables' names say several splits those of `split` are read, "all" for all of them.
     `quoting` says what quotes mean in text tables (see `formats.text_quotes`), None: to be told from the table.
     `where` is an SQL condition over a row. A hash column (`hash_kind`: md5, sha1, sha256, sha512 or phash) is compared
     with what comes, and the verdict stored as `hash_check`; `drop_changed` leaves out what isn't the same picture.
@@ -91,7 +93,12 @@ def download(
     pictures.check()
     chosen = choose_columns(preset, url_column, caption_column, keep_columns, hash_column, hash_kind)
     tables = find_tables(urls, "URL table")
-    if (note := note_beside_tables(urls)) is not None:
+    notes = list(filter(None, [note_beside_tables(urls)]))
+    if len(tables) > 1:
+        names, others = select_split(urls, [table.name for table in tables], split)
+        tables = [table for table in tables if table.name in set(names)]
+        notes += others
+    for note in notes:
         print(f"download: {note}", file=sys.stderr)
     for package in NEEDED:
         if importlib.util.find_spec(package) is None:

@@ -16,10 +16,10 @@ OPTIONS = {
     "--resize --quality --precompute --shuffle --shard-megabytes --in-place --workers --engine --json",
     "demo": "--out",
     "doctor": "--json",
-    "download": "urls out --preset --url-column --caption-column --keep --quoting --where --hash-column --hash-kind "
-    "--drop-changed --image-size --resize-mode --quality --min-image-size --connections --per-host --timeout "
-    "--deadline --max-megabytes --retries --resolver --allow-private-hosts --contact --robots-txt --format --name "
-    "--samples-per-shard --probe --probe-floor --retry-failed --processes --engine --json",
+    "download": "urls out --preset --url-column --caption-column --keep --split --quoting --where --hash-column "
+    "--hash-kind --drop-changed --image-size --resize-mode --quality --min-image-size --connections --per-host "
+    "--timeout --deadline --max-megabytes --retries --resolver --allow-private-hosts --contact --robots-txt "
+    "--format --name --samples-per-shard --probe --probe-floor --retry-failed --processes --engine --json",
     "inspect": "path --split --sample --out --json",
     "purge": "path --list --by --quoting --dry-run --workers --engine --json",
     "recipes": "name --set --json",
