@@ -1,5 +1,6 @@
 """The command `clipkit download`: its options, and how they become the settings of the stage."""
 
+import csv
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +132,8 @@ def download(urls: Path, out: Path, as_json: bool, keep: str | None, **options: 
         elif found.refusal(options["probe_floor"]) is not None:
             print_json({"probe": found.to_json()})
 
-    keep_columns = None if keep is None else [name.strip() for name in keep.split(",") if name.strip()]
+    names = [] if keep is None else next(csv.reader([keep], skipinitialspace=True), [])
+    keep_columns = None if keep is None else [name.strip() for name in names if name.strip()]
     summary = stage(
         urls, out, keep_columns=keep_columns, pictures=pictures, network=network, tell_probe=tell_probe, **options
     )
