@@ -170,6 +170,7 @@ def train(
                 model = build(model_at(recipe, stage), seed=recipe.seed)
                 if tensors is not None:
                     load_state(model, tensors)
+                model.freeze()
                 model.to(device.torch_device)
                 model.recompute_activations(device.recompute() if recipe.checkpoint_activations else None)
                 optimizer = make_optimizer(model, recipe.optimizer, stage.learning_rate, device)

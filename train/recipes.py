@@ -14,7 +14,7 @@ from clipkit.device import Device, Precision
 from clipkit.errors import UserError
 from clipkit.formatting import size_text
 from clipkit.model.clip import CLIP
-from clipkit.model.config import ImageConfig, ModelConfig, TextConfig
+from clipkit.model.config import ImageConfig, ModelConfig, Position, TextConfig
 from clipkit.model.flops import SampleCost, sample_cost
 from clipkit.pixels.images import CLIP_MEAN, CLIP_STD, Preprocess
 from clipkit.text.tokenizer import VOCAB_SIZE
@@ -54,7 +54,7 @@ class Stage:
     samples seen. A stage on one of the last two can be made longer while it runs."""
     cooldown_samples: int = 0
     """The learning rate falls to zero over the last so many samples, in a straight line; not with a cosine."""
-    position: Literal["learnable", "sincos"] | None = None
+    position: Position | None = None
     """The image tower's position embedding in this stage, where it isn't the model's own."""
     augmentation: Augmentation = field(default_factory=Augmentation)
 

@@ -93,7 +93,8 @@ def backward_in_micro_batches(
             outputs = [image_features, text_features, *scalars]
             grads = [gradients[0][rows], gradients[1][rows]]
             grads += [gradient if is_last else torch.zeros_like(gradient) for gradient in gradients[2:]]
-            torch.autograd.backward(outputs, grads)
+            trained = [pair for pair in zip(outputs, grads, strict=True) if pair[0].requires_grad]  # else frozen
+            torch.autograd.backward([output for output, _ in trained], [gradient for _, gradient in trained])
     return loss
 
 

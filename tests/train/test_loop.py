@@ -20,10 +20,12 @@ from clipkit import checkpoint
 from clipkit.config import set_values
 from clipkit.errors import UserError
 from clipkit.log import read_metrics
+from clipkit.model.clip import build
 from clipkit.tfrecord_tools.build.command import build_tfds
 from clipkit.train import loop
 from clipkit.train.catalogue import debug
 from clipkit.train.loop import is_due, train
+from clipkit.train.recipes import model_at
 from clipkit.train.stopping import SIGNALS
 
 
@@ -338,3 +340,24 @@ def test_a_loss_that_is_no_number_stops_the_run(pairs_dataset, tmp_path):
 )
 def test_something_is_due_when_a_multiple_was_passed(every, before, now, due):
     assert is_due(every, before, now) is due
+
+
+@pytest.mark.parametrize("micro_batch", ["none", "4"])
+@pytest.mark.parametrize("side", ["image", "text"])
+def test_a_frozen_tower_stays_as_it_was(pairs_dataset, tmp_path, side, micro_batch):
+    """Locked-image tuning (Zhai et al., 2022): the other tower learns to read it."""
+    settings = [f"model.{side}.frozen=true", f"micro_batch={micro_batch}", "stages.0.image_size=48"]
+    settings += ["stages.0.context_length=16", "stages.0.image_keep=30"]
+    recipe = set_values(debug(), settings)
+    before = build(model_at(recipe, recipe.stages[0]), seed=recipe.seed).state_dict()
+    train(recipe, pairs_dataset, tmp_path / "run", device_name="cpu", workers=0)
+    after = checkpoint.load(tmp_path / "run").tensors
+    moved = {name.partition(".")[0] for name in before if not torch.equal(before[name], after[name])}
+    assert side not in moved and f"{side}_projection" not in moved
+    assert {"image", "text"} - {side} < moved
+
+
+def test_nothing_to_train_is_refused(pairs_dataset, tmp_path):
+    recipe = set_values(debug(), ["model.image.frozen=true", "model.text.frozen=true"])
+    with pytest.raises(UserError, match="frozen"):
+        train(recipe, pairs_dataset, tmp_path / "run", device_name="cpu", workers=0)
