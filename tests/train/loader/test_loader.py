@@ -282,8 +282,7 @@ def test_a_worker_that_dies_each_time_is_named_with_its_shard(monkeypatch: pytes
     told: list[str] = []
     with pytest.raises(UserError, match=r"2 loader workers died at .* part-0:\d"):
         list(batches(pairs(8, {3: "death"}), config, 0, 8, workers=1, processes=True, warn=told.append))
-    assert len(told) == 2
-    assert "exit -9" in told[0]
+    assert len([line for line in told if "exit -9" in line]) == 2  # a busy machine is told of a wait, too
 
 
 def test_a_worker_that_is_killed_has_its_work_done_again(source: RecordSource, plain: list[list[Any]]) -> None:
@@ -293,8 +292,7 @@ def test_a_worker_that_is_killed_has_its_work_done_again(source: RecordSource, p
     os.kill(children()[0], signal.SIGKILL)
     found += digests(loader)
     assert found == plain
-    assert len(told) == 1
-    assert "died (exit -9)" in told[0]
+    assert len([line for line in told if "died (exit -9)" in line]) == 1
 
 
 def children() -> list[int]:
