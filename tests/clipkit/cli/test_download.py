@@ -51,7 +51,19 @@ def test_without_options_all_is_as_the_stage_has_it(called: dict[str, Any]) -> N
 def test_each_option_arrives(called: dict[str, Any]) -> None:
     run(
         *["u.csv", "out", "--preset", "coyo", "--url-column", "u", "--caption-column", "c", "--keep", 'a, "b,c"'],
-        *["--where", "a > 1", "--hash-column", "h", "--hash-kind", "md5", "--drop-changed", "--image-size", "64"],
+        *[
+            "--split",
+            "test",
+            "--where",
+            "a > 1",
+            "--hash-column",
+            "h",
+            "--hash-kind",
+            "md5",
+            "--drop-changed",
+            "--image-size",
+            "64",
+        ],
         *[
             "--resize-mode",
             "border",
@@ -79,7 +91,7 @@ def test_each_option_arrives(called: dict[str, Any]) -> None:
     called.pop("tell_probe")
     assert called == {
         "urls": Path("u.csv"), "out": Path("out"), "preset": "coyo", "url_column": "u", "caption_column": "c",
-        "keep_columns": ["a", "b,c"], "quoting": "none", "where": "a > 1",
+        "keep_columns": ["a", "b,c"], "quoting": "none", "split": "test", "where": "a > 1",
         "hash_column": "h", "hash_kind": "md5", "drop_changed": True,
         "format": "parquet", "name": "n", "samples_per_shard": 11, "probe_rows": 12, "probe_floor": 0.25,
         "retry_failed": "dns", "processes": 13, "engine": "ray",
