@@ -123,6 +123,13 @@ def serve(site: Mapping[str, Answer], port: int = 0) -> Iterator[str]:
         await web.TCPSite(runner, HOST, port, backlog=1024).start()
         return runner
 
+    async def stop(runner: web.ServerRunner) -> None:
+        await runner.cleanup()
+        waiting = asyncio.all_tasks() - {asyncio.current_task()}  # for clients whom nothing is answered
+        for task in waiting:
+            task.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
+
     loop = asyncio.new_event_loop()
     try:
         runner = loop.run_until_complete(start())
@@ -133,6 +140,6 @@ def serve(site: Mapping[str, Answer], port: int = 0) -> Iterator[str]:
         finally:
             loop.call_soon_threadsafe(loop.stop)
             thread.join()
-            loop.run_until_complete(runner.cleanup())
+            loop.run_until_complete(stop(runner))
     finally:
         loop.close()

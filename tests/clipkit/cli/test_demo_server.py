@@ -1,6 +1,7 @@
 """The server keeps connections, fails exactly where it is told to, and ends cleanly."""
 
 import contextlib
+import gc
 import http.client
 import io
 import re
@@ -142,3 +143,18 @@ def test_emoji_site_and_url_table(tmp_path: Path) -> None:
         assert site[urlsplit(urls[4]).path].body is None
         for url, image in zip(urls[5:], pairs["image"].to_pylist()[5:], strict=True):
             assert urllib.request.urlopen(url).read() == image
+
+
+def test_clients_that_get_no_answer_leave_no_complaint_at_the_end(caplog: pytest.LogCaptureFixture) -> None:
+    with serve({"/never.jpg": Answer(None)}) as url:
+        address = urlsplit(url)
+        waiting = socket.create_connection((str(address.hostname), address.port or 0))
+        waiting.sendall(b"GET /never.jpg HTTP/1.1\r\nHost: x\r\n\r\n")
+        with contextlib.suppress(TimeoutError):
+            waiting.settimeout(0.3)
+            waiting.recv(1)
+        waiting.close()  # its request waits on
+        with contextlib.suppress(urllib.error.HTTPError):
+            urllib.request.urlopen(f"{url}/none.jpg")  # by then the server knows that the first client has gone
+    gc.collect()
+    assert "Task was destroyed" not in caplog.text
