@@ -8,6 +8,7 @@ with a cache, in blocks of neighbouring records that all processes of the machin
 
 import io
 import re
+from abc import abstractmethod
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -54,9 +55,9 @@ class ShardedRecords(Reopenable):
         self._files = RangeReader(folder, files)
         self._blocks = CachedRanges(self._files, self.cache) if self.cache else None
 
+    @abstractmethod
     def _range(self, shard: int, first: int, last: int) -> tuple[int, int]:
         """The bytes of the records [first, last) of a shard."""
-        raise NotImplementedError
 
     @property
     def num_records(self) -> int:

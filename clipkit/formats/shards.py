@@ -21,7 +21,7 @@ from clipkit.storage.stores import StoredFile, list_folder, list_subfolders
 ShardKind = Literal["tars", "tfrecords", "parquet", "table"]
 SHARD_SUFFIXES: dict[str, ShardKind] = {".tar": "tars", ".tfrecord": "tfrecords", ".parquet": "parquet"}
 ALL_SPLITS = "all"
-# What stands beside a data set and is no part of it.
+# Files that usually lie beside a data set and do not belong to it.
 _BESIDE = frozenset({"readme.md", "license", "license.md", "license.txt", "dataset_infos.json", "stats.json"})
 
 

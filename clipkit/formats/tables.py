@@ -182,7 +182,7 @@ def find_tables(path: Path, what: str = "table") -> list[Path]:
 
 
 def unreadable(path: Path, error: Exception) -> UserError:
-    """The one line for a table that its reader refuses, or for a full disk, which is no fault of the table."""
+    """The one-line error for a table that can't be read, or for a full disk, which is not the table's fault."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return UserError(disk_message(error, error.filename or f"what is made of {path}"))
     reason = str(error).partition("\n")[0]

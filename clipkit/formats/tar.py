@@ -74,7 +74,7 @@ def read_headers(read: Read, path: Path | str) -> Iterator[Member]:
             try:
                 header_size(header, offset, path)
             except TarError:
-                raise TarError(path, offset, "what stands behind its end mark is no other tar") from None
+                raise TarError(path, offset, "what follows its end mark is not another tar") from None
         stored = header_size(header, offset, path)
         kind = header[156:157]
         extends = kind in b"xL"

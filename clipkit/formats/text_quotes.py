@@ -42,7 +42,7 @@ class Reading:
 
 
 def study(table: TextFile) -> Reading:
-    """Look at the whole file and say how it is to be read. Raises UserError when that can't be told, or isn't legal."""
+    """Scan the whole file to find out how to parse it. Raises UserError if that is ambiguous or the file is malformed."""
     scan = Scan(table)
     is_legal = scan.run()
     escapes = scan.lone_returns
@@ -431,7 +431,7 @@ class Fields:
         return False
 
     def _lone_end(self, data: bytes, quote: int, inner: int) -> int:
-        """The end of a field that begins with a quote and isn't quoted. Raises UserError where that can't be."""
+        """The end of an unquoted field that begins with a quote. Raises UserError where no such field is allowed."""
         match = self.end.search(data, quote)
         end = match.start() if match else len(data)
         if self.how == "lone":

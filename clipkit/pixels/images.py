@@ -34,7 +34,7 @@ Data = bytes | memoryview
 MAX_PIXELS = 80_000_000
 # What Pillow decoded is made RGB in strips of so many pixels.
 STRIP_PIXELS = 2_000_000
-# What evaluation resizes as a whole is no longer, in multiples of the shorter side.
+# The longest image that evaluation resizes as a whole: its longer side in multiples of the shorter.
 LONGEST_RESIZED = 64
 # Only formats of pictures: Pillow would also start other programs (EPS) or read scientific files.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "ICO")

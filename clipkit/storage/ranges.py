@@ -11,6 +11,7 @@ cut short while it is in use kills the process where `pread` gives an error that
 import errno
 import os
 import threading
+from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -141,11 +142,12 @@ class _RemoteFile:
         return read_range(self.path, start, end)
 
 
-class Reopenable:
+class Reopenable(ABC):
     """Pickled without its open files: what begins with `_` stays behind, and `_start` makes it in the new process."""
 
+    @abstractmethod
     def _start(self) -> None:
-        raise NotImplementedError
+        """Open what isn't pickled."""
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if not name.startswith("_")}

@@ -9,6 +9,7 @@ GPT-2; vocabulary and cleaning: Radford et al., "Learning transferable visual mo
 import gzip
 import html
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -74,7 +75,7 @@ def byte_characters() -> list[str]:
     return [chr(byte) for byte in printable] + [chr(256 + n) for n in range(others)]
 
 
-class WordTokenizer:
+class WordTokenizer(ABC):
     """Captions to ids, word by word: no token holds a space. It can be shared between threads."""
 
     name: str
@@ -90,17 +91,17 @@ class WordTokenizer:
     pad: int = 0
 
     @staticmethod
+    @abstractmethod
     def clean(text: str) -> str:
         """A caption as `encode_cleaned` takes it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def split_words(self, ids: Sequence[int]) -> list[tuple[int, ...]]:
         """The ids of one caption, as `encode` gives them, word by word."""
-        raise NotImplementedError
 
+    @abstractmethod
     def spell(self, ids: Sequence[int]) -> str:
         """The word that these ids stand for."""
-        raise NotImplementedError
 
     @cached_property
     def pieces(self) -> list[str]:

@@ -6,6 +6,7 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from folder_contents import contents
 
@@ -43,9 +44,8 @@ def run(build: Callable[[], Any], kill_at: int | None = None) -> tuple[Any, int]
             os.kill(os.getpid(), signal.SIGKILL)
         return rename(path, target)
 
-    Path.replace = counted  # type: ignore[method-assign,assignment]
-    returned = build()
-    Path.replace = rename  # type: ignore[method-assign]
+    with patch.object(Path, "replace", counted):
+        returned = build()
     if kill_at:
         os.kill(os.getpid(), signal.SIGKILL)
     return returned, done

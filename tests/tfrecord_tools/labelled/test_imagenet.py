@@ -713,7 +713,7 @@ def test_joined_class_tars_are_read_to_the_end_and_garbage_is_told(tmp_path):
     summary = build_imagenet(tmp_path / "train", tmp_path / "out", subset=True, split="train")
     assert summary.splits[0].records == len(images) > 1
     path.write_bytes(tar_of(images) + b"garbage")
-    with pytest.raises(UserError, match="what stands behind its end mark is no other tar"):
+    with pytest.raises(UserError, match="what follows its end mark is not another tar"):
         build_imagenet(tmp_path / "train", tmp_path / "other", subset=True, split="train")
 
 

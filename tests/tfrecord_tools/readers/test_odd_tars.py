@@ -56,11 +56,11 @@ def test_zeros_behind_the_end_are_nothing(zeros, tmp_path):
 def test_garbage_behind_the_end_is_told(garbage, tmp_path):
     path = tar(tmp_path / "0.tar", "a.jpg", "a.txt")
     path.write_bytes(path.read_bytes() + garbage)
-    with pytest.raises(UserError, match=r"0\.tar: damaged tar at byte \d+, what stands behind its end mark"):
+    with pytest.raises(UserError, match=r"0\.tar: damaged tar at byte \d+, what follows its end mark is not"):
         list(read_shard(path))
-    with pytest.raises(UserError, match="what stands behind its end mark is no other tar"):
+    with pytest.raises(UserError, match="what follows its end mark is not another tar"):
         open_source(tmp_path)
-    assert any("behind its end mark" in str(problem) for problem in verify(tmp_path).problems)
+    assert any("follows its end mark" in str(problem) for problem in verify(tmp_path).problems)
 
 
 @pytest.mark.parametrize(
