@@ -50,13 +50,11 @@ def list_shards(
     """
     files = [file for file in list_folder(folder) if not is_hidden(file.name)]
     found = _in_folder(folder, files, split, has_images)
-    inner = [name for name in list_subfolders(folder) if not is_hidden(name) and name != CLIPKIT_FOLDER]
     if found is None and not inside:
-        return _in_subfolders(folder, inner, split, has_images)
-    if found is None or found.kind == "table":
+        return _in_subfolders(folder, split, has_images)
+    if found is None or found.kind == "table":  # beside a table lie its images, in folders of any number
         return found
-    unread = _unread(found, files)
-    unread += [f"{name}/" for name in inner if _holds_shards(folder / name)]
+    unread = [*_unread(found, files), *(f"{name}/" for name in _shard_folders(folder))]
     note = f"{folder}: not read: {', '.join(unread)}"
     return replace(found, notes=(*found.notes, note)) if unread else found
 
@@ -67,8 +65,7 @@ def note_beside_tables(folder: Path) -> str | None:
         return None
     names = [file.name for file in list_folder(folder) if not (is_hidden(file.name) or is_table(Path(file.name)))]
     aside = Counter(kind_of_file(name) for name in names if name.lower() not in _BESIDE)
-    inner = [name for name in list_subfolders(folder) if not is_hidden(name) and name != CLIPKIT_FOLDER]
-    unread = [f"{name}/" for name in inner if _holds_shards(folder / name)] + ([aside_text(aside)] if aside else [])
+    unread = [*(f"{name}/" for name in _shard_folders(folder)), *([aside_text(aside)] if aside else [])]
     return f"{folder}: not read: {', '.join(unread)}" if unread else None
 
 
@@ -133,7 +130,8 @@ def _in_folder(
     kind = next((kind for kind in ("tars", "tfrecords", "parquet") if kind in by_kind), None)
     if kind is not None and (kind != "parquet" or has_images(folder, by_kind[kind][0])):
         names, notes = select_split(folder, [file.name for file in by_kind[kind]], split)
-        chosen = tuple(file for file in by_kind[kind] if file.name in set(names))
+        wanted = set(names)  # of tens of thousands
+        chosen = tuple(file for file in by_kind[kind] if file.name in wanted)
         is_part = len(chosen) < len(by_kind[kind])
         return ShardListing(folder, kind, chosen, notes, is_part, common_split(names))
     table, notes = find_table(folder, (file.name for file in files), split)
@@ -143,9 +141,9 @@ def _in_folder(
 
 
 def _in_subfolders(
-    folder: Path, inner: Sequence[str], split: str | Sequence[str], has_images: Callable[[Path, StoredFile], bool]
+    folder: Path, split: str | Sequence[str], has_images: Callable[[Path, StoredFile], bool]
 ) -> ShardListing | None:
-    full = [name for name in inner if _holds_shards(folder / name)]
+    full = _shard_folders(folder)
     if not full:
         return None
     names, notes = select_split(folder, full, split)
@@ -157,6 +155,12 @@ def _in_subfolders(
     note = f"{folder}: reading {names[0]}/"
     said = common_split(names) or (found.split if found else "")
     return found and replace(found, notes=(*(notes or (note,)), *found.notes), split=said)
+
+
+def _shard_folders(folder: Path) -> list[str]:
+    """The names of the folders in a folder that hold shards or tables."""
+    inner = (name for name in list_subfolders(folder) if not is_hidden(name) and name != CLIPKIT_FOLDER)
+    return [name for name in inner if _holds_shards(folder / name)]
 
 
 def _holds_shards(folder: Path) -> bool:

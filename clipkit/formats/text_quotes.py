@@ -42,7 +42,7 @@ class Reading:
 
 
 def study(table: TextFile) -> Reading:
-    """Scan the whole file to find out how to parse it. Raises UserError if that is ambiguous or the file is malformed."""
+    """Scan the whole file to find out how to parse it. Raises UserError if that is ambiguous or the file malformed."""
     scan = Scan(table)
     is_legal = scan.run()
     escapes = scan.lone_returns

@@ -96,7 +96,8 @@ def download(
     notes = list(filter(None, [note_beside_tables(urls)]))
     if len(tables) > 1:
         names, others = select_split(urls, [table.name for table in tables], split)
-        tables = [table for table in tables if table.name in set(names)]
+        wanted = set(names)
+        tables = [table for table in tables if table.name in wanted]
         notes += others
     for note in notes:
         print(f"download: {note}", file=sys.stderr)
