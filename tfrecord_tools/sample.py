@@ -31,7 +31,8 @@ def drop_account(columns: dict[str, Any]) -> None:
         status, message = ("status", "error_message")
         if columns.get(status) != "success" or columns.get(message, "missing") not in (None, ""):
             return
-    columns.pop(status), columns.pop(message, None)
+    del columns[status]
+    columns.pop(message, None)
 
 
 def samples_of(found: Sample, choice: CaptionChoice | None, place: object) -> tuple[Sample, ...]:

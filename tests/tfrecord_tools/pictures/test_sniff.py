@@ -10,6 +10,7 @@ from clipkit.formats.dataset import open_dataset
 from clipkit.formats.tables import IMAGE_SUFFIXES
 from clipkit.pixels import images
 from clipkit.tfrecord_tools.build.command import build_tfds
+from clipkit.tfrecord_tools.pictures.picture import PictureError, PictureMaker, PictureSettings
 from clipkit.tfrecord_tools.pictures.sniff import FORMATS, image_format
 from clipkit.train.sources.open import open_source
 
@@ -66,6 +67,8 @@ def test_every_stage_takes_it(name, tmp_path):
     stored = open_dataset(summary.path).example(0)["jpg"]
     assert image_format(stored) in ("jpeg", "png", "bmp")  # what TensorFlow decodes
     assert images.decode(stored).shape == images.decode(data).shape
+    picture = PictureMaker(PictureSettings(image_size=32))(data)  # what a download stores
+    assert images.decode(picture.jpg).shape[2] == 3
     (trained,) = open_source(tmp_path / "in").source().pairs([0])
     assert bytes(trained.image) == data
 
@@ -77,6 +80,8 @@ def test_no_stage_takes_it(name, tmp_path):
     assert summary.skipped == {"not-an-image": 1}
     with pytest.raises(images.ImageError):
         images.decode(NOT_IMAGES[name])
+    with pytest.raises(PictureError):
+        PictureMaker(PictureSettings(image_size=32))(NOT_IMAGES[name])
 
 
 def test_the_suffixes_are_those_of_the_formats():
