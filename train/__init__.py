@@ -1,6 +1,7 @@
 """Training, from a recipe and a dataset to a run's folder.
 
 - `loop`: the training loop, which reads from top to bottom.
+- `run`: what a run shares and where it stands; how it saves, evaluates and describes itself.
 - `catalogue`: the recipes by name, and those from TOML files. A new recipe belongs here.
 - `recipes`: what a recipe is, and which values its fields take.
 - `start`: where a run starts, and what may have changed when it goes on.

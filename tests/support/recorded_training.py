@@ -18,7 +18,7 @@ from clipkit.storage.files import as_path
 from clipkit.train import loop
 from clipkit.train.catalogue import debug
 from clipkit.train.loader.loader import Batch, batches
-from clipkit.train.loop import Summary
+from clipkit.train.run import Summary
 
 
 def digest(array: Any) -> str:

@@ -24,8 +24,9 @@ from clipkit.model.clip import build
 from clipkit.tfrecord_tools.build.command import build_tfds
 from clipkit.train import loop
 from clipkit.train.catalogue import debug
-from clipkit.train.loop import is_due, train
+from clipkit.train.loop import train
 from clipkit.train.recipes import model_at
+from clipkit.train.run import is_due
 from clipkit.train.stopping import SIGNALS
 
 
@@ -228,7 +229,7 @@ def test_an_evaluation_is_never_lost_to_a_kill(pairs_dataset, tmp_path, monkeypa
             raise KilledError
         yield "colours/top1", 0.5
 
-    monkeypatch.setattr(loop, "evaluate", evaluation)
+    monkeypatch.setattr("clipkit.train.run.evaluate", evaluation)
     recipe = set_values(debug(), ["cadence.evaluate_samples=64"])
     with pytest.raises(KilledError):
         train(recipe, pairs_dataset, tmp_path, device_name="cpu", workers=1, task=object())
@@ -248,7 +249,7 @@ def test_an_evaluation_is_interrupted_and_made_again(pairs_dataset, unbroken, tm
             time.sleep(60)
         yield "colours/top1", 0.5
 
-    monkeypatch.setattr(loop, "evaluate", evaluation)
+    monkeypatch.setattr("clipkit.train.run.evaluate", evaluation)
     recipe = set_values(debug(), ["cadence.evaluate_samples=64", "cadence.checkpoint_samples=1000000"])
     options = {"device_name": "cpu", "workers": 1, "task": object()}
     began = time.monotonic()
@@ -285,7 +286,7 @@ def test_an_evaluation_that_fails_is_reported_and_costs_nothing(
             raise error
         yield "colours/top1", 0.5
 
-    monkeypatch.setattr(loop, "evaluate", evaluation)
+    monkeypatch.setattr("clipkit.train.run.evaluate", evaluation)
     recipe = set_values(debug(), ["cadence.evaluate_samples=80", "cadence.checkpoint_samples=1000000"])
     summary = train(recipe, pairs_dataset, tmp_path, device_name="cpu", workers=1, task=object())
     assert summary.finished
@@ -300,7 +301,7 @@ def test_an_evaluation_that_fails_is_reported_and_costs_nothing(
 def test_an_evaluation_is_asked_for_of_a_run_that_had_none(pairs_dataset, unbroken, tmp_path, monkeypatch):
     """A run that is finished, but for the evaluation at its end, evaluates and doesn't train."""
     run = shutil.copytree(unbroken, tmp_path / "run")
-    monkeypatch.setattr(loop, "evaluate", lambda *arguments, precision: [("colours/top1", 0.5)])
+    monkeypatch.setattr("clipkit.train.run.evaluate", lambda *arguments, precision: [("colours/top1", 0.5)])
     monkeypatch.setattr(loop, "train_step", None)
     for _ in range(2):
         assert train(debug(), pairs_dataset, run, device_name="cpu", workers=1, task=object(), resume=True).finished

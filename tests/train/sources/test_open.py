@@ -264,12 +264,13 @@ def test_the_command_hands_over_what_it_was_told(monkeypatch: pytest.MonkeyPatch
 
     from clipkit.cli.main import main
     from clipkit.train import loop
+    from clipkit.train.run import Summary
 
     told: dict[str, Any] = {}
 
     def train(recipe: Any, data: Any, out: Path, **options: Any) -> Any:
         told.update(options, data=data)
-        return loop.Summary(out, None, 0, 0.0, 0.0, True, False)
+        return Summary(out, None, 0, 0.0, 0.0, True, False)
 
     monkeypatch.setattr(loop, "train", train)
     arguments = ["train", "--recipe", "debug", "--out", str(tmp_path), "--data", "a=0.7", "--data", "s3://b/c=0.3"]

@@ -1,0 +1,192 @@
+"""A run: what it shares and where it stands, and what it does beside its steps: save, evaluate, describe itself.
+
+The steps themselves are in `loop`.
+"""
+
+import itertools
+import math
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from clipkit import __version__, checkpoint
+from clipkit.config import to_json
+from clipkit.device import Device
+from clipkit.errors import UserError, one_line
+from clipkit.eval.zeroshot import Task, evaluate
+from clipkit.log import Progress, Writer, read_metrics, warn_on_stderr
+from clipkit.model.clip import CLIP
+from clipkit.pixels.images import Preprocess
+from clipkit.storage.files import read_json
+from clipkit.text.tokenizer import Tokenizer
+from clipkit.train.captions import FirstCaptions
+from clipkit.train.recipes import Recipe, Stage, model_at, preprocess_at
+from clipkit.train.sources.open import Data
+from clipkit.train.start import Start
+from clipkit.train.stopping import Stop, StopNowError
+
+# What an evaluation may raise for its data, or for want of memory.
+EVALUATION_ERRORS = (UserError, OSError, RuntimeError, ValueError, LookupError, MemoryError)
+
+
+@dataclass
+class Run:
+    """What the parts of the loop share, and where the run stands. `seconds` counts all its resumes together."""
+
+    recipe: Recipe
+    folder: Path
+    data: Data
+    device: Device
+    writer: Writer
+    task: Task | None
+    workers: int | None
+    stop: Stop
+    captions: FirstCaptions
+    samples_seen: int = 0
+    seconds: float = 0.0
+    bad_samples: int = 0
+    bad_reasons: dict[str, str] = field(default_factory=dict)
+    """The records that couldn't be used and were reported, with the reasons."""
+    saved_at: float = 0.0
+    evaluation_missing: bool = False
+    """A signal came in the way of the latest evaluation; a resumed run makes it."""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What `train` says at its end; `loss` is NaN when no step was taken."""
+
+    run: Path
+    checkpoint: Path | None
+    samples_seen: int
+    seconds: float
+    loss: float
+    finished: bool
+    is_first: bool
+    """Whether this is the first rank, which prints the summary."""
+    signal: int | None = None
+    """The signal that this process got, if any."""
+    bad_samples: int = 0
+    """Records that couldn't be used and were replaced, each time that they came."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The summary as JSON values."""
+        return {
+            "run": str(self.run),
+            "checkpoint": str(self.checkpoint) if self.checkpoint else None,
+            "samples_seen": self.samples_seen,
+            "seconds": self.seconds,
+            "loss": self.loss if math.isfinite(self.loss) else None,
+            "finished": self.finished,
+            "bad_samples": self.bad_samples,
+        }
+
+
+def is_due(every: int | None, before: int, now: int) -> bool:
+    """Whether a multiple of `every` samples lies in (before, now]. None means never."""
+    return every is not None and now // every > before // every
+
+
+def is_checkpoint_due(run: Run, before: int) -> bool:
+    """Whether a checkpoint is due by samples or by minutes, whichever comes first."""
+    cadence = run.recipe.cadence
+    by_clock = cadence.checkpoint_minutes is not None and (
+        time.monotonic() - run.saved_at >= 60 * cadence.checkpoint_minutes
+    )
+    return by_clock or is_due(cadence.checkpoint_samples, before, run.samples_seen)
+
+
+def is_evaluation_missing(run: Run, start: checkpoint.Checkpoint) -> bool:
+    """Whether the run was to evaluate the checkpoint that it goes on from, and didn't come to it."""
+    seen, stage_start = start.samples_seen, 0
+    for stage in run.recipe.stages:
+        stage_end = stage_start + stage.samples
+        if stage_start < seen <= stage_end:
+            is_asked = seen == stage_end or is_due(run.recipe.cadence.evaluate_samples, seen - stage.batch_size, seen)
+            lines = [line for line in read_metrics(run.folder) if line["samples_seen"] == seen]
+            return is_asked and not any("/" in name for line in lines for name in line)  # task/metric
+        stage_start = stage_end
+    return False
+
+
+def evaluate_now(run: Run, stage: str, model: CLIP, preprocess: Preprocess) -> None:
+    """Write the numbers of the run's task, if it has one. Where it fails that is reported, and training goes on."""
+    if run.task is None:
+        return
+    place: dict[str, float | int | str] = {"samples_seen": run.samples_seen, "stage": stage}
+    try:
+        with run.stop.while_evaluating():
+            found = dict(evaluate(model, Tokenizer(), preprocess, run.task, run.device, precision=run.recipe.precision))
+        run.writer.write({**place, **found})
+    except StopNowError:
+        run.evaluation_missing = True
+    except EVALUATION_ERRORS as error:
+        reason = one_line(error)
+        warn_on_stderr(f"no evaluation at {run.samples_seen:,} samples, training goes on: {reason}")
+        run.writer.write({**place, "evaluation_error": reason})
+
+
+def save(run: Run, stage: Stage, model: CLIP, optimizer: torch.optim.Optimizer, health: torch.Tensor) -> None:
+    """Write the checkpoint of now. `health` is a scalar that isn't finite when the last step has ruined the weights:
+    then UserError is raised, and nothing is saved.
+    """
+    run.saved_at = time.monotonic()
+    folder = checkpoint.folder_of(run.folder, run.samples_seen)
+    if not run.device.is_first or folder.exists():
+        return
+    if not torch.isfinite(health).item():
+        raise UserError(explain_broken(run, "the loss or its gradient isn't finite"))
+    checkpoint.save(
+        folder,
+        tensors={name: tensor.detach().cpu() for name, tensor in model.state_dict().items()},
+        optimizer=checkpoint.optimizer_tensors(model, optimizer),
+        config=checkpoint.describe(model_at(run.recipe, stage), preprocess_at(run.recipe, stage), run.recipe),
+        state={
+            "samples_seen": run.samples_seen,
+            "stage": stage.name,
+            "seconds": run.seconds,
+            "bad_samples": run.bad_samples,
+            "dataset": run.data.identity(),
+        },
+    )
+    ends = frozenset(itertools.accumulate(stage.samples for stage in run.recipe.stages))
+    checkpoint.prune(run.folder, run.recipe.cadence.keep_checkpoints, always=ends)
+
+
+def explain_broken(run: Run, what: str) -> str:
+    """The error line for a run whose loss or gradient isn't finite."""
+    good = checkpoint.latest(run.folder)
+    again = f"begin a new run with --init {good} and" if good else "begin again with"
+    return f"{what} before {run.samples_seen:,} samples: {again} a lower learning rate or --set precision=float32"
+
+
+def progress_line(run: Run, label: str, total: int, start: int) -> Progress:
+    """The first rank's line of progress; the other ranks draw none."""
+    return Progress(label, total, start=start, quiet=not run.device.is_first)
+
+
+def describe_run(
+    folder: Path, recipe: Recipe, data: Data, device: Device, start: Start, init: Path | None
+) -> dict[str, Any]:
+    """The `config.json` of a run's folder: what was trained, on what, where, and what changed on the way."""
+    path = folder / "config.json"
+    before: dict[str, Any] = read_json(path) if start.own and path.exists() else {"init": str(init) if init else None}
+    changes = [{"samples_seen": start.samples_seen, "changed": start.changes}] if start.changes else []
+    return {
+        "clipkit": __version__,
+        "torch": torch.__version__,
+        "recipe": to_json(recipe),
+        "data": data.places(),
+        "dataset": data.identity(),
+        "device": {
+            "kind": device.kind,
+            "hardware": device.hardware(),
+            "devices": device.shards,
+            "arithmetic": device.arithmetic(recipe.precision),
+        },
+        "init": before.get("init"),
+        "changes": [*before.get("changes", []), *changes],
+    }
