@@ -73,7 +73,10 @@ def describe_files(folder: Path) -> str:
     """What lies in a folder that holds nothing to read, for an error's line: ` (.tar.gz 2)`; "" for nothing."""
     kinds = Counter(kind_of_file(file.name) for file in list_folder(folder) if not is_hidden(file.name))
     packed = any(kind.endswith((".gz", ".bz2", ".xz", ".zst", ".zip", ".tgz")) for kind in kinds)
-    return f" ({aside_text(kinds)}{': unpack them' * packed})" if kinds else ""
+    inner = [name for name in list_subfolders(folder) if not is_hidden(name)]
+    some = [f"{counted(len(inner), 'folder')}: {', '.join(inner[:3])}{', …' * (len(inner) > 3)}"] if inner else []
+    there = ", ".join([*([aside_text(kinds)] if kinds else []), *some])
+    return f" ({there}{': unpack them' * packed})" if there else ""
 
 
 def select_split(folder: Path, names: Sequence[str], split: str | Sequence[str]) -> tuple[list[str], tuple[str, ...]]:

@@ -132,6 +132,13 @@ def test_packed_shards_are_named(suffix, tmp_path):
         train(tmp_path / "in")
 
 
+def test_folders_two_levels_down_are_named(tmp_path):
+    write(tmp_path / "in" / "default" / "train" / "0.tar", "a")  # as the Hub converts datasets
+    code, _, told = build(tmp_path / "in")
+    assert (code, "holds no image shards (1 folder: default): " in told) == (2, True)
+    assert build(tmp_path / "in" / "default")[1] == ["a"]
+
+
 def test_folders_that_could_all_be_meant_are_refused(tmp_path):
     write(tmp_path / "in" / "a" / "0.tar", "a")
     write(tmp_path / "in" / "b" / "0.tar", "b")

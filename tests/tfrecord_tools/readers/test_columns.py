@@ -88,6 +88,7 @@ def test_half_a_surrogate_pair_is_a_question_mark(tmp_path):
         ("metadata.csv", b"file_name,text\n", "(there are none)"),
         ("metadata.csv", b"file_name,text,key\nimg/0.jpg,a,7\n", "in/img/0.jpg, for one: mend the paths"),
         ("metadata.csv", b"file_name,text\nalbum.jpg,a\n", "in/album.jpg, for one"),
+        ("metadata.csv", b"file_name,text\n" + b"Q" * 9_000 + b",a\n", f"in/{'Q' * 200}, for one"),
         ("metadata.csv", b"file_name,text\n0.jpg,\n", "name another column with --caption-column"),
     ],
 )
