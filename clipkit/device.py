@@ -9,6 +9,7 @@ its slice of the global batch and gathered features.
 import contextlib
 import importlib.util
 import os
+import re
 import resource
 import sys
 from collections.abc import Callable, Mapping
@@ -29,6 +30,34 @@ from clipkit.jobs.worker import cores
 GOOGLE_PCI_VENDOR = "0x1ae0"
 
 Precision = Literal["auto", "float32", "bfloat16"]
+
+# What the makers publish as the dense bfloat16 peak of a chip, in 10^12 operations a second (products summed in
+# float32; NVIDIA's sheets mostly give twice as much, with sparsity). The first name that is in the chip's counts.
+PEAK_TFLOPS = {
+    # NVIDIA's datasheets.
+    "H100 PCIe": 756,
+    "H100 NVL": 835,
+    "H100": 989,
+    "H200 NVL": 835,
+    "H200": 989,
+    "GB200": 2500,
+    "B200": 2250,
+    "A100": 312,
+    "A10G": 70,
+    "A10": 125,
+    "A40": 149.7,
+    "L40S": 362,
+    "L40": 181,
+    "L4": 121,
+    # NVIDIA's whitepapers on GA102 and Ada.
+    "RTX 3090": 71,
+    "RTX 4090": 165.2,
+    # docs.cloud.google.com/tpu/docs: v4, v5e, v5p, v6e, as TPU_ACCELERATOR_TYPE calls them.
+    "v4": 275,
+    "v5litepod": 197,
+    "v5p": 459,
+    "v6e": 918,
+}
 
 
 @dataclass(frozen=True)
@@ -110,6 +139,14 @@ class Device:
             return str(torch_xla.runtime.device_type())
         return f"CPU, {torch.get_num_threads()} threads"
 
+    def peak_flops(self) -> float | None:
+        """The published dense bfloat16 peak of all devices together, in operations a second; None where unknown."""
+        chip = os.environ.get("TPU_ACCELERATOR_TYPE", "") if self.kind == "xla" else self.hardware()
+        for name, peak in PEAK_TFLOPS.items():
+            if re.search(rf"\b{name}\b(?!.* (Laptop|D|MIG)\b)", chip):
+                return peak * 1e12 * self.shards
+        return None
+
     def optimizer_options(self, learning_rate: float) -> dict[str, Any]:
         """AdamW's options that suit the device.
 
@@ -148,7 +185,7 @@ class Device:
             torch.distributed.barrier(group=self.control)
 
     def mean(self, value: torch.Tensor) -> torch.Tensor:
-        """The mean over the ranks of a scalar on the device."""
+        """The mean over the ranks of a tensor on the device."""
         if self.world > 1:
             torch.distributed.all_reduce(value)
             value /= self.world
@@ -156,11 +193,14 @@ class Device:
 
     def agree(self, *flags: bool) -> list[bool]:
         """For each flag whether any rank raises it: all ranks must do the same, and clocks and signals differ."""
-        if self.world == 1:
-            return list(flags)
-        raised = torch.tensor([int(flag) for flag in flags])
-        torch.distributed.all_reduce(raised, torch.distributed.ReduceOp.MAX, group=self.control)
-        return [bool(flag) for flag in raised.tolist()]
+        return [count > 0 for count in self.total(*flags)]
+
+    def total(self, *counts: int) -> list[int]:
+        """The sum of each count over the ranks."""
+        summed = torch.tensor(counts, dtype=torch.int64)
+        if self.world > 1:
+            torch.distributed.all_reduce(summed, group=self.control)
+        return [int(count) for count in summed.tolist()]
 
     def gather(self, value: Any) -> list[Any]:
         """What each rank gave, in their order."""

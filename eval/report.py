@@ -24,10 +24,12 @@ MORE_RIGHT = 6
 CURVES = (
     # metric, axis name with unit, is a share, begins at zero
     ("loss", "loss (nats)", False, False),
+    ("accuracy_image_to_text", "accuracy in the batch, image to text (%)", True, True),
     ("lr", "learning rate", False, True),
     ("logit_scale", "logit scale (1 / temperature)", False, True),
     ("grad_norm", "gradient norm before clipping", False, True),
     ("samples_per_s", "speed (samples/s)", False, True),
+    ("mfu", "MFU (% of the bfloat16 peak)", True, True),
     ("data_wait", "time spent waiting for data (%)", True, True),
 )
 

@@ -7,10 +7,8 @@
 - `start`: where a run starts, and what may have changed when it goes on.
 - `order`: which record comes when, from the seed and the samples seen.
 - `step`: one optimizer step, the optimizer and its learning rate.
-- `captions`: what is said of the first captions, where there is nothing to learn from them.
 - `stopping`: how a signal ends a run in good order.
-- `stopwatch`: the time spent waiting for data, and what would help.
 
-The rooms: `sources/` (training data from where people have them), `loader/` (records to batches), `bench/` (how fast
-the loader is on a machine).
+The rooms: `sources/` (training data from where people have them), `loader/` (records to batches), `watch/` (looking
+after a run), `bench/` (how fast the loader is on a machine).
 """

@@ -23,9 +23,8 @@ from clipkit.formatting import share
 from clipkit.log import MetricsWriter, Writer, forget_metrics_after, warn_on_stderr
 from clipkit.model.clip import CLIP, build, load_state
 from clipkit.storage.files import clear_leftovers, lock, write_json
-from clipkit.train.captions import FirstCaptions
 from clipkit.train.loader.loader import batches
-from clipkit.train.recipes import Recipe, Stage, check_recipe, loader_config, model_at, preprocess_at
+from clipkit.train.recipes import Recipe, Stage, check_recipe, loader_config, model_at, preprocess_at, stage_cost
 from clipkit.train.run import (
     Run,
     Summary,
@@ -42,7 +41,9 @@ from clipkit.train.sources.open import CACHE_GB, open_source
 from clipkit.train.start import find_start, refuse_different_starts
 from clipkit.train.step import learning_rate_at, make_optimizer, train_step
 from clipkit.train.stopping import Stop, stop_on_signal, until_stopped
-from clipkit.train.stopwatch import Stopwatch
+from clipkit.train.watch.captions import FirstCaptions
+from clipkit.train.watch.metrics import model_metrics
+from clipkit.train.watch.stopwatch import Stopwatch
 
 
 def train(
@@ -142,6 +143,7 @@ def run_stage(run: Run, stage: Stage, stage_start: int, model: CLIP, optimizer: 
     stage_end = stage_start + stage.samples
     wrapped = device.wrap(model)
     model.train()
+    flops, peak = stage_cost(recipe, stage).flops, device.peak_flops()
     workers = device.loader_workers() if run.workers is None else run.workers
     loader = batches(
         run.data.source(precomputed=stage.text_reduction == "syntax"),
@@ -161,7 +163,6 @@ def run_stage(run: Run, stage: Stage, stage_start: int, model: CLIP, optimizer: 
     with contextlib.closing(loader), progress_line(run, f"train {stage.name}", stage.samples, start) as progress:
         for batch in watch.time_waiting(until_stopped(run.stop, loader)):
             before, run.samples_seen = run.samples_seen, run.samples_seen + stage.batch_size
-            run.bad_samples += batch.bad
             run.captions.take(batch)
             is_end = run.samples_seen >= stage_end
 
@@ -176,9 +177,11 @@ def run_stage(run: Run, stage: Stage, stage_start: int, model: CLIP, optimizer: 
                 cooldown=stage.cooldown_samples,
             )
             device.set_learning_rate(optimizer, learning_rate)
-            step_loss, grad_norm = train_step(wrapped, optimizer, device.batch(batch.arrays()), recipe, device)
-            loss_sum, steps = loss_sum + step_loss, steps + 1
-            run.stop.agreed, must_save = device.agree(run.stop.asked, is_checkpoint_due(run, before))
+            tensors = device.batch(batch.arrays())
+            step = train_step(wrapped, optimizer, tensors, recipe, device)
+            loss_sum, steps = loss_sum + step.loss, steps + 1
+            stops, saves, bad = device.total(run.stop.asked, is_checkpoint_due(run, before), batch.bad)
+            run.stop.agreed, must_save, run.bad_samples = stops > 0, saves > 0, run.bad_samples + bad
 
             # ---- Log: the only place where the loop waits for the device ---------------------------------------------
             if is_end or run.stop.agreed or is_due(cadence.log_samples, before, run.samples_seen):
@@ -187,12 +190,14 @@ def run_stage(run: Run, stage: Stage, stage_start: int, model: CLIP, optimizer: 
                 if not math.isfinite(loss):
                     raise UserError(explain_broken(run, f"the loss became {loss}"))
                 run.seconds += watch.seconds
+                rate = watch.rate(run.samples_seen)
                 metrics = {
                     "loss": loss,
                     "lr": learning_rate,
-                    "logit_scale": model.logit_scale.detach().exp().clamp(max=100.0).item(),
-                    "grad_norm": grad_norm.item(),
-                    "samples_per_s": watch.rate(run.samples_seen),
+                    **model_metrics(model, step, tensors["caption_B"], recipe, device),
+                    "samples_per_s": rate,
+                    "flops_per_s": rate * flops,
+                    **({"mfu": rate * flops / peak} if peak else {}),
                     "data_wait": watch.waiting_share,
                     "bad_samples": run.bad_samples,
                     "seconds": run.seconds,
@@ -208,7 +213,7 @@ def run_stage(run: Run, stage: Stage, stage_start: int, model: CLIP, optimizer: 
             with watch.paused():
                 must_evaluate = is_end or is_due(cadence.evaluate_samples, before, run.samples_seen)
                 if is_end or must_save or (run.task and must_evaluate):
-                    save(run, stage, model, optimizer, step_loss + grad_norm)
+                    save(run, stage, model, optimizer, step.loss + step.grad_norm)
                 if must_evaluate:
                     evaluate_now(run, stage.name, model, preprocess_at(recipe, stage))
                 if is_end or must_save or must_evaluate:
@@ -216,7 +221,7 @@ def run_stage(run: Run, stage: Stage, stage_start: int, model: CLIP, optimizer: 
             if run.stop.agreed:
                 break
     if run.stop.agreed and run.samples_seen > stage_start + start:
-        save(run, stage, model, optimizer, step_loss + grad_norm)
+        save(run, stage, model, optimizer, step.loss + step.grad_norm)
         device.barrier()
     return loss
 

@@ -22,11 +22,11 @@ from clipkit.model.clip import CLIP
 from clipkit.pixels.images import Preprocess
 from clipkit.storage.files import read_json
 from clipkit.text.tokenizer import Tokenizer
-from clipkit.train.captions import FirstCaptions
 from clipkit.train.recipes import Recipe, Stage, model_at, preprocess_at
 from clipkit.train.sources.open import Data
 from clipkit.train.start import Start
 from clipkit.train.stopping import Stop, StopNowError
+from clipkit.train.watch.captions import FirstCaptions
 
 # What an evaluation may raise for its data, or for want of memory.
 EVALUATION_ERRORS = (UserError, OSError, RuntimeError, ValueError, LookupError, MemoryError)

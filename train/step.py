@@ -7,7 +7,7 @@ import contextlib
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -21,13 +21,24 @@ Tensors = dict[str, torch.Tensor]
 Features = tuple[torch.Tensor, ...]
 
 
+class Step(NamedTuple):
+    """What a step found, for the log to read: all of it stays on the device."""
+
+    loss: torch.Tensor
+    """A scalar: the mean over this rank's rows."""
+    grad_norm: torch.Tensor
+    """A scalar: the norm of all gradients before clipping."""
+    grad_norms_P: torch.Tensor
+    """The norm of the gradient of each trained parameter, in the model's order."""
+    image_BE: torch.Tensor
+    text_BE: torch.Tensor
+    """This rank's features."""
+
+
 def train_step(
     model: torch.nn.Module, optimizer: torch.optim.Optimizer, batch: Tensors, recipe: Recipe, device: Device
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Train on one batch (`image_BHWC` uint8, `ids_BT`, `caption_B`, perhaps `keep_BK`) on the device.
-
-    Returns the loss and the norm of all gradients before clipping, as scalars that stay on the device.
-    """
+) -> Step:
+    """Train on one batch (`image_BHWC` uint8, `ids_BT`, `caption_B`, perhaps `keep_BK`) on the device."""
 
     def features_of(part: Tensors) -> Features:
         image_BCHW = normalise(part["image_BHWC"], recipe.mean, recipe.std)
@@ -39,15 +50,21 @@ def train_step(
         return contrastive_loss(features, batch["caption_B"], recipe, device)
 
     if recipe.micro_batch is None or recipe.micro_batch >= len(batch["ids_BT"]):
-        loss = loss_of(features_of(batch))
+        features = features_of(batch)
+        loss = loss_of(features)
         loss.backward()
     else:
-        loss = backward_in_micro_batches(model, features_of, loss_of, batch, recipe.micro_batch)
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.optimizer.grad_clip or math.inf)
+        loss, features = backward_in_micro_batches(model, features_of, loss_of, batch, recipe.micro_batch)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    gradients = [torch.zeros_like(each) if each.grad is None else each.grad for each in trained]
+    norms_P = torch.stack(torch._foreach_norm(gradients))
+    norm = torch.linalg.vector_norm(norms_P)
+    if recipe.optimizer.grad_clip is not None:
+        torch.nn.utils.clip_grads_with_norm_(trained, recipe.optimizer.grad_clip, norm)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     device.end_step()
-    return loss.detach(), norm.detach()
+    return Step(loss.detach(), norm, norms_P, features[0].detach(), features[1].detach())
 
 
 def contrastive_loss(features: Features, caption_B: torch.Tensor, recipe: Recipe, device: Device) -> torch.Tensor:
@@ -66,8 +83,9 @@ def backward_in_micro_batches(
     loss_of: Callable[[Features], torch.Tensor],
     batch: Tensors,
     micro_batch: int,
-) -> torch.Tensor:
-    """The gradients of the whole batch in the memory of one micro-batch (GradCache; Gao et al., 2021).
+) -> tuple[torch.Tensor, Features]:
+    """The gradients of the whole batch in the memory of one micro-batch (GradCache; Gao et al., 2021); returns its loss
+    and its features.
 
     First all features without a graph; then the loss on them, which gives each feature its gradient; then each
     micro-batch once more, with those gradients carried into the towers. Every pair of the batch is a negative, which
@@ -95,7 +113,7 @@ def backward_in_micro_batches(
             grads += [gradient if is_last else torch.zeros_like(gradient) for gradient in gradients[2:]]
             trained = [pair for pair in zip(outputs, grads, strict=True) if pair[0].requires_grad]  # else frozen
             torch.autograd.backward([output for output, _ in trained], [gradient for _, gradient in trained])
-    return loss
+    return loss, (image_BE, text_BE)
 
 
 def without_averaging(model: torch.nn.Module) -> contextlib.AbstractContextManager[Any]:

@@ -93,7 +93,7 @@ def test_twenty_steps_equal_openclip(image, vision, optimizer: OptimizerConfig) 
         rate = learning_rate_at(step * BATCH, BATCH, peak=PEAK, warmup=WARMUP * BATCH, total=STEPS * BATCH)
         assert rate == pytest.approx(openclip_rate(step), rel=1e-6)
         device.set_learning_rate(ours_optimizer, rate)
-        ours_loss, _ = train_step(ours, ours_optimizer, batch, recipe, device)
+        ours_loss = train_step(ours, ours_optimizer, batch, recipe, device).loss
         for group in theirs_optimizer.param_groups:
             group["lr"] = rate
         image_BCHW = normalise(batch["image_BHWC"], recipe.mean, recipe.std)

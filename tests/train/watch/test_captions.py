@@ -8,12 +8,12 @@ import pytest
 from colour_pairs import picture
 
 from clipkit.log import read_metrics
-from clipkit.train.captions import FirstCaptions
 from clipkit.train.catalogue import debug
 from clipkit.train.loader.loader import Batch
 from clipkit.train.loader.samples import caption_hash
 from clipkit.train.loop import train
 from clipkit.train.sources.source import Pair
+from clipkit.train.watch.captions import FirstCaptions
 
 
 class Captions:

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from clipkit.train import stopwatch as module
 from clipkit.train.loader.loader import Batch
-from clipkit.train.stopwatch import Stopwatch, what_helps
+from clipkit.train.watch import stopwatch as module
+from clipkit.train.watch.stopwatch import Stopwatch, what_helps
 
 IMAGES = {"read": 0.1, "image": 0.8, "text": 0.1}
 TEXT = {"read": 0.1, "image": 0.3, "text": 0.6}
