@@ -83,6 +83,11 @@ class Device:
         """Into how many equal parts a global batch is cut."""
         return int(self.mesh.size()) if self.mesh is not None else self.world
 
+    @property
+    def static_shapes(self) -> bool:
+        """Whether each new shape of a tensor means compiling the step again."""
+        return self.kind == "xla"
+
     def batch(self, arrays: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
         """Copy a host batch to the device; the first axis of every array is the batch.
 

@@ -55,7 +55,7 @@ def prompt_batches(prompts: Prompts, device: Device) -> Iterator[slice]:
     start = 0
     while start < total:
         rows = TOKENS_PER_BATCH // width
-        if device.kind != "xla":
+        if not device.static_shapes:
             # The batch grows until its longest prompt, which is its last, makes it too large.
             lengths = prompts.length_P[start : start + TOKENS_PER_BATCH]
             fits = lengths * np.arange(1, len(lengths) + 1) <= TOKENS_PER_BATCH
@@ -72,7 +72,7 @@ def class_embeddings(model: "CLIP", prompts: Prompts, device: Device, precision:
     sum_CE: torch.Tensor | None = None
     for part in prompt_batches(prompts, device):
         ids_BT = prompts.ids_PT[part]
-        if device.kind == "xla":
+        if device.static_shapes:
             ids_BT = pad_rows(ids_BT, -(-max(1, TOKENS_PER_BATCH // width) // device.shards) * device.shards)
         else:
             ids_BT = np.ascontiguousarray(ids_BT[:, : prompts.length_P[part].max()])
@@ -123,7 +123,7 @@ def classify(
         places, tops, probabilities = [], [], []
         for pixels in task.pixels(preprocess, batch_size, also):
             rows = len(pixels.index_B)
-            image = pixels.image_BHWC if device.kind != "xla" else pad_rows(pixels.image_BHWC, batch_size)
+            image = pad_rows(pixels.image_BHWC, batch_size) if device.static_shapes else pixels.image_BHWC
             image_BHWC = device.batch({"image": image})["image"]
             with device.autocast(precision):
                 image_BE = model.encode_image(normalise(image_BHWC, preprocess.mean, preprocess.std))

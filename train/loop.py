@@ -178,6 +178,8 @@ def run_stage(run: Run, stage: Stage, stage_start: int, model: CLIP, optimizer: 
             )
             device.set_learning_rate(optimizer, learning_rate)
             tensors = device.batch(batch.arrays())
+            if model.text.skips_padding and not device.static_shapes:
+                tensors["length_B"] = torch.from_numpy(batch.length_B)
             step = train_step(wrapped, optimizer, tensors, recipe, device)
             loss_sum, steps = loss_sum + step.loss, steps + 1
             stops, saves, bad = device.total(run.stop.asked, is_checkpoint_due(run, before), batch.bad)

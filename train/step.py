@@ -14,6 +14,7 @@ import torch
 from clipkit.device import Device
 from clipkit.errors import UserError
 from clipkit.model.loss import info_nce, sigmoid_loss
+from clipkit.model.text_tower import length_buckets
 from clipkit.pixels.images import normalise
 from clipkit.train.recipes import Decay, OptimizerConfig, Recipe, Schedule
 
@@ -38,12 +39,16 @@ class Step(NamedTuple):
 def train_step(
     model: torch.nn.Module, optimizer: torch.optim.Optimizer, batch: Tensors, recipe: Recipe, device: Device
 ) -> Step:
-    """Train on one batch (`image_BHWC` uint8, `ids_BT`, `caption_B`, perhaps `keep_BK`) on the device."""
+    """Train on one batch (`image_BHWC` uint8, `ids_BT`, `caption_B`, perhaps `keep_BK`) on the device.
+
+    With the lengths of the captions, `length_B`, on the host, the text tower leaves their padding out.
+    """
 
     def features_of(part: Tensors) -> Features:
         image_BCHW = normalise(part["image_BHWC"], recipe.mean, recipe.std)
+        buckets = length_buckets(part["length_B"].numpy()) if "length_B" in part else None
         with device.autocast(recipe.precision):
-            features: Features = model(image_BCHW, part["ids_BT"], part.get("keep_BK"))
+            features: Features = model(image_BCHW, part["ids_BT"], part.get("keep_BK"), buckets)
         return features
 
     def loss_of(features: Features) -> torch.Tensor:

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from clipkit.errors import UserError
 from clipkit.model.config import ModelConfig, Projection, check_choices
 from clipkit.model.image_tower import ConvStem, ImageTower
-from clipkit.model.text_tower import Recompute, TextTower
+from clipkit.model.text_tower import Buckets, Recompute, TextTower
 
 LOG_SCALE_MAX = math.log(100.0)
 
@@ -51,17 +51,20 @@ class CLIP(nn.Module):
             x_BE: Tensor = self.image_projection(x_BD.float())
             return F.normalize(x_BE, dim=-1) if normalize else x_BE
 
-    def encode_text(self, ids_BT: Tensor, normalize: bool = True) -> Tensor:
-        """int[B, T] ids with start and end, zero padded -> float32[B, E]."""
-        x_BD = self.text(ids_BT)
+    def encode_text(self, ids_BT: Tensor, normalize: bool = True, buckets: Buckets | None = None) -> Tensor:
+        """int[B, T] ids with start and end, zero padded -> float32[B, E]. `buckets` as for `TextTower`."""
+        x_BD = self.text(ids_BT, buckets)
         with float32_maths(x_BD.device):
             x_BE: Tensor = self.text_projection(x_BD.float())
             return F.normalize(x_BE, dim=-1) if normalize else x_BE
 
-    def forward(self, image_BCHW: Tensor, ids_BT: Tensor, keep_BK: Tensor | None = None) -> tuple[Tensor, ...]:
+    def forward(
+        self, image_BCHW: Tensor, ids_BT: Tensor, keep_BK: Tensor | None = None, buckets: Buckets | None = None
+    ) -> tuple[Tensor, ...]:
         """Unit vectors float32[B, E] of the images and of the texts, the logit scale (a scalar of at most 100), and the
         logit bias where the model has one. All that a loss needs comes out of here, as data parallelism wants it."""
-        features = self.encode_image(image_BCHW, keep_BK), self.encode_text(ids_BT), self.clamped_logit_scale()
+        text_BE = self.encode_text(ids_BT, buckets=buckets)
+        features = self.encode_image(image_BCHW, keep_BK), text_BE, self.clamped_logit_scale()
         return features if self.logit_bias is None else (*features, self.logit_bias * 1)
 
     def clamped_logit_scale(self) -> Tensor:

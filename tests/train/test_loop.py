@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from clipkit import checkpoint
 from clipkit.config import set_values
+from clipkit.device import Device
 from clipkit.errors import UserError
 from clipkit.log import read_metrics
 from clipkit.model.clip import build
@@ -176,13 +177,48 @@ def test_micro_batches_change_nothing_but_memory(unbroken, pairs_dataset, tmp_pa
     assert losses(tmp_path) == pytest.approx(losses(unbroken), abs=2e-5)
 
 
-def test_two_ranks_learn_what_one_learns(unbroken, pairs_dataset, tmp_path):
+def train_on_two_ranks(data, run, *options):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "clipkit"]
-    command += ["train", "--data", str(pairs_dataset), "--recipe", "debug", "--out", str(tmp_path), "--device", "cpu"]
+    command += ["train", "--data", str(data), "--recipe", "debug", "--out", str(run), "--device", "cpu", *options]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run([*command, "--workers", "1"], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
+
+
+def test_two_ranks_learn_what_one_learns(unbroken, pairs_dataset, tmp_path):
+    train_on_two_ranks(pairs_dataset, tmp_path)
     assert losses(tmp_path) == pytest.approx(losses(unbroken), abs=2e-5)
+
+
+def test_stages_of_other_reductions_learn_the_same_on_two_ranks_without_padding(pairs_dataset, tmp_path, monkeypatch):
+    """The second stage leaves padding out, each rank that of its own captions, in micro-batches; the first can't."""
+    settings = ["micro_batch=4", "stages.0.image_reduction=grid", "stages.0.image_keep=4", "stages.1.image_keep=12"]
+    settings += ["stages.0.text_reduction=block", "stages.1.image_reduction=block", "stages.1.text_reduction=syntax"]
+    settings += ["stages.1.context_length=24", "stages.0.samples=32", "stages.1.samples=64"]
+    settings += ["stages.0.warmup_samples=16"]
+    real, lengths = loop.train_step, []
+
+    def step(model, optimizer, batch, *others):
+        lengths.append(batch.get("length_B"))
+        return real(model, optimizer, batch, *others)
+
+    monkeypatch.setattr(loop, "train_step", step)
+    train(set_values(debug(), settings), pairs_dataset, tmp_path / "one", device_name="cpu", workers=1)
+    assert [length_B is not None for length_B in lengths] == [False] * 2 + [True] * 4
+    assert max(length_B.max() for length_B in lengths[2:]) < 20
+    train_on_two_ranks(pairs_dataset, tmp_path / "two", *[f"--set={setting}" for setting in settings])
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=2e-5)
+
+
+def test_a_device_of_static_shapes_computes_padding(pairs_dataset, tmp_path, monkeypatch):
+    settings = ["stages.0.context_length=24", "stages.0.samples=32", "stages.0.warmup_samples=0"]
+    recipe = set_values(debug(), settings)
+    recipe = replace(recipe, stages=recipe.stages[:1])
+    train(recipe, pairs_dataset, tmp_path / "real", device_name="cpu", workers=1)
+    monkeypatch.setattr(Device, "static_shapes", True)
+    monkeypatch.setattr("clipkit.train.step.length_buckets", None)
+    train(recipe, pairs_dataset, tmp_path / "padded", device_name="cpu", workers=1)
+    assert losses(tmp_path / "padded") == pytest.approx(losses(tmp_path / "real"), abs=2e-5)
 
 
 def test_the_sigmoid_loss_trains(pairs_dataset, tmp_path):

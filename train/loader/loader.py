@@ -67,6 +67,11 @@ class Batch:
     wordless: list[int] = field(default_factory=list)
     """The samples whose caption has no letter or digit."""
 
+    @property
+    def length_B(self) -> Int64Array:
+        """Text tokens of each sample up to its end token, which has the largest id."""
+        return self.ids_BT.argmax(axis=1) + 1
+
     def arrays(self) -> dict[str, np.ndarray]:
         """What goes to the device, by name."""
         arrays = {"image_BHWC": self.image_BHWC, "ids_BT": self.ids_BT, "caption_B": self.caption_B}
