@@ -24,6 +24,7 @@ from clipkit.log import MetricsWriter, Writer, forget_metrics_after, warn_on_std
 from clipkit.model.clip import CLIP, build, load_state
 from clipkit.storage.files import clear_leftovers, lock, write_json
 from clipkit.train.loader.loader import batches
+from clipkit.train.optimizer import learning_rate_at, make_optimizer
 from clipkit.train.recipes import Recipe, Stage, check_recipe, loader_config, model_at, preprocess_at, stage_cost
 from clipkit.train.run import (
     Run,
@@ -39,7 +40,7 @@ from clipkit.train.run import (
 )
 from clipkit.train.sources.open import CACHE_GB, open_source
 from clipkit.train.start import find_start, refuse_different_starts
-from clipkit.train.step import learning_rate_at, make_optimizer, train_step
+from clipkit.train.step import train_step
 from clipkit.train.stopping import Stop, stop_on_signal, until_stopped
 from clipkit.train.watch.captions import FirstCaptions
 from clipkit.train.watch.metrics import model_metrics

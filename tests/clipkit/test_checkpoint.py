@@ -12,8 +12,8 @@ from clipkit.errors import UserError
 from clipkit.model.clip import build
 from clipkit.model.config import ImageConfig, ModelConfig, TextConfig
 from clipkit.pixels.images import Preprocess
+from clipkit.train.optimizer import make_optimizer
 from clipkit.train.recipes import OptimizerConfig
-from clipkit.train.step import make_optimizer
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,9 @@ from clipkit.device import pick
 from clipkit.interop.openclip import convert, load_openclip
 from clipkit.pixels.images import normalise
 from clipkit.train.catalogue import debug, find_recipe
+from clipkit.train.optimizer import learning_rate_at, make_optimizer
 from clipkit.train.recipes import OptimizerConfig, Recipe
-from clipkit.train.step import learning_rate_at, make_optimizer, train_step
+from clipkit.train.step import train_step
 
 STEPS, BATCH, WARMUP, PEAK = 20, 8, 4, 1e-3
 

@@ -23,10 +23,11 @@ from clipkit.train.loader.augment import Augmentation, cut, geometry_draws
 from clipkit.train.loader.crop import COMPILED, shrink
 from clipkit.train.loader.loader import batches
 from clipkit.train.loader.samples import LoaderConfig
+from clipkit.train.optimizer import make_optimizer
 from clipkit.train.recipes import Recipe, Stage, loader_config, model_at
 from clipkit.train.sources.open import CACHE_GB, open_source
 from clipkit.train.sources.source import Pair, Source
-from clipkit.train.step import make_optimizer, train_step
+from clipkit.train.step import train_step
 
 # Batches of another size hold the same samples; these fit into any memory.
 BATCH = 256
