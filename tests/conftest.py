@@ -15,8 +15,10 @@ if TYPE_CHECKING:
 
 # Tests run side by side, one a core: more threads in each would only wait for each other. Child processes inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# Where tests are started in the background, a shell has SIGINT ignored, and so would every process that they start.
+# Where tests are started in the background, a shell has SIGINT ignored, and so would every process that they start;
+# nohup does so with SIGHUP.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # A slow machine is no failure.
 settings.register_profile("clipkit", deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -257,6 +257,12 @@ def allow_many_files() -> int:
     return wanted
 
 
+def means_absent(error: Exception) -> bool:
+    """Whether the error of opening a file says that there is none of that name, nor can be one (too long, a NUL)."""
+    is_too_long = isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG
+    return is_too_long or isinstance(error, FileNotFoundError | IsADirectoryError | NotADirectoryError | ValueError)
+
+
 def require_file(path: Path, what: str) -> Path:
     """`path` itself when it is a file. Raises UserError otherwise."""
     with stores.reading(path):

@@ -29,7 +29,7 @@ from clipkit.formats.tables import (
     is_bytes,
     read_schema,
 )
-from clipkit.storage.files import is_remote, local_copy
+from clipkit.storage.files import is_remote, local_copy, means_absent
 from clipkit.storage.stores import as_upath, reading
 from clipkit.tfrecord_tools.reasons import NO_IMAGE
 from clipkit.tfrecord_tools.sample import Sample, drop_account, samples_of
@@ -149,7 +149,9 @@ def _read_image(folder: Path, name: Any) -> bytes | None:
     try:
         with reading(folder):
             return (folder / name).read_bytes() or None
-    except (FileNotFoundError, IsADirectoryError, NotADirectoryError, ValueError):
+    except (OSError, ValueError) as error:
+        if not means_absent(error):
+            raise
         return None
 
 

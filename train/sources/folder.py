@@ -17,7 +17,7 @@ from clipkit.formats.captions import captions_of
 from clipkit.formats.tables import USUAL, read_columns, read_schema
 from clipkit.pixels.images import ImageError
 from clipkit.storage.cache import BlockCache
-from clipkit.storage.files import is_remote, read_json, remove, write_beside, write_json
+from clipkit.storage.files import is_remote, means_absent, read_json, remove, write_beside, write_json
 from clipkit.storage.ranges import Reopenable, read_object
 from clipkit.storage.stores import StoredFile
 from clipkit.train.sources.index import index_place, waiting_lock
@@ -56,13 +56,13 @@ class FolderSource(Reopenable, Source):
                 continue
             try:
                 image = self._image(name)
-            except (FileNotFoundError, IsADirectoryError, NotADirectoryError, ValueError) as error:
+            except (OSError, ValueError) as error:
+                if not means_absent(error):
+                    raise UserError(f"can't read {self.folder / name} ({error}): check the disk") from error
                 if not is_remote(self.folder) and not self.folder.is_dir():
                     raise UserError(f"{self.folder} is gone: put the images back") from error
-                yield ImageError(f"there is no image {self.folder / name}")
+                yield ImageError(f"there is no image {self.folder / name[:200]}")
                 continue
-            except OSError as error:
-                raise UserError(f"can't read {self.folder / name} ({error}): check the disk") from error
             yield Pair(image, captions if len(captions) > 1 else "".join(captions))
 
     def fill(self, record: int) -> int:

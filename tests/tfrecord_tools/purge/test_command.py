@@ -3,7 +3,6 @@
 import hashlib
 import json
 import multiprocessing
-import os
 import random
 import shutil
 import signal
@@ -614,8 +613,8 @@ def run_child(data, listed, seconds=None):
     began = time.monotonic()
     process.join(60 if seconds is None else seconds)
     took = time.monotonic() - began
-    if seconds is not None and process.is_alive():
-        os.kill(process.pid, signal.SIGKILL)
+    if seconds is not None:
+        process.kill()  # of one that has ended in the meantime it thinks nothing
     process.join(60)
     code = process.exitcode
     process.close()

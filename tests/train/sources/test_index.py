@@ -134,10 +134,12 @@ def test_missing_images_and_captions_of_a_folder(written: dict[str, Path], tmp_p
         {"file_name": None, "text": "x"},
         {"file_name": "images/0.jpg", "text": None},
         {"file_name": "no", "text": ""},
+        {"file_name": "Q" * 9_000, "text": ""},  # an image as base64
     ]
     (place / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    found = list(open_source(place).source().pairs(range(3)))
+    found = list(open_source(place).source().pairs(range(4)))
     assert str(found[0]) == "the row names no image"
     assert isinstance(found[1], Pair)
     assert found[1].caption == ""
     assert "there is no image" in str(found[2])
+    assert str(found[3]) == f"there is no image {place}/{'Q' * 200}"
