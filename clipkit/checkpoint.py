@@ -241,6 +241,6 @@ def restore_optimizer(
         # A step counter that the optimizer keeps on the CPU stays there; the fused and capturable ones want the device.
         on_device = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
         optimizer.state[parameter] = {
-            slot: value.to(parameter.device if on_device or value.dim() else "cpu", copy=True)
+            slot: value.to(parameter.device if on_device or slot != "step" else "cpu", copy=True)
             for slot, value in slots_of[name].items()
         }

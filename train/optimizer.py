@@ -1,8 +1,10 @@
 """The optimizer of a recipe, and the learning rate of each step."""
 
 import math
+from typing import Any
 
 import torch
+from timm.optim import Lion
 
 from clipkit.device import Device
 from clipkit.errors import UserError
@@ -11,23 +13,100 @@ from clipkit.train.recipes import Decay, OptimizerConfig, Schedule
 
 def make_optimizer(
     model: torch.nn.Module, config: OptimizerConfig, learning_rate: float, device: Device
-) -> torch.optim.AdamW:
-    """AdamW with weight decay on what `config.decay` says, and never on biases, norms' gains or the logit scale."""
-    decayed: list[torch.nn.Parameter] = []
-    free: list[torch.nn.Parameter] = []
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            (decayed if is_decayed(name, parameter, config.decay) else free).append(parameter)
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": free, "weight_decay": 0.0}]
+) -> torch.optim.Optimizer:
+    """The recipe's optimizer, with weight decay on what `config.decay` says, and never on biases, norms' gains or the
+    logit scale.
+
+    Muon is for the matrices in the towers' blocks, and AdamW for all else (embeddings, projections, vectors), as its
+    author prescribes (Jordan et al., 2024). Its updates are as large as AdamW's, so both have one learning rate (Liu et
+    al., 2025, "Muon is Scalable for LLM Training"). Lion is Chen et al., 2023. Raises UserError for invalid settings.
+    """
+    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    by_muon = [config.name == "muon" and parameter.ndim == 2 and "blocks." in name for name, parameter in trained]
+
+    def groups(muon: bool) -> list[dict[str, Any]]:
+        decayed: list[torch.nn.Parameter] = []
+        free: list[torch.nn.Parameter] = []
+        for (name, parameter), is_muon in zip(trained, by_muon, strict=True):
+            if is_muon == muon:
+                (decayed if is_decayed(name, parameter, config.decay) else free).append(parameter)
+        found = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": free, "weight_decay": 0.0}]
+        return [group for group in found if group["params"]]
+
+    betas = (config.beta1, config.beta2)
     try:
-        return torch.optim.AdamW(
-            [group for group in groups if group["params"]],
-            betas=(config.beta1, config.beta2),
-            eps=config.eps,
-            **device.optimizer_options(learning_rate),
+        if config.name == "lion":
+            return Lion(groups(False), lr=learning_rate, betas=betas)
+        if config.name == "stable_adamw":
+            return StableAdamW(groups(False), lr=learning_rate, betas=betas, eps=config.eps)
+        adamw = torch.optim.AdamW(groups(False), betas=betas, eps=config.eps, **device.optimizer_options(learning_rate))
+        if config.name == "adamw":
+            return adamw
+        return Together(
+            torch.optim.Muon(groups(True), lr=learning_rate, momentum=config.momentum, adjust_lr_fn="match_rms_adamw"),
+            adamw,
         )
     except ValueError as error:
         raise UserError(f"the recipe's optimizer has invalid settings: {error}") from error
+
+
+class Together(torch.optim.Optimizer):
+    """Several optimizers of different parameters as one, which shares their groups and their state."""
+
+    def __init__(self, *parts: torch.optim.Optimizer) -> None:
+        super().__init__([group for part in parts for group in part.param_groups], {})
+        self.parts = parts
+        for part in parts:
+            part.state = self.state
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One step of each."""
+        for part in self.parts:
+            part.step()
+
+
+class StableAdamW(torch.optim.Optimizer):
+    """AdamW whose learning rate is divided, for each tensor, by the RMS of g / sqrt(v) where that is above 1
+    (Wortsman et al., 2023, "Stable and low-precision training for large-scale vision-language models", algorithm 2).
+
+    So a gradient that the second moment lags behind can't make a step that is too large, and no gradient is clipped.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], lr: float, betas: tuple[float, float], eps: float) -> None:
+        super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One step of all parameters that have a gradient."""
+        for group in self.param_groups:
+            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+            for parameter in parameters:
+                if not self.state[parameter]:
+                    moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+                    self.state[parameter] = {"step": torch.zeros(()), **moments}  # counted on the CPU
+                self.state[parameter]["step"] += 1
+            if not parameters:
+                continue
+            gradients = [parameter.grad for parameter in parameters]
+            first, second = ([self.state[each][name] for each in parameters] for name in ("exp_avg", "exp_avg_sq"))
+            step = self.state[parameters[0]]["step"].item()
+            # The paper's debiased betas: the moments are means of the gradients so far from the first step on.
+            beta1, beta2 = (beta * (1 - beta ** (step - 1)) / (1 - beta**step) for beta in group["betas"])
+            torch._foreach_lerp_(first, gradients, 1 - beta1)
+            torch._foreach_mul_(second, beta2)
+            torch._foreach_addcmul_(second, gradients, gradients, 1 - beta2)
+
+            roots = torch._foreach_sqrt(second)
+            ratios = torch._foreach_div(gradients, torch._foreach_clamp_min(roots, group["eps"]))
+            sizes = roots[0].new_tensor([each.numel() for each in parameters]).sqrt()
+            rms = torch.stack(torch._foreach_norm(ratios)) / sizes
+            rates = (-group["lr"] / rms.clamp(min=1)).unbind()
+
+            torch._foreach_add_(roots, group["eps"])
+            updates = torch._foreach_div(first, roots)
+            torch._foreach_add_(updates, parameters, alpha=group["weight_decay"])
+            torch._foreach_mul_(updates, rates)
+            torch._foreach_add_(parameters, updates)
 
 
 def is_decayed(name: str, parameter: torch.nn.Parameter, decay: Decay) -> bool:

@@ -61,11 +61,15 @@ class Stage:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW (Loshchilov and Hutter, 2019). The defaults are those of CLIPA's public scripts."""
+    """AdamW (Loshchilov and Hutter, 2019) or another optimizer. The defaults are those of CLIPA's public scripts."""
 
+    name: Literal["adamw", "stable_adamw", "lion", "muon"] = "adamw"
+    """`stable_adamw` clips the update of each tensor; `muon` is for the matrices in blocks, and AdamW for the rest."""
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-6
+    momentum: float = 0.95
+    """Muon's."""
     weight_decay: float = 0.2
     decay: Decay = "matrices"
     """What is decayed: `matrices` is every tensor of two or more dimensions, embeddings of tokens and positions
@@ -164,6 +168,7 @@ RANGES: dict[type, dict[str, Range]] = {
         "beta1": Range(0, 0.999999),
         "beta2": Range(0, 0.99999999),
         "eps": POSITIVE,
+        "momentum": Range(0, 0.999999),
         "weight_decay": NOT_NEGATIVE,
         "grad_clip": POSITIVE,  # 0 would learn nothing, and a negative norm climbs the loss
     },
@@ -197,6 +202,10 @@ RANGES: dict[type, dict[str, Range]] = {
 }
 
 
+# Fields of an OptimizerConfig that these optimizers don't have.
+UNUSED = {"adamw": ["momentum"], "stable_adamw": ["momentum"], "lion": ["eps", "momentum"], "muon": []}
+
+
 def check_ranges(config: Any, where: str, prefix: str = "") -> None:
     """Raise UserError that names the first number in `config`, or in a configuration in it, that is out of its range.
 
@@ -222,7 +231,16 @@ def check_recipe(recipe: Recipe, source: Source | Examples, device: Device) -> N
         raise UserError("loss=sigmoid and a bias go together: set model.logit_bias_init=-10 with it, or neither")
     if recipe.micro_batch is not None and device.mesh is not None:
         raise UserError("micro_batch isn't for TPUs yet: unset it, and set checkpoint_activations=true to save memory")
+    if recipe.optimizer.name != "adamw" and device.mesh is not None:
+        raise UserError(f"optimizer.name={recipe.optimizer.name} isn't for TPUs yet: set optimizer.name=adamw")
     check_ranges(recipe, f"recipe {recipe.name}")
+    for name in UNUSED[recipe.optimizer.name]:
+        value, default = getattr(recipe.optimizer, name), getattr(OptimizerConfig(), name)
+        if value != default:
+            raise UserError(
+                f"recipe {recipe.name}: optimizer.{name} is {value}, which {recipe.optimizer.name} doesn't use: "
+                f"set its default {default}"
+            )
     for stage in recipe.stages:
         where = f"recipe {recipe.name}, stage {stage.name}"
         check_ranges(stage, where)

@@ -132,7 +132,8 @@ def test_weights_of_another_architecture_are_named(tmp_path):
         checkpoint.build_model(checkpoint.load(path))
 
 
-def test_the_optimizer_goes_on_bit_for_bit(tmp_path):
+@pytest.mark.parametrize("name", ["adamw", "stable_adamw", "lion", "muon"])
+def test_the_optimizer_goes_on_bit_for_bit(tmp_path, name):
     def step(model, optimizer):
         model.encode_text(torch.tensor([[49406, 5, 49407]])).sum().backward()
         optimizer.step()
@@ -140,11 +141,11 @@ def test_the_optimizer_goes_on_bit_for_bit(tmp_path):
 
     device = pick("cpu")
     model = build(SMALL)
-    optimizer = make_optimizer(model.text, OptimizerConfig(), 1e-2, device)
+    optimizer = make_optimizer(model.text, OptimizerConfig(name=name), 1e-2, device)
     step(model, optimizer)
     again = build(SMALL)
     again.load_state_dict(model.state_dict())
-    other = make_optimizer(again.text, OptimizerConfig(), 1e-2, device)
+    other = make_optimizer(again.text, OptimizerConfig(name=name), 1e-2, device)
     save_file(checkpoint.optimizer_tensors(model.text, optimizer), tmp_path / "o.safetensors")
     checkpoint.restore_optimizer(again.text, other, checkpoint.read_tensors(tmp_path / "o.safetensors"), tmp_path)
     step(model, optimizer)

@@ -3,8 +3,11 @@ import math
 
 import pytest
 import torch
+from openclip_twin import TINY
 
 from clipkit.device import pick
+from clipkit.errors import UserError
+from clipkit.model.clip import build
 from clipkit.train.optimizer import is_decayed, learning_rate_at, make_optimizer
 from clipkit.train.recipes import OptimizerConfig
 
@@ -80,3 +83,85 @@ def test_a_frozen_parameter_is_not_in_the_optimizer():
     optimizer = make_optimizer(model, OptimizerConfig(), 1e-3, pick("cpu"))
     assert [len(group["params"]) for group in optimizer.param_groups] == [1]
     assert optimizer.param_groups[0]["weight_decay"] == 0.2
+
+
+def plain_stable_adamw(weight, gradients, rates, decay, config):
+    """Algorithm 2 of Wortsman et al., 2023."""
+    first, second = torch.zeros_like(weight), torch.zeros_like(weight)
+    for step, (gradient, rate) in enumerate(zip(gradients, rates, strict=True), 1):
+        beta1, beta2 = (beta * (1 - beta ** (step - 1)) / (1 - beta**step) for beta in (config.beta1, config.beta2))
+        first = beta1 * first + (1 - beta1) * gradient
+        second = beta2 * second + (1 - beta2) * gradient**2
+        rms = (gradient**2 / second.clamp(min=config.eps**2)).mean().sqrt().item()
+        eta = rate / max(1, rms)
+        weight = weight - eta * decay * weight - eta * first / (second.sqrt() + config.eps)
+    return weight
+
+
+def plain_lion(weight, gradients, rates, decay, config):
+    """Algorithm 2 of Chen et al., 2023."""
+    first = torch.zeros_like(weight)
+    for gradient, rate in zip(gradients, rates, strict=True):
+        update = torch.sign(config.beta1 * first + (1 - config.beta1) * gradient)
+        first = config.beta2 * first + (1 - config.beta2) * gradient
+        weight = weight - rate * (update + decay * weight)
+    return weight
+
+
+def twenty_steps(config):
+    """A tiny model's weights before and after, the gradients of each step (one of them a spike) and the rates."""
+    model, device = build(TINY), pick("cpu")
+    model.image.trunk.blocks[0].requires_grad_(False)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    optimizer = make_optimizer(model, config, 1e-3, device)
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    generator = torch.Generator().manual_seed(0)
+    gradients = {
+        name: [torch.randn(each.shape, generator=generator) * (50 if step == 7 else 1) for step in range(20)]
+        for name, each in trained.items()
+    }
+    steps = [1e-3 * (20 - step) / 20 for step in range(20)]
+    for step, rate in enumerate(steps):
+        for name, parameter in trained.items():
+            parameter.grad = gradients[name][step].clone()
+        device.set_learning_rate(optimizer, rate)
+        optimizer.step()
+    return before, dict(model.named_parameters()), gradients, steps
+
+
+@pytest.mark.parametrize(("name", "plain"), [("stable_adamw", plain_stable_adamw), ("lion", plain_lion)])
+def test_twenty_steps_equal_the_papers_formula(name, plain):
+    config = OptimizerConfig(name=name, decay="layers")
+    before, after, gradients, steps = twenty_steps(config)
+    for parameter_name, parameter in after.items():
+        expected = before[parameter_name].double()
+        if parameter_name in gradients:  # else frozen
+            decay = config.weight_decay if is_decayed(parameter_name, parameter, "layers") else 0.0
+            double = [gradient.double() for gradient in gradients[parameter_name]]
+            expected = plain(expected, double, steps, decay, config)
+        torch.testing.assert_close(parameter.detach().double(), expected, atol=1e-6, rtol=0)
+
+
+def test_muon_is_for_the_matrices_in_blocks_and_adamw_for_the_rest():
+    config = OptimizerConfig(name="muon", momentum=0.9)
+    before, after, gradients, steps = twenty_steps(config)
+    by_muon = set()
+    for name, each in gradients.items():
+        weight = torch.nn.Parameter(before[name])
+        decay = config.weight_decay if is_decayed(name, weight, "matrices") else 0.0
+        if ".blocks." in name and weight.ndim == 2:
+            by_muon.add(name)
+            theirs = torch.optim.Muon([weight], momentum=0.9, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
+        else:
+            theirs = torch.optim.AdamW([weight], betas=(0.9, 0.95), eps=config.eps, weight_decay=decay)
+        for gradient, rate in zip(each, steps, strict=True):
+            weight.grad = gradient
+            theirs.param_groups[0]["lr"] = rate
+            theirs.step()
+        torch.testing.assert_close(after[name], weight, atol=1e-6, rtol=0)
+    assert {"text.blocks.0.mlp.fc1.weight", "image.trunk.blocks.1.attn.qkv.weight"} <= by_muon
+
+
+def test_muon_with_nothing_for_it_is_refused():
+    with pytest.raises(UserError, match="the recipe's optimizer has invalid settings"):
+        make_optimizer(torch.nn.Linear(2, 2), OptimizerConfig(name="muon"), 1e-3, pick("cpu"))

@@ -44,6 +44,8 @@ def test_every_recipe_passes_its_own_check_and_survives_json(name):
         ("optimizer.grad_clip=0", "grad_clip is 0.0: set a positive number, or none for off"),
         ("optimizer.grad_clip=-1", "grad_clip is -1.0: set a positive number, or none for off"),
         ("optimizer.grad_clip=nan", "grad_clip is nan: set a positive number, or none for off"),
+        ("optimizer.momentum=0.9", "optimizer.momentum is 0.9, which adamw doesn't use: set its default 0.95"),
+        ("optimizer.momentum=1", "optimizer.momentum is 1.0: set a number from 0 to 0.999999"),
         ("stages.0.learning_rate=-1", "learning_rate is -1.0: set a positive number"),
         ("stages.0.learning_rate=nan", "learning_rate is nan: set a positive number"),
         ("stages.0.context_length=2", "stage reduced: .*2"),
@@ -169,6 +171,12 @@ def test_a_number_out_of_its_range_is_named_with_what_it_may_be(setting, says):
 )
 def test_the_ends_of_a_range_are_in_it(setting):
     check(set_values(recipes()["debug"](), [setting]))
+
+
+def test_a_field_that_the_optimizer_does_not_have_is_refused():
+    with pytest.raises(UserError, match=r"optimizer\.eps is 1e-08, which lion doesn't use: set its default 1e-06"):
+        check(set_values(recipes()["debug"](), ["optimizer.name=lion", "optimizer.eps=1e-8"]))
+    check(set_values(recipes()["debug"](), ["optimizer.name=muon", "optimizer.eps=1e-8", "optimizer.momentum=0.9"]))
 
 
 def test_a_batch_must_divide_over_the_devices():
