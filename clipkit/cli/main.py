@@ -174,7 +174,8 @@ def recipes(name: str | None, assignments: tuple[str, ...], as_json: bool) -> No
     """List the recipes with what they cost, or print one (NAME, or a TOML file) as JSON.
 
     The keys of the JSON are what `train --set` and TOML files take. Tokens count what enters the transformers; FLOPs
-    are those of training, 2 for each multiply-add, without what is computed again to save memory.
+    are those of training, 2 for each multiply-add, without what is computed again to save memory. Captions count as
+    padded: above 16 text tokens CLIP's text tower computes less.
     """
     from rich.console import Console
 

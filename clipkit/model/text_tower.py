@@ -2,9 +2,9 @@
 
 At 32 and 77 tokens most of a batch of captions is padding. Where attention is causal and the tower is read at the end
 token, padding changes nothing, so it is left out: all captions lie one behind another in a single sequence [N, D] for
-the linear layers and norms, and attention runs on each bucket of captions of about equal length. On the CPU this is
-faster than a pass of the tower for each bucket, than PyTorch's nested tensors, and, unlike its `varlen_attn`, which is
-for CUDA and half precision only, it is the same code on every device and in every precision.
+the linear layers and norms, and attention runs on each bucket of captions of about equal length. That is faster than a
+pass of the tower for each bucket. PyTorch 2.15's nested tensors have no attention without a GPU, and its `varlen_attn`
+needs CUDA and half precision; this is the same code on every device in every precision.
 """
 
 from collections.abc import Callable
