@@ -2,6 +2,7 @@
 
     000000128000/
       model.safetensors       weights, float32
+      ema.safetensors         averages of the weights, where the recipe has an ema_decay
       optimizer.safetensors   absent in a checkpoint that is only to be evaluated
       state.json              samples seen, stage, seconds of training so far
       config.json             architecture, tokenizer, preprocessing, recipe
@@ -41,6 +42,8 @@ class Checkpoint:
     state: dict[str, Any]
     tensors: dict[str, torch.Tensor]
     optimizer: dict[str, torch.Tensor]
+    ema: dict[str, torch.Tensor]
+    """The averages of the weights, read with the optimizer where the run keeps them; else {}."""
 
     @property
     def samples_seen(self) -> int:
@@ -83,6 +86,7 @@ def save(
     config: Mapping[str, Any],
     state: Mapping[str, Any],
     optimizer: Mapping[str, torch.Tensor] | None = None,
+    ema: Mapping[str, torch.Tensor] | None = None,
 ) -> Path:
     """Write a checkpoint folder, whole or not at all; one that is there already is kept and returned."""
     if folder.exists():
@@ -93,6 +97,8 @@ def save(
         write_tensors(temporary / "model.safetensors", tensors)
         if optimizer is not None:
             write_tensors(temporary / "optimizer.safetensors", optimizer)
+        if ema is not None:
+            write_tensors(temporary / "ema.safetensors", ema)
         write_json(temporary / "config.json", config)
         write_json(temporary / "state.json", state)
     return folder
@@ -109,8 +115,8 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
         raise OSError(int(number[1]), str(error), str(path)) from error
 
 
-def load(path: Path, *, with_optimizer: bool = False) -> Checkpoint:
-    """Read a checkpoint folder, or the newest one of a run's folder.
+def load(path: Path, *, with_optimizer: bool = False, ema: bool = False) -> Checkpoint:
+    """Read a checkpoint folder, or the newest one of a run's folder; `ema` takes the averages in the weights' place.
 
     Raises UserError when there is none, or when a file in it is missing or damaged.
     """
@@ -120,8 +126,18 @@ def load(path: Path, *, with_optimizer: bool = False) -> Checkpoint:
         raise UserError(f"checkpoint {folder} has format {config['format']}, newer than this clipkit: update clipkit")
     if config.get("tokenizer") != TOKENIZER:
         raise UserError(f"checkpoint {folder} needs the tokenizer {config.get('tokenizer')!r}: update clipkit")
+    if ema and not keeps_ema(config):
+        raise UserError(f"checkpoint {folder} has no averages of its weights (its recipe has no ema_decay): omit --ema")
+    weights = read_tensors(folder / ("ema.safetensors" if ema else "model.safetensors"))
     optimizer = read_tensors(folder / "optimizer.safetensors") if with_optimizer else {}
-    return Checkpoint(folder, config, state, read_tensors(folder / "model.safetensors"), optimizer)
+    averages = read_tensors(folder / "ema.safetensors") if with_optimizer and keeps_ema(config) else {}
+    return Checkpoint(folder, config, state, weights, optimizer, averages)
+
+
+def keeps_ema(config: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint with this `config.json` has averages of its weights."""
+    recipe = config.get("recipe")
+    return isinstance(recipe, dict) and recipe.get("ema_decay") is not None
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
@@ -163,7 +179,8 @@ def damage(folder: Path) -> str | None:
             values = read_json(folder / name)
             if not isinstance(values, dict) or key not in values:
                 raise UserError(f"{folder / name} has no {key}")
-        for name in ("model.safetensors", "optimizer.safetensors"):
+        averages = ["ema.safetensors"] if keeps_ema(read_json(folder / "config.json")) else []
+        for name in ("model.safetensors", "optimizer.safetensors", *averages):
             with safe_open(require_file(folder / name, "checkpoint file"), "pt"):
                 pass  # it compares the length with the header's
     except (UserError, SafetensorError, OSError) as error:

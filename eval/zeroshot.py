@@ -161,18 +161,25 @@ def evaluate(
 
 
 def zeroshot(
-    checkpoint: Path, task: Task, *, batch_size: int = 256, device: str = "auto", out: Path | None = None
+    checkpoint: Path,
+    task: Task,
+    *,
+    batch_size: int = 256,
+    device: str = "auto",
+    out: Path | None = None,
+    ema: bool = False,
 ) -> list[Result]:
     """Classify a task's images with a checkpoint; write numbers and guesses into the run, and return the numbers.
 
     `checkpoint` is a checkpoint's folder or a run's (its newest then). The run is `out`, or the one that the checkpoint
-    lies in; outside of a run nothing is written. In the run, `results.jsonl` gets a line for each metric and
+    lies in; outside of a run nothing is written. `ema` takes the averages of the weights, and the task is then called
+    `ema/<task>`. In the run, `results.jsonl` gets a line for each metric and
     `predictions-<task>.parquet` the guesses. Raises UserError for whatever is wrong with the input.
     """
     for text in task.notes:
         note(text)
     pictures = PictureSample(len(task.images))
-    loaded = checkpoints.load(checkpoint)
+    loaded = checkpoints.load(checkpoint, ema=ema)
     run = out or run_of(loaded.path)
     if run is not None:
         require_writable(run)
@@ -199,11 +206,12 @@ def zeroshot(
     labels_N = task.labels_N[guesses.index_N]
     measures = measure(guesses.top_NK, labels_N, len(task.classes))
     task_hashes = hashes(task, loaded.preprocess)
+    asked = f"ema/{task.name}" if ema else task.name
     found = [
         Result(
             **vars(measured),
             classes=len(task.classes),
-            task=task.name,
+            task=asked,
             data=printable(str(task.images.path.absolute())),
             samples_seen=loaded.samples_seen,
             checkpoint=relative(loaded.path, run),
@@ -219,8 +227,8 @@ def zeroshot(
         return found
     found = results.write_results(run, found)  # before the guesses, which may find no room
     name = found[0].task
-    if name != task.name:
-        note(f"{run} has a task {task.name!r} of other images, so this one is {name!r}: choose with --name")
+    if name != asked:
+        note(f"{run} has a task {asked!r} of other images, so this one is {name!r}: choose with --name")
     about = {"task": name, "samples_seen": loaded.samples_seen, "classes": len(task.classes)}
     results.write_predictions(
         results.predictions_path(run, name),

@@ -7,7 +7,7 @@
 - `start`: where a run starts, and what may have changed when it goes on.
 - `order`: which record comes when, from the seed and the samples seen.
 - `step`: one optimizer step.
-- `optimizer`: the optimizer of a recipe, and the learning rate of each step.
+- `optimizer`: the optimizer of a recipe, the averages of the weights, and the learning rate of each step.
 - `stopping`: how a signal ends a run in good order.
 
 The rooms: `sources/` (training data from where people have them), `loader/` (records to batches), `watch/` (looking

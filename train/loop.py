@@ -24,17 +24,19 @@ from clipkit.log import MetricsWriter, Writer, forget_metrics_after, warn_on_std
 from clipkit.model.clip import CLIP, build, load_state
 from clipkit.storage.files import clear_leftovers, lock, write_json
 from clipkit.train.loader.loader import batches
-from clipkit.train.optimizer import learning_rate_at, make_optimizer
+from clipkit.train.optimizer import average_weights, learning_rate_at, make_optimizer
 from clipkit.train.recipes import Recipe, Stage, check_recipe, loader_config, model_at, preprocess_at, stage_cost
 from clipkit.train.run import (
     Run,
     Summary,
     describe_run,
+    evaluate_at_start,
     evaluate_now,
     explain_broken,
     is_checkpoint_due,
     is_due,
     is_evaluation_missing,
+    on_cpu,
     progress_line,
     save,
 )
@@ -109,13 +111,11 @@ def train(
         if start.own:
             run.seconds, run.bad_samples = float(start.own.state["seconds"]), int(start.own.state["bad_samples"])
             if run.task and is_evaluation_missing(run, start.own):
-                at_start = checkpoint.build_model(start.own).to(device.torch_device)
-                evaluate_now(run, start.own.state["stage"], at_start, start.own.preprocess)
-                del at_start
+                evaluate_at_start(run, start.own)
             (run.stop.agreed,) = device.agree(stop.asked)
 
         # ---- The stages: each begins with the weights of the one before, and a fresh optimizer ---------------------
-        loss, stage_start, tensors = math.nan, 0, start.tensors
+        loss, stage_start, tensors, averages_before = math.nan, 0, start.tensors, start.own.ema if start.own else {}
         for stage in recipe.stages:
             stage_end = stage_start + stage.samples
             if run.samples_seen < stage_end and not run.stop.agreed:
@@ -128,8 +128,11 @@ def train(
                 optimizer = make_optimizer(model, recipe.optimizer, stage.learning_rate, device)
                 if start.own and run.samples_seen > stage_start:
                     checkpoint.restore_optimizer(model, optimizer, start.own.optimizer, start.own.path)
-                loss = run_stage(run, stage, stage_start, model, optimizer)
-                tensors = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+                average = average_weights(model, optimizer, recipe.ema_decay)
+                if average and averages_before:
+                    load_state(average, averages_before)
+                loss = run_stage(run, stage, stage_start, model, optimizer, average)
+                tensors, averages_before = on_cpu(model), on_cpu(average) if average else {}
             stage_start = stage_end
     finished = run.samples_seen >= stage_start and not run.evaluation_missing
     newest = checkpoint.latest(folder)
@@ -138,8 +141,12 @@ def train(
     )
 
 
-def run_stage(run: Run, stage: Stage, stage_start: int, model: CLIP, optimizer: torch.optim.Optimizer) -> float:
-    """Take a stage's steps from `run.samples_seen` to its end, or until a stop is asked for; returns the last loss."""
+def run_stage(
+    run: Run, stage: Stage, stage_start: int, model: CLIP, optimizer: torch.optim.Optimizer, average: CLIP | None
+) -> float:
+    """Take a stage's steps from `run.samples_seen` to its end, or until a stop is asked for; returns the last loss.
+    `average` follows the model, and is evaluated and saved with it.
+    """
     recipe, device, cadence = run.recipe, run.device, run.recipe.cadence
     stage_end = stage_start + stage.samples
     wrapped = device.wrap(model)
@@ -216,15 +223,15 @@ def run_stage(run: Run, stage: Stage, stage_start: int, model: CLIP, optimizer: 
             with watch.paused():
                 must_evaluate = is_end or is_due(cadence.evaluate_samples, before, run.samples_seen)
                 if is_end or must_save or (run.task and must_evaluate):
-                    save(run, stage, model, optimizer, step.loss + step.grad_norm)
+                    save(run, stage, model, average, optimizer, step.loss + step.grad_norm)
                 if must_evaluate:
-                    evaluate_now(run, stage.name, model, preprocess_at(recipe, stage))
+                    evaluate_now(run, stage.name, model, preprocess_at(recipe, stage), average)
                 if is_end or must_save or must_evaluate:
                     (run.stop.agreed,) = device.agree(run.stop.asked)  # all wait here for the first rank
             if run.stop.agreed:
                 break
     if run.stop.agreed and run.samples_seen > stage_start + start:
-        save(run, stage, model, optimizer, step.loss + step.grad_norm)
+        save(run, stage, model, average, optimizer, step.loss + step.grad_norm)
         device.barrier()
     return loss
 

@@ -1,5 +1,6 @@
-"""The optimizer of a recipe, and the learning rate of each step."""
+"""The optimizer of a recipe, the average of the weights that follows it, and the learning rate of each step."""
 
+import copy
 import math
 from typing import Any
 
@@ -8,6 +9,7 @@ from timm.optim import Lion
 
 from clipkit.device import Device
 from clipkit.errors import UserError
+from clipkit.model.clip import CLIP
 from clipkit.train.recipes import Decay, OptimizerConfig, Schedule
 
 
@@ -113,6 +115,26 @@ def is_decayed(name: str, parameter: torch.nn.Parameter, decay: Decay) -> bool:
     """Whether weight decay applies to a parameter. The class token counts as the vector that it is in OpenCLIP."""
     is_matrix = parameter.ndim >= 2 and not name.endswith(("cls_token", "reg_token"))
     return is_matrix and (decay == "matrices" or not any(part in name for part in ("token_embedding", "pos_embed")))
+
+
+def average_weights(model: CLIP, optimizer: torch.optim.Optimizer, decay: float | None) -> CLIP | None:
+    """A copy of the model whose weights become, after each step, `decay` times themselves plus `1 - decay` times the
+    model's; what is frozen is shared with it. None for no decay.
+    """
+    if decay is None:
+        return None
+    # torch's AveragedModel reads its count from the device at each step, and copies what is frozen.
+    frozen = {id(each): each for each in model.parameters() if not each.requires_grad}
+    average = copy.deepcopy(model, frozen).requires_grad_(False).eval()
+    pairs = [pair for pair in zip(average.parameters(), model.parameters(), strict=True) if pair[1].requires_grad]
+    averages, trained = zip(*pairs, strict=True)
+
+    @torch.no_grad()
+    def follow(*_: Any) -> None:
+        torch._foreach_lerp_(averages, trained, 1 - decay)
+
+    optimizer.register_step_post_hook(follow)
+    return average
 
 
 def learning_rate_at(

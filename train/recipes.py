@@ -102,6 +102,8 @@ class Recipe:
     same_caption: Literal["negative", "ignore", "positive"] = "ignore"
     """What a pair is whose caption equals another's in the batch: CLIP and CLIPA count it as a negative."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    ema_decay: float | None = None
+    """What the averages of the weights keep of themselves at each step, such as 0.9999; None keeps no averages."""
     micro_batch: int | None = None
     """Pairs that go through the towers at once on one device; None takes the whole batch."""
     checkpoint_activations: bool = False
@@ -147,6 +149,7 @@ ANY, POSITIVE, NOT_NEGATIVE, SHARE = Range(-math.inf), Range(0, open=True), Rang
 SIZE, DEPTH, COUNT = Range(0, 1_000_000, open=True), Range(0, 1_000, open=True), Range(0, 2**62, open=True)
 RANGES: dict[type, dict[str, Range]] = {
     Recipe: {
+        "ema_decay": Range(0, 0.99999999),
         "micro_batch": COUNT,
         "mean": SHARE,
         "std": POSITIVE,

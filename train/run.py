@@ -6,7 +6,7 @@ The steps themselves are in `loop`.
 import itertools
 import math
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -112,14 +112,22 @@ def is_evaluation_missing(run: Run, start: checkpoint.Checkpoint) -> bool:
     return False
 
 
-def evaluate_now(run: Run, stage: str, model: CLIP, preprocess: Preprocess) -> None:
-    """Write the numbers of the run's task, if it has one. Where it fails that is reported, and training goes on."""
+def evaluate_now(run: Run, stage: str, model: CLIP, preprocess: Preprocess, average: CLIP | None = None) -> None:
+    """Write the numbers of the run's task, if it has one, with those of the averaged weights as `ema/…`. Where it fails
+    that is reported, and training goes on.
+    """
     if run.task is None:
         return
     place: dict[str, float | int | str] = {"samples_seen": run.samples_seen, "stage": stage}
+    found: dict[str, float] = {}
     try:
         with run.stop.while_evaluating():
-            found = dict(evaluate(model, Tokenizer(), preprocess, run.task, run.device, precision=run.recipe.precision))
+            for prefix, each in (("", model), ("ema/", average)):
+                if each is not None:
+                    pairs = evaluate(
+                        each, Tokenizer(), preprocess, run.task, run.device, precision=run.recipe.precision
+                    )
+                    found |= {prefix + name: value for name, value in pairs}
         run.writer.write({**place, **found})
     except StopNowError:
         run.evaluation_missing = True
@@ -129,7 +137,26 @@ def evaluate_now(run: Run, stage: str, model: CLIP, preprocess: Preprocess) -> N
         run.writer.write({**place, "evaluation_error": reason})
 
 
-def save(run: Run, stage: Stage, model: CLIP, optimizer: torch.optim.Optimizer, health: torch.Tensor) -> None:
+def on_cpu(model: CLIP) -> dict[str, torch.Tensor]:
+    """The model's weights by their names, on the CPU."""
+    return {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+
+
+def evaluate_at_start(run: Run, start: checkpoint.Checkpoint) -> None:
+    """Make the evaluation that the checkpoint was to have."""
+    found = [start, replace(start, tensors=start.ema)] if start.ema else [start]
+    model, *average = [checkpoint.build_model(each).to(run.device.torch_device) for each in found]
+    evaluate_now(run, start.state["stage"], model, start.preprocess, *average)
+
+
+def save(
+    run: Run,
+    stage: Stage,
+    model: CLIP,
+    average: CLIP | None,
+    optimizer: torch.optim.Optimizer,
+    health: torch.Tensor,
+) -> None:
     """Write the checkpoint of now. `health` is a scalar that isn't finite when the last step has ruined the weights:
     then UserError is raised, and nothing is saved.
     """
@@ -141,7 +168,8 @@ def save(run: Run, stage: Stage, model: CLIP, optimizer: torch.optim.Optimizer, 
         raise UserError(explain_broken(run, "the loss or its gradient isn't finite"))
     checkpoint.save(
         folder,
-        tensors={name: tensor.detach().cpu() for name, tensor in model.state_dict().items()},
+        tensors=on_cpu(model),
+        ema=on_cpu(average) if average else None,
         optimizer=checkpoint.optimizer_tensors(model, optimizer),
         config=checkpoint.describe(model_at(run.recipe, stage), preprocess_at(run.recipe, stage), run.recipe),
         state={

@@ -192,6 +192,7 @@ def recipes(name: str | None, assignments: tuple[str, ...], as_json: bool) -> No
 
 @main.command()
 @click.option("--ckpt", type=Folder, required=True, help="A checkpoint's folder, or a run's (its newest).")
+@click.option("--ema", is_flag=True, help="Take the averages of the weights that the run kept.")
 @click.option("--data", type=AnyPath, required=True, help="TFDS folder, class folders, parquet, or tars with .cls.")
 @click.option("--templates", "templates_name", default="openai-80", help="A known name, a file, or 'a photo of a {}'.")
 @click.option("--label", default="label", help="Column with the label.")
@@ -205,7 +206,14 @@ def recipes(name: str | None, assignments: tuple[str, ...], as_json: bool) -> No
 @click.option("--out", type=Folder, help="Run that gets the results. [default: the checkpoint's]")
 @as_json
 def zeroshot(
-    ckpt: Path, data: Path, batch_size: int, device: str, out: Path | None, as_json: bool, **task_options: Any
+    ckpt: Path,
+    ema: bool,
+    data: Path,
+    batch_size: int,
+    device: str,
+    out: Path | None,
+    as_json: bool,
+    **task_options: Any,
 ) -> None:
     """Classify images by prompts only, and print accuracies with their intervals.
 
@@ -216,7 +224,7 @@ def zeroshot(
     from clipkit.eval.task import open_task
     from clipkit.eval.zeroshot import zeroshot as stage
 
-    found = stage(ckpt, open_task(data, **task_options), batch_size=batch_size, device=device, out=out)
+    found = stage(ckpt, open_task(data, **task_options), batch_size=batch_size, device=device, out=out, ema=ema)
     if as_json:
         for result in found:
             print_json(to_json(result))

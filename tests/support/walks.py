@@ -120,9 +120,9 @@ def walk_of_a_checkpoint(folder: Path) -> list[str]:
     load, measure = checkpoint.load, zeroshot.measure
     found: list[str] = []
 
-    def load_counted(path: Path) -> Any:
+    def load_counted(path: Path, **options: Any) -> Any:
         CALLS.clear()
-        return load(path)
+        return load(path, **options)
 
     def measure_counted(*arguments: Any) -> Any:
         numbers = measure(*arguments)

@@ -46,6 +46,7 @@ def test_every_recipe_passes_its_own_check_and_survives_json(name):
         ("optimizer.grad_clip=nan", "grad_clip is nan: set a positive number, or none for off"),
         ("optimizer.momentum=0.9", "optimizer.momentum is 0.9, which adamw doesn't use: set its default 0.95"),
         ("optimizer.momentum=1", "optimizer.momentum is 1.0: set a number from 0 to 0.999999"),
+        ("ema_decay=1", "ema_decay is 1.0: set a number from 0 to 0.99999999, or none"),
         ("stages.0.learning_rate=-1", "learning_rate is -1.0: set a positive number"),
         ("stages.0.learning_rate=nan", "learning_rate is nan: set a positive number"),
         ("stages.0.context_length=2", "stage reduced: .*2"),

@@ -27,7 +27,7 @@ OPTIONS = {
     "train": "--data --recipe --out --device --set --resume --allow-changes --init --from-stage --split --workers "
     "--cache --cache-gb --eval-data --eval-label --eval-templates --eval-classes --eval-split --json",
     "verify": "path --decode --workers --engine --json",
-    "zeroshot": "--ckpt --data --templates --label --classes --pooling --split "
+    "zeroshot": "--ckpt --ema --data --templates --label --classes --pooling --split "
     "--allow-empty-classes --name --batch-size --device --out --json",
 }
 
