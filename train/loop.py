@@ -59,6 +59,7 @@ def train(
     init: Path | None = None,
     from_stage: str | None = None,
     allow_changes: bool = False,
+    branch: bool = False,
     workers: int | None = None,
     task: Task | None = None,
     cache: Path | None = None,
@@ -69,9 +70,10 @@ def train(
 
     `resume` goes on from the newest checkpoint in `folder`, where there is one; `allow_changes` lets the recipe's later
     stages differ then. `init` takes the weights of another checkpoint to begin with, at the start of the stage
-    `from_stage`. `task` is evaluated at the recipe's cadence and at the end of each stage; where that fails, the run
-    says so and goes on. The signals of `stopping` save a checkpoint and return. Raises UserError for whatever stands in
-    the way before the first step, and when the loss isn't finite any more.
+    `from_stage`; with `branch` it gives the rest of its state too, and the run goes on from there. `task` is evaluated
+    at the recipe's cadence and at the end of each stage; where that fails, the run says so and goes on. The signals of
+    `stopping` save a checkpoint and return. Raises UserError for whatever stands in the way before the first step, and
+    when the loss isn't finite any more.
     """
     # ---- Check what can be checked before any work ------------------------------------------------------------------
     found = open_source(data, cache=cache, cache_gb=cache_gb, block_size=recipe.block_size, split=split)
@@ -92,7 +94,14 @@ def train(
         # ---- Where to start: the run's checkpoint, another checkpoint's weights, scratch --------------------------
         device.barrier()
         start = find_start(
-            folder, recipe, found, resume=resume, init=init, from_stage=from_stage, allow_changes=allow_changes
+            folder,
+            recipe,
+            found,
+            resume=resume,
+            init=init,
+            from_stage=from_stage,
+            allow_changes=allow_changes,
+            branch=branch,
         )
         refuse_different_starts(start, recipe, found, folder, device)
 

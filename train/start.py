@@ -5,17 +5,19 @@ may change, and so may stages that haven't begun, where that is asked for. All r
 """
 
 import hashlib
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from clipkit import checkpoint
-from clipkit.config import did_you_mean, differences, from_json, to_json
+from clipkit.config import did_you_mean, differences, from_json, set_values, to_json
 from clipkit.device import Device
 from clipkit.errors import UserError
+from clipkit.storage.files import read_json
 from clipkit.train.recipes import Recipe
 from clipkit.train.sources.open import Data
 
@@ -45,8 +47,10 @@ def find_start(
     init: Path | None = None,
     from_stage: str | None = None,
     allow_changes: bool = False,
+    branch: bool = False,
 ) -> Start:
-    """The run's own newest checkpoint, else the weights of `init`, at the start of `from_stage`, else scratch.
+    """The run's own newest checkpoint, else the weights of `init`, at the start of `from_stage`, else scratch. `branch`
+    goes on from `init` as from an own checkpoint.
 
     Raises UserError for a run that isn't to be resumed, or that can't be with this recipe and these data.
     """
@@ -58,10 +62,72 @@ def find_start(
     if latest is not None:
         own = checkpoint.load(latest, with_optimizer=True)
         return Start(own.samples_seen, own.tensors, own, changes_on_resume(own, recipe, data, allow_changes))
+    if branch and init is not None:
+        own = checkpoint.load(init, with_optimizer=True)
+        return Start(own.samples_seen, own.tensors, own, changes_on_resume(own, recipe, data, allow_changes=True))
     if from_stage is not None and init is None:
         raise UserError(f"--from-stage {from_stage} needs the weights of a checkpoint: name it with --init")
     begin = 0 if from_stage is None else stage_start(recipe, from_stage)
     return Start(begin, checkpoint.load(init).tensors if init else None)
+
+
+def cooldown_recipe(
+    samples: int,
+    init: Path | None,
+    folder: Path,
+    named: Recipe | None,
+    assignments: Sequence[str],
+    *,
+    resume: bool = False,
+    from_stage: str | None = None,
+) -> Recipe:
+    """The recipe of a run in `folder` that cools down over `samples` from the checkpoint `init`, and ends then.
+
+    It is `named`, or else the checkpoint's, with the assignments. A branch that is resumed reads its own checkpoint and
+    needs `init` no more. Raises UserError where nothing can branch off.
+    """
+    if init is None or from_stage is not None:
+        raise UserError("--cooldown goes on from a checkpoint: name it with --init, and no --from-stage")
+    if folder.resolve() in (init.resolve(), *init.resolve().parents):
+        raise UserError(f"--cooldown leaves the run {folder} as it is: give the branch another --out")
+    latest = checkpoint.latest(folder) if resume else None
+    found = latest or checkpoint.find(init)
+    theirs = recipe_of(found)
+    seen = int(read_json(found / "state.json")["samples_seen"])
+    if latest is not None:
+        if theirs.stages[-1].cooldown_samples != samples:
+            raise UserError(
+                f"{folder} cools down over {theirs.stages[-1].cooldown_samples} samples, not {samples}: "
+                "resume with the same --cooldown, or choose another --out"
+            )
+        seen = theirs.samples - samples
+    recipe = set_values(named or theirs, assignments)
+    ends = list(itertools.accumulate(stage.samples for stage in recipe.stages))
+    number = next((number for number, end in enumerate(ends) if seen <= end), None)
+    if number is None:
+        raise UserError(f"{found} was made by another recipe: --cooldown takes the checkpoint's, so leave --recipe out")
+    stage, begin = recipe.stages[number], ends[number] - recipe.stages[number].samples
+    if stage.schedule == "cosine":
+        raise UserError(
+            f"{found} is on a cosine, which ends at its stage's end: --cooldown branches off "
+            "schedule=constant or inverse_sqrt"
+        )
+    if seen > ends[number] - stage.cooldown_samples:
+        last = ends[number] - stage.cooldown_samples
+        raise UserError(f"{found} is in a cool-down already: take a checkpoint of at most {last} samples")
+    if samples % stage.batch_size:
+        near = max(1, round(samples / stage.batch_size)) * stage.batch_size
+        raise UserError(f"--cooldown {samples} is not a multiple of batch_size {stage.batch_size}: give {near}")
+    cooled = replace(stage, samples=seen - begin + samples, cooldown_samples=samples)
+    return replace(recipe, stages=(*recipe.stages[:number], cooled))
+
+
+def recipe_of(path: Path) -> Recipe:
+    """The recipe that made a checkpoint."""
+    theirs = read_json(path / "config.json")["recipe"]
+    # What an older clipkit didn't write has its default, but for the decay, of which it knew one kind.
+    legacy = {**theirs, "optimizer": {"decay": "layers", **theirs["optimizer"]}}
+    return from_json(Recipe, legacy, f"{path}/config.json: recipe")
 
 
 def stage_start(recipe: Recipe, name: str) -> int:
@@ -76,10 +142,7 @@ def changes_on_resume(start: checkpoint.Checkpoint, recipe: Recipe, data: Data, 
     """How the recipe differs from the checkpoint's, where it may. Raises UserError where it may not, and for other
     data: the schedule and the order would not hold.
     """
-    theirs = start.config["recipe"]
-    # What an older clipkit didn't write has its default, but for the decay, of which it knew one kind.
-    legacy = {**theirs, "optimizer": {"decay": "layers", **theirs["optimizer"]}}
-    theirs = to_json(from_json(Recipe, legacy, f"{start.path}/config.json: recipe"))
+    theirs = to_json(recipe_of(start.path))
     begun = first = 0
     for stage in theirs["stages"]:
         begun += first < start.samples_seen

@@ -52,7 +52,7 @@ for _command in (download.download, data.build_tfds, data.build_imagenet, data.v
 @click.option(
     "--data", required=True, multiple=True, metavar="PATH[=WEIGHT]", help="What to train on; may be repeated, to mix."
 )
-@click.option("--recipe", "recipe_name", required=True, metavar="NAME", help="See `clipkit recipes`.")
+@click.option("--recipe", "recipe_name", metavar="NAME", help="See `clipkit recipes`. Needed but for --cooldown.")
 @click.option("--out", type=Folder, required=True, help="Folder of the run.")
 @device
 @assignments
@@ -60,6 +60,9 @@ for _command in (download.download, data.build_tfds, data.build_imagenet, data.v
 @click.option("--allow-changes", is_flag=True, help="Let stages that haven't begun differ when resuming.")
 @click.option("--init", type=Folder, help="Start with the weights of this checkpoint.")
 @click.option("--from-stage", metavar="NAME", help="Start --init at this stage of the recipe.")
+@click.option(
+    "--cooldown", type=Count, metavar="SAMPLES", help="Go on from --init, to a rate of 0 after so many samples."
+)
 @data_split
 @loader_workers
 @cache_folder
@@ -72,10 +75,14 @@ for _command in (download.download, data.build_tfds, data.build_imagenet, data.v
 @as_json
 def train(
     data: tuple[str, ...],
-    recipe_name: str,
+    recipe_name: str | None,
     out: Path,
     device: str,
     assignments: tuple[str, ...],
+    resume: bool,
+    init: Path | None,
+    from_stage: str | None,
+    cooldown: int | None,
     eval_data: Path | None,
     eval_label: str,
     eval_templates: str,
@@ -89,15 +96,24 @@ def train(
     --data is a dataset folder (of build-tfds, or ImageNet), or a folder of webdataset tars, of parquet files with
     images, or of images with a table; local, or in a store such as s3://. The run's folder gets checkpoints,
     metrics.jsonl and TensorBoard files. Under `torchrun` each process takes its part of each batch. Ctrl-C and the
-    signals TERM, HUP and USR1 save a checkpoint and end the run; --resume goes on from there.
+    signals TERM, HUP and USR1 save a checkpoint and end the run; --resume goes on from there. --cooldown branches off
+    a checkpoint of a run on a constant (or inverse square root) rate, and leaves that run as it is.
     """
     from clipkit.config import set_values
     from clipkit.eval.task import open_task
     from clipkit.formatting import duration
     from clipkit.train.catalogue import find_recipe
     from clipkit.train.loop import train as stage
+    from clipkit.train.start import cooldown_recipe
 
-    recipe = set_values(find_recipe(recipe_name), assignments)
+    named = find_recipe(recipe_name) if recipe_name else None
+    if cooldown is not None:
+        recipe = cooldown_recipe(cooldown, init, out, named, assignments, resume=resume, from_stage=from_stage)
+    elif named is not None:
+        recipe = set_values(named, assignments)
+    else:
+        raise click.UsageError("Missing option '--recipe'.")
+    start: dict[str, Any] = {"resume": resume, "init": init, "from_stage": from_stage, "branch": cooldown is not None}
     task = None
     if eval_data:
         try:
@@ -108,7 +124,7 @@ def train(
             raise UserError(as_train_says(str(error))) from error
         for note in task.notes:
             click.echo(as_train_says(note), err=True)
-    summary = stage(recipe, data, out, device_name=device, task=task, **options)
+    summary = stage(recipe, data, out, device_name=device, task=task, **start, **options)
     if summary.is_first and as_json:
         print_json(summary.to_json())
     elif summary.is_first and summary.finished:
@@ -174,8 +190,7 @@ def recipes(name: str | None, assignments: tuple[str, ...], as_json: bool) -> No
     """List the recipes with what they cost, or print one (NAME, or a TOML file) as JSON.
 
     The keys of the JSON are what `train --set` and TOML files take. Tokens count what enters the transformers; FLOPs
-    are those of training, 2 for each multiply-add, without what is computed again to save memory. Captions count as
-    padded: above 16 text tokens CLIP's text tower computes less.
+    are those of training, 2 for each multiply-add, without what is computed again to save memory.
     """
     from rich.console import Console
 

@@ -11,9 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors.torch import load_file
 
 from clipkit import checkpoint
+from clipkit.cli.main import main
 from clipkit.config import set_values
 from clipkit.device import pick
 from clipkit.errors import UserError
@@ -21,7 +23,7 @@ from clipkit.log import read_metrics
 from clipkit.train.catalogue import debug
 from clipkit.train.loop import train
 from clipkit.train.sources.open import open_source
-from clipkit.train.start import Start, refuse_different_starts, weights_digest
+from clipkit.train.start import Start, recipe_of, refuse_different_starts, weights_digest
 
 CPU = {"device_name": "cpu", "workers": 1}
 
@@ -255,3 +257,95 @@ def test_ranks_without_a_common_folder_start_together_and_do_not_resume(pairs_da
     assert "SIGABRT" not in output
     assert errors
     assert all("rank 1 starts at 0 samples and rank 0 at 320: --out" in line for line in errors)
+
+
+# ---- A cool-down that branches off ---------------------------------------------------------------------------------
+
+
+COOLED = ["cadence.checkpoint_samples=32", "cadence.keep_checkpoints=9", "ema_decay=0.9"]
+
+
+@pytest.fixture(scope="module", params=["constant", "inverse_sqrt"])
+def steady(request, pairs_dataset, tmp_path_factory):
+    """A run whose first stage knows no end."""
+    run = tmp_path_factory.mktemp("steady") / "run"
+    train(set_values(debug(), [*COOLED, f"stages.0.schedule={request.param}"]), pairs_dataset, run, **CPU)
+    return run
+
+
+def clipkit(*arguments):
+    return CliRunner().invoke(main, [str(each) for each in arguments])
+
+
+def cool(pairs_dataset, init, out, *more, cooldown=96):
+    plain = ("--data", pairs_dataset, "--device", "cpu", "--workers", "1", "--out", out)
+    return clipkit("train", *plain, "--init", init, "--cooldown", cooldown, *more)
+
+
+def assert_same_files(one, other):
+    for name in ("model", "optimizer", "ema"):
+        ours, theirs = (load_file(checkpoint.find(run) / f"{name}.safetensors") for run in (one, other))
+        assert ours.keys() == theirs.keys()
+        assert [key for key in ours if not torch.equal(ours[key], theirs[key])] == []
+
+
+@pytest.mark.parametrize("seen", [128, 192])
+def test_a_cool_down_branches_off_as_if_it_had_been_planned(steady, pairs_dataset, tmp_path, seen):
+    before = {path: path.stat().st_mtime_ns for path in steady.rglob("*")}
+    result = cool(pairs_dataset, checkpoint.folder_of(steady, seen), tmp_path / "cool")
+    assert result.exit_code == 0, result.output
+    assert {path: path.stat().st_mtime_ns for path in steady.rglob("*")} == before
+    recipe = recipe_of(checkpoint.latest(steady))
+    planned = replace(recipe, stages=(replace(recipe.stages[0], samples=seen + 96, cooldown_samples=96),))
+    train(planned, pairs_dataset, tmp_path / "planned", **CPU)
+    assert checkpoint.latest(tmp_path / "cool").name == f"{seen + 96:012d}"
+    assert_same_files(tmp_path / "cool", tmp_path / "planned")
+    rates, theirs = (
+        [line["lr"] for line in read_metrics(tmp_path / run) if line["samples_seen"] > seen and "lr" in line]
+        for run in ("cool", "planned")
+    )
+    assert rates == theirs
+    assert len(rates) == 6
+    assert rates[-1] < rates[0] / 5
+
+
+def test_a_branch_is_killed_and_resumed_without_the_run_it_left(steady, pairs_dataset, tmp_path):
+    init = shutil.copytree(checkpoint.folder_of(steady, 128), tmp_path / "run" / "checkpoints" / f"{128:012d}")
+    assert cool(pairs_dataset, init, tmp_path / "whole").exit_code == 0
+    branch = stopped_at(tmp_path / "whole", tmp_path / "branch", 160)
+    shutil.rmtree(tmp_path / "run")
+    other = cool(pairs_dataset, init, branch, "--resume", cooldown=64)
+    assert (other.exit_code, "cools down over 96 samples, not 64" in other.stderr) == (2, True)
+    assert cool(pairs_dataset, init, branch, "--resume").exit_code == 0
+    assert_same_files(branch, tmp_path / "whole")
+
+
+def test_a_cool_down_heeds_what_may_change(steady, pairs_dataset, tmp_path):
+    init = checkpoint.folder_of(steady, 128)
+    assert cool(pairs_dataset, init, tmp_path / "a", "--set", "max_bad=0.5").exit_code == 0
+    refused = cool(pairs_dataset, init, tmp_path / "b", "--set", "optimizer.beta2=0.9")
+    assert (refused.exit_code, "another recipe (optimizer.beta2: 0.95 -> 0.9)" in refused.stderr) == (2, True)
+    refused = cool(pairs_dataset, init, tmp_path / "c", "--recipe", "debug")  # which is on a cosine
+    assert (refused.exit_code, "is on a cosine" in refused.stderr) == (2, True)
+
+
+def test_where_no_cool_down_can_branch_off(whole, steady, pairs_dataset, tmp_path):
+    at, out = checkpoint.folder_of(steady, 128), tmp_path / "out"
+    assert cool(pairs_dataset, at, tmp_path / "cool").exit_code == 0
+    begin = ("train", "--data", pairs_dataset, "--out", out, "--device", "cpu")
+    for result, says in [
+        (cool(pairs_dataset, checkpoint.folder_of(whole, 128), out), "is on a cosine"),
+        (cool(pairs_dataset, checkpoint.folder_of(steady, 256), out), "is on a cosine"),  # its second stage
+        (cool(pairs_dataset, checkpoint.folder_of(tmp_path / "cool", 160), out), "take a checkpoint of at most 128"),
+        (cool(pairs_dataset, at, out, cooldown=90), "--cooldown 90 is not a multiple of batch_size 16: give 96"),
+        (cool(pairs_dataset, at, out, cooldown=2**64), "set at most"),
+        (cool(pairs_dataset, at, steady), "give the branch another --out"),
+        (cool(pairs_dataset, at, steady, "--resume"), "give the branch another --out"),
+        (cool(pairs_dataset, at, out, "--from-stage", "full"), "no --from-stage"),
+        (clipkit(*begin, "--cooldown", 96), "name it with --init"),
+        (clipkit(*begin), "Missing option '--recipe'"),
+    ]:
+        assert result.exit_code == 2, result.output
+        assert says in result.stderr.splitlines()[-1]
+        assert "Traceback" not in result.output
+    assert checkpoint.latest(out) is None
