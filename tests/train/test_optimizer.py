@@ -1,13 +1,19 @@
 import itertools
 import math
+import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 from openclip_twin import TINY
 
+from clipkit import checkpoint
+from clipkit.config import set_values
 from clipkit.device import pick
 from clipkit.errors import UserError
 from clipkit.model.clip import build
+from clipkit.train.catalogue import debug
+from clipkit.train.loop import train
 from clipkit.train.optimizer import is_decayed, learning_rate_at, make_optimizer
 from clipkit.train.recipes import OptimizerConfig
 
@@ -165,3 +171,26 @@ def test_muon_is_for_the_matrices_in_blocks_and_adamw_for_the_rest():
 def test_muon_with_nothing_for_it_is_refused():
     with pytest.raises(UserError, match="the recipe's optimizer has invalid settings"):
         make_optimizer(torch.nn.Linear(2, 2), OptimizerConfig(name="muon"), 1e-3, pick("cpu"))
+
+
+@pytest.mark.parametrize("name", ["stable_adamw", "lion", "muon"])
+def test_a_run_of_micro_batches_and_a_frozen_tower_resumes_bit_for_bit(pairs_dataset, tmp_path, name):
+    settings = [
+        f"optimizer.name={name}",
+        "optimizer.eps=1e-6",
+        "micro_batch=8",
+        "model.image.frozen=true",
+        "precision=bfloat16",
+    ]
+    settings += ["stages.0.samples=48", "stages.0.warmup_samples=16", "cadence.checkpoint_samples=16"]
+    recipe = set_values(debug(), [*settings, "cadence.keep_checkpoints=9"])
+    recipe = replace(recipe, stages=recipe.stages[:1])
+    run = tmp_path / "run"
+    train(recipe, pairs_dataset, run, device_name="cpu", workers=0)
+    whole = checkpoint.load(run, with_optimizer=True)
+    shutil.rmtree(whole.path)
+    assert train(recipe, pairs_dataset, run, device_name="cpu", workers=0, resume=True).finished
+    again = checkpoint.load(run, with_optimizer=True)
+    for ours, theirs in ((again.tensors, whole.tensors), (again.optimizer, whole.optimizer)):
+        assert ours.keys() == theirs.keys()
+        assert [key for key in ours if not torch.equal(ours[key], theirs[key])] == []
