@@ -107,6 +107,9 @@ class Writer:
     def write(self, values: dict[str, float | int | str]) -> None:
         """Write one line of metrics; `samples_seen` is its place on the x axis."""
 
+    def rewind(self, samples_seen: int) -> None:
+        """Drop what was written beyond a checkpoint: the run goes on from there."""
+
     def close(self) -> None:
         """Flush and close the files."""
 
@@ -120,16 +123,20 @@ class MetricsWriter(Writer):
 
     def __init__(self, run: Path, samples_seen: int = 0) -> None:
         """Continue a run that has seen `samples_seen`."""
-        from tensorboard.compat.proto.event_pb2 import SessionLog
-
         from clipkit.formats.records import RecordWriter
 
-        self.path = run / "metrics.jsonl"
+        self.run, self.path = run, run / "metrics.jsonl"
         folder = run / "tensorboard"
         folder.mkdir(parents=True, exist_ok=True)
         self.records = RecordWriter(folder / f"events.out.tfevents.{time.time_ns()}.clipkit")
         self.event(file_version="brain.Event:2")
-        # TensorBoard then drops what a killed run wrote beyond its last checkpoint.
+        self.rewind(samples_seen)
+
+    def rewind(self, samples_seen: int) -> None:
+        """Drop the lines beyond a checkpoint, and have TensorBoard drop its own."""
+        from tensorboard.compat.proto.event_pb2 import SessionLog
+
+        forget_metrics_after(self.run, samples_seen)
         self.event(step=samples_seen, session_log=SessionLog(status=SessionLog.START))
 
     def write(self, values: dict[str, float | int | str]) -> None:

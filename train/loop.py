@@ -11,16 +11,16 @@ import math
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from clipkit import checkpoint
 from clipkit.device import pick
-from clipkit.errors import UserError
 from clipkit.eval.zeroshot import Task
 from clipkit.formatting import share
-from clipkit.log import MetricsWriter, Writer, forget_metrics_after, warn_on_stderr
+from clipkit.log import MetricsWriter, Writer, warn_on_stderr
 from clipkit.model.clip import CLIP, build, load_state
 from clipkit.storage.files import clear_leftovers, lock, write_json
 from clipkit.train.loader.loader import batches
@@ -32,7 +32,6 @@ from clipkit.train.run import (
     describe_run,
     evaluate_at_start,
     evaluate_now,
-    explain_broken,
     is_checkpoint_due,
     is_due,
     is_evaluation_missing,
@@ -41,10 +40,19 @@ from clipkit.train.run import (
     save,
 )
 from clipkit.train.sources.open import CACHE_GB, open_source
-from clipkit.train.start import find_start, refuse_different_starts
+from clipkit.train.start import Start, find_start, refuse_different_starts
 from clipkit.train.step import train_step
 from clipkit.train.stopping import Stop, stop_on_signal, until_stopped
 from clipkit.train.watch.captions import FirstCaptions
+from clipkit.train.watch.diagnosis import (
+    RollBackError,
+    StuckLoss,
+    Window,
+    check_steps,
+    is_skipped,
+    log_roll_back,
+    meet_stuck_loss,
+)
 from clipkit.train.watch.metrics import model_metrics
 from clipkit.train.watch.stopwatch import Stopwatch
 
@@ -73,7 +81,7 @@ def train(
     `from_stage`; with `branch` it gives the rest of its state too, and the run goes on from there. `task` is evaluated
     at the recipe's cadence and at the end of each stage; where that fails, the run says so and goes on. The signals of
     `stopping` save a checkpoint and return. Raises UserError for whatever stands in the way before the first step, and
-    when the loss isn't finite any more.
+    when the loss goes wrong (`watch.diagnosis`).
     """
     # ---- Check what can be checked before any work ------------------------------------------------------------------
     found = open_source(data, cache=cache, cache_gb=cache_gb, block_size=recipe.block_size, split=split)
@@ -93,23 +101,14 @@ def train(
 
         # ---- Where to start: the run's checkpoint, another checkpoint's weights, scratch --------------------------
         device.barrier()
-        start = find_start(
-            folder,
-            recipe,
-            found,
-            resume=resume,
-            init=init,
-            from_stage=from_stage,
-            allow_changes=allow_changes,
-            branch=branch,
-        )
+        begin = partial(find_start, folder, recipe, found, init=init, from_stage=from_stage, branch=branch)
+        start = begin(resume=resume, allow_changes=allow_changes)
         refuse_different_starts(start, recipe, found, folder, device)
 
         # ---- Open the run's files ----------------------------------------------------------------------------------
         if device.is_first:
             for change in start.changes:
                 print(f"going on from {start.samples_seen:,} samples with {change}", file=sys.stderr)
-            forget_metrics_after(folder, start.samples_seen)
             write_json(folder / "config.json", describe_run(folder, recipe, found, device, start, init))
         writer: Writer = MetricsWriter(folder, start.samples_seen) if device.is_first else Writer()
         stack.callback(writer.close)
@@ -118,36 +117,58 @@ def train(
         run = Run(recipe, folder, found, device, writer, task, workers, stop, captions, start.samples_seen)
         stack.enter_context(stop_on_signal(stop))
         if start.own:
-            run.seconds, run.bad_samples = float(start.own.state["seconds"]), int(start.own.state["bad_samples"])
+            state = start.own.state
+            run.seconds, run.bad_samples = float(state["seconds"]), int(state["bad_samples"])
+            run.skipped = [(first, last) for first, last in state.get("skipped", ())]
             if run.task and is_evaluation_missing(run, start.own):
                 evaluate_at_start(run, start.own)
             (run.stop.agreed,) = device.agree(stop.asked)
 
-        # ---- The stages: each begins with the weights of the one before, and a fresh optimizer ---------------------
-        loss, stage_start, tensors, averages_before = math.nan, 0, start.tensors, start.own.ema if start.own else {}
-        for stage in recipe.stages:
-            stage_end = stage_start + stage.samples
-            if run.samples_seen < stage_end and not run.stop.agreed:
-                model = build(model_at(recipe, stage), seed=recipe.seed)
-                if tensors is not None:
-                    load_state(model, tensors)
-                model.freeze()
-                model.to(device.torch_device)
-                model.recompute_activations(device.recompute() if recipe.checkpoint_activations else None)
-                optimizer = make_optimizer(model, recipe.optimizer, stage.learning_rate, device)
-                if start.own and run.samples_seen > stage_start:
-                    checkpoint.restore_optimizer(model, optimizer, start.own.optimizer, start.own.path)
-                average = average_weights(model, optimizer, recipe.ema_decay)
-                if average and averages_before:
-                    load_state(average, averages_before)
-                loss = run_stage(run, stage, stage_start, model, optimizer, average)
-                tensors, averages_before = on_cpu(model), on_cpu(average) if average else {}
-            stage_start = stage_end
-    finished = run.samples_seen >= stage_start and not run.evaluation_missing
+        # ---- The stages, until none has to go back -----------------------------------------------------------------
+        loss = None
+        while loss is None:
+            try:
+                loss = run_stages(run, start)
+            except RollBackError as error:
+                why = str(error)
+                start = begin(resume=True, allow_changes=allow_changes)
+                refuse_different_starts(start, recipe, found, folder, device)
+                run.samples_seen = start.samples_seen
+                if device.is_first:
+                    log_roll_back(run, why)
+    finished = run.samples_seen >= recipe.samples and not run.evaluation_missing
     newest = checkpoint.latest(folder)
     return Summary(
         folder, newest, run.samples_seen, run.seconds, loss, finished, device.is_first, stop.signal, run.bad_samples
     )
+
+
+def run_stages(run: Run, start: Start) -> float:
+    """Take the run from its start to its end, or until a stop is asked for; returns the last loss.
+
+    Each stage begins with the weights of the one before, and a fresh optimizer.
+    """
+    recipe, device = run.recipe, run.device
+    loss, stage_start, tensors, averages_before = math.nan, 0, start.tensors, start.own.ema if start.own else {}
+    for stage in recipe.stages:
+        stage_end = stage_start + stage.samples
+        if run.samples_seen < stage_end and not run.stop.agreed:
+            model = build(model_at(recipe, stage), seed=recipe.seed)
+            if tensors is not None:
+                load_state(model, tensors)
+            model.freeze()
+            model.to(device.torch_device)
+            model.recompute_activations(device.recompute() if recipe.checkpoint_activations else None)
+            optimizer = make_optimizer(model, recipe.optimizer, stage.learning_rate, device)
+            if start.own and run.samples_seen > stage_start:
+                checkpoint.restore_optimizer(model, optimizer, start.own.optimizer, start.own.path)
+            average = average_weights(model, optimizer, recipe.ema_decay)
+            if average and averages_before:
+                load_state(average, averages_before)
+            loss = run_stage(run, stage, stage_start, model, optimizer, average)
+            tensors, averages_before = on_cpu(model), on_cpu(average) if average else {}
+        stage_start = stage_end
+    return loss
 
 
 def run_stage(
@@ -172,8 +193,7 @@ def run_stage(
         workers=workers,
         bad_reasons=run.bad_reasons,
     )
-    loss = math.nan
-    loss_sum, steps = torch.zeros((), device=device.torch_device), 0
+    loss, window, stuck = math.nan, Window(), StuckLoss(recipe, stage)
     run.saved_at = time.monotonic()
     watch = Stopwatch(run.samples_seen)
     start = run.samples_seen - stage_start
@@ -183,31 +203,33 @@ def run_stage(
             run.captions.take(batch)
             is_end = run.samples_seen >= stage_end
 
-            # ---- One step ------------------------------------------------------------------------------------------
-            learning_rate = learning_rate_at(
-                before - stage_start,
-                stage.batch_size,
-                peak=stage.learning_rate,
-                warmup=stage.warmup_samples,
-                total=stage.samples,
-                schedule=stage.schedule,
-                cooldown=stage.cooldown_samples,
-            )
-            device.set_learning_rate(optimizer, learning_rate)
-            tensors = device.batch(batch.arrays())
-            if model.text.skips_padding and not device.static_shapes:
-                tensors["length_B"] = torch.from_numpy(batch.length_B)
-            step = train_step(wrapped, optimizer, tensors, recipe, device)
-            loss_sum, steps = loss_sum + step.loss, steps + 1
+            # ---- One step, but on no data that broke the run ---------------------------------------------------------
+            if not is_skipped(run, before):
+                learning_rate = learning_rate_at(
+                    before - stage_start,
+                    stage.batch_size,
+                    peak=stage.learning_rate,
+                    warmup=stage.warmup_samples,
+                    total=stage.samples,
+                    schedule=stage.schedule,
+                    cooldown=stage.cooldown_samples,
+                )
+                device.set_learning_rate(optimizer, learning_rate)
+                tensors = device.batch(batch.arrays())
+                if model.text.skips_padding and not device.static_shapes:
+                    tensors["length_B"] = torch.from_numpy(batch.length_B)
+                step = train_step(wrapped, optimizer, tensors, recipe, device)
+                window.take(before, learning_rate, step)
             stops, saves, bad = device.total(run.stop.asked, is_checkpoint_due(run, before), batch.bad)
             run.stop.agreed, must_save, run.bad_samples = stops > 0, saves > 0, run.bad_samples + bad
 
             # ---- Log: the only place where the loop waits for the device ---------------------------------------------
-            if is_end or run.stop.agreed or is_due(cadence.log_samples, before, run.samples_seen):
-                loss = device.mean(loss_sum).item() / steps
-                loss_sum, steps = torch.zeros_like(loss_sum), 0
-                if not math.isfinite(loss):
-                    raise UserError(explain_broken(run, f"the loss became {loss}"))
+            must_log = is_end or run.stop.agreed or is_due(cadence.log_samples, before, run.samples_seen)
+            must_evaluate = is_end or is_due(cadence.evaluate_samples, before, run.samples_seen)
+            if must_log or must_save or must_evaluate:
+                readings = check_steps(run, stage, model, window)
+            if must_log and readings:
+                loss = sum(reading.loss for reading in readings) / len(readings)
                 run.seconds += watch.seconds
                 rate = watch.rate(run.samples_seen)
                 metrics = {
@@ -226,13 +248,15 @@ def run_stage(
                 run.writer.write({"samples_seen": run.samples_seen, "stage": stage.name, **metrics})
                 waits = watch.note(workers, device.loader_workers(), stage.text_reduction == "syntax")
                 progress.update(run.samples_seen - stage_start, f"loss {loss:.3f} · {waits}{note}")
+                if stuck.look(loss, len(readings), run.samples_seen - stage_start):
+                    meet_stuck_loss(run, stage, model, window, readings, stuck)
+                window.restart(readings)
                 watch.restart(run.samples_seen)
 
             # ---- Save, then evaluate: nothing that happens in an evaluation costs what was learned -------------------
             with watch.paused():
-                must_evaluate = is_end or is_due(cadence.evaluate_samples, before, run.samples_seen)
                 if is_end or must_save or (run.task and must_evaluate):
-                    save(run, stage, model, average, optimizer, step.loss + step.grad_norm)
+                    save(run, stage, model, average, optimizer)
                 if must_evaluate:
                     evaluate_now(run, stage.name, model, preprocess_at(recipe, stage), average)
                 if is_end or must_save or must_evaluate:
@@ -240,7 +264,8 @@ def run_stage(
             if run.stop.agreed:
                 break
     if run.stop.agreed and run.samples_seen > stage_start + start:
-        save(run, stage, model, average, optimizer, step.loss + step.grad_norm)
+        check_steps(run, stage, model, window)
+        save(run, stage, model, average, optimizer)
         device.barrier()
     return loss
 

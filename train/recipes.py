@@ -115,6 +115,11 @@ class Recipe:
     """Records read in one go by the shuffle (`clipkit.train.order`)."""
     max_bad: float = 0.01
     """Share of the records that may be broken before the run stops."""
+    on_bad_loss: Literal["stop", "skip"] = "stop"
+    """What a loss or gradient that isn't finite does, beside the diagnosis: `stop` ends the run; `skip` goes back to
+    the newest checkpoint, and leaves out the data from the bad step to the next log line."""
+    on_stuck_loss: Literal["stop", "warn"] = "stop"
+    """What a loss does that stays at that of chance, for a thousand steps after the warm-up."""
     seed: int = 0
     cadence: Cadence = field(default_factory=Cadence)
 

@@ -50,6 +50,8 @@ class Run:
     bad_samples: int = 0
     bad_reasons: dict[str, str] = field(default_factory=dict)
     """The records that couldn't be used and were reported, with the reasons."""
+    skipped: list[tuple[int, int]] = field(default_factory=list)
+    """The stretches of samples that the run leaves out, since they once broke it: from the first to before the last."""
     saved_at: float = 0.0
     evaluation_missing: bool = False
     """A signal came in the way of the latest evaluation; a resumed run makes it."""
@@ -149,23 +151,12 @@ def evaluate_at_start(run: Run, start: checkpoint.Checkpoint) -> None:
     evaluate_now(run, start.state["stage"], model, start.preprocess, *average)
 
 
-def save(
-    run: Run,
-    stage: Stage,
-    model: CLIP,
-    average: CLIP | None,
-    optimizer: torch.optim.Optimizer,
-    health: torch.Tensor,
-) -> None:
-    """Write the checkpoint of now. `health` is a scalar that isn't finite when the last step has ruined the weights:
-    then UserError is raised, and nothing is saved.
-    """
+def save(run: Run, stage: Stage, model: CLIP, average: CLIP | None, optimizer: torch.optim.Optimizer) -> None:
+    """Write the checkpoint of now, of which `diagnosis.check_steps` has found that no step ruined the weights."""
     run.saved_at = time.monotonic()
     folder = checkpoint.folder_of(run.folder, run.samples_seen)
     if not run.device.is_first or folder.exists():
         return
-    if not torch.isfinite(health).item():
-        raise UserError(explain_broken(run, "the loss or its gradient isn't finite"))
     checkpoint.save(
         folder,
         tensors=on_cpu(model),
@@ -177,18 +168,12 @@ def save(
             "stage": stage.name,
             "seconds": run.seconds,
             "bad_samples": run.bad_samples,
+            "skipped": run.skipped,
             "dataset": run.data.identity(),
         },
     )
     ends = frozenset(itertools.accumulate(stage.samples for stage in run.recipe.stages))
     checkpoint.prune(run.folder, run.recipe.cadence.keep_checkpoints, always=ends)
-
-
-def explain_broken(run: Run, what: str) -> str:
-    """The error line for a run whose loss or gradient isn't finite."""
-    good = checkpoint.latest(run.folder)
-    again = f"begin a new run with --init {good} and" if good else "begin again with"
-    return f"{what} before {run.samples_seen:,} samples: {again} a lower learning rate or --set precision=float32"
 
 
 def progress_line(run: Run, label: str, total: int, start: int) -> Progress:

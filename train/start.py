@@ -22,7 +22,7 @@ from clipkit.train.recipes import Recipe
 from clipkit.train.sources.open import Data
 
 # Settings of a recipe that don't change what is learned.
-FREE = ("cadence", "checkpoint_activations", "max_bad", "micro_batch")
+FREE = ("cadence", "checkpoint_activations", "max_bad", "micro_batch", "on_bad_loss", "on_stuck_loss")
 HASHED_BYTES = 4096
 
 

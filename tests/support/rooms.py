@@ -80,7 +80,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "train": (*_core("model", "pixels", "storage", "text"), "eval", "train/loader", "train/sources", "train/watch"),
     "train/sources": (*_core("formats", "jobs", "pixels", "storage"), "eval", "train"),
     "train/loader": (*_core("pixels", "text"), "train", "train/sources"),
-    "train/watch": (*_core("model"), "train", "train/loader", "train/sources"),
+    "train/watch": (*_core("model", "pixels", "storage"), "train", "train/loader", "train/sources"),
     "train/bench": (*_core("jobs", "model", "pixels"), "train", "train/loader", "train/sources"),
     "eval": _core("formats", "model", "page", "pixels", "storage", "text"),
 }

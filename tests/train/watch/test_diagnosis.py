@@ -1,0 +1,260 @@
+"""A loss that goes wrong: what is written of it, and that a run which goes back goes on the same however it is cut."""
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from clipkit import checkpoint
+from clipkit.config import set_values
+from clipkit.errors import UserError
+from clipkit.log import read_metrics
+from clipkit.train import loop
+from clipkit.train.catalogue import debug, emoji_demo
+from clipkit.train.loop import train
+from clipkit.train.watch import diagnosis
+from clipkit.train.watch.diagnosis import StuckLoss
+
+CPU = {"device_name": "cpu", "workers": 1}
+SKIP = ["on_bad_loss=skip", "cadence.log_samples=48"]
+
+
+class KilledError(Exception):
+    """Stands for SIGKILL."""
+
+
+def breaking(monkeypatch, at, kill_at=None):
+    """Make the step at `at` samples seen give a gradient that isn't finite, each time that it is taken."""
+    real, place = loop.train_step, []
+
+    def is_skipped(run, before):
+        place[:] = [before]
+        return diagnosis.is_skipped(run, before)
+
+    def step(model, *arguments):
+        if place == [kill_at]:
+            raise KilledError
+        found = real(model, *arguments)
+        if place != [at]:
+            return found
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.fill_(torch.nan)
+        return found._replace(grad_norm=found.grad_norm * torch.nan, grad_norms_P=found.grad_norms_P * torch.nan)
+
+    monkeypatch.setattr(loop, "is_skipped", is_skipped)
+    monkeypatch.setattr(loop, "train_step", step)
+
+
+def weights(run):
+    return load_file(checkpoint.find(run) / "model.safetensors")
+
+
+def assert_same_weights(one, other):
+    ours, theirs = weights(one), weights(other)
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+
+
+def trained(run):
+    return [line["samples_seen"] for line in read_metrics(run) if "loss" in line]
+
+
+def recipe(*settings):
+    return set_values(debug(), [*SKIP, *settings])
+
+
+@pytest.fixture(scope="module")
+def rolled_back(pairs_dataset, tmp_path_factory):
+    """A run that broke at 80 samples, of a log line at 96, after a checkpoint at 64."""
+    run = tmp_path_factory.mktemp("rolled_back")
+    with pytest.MonkeyPatch.context() as patch:
+        breaking(patch, 80)
+        assert train(recipe(), pairs_dataset, run, **CPU).finished
+    return run
+
+
+def test_a_run_that_stops_says_what_broke_it(pairs_dataset, tmp_path, monkeypatch):
+    breaking(monkeypatch, 80)
+    says = "the loss or its gradient isn't finite before 96 samples: begin a new run with --init .*064 and a lower"
+    with pytest.raises(UserError, match=says) as error:
+        train(recipe("on_bad_loss=stop"), pairs_dataset, tmp_path, **CPU)
+    assert "\n" not in str(error.value)
+    path = tmp_path / "diagnosis-000000000096.json"
+    assert f"{path} has the batch" in str(error.value)
+    found = json.loads(path.read_text())
+    assert (found["stage"], found["samples_seen"]) == ("reduced", 96)
+    assert [step["before"] for step in found["steps"]] == list(range(0, 96, 16))
+    assert found["steps"][-1]["grad_norm"] == "nan"
+    assert found["steps"][-1]["learning_rate"] == pytest.approx(0.96e-3, rel=0.1)
+    norms = found["norms"]["text.token_embedding.weight"]
+    assert (norms["weight"], norms["gradient"]) == ("nan", "nan")
+    assert norms["gradient_one_step_before"] > 0
+    assert len(found["keys"]) == len(found["shown"]) == 16
+    assert [sample["key"] for sample in found["shown"]] == found["keys"]
+    assert all(re.fullmatch(r"a \w+ square, number \d+ of many others", each["caption"]) for each in found["shown"])
+    assert found["features"]["image"]["norm_mean"] == "nan"
+    with Image.open(path.with_suffix(".png")) as sheet:
+        assert sheet.size == (8 * 34, 2 * 34)
+
+
+def test_a_run_that_goes_back_leaves_out_the_data_from_the_bad_step_to_the_log_line(rolled_back):
+    lines = read_metrics(rolled_back)
+    (change,) = [line for line in lines if "skipped_from" in line]
+    assert (change["samples_seen"], change["skipped_from"], change["skipped_to"]) == (64, 80, 96)
+    assert trained(rolled_back) == [48, 96, 144, 192, 240, 288, 320]
+    assert all(math.isfinite(line["loss"]) for line in lines if "loss" in line)
+    (logged,) = json.loads((rolled_back / "config.json").read_text())["changes"]
+    assert logged["samples_seen"] == 64
+    assert "samples from 80 to 96 skipped" in logged["changed"][0]
+    assert checkpoint.load(rolled_back).state["skipped"] == [[80, 96]]
+
+
+def test_what_is_left_out_is_all_that_differs(rolled_back, pairs_dataset, tmp_path, monkeypatch):
+    """As if the run had been told from the beginning."""
+    monkeypatch.setattr(loop, "is_skipped", lambda run, before: before == 80)
+    train(recipe(), pairs_dataset, tmp_path, **CPU)
+    assert_same_weights(tmp_path, rolled_back)
+
+
+@pytest.mark.parametrize("kill_at", [64, 96, 128, 144, 208])
+def test_a_run_that_went_back_and_was_killed_goes_on_to_the_same_weights(
+    rolled_back, pairs_dataset, tmp_path, monkeypatch, kill_at
+):
+    with pytest.MonkeyPatch.context() as patch:
+        breaking(patch, 80, kill_at)
+        with pytest.raises(KilledError):
+            train(recipe("cadence.checkpoint_samples=32"), pairs_dataset, tmp_path, **CPU)
+    breaking(monkeypatch, 80)
+    assert train(recipe("cadence.checkpoint_samples=32"), pairs_dataset, tmp_path, **CPU, resume=True).finished
+    assert_same_weights(tmp_path, rolled_back)
+    assert trained(tmp_path) == trained(rolled_back)
+
+
+@pytest.mark.parametrize("at", [0, 176, 192, 304])
+def test_a_run_goes_back_to_its_beginning_and_over_the_ends_of_stages(pairs_dataset, tmp_path, monkeypatch, at):
+    breaking(monkeypatch, at)
+    summary = train(recipe("cadence.log_samples=16"), pairs_dataset, tmp_path, **CPU)
+    assert summary.finished
+    assert trained(tmp_path) == [seen + 16 for seen in range(0, 320, 16) if seen != at]
+    assert {int(path.name) for path in checkpoint.checkpoints(tmp_path)} >= {192, 320}
+
+
+def test_a_stopped_run_can_be_told_to_leave_the_batches_out(rolled_back, pairs_dataset, tmp_path, monkeypatch):
+    breaking(monkeypatch, 80)
+    with pytest.raises(UserError, match="--resume --set on_bad_loss=skip"):
+        train(recipe("on_bad_loss=stop"), pairs_dataset, tmp_path, **CPU)
+    assert train(recipe(), pairs_dataset, tmp_path, **CPU, resume=True).finished
+    assert_same_weights(tmp_path, rolled_back)
+
+
+def test_a_run_that_always_breaks_is_given_up(pairs_dataset, tmp_path):
+    broken = recipe("stages.0.learning_rate=1e30", "optimizer.grad_clip=1e30", "cadence.log_samples=16")
+    with pytest.raises(UserError, match="10 stretches of the data were skipped before"):
+        train(broken, pairs_dataset, tmp_path, **CPU)
+
+
+def test_a_diagnosis_that_fails_costs_nothing_else(pairs_dataset, tmp_path, monkeypatch):
+    def fail(*arguments):
+        raise OSError("no disk")
+
+    breaking(monkeypatch, 80)
+    monkeypatch.setattr(diagnosis, "first_samples", fail)
+    with pytest.raises(UserError, match="isn't finite before 96 samples"):
+        train(recipe("on_bad_loss=stop"), pairs_dataset, tmp_path, **CPU)
+    found = json.loads((tmp_path / "diagnosis-000000000096.json").read_text())
+    assert found["incomplete"] == "no disk"
+    assert found["steps"]
+
+
+RANKS = """
+import math, os, sys
+from pathlib import Path
+import torch
+from clipkit.config import set_values
+from clipkit.errors import UserError
+from clipkit.train import loop
+from clipkit.train.catalogue import debug
+real, skipped, place = loop.train_step, loop.is_skipped, []
+def is_skipped(run, before):
+    place[:] = [before]
+    return skipped(run, before)
+def step(model, optimizer, batch, recipe, device):
+    if place == [80] and device.rank == 1:
+        batch["image_BHWC"] = batch["image_BHWC"].float() * math.nan
+    return real(model, optimizer, batch, recipe, device)
+loop.is_skipped, loop.train_step = is_skipped, step
+settings = ["cadence.log_samples=48", f"on_bad_loss={sys.argv[3]}"]
+try:
+    loop.train(set_values(debug(), settings), sys.argv[1], Path(sys.argv[2]), device_name="cpu", workers=1)
+except UserError as error:
+    print("stopped:", error)
+"""
+
+
+@pytest.mark.parametrize("policy", ["stop", "skip"])
+def test_all_ranks_meet_what_broke_one(rolled_back, pairs_dataset, tmp_path, policy):
+    script = tmp_path / "ranks.py"
+    script.write_text(RANKS)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    arguments = [str(pairs_dataset), str(tmp_path / "run"), policy]
+    done = subprocess.run([*command, *arguments], capture_output=True, text=True, env=environment, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run" / "diagnosis-000000000096.json").is_file()
+    if policy == "stop":
+        assert done.stdout.count("the loss became nan before 96 samples") == 2
+    else:
+        assert done.stdout == ""
+        ours, theirs = ([line.get("loss") for line in read_metrics(run)] for run in (tmp_path / "run", rolled_back))
+        assert ours == pytest.approx(theirs, abs=2e-5)
+
+
+# ---- Stuck at chance -------------------------------------------------------------------------------------------------
+
+STILL = ["stages.0.learning_rate=1e-12", "stages.0.warmup_samples=32", "model.logit_scale_init=0.01"]
+
+
+def test_a_loss_that_stays_at_chance_stops_the_run(pairs_dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr(diagnosis, "STUCK_STEPS", 5)
+    monkeypatch.setattr(diagnosis, "STUCK_LINES", 3)
+    says = r"the loss has stayed at 2\.77, that of chance, for 5 steps up to 112 samples: look at .*on_stuck_loss=warn$"
+    with pytest.raises(UserError, match=says):
+        train(set_values(debug(), STILL), pairs_dataset, tmp_path / "stop", **CPU)
+    found = json.loads((tmp_path / "stop" / "diagnosis-000000000112.json").read_text())
+    assert len(found["steps"]) == 7
+    assert 0 < found["features"]["image"]["cosine_mean"] <= 1
+    assert found["norms"]["text.token_embedding.weight"]["gradient"] > 0
+
+
+def test_a_loss_that_stays_at_chance_may_be_warned_of_only(pairs_dataset, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(diagnosis, "STUCK_STEPS", 5)
+    monkeypatch.setattr(diagnosis, "STUCK_LINES", 3)
+    still = set_values(debug(), [*STILL, "on_stuck_loss=warn"])
+    assert train(still, pairs_dataset, tmp_path, **CPU).finished
+    assert capsys.readouterr().err.count("Warning: the loss has stayed at 2.77") == 1  # in the stage that is stuck
+
+
+def test_chance_is_that_of_equal_features():
+    for kind, loss in (("info_nce", math.log(256)), ("sigmoid", math.log(256) + 1)):
+        found = StuckLoss(set_values(emoji_demo(), [f"loss={kind}"]), emoji_demo().stages[0])
+        assert found.chance == pytest.approx(loss, abs=0.003)
+
+
+@pytest.mark.parametrize("falls_at", [900, 1500])
+def test_only_a_long_stay_after_the_warm_up_is_stuck(falls_at):
+    """Five steps a line, a warm-up of 60 steps, and a loss that begins to fall some time later."""
+    stage = emoji_demo().stages[0]
+    watched = StuckLoss(emoji_demo(), stage)
+    said = []
+    for step in range(5, 2000, 5):
+        loss = math.log(256) * (1.0 if step < falls_at else 0.98)
+        if watched.look(loss, 5, step * 256):
+            said.append(step)
+    assert said[:1] == ([] if falls_at == 900 else [1060])
