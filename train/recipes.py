@@ -16,6 +16,7 @@ from clipkit.formatting import size_text
 from clipkit.model.clip import CLIP
 from clipkit.model.config import ImageConfig, ModelConfig, Position, TextConfig
 from clipkit.model.flops import SampleCost, sample_cost
+from clipkit.model.timm_tower import TimmTower
 from clipkit.pixels.images import CLIP_MEAN, CLIP_STD, Preprocess
 from clipkit.text.tokenizer import VOCAB_SIZE
 from clipkit.text.tokens import ImageMethod, TextMethod
@@ -275,6 +276,7 @@ def check_recipe(recipe: Recipe, source: Source | Examples, device: Device) -> N
             raise UserError(f"{where}: micro_batch {recipe.micro_batch} doesn't divide a device's share of {share}")
         try:
             check_memory(recipe, stage, device.world)
+            check_sizes(recipe, stage)
             check_loader(source, loader_config(recipe, stage), 0, stage.samples, device.world)
         except UserError as error:
             raise UserError(f"{where}: {error}") from error
@@ -294,6 +296,19 @@ def check_memory(recipe: Recipe, stage: Stage, world: int) -> None:
             raise UserError(f"{what} {size_text(size)}, and this machine has {size_text(memory)}: set {remedy}")
 
 
+def check_sizes(recipe: Recipe, stage: Stage) -> None:
+    """Raise UserError where a tower that isn't a vision transformer has other weights at this stage's image size."""
+    with torch.device("meta"):
+        towers = [CLIP(model_at(recipe, each)).image for each in (recipe.stages[0], stage)]
+    if isinstance(towers[0], TimmTower) and shapes(towers[0]) != shapes(towers[1]):
+        raise UserError(f"{recipe.model.image.name} has other weights at other sizes: give all stages one image_size")
+
+
+def shapes(module: torch.nn.Module) -> dict[str, torch.Size]:
+    """The shapes of a module's tensors by name."""
+    return {name: tensor.shape for name, tensor in module.state_dict().items()}
+
+
 def model_at(recipe: Recipe, stage: Stage) -> ModelConfig:
     """The recipe's model at a stage's image size, context length and position embedding."""
     model = recipe.model
@@ -311,11 +326,19 @@ def stage_cost(recipe: Recipe, stage: Stage) -> SampleCost:
     return sample_cost(model_at(recipe, stage), stage.image_keep)
 
 
-def patch_grid(recipe: Recipe, stage: Stage) -> tuple[int, int]:
-    """Rows and columns of patches in a stage. Raises UserError for a model that can't be built."""
+def patch_grid(recipe: Recipe, stage: Stage) -> tuple[int, int] | None:
+    """Rows and columns of patches in a stage; None where the image tower has none.
+
+    Raises UserError for a model that can't be built.
+    """
     # The tower itself knows best; on the meta device it takes no memory.
     with torch.device("meta"):
-        return CLIP(model_at(recipe, stage)).image.grid
+        image = CLIP(model_at(recipe, stage)).image
+    if not isinstance(image, TimmTower):
+        return image.grid
+    if stage.image_keep is not None:
+        raise UserError(f"image_keep isn't for {image.config.name}: set it and image_reduction to none")
+    return None
 
 
 def loader_config(recipe: Recipe, stage: Stage) -> LoaderConfig:

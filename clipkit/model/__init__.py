@@ -2,7 +2,7 @@
 
 - `clip`: the model: building, initial weights, loading a checkpoint's tensors; where to begin
 - `config`: what a model is made of, as plain data
-- `image_tower`, `text_tower`: the two encoders
+- `image_tower`, `text_tower`: the two encoders; `timm_tower`: image models of timm's that are no vision transformers
 - `flops`: what a sample costs, in tokens and operations
 - `loss`: InfoNCE and SigLIP's sigmoid loss, on one device or several
 """

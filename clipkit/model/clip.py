@@ -7,7 +7,7 @@ position embeddings are resized where the image size or the context length has c
 
 import contextlib
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -17,8 +17,9 @@ from torch.nn import functional as F
 
 from clipkit.errors import UserError
 from clipkit.model.config import ModelConfig, Projection, check_choices
-from clipkit.model.image_tower import ConvStem, ImageTower
+from clipkit.model.image_tower import ConvStem, ImageTower, make_image_tower
 from clipkit.model.text_tower import Buckets, Recompute, TextTower
+from clipkit.model.timm_tower import TimmTower
 
 LOG_SCALE_MAX = math.log(100.0)
 
@@ -35,17 +36,22 @@ class CLIP(nn.Module):
         super().__init__()
         check_choices(config, "model")
         self.config = config
-        self.image = ImageTower(config.image)
+        self.image = make_image_tower(config.image)
         self.text = TextTower(config.text)
         self.image_projection = make_projection(config.image.projection, self.image.width, config.embed_dim)
         self.text_projection = make_projection(config.text.projection, config.text.width, config.embed_dim)
         self.logit_scale = nn.Parameter(torch.empty(()))
         self.logit_bias = None if config.logit_bias_init is None else nn.Parameter(torch.empty(()))
-        check_frozen("image", config.image.frozen, len(self.image.trunk.blocks))
+        if not isinstance(self.image, TimmTower):
+            check_frozen("image", config.image.frozen, len(self.image.trunk.blocks))
         check_frozen("text", config.text.frozen, len(self.text.blocks))
 
     def encode_image(self, image_BCHW: Tensor, keep_BK: Tensor | None = None, normalize: bool = True) -> Tensor:
         """float[B, 3, S, S] normalised pixels -> float32[B, E]. `keep_BK` as for `ImageTower`."""
+        size = self.image.image_size
+        if tuple(image_BCHW.shape[2:]) != (size, size):
+            got = "x".join(str(side) for side in image_BCHW.shape[2:])
+            raise UserError(f"images of {got} px, the model takes {size}: set model.image.image_size to match")
         x_BD = self.image(image_BCHW, keep_BK)
         with float32_maths(x_BD.device):
             x_BE: Tensor = self.image_projection(x_BD.float())
@@ -83,8 +89,12 @@ class CLIP(nn.Module):
     def recompute_activations(self, recompute: Recompute | None) -> None:
         """Trade time for memory in training: keep only each block's input, compute the rest again in the backward pass.
 
-        `recompute` is how (`Device.recompute`); None keeps all activations.
+        `recompute` is how (`Device.recompute`); None keeps all activations. Raises UserError for towers without blocks.
         """
+        if isinstance(self.image, TimmTower) and recompute is not None:
+            raise UserError(
+                f"checkpoint_activations isn't for {self.config.image.name}: set it to false, and a smaller micro_batch"
+            )
         self.image.recompute = recompute
         self.text.recompute = recompute
 
@@ -132,7 +142,7 @@ class CLIP(nn.Module):
         (PyTorch's defaults of 2021 act there), so they get the text tower's rule: normal, with standard deviation
         width^-0.5 for attention inputs, (2 width)^-0.5 for the first layer of the MLP, and width^-0.5 (2 depth)^-0.5
         for what is added to the residual stream. Class token, image positions, projections and attention pooling:
-        normal, width^-0.5.
+        normal, width^-0.5. A `TimmTower` has timm's initialisation.
         """
         generator = torch.Generator().manual_seed(seed)
         for parameter in self.parameters():
@@ -149,27 +159,17 @@ class CLIP(nn.Module):
             if isinstance(module, LayerScale):
                 module.gamma.fill_(getattr(module, "init_values", 1e-5))
 
-        trunk = self.image.trunk
-        if isinstance(trunk.patch_embed, ConvStem):
-            for layer in trunk.patch_embed.layers:
-                if isinstance(layer, nn.Conv2d):
-                    normal(layer.weight, math.sqrt(2 / layer.weight[0].numel()))  # He et al., 2015
-        projection = trunk.patch_embed.proj.weight
-        normal(projection, (3 * projection[0].numel()) ** -0.5)  # the spread of PyTorch's default, as in CLIP
-        for token in (trunk.cls_token, trunk.reg_token):
-            if token is not None:
-                normal(token, self.image.width**-0.5)
-        if self.image.fixed:
-            trunk.pos_embed.copy_(self.image.fixed_positions())
+        towers: list[tuple[Any, int]] = [(self.text.blocks, self.config.text.width)]
+        pool: Any = None
+        if isinstance(self.image, TimmTower):
+            self.image.reset(seed)
         else:
-            normal(trunk.pos_embed, self.image.width**-0.5)
+            init_embeddings(self.image, normal)
+            towers.insert(0, (self.image.trunk.blocks, self.image.width))
+            pool = self.image.trunk.attn_pool
         normal(self.text.token_embedding.weight, 0.02)
         normal(self.text.pos_embed, 0.01)
 
-        towers: tuple[tuple[Any, int], ...] = (
-            (trunk.blocks, self.image.width),
-            (self.text.blocks, self.config.text.width),
-        )
         for blocks, width in towers:
             for block in blocks:
                 normal(block.attn.qkv.weight, width**-0.5)
@@ -177,11 +177,12 @@ class CLIP(nn.Module):
                 normal(block.mlp.fc1.weight, (2 * width) ** -0.5)
                 normal(block.mlp.fc2.weight, (2 * width * len(blocks)) ** -0.5)
 
-        for layer in (self.image_projection, self.text_projection, *pooling_layers(trunk)):
+        pooling_layers = () if pool is None else pool.modules()
+        for layer in (self.image_projection, self.text_projection, *pooling_layers):
             if isinstance(layer, nn.Linear):
                 normal(layer.weight, layer.in_features**-0.5)
-        if trunk.attn_pool is not None:
-            normal(trunk.attn_pool.latent, self.image.width**-0.5)
+        if pool is not None:
+            normal(pool.latent, self.image.width**-0.5)
         self.logit_scale.fill_(math.log(self.config.logit_scale_init))
         if self.logit_bias is not None and self.config.logit_bias_init is not None:
             self.logit_bias.fill_(self.config.logit_bias_init)
@@ -206,9 +207,22 @@ def make_projection(kind: Projection, width: int, embed_dim: int) -> nn.Module:
     return nn.Linear(width, embed_dim, bias=kind == "bias")
 
 
-def pooling_layers(trunk: Any) -> list[nn.Module]:
-    """The layers of attention pooling; none where the trunk has another."""
-    return [] if trunk.attn_pool is None else list(trunk.attn_pool.modules())
+def init_embeddings(tower: ImageTower, normal: Callable[[Tensor, float], None]) -> None:
+    """Set a vision transformer's stem, tokens and positions; `normal` draws a tensor of that standard deviation."""
+    trunk = tower.trunk
+    if isinstance(trunk.patch_embed, ConvStem):
+        for layer in trunk.patch_embed.layers:
+            if isinstance(layer, nn.Conv2d):
+                normal(layer.weight, math.sqrt(2 / layer.weight[0].numel()))  # He et al., 2015
+    projection = trunk.patch_embed.proj.weight
+    normal(projection, (3 * projection[0].numel()) ** -0.5)  # the spread of PyTorch's default, as in CLIP
+    for token in (trunk.cls_token, trunk.reg_token):
+        if token is not None:
+            normal(token, tower.width**-0.5)
+    if tower.fixed:
+        trunk.pos_embed.copy_(tower.fixed_positions())
+    else:
+        normal(trunk.pos_embed, tower.width**-0.5)
 
 
 def float32_maths(device: torch.device) -> contextlib.AbstractContextManager[object]:
@@ -221,7 +235,7 @@ def build(config: ModelConfig, seed: int = 0) -> CLIP:
 
     Raises UserError for a configuration that can't be built.
     """
-    model = allocate(config)
+    model = _allocate(config)
     model.init_weights(seed)
     return model
 
@@ -231,31 +245,43 @@ def allocate(config: ModelConfig) -> CLIP:
 
     Nothing is initialised twice (seconds, for ViT-L), and torch's global generator isn't touched.
     """
+    model = _allocate(config)
+    if isinstance(model.image, TimmTower):
+        model.image.reset(seed=0)  # it may have buffers that aren't weights
+    return model
+
+
+def _allocate(config: ModelConfig) -> CLIP:
     with torch.device("meta"):
         model = CLIP(config)
     return model.to_empty(device="cpu")
 
 
 @torch.no_grad()
-def load_state(model: CLIP, tensors: Mapping[str, Tensor]) -> None:
+def load_state(
+    model: CLIP,
+    tensors: Mapping[str, Tensor],
+    remedy: str = "use the architecture that the checkpoint's config.json names",
+) -> None:
     """Copy a checkpoint's tensors into `model`, whatever device and dtype it is in.
 
     Image positions of another grid are interpolated, text positions cut or interpolated; a model
-    with fixed positions keeps its own. Anything else that doesn't fit is a UserError, and then nothing was copied.
+    with fixed positions keeps its own. Anything else that doesn't fit is a UserError, and then nothing was copied;
+    `remedy` says what to do about it.
     """
     state = model.state_dict()
     fitted = fit_positions(model, tensors)
     for name, tensor in state.items():
         if name not in fitted:
-            raise UserError(f"the checkpoint has no {name}: use the architecture that its config.json names")
+            raise UserError(f"the checkpoint has no {name}: {remedy}")
         if fitted[name].shape != tensor.shape:
             raise UserError(
                 f"{name} has shape {list(fitted[name].shape)} in the checkpoint and {list(tensor.shape)} in the model: "
-                "use the architecture that the checkpoint's config.json names"
+                f"{remedy}"
             )
     unknown = sorted(set(fitted) - set(state))
     if unknown:
-        raise UserError(f"the model has no {unknown[0]}: use the architecture that the checkpoint's config.json names")
+        raise UserError(f"the model has no {unknown[0]}: {remedy}")
     for name, tensor in state.items():
         tensor.copy_(fitted[name])
 
@@ -264,7 +290,9 @@ def fit_positions(model: CLIP, tensors: Mapping[str, Tensor]) -> dict[str, Tenso
     """`tensors` with the two position embeddings as large as the model's."""
     fitted = dict(tensors)
     image_key, text_key = "image.trunk.pos_embed", "text.pos_embed"
-    if model.image.fixed:
+    if isinstance(model.image, TimmTower):
+        pass  # its positions, if it has any, may be of any kind
+    elif model.image.fixed:
         fitted[image_key] = model.image.fixed_positions()
     elif image_key in fitted:
         fitted[image_key] = resize_image_positions(fitted[image_key], model.image.grid, model.image.position_prefix)

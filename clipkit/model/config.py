@@ -21,7 +21,11 @@ Projection = Literal["linear", "bias", "none"]
 
 @dataclasses.dataclass(frozen=True)
 class ImageConfig:
-    """The image tower: a timm vision transformer by name, and what differs from it (None keeps timm's own number)."""
+    """The image tower: a timm vision transformer by name, and what differs from it (None keeps timm's own number).
+
+    Any other model of timm's (ConvNeXt, ResNet, …) is taken as it is: it has its own size, pooling and activation, and
+    only `image_size`, `projection` and `frozen` (wholly or not) may be set.
+    """
 
     name: str = "vit_base_patch16_224"
     image_size: int = 224

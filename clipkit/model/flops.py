@@ -1,6 +1,7 @@
 """What a sample costs: tokens that enter the transformers, and floating-point operations.
 
 Counted from the model's own matrices, built without memory for its weights, and held to PyTorch's counter by a test.
+Image towers other than vision transformers are counted by PyTorch's counter.
 """
 
 from typing import NamedTuple
@@ -10,10 +11,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from clipkit.model.clip import CLIP
 from clipkit.model.config import ModelConfig
+from clipkit.model.timm_tower import TimmTower
 
 
 class SampleCost(NamedTuple):
-    """Tokens of one sample, class token, start and end included, and the operations of one training step on it."""
+    """Tokens of one sample, class token, start and end included, and the operations of one training step on it.
+
+    An image tower that isn't a vision transformer has no image tokens.
+    """
 
     image_tokens: int
     text_tokens: int
@@ -29,16 +34,18 @@ def sample_cost(config: ModelConfig, image_keep: int | None = None) -> SampleCos
     with torch.device("meta"):
         clip = CLIP(config)
     trunk = clip.image.trunk
-    patches = int(trunk.patch_embed.num_patches)
-    image_tokens = (image_keep or patches) + clip.image.prefix
-    text_tokens = config.text.context_length
-    with FlopCounterMode(display=False) as counter, torch.no_grad():  # a stem's convolutions are of several sizes
-        trunk.patch_embed(torch.empty(1, 3, config.image.image_size, config.image.image_size, device="meta"))
+    text_tokens, image_tokens = config.text.context_length, 0
+    towers = [(text_tokens, clip.text.blocks, config.text.width)]
+    counted = trunk
+    if not isinstance(clip.image, TimmTower):
+        image_tokens = (image_keep or int(trunk.patch_embed.num_patches)) + clip.image.prefix
+        towers.append((image_tokens, trunk.blocks, clip.image.width))
+        counted = trunk.patch_embed  # a stem's convolutions are of several sizes
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        counted.eval()(torch.empty(1, 3, config.image.image_size, config.image.image_size, device="meta"))
     forward = float(counter.get_total_flops())
     forward += 2.0 * (matrix_weights(clip.image_projection) + matrix_weights(clip.text_projection))
-    image = image_tokens, trunk.blocks, clip.image.width
-    text = text_tokens, clip.text.blocks, config.text.width
-    for tokens, blocks, width in (image, text):
+    for tokens, blocks, width in towers:
         forward += 2.0 * matrix_weights(blocks) * tokens + 4.0 * tokens**2 * width * len(blocks)
     return SampleCost(image_tokens, text_tokens, 3 * forward)
 

@@ -1,4 +1,7 @@
-"""The image tower: any plain timm vision transformer, fed with all patches or with a chosen few."""
+"""The image tower: any plain timm vision transformer, fed with all patches or with a chosen few.
+
+`make_image_tower` takes timm's other models too; those are in `timm_tower`.
+"""
 
 import difflib
 import math
@@ -14,6 +17,7 @@ from torch import Tensor, nn
 from clipkit.errors import UserError
 from clipkit.model.config import ImageConfig
 from clipkit.model.text_tower import Recompute, run_blocks
+from clipkit.model.timm_tower import TimmTower
 from clipkit.text.tokens import gather_tokens
 
 
@@ -110,11 +114,6 @@ class ImageTower(nn.Module):
         Patches are chosen after the position embedding is added, so that a patch knows where it was; the class token
         always stays.
         """
-        if tuple(image_BCHW.shape[2:]) != (self.image_size, self.image_size):
-            got = "x".join(str(side) for side in image_BCHW.shape[2:])
-            raise UserError(
-                f"images of {got} px, the model takes {self.image_size}: set model.image.image_size to match"
-            )
         x_BND = self.trunk._pos_embed(self.trunk.patch_embed(image_BCHW))
         if keep_BK is not None:
             x_BKD = gather_tokens(x_BND[:, self.prefix :], keep_BK)
@@ -130,6 +129,15 @@ class ImageTower(nn.Module):
         return out
 
 
+def make_image_tower(config: ImageConfig) -> ImageTower | TimmTower:
+    """The tower of that name, its weights not yet set. UserError for what timm doesn't have or can't build."""
+    known = timm.list_models()
+    if config.name not in known:
+        near = difflib.get_close_matches(config.name, known, n=3) or timm.list_models("vit_*")[:3]
+        raise UserError(f"timm has no model {config.name!r} for model.image.name: did you mean {', '.join(near)}?")
+    return (ImageTower if config.name in timm.list_models(module="vision_transformer") else TimmTower)(config)
+
+
 def is_plain(trunk: nn.Module) -> TypeGuard[VisionTransformer]:
     """Whether this is timm's VisionTransformer of ordinary blocks, with absolute positions and ordinary patches."""
     return (
@@ -142,10 +150,6 @@ def is_plain(trunk: nn.Module) -> TypeGuard[VisionTransformer]:
 
 def make_trunk(config: ImageConfig) -> VisionTransformer:
     """timm's model for a configuration, its weights not yet set. UserError for what timm can't build."""
-    known = timm.list_models("vit_*")
-    if config.name not in known:
-        near = difflib.get_close_matches(config.name, known, n=3) or known[:3]
-        raise UserError(f"timm has no model {config.name!r} for model.image.name: did you mean {', '.join(near)}?")
     overrides: dict[str, Any] = {
         "patch_size": config.patch_size,
         "embed_dim": config.width,

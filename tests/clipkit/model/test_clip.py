@@ -303,7 +303,7 @@ def test_a_configuration_survives_json(config: ModelConfig) -> None:
     ("config", "message"),
     [
         (with_image(name="vit_bse_patch16_224"), "vit_base_patch16_224"),
-        (with_image(name="resnet50"), "no model 'resnet50'"),
+        (with_image(name="resnt50"), "no model 'resnt50' for model.image.name: did you mean resnet50"),
         (with_image(image_size=30), "isn't a multiple of the patch size 8: take 24 or 32"),
         (with_image(heads=3), "timm can't build"),
         (with_image(class_token=False), "class_token=true"),
