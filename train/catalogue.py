@@ -125,6 +125,34 @@ def clip(name: str, model: ModelConfig, batch: int) -> Recipe:
     )
 
 
+# ---- Locked-image tuning ---------------------------------------------------------------------------------------------
+
+
+def lit_b16() -> Recipe:
+    """LiT's B/16 (Zhai et al., 2022): a text tower from scratch learns to read timm's `vit_base_patch16_224`, which
+    `--init` gives and which stays as it is; its vector is the shared space.
+
+    Learning rate, decay, clipping, share of warm-up, temperature, flips and text tokens are those of big_vision's
+    `lit_coco.py`. That tunes a BERT for 5,000 steps; batch and length here, about a billion pairs, are ours.
+    """
+    batch = 16_384
+    image = ImageConfig(pre_norm=False, norm_eps=1e-6, projection="none", frozen=True)
+    stage = Stage(
+        name="full", samples=60_000 * batch, batch_size=batch, learning_rate=1e-3, warmup_samples=1_800 * batch,
+        image_size=224, context_length=16, augmentation=Augmentation(flip=0.5),
+    )  # fmt: skip
+    return Recipe(
+        name="lit-b16",
+        model=ModelConfig(768, image, TextConfig(context_length=16, width=768, heads=12), logit_scale_init=10.0),
+        stages=(stage,),
+        same_caption="negative",
+        optimizer=OptimizerConfig(beta2=0.999, eps=1e-8, weight_decay=0.01, decay="layers", grad_clip=1.0),
+        mean=(0.5, 0.5, 0.5),
+        std=(0.5, 0.5, 0.5),
+        cadence=Cadence(log_samples=20 * batch, checkpoint_minutes=30.0, evaluate_samples=4_000 * batch),
+    )
+
+
 # ---- Small ones ------------------------------------------------------------------------------------------------------
 
 
@@ -218,6 +246,7 @@ def recipes() -> dict[str, Callable[[], Recipe]]:
         "clipa-l16-i37-t8": clipa_l16_i37_t8,
         "clip-b32": clip_b32,
         "clip-b16": clip_b16,
+        "lit-b16": lit_b16,
     }
 
 

@@ -107,6 +107,8 @@ def train(
 
         # ---- Open the run's files ----------------------------------------------------------------------------------
         if device.is_first:
+            if start.note:
+                print(start.note, file=sys.stderr)
             for change in start.changes:
                 print(f"going on from {start.samples_seen:,} samples with {change}", file=sys.stderr)
             write_json(folder / "config.json", describe_run(folder, recipe, found, device, start, init))

@@ -17,8 +17,9 @@ from clipkit import checkpoint
 from clipkit.config import did_you_mean, differences, from_json, set_values, to_json
 from clipkit.device import Device
 from clipkit.errors import UserError
-from clipkit.storage.files import read_json
-from clipkit.train.recipes import Recipe
+from clipkit.interop.init import weights_from_file
+from clipkit.storage.files import read_json, require_file
+from clipkit.train.recipes import Recipe, model_at
 from clipkit.train.sources.open import Data
 
 # Settings of a recipe that don't change what is learned.
@@ -36,6 +37,8 @@ class Start:
     """The run's own checkpoint, where it goes on from one."""
     changes: list[str] = field(default_factory=list)
     """How the recipe differs from the checkpoint's."""
+    note: str = ""
+    """What was taken from another project's file, and what wasn't."""
 
 
 def find_start(
@@ -68,7 +71,26 @@ def find_start(
     if from_stage is not None and init is None:
         raise UserError(f"--from-stage {from_stage} needs the weights of a checkpoint: name it with --init")
     begin = 0 if from_stage is None else stage_start(recipe, from_stage)
-    return Start(begin, checkpoint.load(init).tensors if init else None)
+    if init is None or init.is_dir():
+        if init is None:
+            refuse_random_frozen(recipe, ())
+        return Start(begin, checkpoint.load(init).tensors if init else None)
+    require_file(init, "checkpoint")
+    names = [stage.name for stage in recipe.stages]
+    stage = recipe.stages[0 if from_stage is None else names.index(from_stage)]
+    weights = weights_from_file(init, model_at(recipe, stage), recipe.seed)
+    refuse_random_frozen(recipe, weights.towers)
+    return Start(begin, weights.tensors, note=weights.note)
+
+
+def refuse_random_frozen(recipe: Recipe, loaded: tuple[str, ...]) -> None:
+    """Raises UserError where a tower is frozen and has no weights but random ones."""
+    for tower, frozen in (("image", recipe.model.image.frozen), ("text", recipe.model.text.frozen)):
+        if frozen and tower not in loaded:
+            raise UserError(
+                f"a frozen tower with random weights: give the {tower} tower's weights with --init, or set "
+                f"model.{tower}.frozen=false"
+            )
 
 
 def cooldown_recipe(

@@ -58,7 +58,9 @@ for _command in (download.download, data.build_tfds, data.build_imagenet, data.v
 @assignments
 @click.option("--resume", is_flag=True, help="Go on from the newest checkpoint of the run, if there is one.")
 @click.option("--allow-changes", is_flag=True, help="Let stages that haven't begun differ when resuming.")
-@click.option("--init", type=Folder, help="Start with the weights of this checkpoint.")
+@click.option(
+    "--init", type=AnyPath, help="Start with these weights: a checkpoint, or OpenCLIP's, OpenAI's, timm's file."
+)
 @click.option("--from-stage", metavar="NAME", help="Start --init at this stage of the recipe.")
 @click.option(
     "--cooldown", type=Count, metavar="SAMPLES", help="Go on from --init, to a rate of 0 after so many samples."

@@ -1,7 +1,8 @@
 """OpenCLIP's weights under our names, so that its models run here and ours can start from them.
 
-Takes the state dict of `open_clip.CLIP` and `open_clip.CustomTextCLIP` with a vision transformer, its own or timm's,
-and OpenAI's own, which has the same names. ResNets and Hugging Face text towers have no counterpart here.
+Takes the state dict of `open_clip.CLIP` and `open_clip.CustomTextCLIP` with a vision transformer, its own or timm's, or
+with another of timm's image models; and OpenAI's own, which has the same names. OpenAI's ResNets and Hugging Face text
+towers have no counterpart here.
 """
 
 import math
@@ -18,7 +19,7 @@ from clipkit.model.config import ModelConfig, Position
 from clipkit.model.image_tower import sincos_2d
 
 # Numbers that OpenAI stores among the weights, and masks that can be computed.
-NOT_WEIGHTS = {"input_resolution", "context_length", "vocab_size", "attn_mask", "text.attn_mask"}
+NOT_WEIGHTS = {"input_resolution", "context_length", "vocab_size", "attn_mask"}
 
 RENAMES = (
     (r"^visual\.conv1\.", "image.trunk.patch_embed.proj."),
@@ -51,7 +52,7 @@ def convert(state_dict: Mapping[str, Tensor], config: ModelConfig) -> dict[str, 
     """OpenCLIP's tensors as `load_state` takes them, float32. Raises UserError for a key that has no counterpart."""
     tensors = {}
     for key, tensor in state_dict.items():
-        if key in NOT_WEIGHTS:
+        if key.rpartition(".")[2] in NOT_WEIGHTS:
             continue
         name = rename(key)
         value = tensor.detach().float()

@@ -77,7 +77,13 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         *_tools("pictures", "readers"),
     ),
     # Training, which may use evaluation.
-    "train": (*_core("model", "pixels", "storage", "text"), "eval", "train/loader", "train/sources", "train/watch"),
+    "train": (
+        *_core("interop", "model", "pixels", "storage", "text"),
+        "eval",
+        "train/loader",
+        "train/sources",
+        "train/watch",
+    ),
     "train/sources": (*_core("formats", "jobs", "pixels", "storage"), "eval", "train"),
     "train/loader": (*_core("pixels", "text"), "train", "train/sources"),
     "train/watch": (*_core("model", "pixels", "storage"), "train", "train/loader", "train/sources"),

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pytest
 import torch
 from colour_pairs import pairs, write_tar
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from clipkit import checkpoint
 from clipkit.config import set_values
@@ -387,7 +387,11 @@ def test_a_frozen_tower_stays_as_it_was(pairs_dataset, tmp_path, side, micro_bat
     settings += ["stages.0.context_length=16", "stages.0.image_keep=30"]
     recipe = set_values(debug(), settings)
     before = build(model_at(recipe, recipe.stages[0]), seed=recipe.seed).state_dict()
-    train(recipe, pairs_dataset, tmp_path / "run", device_name="cpu", workers=0)
+    with pytest.raises(UserError, match=f"a frozen tower with random weights: give the {side} tower's"):
+        train(recipe, pairs_dataset, tmp_path / "run", device_name="cpu", workers=0)
+    save_file(before, tmp_path / "init.safetensors")
+    init = tmp_path / "init.safetensors"
+    train(recipe, pairs_dataset, tmp_path / "run", device_name="cpu", workers=0, init=init)
     after = checkpoint.load(tmp_path / "run").tensors
     moved = {name.partition(".")[0] for name in before if not torch.equal(before[name], after[name])}
     assert side not in moved and f"{side}_projection" not in moved

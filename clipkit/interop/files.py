@@ -1,0 +1,131 @@
+"""Other projects' weight files: their tensors by name, without executing what may be in them.
+
+Pickles are read through PyTorch's `weights_only`. It refuses TorchScript archives, in which OpenAI's CLIP is published,
+so the tensors of those are read here, by an unpickler that knows tensors and calls nothing else.
+"""
+
+import collections
+import math
+import pickle
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from clipkit.errors import UserError, one_line
+
+# Under which names OpenCLIP, timm and others keep the weights in a file that has more.
+NESTED = ("state_dict", "model")
+STORAGES = {
+    "FloatStorage": torch.float32,
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "DoubleStorage": torch.float64,
+    "LongStorage": torch.int64,
+    "IntStorage": torch.int32,
+    "BoolStorage": torch.bool,
+}
+DAMAGE = (
+    SafetensorError,
+    pickle.UnpicklingError,
+    zipfile.BadZipFile,
+    OSError,
+    RuntimeError,
+    ValueError,
+    KeyError,
+    EOFError,
+)
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """A file's tensors by name. Its kind is told from its content.
+
+    Raises UserError for a file that is missing, damaged, or holds objects that aren't tensors.
+    """
+    try:
+        with path.open("rb") as file:
+            is_safetensors = file.read(9)[8:] == b"{"
+        if is_safetensors:
+            return load_file(path)
+        if not zipfile.is_zipfile(path):
+            return tensors_of(torch.load(path, map_location="cpu", weights_only=True))
+        with zipfile.ZipFile(path) as archive:
+            roots = [
+                name.removesuffix("constants.pkl") for name in archive.namelist() if name.endswith("constants.pkl")
+            ]
+            if roots:
+                return dict(scripted_tensors(ScriptUnpickler(archive, roots[0]).load()))
+        return tensors_of(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
+    except DAMAGE as error:
+        raise UserError(
+            f"{path} can't be read as weights ({one_line(error)[:200]}): "
+            "save the state dict of its model with safetensors.torch.save_file"
+        ) from error
+
+
+def tensors_of(content: Any) -> dict[str, Tensor]:
+    """The state dict in what a file holds, without the prefixes of data parallelism and compilation."""
+    for name in NESTED:
+        if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
+            content = content[name]
+    if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise ValueError("it holds no state dict")
+    return {name.removeprefix("module.").removeprefix("_orig_mod."): tensor for name, tensor in content.items()}
+
+
+# ---- TorchScript -----------------------------------------------------------------------------------------------------
+
+
+class Scripted:
+    """A module of an archive: its attributes, and no code."""
+
+
+class ScriptUnpickler(pickle.Unpickler):
+    """Reads the `data.pkl` of a TorchScript archive. All that it can make are tensors, lists, and `Scripted`."""
+
+    def __init__(self, archive: zipfile.ZipFile, root: str) -> None:
+        super().__init__(archive.open(f"{root}data.pkl"))
+        self.archive = archive
+        self.root = root
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module.startswith("__torch__"):
+            return Scripted
+        if module == "torch" and name in STORAGES:
+            return STORAGES[name]
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+            return rebuild
+        if (module, name) == ("collections", "OrderedDict"):
+            return collections.OrderedDict
+        if module == "torch.jit._pickle":
+            return list_of
+        raise pickle.UnpicklingError(f"it names {module}.{name}, which isn't read")
+
+    def persistent_load(self, pid: Any) -> Tensor:
+        """A storage: its elements in one row."""
+        _, dtype, key, _, _ = pid
+        return torch.frombuffer(bytearray(self.archive.read(f"{self.root}data/{key}")), dtype=dtype)
+
+
+def rebuild(storage: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *unused: Any) -> Tensor:
+    """A tensor on a storage. Raises RuntimeError where it would reach beyond the storage's end."""
+    return storage.as_strided(size, stride, offset) if math.prod(size) else storage.new_empty(size)
+
+
+def list_of(items: Any, *unused: Any) -> Any:
+    """A typed list of the archive as it is."""
+    return items
+
+
+def scripted_tensors(module: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a module and its parts by their dotted names."""
+    for name, value in vars(module).items():
+        if isinstance(value, Tensor):
+            yield prefix + name, value
+        elif isinstance(value, Scripted):
+            yield from scripted_tensors(value, f"{prefix}{name}.")
