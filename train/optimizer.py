@@ -132,6 +132,8 @@ def average_weights(model: CLIP, optimizer: torch.optim.Optimizer, decay: float 
     @torch.no_grad()
     def follow(*_: Any) -> None:
         torch._foreach_lerp_(averages, trained, 1 - decay)
+        for ours, theirs in zip(average.buffers(), model.buffers(), strict=True):
+            ours.copy_(theirs)  # what batch norms have seen
 
     optimizer.register_step_post_hook(follow)
     return average

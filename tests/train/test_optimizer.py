@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from openclip_twin import TINY
+from safetensors.torch import save_file
 
 from clipkit import checkpoint
 from clipkit.config import set_values
@@ -15,7 +16,7 @@ from clipkit.model.clip import build
 from clipkit.train.catalogue import debug
 from clipkit.train.loop import train
 from clipkit.train.optimizer import is_decayed, learning_rate_at, make_optimizer
-from clipkit.train.recipes import OptimizerConfig
+from clipkit.train.recipes import OptimizerConfig, model_at
 
 
 def rates(batch, total=1000, warmup=200, peak=1.0, **schedule):
@@ -186,7 +187,9 @@ def test_a_run_of_micro_batches_and_a_frozen_tower_resumes_bit_for_bit(pairs_dat
     recipe = set_values(debug(), [*settings, "cadence.keep_checkpoints=9"])
     recipe = replace(recipe, stages=recipe.stages[:1])
     run = tmp_path / "run"
-    train(recipe, pairs_dataset, run, device_name="cpu", workers=0)
+    init = tmp_path / "init.safetensors"
+    save_file(build(model_at(recipe, recipe.stages[0])).state_dict(), init)
+    train(recipe, pairs_dataset, run, device_name="cpu", workers=0, init=init)
     whole = checkpoint.load(run, with_optimizer=True)
     shutil.rmtree(whole.path)
     assert train(recipe, pairs_dataset, run, device_name="cpu", workers=0, resume=True).finished

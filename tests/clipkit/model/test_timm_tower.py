@@ -18,6 +18,7 @@ from clipkit.model.config import ImageConfig, ModelConfig, TextConfig
 from clipkit.model.flops import sample_cost
 from clipkit.train.catalogue import debug
 from clipkit.train.loop import train
+from clipkit.train.optimizer import average_weights
 
 TINY = ModelConfig(
     embed_dim=16,
@@ -125,6 +126,17 @@ CONVNEXT = [
 def test_recipes_that_do_not_fit_are_refused(pairs_dataset, tmp_path, settings, message) -> None:
     with pytest.raises(UserError, match=message):
         train(set_values(debug(), [*CONVNEXT, *settings]), pairs_dataset, tmp_path, device_name="cpu", workers=0)
+
+
+def test_an_average_of_weights_follows_batch_norms() -> None:
+    model = build(with_image(name="test_resnet")).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    average = average_weights(model, optimizer, 0.9)
+    model.encode_image(images(4, 64)).sum().backward()
+    optimizer.step()
+    name = "image.trunk.conv1.1.running_mean"
+    assert torch.equal(average.state_dict()[name], model.state_dict()[name])
+    assert average.state_dict()[name].abs().max() > 0
 
 
 def test_a_frozen_tower_keeps_its_batch_norms() -> None:
