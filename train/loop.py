@@ -20,7 +20,7 @@ from clipkit import checkpoint
 from clipkit.device import pick
 from clipkit.eval.zeroshot import Task
 from clipkit.formatting import share
-from clipkit.log import MetricsWriter, Writer, warn_on_stderr
+from clipkit.log import Writer, warn_on_stderr
 from clipkit.model.clip import CLIP, build, load_state
 from clipkit.storage.files import clear_leftovers, lock, write_json
 from clipkit.train.loader.loader import batches
@@ -55,6 +55,7 @@ from clipkit.train.watch.diagnosis import (
 )
 from clipkit.train.watch.metrics import model_metrics
 from clipkit.train.watch.stopwatch import Stopwatch
+from clipkit.train.watch.trackers import Tracker, open_writers
 
 
 def train(
@@ -73,15 +74,16 @@ def train(
     cache: Path | None = None,
     cache_gb: float = CACHE_GB,
     split: str = "train",
+    log_to: Sequence[Tracker] = (),
 ) -> Summary:
     """Train `recipe` on `data`, into the run's folder. `data`, `split`, `cache` and `cache_gb` are as in `open_source`.
 
     `resume` goes on from the newest checkpoint in `folder`, where there is one; `allow_changes` lets the recipe's later
     stages differ then. `init` takes the weights of another checkpoint to begin with, at the start of the stage
     `from_stage`; with `branch` it gives the rest of its state too, and the run goes on from there. `task` is evaluated
-    at the recipe's cadence and at the end of each stage; where that fails, the run says so and goes on. The signals of
-    `stopping` save a checkpoint and return. Raises UserError for whatever stands in the way before the first step, and
-    when the loss goes wrong (`watch.diagnosis`).
+    at the recipe's cadence and at the end of each stage; where that fails, the run says so and goes on. The metrics
+    also go where `log_to` says. The signals of `stopping` save a checkpoint and return. Raises UserError for whatever
+    stands in the way before the first step, and when the loss goes wrong (`watch.diagnosis`).
     """
     # ---- Check what can be checked before any work ------------------------------------------------------------------
     found = open_source(data, cache=cache, cache_gb=cache_gb, block_size=recipe.block_size, split=split)
@@ -112,7 +114,7 @@ def train(
             for change in start.changes:
                 print(f"going on from {start.samples_seen:,} samples with {change}", file=sys.stderr)
             write_json(folder / "config.json", describe_run(folder, recipe, found, device, start, init))
-        writer: Writer = MetricsWriter(folder, start.samples_seen) if device.is_first else Writer()
+        writer = open_writers(folder, recipe, start, log_to) if device.is_first else Writer()
         stack.callback(writer.close)
         stop = Stop(only_process=device.world == 1)
         task, captions = task if device.is_first else None, FirstCaptions(found.source())

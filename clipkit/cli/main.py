@@ -53,7 +53,7 @@ for _command in (download.download, data.build_tfds, data.build_imagenet, data.v
     "--data", required=True, multiple=True, metavar="PATH[=WEIGHT]", help="What to train on; may be repeated, to mix."
 )
 @click.option("--recipe", "recipe_name", metavar="NAME", help="See `clipkit recipes`. Needed but for --cooldown.")
-@click.option("--out", type=Folder, required=True, help="Folder of the run.")
+@click.option("--out", type=Folder, help="Folder of the run. Needed but for --overfit.")
 @device
 @assignments
 @click.option("--resume", is_flag=True, help="Go on from the newest checkpoint of the run, if there is one.")
@@ -64,6 +64,15 @@ for _command in (download.download, data.build_tfds, data.build_imagenet, data.v
 @click.option("--from-stage", metavar="NAME", help="Start --init at this stage of the recipe.")
 @click.option(
     "--cooldown", type=Count, metavar="SAMPLES", help="Go on from --init, to a rate of 0 after so many samples."
+)
+@click.option(
+    "--log-to", type=click.Choice(["wandb", "mlflow"]), multiple=True, help="Log metrics there too; may be repeated."
+)
+@click.option(
+    "--overfit",
+    type=click.IntRange(min=2),
+    metavar="SAMPLES",
+    help="Only check that the recipe can learn so many samples, say 128, by heart.",
 )
 @data_split
 @loader_workers
@@ -78,13 +87,14 @@ for _command in (download.download, data.build_tfds, data.build_imagenet, data.v
 def train(
     data: tuple[str, ...],
     recipe_name: str | None,
-    out: Path,
+    out: Path | None,
     device: str,
     assignments: tuple[str, ...],
     resume: bool,
     init: Path | None,
     from_stage: str | None,
     cooldown: int | None,
+    overfit: int | None,
     eval_data: Path | None,
     eval_label: str,
     eval_templates: str,
@@ -99,7 +109,8 @@ def train(
     images, or of images with a table; local, or in a store such as s3://. The run's folder gets checkpoints,
     metrics.jsonl and TensorBoard files. Under `torchrun` each process takes its part of each batch. Ctrl-C and the
     signals TERM, HUP and USR1 save a checkpoint and end the run; --resume goes on from there. --cooldown branches off
-    a checkpoint of a run on a constant (or inverse square root) rate, and leaves that run as it is.
+    a checkpoint of a run on a constant (or inverse square root) rate, and leaves that run as it is. --overfit writes
+    nothing: it exits with 0 when a few samples are learned by heart, else with 1.
     """
     from clipkit.config import set_values
     from clipkit.eval.task import open_task
@@ -109,6 +120,14 @@ def train(
     from clipkit.train.start import cooldown_recipe
 
     named = find_recipe(recipe_name) if recipe_name else None
+    if overfit and named is not None:
+        given = {"out": out, "resume": resume, "init": init, "from-stage": from_stage, "cooldown": cooldown}
+        check_health(
+            set_values(named, assignments), data, overfit, device, as_json, {**given, "eval-data": eval_data, **options}
+        )
+        return
+    if out is None:
+        raise click.MissingParameter(param_hint="'--out'", param_type="option")
     if cooldown is not None:
         recipe = cooldown_recipe(cooldown, init, out, named, assignments, resume=resume, from_stage=from_stage)
     elif named is not None:
@@ -141,6 +160,24 @@ def train(
     if not summary.finished:
         # What a shell reports for a process that a signal ended; another rank may have got it.
         raise SystemExit(128 + (summary.signal or signal.SIGTERM))
+
+
+def check_health(
+    recipe: Any, data: tuple[str, ...], samples: int, device: str, as_json: bool, options: dict[str, Any]
+) -> None:
+    """`train --overfit`: print whether the samples were learned by heart, and exit with 1 where they weren't."""
+    from clipkit.train.watch.overfit import overfit
+
+    reading = {name: options.pop(name) for name in ("split", "cache", "cache_gb")}
+    for name in (name for name, value in options.items() if value and name != "workers"):
+        raise UserError(f"--overfit is a check that starts from scratch: leave out --{name.replace('_', '-')}")
+    found = overfit(recipe, data, samples, device_name=device, **reading)
+    if found.is_first and as_json:
+        print_json(found.to_json())
+    elif found.is_first:
+        click.echo(str(found))
+    if not found.learned:
+        raise SystemExit(1)
 
 
 def as_train_says(message: str) -> str:

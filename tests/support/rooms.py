@@ -25,7 +25,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "clipkit": _core("cli", "formats", "jobs", "model", "pixels", "storage"),
     "clipkit/cli": (
         *_core("jobs", "storage"),
-        *("eval", "tfrecord_tools", "train", "train/bench"),
+        *("eval", "tfrecord_tools", "train", "train/bench", "train/watch"),
         *_tools("build", "download", "in_place", "inspection", "labelled", "pictures", "purge", "verify", "web"),
     ),
     "clipkit/formats": _core("storage"),

@@ -24,8 +24,9 @@ OPTIONS = {
     "purge": "path --list --by --quoting --dry-run --workers --engine --json",
     "recipes": "name --set --json",
     "report": "run",
-    "train": "--data --recipe --out --device --set --resume --allow-changes --init --from-stage --cooldown --split "
-    "--workers --cache --cache-gb --eval-data --eval-label --eval-templates --eval-classes --eval-split --json",
+    "train": "--data --recipe --out --device --set --resume --allow-changes --init --from-stage --cooldown --log-to "
+    "--overfit --split --workers --cache --cache-gb --eval-data --eval-label --eval-templates --eval-classes "
+    "--eval-split --json",
     "verify": "path --decode --workers --engine --json",
     "zeroshot": "--ckpt --ema --data --templates --label --classes --pooling --split "
     "--allow-empty-classes --name --batch-size --device --out --json",
