@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -30,16 +29,6 @@ STORAGES = {
     "IntStorage": torch.int32,
     "BoolStorage": torch.bool,
 }
-DAMAGE = (
-    SafetensorError,
-    pickle.UnpicklingError,
-    zipfile.BadZipFile,
-    OSError,
-    RuntimeError,
-    ValueError,
-    KeyError,
-    EOFError,
-)
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -61,9 +50,12 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             if roots:
                 return dict(scripted_tensors(ScriptUnpickler(archive, roots[0]).load()))
         return tensors_of(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
-    except DAMAGE as error:
+    except Exception as error:  # damage in a pickle can lead to any
+        # PyTorch's own words are long, and advise to execute the file.
+        is_unsafe = "weights_only" in str(error)
+        reason = "it holds more than tensors" if is_unsafe else f"{type(error).__name__}: {one_line(error)[:200]}"
         raise UserError(
-            f"{path} can't be read as weights ({one_line(error)[:200]}): "
+            f"{path} can't be read as weights ({reason}): "
             "save the state dict of its model with safetensors.torch.save_file"
         ) from error
 

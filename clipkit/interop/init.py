@@ -86,6 +86,5 @@ def timm_tensors(
         )
     left_out = sorted(name for name in theirs if name not in trunk and name.startswith(CLASSIFIERS))
     found = {f"image.trunk.{name}": tensor.float() for name, tensor in theirs.items() if name not in left_out}
-    if config.image.position != "learnable":
-        check_sincos(found["image.trunk.pos_embed"], config.image.position)
+    check_sincos(found, config.image.position)
     return found, left_out

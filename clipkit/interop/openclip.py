@@ -65,8 +65,7 @@ def convert(state_dict: Mapping[str, Tensor], config: ModelConfig) -> dict[str, 
         elif name in ("logit_scale", "logit_bias"):
             value = value.reshape(())
         tensors[name] = value
-    if config.image.position != "learnable":
-        check_sincos(tensors["image.trunk.pos_embed"], config.image.position)
+    check_sincos(tensors, config.image.position)
     bias = config.image.patch_bias
     if "visual.conv1.weight" in state_dict and (bias if bias is not None else not config.image.pre_norm):
         # OpenCLIP's own patch projection never has one.
@@ -75,11 +74,15 @@ def convert(state_dict: Mapping[str, Tensor], config: ModelConfig) -> dict[str, 
     return tensors
 
 
-def check_sincos(position_1ND: Tensor, position: Position) -> None:
-    """UserError when these positions, those of a square grid at their end, aren't what `position` names.
-
-    `load_state` would put ours in their place, and the features would be quietly wrong.
+def check_sincos(tensors: Mapping[str, Tensor], position: Position) -> None:
+    """UserError when `position` is fixed and the tensors' image positions, those of a square grid at their end, aren't
+    what it names: `load_state` would put ours in their place, and the features would be quietly wrong.
     """
+    if position == "learnable":
+        return
+    position_1ND = tensors.get("image.trunk.pos_embed")
+    if position_1ND is None or position_1ND.ndim != 3:
+        raise UserError(f"these weights have no {position} image positions: set model.image.position=learnable")
     side = math.isqrt(position_1ND.shape[1])
     patches_ND = position_1ND[0, -side * side :]
     found: Position = "learnable"

@@ -304,12 +304,14 @@ def fit_positions(model: CLIP, tensors: Mapping[str, Tensor]) -> dict[str, Tenso
 def resize_image_positions(position_1ND: Tensor, grid: tuple[int, int], prefix: int) -> Tensor:
     """[1, prefix + n, D] of a square grid to [1, prefix + h * w, D], bicubic and antialiased as in timm and OpenCLIP.
 
-    The first `prefix` positions (the class token's) are kept as they are.
+    The first `prefix` positions (the class token's) are kept as they are. What isn't of a square grid is returned as
+    it is, for `load_state` to refuse.
     """
-    tokens_ND, patches_ND = position_1ND[0, :prefix], position_1ND[0, prefix:]
-    side = math.isqrt(len(patches_ND))
-    if (side, side) == grid:
+    count = position_1ND.shape[1] - prefix if position_1ND.ndim == 3 else 0
+    side = math.isqrt(max(0, count))
+    if (side, side) == grid or count < 1 or side * side != count:
         return position_1ND
+    tokens_ND, patches_ND = position_1ND[0, :prefix], position_1ND[0, prefix:]
     image_1DHW = patches_ND.float().reshape(1, side, side, -1).permute(0, 3, 1, 2)
     image_1DHW = F.interpolate(image_1DHW, size=grid, mode="bicubic", antialias=True, align_corners=False)
     resized_ND = image_1DHW[0].flatten(1).T.to(patches_ND.dtype)

@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import timm
 import torch
+from timm.layers import DropPath
 from torch import Tensor, nn
 
 from clipkit.errors import UserError
@@ -83,13 +84,21 @@ def check_fields(config: ImageConfig) -> None:
 
 
 def make_model(config: ImageConfig) -> Any:
-    """timm's model without its classifier. Raises UserError for a size that it can't have."""
+    """timm's model without its classifier, and without dropout and stochastic depth: a resumed run couldn't repeat what
+    they drew. Raises UserError for a size that it can't have.
+    """
     known = timm.get_pretrained_cfg(config.name)
     size: dict[str, Any] = {"img_size": config.image_size} if known and known.fixed_input_size else {}
     try:
-        return cast(Any, timm.create_model(config.name, num_classes=0, **size))
+        model = timm.create_model(config.name, num_classes=0, **size)
     except (AssertionError, RuntimeError, TypeError, ValueError, ZeroDivisionError) as error:
         reason = str(error) or type(error).__name__
         raise UserError(
             f"timm can't build {config.name} for images of {config.image_size} px ({reason}): set another image_size"
         ) from error
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if isinstance(module, DropPath):
+            module.drop_prob = 0.0
+    return cast(Any, model)

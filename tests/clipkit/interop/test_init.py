@@ -1,5 +1,6 @@
 """Weights to begin with from other projects' files: each kind of file, and what is refused."""
 
+import contextlib
 import copy
 import dataclasses
 import pickle
@@ -17,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from clipkit import checkpoint
 from clipkit.cli.main import main
 from clipkit.errors import UserError
+from clipkit.interop.files import read_weights
 from clipkit.interop.init import Weights, weights_from_file
 from clipkit.model.clip import CLIP, build, load_state
 from clipkit.model.config import ImageConfig, ModelConfig
@@ -193,6 +195,7 @@ def test_a_pickle_with_more_than_tensors_is_not_executed(tmp_path) -> None:
         with pytest.raises(UserError, match=rf"{name} can't be read as weights .*: save the state dict") as raised:
             weights_from_file(tmp_path / name, TINY, 0)
         assert "\n" not in str(raised.value)
+        assert "can still be loaded" not in str(raised.value)  # PyTorch advises to execute the file
     assert not (tmp_path / "x").exists()
 
 
@@ -200,6 +203,48 @@ def refusal(path: Path, config: ModelConfig) -> str:
     with pytest.raises(UserError) as raised:
         weights_from_file(path, config, 0)
     return str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("shape", "position"),
+    [
+        ((5,), "learnable"),
+        ((101, 64), "learnable"),
+        ((1, 12, 64), "learnable"),
+        ((101, 64), "sincos"),
+        (None, "sincos"),
+    ],
+)
+def test_positions_that_are_not_of_a_square_grid_are_named(tmp_path, shape, position) -> None:
+    state = timm.create_model("test_vit", num_classes=0).state_dict()
+    del state["pos_embed"]
+    save_file(state if shape is None else {**state, "pos_embed": torch.zeros(shape)}, tmp_path / "vit.safetensors")
+    said = refusal(
+        tmp_path / "vit.safetensors",
+        dataclasses.replace(TIMM, image=dataclasses.replace(TIMM.image, position=position)),
+    )
+    if position == "learnable":
+        assert f"image.trunk.pos_embed has shape {list(shape)} in the checkpoint and [1, 101, 64] in the model" in said
+    else:
+        assert said == "these weights have no sincos image positions: set model.image.position=learnable"
+
+
+def test_a_damaged_archive_is_refused(tmp_path) -> None:
+    """Whatever its bytes make the unpickler do."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch.jit is deprecated, OpenAI's file isn't
+        torch.jit.save(torch.jit.trace(torch.nn.Linear(3, 3), torch.zeros(1, 3)), tmp_path / "whole.pt")
+    with zipfile.ZipFile(tmp_path / "whole.pt") as archive:
+        files = {name: archive.read(name) for name in archive.namelist()}
+    pickled = next(name for name in files if name.endswith("data.pkl"))
+    for place in range(len(files[pickled])):
+        damaged = bytearray(files[pickled])
+        damaged[place] = ord("R")  # call something
+        with zipfile.ZipFile(tmp_path / "damaged.pt", "w") as archive:
+            for name, content in files.items():
+                archive.writestr(name, bytes(damaged) if name == pickled else content)
+        with contextlib.suppress(UserError):
+            read_weights(tmp_path / "damaged.pt")
 
 
 def test_another_architecture_is_named(theirs, tmp_path) -> None:
