@@ -6,6 +6,7 @@
       optimizer.safetensors   absent in a checkpoint that is only to be evaluated
       state.json              samples seen, stage, seconds of training so far
       config.json             architecture, tokenizer, preprocessing, recipe
+      vocabulary              the tokenizer's file, where it has one
 
 It is written beside and renamed, so a folder with a checkpoint's name is a whole checkpoint. No pickle is involved.
 """
@@ -14,7 +15,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,15 +23,17 @@ from safetensors.torch import load_file, save_file
 
 from clipkit.config import from_json, to_json
 from clipkit.errors import UserError, one_line
+from clipkit.model.config import TokenizerName
 from clipkit.storage.files import read_json, remove, require_dir, require_file, write_beside, write_json
 
 if TYPE_CHECKING:
     from clipkit.model.clip import CLIP
     from clipkit.model.config import ModelConfig
     from clipkit.pixels.images import Preprocess
+    from clipkit.text.tokenizer import WordTokenizer
 
 FORMAT = 1
-TOKENIZER = "clip-bpe"
+VOCABULARY = "vocabulary"
 
 
 @dataclass(frozen=True)
@@ -65,8 +68,10 @@ class Checkpoint:
         return from_json(Preprocess, self.config["preprocess"], f"{self.path}/config.json: preprocess")
 
 
-def describe(model: "ModelConfig", preprocess: "Preprocess", recipe: Any) -> dict[str, Any]:
-    """The `config.json` of a checkpoint."""
+def describe(
+    model: "ModelConfig", preprocess: "Preprocess", recipe: Any, vocabulary: str | None = None
+) -> dict[str, Any]:
+    """The `config.json` of a checkpoint. `vocabulary` is the hash of the tokenizer's file, where it has one."""
     from clipkit import __version__
 
     return {
@@ -74,7 +79,8 @@ def describe(model: "ModelConfig", preprocess: "Preprocess", recipe: Any) -> dic
         "clipkit": __version__,
         "model": to_json(model),
         "preprocess": to_json(preprocess),
-        "tokenizer": TOKENIZER,
+        "tokenizer": model.text.tokenizer,
+        "vocabulary": vocabulary,
         "recipe": to_json(recipe),
     }
 
@@ -87,6 +93,7 @@ def save(
     state: Mapping[str, Any],
     optimizer: Mapping[str, torch.Tensor] | None = None,
     ema: Mapping[str, torch.Tensor] | None = None,
+    vocabulary: bytes | None = None,
 ) -> Path:
     """Write a checkpoint folder, whole or not at all; one that is there already is kept and returned."""
     if folder.exists():
@@ -99,6 +106,8 @@ def save(
             write_tensors(temporary / "optimizer.safetensors", optimizer)
         if ema is not None:
             write_tensors(temporary / "ema.safetensors", ema)
+        if vocabulary is not None:
+            (temporary / VOCABULARY).write_bytes(vocabulary)
         write_json(temporary / "config.json", config)
         write_json(temporary / "state.json", state)
     return folder
@@ -124,7 +133,7 @@ def load(path: Path, *, with_optimizer: bool = False, ema: bool = False) -> Chec
     config, state = read_json(folder / "config.json"), read_json(folder / "state.json")
     if config.get("format", 0) > FORMAT:
         raise UserError(f"checkpoint {folder} has format {config['format']}, newer than this clipkit: update clipkit")
-    if config.get("tokenizer") != TOKENIZER:
+    if config.get("tokenizer") not in get_args(TokenizerName):
         raise UserError(f"checkpoint {folder} needs the tokenizer {config.get('tokenizer')!r}: update clipkit")
     if ema and not keeps_ema(config):
         raise UserError(f"checkpoint {folder} has no averages of its weights (its recipe has no ema_decay): omit --ema")
@@ -180,6 +189,8 @@ def damage(folder: Path) -> str | None:
             if not isinstance(values, dict) or key not in values:
                 raise UserError(f"{folder / name} has no {key}")
         averages = ["ema.safetensors"] if keeps_ema(read_json(folder / "config.json")) else []
+        if read_json(folder / "config.json").get("vocabulary"):
+            require_file(folder / VOCABULARY, "checkpoint file")
         for name in ("model.safetensors", "optimizer.safetensors", *averages):
             with safe_open(require_file(folder / name, "checkpoint file"), "pt"):
                 pass  # it compares the length with the header's
@@ -219,6 +230,22 @@ def prune(run: Path, keep: int, always: frozenset[int] = frozenset()) -> None:
     for path in checkpoints(run)[: -max(1, keep)]:
         if int(path.name) not in always:
             remove(path)
+
+
+def tokenizer_of(folder: Path) -> "WordTokenizer":
+    """The tokenizer that a checkpoint was trained with. Raises UserError when its file is missing or was changed."""
+    from clipkit.text.tokenizer import Tokenizer
+
+    config = read_json(folder / "config.json")
+    if config["tokenizer"] == Tokenizer.name:
+        return Tokenizer()
+    from clipkit.text.vocabulary import open_tokenizer, vocabulary_hash
+
+    path = require_file(folder / VOCABULARY, "checkpoint file")
+    tokenizer = open_tokenizer(config["tokenizer"], path)
+    if vocabulary_hash(tokenizer) != config["vocabulary"]:
+        raise UserError(f"{path} isn't the vocabulary that the model was trained with: copy the checkpoint again")
+    return tokenizer
 
 
 def build_model(checkpoint: Checkpoint) -> "CLIP":

@@ -29,6 +29,11 @@ def clip_merges() -> Path:
     return folder("clip") / "bpe_simple_vocab_16e6.txt.gz"
 
 
+def bert_vocabulary() -> Path:
+    """The `vocab.txt` of bert-base-uncased (30,522 ids), which CLIPA-v2's models have."""
+    return folder("clip") / "bert-uncased-vocab.txt"
+
+
 def imagenet_classes() -> list[dict[str, str]]:
     """1,000 `{"wnid": …, "name": …}` in label order; the names are those curated for CLIP."""
     classes: list[dict[str, str]] = json.loads((folder("clip") / "imagenet1k-classes.json").read_text(encoding="utf-8"))

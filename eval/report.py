@@ -57,7 +57,7 @@ def contents(run: Path) -> dict[str, Any]:
     found = results.read_results(run)
     stages = report_data.stage_costs(config, metrics)
     seen = int(metrics[-1]["samples_seen"]) if metrics else 0
-    data = report_data.training_data(config)
+    data = report_data.training_data(config, run)
     latest = newest(found)
     return {
         "run": run.resolve().name,

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from clipkit import log
+from clipkit import checkpoint, log
 from clipkit.errors import UserError, one_line
 from clipkit.eval.results import METRICS
 from clipkit.formats.dataset import open_dataset
@@ -176,7 +176,7 @@ def config_at(model: Mapping[str, Any], stage: Mapping[str, Any]) -> ModelConfig
     return replace(config, image=image, text=text)
 
 
-def training_data(config: Mapping[str, Any]) -> list[TrainingData]:
+def training_data(config: Mapping[str, Any], run: Path) -> list[TrainingData]:
     """The places that the run's data came from; [] when the run doesn't say. Where one can't be read, it says why."""
     places, dataset = config.get("data") or [], config.get("dataset") or {}
     places = [places] if isinstance(places, str) else places
@@ -185,7 +185,7 @@ def training_data(config: Mapping[str, Any]) -> list[TrainingData]:
     for place, part in zip(places, parts, strict=False):
         facts, missing, kind = None, "", str(part.get("kind", ""))
         try:
-            facts = None if kind else data_facts(as_path(place), part.get("split", "train"))
+            facts = None if kind else data_facts(as_path(place), part.get("split", "train"), run)
         except Exception as error:  # a disk, a store, a dataset that was changed: the rest of the page stands
             missing = store_message(error, place) or one_line(error)
         weight = float(Fraction(part.get("weight", "1")))
@@ -194,8 +194,11 @@ def training_data(config: Mapping[str, Any]) -> list[TrainingData]:
     return found
 
 
-def data_facts(path: Path, split: str) -> DataFacts:
-    """Read the dataset's metadata and a random sample of its records. Raises UserError when it isn't in reach."""
+def data_facts(path: Path, split: str, run: Path) -> DataFacts:
+    """Read the dataset's metadata and a random sample of its records; captions are as long as the run's tokenizer makes
+    them. Raises UserError when the dataset isn't in reach."""
+    newest = checkpoint.latest(run)
+    tokenizer = checkpoint.tokenizer_of(newest) if newest else Tokenizer()
     dataset = open_dataset(path, split=split)
     total = dataset.num_records
     chosen = sample_places(total, REMOTE_SAMPLE if is_remote(path) else SAMPLE)
@@ -220,7 +223,7 @@ def data_facts(path: Path, split: str) -> DataFacts:
         records=total,
         bytes=sum(shard.bytes for shard in dataset.shards),
         read=len(chosen),
-        lengths=[len(ids) + 2 for ids in Tokenizer().encode(captions)],
+        lengths=[len(ids) + tokenizer.specials for ids in tokenizer.encode(captions)],
         repeated=sum(count for count in counts.values() if count > 1),
         empty=sum(not caption for caption in cleaned),
         sides=sides,

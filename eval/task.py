@@ -22,7 +22,7 @@ from clipkit.eval.results import digest
 from clipkit.formats.folders import printable
 from clipkit.pixels.images import ImageError, Preprocess, UInt8Array, decode, eval_transform
 from clipkit.storage.files import read_json, read_text, require_file
-from clipkit.text.tokenizer import Tokenizer
+from clipkit.text.tokenizer import WordTokenizer
 
 Pooling = Literal["mean", "sum"]
 
@@ -140,15 +140,15 @@ class Prompts:
     """Prompts that lose words to the context length."""
 
 
-def tokenise(prompts: Sequence[Sequence[str]], tokenizer: Tokenizer, context_length: int) -> Prompts:
+def tokenise(prompts: Sequence[Sequence[str]], tokenizer: WordTokenizer, context_length: int) -> Prompts:
     """Tokenise the prompts of each class. A sentence that occurs more than once is encoded once."""
     place: dict[str, int] = {}
     pairs = [(place.setdefault(text, len(place)), number) for number, texts in enumerate(prompts) for text in texts]
-    ids_PT = np.asarray(tokenizer(list(place), context_length), dtype=np.int32)
-    length_P = (ids_PT.argmax(axis=1) + 1).astype(np.int64)
-    full = np.flatnonzero(length_P == context_length)
-    whole = tokenizer.encode([list(place)[i] for i in full])
-    cut = sum(len(ids) + 2 > context_length for ids in whole)
+    encoded = tokenizer.encode(list(place))
+    ids_PT = tokenizer.rows(encoded, context_length)
+    whole_P = np.array([len(ids) + tokenizer.specials for ids in encoded], dtype=np.int64)
+    length_P = whole_P.clip(max=context_length)
+    cut = int((whole_P > context_length).sum())
     order = np.argsort(length_P, kind="stable")
     rank = np.empty_like(order)
     rank[order] = np.arange(len(order))
@@ -183,14 +183,15 @@ class Task:
         self.notes = images.notes
         self.content = ""
         """A hash of all encoded images, once they were read."""
-        self._prompts: tuple[int, Prompts] | None = None
+        self._prompts: tuple[tuple[WordTokenizer, int], Prompts] | None = None
         self._pixels: tuple[Preprocess, list[Pixels]] | None = None
 
-    def prompts(self, tokenizer: Tokenizer, context_length: int) -> Prompts:
-        """The prompts for this context length."""
-        if self._prompts is None or self._prompts[0] != context_length:
+    def prompts(self, tokenizer: WordTokenizer, context_length: int) -> Prompts:
+        """The prompts for this tokenizer and context length."""
+        asked = tokenizer, context_length
+        if self._prompts is None or self._prompts[0] != asked:
             texts = prompts(self.classes, self.templates.sentences)
-            self._prompts = context_length, tokenise(texts, tokenizer, context_length)
+            self._prompts = asked, tokenise(texts, tokenizer, context_length)
         return self._prompts[1]
 
     def pixels(

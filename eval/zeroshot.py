@@ -2,8 +2,8 @@
 
 Each prompt's embedding is normalised, a class's are averaged, and the mean is normalised again (Radford et al., 2021),
 as `build_zero_shot_classifier` of OpenCLIP does. A thousand classes in 80 templates are 80,000 sentences, mostly short:
-they are tokenised once, sorted by length, and each batch is cut to its longest sentence. The text tower is causal and
-pooled at the end token, so what stands behind that token can't change the embedding.
+they are tokenised once, sorted by length, and each batch is cut to its longest sentence where the text tower is causal
+and pooled at the end token: what stands behind that token can't change the embedding. Other towers see the padding.
 """
 
 import sys
@@ -28,7 +28,7 @@ from clipkit.formats.folders import printable
 from clipkit.log import Progress
 from clipkit.pixels.images import Preprocess, normalise, thumbnail
 from clipkit.storage.files import require_writable
-from clipkit.text.tokenizer import Tokenizer
+from clipkit.text.tokenizer import WordTokenizer
 
 if TYPE_CHECKING:
     from clipkit.model.clip import CLIP
@@ -49,13 +49,13 @@ class Guesses:
     probability_NK: NDArray[np.float32]
 
 
-def prompt_batches(prompts: Prompts, device: Device) -> Iterator[slice]:
-    """Slices of about equal numbers of tokens. On XLA all have one shape, as each new one is compiled."""
+def prompt_batches(prompts: Prompts, fixed_length: bool) -> Iterator[slice]:
+    """Slices of about equal numbers of tokens, all of one shape where the length of a prompt is fixed."""
     total, width = prompts.ids_PT.shape
     start = 0
     while start < total:
         rows = TOKENS_PER_BATCH // width
-        if not device.static_shapes:
+        if not fixed_length:
             # The batch grows until its longest prompt, which is its last, makes it too large.
             lengths = prompts.length_P[start : start + TOKENS_PER_BATCH]
             fits = lengths * np.arange(1, len(lengths) + 1) <= TOKENS_PER_BATCH
@@ -69,12 +69,13 @@ def prompt_batches(prompts: Prompts, device: Device) -> Iterator[slice]:
 def class_embeddings(model: "CLIP", prompts: Prompts, device: Device, precision: Precision = "auto") -> torch.Tensor:
     """The classifier [C, E] in float32 on the device: row c is the unit embedding of class c."""
     width = prompts.ids_PT.shape[1]
+    fixed_length = device.static_shapes or model.text.fixed_length  # on XLA, as each new shape is compiled
     sum_CE: torch.Tensor | None = None
-    for part in prompt_batches(prompts, device):
+    for part in prompt_batches(prompts, fixed_length):
         ids_BT = prompts.ids_PT[part]
         if device.static_shapes:
             ids_BT = pad_rows(ids_BT, -(-max(1, TOKENS_PER_BATCH // width) // device.shards) * device.shards)
-        else:
+        elif not fixed_length:
             ids_BT = np.ascontiguousarray(ids_BT[:, : prompts.length_P[part].max()])
         with device.autocast(precision):
             text_BE = model.encode_text(device.batch({"ids": ids_BT})["ids"], normalize=False)
@@ -99,7 +100,7 @@ def pad_rows(array: NDArray[Number], rows: int) -> NDArray[Number]:
 @torch.no_grad()
 def classify(
     model: "CLIP",
-    tokenizer: Tokenizer,
+    tokenizer: WordTokenizer,
     preprocess: Preprocess,
     task: Task,
     device: Device,
@@ -146,7 +147,7 @@ def classify(
 
 def evaluate(
     model: "CLIP",
-    tokenizer: Tokenizer,
+    tokenizer: WordTokenizer,
     preprocess: Preprocess,
     task: Task,
     device: Device,
@@ -184,11 +185,11 @@ def zeroshot(
     if run is not None:
         require_writable(run)
     where = pick(device)
-    model = checkpoints.build_model(loaded).to(where.torch_device)
+    model, tokenizer = checkpoints.build_model(loaded).to(where.torch_device), checkpoints.tokenizer_of(loaded.path)
     with Progress(f"zeroshot {task.name}", len(task.images), "images") as progress:
         guesses = classify(
             model,
-            Tokenizer(),
+            tokenizer,
             loaded.preprocess,
             task,
             where,
@@ -198,7 +199,7 @@ def zeroshot(
             progress=progress.update,
         )
     context = model.config.text.context_length
-    if cut := task.prompts(Tokenizer(), context).cut:
+    if cut := task.prompts(tokenizer, context).cut:
         note(f"{cut:,} prompts are longer than the {context} text tokens of the model and were cut")
     if task.unreadable:
         reason = next(iter(task.unreadable.values()))

@@ -19,7 +19,17 @@ from rich.table import Table
 
 from clipkit.config import did_you_mean, set_values
 from clipkit.errors import UserError
-from clipkit.model.config import ImageConfig, ModelConfig, TextConfig, vit_b16, vit_b32, vit_l16
+from clipkit.model.config import (
+    ImageConfig,
+    ModelConfig,
+    TextConfig,
+    vit_b16,
+    vit_b16_siglip,
+    vit_b32,
+    vit_h14_clipa,
+    vit_l14_clipa,
+    vit_l16,
+)
 from clipkit.train.loader.augment import Augmentation
 from clipkit.train.recipes import Cadence, OptimizerConfig, Recipe, Stage, stage_cost
 
@@ -92,6 +102,84 @@ def clipa(
         cadence=Cadence(
             log_samples=20 * reduced.batch_size, checkpoint_minutes=30.0, evaluate_samples=4_000 * reduced.batch_size
         ),
+    )
+
+
+# ---- CLIPA-v2 --------------------------------------------------------------------------------------------------------
+
+
+def clipa_l14_datacomp() -> Recipe:
+    """CLIPA-v2's L/14 on DataComp-1B; its own configuration isn't public, so the numbers are those of H/14."""
+    return clipa_v2("clipa-l14-datacomp", vit_l14_clipa())
+
+
+def clipa_h14_laion2b() -> Recipe:
+    """CLIPA-v2's H/14 on LAION-2B."""
+    return clipa_v2("clipa-h14-laion2b", vit_h14_clipa())
+
+
+def clipa_h14_datacomp() -> Recipe:
+    """CLIPA-v2's H/14 on DataComp-1B."""
+    return clipa_v2("clipa-h14-datacomp", vit_h14_clipa())
+
+
+def clipa_v2(name: str, model: ModelConfig) -> Recipe:
+    """12.8 billion samples at 84 px and 8 text tokens, then half a billion at 224 px and fewer at 336 px, where a part
+    of the patches is dropped (Li, Wang & Xie, "CLIPA-v2", 2023).
+
+    After the public JAX configurations: Adam with optax's eps, and weight decay on the layers' matrices only. Not
+    taken over: they keep the first moment in bfloat16, and resize training crops by a bilinear filter.
+    """
+    reduced = Stage(
+        name="reduced", samples=10_000 * 1_281_167 // 65_536 * 65_536, batch_size=65_536, learning_rate=2.048e-3,
+        warmup_samples=3_200 * 65_536,  # with less, the 65,536 of H/14 collapse, says its configuration
+        image_size=84, context_length=8, text_reduction="syntax", augmentation=JITTER,
+    )  # fmt: skip
+    full = Stage(
+        name="full", samples=524_288_000, batch_size=32_768, learning_rate=5.12e-5, warmup_samples=26_214_400,
+        image_size=224, context_length=32, image_reduction="random", image_keep=179, augmentation=JITTER,
+    )  # fmt: skip
+    large = replace(
+        full, name="large", samples=131_072_000, batch_size=16_384, learning_rate=6.4e-6, image_size=336, image_keep=345
+    )
+    return Recipe(
+        name=name,
+        model=model,
+        stages=(reduced, full, large),
+        same_caption="negative",
+        optimizer=OptimizerConfig(eps=1e-8, decay="layers"),
+        checkpoint_activations=True,
+        mean=(0.485, 0.456, 0.406),
+        std=(0.229, 0.224, 0.225),
+        interpolation="bilinear",
+        resize_mode="squash",
+        cadence=Cadence(log_samples=20 * 65_536, checkpoint_minutes=30.0, evaluate_samples=4_000 * 65_536),
+    )
+
+
+# ---- SigLIP ----------------------------------------------------------------------------------------------------------
+
+
+def siglip_b16() -> Recipe:
+    """SigLIP's B/16: 196 image and 64 text tokens, 40 billion samples, the sigmoid loss (Zhai et al., 2023).
+
+    Numbers as in "SigLIP 2" (Tschannen et al., 2025), which says more of them; the crop is OpenCLIP's. Weight decay
+    is 1e-4 of a weight a step at the peak there, here a multiple of the learning rate.
+    """
+    batch = 32_768
+    recipe = clip("siglip-b16", vit_b16_siglip(), batch)
+    stage = replace(
+        recipe.stages[0], samples=40_000_000_000 // batch * batch, learning_rate=1e-3, warmup_samples=20_000 * batch,
+        context_length=64,
+    )  # fmt: skip
+    return replace(
+        recipe,
+        stages=(stage,),
+        loss="sigmoid",
+        optimizer=OptimizerConfig(eps=1e-8, weight_decay=0.1, decay="layers", grad_clip=1.0),
+        mean=(0.5, 0.5, 0.5),
+        std=(0.5, 0.5, 0.5),
+        resize_mode="squash",
     )
 
 
@@ -225,6 +313,10 @@ PUBLISHED = {
     "clipa-b16-i50-t16": "63.2% ImageNet zero-shot in about 2 days on eight A100-80GB",
     "clipa-l16-i17-t16": "67.8% ImageNet zero-shot in about 3 days on eight A100-80GB",
     "clipa-l16-i37-t8": "69.3% ImageNet zero-shot in about 4 days on eight A100-80GB",
+    "clipa-l14-datacomp": "80.3% ImageNet zero-shot in 4,520 A100-hours",
+    "clipa-h14-laion2b": "79.1% ImageNet zero-shot in 8,640 A100-hours",
+    "clipa-h14-datacomp": "81.8% ImageNet zero-shot in 8,640 A100-hours",
+    "siglip-b16": "76.2% ImageNet zero-shot, trained on WebLI, which isn't public",
     "clip-b32": "62.9% ImageNet zero-shot (OpenCLIP) in 4,600 A100-hours",
     "clip-b16": "67.1% ImageNet zero-shot (OpenCLIP) in 10,700 A100-hours",
 }
@@ -244,6 +336,10 @@ def recipes() -> dict[str, Callable[[], Recipe]]:
         "clipa-b16-i50-t16": clipa_b16_i50_t16,
         "clipa-l16-i17-t16": clipa_l16_i17_t16,
         "clipa-l16-i37-t8": clipa_l16_i37_t8,
+        "clipa-l14-datacomp": clipa_l14_datacomp,
+        "clipa-h14-laion2b": clipa_h14_laion2b,
+        "clipa-h14-datacomp": clipa_h14_datacomp,
+        "siglip-b16": siglip_b16,
         "clip-b32": clip_b32,
         "clip-b16": clip_b16,
         "lit-b16": lit_b16,

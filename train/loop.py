@@ -23,9 +23,20 @@ from clipkit.formatting import share
 from clipkit.log import Writer, warn_on_stderr
 from clipkit.model.clip import CLIP, build, load_state
 from clipkit.storage.files import clear_leftovers, lock, write_json
+from clipkit.text.vocabulary import open_tokenizer
 from clipkit.train.loader.loader import batches
 from clipkit.train.optimizer import average_weights, learning_rate_at, make_optimizer
-from clipkit.train.recipes import Recipe, Stage, check_recipe, loader_config, model_at, preprocess_at, stage_cost
+from clipkit.train.recipes import (
+    Recipe,
+    Stage,
+    check_recipe,
+    check_tokenizer,
+    loader_config,
+    model_at,
+    preprocess_at,
+    stage_cost,
+    takes_precomputed,
+)
 from clipkit.train.run import (
     Run,
     Summary,
@@ -75,6 +86,7 @@ def train(
     cache_gb: float = CACHE_GB,
     split: str = "train",
     log_to: Sequence[Tracker] = (),
+    vocabulary: Path | None = None,
 ) -> Summary:
     """Train `recipe` on `data`, into the run's folder. `data`, `split`, `cache` and `cache_gb` are as in `open_source`.
 
@@ -82,8 +94,9 @@ def train(
     stages differ then. `init` takes the weights of another checkpoint to begin with, at the start of the stage
     `from_stage`; with `branch` it gives the rest of its state too, and the run goes on from there. `task` is evaluated
     at the recipe's cadence and at the end of each stage; where that fails, the run says so and goes on. The metrics
-    also go where `log_to` says. The signals of `stopping` save a checkpoint and return. Raises UserError for whatever
-    stands in the way before the first step, and when the loss goes wrong (`watch.diagnosis`).
+    also go where `log_to` says. `vocabulary` is the file of the model's tokenizer, as in `open_tokenizer`. The signals
+    of `stopping` save a checkpoint and return. Raises UserError for whatever stands in the way before the first step,
+    and when the loss goes wrong (`watch.diagnosis`).
     """
     # ---- Check what can be checked before any work ------------------------------------------------------------------
     found = open_source(data, cache=cache, cache_gb=cache_gb, block_size=recipe.block_size, split=split)
@@ -91,6 +104,8 @@ def train(
     for note in found.notes if device.is_first else ():
         print(note, file=sys.stderr)
     check_recipe(recipe, found.source(), device)
+    tokenizer = open_tokenizer(recipe.model.text.tokenizer, vocabulary)
+    check_tokenizer(recipe, tokenizer)
 
     with contextlib.ExitStack() as stack:
         if device.is_first:
@@ -103,7 +118,7 @@ def train(
 
         # ---- Where to start: the run's checkpoint, another checkpoint's weights, scratch --------------------------
         device.barrier()
-        begin = partial(find_start, folder, recipe, found, init=init, from_stage=from_stage, branch=branch)
+        begin = partial(find_start, folder, recipe, found, tokenizer, init=init, from_stage=from_stage, branch=branch)
         start = begin(resume=resume, allow_changes=allow_changes)
         refuse_different_starts(start, recipe, found, folder, device)
 
@@ -118,7 +133,7 @@ def train(
         stack.callback(writer.close)
         stop = Stop(only_process=device.world == 1)
         task, captions = task if device.is_first else None, FirstCaptions(found.source())
-        run = Run(recipe, folder, found, device, writer, task, workers, stop, captions, start.samples_seen)
+        run = Run(recipe, folder, found, tokenizer, device, writer, task, workers, stop, captions, start.samples_seen)
         stack.enter_context(stop_on_signal(stop))
         if start.own:
             state = start.own.state
@@ -188,7 +203,7 @@ def run_stage(
     flops, peak = stage_cost(recipe, stage).flops, device.peak_flops()
     workers = device.loader_workers() if run.workers is None else run.workers
     loader = batches(
-        run.data.source(precomputed=stage.text_reduction == "syntax"),
+        run.data.source(takes_precomputed(recipe, stage)),
         loader_config(recipe, stage),
         run.samples_seen,
         stage_end,
@@ -196,6 +211,7 @@ def run_stage(
         world=device.world,
         workers=workers,
         bad_reasons=run.bad_reasons,
+        tokenizer=run.tokenizer,
     )
     loss, window, stuck = math.nan, Window(), StuckLoss(recipe, stage)
     run.saved_at = time.monotonic()

@@ -17,8 +17,8 @@ from clipkit.model.clip import CLIP
 from clipkit.model.config import ImageConfig, ModelConfig, Position, TextConfig
 from clipkit.model.flops import SampleCost, sample_cost
 from clipkit.model.timm_tower import TimmTower
-from clipkit.pixels.images import CLIP_MEAN, CLIP_STD, Preprocess
-from clipkit.text.tokenizer import VOCAB_SIZE
+from clipkit.pixels.images import CLIP_MEAN, CLIP_STD, Interpolation, Preprocess, ResizeMode
+from clipkit.text.tokenizer import WordTokenizer
 from clipkit.text.tokens import ImageMethod, TextMethod
 from clipkit.train.loader.augment import Augmentation
 from clipkit.train.loader.loader import check_loader
@@ -112,6 +112,9 @@ class Recipe:
     precision: Precision = "auto"
     mean: tuple[float, float, float] = CLIP_MEAN
     std: tuple[float, float, float] = CLIP_STD
+    interpolation: Interpolation = "bicubic"
+    resize_mode: ResizeMode = "shortest"
+    """How evaluation resizes an image (`clipkit.pixels.images.Preprocess`)."""
     block_size: int = 256
     """Records read in one go by the shuffle (`clipkit.train.order`)."""
     max_bad: float = 0.01
@@ -201,7 +204,7 @@ RANGES: dict[type, dict[str, Range]] = {
     },
     TextConfig: {
         "context_length": SIZE,
-        "vocab_size": Range(VOCAB_SIZE, 10_000_000),
+        "vocab_size": Range(0, 10_000_000, open=True),
         "width": SIZE,
         "depth": DEPTH,
         "heads": SIZE,
@@ -282,6 +285,26 @@ def check_recipe(recipe: Recipe, source: Source | Examples, device: Device) -> N
             raise UserError(f"{where}: {error}") from error
 
 
+def check_tokenizer(recipe: Recipe, tokenizer: WordTokenizer) -> None:
+    """Raise UserError where the text tower can't read the tokenizer's ids."""
+    text = recipe.model.text
+    if text.vocab_size < tokenizer.vocab_size:
+        raise UserError(
+            f"recipe {recipe.name}: model.text.vocab_size is {text.vocab_size}: the tokenizer {text.tokenizer} has "
+            f"{tokenizer.vocab_size:,} ids; set {tokenizer.vocab_size} or more"
+        )
+    if text.pooling == "end" and text.tokenizer != "clip-bpe":
+        raise UserError(
+            f"recipe {recipe.name}: model.text.pooling=end needs the end token of clip-bpe: set "
+            f"model.text.pooling=last for {text.tokenizer}"
+        )
+
+
+def takes_precomputed(recipe: Recipe, stage: Stage) -> bool:
+    """Whether a stage takes the ids and word classes that a dataset holds: they are clip-bpe's."""
+    return stage.text_reduction == "syntax" and recipe.model.text.tokenizer == "clip-bpe"
+
+
 def check_memory(recipe: Recipe, stage: Stage, world: int) -> None:
     """Raise UserError where the model's weights, or one batch of images, are larger than this machine's memory."""
     with torch.device("meta"):
@@ -318,7 +341,7 @@ def model_at(recipe: Recipe, stage: Stage) -> ModelConfig:
 
 def preprocess_at(recipe: Recipe, stage: Stage) -> Preprocess:
     """How images are prepared when the stage's model is evaluated."""
-    return Preprocess(size=stage.image_size, mean=recipe.mean, std=recipe.std)
+    return Preprocess(stage.image_size, recipe.mean, recipe.std, recipe.interpolation, recipe.resize_mode)
 
 
 def stage_cost(recipe: Recipe, stage: Stage) -> SampleCost:

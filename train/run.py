@@ -21,7 +21,8 @@ from clipkit.log import Progress, Writer, read_metrics, warn_on_stderr
 from clipkit.model.clip import CLIP
 from clipkit.pixels.images import Preprocess
 from clipkit.storage.files import read_json
-from clipkit.text.tokenizer import Tokenizer
+from clipkit.text.tokenizer import WordTokenizer
+from clipkit.text.vocabulary import vocabulary_hash
 from clipkit.train.recipes import Recipe, Stage, model_at, preprocess_at
 from clipkit.train.sources.open import Data
 from clipkit.train.start import Start
@@ -39,6 +40,7 @@ class Run:
     recipe: Recipe
     folder: Path
     data: Data
+    tokenizer: WordTokenizer
     device: Device
     writer: Writer
     task: Task | None
@@ -127,7 +129,7 @@ def evaluate_now(run: Run, stage: str, model: CLIP, preprocess: Preprocess, aver
             for prefix, each in (("", model), ("ema/", average)):
                 if each is not None:
                     pairs = evaluate(
-                        each, Tokenizer(), preprocess, run.task, run.device, precision=run.recipe.precision
+                        each, run.tokenizer, preprocess, run.task, run.device, precision=run.recipe.precision
                     )
                     found |= {prefix + name: value for name, value in pairs}
         run.writer.write({**place, **found})
@@ -162,7 +164,13 @@ def save(run: Run, stage: Stage, model: CLIP, average: CLIP | None, optimizer: t
         tensors=on_cpu(model),
         ema=on_cpu(average) if average else None,
         optimizer=checkpoint.optimizer_tensors(model, optimizer),
-        config=checkpoint.describe(model_at(run.recipe, stage), preprocess_at(run.recipe, stage), run.recipe),
+        vocabulary=run.tokenizer.vocabulary,
+        config=checkpoint.describe(
+            model_at(run.recipe, stage),
+            preprocess_at(run.recipe, stage),
+            run.recipe,
+            vocabulary_hash(run.tokenizer),
+        ),
         state={
             "samples_seen": run.samples_seen,
             "stage": stage.name,

@@ -19,6 +19,8 @@ from clipkit.device import Device
 from clipkit.errors import UserError
 from clipkit.interop.init import weights_from_file
 from clipkit.storage.files import read_json, require_file
+from clipkit.text.tokenizer import WordTokenizer
+from clipkit.text.vocabulary import vocabulary_hash
 from clipkit.train.recipes import Recipe, model_at
 from clipkit.train.sources.open import Data
 
@@ -37,6 +39,8 @@ class Start:
     """The run's own checkpoint, where it goes on from one."""
     changes: list[str] = field(default_factory=list)
     """How the recipe differs from the checkpoint's."""
+    vocabulary: str | None = None
+    """The hash of the tokenizer's file, where it has one."""
     note: str = ""
     """What was taken from another project's file, and what wasn't."""
 
@@ -45,6 +49,7 @@ def find_start(
     folder: Path,
     recipe: Recipe,
     data: Data,
+    tokenizer: WordTokenizer,
     *,
     resume: bool = False,
     init: Path | None = None,
@@ -55,7 +60,7 @@ def find_start(
     """The run's own newest checkpoint, else the weights of `init`, at the start of `from_stage`, else scratch. `branch`
     goes on from `init` as from an own checkpoint.
 
-    Raises UserError for a run that isn't to be resumed, or that can't be with this recipe and these data.
+    Raises UserError for a run that isn't to be resumed, or that can't be with this recipe, data and tokenizer.
     """
     if allow_changes and not resume:
         raise UserError("--allow-changes is for a run that goes on: add --resume")
@@ -64,23 +69,31 @@ def find_start(
         raise UserError(f"{folder} holds a run of {int(latest.name):,} samples: add --resume, or choose another --out")
     if latest is not None:
         own = checkpoint.load(latest, with_optimizer=True)
-        return Start(own.samples_seen, own.tensors, own, changes_on_resume(own, recipe, data, allow_changes))
+        changes = changes_on_resume(own, recipe, data, allow_changes)
+        refuse_other_vocabulary(own, tokenizer)
+        return Start(own.samples_seen, own.tensors, own, changes, vocabulary_hash(tokenizer))
     if branch and init is not None:
         own = checkpoint.load(init, with_optimizer=True)
-        return Start(own.samples_seen, own.tensors, own, changes_on_resume(own, recipe, data, allow_changes=True))
+        changes = changes_on_resume(own, recipe, data, allow_changes=True)
+        refuse_other_vocabulary(own, tokenizer)
+        return Start(own.samples_seen, own.tensors, own, changes, vocabulary_hash(tokenizer))
     if from_stage is not None and init is None:
         raise UserError(f"--from-stage {from_stage} needs the weights of a checkpoint: name it with --init")
     begin = 0 if from_stage is None else stage_start(recipe, from_stage)
-    if init is None or init.is_dir():
-        if init is None:
-            refuse_random_frozen(recipe, ())
-        return Start(begin, checkpoint.load(init).tensors if init else None)
+    known = vocabulary_hash(tokenizer)
+    if init is None:
+        refuse_random_frozen(recipe, ())
+        return Start(begin, vocabulary=known)
+    if init.is_dir():
+        loaded = checkpoint.load(init)
+        refuse_other_vocabulary(loaded, tokenizer)
+        return Start(begin, loaded.tensors, vocabulary=known)
     require_file(init, "checkpoint")
     names = [stage.name for stage in recipe.stages]
     stage = recipe.stages[0 if from_stage is None else names.index(from_stage)]
     weights = weights_from_file(init, model_at(recipe, stage), recipe.seed)
     refuse_random_frozen(recipe, weights.towers)
-    return Start(begin, weights.tensors, note=weights.note)
+    return Start(begin, weights.tensors, vocabulary=known, note=weights.note)
 
 
 def refuse_random_frozen(recipe: Recipe, loaded: tuple[str, ...]) -> None:
@@ -91,6 +104,20 @@ def refuse_random_frozen(recipe: Recipe, loaded: tuple[str, ...]) -> None:
                 f"a frozen tower with random weights: give the {tower} tower's weights with --init, or set "
                 f"model.{tower}.frozen=false"
             )
+
+
+def refuse_other_vocabulary(start: checkpoint.Checkpoint, tokenizer: WordTokenizer) -> None:
+    """Raises UserError when the checkpoint's token ids mean other pieces of text."""
+    name, known = start.config["tokenizer"], start.config.get("vocabulary")
+    if name != tokenizer.name:
+        raise UserError(
+            f"{start.path} was trained with the tokenizer {name}, the recipe has {tokenizer.name}: "
+            f"set model.text.tokenizer={name}, or begin with another checkpoint"
+        )
+    if known != vocabulary_hash(tokenizer):
+        raise UserError(
+            f"{start.path} was trained with another vocabulary: add --tokenizer {start.path / checkpoint.VOCABULARY}"
+        )
 
 
 def cooldown_recipe(
@@ -230,9 +257,10 @@ def refuse_different_starts(start: Start, recipe: Recipe, data: Data, folder: Pa
     """
     if device.world == 1:
         return
-    starts = device.gather((start.samples_seen, weights_digest(start.tensors), to_json(recipe), data.identity()))
-    for rank, (seen, weights, theirs, dataset) in enumerate(starts):
-        first_seen, first_weights, ours, first_dataset = starts[0]
+    mine = start.samples_seen, weights_digest(start.tensors), to_json(recipe), data.identity(), start.vocabulary
+    starts = device.gather(mine)
+    for rank, (seen, weights, theirs, dataset, vocabulary) in enumerate(starts):
+        first_seen, first_weights, ours, first_dataset, first_vocabulary = starts[0]
         if theirs != ours:
             raise UserError(
                 f"rank {rank} has another recipe than rank 0 ({shown(differences(ours, theirs))}): "
@@ -243,6 +271,8 @@ def refuse_different_starts(start: Start, recipe: Recipe, data: Data, folder: Pa
                 f"rank {rank} has other data than rank 0 ({shown(differences(first_dataset, dataset))}): "
                 "give all ranks the same --data"
             )
+        if vocabulary != first_vocabulary:
+            raise UserError(f"rank {rank} has another vocabulary than rank 0: give all ranks the same --tokenizer file")
         if seen != first_seen or weights != first_weights:
             raise UserError(
                 f"rank {rank} starts at {seen:,} samples and rank 0 at {first_seen:,}"

@@ -28,6 +28,7 @@ from clipkit.cli.options import (
     is_unicode,
     loader_workers,
     print_json,
+    vocabulary,
 )
 from clipkit.errors import UserError
 
@@ -56,6 +57,7 @@ for _command in (download.download, data.build_tfds, data.build_imagenet, data.v
 @click.option("--out", type=Folder, help="Folder of the run. Needed but for --overfit.")
 @device
 @assignments
+@vocabulary
 @click.option("--resume", is_flag=True, help="Go on from the newest checkpoint of the run, if there is one.")
 @click.option("--allow-changes", is_flag=True, help="Let stages that haven't begun differ when resuming.")
 @click.option(
@@ -168,7 +170,7 @@ def check_health(
     """`train --overfit`: print whether the samples were learned by heart, and exit with 1 where they weren't."""
     from clipkit.train.watch.overfit import overfit
 
-    reading = {name: options.pop(name) for name in ("split", "cache", "cache_gb")}
+    reading = {name: options.pop(name) for name in ("split", "cache", "cache_gb", "vocabulary")}
     for name in (name for name, value in options.items() if value and name != "workers"):
         raise UserError(f"--overfit is a check that starts from scratch: leave out --{name.replace('_', '-')}")
     found = overfit(recipe, data, samples, device_name=device, **reading)
@@ -191,6 +193,7 @@ def as_train_says(message: str) -> str:
 @click.option("--image-size", type=Count, help="Side of the input in pixels. [default: 112, or the recipe's]")
 @click.option("--recipe", "recipe_name", metavar="NAME", help="Take sizes, augmentation and text reduction from it.")
 @assignments
+@vocabulary
 @data_split
 @cache_folder
 @cache_gigabytes

@@ -130,4 +130,7 @@ device = click.option("--device", default="auto", metavar="auto|cpu|gpu|tpu", he
 cache_folder = click.option("--cache", type=Folder, help="Folder in which to keep data that comes over the network.")
 data_split = click.option("--split", default="train", help="Split of each --data that has several; all: all of them.")
 cache_gigabytes = click.option("--cache-gb", type=Positive, default=10.0, help="Its largest size.")
+vocabulary = click.option(
+    "--tokenizer", "vocabulary", type=AnyPath, help="Vocabulary file of the model's tokenizer, where it isn't clip-bpe."
+)
 as_json = click.option("--json", "as_json", is_flag=True, help="Print the summary as one line of JSON.")

@@ -17,6 +17,7 @@ TextPooling = Literal["end", "last"]
 Position = Literal["learnable", "sincos", "sincos_jax"]
 Stem = Literal["patch", "conv"]
 Projection = Literal["linear", "bias", "none"]
+TokenizerName = Literal["clip-bpe", "wordpiece", "sentencepiece"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +67,9 @@ class TextConfig:
     context_length: int = 77
     """The most text tokens, start and end included, that the position embedding has room for."""
     vocab_size: int = 49408
+    """At least the ids of the tokenizer's vocabulary. CLIPA-v2's models have more than the 30,522 of BERT's."""
+    tokenizer: TokenizerName = "clip-bpe"
+    """`clip-bpe` is CLIP's; `wordpiece` BERT's, as in CLIPA-v2; `sentencepiece` SigLIP's (`clipkit.text`)."""
     width: int = 512
     depth: int = 12
     heads: int = 8
@@ -164,8 +168,8 @@ def vit_b16_siglip(act: Activation = "gelu_tanh") -> ModelConfig:
         pooling="attention", class_token=False, pre_norm=False, act=act, norm_eps=1e-6, projection="none"
     )
     text = TextConfig(
-        context_length=64, vocab_size=32_000, width=768, heads=12, causal=False, pooling="last", act=act, norm_eps=1e-6,
-        projection="bias",
+        context_length=64, vocab_size=32_000, tokenizer="sentencepiece", width=768, heads=12, causal=False,
+        pooling="last", act=act, norm_eps=1e-6, projection="bias",
     )  # fmt: skip
     return ModelConfig(embed_dim=768, image=image, text=text, logit_scale_init=10.0, logit_bias_init=-10.0)
 
@@ -181,6 +185,12 @@ def _clipa_v2(config: ModelConfig) -> ModelConfig:
         config.image, pooling="average", pre_norm=False, patch_bias=False, position="sincos_jax", norm_eps=1e-6
     )
     text = dataclasses.replace(
-        config.text, context_length=32, vocab_size=32_000, causal=False, pooling="last", norm_eps=1e-6
+        config.text,
+        context_length=32,
+        vocab_size=32_000,
+        tokenizer="wordpiece",
+        causal=False,
+        pooling="last",
+        norm_eps=1e-6,
     )
     return dataclasses.replace(config, image=image, text=text)

@@ -4,7 +4,7 @@ Counted from the model's own matrices, built without memory for its weights, and
 Image towers other than vision transformers are counted by PyTorch's counter.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -47,8 +47,9 @@ def sample_cost(config: ModelConfig, image_keep: int | None = None) -> SampleCos
     forward += 2.0 * (matrix_weights(clip.image_projection) + matrix_weights(clip.text_projection))
     for tokens, blocks, width in towers:
         forward += 2.0 * matrix_weights(blocks) * tokens + 4.0 * tokens**2 * width * len(blocks)
-    if config.image.pooling == "attention":  # one query to all patches
-        pool, seen = trunk.attn_pool, image_tokens - clip.image.prefix
+    if config.image.pooling == "attention" and not isinstance(clip.image, TimmTower):  # one query to all patches
+        pool: Any = trunk.attn_pool
+        seen = image_tokens - clip.image.prefix
         forward += 2.0 * (seen * matrix_weights(pool.kv) + sum(map(matrix_weights, (pool.q, pool.proj, pool.mlp))))
         forward += 4.0 * seen * clip.image.width
     return SampleCost(image_tokens, text_tokens, 3 * forward)

@@ -89,6 +89,8 @@ class WordTokenizer(ABC):
     end: int | None
     """The id after them, kept when the caption is cut."""
     pad: int = 0
+    vocabulary: bytes | None = None
+    """The file that the user gave, which goes into every checkpoint."""
 
     @staticmethod
     @abstractmethod
@@ -102,6 +104,11 @@ class WordTokenizer(ABC):
     @abstractmethod
     def spell(self, ids: Sequence[int]) -> str:
         """The word that these ids stand for."""
+
+    @property
+    def specials(self) -> int:
+        """How many ids a caption has beside its own: start and end."""
+        return (self.start is not None) + (self.end is not None)
 
     @cached_property
     def pieces(self) -> list[str]:
@@ -139,7 +146,10 @@ class WordTokenizer(ABC):
 
     def __call__(self, texts: str | Sequence[str], context_length: int = 77) -> npt.NDArray[np.int32]:
         """int32[B, context_length]: start, ids, end, then padding. A caption too long loses its tail, never its end."""
-        encoded = self.encode([texts] if isinstance(texts, str) else texts)
+        return self.rows(self.encode([texts] if isinstance(texts, str) else texts), context_length)
+
+    def rows(self, encoded: Sequence[list[int]], context_length: int) -> npt.NDArray[np.int32]:
+        """The same for captions that went through `encode` already."""
         start = [] if self.start is None else [self.start]
         end = [] if self.end is None else [self.end]
         ids_BT = np.full((len(encoded), context_length), self.pad, np.int32)

@@ -30,8 +30,7 @@ class WordPiece(WordTokenizer):
     clean = staticmethod(tidy)
 
     def __init__(self, vocabulary_path: Path, end: int | None = None) -> None:
-        self.path = vocabulary_path
-        vocabulary = read_vocabulary(vocabulary_path)
+        self.vocabulary, vocabulary = read_vocabulary(vocabulary_path)
         self.vocab_size = len(vocabulary)
         self.start, self.end = vocabulary[START], end
         self.separator = vocabulary[END]
@@ -70,10 +69,11 @@ class WordPiece(WordTokenizer):
         return "".join(self.pieces[token].removeprefix("##") for token in ids)
 
 
-def read_vocabulary(path: Path) -> dict[str, int]:
-    """Each token's id: the number of its line, from 0. UserError for a file that can't be BERT's vocabulary."""
+def read_vocabulary(path: Path) -> tuple[bytes, dict[str, int]]:
+    """The file, and each token's id: the number of its line, from 0. UserError where it can't be BERT's vocabulary."""
     try:
-        lines = path.read_bytes().decode("utf-8").replace("\r\n", "\n").removesuffix("\n").split("\n")
+        content = path.read_bytes()
+        lines = content.decode("utf-8").replace("\r\n", "\n").removesuffix("\n").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"can't read the vocabulary {path} ({one_line(error)}): give BERT's vocab.txt") from error
     vocabulary = {token: index for index, token in enumerate(lines)}
@@ -85,4 +85,4 @@ def read_vocabulary(path: Path) -> dict[str, int]:
     if len(vocabulary) < len(lines):
         twice = next(token for index, token in enumerate(lines) if vocabulary[token] != index)
         raise UserError(f"the vocabulary {path} has {twice!r} on two lines: leave the token on one of them")
-    return vocabulary
+    return content, vocabulary

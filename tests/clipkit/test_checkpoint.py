@@ -114,8 +114,8 @@ def test_a_checkpoint_of_a_newer_format_is_refused(tmp_path):
 
 
 def test_another_tokenizer_is_refused(tmp_path):
-    path = saved(tmp_path, config=CONFIG | {"tokenizer": "wordpiece"})
-    with pytest.raises(UserError, match="needs the tokenizer 'wordpiece'"):
+    path = saved(tmp_path, config=CONFIG | {"tokenizer": "newer"})
+    with pytest.raises(UserError, match="needs the tokenizer 'newer'"):
         checkpoint.load(path)
 
 

@@ -22,7 +22,7 @@ def _core(*names: str) -> tuple[str, ...]:
 
 
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
-    "clipkit": _core("cli", "formats", "jobs", "model", "pixels", "storage"),
+    "clipkit": _core("cli", "formats", "jobs", "model", "pixels", "storage", "text"),
     "clipkit/cli": (
         *_core("jobs", "storage"),
         *("eval", "tfrecord_tools", "train", "train/bench", "train/watch"),
@@ -86,8 +86,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     ),
     "train/sources": (*_core("formats", "jobs", "pixels", "storage"), "eval", "train"),
     "train/loader": (*_core("pixels", "text"), "train", "train/sources"),
-    "train/watch": (*_core("model", "pixels", "storage"), "train", "train/loader", "train/sources"),
-    "train/bench": (*_core("jobs", "model", "pixels"), "train", "train/loader", "train/sources"),
+    "train/watch": (*_core("model", "pixels", "storage", "text"), "train", "train/loader", "train/sources"),
+    "train/bench": (*_core("jobs", "model", "pixels", "text"), "train", "train/loader", "train/sources"),
     "eval": _core("formats", "model", "page", "pixels", "storage", "text"),
 }
 

@@ -18,13 +18,15 @@ from clipkit.device import Device, pick
 from clipkit.errors import UserError
 from clipkit.jobs.worker import cores
 from clipkit.pixels.images import decode
+from clipkit.text.tokenizer import WordTokenizer
+from clipkit.text.vocabulary import open_tokenizer
 from clipkit.train.bench.findings import COMPACT_QUALITY, PUBLISHED, Compact, Findings, Need, Reading
 from clipkit.train.loader.augment import Augmentation, cut, geometry_draws
 from clipkit.train.loader.crop import COMPILED, shrink
 from clipkit.train.loader.loader import batches
 from clipkit.train.loader.samples import LoaderConfig
 from clipkit.train.optimizer import make_optimizer
-from clipkit.train.recipes import Recipe, Stage, loader_config, model_at
+from clipkit.train.recipes import Recipe, Stage, loader_config, model_at, takes_precomputed
 from clipkit.train.sources.open import CACHE_GB, open_source
 from clipkit.train.sources.source import Pair, Source
 from clipkit.train.step import train_step
@@ -48,6 +50,7 @@ def bench_data(
     cache: Path | None = None,
     cache_gb: float = CACHE_GB,
     split: str = "train",
+    vocabulary: Path | None = None,
 ) -> Findings:
     """Measure the loader on `data` for so many seconds; `data`, `split`, `cache` and `cache_gb` are as in
     `open_source`.
@@ -62,12 +65,13 @@ def bench_data(
     else:
         stage = replace(recipe.stages[0], image_size=image_size or recipe.stages[0].image_size)
         config = replace(loader_config(recipe, stage), batch_size=BATCH)
+    tokenizer = open_tokenizer(recipe.model.text.tokenizer if recipe else "clip-bpe", vocabulary)
     opened = open_source(data, cache=cache, cache_gb=cache_gb, block_size=config.block_size, split=split)
-    source = opened.source(precomputed=config.text_reduction == "syntax")
+    source = opened.source(precomputed=bool(recipe and stage and takes_precomputed(recipe, stage)))
     device = pick(device_name)
     if workers is None:  # what a run would have; without a GPU the question is what the machine could feed
         workers = cores() if device.kind == "cpu" else device.loader_workers()
-    samples, elapsed, phases = run_loader(source, config, workers, seconds, device)
+    samples, elapsed, phases = run_loader(source, config, tokenizer, workers, seconds, device)
     worked = sum(value for phase, value in phases.items() if not (workers and phase in ("assemble", "transfer")))
     reading, pairs = measure_reading(source, config, first=samples + BATCH)
     if need is not None:
@@ -90,6 +94,7 @@ def bench_data(
         reading=reading,
         compact=try_compact(pairs, config.image_size, config.augmentation),
         needs=needs,
+        tokenizer=tokenizer.name,
         compiled=COMPILED,
     )
 
@@ -104,7 +109,7 @@ def plain_config(image_size: int) -> LoaderConfig:
 
 
 def run_loader(
-    source: Source, config: LoaderConfig, workers: int, seconds: float, device: Device
+    source: Source, config: LoaderConfig, tokenizer: WordTokenizer, workers: int, seconds: float, device: Device
 ) -> tuple[int, float, dict[str, float]]:
     """Samples, wall seconds, and processor seconds by phase, of the loader after a warm-up.
 
@@ -112,7 +117,7 @@ def run_loader(
     """
     phases: dict[str, float] = {}
     samples, transfer = 0, 0.0
-    loader = batches(source, config, workers=workers)
+    loader = batches(source, config, workers=workers, tokenizer=tokenizer)
     with contextlib.closing(loader):
         next(loader)
         warm = time.monotonic() + min(WARM_SECONDS, seconds)

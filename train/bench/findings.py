@@ -78,6 +78,8 @@ class Findings:
     reading: Reading
     compact: Compact | None
     needs: tuple[Need, ...]
+    tokenizer: str = "clip-bpe"
+    """Only this one's ids can be stored in a dataset."""
     compiled: bool = True
     """Whether the decoder of JPEGs was compiled when clipkit was installed."""
 
@@ -148,7 +150,8 @@ def advice(found: Findings) -> list[str]:
         )
     text = found.phases_us.get("text", 0.0) / total
     # Training reads stored columns for the syntax way only.
-    if text > MUCH_TEXT and found.text_reduction == "syntax" and not found.reading.precomputed:
+    storable = found.text_reduction == "syntax" and found.tokenizer == "clip-bpe"
+    if text > MUCH_TEXT and storable and not found.reading.precomputed:
         lines.append(f"Text takes {text:.0%}: store it once with clipkit build-tfds … --precompute tokens,syntax.")
     read = found.phases_us.get("read", 0.0) / total
     if read > MUCH_READING:

@@ -22,7 +22,7 @@ from clipkit.counter_rng import UInt64Array, sample_keys
 from clipkit.errors import UserError
 from clipkit.log import warn_on_stderr
 from clipkit.pixels.images import UInt8Array
-from clipkit.text.tokenizer import Tokenizer
+from clipkit.text.tokenizer import Tokenizer, WordTokenizer
 from clipkit.text.tokens import image_keep_indices, reduce_text
 from clipkit.train.loader.samples import Chunk, ChunkResult, LoaderConfig, Sample, SampleMaker
 from clipkit.train.loader.workers import Buffers, Pool, ProcessWorker
@@ -50,7 +50,7 @@ class Batch:
 
     image_BHWC: UInt8Array
     ids_BT: np.ndarray
-    """int32, start and end included, zero padded."""
+    """int32, start and end included, padded."""
     keep_BK: Int64Array | None
     """Patches that stay, ascending; None when all do."""
     caption_B: Int64Array
@@ -69,7 +69,7 @@ class Batch:
 
     @property
     def length_B(self) -> Int64Array:
-        """Text tokens of each sample up to its end token, which has the largest id."""
+        """Text tokens of each sample up to CLIP's end token, which has the largest id."""
         return self.ids_BT.argmax(axis=1) + 1
 
     def arrays(self) -> dict[str, np.ndarray]:
@@ -94,6 +94,7 @@ def batches(
     keys: bool = False,
     warn: Callable[[str], None] | None = None,
     bad_reasons: dict[str, str] | None = None,
+    tokenizer: WordTokenizer | None = None,
 ) -> Generator[Batch, None, None]:
     """Batches from `start` samples seen up to `stop` (for ever when None): this rank's contiguous share of each.
 
@@ -101,7 +102,8 @@ def batches(
     asked for; else so many make up to `prefetch` batches ahead, as threads, or as `processes` (chosen by their number
     when None). `keys` fills `Batch.keys`. `warn` gets one line for each broken record, dead or stalled worker (default:
     stderr). `bad_reasons` are the broken records that were reported before, with the reasons, and gets those that are
-    reported now. Closing the generator ends all workers.
+    reported now. `tokenizer` is CLIP's when None; token ids that a source holds must be its own. Closing the generator
+    ends all workers.
 
     Raises UserError at once for invalid settings, and later when a shard is gone or when more than `max_bad` of the
     records are broken.
@@ -118,6 +120,7 @@ def batches(
         keys,
         warn or warn_on_stderr,
         {} if bad_reasons is None else bad_reasons,
+        tokenizer or Tokenizer(),
     )
     return loader.run(start, stop, rank, world)
 
@@ -147,6 +150,7 @@ class Loader:
     keys: bool
     warn: Callable[[str], None]
     bad_reasons: dict[str, str]
+    tokenizer: WordTokenizer
     seen: int = 0
     bad: int = 0
 
@@ -174,10 +178,11 @@ class Loader:
 
     def make_workers(self) -> list[SampleMaker] | list[ProcessWorker]:
         """The workers of the pool; one even where nothing is made ahead."""
+        made = self.source, self.config, self.tokenizer
         if self.buffers is not None:
-            return [ProcessWorker(self.source, self.config, self.buffers, self.warn) for _ in range(self.workers)]
-        tokenizer, decoded = Tokenizer(), dict[int, Sample]()
-        return [SampleMaker(self.source, self.config, tokenizer, decoded) for _ in range(max(1, self.workers))]
+            return [ProcessWorker(*made, self.buffers, self.warn) for _ in range(self.workers)]
+        decoded = dict[int, Sample]()
+        return [SampleMaker(*made, decoded) for _ in range(max(1, self.workers))]
 
     def order(self, start: int, stop: int | None, rank: int, share: int) -> Iterator[tuple[UInt64Array, Int64Array]]:
         """Positions and records of this rank's share of each batch."""
@@ -226,7 +231,16 @@ class Loader:
                 seconds[phase] = seconds.get(phase, 0.0) + value
         return Batch(
             self.pixels(pending),
-            reduce_text(self.config.text_reduction, ids, self.config.context_length, keys_B, priorities),
+            reduce_text(
+                self.config.text_reduction,
+                ids,
+                self.config.context_length,
+                keys_B,
+                priorities,
+                start=self.tokenizer.start,
+                end=self.tokenizer.end,
+                pad_id=self.tokenizer.pad,
+            ),
             keep_indices(self.config, keys_B),
             np.concatenate([part.caption_B for part in results]),
             pending.positions_B,

@@ -16,7 +16,7 @@ import numpy as np
 from clipkit.counter_rng import UInt64Array, sample_keys, uniform
 from clipkit.errors import UserError
 from clipkit.pixels.images import ImageError, UInt8Array
-from clipkit.text.tokenizer import Tokenizer, clean
+from clipkit.text.tokenizer import WordTokenizer
 from clipkit.train.loader.augment import Augmentation, cut, geometry_draws, recolour, warpable
 from clipkit.train.order import Int64Array
 from clipkit.train.sources.source import Pair, Source
@@ -118,11 +118,11 @@ class SampleMaker:
         self,
         source: Source,
         config: LoaderConfig,
-        tokenizer: Tokenizer | None = None,
+        tokenizer: WordTokenizer,
         decoded: dict[int, Sample] | None = None,
     ) -> None:
         self.source, self.config = source, config
-        self.tokenizer = tokenizer or Tokenizer()
+        self.tokenizer = tokenizer
         self.decoded = decoded if config.augmentation.is_affine else None
         self.tag: Priorities | None = None
         if config.text_reduction == "syntax":
@@ -159,7 +159,7 @@ class SampleMaker:
         clock.lap("colour")
         ids = self.ids(texts)
         priorities = self.priorities(texts, ids)
-        caption_B = np.array([caption_hash(text.caption) for text in texts], np.int64)
+        caption_B = np.array([caption_hash(text.caption.lower()) for text in texts], np.int64)
         wordless = [row for row, text in enumerate(texts) if not any(map(str.isalnum, text.caption))]
         clock.lap("text")
         return ChunkResult(used_B, ids, priorities, caption_B, bad, clock.seconds, wordless)
@@ -209,12 +209,25 @@ class SampleMaker:
         """What the records hold, read or kept decoded."""
         decoded = self.decoded
         if decoded is None:
-            yield from map(to_sample, self.source.pairs(records))
+            yield from (self.to_sample(pair) for pair in self.source.pairs(records))
             return
         found = {record: decoded[record] for record in records if record in decoded}
         pairs = self.source.pairs([record for record in records if record not in found])
         for record in records:
-            yield found[record] if record in found else self.keep_decoded(record, to_sample(next(pairs)))
+            yield found[record] if record in found else self.keep_decoded(record, self.to_sample(next(pairs)))
+
+    def to_sample(self, pair: Pair | UserError) -> Sample | UserError:
+        """A pair with its caption cleaned, or why it can't be used."""
+        if isinstance(pair, UserError):
+            return pair
+        if isinstance(pair.caption, str):
+            caption = self.tokenizer.clean(pair.caption)
+            text = Text(caption, pair.ids, pair.priorities)
+        else:
+            captions = tuple(filter(None, map(self.tokenizer.clean, pair.caption)))
+            caption = captions[0] if captions else ""
+            text = Text(caption, captions=captions)
+        return Sample(pair.image, text) if caption else ImageError("the caption is empty")
 
     def keep_decoded(self, record: int, sample: Sample | UserError) -> Sample | UserError:
         """The sample, its image decoded and kept where all of the dataset's would fit."""
@@ -252,20 +265,6 @@ def take_group(coming: Iterator[tuple[int, Sample | UserError]]) -> list[tuple[i
         if size >= READ_TOGETHER_BYTES:
             break
     return group
-
-
-def to_sample(pair: Pair | UserError) -> Sample | UserError:
-    """A pair with its caption cleaned, or why it can't be used."""
-    if isinstance(pair, UserError):
-        return pair
-    if isinstance(pair.caption, str):
-        caption = clean(pair.caption)
-        text = Text(caption, pair.ids, pair.priorities)
-    else:
-        captions = tuple(filter(None, map(clean, pair.caption)))
-        caption = captions[0] if captions else ""
-        text = Text(caption, captions=captions)
-    return Sample(pair.image, text) if caption else ImageError("the caption is empty")
 
 
 def draw_caption(text: Text, key: np.uint64) -> Text:

@@ -26,6 +26,7 @@ import numpy as np
 
 from clipkit.errors import UserError
 from clipkit.pixels.images import UInt8Array
+from clipkit.text.tokenizer import WordTokenizer
 from clipkit.train.loader.samples import Chunk, ChunkResult, LoaderConfig, SampleMaker
 from clipkit.train.sources.source import Source
 
@@ -78,8 +79,16 @@ def give_back(memory: mmap.mmap, start: int, stop: int) -> None:
 class ProcessWorker:
     """Has the work of a SampleMaker done by a process, and starts another where one dies."""
 
-    def __init__(self, source: Source, config: LoaderConfig, buffers: Buffers, warn: Callable[[str], None]) -> None:
-        self.setup = pickle.dumps((source, config, buffers.file, buffers.slots, buffers.shape), protocol=5)
+    def __init__(
+        self,
+        source: Source,
+        config: LoaderConfig,
+        tokenizer: WordTokenizer,
+        buffers: Buffers,
+        warn: Callable[[str], None],
+    ) -> None:
+        setup = source, config, tokenizer, buffers.file, buffers.slots, buffers.shape
+        self.setup = pickle.dumps(setup, protocol=5)
         self.file, self.warn = buffers.file, warn
         self.source = source
         self.lock = threading.Lock()
@@ -220,10 +229,10 @@ def serve() -> None:
     os.dup2(2, 1)  # whatever a library prints must not get among the answers
     try:
         try:
-            source, config, file, slots, shape = receive(orders)
+            source, config, tokenizer, file, slots, shape = receive(orders)
             memory = mmap.mmap(file, max(1, slots * int(np.prod(shape))))
             buffers = [buffer_array(memory, slot, shape) for slot in range(slots)]
-            maker = SampleMaker(source, config)
+            maker = SampleMaker(source, config, tokenizer)
         except EOFError:
             return
         except Exception as error:

@@ -24,6 +24,7 @@ from clipkit.log import warn_on_stderr
 from clipkit.model.clip import CLIP
 from clipkit.pixels.images import UInt8Array, normalise
 from clipkit.storage.files import read_json, write_json
+from clipkit.text.tokenizer import WordTokenizer
 from clipkit.train.loader.loader import Batch, batches
 from clipkit.train.recipes import Recipe, Stage, loader_config
 from clipkit.train.run import EVALUATION_ERRORS, Run
@@ -210,7 +211,7 @@ def diagnose(
         }
         try:
             source = run.data.source()
-            shown = first_samples(source, run.recipe, stage, bad.before)
+            shown = first_samples(source, run.tokenizer, run.recipe, stage, bad.before)
             report |= describe_batch(source, run.recipe, stage, bad.before, shown)
             report["features"] = describe_features(model, run.recipe, run.device, shown)
             Image.fromarray(contact_sheet(shown.image_BHWC)).save(path.with_suffix(".png"))
@@ -221,10 +222,11 @@ def diagnose(
     return path
 
 
-def first_samples(source: Source, recipe: Recipe, stage: Stage, before: int) -> Batch:
+def first_samples(source: Source, tokenizer: WordTokenizer, recipe: Recipe, stage: Stage, before: int) -> Batch:
     """The first samples of the step at `before`, made again: each follows from its position."""
     config = replace(loader_config(recipe, stage), batch_size=min(SHOWN, stage.batch_size), max_bad=1.0)
-    return next(batches(source, config, before, before + config.batch_size, workers=0, warn=lambda line: None))
+    stop = before + config.batch_size
+    return next(batches(source, config, before, stop, workers=0, warn=lambda line: None, tokenizer=tokenizer))
 
 
 def describe_batch(source: Source, recipe: Recipe, stage: Stage, before: int, shown: Batch) -> dict[str, Any]:

@@ -13,9 +13,10 @@ from typing import Any
 from clipkit.device import pick
 from clipkit.log import Progress
 from clipkit.model.clip import build
+from clipkit.text.vocabulary import open_tokenizer
 from clipkit.train.loader.loader import batches
 from clipkit.train.optimizer import learning_rate_at, make_optimizer
-from clipkit.train.recipes import Recipe, check_recipe, loader_config, model_at
+from clipkit.train.recipes import Recipe, check_recipe, check_tokenizer, loader_config, model_at
 from clipkit.train.sources.open import CACHE_GB, open_source
 from clipkit.train.step import train_step
 from clipkit.train.watch.metrics import batch_accuracy
@@ -81,6 +82,7 @@ def overfit(
     cache: Path | None = None,
     cache_gb: float = CACHE_GB,
     split: str = "train",
+    vocabulary: Path | None = None,
 ) -> Overfit:
     """Train as in the recipe's first stage on the first `samples` that a run would see, cropped and shortened once and
     for all, until they are learned or STEPS are taken. Nothing is written. The rest is as for `train`.
@@ -89,6 +91,8 @@ def overfit(
     device = pick(device_name)
     recipe = overfit_recipe(recipe, min(samples, found.num_records) // device.shards * device.shards)
     check_recipe(recipe, found.source(), device)
+    tokenizer = open_tokenizer(recipe.model.text.tokenizer, vocabulary)
+    check_tokenizer(recipe, tokenizer)
     (stage,) = recipe.stages
     model = build(model_at(recipe, stage), seed=recipe.seed)
     model.freeze()
@@ -102,6 +106,7 @@ def overfit(
         rank=device.rank,
         world=device.world,
         workers=0,
+        tokenizer=tokenizer,
     )
     wrapped, arrays = device.wrap(model), next(loader).arrays()
     first_loss = loss = accuracy = math.nan

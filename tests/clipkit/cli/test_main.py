@@ -9,7 +9,8 @@ from clipkit import __version__
 from clipkit.cli.main import main
 
 OPTIONS = {
-    "bench-data": "data --image-size --recipe --set --split --cache --cache-gb --workers --seconds --need --json",
+    "bench-data": "data --image-size --recipe --set --tokenizer --split --cache --cache-gb --workers --seconds "
+    "--need --json",
     "build-imagenet": "source out --name --split --labels --classes --subset --max-bad --allow-empty-classes --workers "
     "--engine --json",
     "build-tfds": "shards out --name --image-column --caption-column --captions --quoting --where --dedup --split "
@@ -24,8 +25,8 @@ OPTIONS = {
     "purge": "path --list --by --quoting --dry-run --workers --engine --json",
     "recipes": "name --set --json",
     "report": "run",
-    "train": "--data --recipe --out --device --set --resume --allow-changes --init --from-stage --cooldown --log-to "
-    "--overfit --split --workers --cache --cache-gb --eval-data --eval-label --eval-templates --eval-classes "
+    "train": "--data --recipe --out --device --set --tokenizer --resume --allow-changes --init --from-stage --cooldown "
+    "--log-to --overfit --split --workers --cache --cache-gb --eval-data --eval-label --eval-templates --eval-classes "
     "--eval-split --json",
     "verify": "path --decode --workers --engine --json",
     "zeroshot": "--ckpt --ema --data --templates --label --classes --pooling --split "

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from nasty_captions import varied_captions
 from tokenizers.implementations import BertWordPieceTokenizer
 
@@ -14,6 +16,7 @@ from clipkit.errors import UserError
 from clipkit.text.syntax import NOUN, OTHER, Syntax
 from clipkit.text.tokenizer import tidy
 from clipkit.text.tokens import reduce_text
+from clipkit.text.vocabulary import open_tokenizer
 from clipkit.text.wordpiece import SPECIAL, WordPiece, read_vocabulary
 
 WORDS = (
@@ -86,7 +89,7 @@ def plain_pieces(word: str, vocabulary: dict[str, int]) -> list[int]:
 
 
 def test_ids_equal_berts_rules(tokenizer: WordPiece, vocabulary: Path, captions: list[str]) -> None:
-    tokens, unknown = read_vocabulary(vocabulary), 0
+    (_, tokens), unknown = read_vocabulary(vocabulary), 0
     for caption, ids in zip(captions, tokenizer.encode(captions), strict=True):
         if any(token in caption for token in SPECIAL) or not long_known(caption):
             continue
@@ -106,6 +109,20 @@ def test_ids_equal_the_librarys_bert(tokenizer: WordPiece, vocabulary: Path, cap
         assert ids == [0 if token == separator else token for token in expected], repr(caption)
         seen += separator in expected
     assert seen > 100
+
+
+@given(st.text(st.sampled_from([*CHARACTERS, *" A[]"]) | st.characters(exclude_categories=["Cs"]), max_size=40))
+def test_any_text_has_the_ids_of_the_librarys_bert(tokenizer: WordPiece, vocabulary: Path, text: str) -> None:
+    peer = BertWordPieceTokenizer(str(vocabulary), lowercase=True)
+    separator = peer.token_to_id("[SEP]")
+    expected = peer.encode(tidy(text), add_special_tokens=False).ids
+    assert tokenizer.encode([text]) == [[0 if token == separator else token for token in expected]]
+
+
+def test_the_packages_own_vocabulary_is_that_of_bert() -> None:
+    tokenizer = open_tokenizer("wordpiece")
+    assert tokenizer.vocab_size == 30_522
+    assert tokenizer(["a photo of a cat"], 8).tolist() == [[101, 1037, 6302, 1997, 1037, 4937, 0, 0]]
 
 
 def test_rows_are_clipas(tokenizer: WordPiece) -> None:

@@ -238,7 +238,7 @@ def test_costly_tagging_is_to_be_stored() -> None:
     found = replace(FOUND, text_reduction="syntax", phases_us={"read": 100.0, "image": 700.0, "text": 200.0})
     assert "Text takes 20%" in one(advice(found), "--precompute tokens,syntax.")
     stored = replace(found, reading=replace(FOUND.reading, precomputed=True))
-    for other in (stored, replace(found, text_reduction="truncate")):
+    for other in (stored, replace(found, text_reduction="truncate"), replace(found, tokenizer="wordpiece")):
         assert not [line for line in advice(other) if "precompute" in line]
 
 
