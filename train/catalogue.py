@@ -163,8 +163,8 @@ def clipa_v2(name: str, model: ModelConfig) -> Recipe:
 def siglip_b16() -> Recipe:
     """SigLIP's B/16: 196 image and 64 text tokens, 40 billion samples, the sigmoid loss (Zhai et al., 2023).
 
-    Numbers as in "SigLIP 2" (Tschannen et al., 2025), which says more of them; the crop is OpenCLIP's. Weight decay
-    is 1e-4 of a weight a step at the peak there, here a multiple of the learning rate.
+    Batch, warm-up and length as in "SigLIP 2" (Tschannen et al., 2025), which says more of them; the crop is OpenCLIP's.
+    Weight decay is 1e-4 of a weight a step at the peak there, here a multiple of the learning rate.
     """
     batch = 32_768
     recipe = clip("siglip-b16", vit_b16_siglip(), batch)
@@ -316,7 +316,7 @@ PUBLISHED = {
     "clipa-l14-datacomp": "80.3% ImageNet zero-shot in 4,520 A100-hours",
     "clipa-h14-laion2b": "79.1% ImageNet zero-shot in 8,640 A100-hours",
     "clipa-h14-datacomp": "81.8% ImageNet zero-shot in 8,640 A100-hours",
-    "siglip-b16": "76.2% ImageNet zero-shot, trained on WebLI, which isn't public",
+    "siglip-b16": "76.0% ImageNet zero-shot (by OpenCLIP, of the weights trained on WebLI, which isn't public)",
     "clip-b32": "62.9% ImageNet zero-shot (OpenCLIP) in 4,600 A100-hours",
     "clip-b16": "67.1% ImageNet zero-shot (OpenCLIP) in 10,700 A100-hours",
 }
