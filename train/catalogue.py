@@ -163,8 +163,8 @@ def clipa_v2(name: str, model: ModelConfig) -> Recipe:
 def siglip_b16() -> Recipe:
     """SigLIP's B/16: 196 image and 64 text tokens, 40 billion samples, the sigmoid loss (Zhai et al., 2023).
 
-    Batch, warm-up and length as in "SigLIP 2" (Tschannen et al., 2025), which says more of them; the crop is OpenCLIP's.
-    Weight decay is 1e-4 of a weight a step at the peak there, here a multiple of the learning rate.
+    Batch, warm-up and length as in "SigLIP 2" (Tschannen et al., 2025), which says more of them; the crop is
+    OpenCLIP's. Weight decay is 1e-4 of a weight a step at the peak there, here a multiple of the learning rate.
     """
     batch = 32_768
     recipe = clip("siglip-b16", vit_b16_siglip(), batch)

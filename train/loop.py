@@ -266,7 +266,7 @@ def run_stage(
                 }
                 note = describe_captions(run, metrics)
                 run.writer.write({"samples_seen": run.samples_seen, "stage": stage.name, **metrics})
-                waits = watch.note(workers, device.loader_workers(), stage.text_reduction == "syntax")
+                waits = watch.note(workers, device.loader_workers(), takes_precomputed(recipe, stage))
                 progress.update(run.samples_seen - stage_start, f"loss {loss:.3f} · {waits}{note}")
                 if stuck.look(loss, len(readings), run.samples_seen - stage_start):
                     meet_stuck_loss(run, stage, model, window, readings, stuck)

@@ -71,7 +71,7 @@ def what_helps(
 
     `busy` is the share of their time in which the workers computed, `phases` their processor seconds by phase, and
     `enough` the number of workers beyond which there is no core for another. `tagged` says that captions' words are
-    tagged, for the syntax way of reducing them.
+    tagged, for the syntax way of reducing them, and that a dataset can hold the outcome.
     """
     if share <= MUCH_WAITING:
         return ""
