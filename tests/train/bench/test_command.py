@@ -17,6 +17,7 @@ from small_dataset import write_pairs
 from clipkit.cli.main import main
 from clipkit.device import pick
 from clipkit.errors import UserError
+from clipkit.text.tokenizer import Tokenizer
 from clipkit.train.bench import command as module
 from clipkit.train.bench.command import compact_side, measure_reading, plain_config, step_need, try_compact
 from clipkit.train.bench.findings import PUBLISHED, Compact, Findings, Need, Reading, advice
@@ -111,7 +112,7 @@ def test_mixtures_and_changed_recipes_are_measured(pairs_dataset: Path, tmp_path
 @pytest.mark.parametrize("workers", [0, 1])
 def test_phases_add_up_to_the_processors_time(workers: int) -> None:
     began, computed = time.monotonic(), time.process_time()
-    samples, elapsed, phases = module.run_loader(Photos(), plain_config(112), workers, 0.5, pick("cpu"))
+    samples, elapsed, phases = module.run_loader(Photos(), plain_config(112), Tokenizer(), workers, 0.5, pick("cpu"))
     whole = time.process_time() - computed
     assert samples % module.BATCH == 0
     assert 0.5 <= elapsed < time.monotonic() - began
@@ -131,7 +132,7 @@ def test_a_device_adds_the_phase_of_the_transfer(monkeypatch: pytest.MonkeyPatch
             sum(range(1_000_000))
 
     far: Any = Far()
-    samples, _, phases = module.run_loader(Photos(), plain_config(16), 1, 0.2, far)
+    samples, _, phases = module.run_loader(Photos(), plain_config(16), Tokenizer(), 1, 0.2, far)
     assert sum(brought) == samples
     assert phases["transfer"] > 0.001 * len(brought)
 
