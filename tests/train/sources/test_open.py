@@ -243,7 +243,7 @@ def test_what_can_not_be_trained_on_is_one_line(message: str, tmp_path: Path, wr
 # ---- Training ----------------------------------------------------------------------------------------------------
 
 
-def test_a_run_goes_on_with_the_same_data_and_weights_alone(written: dict[str, Path]) -> None:
+def test_a_run_goes_on_with_the_same_data_and_weights_alone(written: dict[str, Path], tmp_path: Path) -> None:
     from clipkit.config import to_json
     from clipkit.train.catalogue import debug
     from clipkit.train.start import changes_on_resume
@@ -251,7 +251,8 @@ def test_a_run_goes_on_with_the_same_data_and_weights_alone(written: dict[str, P
     tar, other = str(written["tars"]), str(written["folder"])
     identity = open_source([f"{tar}=0.75", f"{other}=0.25"]).identity()
     state = {"dataset": json.loads(json.dumps(identity))}
-    start: Any = SimpleNamespace(path=Path("run"), samples_seen=64, config={"recipe": to_json(debug())}, state=state)
+    (tmp_path / "config.json").write_text(json.dumps({"recipe": to_json(debug())}))
+    start: Any = SimpleNamespace(path=tmp_path, samples_seen=64, state=state)
     same = open_source([f"{tar}=3", f"{other}=1"])  # the same weights, written otherwise
     assert changes_on_resume(start, debug(), same, False) == []
     for data in ([f"{tar}=0.5", f"{other}=0.5"], [tar], [f"{other}=0.75", f"{tar}=0.25"]):
