@@ -188,8 +188,9 @@ def damage(folder: Path) -> str | None:
             values = read_json(folder / name)
             if not isinstance(values, dict) or key not in values:
                 raise UserError(f"{folder / name} has no {key}")
-        averages = ["ema.safetensors"] if keeps_ema(read_json(folder / "config.json")) else []
-        if read_json(folder / "config.json").get("vocabulary"):
+        config = read_json(folder / "config.json")
+        averages = ["ema.safetensors"] if keeps_ema(config) else []
+        if config.get("vocabulary"):
             require_file(folder / VOCABULARY, "checkpoint file")
         for name in ("model.safetensors", "optimizer.safetensors", *averages):
             with safe_open(require_file(folder / name, "checkpoint file"), "pt"):

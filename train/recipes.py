@@ -16,6 +16,7 @@ from clipkit.formatting import size_text
 from clipkit.model.clip import CLIP
 from clipkit.model.config import ImageConfig, ModelConfig, Position, TextConfig
 from clipkit.model.flops import SampleCost, sample_cost
+from clipkit.model.image_tower import make_image_tower
 from clipkit.model.timm_tower import TimmTower
 from clipkit.pixels.images import CLIP_MEAN, CLIP_STD, Interpolation, Preprocess, ResizeMode
 from clipkit.text.tokenizer import WordTokenizer
@@ -321,8 +322,11 @@ def check_memory(recipe: Recipe, stage: Stage, world: int) -> None:
 
 def check_sizes(recipe: Recipe, stage: Stage) -> None:
     """Raise UserError where a tower that isn't a vision transformer has other weights at this stage's image size."""
+    first = recipe.stages[0]
+    if stage.image_size == first.image_size:
+        return
     with torch.device("meta"):
-        towers = [CLIP(model_at(recipe, each)).image for each in (recipe.stages[0], stage)]
+        towers = [make_image_tower(model_at(recipe, each).image) for each in (first, stage)]
     if isinstance(towers[0], TimmTower) and shapes(towers[0]) != shapes(towers[1]):
         raise UserError(f"{recipe.model.image.name} has other weights at other sizes: give all stages one image_size")
 
@@ -352,7 +356,7 @@ def stage_cost(recipe: Recipe, stage: Stage) -> SampleCost:
 def patch_grid(recipe: Recipe, stage: Stage) -> tuple[int, int] | None:
     """Rows and columns of patches in a stage; None where the image tower has none.
 
-    Raises UserError for a model that can't be built.
+    Raises UserError for an invalid model.
     """
     # The tower itself knows best; on the meta device it takes no memory.
     with torch.device("meta"):

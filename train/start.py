@@ -60,21 +60,18 @@ def find_start(
     """The run's own newest checkpoint, else the weights of `init`, at the start of `from_stage`, else scratch. `branch`
     goes on from `init` as from an own checkpoint.
 
-    Raises UserError for a run that isn't to be resumed, or that can't be with this recipe, data and tokenizer.
+    Raises UserError for a run without `resume`, and for one that began with another recipe, other data or another
+    tokenizer.
     """
     if allow_changes and not resume:
         raise UserError("--allow-changes is for a run that goes on: add --resume")
     latest = checkpoint.latest(folder)
     if latest is not None and not resume:
         raise UserError(f"{folder} holds a run of {int(latest.name):,} samples: add --resume, or choose another --out")
-    if latest is not None:
-        own = checkpoint.load(latest, with_optimizer=True)
-        changes = changes_on_resume(own, recipe, data, allow_changes)
-        refuse_other_vocabulary(own, tokenizer)
-        return Start(own.samples_seen, own.tensors, own, changes, vocabulary_hash(tokenizer))
-    if branch and init is not None:
-        own = checkpoint.load(init, with_optimizer=True)
-        changes = changes_on_resume(own, recipe, data, allow_changes=True)
+    goes_on_from = latest or (init if branch else None)
+    if goes_on_from is not None:
+        own = checkpoint.load(goes_on_from, with_optimizer=True)
+        changes = changes_on_resume(own, recipe, data, allow_changes or latest is None)
         refuse_other_vocabulary(own, tokenizer)
         return Start(own.samples_seen, own.tensors, own, changes, vocabulary_hash(tokenizer))
     if from_stage is not None and init is None:

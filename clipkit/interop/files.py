@@ -55,7 +55,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         is_unsafe = "weights_only" in str(error)
         reason = "it holds more than tensors" if is_unsafe else f"{type(error).__name__}: {one_line(error)[:200]}"
         raise UserError(
-            f"{path} can't be read as weights ({reason}): "
+            f"{path} isn't a file of weights ({reason}): "
             "save the state dict of its model with safetensors.torch.save_file"
         ) from error
 

@@ -70,7 +70,7 @@ class WordPiece(WordTokenizer):
 
 
 def read_vocabulary(path: Path) -> tuple[bytes, dict[str, int]]:
-    """The file, and each token's id: the number of its line, from 0. UserError where it can't be BERT's vocabulary."""
+    """The file, and each token's id: the number of its line, from 0. UserError where it isn't one of BERT's."""
     try:
         content = path.read_bytes()
         lines = content.decode("utf-8").replace("\r\n", "\n").removesuffix("\n").split("\n")

@@ -10,7 +10,7 @@ import open_clip
 import timm
 import torch
 
-from clipkit.model.clip import build
+from clipkit.model.clip import CLIP, build
 from clipkit.model.config import ImageConfig, ModelConfig, TextConfig, vit_b16_siglip, vit_h14_clipa
 from clipkit.text.tokenizer import EOT, SOT
 
@@ -44,6 +44,18 @@ def captions(count: int, length: int, seed: int = 0) -> torch.Tensor:
     for row, words in zip(ids, [*rng.integers(1, length - 1, count - 1), length - 2], strict=True):
         row[: words + 2] = [SOT, *rng.integers(1, 49000, words), EOT]
     return torch.from_numpy(ids)
+
+
+@torch.no_grad()
+def assert_same_features(ours: CLIP, theirs: torch.nn.Module) -> None:
+    """The same vectors, before they are normalised, from OpenCLIP's model and from ours with its weights."""
+    image, ids = images(2, ours.image.image_size), captions(3, ours.config.text.context_length)
+    for one, other in (
+        (ours.encode_image(image, normalize=False), theirs.encode_image(image)),
+        (ours.encode_text(ids, normalize=False), theirs.encode_text(ids.long())),
+    ):
+        assert other.std() > 0.01
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
 
 
 def openclip_twin(config: ModelConfig, text: Mapping[str, object] | None = None, **vision: object) -> open_clip.CLIP:

@@ -244,9 +244,8 @@ def _check_any(states: Sequence[BuildState], shards: Path, sources: Sequence[Inp
     if most == NO_IMAGE and sources[0].table is not None:
         row = next(iter(read_shard(sources[0]))).columns
         name = row[sources[0].columns.require_file(list(row), shards)]
-        remedy = (
-            f"there is no {sources[0].path.parent / str(name)[:200]}, for one: mend the paths, which start at the table"
-        )
+        missing = sources[0].path.parent / str(name)[:200]
+        remedy = f"for one, {missing} doesn't exist: mend the paths, which start at the table"
     else:
         remedy = _REMEDIES.get(most, "check the download")
     raise UserError(f"no sample of {shards} can be used ({reasons}): {remedy}")

@@ -159,6 +159,7 @@ class SampleMaker:
         clock.lap("colour")
         ids = self.ids(texts)
         priorities = self.priorities(texts, ids)
+        # Not every tokenizer's `clean` takes the case away, but all of their ids are without it.
         caption_B = np.array([caption_hash(text.caption.lower()) for text in texts], np.int64)
         wordless = [row for row, text in enumerate(texts) if not any(map(str.isalnum, text.caption))]
         clock.lap("text")

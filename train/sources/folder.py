@@ -61,7 +61,7 @@ class FolderSource(Reopenable, Source):
                     raise UserError(f"can't read {self.folder / name} ({error}): check the disk") from error
                 if not is_remote(self.folder) and not self.folder.is_dir():
                     raise UserError(f"{self.folder} is gone: put the images back") from error
-                yield ImageError(f"there is no image {self.folder / name[:200]}")
+                yield ImageError(f"the image {self.folder / name[:200]} doesn't exist")
                 continue
             yield Pair(image, captions if len(captions) > 1 else "".join(captions))
 

@@ -154,14 +154,17 @@ class StuckLoss:
         self.chance = math.log(B) - (0.0 if recipe.loss == "info_nce" else (B - 1) * math.log1p(-1 / B))
         self.warmup = stage.warmup_samples
         self.steps = self.lines = 0
+        self.is_told = False
 
     def look(self, loss: float, steps: int, seen: int) -> bool:
-        """Whether the loss is stuck by now: the mean over the last `steps`, at `seen` samples of the stage."""
+        """Whether the loss, the mean over the last `steps`, is stuck at `seen` samples of the stage: true only once."""
         if seen > self.warmup and abs(loss - self.chance) < STUCK_MARGIN * self.chance:
             self.steps, self.lines = self.steps + steps, self.lines + 1
         else:
             self.steps = self.lines = 0
-        return self.steps >= STUCK_STEPS and self.lines >= STUCK_LINES
+        is_stuck = self.steps >= STUCK_STEPS and self.lines >= STUCK_LINES and not self.is_told
+        self.is_told |= is_stuck
+        return is_stuck
 
 
 def meet_stuck_loss(
@@ -178,7 +181,6 @@ def meet_stuck_loss(
         raise UserError(f"{message}, or go on all the same by --resume --set on_stuck_loss=warn")
     if run.device.is_first:
         warn_on_stderr(message)
-    stuck.steps = -(2**62)  # said once a stage
 
 
 # ---- The diagnosis ---------------------------------------------------------------------------------------------------

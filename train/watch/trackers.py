@@ -30,8 +30,8 @@ REMEDIES = {
 
 
 def open_writers(folder: Path, recipe: Recipe, start: Start, log_to: Sequence[Tracker]) -> Writer:
-    """The run's own files and the trackers that were asked for. Raises UserError for a tracker that can't be reached,
-    or whose package isn't installed.
+    """The run's own files and the trackers that were asked for. Raises UserError for a tracker that doesn't answer, or
+    whose package isn't installed.
     """
     ids_path = folder / IDS_FILE
     ids: dict[str, str] = read_json(ids_path) if start.own and ids_path.exists() else {}
@@ -45,8 +45,8 @@ def open_writers(folder: Path, recipe: Recipe, start: Start, log_to: Sequence[Tr
                 tracker = MlflowWriter(folder, settings, ids.get(name))
         except ImportError as error:
             raise UserError(f"--log-to {name} needs a package ({error}): pip install 'clipkit[{name}]'") from error
-        except Exception as error:
-            raise UserError(f"--log-to {name} can't begin ({one_line(error)}): {REMEDIES[name]}") from error
+        except Exception as error:  # both raise errors of many kinds: of networks, logins, their own
+            raise UserError(f"--log-to {name} failed ({one_line(error)}): {REMEDIES[name]}") from error
         ids[name] = tracker.id
         trackers.append(tracker)
     if trackers:
@@ -55,7 +55,9 @@ def open_writers(folder: Path, recipe: Recipe, start: Start, log_to: Sequence[Tr
 
 
 class RunWriter(Writer):
-    """The run's own files first, then the trackers: one that fails is warned of once and left."""
+    """The run's own files first, then the trackers: one that fails, with whatever error, is warned of once and left.
+    Days of training mustn't end because a server did.
+    """
 
     def __init__(self, own: Writer, trackers: list[Writer]) -> None:
         self.own, self.trackers = own, trackers

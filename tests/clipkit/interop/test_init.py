@@ -12,7 +12,7 @@ import pytest
 import timm
 import torch
 from click.testing import CliRunner
-from openclip_twin import TINY, captions, images, openclip_twin
+from openclip_twin import TINY, assert_same_features, images, openclip_twin
 from safetensors.torch import load_file, save_file
 
 from clipkit import checkpoint
@@ -45,17 +45,6 @@ def model_of(weights: Weights, config: ModelConfig) -> CLIP:
     model = build(config, seed=9)
     load_state(model, weights.tensors)
     return model.eval()
-
-
-@torch.no_grad()
-def assert_same_features(ours: CLIP, theirs: torch.nn.Module) -> None:
-    image, ids = images(2, 32), captions(3, 12)
-    for one, other in (
-        (ours.encode_image(image, normalize=False), theirs.encode_image(image)),
-        (ours.encode_text(ids, normalize=False), theirs.encode_text(ids.long())),
-    ):
-        assert other.std() > 0.01
-        torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
 
 
 def write_openclip(theirs: torch.nn.Module, path: Path) -> Path:
@@ -192,7 +181,7 @@ def test_a_pickle_with_more_than_tensors_is_not_executed(tmp_path) -> None:
         archive.writestr("m/data.pkl", b"cos\nsystem\n(Vtouch " + str(tmp_path / "x").encode() + b"\ntR.")
     (tmp_path / "empty.pt").write_bytes(b"")
     for name in ("evil.pt", "more.pt", "script.pt", "empty.pt"):
-        with pytest.raises(UserError, match=rf"{name} can't be read as weights .*: save the state dict") as raised:
+        with pytest.raises(UserError, match=rf"{name} isn't a file of weights .*: save the state dict") as raised:
             weights_from_file(tmp_path / name, TINY, 0)
         assert "\n" not in str(raised.value)
         assert "can still be loaded" not in str(raised.value)  # PyTorch advises to execute the file

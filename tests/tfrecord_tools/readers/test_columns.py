@@ -86,9 +86,9 @@ def test_half_a_surrogate_pair_is_a_question_mark(tmp_path):
         ("metadata.jsonl", b"[1]\n", "line 1 isn't a JSON object"),
         ("metadata.csv", b"", "can't be read as csv (Empty CSV file)"),
         ("metadata.csv", b"file_name,text\n", "(there are none)"),
-        ("metadata.csv", b"file_name,text,key\nimg/0.jpg,a,7\n", "in/img/0.jpg, for one: mend the paths"),
-        ("metadata.csv", b"file_name,text\nalbum.jpg,a\n", "in/album.jpg, for one"),
-        ("metadata.csv", b"file_name,text\n" + b"Q" * 9_000 + b",a\n", f"in/{'Q' * 200}, for one"),
+        ("metadata.csv", b"file_name,text,key\nimg/0.jpg,a,7\n", "in/img/0.jpg doesn't exist: mend the paths"),
+        ("metadata.csv", b"file_name,text\nalbum.jpg,a\n", "in/album.jpg doesn't exist"),
+        ("metadata.csv", b"file_name,text\n" + b"Q" * 9_000 + b",a\n", f"in/{'Q' * 200} doesn't exist"),
         ("metadata.csv", b"file_name,text\n0.jpg,\n", "name another column with --caption-column"),
     ],
 )

@@ -141,5 +141,5 @@ def test_missing_images_and_captions_of_a_folder(written: dict[str, Path], tmp_p
     assert str(found[0]) == "the row names no image"
     assert isinstance(found[1], Pair)
     assert found[1].caption == ""
-    assert "there is no image" in str(found[2])
-    assert str(found[3]) == f"there is no image {place}/{'Q' * 200}"
+    assert str(found[2]) == f"the image {place}/no doesn't exist"
+    assert str(found[3]) == f"the image {place}/{'Q' * 200} doesn't exist"
