@@ -14,6 +14,7 @@ import pyarrow as pa
 import pytest
 import torch
 from colour_pairs import pairs, write_tar
+from ranks import command, run_ranks
 from safetensors.torch import load_file, save_file
 
 from clipkit import checkpoint
@@ -177,16 +178,12 @@ def test_micro_batches_change_nothing_but_memory(unbroken, pairs_dataset, tmp_pa
     assert losses(tmp_path) == pytest.approx(losses(unbroken), abs=2e-5)
 
 
-def train_on_two_ranks(data, run, *options):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "clipkit"]
-    command += ["train", "--data", str(data), "--recipe", "debug", "--out", str(run), "--device", "cpu", *options]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, "--workers", "1"], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-
-
 def test_two_ranks_learn_what_one_learns(unbroken, pairs_dataset, tmp_path):
-    train_on_two_ranks(pairs_dataset, tmp_path)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "clipkit"]
+    options = ["train", "--data", str(pairs_dataset), "--recipe", "debug", "--out", str(tmp_path), "--device", "cpu"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*torchrun, *options, "--workers", "1"], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
     assert losses(tmp_path) == pytest.approx(losses(unbroken), abs=2e-5)
 
 
@@ -206,7 +203,9 @@ def test_stages_of_other_reductions_learn_the_same_on_two_ranks_without_padding(
     train(set_values(debug(), settings), pairs_dataset, tmp_path / "one", device_name="cpu", workers=1)
     assert [length_B is not None for length_B in lengths] == [False] * 2 + [True] * 4
     assert max(length_B.max() for length_B in lengths[2:]) < 20
-    train_on_two_ranks(pairs_dataset, tmp_path / "two", *[f"--set={setting}" for setting in settings])
+    arguments = ["train", "--data", str(pairs_dataset), "--recipe", "debug", "--out", str(tmp_path / "two")]
+    arguments += ["--device", "cpu", "--workers", "1", *(f"--set={setting}" for setting in settings)]
+    run_ranks(command, *arguments)
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=2e-5)
 
 

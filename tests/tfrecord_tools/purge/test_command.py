@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import multiprocessing
 import random
 import shutil
 import signal
@@ -22,6 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from image_shards import picture
 from purge_child import purge_in_a_child
+from ranks import forkserver
 from small_dataset import PAIR_FEATURES, jpg, pair_columns, write_dataset, write_pairs
 from tensorflow_process import with_tensorflow
 
@@ -597,14 +597,14 @@ def test_a_dataset_of_tfds_itself_without_a_manifest(tmp_path):
 # ---------------------------------------------------------------------------------------------------------------------
 
 MOMENTS = 50
-# Imported once, so that a child's time is the purge's own.
-PRELOAD = ["clipkit.tfrecord_tools.purge.command", "clipkit.jobs.local", "rich.progress", "pyarrow.compute", "pandas"]
 
 
 def run_child(data, listed, seconds=None):
-    """Purge in a process of its own, killed after so many seconds; how long it took, or None when it was killed."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
+    """Purge in a process of its own, killed after so many seconds; how long it took, or None when it was killed.
+
+    All is imported before it begins: the time is the purge's own.
+    """
+    context = forkserver()
     pipe, other = context.Pipe(duplex=False)
     process = context.Process(target=purge_in_a_child, args=(data, listed, other))
     process.start()

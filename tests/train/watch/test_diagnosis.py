@@ -2,14 +2,13 @@
 
 import json
 import math
-import os
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
+from broken_ranks import train_with_a_broken_batch
 from PIL import Image
+from ranks import run_ranks
 from safetensors.torch import load_file
 
 from clipkit import checkpoint
@@ -173,45 +172,14 @@ def test_a_diagnosis_that_fails_costs_nothing_else(pairs_dataset, tmp_path, monk
     assert found["steps"]
 
 
-RANKS = """
-import math, os, sys
-from pathlib import Path
-import torch
-from clipkit.config import set_values
-from clipkit.errors import UserError
-from clipkit.train import loop
-from clipkit.train.catalogue import debug
-real, skipped, place = loop.train_step, loop.is_skipped, []
-def is_skipped(run, before):
-    place[:] = [before]
-    return skipped(run, before)
-def step(model, optimizer, batch, recipe, device):
-    if place == [80] and device.rank == 1:
-        batch["image_BHWC"] = batch["image_BHWC"].float() * math.nan
-    return real(model, optimizer, batch, recipe, device)
-loop.is_skipped, loop.train_step = is_skipped, step
-settings = ["cadence.log_samples=48", f"on_bad_loss={sys.argv[3]}"]
-try:
-    loop.train(set_values(debug(), settings), sys.argv[1], Path(sys.argv[2]), device_name="cpu", workers=1)
-except UserError as error:
-    print("stopped:", error)
-"""
-
-
 @pytest.mark.parametrize("policy", ["stop", "skip"])
 def test_all_ranks_meet_what_broke_one(rolled_back, pairs_dataset, tmp_path, policy):
-    script = tmp_path / "ranks.py"
-    script.write_text(RANKS)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    arguments = [str(pairs_dataset), str(tmp_path / "run"), policy]
-    done = subprocess.run([*command, *arguments], capture_output=True, text=True, env=environment, timeout=120)
-    assert done.returncode == 0, done.stderr
+    printed = "".join(run_ranks(train_with_a_broken_batch, pairs_dataset, tmp_path / "run", policy))
     assert (tmp_path / "run" / "diagnosis-000000000096.json").is_file()
     if policy == "stop":
-        assert done.stdout.count("the loss became nan before 96 samples") == 2
+        assert printed.count("the loss became nan before 96 samples") == 2
     else:
-        assert done.stdout == ""
+        assert printed == ""
         ours, theirs = ([line.get("loss") for line in read_metrics(run)] for run in (tmp_path / "run", rolled_back))
         assert ours == pytest.approx(theirs, abs=2e-5)
 

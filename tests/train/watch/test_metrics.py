@@ -2,13 +2,11 @@
 
 import dataclasses
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 from colour_pairs import pairs, write_tar
+from ranks import command, run_ranks
 
 from clipkit import checkpoint
 from clipkit.config import set_values
@@ -134,10 +132,7 @@ def test_micro_batches_log_the_same(data, run, tmp_path):
 
 
 def test_two_ranks_log_what_one_logs_bad_samples_included(data, run, tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "clipkit"]
-    command += ["train", "--data", str(data), "--recipe", "debug", "--out", str(tmp_path), "--device", "cpu"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, "--workers", "1"], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
+    arguments = ["train", "--data", str(data), "--recipe", "debug", "--out", str(tmp_path), "--device", "cpu"]
+    run_ranks(command, *arguments, "--workers", "1")
     assert_same_lines(tmp_path, run)
     assert read_metrics(run)[-1]["bad_samples"] > 3

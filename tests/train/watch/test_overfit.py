@@ -1,12 +1,9 @@
 """The health check: what learns by heart and what can't, on one rank and on two."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 from click.testing import CliRunner
 from colour_pairs import pairs, write_tar
+from ranks import command, run_ranks
 
 from clipkit.cli.main import main
 from clipkit.config import set_values
@@ -56,12 +53,8 @@ def test_json_says_the_same(data, monkeypatch):
 
 
 def test_two_ranks_learn_together(data):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "clipkit"]
-    command += ["train", "--data", str(data), "--recipe", "debug", "--device", "cpu", "--overfit", "32", *WHOLE]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("good: ") == 1
+    arguments = ["train", "--data", str(data), "--recipe", "debug", "--device", "cpu", "--overfit", "32", *WHOLE]
+    assert "".join(run_ranks(command, *arguments)).count("good: ") == 1
 
 
 @pytest.mark.parametrize(
