@@ -32,17 +32,19 @@ FLOORS: tuple[tuple[str, tuple[str, ...]], ...] = (
         tuple(f"tfrecord_tools/{name}" for name in ("web", "account", "writing", "readers")),
     ),
     ("", ("tfrecord_tools/pictures", "tfrecord_tools/tables", "tfrecord_tools")),
-    ("train/ and eval/", ("train/bench", "train", "train/watch", "train/loader", "train/sources", "eval")),
+    ("train/ and eval/", ("train/bench", "train", "train/watch", "train/loader", "train/sources")),
+    ("", ("eval/classification", "eval/report", "eval")),
     (
         "clipkit/: the core, which every stage may use",
         tuple(
-            f"clipkit/{name}" for name in ("interop", "model", "text", "pixels", "page", "jobs", "formats", "storage")
+            f"clipkit/{name}"
+            for name in ("interop", "embedding", "model", "text", "pixels", "page", "jobs", "formats", "storage")
         ),
     ),
     ("", ("clipkit",)),
 )
 COLOURS = ("#1b6ca8", "#b5532a", "#2f7d4f", "#7a4b9d", "#a3831c", "#b03a5b", "#47707a", "#5b5b9a")
-GAPS = (14, 62, 44, 14, 62, 22, 14)  # below each floor, room for its arrows
+GAPS = (14, 62, 44, 14, 44, 62, 22, 14)  # below each floor, room for its arrows
 
 
 def title(room: str) -> str:

@@ -37,9 +37,10 @@ from PIL import Image
 from clipkit import checkpoint
 from clipkit.counter_rng import sample_keys
 from clipkit.device import pick
-from clipkit.eval.labelled import LabelledImages
-from clipkit.eval.task import Pixels, Task, open_task, stack
-from clipkit.eval.zeroshot import classify
+from clipkit.embedding.encoder import Compute, clip_encoder
+from clipkit.embedding.images import ImageSet, Pixels, stack
+from clipkit.eval.classification.labelled import LabelledImages
+from clipkit.eval.classification.task import Classification, classify, open_task
 from clipkit.intervals import wilson
 from clipkit.model.clip import CLIP
 from clipkit.pixels.images import Preprocess, UInt8Array, decode, eval_transform
@@ -156,19 +157,26 @@ def draw(path: Path) -> None:
 # ---- Zero-shot -------------------------------------------------------------------------------------------------------
 
 
-class OtherPixels(Task):
-    """A task whose images become the model's input by `make` (place, encoded image, size), not as in evaluation."""
+class OtherPixels(ImageSet):
+    """Images that become the model's input by `make` (place, encoded image, size), not as in evaluation."""
 
-    def __init__(self, task: Task, make: Make) -> None:
-        super().__init__(task.images, task.classes, task.templates)
+    def __init__(self, images: LabelledImages, make: Make) -> None:
+        super().__init__(images.path, images.keys, images.read)
         self.make = make
 
     def pixels(
         self, preprocess: Preprocess, batch_size: int, also: Callable[[int, bytes], None] | None = None
     ) -> Iterator[Pixels]:
-        made = [(place, self.make(place, data, preprocess.size)) for place, data in enumerate(self.images.read())]
+        made = [(place, self.make(place, data, preprocess.size)) for place, data in enumerate(self.read())]
         for start in range(0, len(made), batch_size):
             yield stack(made[start : start + batch_size])
+
+
+def with_pixels(task: Classification, make: Make) -> Classification:
+    """The same task on images that are made another way."""
+    other = Classification(task.images, task.classes, task.templates)
+    other.pictures = OtherPixels(task.images, make)
+    return other
 
 
 def random_crops(augmentation: Augmentation, seed: int, count: int) -> Make:
@@ -217,20 +225,20 @@ class Evaluation:
     preprocess: Preprocess
     labels_N: NDArray[np.int64]
 
-    def guesses(self, tasks: Sequence[Task]) -> NDArray[np.int64]:
+    def guesses(self, tasks: Sequence[Classification]) -> NDArray[np.int64]:
         """int64[D, N, 5]: the best guesses for each image, for each task."""
-        tokenizer, device = Tokenizer(), pick("cpu")
-        return np.stack([classify(self.model, tokenizer, self.preprocess, task, device).top_NK for task in tasks])
+        encoder, compute = clip_encoder(self.model, Tokenizer(), self.preprocess), Compute(pick("cpu"))
+        return np.stack([classify(encoder, task, compute).top_NK for task in tasks])
 
-    def difference(self, tasks: Sequence[Task], others: Sequence[Task]) -> float:
+    def difference(self, tasks: Sequence[Classification], others: Sequence[Classification]) -> float:
         """Of the pixels, in levels of 255."""
         inputs = [
-            np.concatenate([each.image_BHWC for task in way for each in task.pixels(self.preprocess, 256)])
+            np.concatenate([each.image_BHWC for task in way for each in task.pictures.pixels(self.preprocess, 256)])
             for way in (tasks, others)
         ]
         return difference(*inputs)
 
-    def print_ways(self, what: str, ways: dict[str, list[Task]]) -> None:
+    def print_ways(self, what: str, ways: dict[str, list[Classification]]) -> None:
         """The accuracy of exact pixels and of others, with what changes image by image."""
         exact, others = ways["exact"], {name: tasks for name, tasks in ways.items() if name != "exact"}
         before_DNK = self.guesses(exact)
@@ -260,7 +268,7 @@ def print_zeroshot(run: Path, data: Path, templates: str) -> None:
         "| stored as | shown | pixels | differ by | top-1 | top-5 | other guess | lost, won | top-1 more | top-5 more |"
     )
     for side, quality in STORED.values():
-        jpegs = Task(as_jpegs(task.images, side, quality), task.classes, task.templates)
+        jpegs = Classification(as_jpegs(task.images, side, quality), task.classes, task.templates)
         makes = {
             "exact": [evaluated],
             "fast": [centred],
@@ -282,9 +290,9 @@ def print_zeroshot(run: Path, data: Path, templates: str) -> None:
         evaluation.print_ways(f"{side} px | random crops", ways(jpegs, makes))
 
 
-def ways(task: Task, makes: dict[str, list[Make]]) -> dict[str, list[Task]]:
+def ways(task: Classification, makes: dict[str, list[Make]]) -> dict[str, list[Classification]]:
     """The task with each way's pixels, once for each of its draws."""
-    return {name: [OtherPixels(task, make) for make in each] for name, each in makes.items()}
+    return {name: [with_pixels(task, make) for make in each] for name, each in makes.items()}
 
 
 def evaluated(place: int, data: bytes, size: int) -> UInt8Array:

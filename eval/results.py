@@ -21,6 +21,7 @@ from clipkit.formatting import percent
 from clipkit.storage.files import disk_errors, read_json_lines, write_beside, write_json_lines
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     from rich.table import Table
 
 METRICS = {"top1": "top-1", "top5": "top-5", "mean_per_class_recall": "mean per-class recall"}
@@ -43,6 +44,12 @@ class Result(Measure):
     """Images that can't be decoded; they aren't counted in `n`."""
     largest_class: float = 0.0
     """The share of the commonest class: the top-1 of a model that always guesses it."""
+    kind: str = "classification"
+    """Of the task."""
+    weights: str = ""
+    """A hash of the model's weights."""
+    notes: tuple[str, ...] = ()
+    """What belongs with the number: prompts that were cut, images that can't be read."""
 
     @property
     def identity(self) -> tuple[object, ...]:
@@ -61,7 +68,9 @@ def read_results(run: Path) -> list[Result]:
     known = [field.name for field in dataclasses.fields(Result)]
     needed = set(known[: known.index("hashes")])
     return [
-        Result(**{name: value for name, value in line.items() if name in known})
+        Result(
+            **{name: value for name, value in line.items() if name in known} | {"notes": tuple(line.get("notes", ()))}
+        )
         for line in read_json_lines(run / "results.jsonl")
         if isinstance(line, dict) and needed <= line.keys()
     ]
@@ -160,25 +169,13 @@ def table(results: Sequence[Result], dash: str = "–") -> "Table":
     return grid
 
 
-def write_predictions(path: Path, rows: Sequence[Mapping[str, Any]], about: Mapping[str, Any]) -> None:
-    """Write the guesses, a row for each image, as parquet, with `about` in the file's metadata."""
-    import pyarrow as pa
+def write_predictions(path: Path, guesses: "pa.Table", about: Mapping[str, Any]) -> None:
+    """Write the guesses as parquet, with `about` in the file's metadata."""
     import pyarrow.parquet as pq
 
-    schema = pa.schema(
-        [
-            ("key", pa.string()),
-            ("label", pa.string()),
-            ("correct", pa.bool_()),
-            ("guesses", pa.list_(pa.string())),
-            ("probabilities", pa.list_(pa.float32())),
-            ("image", pa.binary()),
-            ("problem", pa.string()),
-        ],
-        metadata={"clipkit": json.dumps(dict(about))},
-    )
     with write_beside(path) as temporary:
-        pq.write_table(pa.Table.from_pylist(list(rows), schema=schema), temporary, compression="zstd")
+        table = guesses.replace_schema_metadata({"clipkit": json.dumps(dict(about))})
+        pq.write_table(table, temporary, compression="zstd")
 
 
 def read_predictions(path: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:

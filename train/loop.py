@@ -18,7 +18,7 @@ import torch
 
 from clipkit import checkpoint
 from clipkit.device import pick
-from clipkit.eval.zeroshot import Task
+from clipkit.eval.evaluation import EvaluationTask
 from clipkit.formatting import share
 from clipkit.log import Writer, warn_on_stderr
 from clipkit.model.clip import CLIP, build, load_state
@@ -81,7 +81,7 @@ def train(
     allow_changes: bool = False,
     branch: bool = False,
     workers: int | None = None,
-    task: Task | None = None,
+    task: EvaluationTask | None = None,
     cache: Path | None = None,
     cache_gb: float = CACHE_GB,
     split: str = "train",

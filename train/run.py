@@ -15,8 +15,9 @@ import torch
 from clipkit import __version__, checkpoint
 from clipkit.config import to_json
 from clipkit.device import Device
+from clipkit.embedding.encoder import Compute, clip_encoder
 from clipkit.errors import UserError, one_line
-from clipkit.eval.zeroshot import Task, evaluate
+from clipkit.eval.evaluation import EvaluationTask, evaluate
 from clipkit.log import Progress, Writer, read_metrics, warn_on_stderr
 from clipkit.model.clip import CLIP
 from clipkit.pixels.images import Preprocess
@@ -43,7 +44,7 @@ class Run:
     tokenizer: WordTokenizer
     device: Device
     writer: Writer
-    task: Task | None
+    task: EvaluationTask | None
     workers: int | None
     stop: Stop
     captions: FirstCaptions
@@ -128,9 +129,8 @@ def evaluate_now(run: Run, stage: str, model: CLIP, preprocess: Preprocess, aver
         with run.stop.while_evaluating():
             for prefix, each in (("", model), ("ema/", average)):
                 if each is not None:
-                    pairs = evaluate(
-                        each, run.tokenizer, preprocess, run.task, run.device, precision=run.recipe.precision
-                    )
+                    encoder = clip_encoder(each, run.tokenizer, preprocess, precision=run.recipe.precision)
+                    pairs = evaluate(encoder, run.task, Compute(run.device))
                     found |= {prefix + name: value for name, value in pairs}
         run.writer.write({**place, **found})
     except StopNowError:

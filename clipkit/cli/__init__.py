@@ -1,6 +1,7 @@
 """The command `clipkit`: each subcommand parses its arguments, imports its stage, and calls one function.
 
-- `main`: the group and the commands to train, evaluate and report
+- `main`: the group, and the commands to train
+- `evaluate`: the commands that evaluate models and show what was found
 - `data`: the commands that make and maintain datasets
 - `download`: the command `download`
 - `options`: types, options and errors that the commands share

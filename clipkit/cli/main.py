@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from clipkit import __version__
-from clipkit.cli import data, download
+from clipkit.cli import data, download, evaluate
 from clipkit.cli.options import (
     AnyPath,
     Count,
@@ -25,7 +25,6 @@ from clipkit.cli.options import (
     cache_gigabytes,
     data_split,
     device,
-    is_unicode,
     loader_workers,
     print_json,
     vocabulary,
@@ -45,7 +44,10 @@ def main() -> None:
     """
 
 
-for _command in (download.download, data.build_tfds, data.build_imagenet, data.verify, data.inspect, data.purge):
+for _command in (
+    *(download.download, data.build_tfds, data.build_imagenet, data.verify, data.inspect, data.purge),
+    *(evaluate.zeroshot, evaluate.report),
+):
     main.add_command(_command)
 
 
@@ -115,7 +117,7 @@ def train(
     nothing: it exits with 0 when a few samples are learned by heart, else with 1.
     """
     from clipkit.config import set_values
-    from clipkit.eval.task import open_task
+    from clipkit.eval.classification.task import open_task
     from clipkit.formatting import duration
     from clipkit.train.catalogue import find_recipe
     from clipkit.train.loop import train as stage
@@ -245,59 +247,6 @@ def recipes(name: str | None, assignments: tuple[str, ...], as_json: bool) -> No
         print_json(recipe_rows())
     else:
         Console().print(recipe_table(recipe_rows()))
-
-
-@main.command()
-@click.option("--ckpt", type=Folder, required=True, help="A checkpoint's folder, or a run's (its newest).")
-@click.option("--ema", is_flag=True, help="Take the averages of the weights that the run kept.")
-@click.option("--data", type=AnyPath, required=True, help="TFDS folder, class folders, parquet, or tars with .cls.")
-@click.option("--templates", "templates_name", default="openai-80", help="A known name, a file, or 'a photo of a {}'.")
-@click.option("--label", default="label", help="Column with the label.")
-@click.option("--classes", type=AnyPath, help="Names of the classes: a name a line, or JSON {label: name or [names]}.")
-@click.option("--pooling", default="mean", help="How several names make one class: mean or sum.")
-@click.option("--split", help="Split of the data. [default: validation, test or train, the first that it has]")
-@click.option("--allow-empty-classes", is_flag=True, help="Count class folders without images as classes.")
-@click.option("--name", help="Name of the task in the results. [default: from the data]")
-@click.option("--batch-size", type=Count, default=256, help="Images at once.")
-@device
-@click.option("--out", type=Folder, help="Run that gets the results. [default: the checkpoint's]")
-@as_json
-def zeroshot(
-    ckpt: Path,
-    ema: bool,
-    data: Path,
-    batch_size: int,
-    device: str,
-    out: Path | None,
-    as_json: bool,
-    **task_options: Any,
-) -> None:
-    """Classify images by prompts only, and print accuracies with their intervals.
-
-    A checkpoint describes itself, so it needs no model name.
-    """
-    from clipkit.config import to_json
-    from clipkit.eval.results import table
-    from clipkit.eval.task import open_task
-    from clipkit.eval.zeroshot import zeroshot as stage
-
-    found = stage(ckpt, open_task(data, **task_options), batch_size=batch_size, device=device, out=out, ema=ema)
-    if as_json:
-        for result in found:
-            print_json(to_json(result))
-    else:
-        from rich.console import Console
-
-        Console().print(table(found, "–" if is_unicode() else "-"))
-
-
-@main.command()
-@click.argument("run", type=Folder)
-def report(run: Path) -> None:
-    """Write RUN/report.html: one page with the curves, the numbers, the pictures and the costs."""
-    from clipkit.eval.report import report as stage
-
-    click.echo(stage(run))
 
 
 @main.command()

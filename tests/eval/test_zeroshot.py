@@ -21,13 +21,22 @@ from PIL import Image
 from clipkit import checkpoint, embedded
 from clipkit.cli.main import main
 from clipkit.device import pick
+from clipkit.embedding.encoder import Compute, clip_encoder
 from clipkit.errors import UserError
 from clipkit.eval import results
-from clipkit.eval.labelled import open_labelled
-from clipkit.eval.labels import name_classes
+from clipkit.eval.classification.labelled import open_labelled
+from clipkit.eval.classification.labels import name_classes
+from clipkit.eval.classification.prompts import (
+    Classes,
+    Prompts,
+    class_embeddings,
+    prompts,
+    templates,
+    tokenise_prompts,
+)
+from clipkit.eval.classification.task import Classification, classify, open_task
+from clipkit.eval.evaluation import evaluate, zeroshot
 from clipkit.eval.metrics import measure
-from clipkit.eval.task import Classes, Task, open_task, prompts, templates, tokenise
-from clipkit.eval.zeroshot import class_embeddings, classify, evaluate, zeroshot
 from clipkit.formats.records import RecordWriter, encode_example
 from clipkit.model.clip import CLIP, build
 from clipkit.model.config import ImageConfig, ModelConfig, TextConfig
@@ -41,6 +50,7 @@ SMALL = ModelConfig(
 )
 PREPROCESS = Preprocess(size=32)
 PAIRS = 120
+CPU = Compute(pick("cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +100,10 @@ def png(colour: tuple[int, int, int] = (200, 30, 30)) -> bytes:
     return buffer.getvalue()
 
 
+def classifier_of(model: CLIP, prompts: Prompts) -> torch.Tensor:
+    return class_embeddings(clip_encoder(model, Tokenizer(), PREPROCESS), prompts, CPU)
+
+
 # ---- Parity with OpenCLIP ------------------------------------------------------------------------------------------
 
 
@@ -98,7 +112,7 @@ def test_classifier_equals_open_clips(model: CLIP, tokenizer: Tokenizer, name: s
     names = ["tench", "great white shark", "hot dog, in a bun", "Crème brûlée", "hot dog", "cat’s eye"]
     sentences = templates(name).sentences
     classes = Classes(tuple(names), tuple((each,) for each in names))
-    mine_CE = class_embeddings(model, tokenise(prompts(classes, sentences), tokenizer, 32), pick("cpu"))
+    mine_CE = classifier_of(model, tokenise_prompts(prompts(classes, sentences), tokenizer, 32))
     theirs_EC = open_clip.build_zero_shot_classifier(
         model, open_clip.SimpleTokenizer(context_length=32), names, list(sentences), num_classes_per_batch=4
     )
@@ -108,7 +122,7 @@ def test_classifier_equals_open_clips(model: CLIP, tokenizer: Tokenizer, name: s
 
 def test_accuracy_equals_open_clips(model: CLIP, tokenizer: Tokenizer, emoji: Path) -> None:
     task = open_task(emoji, templates_name="openai-7")
-    guesses = classify(model, tokenizer, PREPROCESS, task, pick("cpu"), batch_size=32)
+    guesses = classify(clip_encoder(model, tokenizer, PREPROCESS), task, Compute(pick("cpu"), batch_size=32))
     measures = measure(guesses.top_NK, task.labels_N[guesses.index_N], len(task.classes))
     found = {measured.metric: measured for measured in measures}
 
@@ -135,7 +149,7 @@ def test_accuracy_equals_open_clips(model: CLIP, tokenizer: Tokenizer, emoji: Pa
 
 def test_trimmed_sorted_batches_change_nothing(model: CLIP, tokenizer: Tokenizer) -> None:
     texts = [["a", "an aardvark of the south " * 3], ["b b b b b", "a"], ["x " * 60]]
-    found_CE = class_embeddings(model, tokenise(texts, tokenizer, 32), pick("cpu"))
+    found_CE = classifier_of(model, tokenise_prompts(texts, tokenizer, 32))
     with torch.no_grad():
         for number, each in enumerate(texts):
             whole_BE = model.encode_text(torch.from_numpy(tokenizer(each, 32)))
@@ -144,9 +158,9 @@ def test_trimmed_sorted_batches_change_nothing(model: CLIP, tokenizer: Tokenizer
 
 
 def test_prompts_are_shared_counted_and_sorted(tokenizer: Tokenizer) -> None:
-    made = tokenise([["a b", "c"], ["c", "c", "d e f g h i"], ["a b"]], tokenizer, 6)
-    assert made.length_P.tolist() == [3, 4, 6]
-    assert made.cut == 1
+    made = tokenise_prompts([["a b", "c"], ["c", "c", "d e f g h i"], ["a b"]], tokenizer, 6)
+    assert made.texts.length_P.tolist() == [3, 4, 6]
+    assert made.texts.cut == 1
     text_of = {0: "c", 1: "a b", 2: "long"}
     pairs = sorted((int(c), text_of[int(p)]) for p, c in zip(made.prompt_Q, made.class_Q, strict=True))
     assert pairs == [(0, "a b"), (0, "c"), (1, "c"), (1, "c"), (1, "long"), (2, "a b")]
@@ -156,10 +170,10 @@ def test_many_classes_in_many_templates_are_many_batches(
     model: CLIP, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     texts = prompts(Classes(("a", "b"), (("ant", "small ant"), ("bee",))), templates("openai-80").sentences)
-    made = tokenise(texts, tokenizer, 32)
-    at_once_CE = class_embeddings(model, made, pick("cpu"))
-    monkeypatch.setattr("clipkit.eval.zeroshot.TOKENS_PER_BATCH", 64)
-    torch.testing.assert_close(class_embeddings(model, made, pick("cpu")), at_once_CE, rtol=0, atol=1e-6)
+    made = tokenise_prompts(texts, tokenizer, 32)
+    at_once_CE = classifier_of(model, made)
+    monkeypatch.setattr("clipkit.embedding.texts.TOKENS_PER_BATCH", 64)
+    torch.testing.assert_close(classifier_of(model, made), at_once_CE, rtol=0, atol=1e-6)
 
 
 # ---- The three kinds of data ---------------------------------------------------------------------------------------
@@ -212,10 +226,8 @@ def test_all_kinds_of_data_give_one_number(
         data = as_folder(emoji, tmp_path / "shapes")
     else:
         data = as_tfds(emoji, tmp_path, class_label=kind == "tfds with classes")
-    found = [
-        dict(evaluate(model, tokenizer, PREPROCESS, open_task(each, templates_name="plain", name="t"), pick("cpu")))
-        for each in (emoji, data)
-    ]
+    encoder = clip_encoder(model, tokenizer, PREPROCESS)
+    found = [dict(evaluate(encoder, open_task(each, templates_name="plain", name="t"), CPU)) for each in (emoji, data)]
     assert found[0] == found[1]
     assert set(found[0]) == {"t/top1", "t/top5", "t/mean_per_class_recall"}
 
@@ -293,7 +305,7 @@ def test_a_class_of_many_names_is_their_mean(model: CLIP, tokenizer: Tokenizer, 
     # The file's order is the classes' order, and it may hold classes that don't occur.
     assert task.classes.labels == ("distractor", *labels)
     assert task.labels_N.min() == 1
-    made_CE = class_embeddings(model, task.prompts(tokenizer, 32), pick("cpu"))
+    made_CE = classifier_of(model, task.prompts(tokenizer, 32))
     with torch.no_grad():
         mean_E = model.encode_text(torch.from_numpy(tokenizer(["a ant", "a bee"], 32))).mean(dim=0)
     torch.testing.assert_close(made_CE[1], torch.nn.functional.normalize(mean_E, dim=0), rtol=0, atol=1e-6)
@@ -305,24 +317,25 @@ def test_a_class_of_many_names_is_their_mean(model: CLIP, tokenizer: Tokenizer, 
 def test_evaluation_in_training_keeps_what_is_costly(model: CLIP, tokenizer: Tokenizer, emoji: Path) -> None:
     task = open_task(emoji, templates_name="plain")
     reads = 0
-    read = task.images.read
+    read = task.pictures.read
 
     def counted() -> Iterator[bytes]:
         nonlocal reads
         reads += 1
         return read()
 
-    task.images = dataclasses.replace(task.images, read=counted)
+    task.pictures.read = counted
+    encoder, compute = clip_encoder(model, tokenizer, PREPROCESS), Compute(pick("cpu"), batch_size=50)
     model.train()
-    first = dict(evaluate(model, tokenizer, PREPROCESS, task, pick("cpu"), batch_size=50))
+    first = dict(evaluate(encoder, task, compute))
     assert model.training
     assert all(parameter.grad is None for parameter in model.parameters())
-    assert dict(evaluate(model, tokenizer, PREPROCESS, task, pick("cpu"), batch_size=50)) == first
+    assert dict(evaluate(encoder, task, compute)) == first
     assert reads == 1
     assert task.prompts(tokenizer, 32) is task.prompts(tokenizer, 32)
     # A stage with other sizes prepares them anew.
     larger = dataclasses.replace(SMALL, image=dataclasses.replace(SMALL.image, image_size=48))
-    dict(evaluate(build(larger), tokenizer, Preprocess(size=48), task, pick("cpu")))
+    dict(evaluate(clip_encoder(build(larger), tokenizer, Preprocess(size=48)), task, CPU))
     assert reads == 2
     model.eval()
 
@@ -445,7 +458,7 @@ def test_outside_of_a_run_nothing_is_written(
 def test_an_unwritable_run_is_found_out_before_the_work(
     run: Path, emoji: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("clipkit.eval.zeroshot.classify", None)
+    monkeypatch.setattr("clipkit.eval.classification.task.classify", None)
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"can't write .*file: a file stands where a folder is needed"):
         zeroshot(run, open_task(emoji, templates_name="plain"), device="cpu", out=tmp_path / "file")
@@ -491,7 +504,9 @@ def test_a_broken_model_is_told(model: CLIP, tokenizer: Tokenizer, emoji: Path) 
     broken = build(SMALL)
     torch.nn.init.constant_(broken.image_projection.weight, float("nan"))
     with pytest.raises(UserError, match="the model gives NaN"):
-        classify(broken, tokenizer, PREPROCESS, open_task(emoji, templates_name="plain"), pick("cpu"))
+        classify(
+            clip_encoder(broken, tokenizer, PREPROCESS), open_task(emoji, templates_name="plain"), Compute(pick("cpu"))
+        )
 
 
 # ---- Bad input -----------------------------------------------------------------------------------------------------
@@ -600,5 +615,5 @@ def test_templates_from_files(tmp_path: Path) -> None:
 
 def test_tasks_are_what_they_say() -> None:
     task = open_task(embedded.emoji_parquet("heldout"), templates_name="plain")
-    assert isinstance(task, Task)
+    assert isinstance(task, Classification)
     assert (task.name, len(task.images), len(task.classes)) == ("emoji-heldout", 1096, 1096)

@@ -22,14 +22,15 @@ def _core(*names: str) -> tuple[str, ...]:
 
 
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
-    "clipkit": _core("cli", "formats", "jobs", "model", "pixels", "storage", "text"),
+    "clipkit": _core("cli", "embedding", "formats", "interop", "jobs", "model", "pixels", "storage", "text"),
     "clipkit/cli": (
         *_core("jobs", "storage"),
-        *("eval", "tfrecord_tools", "train", "train/bench", "train/watch"),
+        *("eval", "eval/classification", "eval/report", "tfrecord_tools", "train", "train/bench", "train/watch"),
         *_tools("build", "download", "in_place", "inspection", "labelled", "pictures", "purge", "verify", "web"),
     ),
     "clipkit/formats": _core("storage"),
-    "clipkit/interop": _core("model"),
+    "clipkit/embedding": _core("model", "pixels", "text"),
+    "clipkit/interop": _core("embedding", "model"),
     "clipkit/jobs": (),
     "clipkit/model": _core("text"),
     "clipkit/page": (),
@@ -78,17 +79,19 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     ),
     # Training, which may use evaluation.
     "train": (
-        *_core("interop", "model", "pixels", "storage", "text"),
+        *_core("embedding", "interop", "model", "pixels", "storage", "text"),
         "eval",
         "train/loader",
         "train/sources",
         "train/watch",
     ),
-    "train/sources": (*_core("formats", "jobs", "pixels", "storage"), "eval", "train"),
+    "train/sources": (*_core("formats", "jobs", "pixels", "storage"), "eval/classification", "train"),
     "train/loader": (*_core("pixels", "text"), "train", "train/sources"),
     "train/watch": (*_core("model", "pixels", "storage", "text"), "train", "train/loader", "train/sources"),
     "train/bench": (*_core("jobs", "model", "pixels", "text"), "train", "train/loader", "train/sources"),
-    "eval": _core("formats", "model", "page", "pixels", "storage", "text"),
+    "eval": _core("embedding", "formats", "interop", "storage"),
+    "eval/classification": (*_core("embedding", "formats", "pixels", "storage"), "eval"),
+    "eval/report": (*_core("formats", "model", "page", "storage", "text"), "eval"),
 }
 
 

@@ -96,9 +96,9 @@ def walk_of_a_checkpoint(folder: Path) -> list[str]:
     from image_shards import picture
 
     from clipkit import checkpoint
-    from clipkit.eval import zeroshot
-    from clipkit.eval.labelled import open_labelled
-    from clipkit.eval.task import open_task
+    from clipkit.eval import evaluation
+    from clipkit.eval.classification import task
+    from clipkit.eval.classification.labelled import open_labelled
     from clipkit.model.clip import build
     from clipkit.model.config import ImageConfig, ModelConfig, TextConfig
     from clipkit.pixels.images import Preprocess, decode, eval_transform
@@ -117,7 +117,7 @@ def walk_of_a_checkpoint(folder: Path) -> list[str]:
     with counted() as reading:
         for image in open_labelled(folder / "data.parquet").read():
             eval_transform(decode(image), 32)
-    load, measure = checkpoint.load, zeroshot.measure
+    load, measure = checkpoint.load, task.measure
     found: list[str] = []
 
     def load_counted(path: Path, **options: Any) -> Any:
@@ -129,9 +129,9 @@ def walk_of_a_checkpoint(folder: Path) -> list[str]:
         found.extend(CALLS)
         return numbers
 
-    checkpoint.load, zeroshot.measure = load_counted, measure_counted
+    checkpoint.load, task.measure = load_counted, measure_counted
     with counted():
-        zeroshot.zeroshot(run, open_task(folder / "data.parquet", templates_name="plain"), device="cpu")
+        evaluation.zeroshot(run, task.open_task(folder / "data.parquet", templates_name="plain"), device="cpu")
     return [name for name in found if name not in reading and name != "clipkit/log.py"]
 
 

@@ -16,8 +16,8 @@ from clipkit.cli.main import main
 from clipkit.config import set_values
 from clipkit.embedded import emoji_parquet
 from clipkit.errors import UserError
-from clipkit.eval.task import open_task
-from clipkit.eval.zeroshot import zeroshot
+from clipkit.eval.classification.task import open_task
+from clipkit.eval.evaluation import zeroshot
 from clipkit.log import read_metrics
 from clipkit.text.vocabulary import open_tokenizer
 from clipkit.train import loop

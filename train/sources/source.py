@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol
 
 from clipkit.counter_rng import UInt64Array
 from clipkit.errors import UserError
-from clipkit.eval.labels import fill, name_classes, number_names
+from clipkit.eval.classification.labels import fill, name_classes, number_names
 from clipkit.formats.dataset import Dataset
 from clipkit.formats.manifest import SYNTAX, TOKENS
 from clipkit.formats.records import RecordError, decode_example

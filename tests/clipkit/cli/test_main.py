@@ -30,7 +30,7 @@ OPTIONS = {
     "--eval-split --json",
     "verify": "path --decode --workers --engine --json",
     "zeroshot": "--ckpt --ema --data --templates --label --classes --pooling --split "
-    "--allow-empty-classes --name --batch-size --device --out --json",
+    "--allow-empty-classes --name --batch-size --precision --device --out --json",
 }
 
 

@@ -27,8 +27,8 @@ from tensorflow_process import with_tensorflow
 from clipkit import embedded
 from clipkit.cli.main import main
 from clipkit.errors import UserError
-from clipkit.eval.labelled import open_labelled
-from clipkit.eval.task import open_task
+from clipkit.eval.classification.labelled import open_labelled
+from clipkit.eval.classification.task import open_task
 from clipkit.formats.dataset import Dataset, open_dataset
 from clipkit.formats.records import decode_example, read_records
 from clipkit.storage.files import as_path

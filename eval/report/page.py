@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 
 from clipkit.errors import UserError
-from clipkit.eval import report_data, results
-from clipkit.eval.report_data import DataFacts, StageCost
+from clipkit.eval import results
+from clipkit.eval.report import run_data
+from clipkit.eval.report.run_data import DataFacts, StageCost
 from clipkit.eval.results import METRICS, Result, verdict
 from clipkit.formatting import share
 from clipkit.page.charts import Band, Line, histogram, interval_strip, line_chart
@@ -43,7 +44,7 @@ def report(run: Path) -> Path:
     known = ("config.json", "metrics.jsonl", "results.jsonl", "checkpoints")
     if not any((run / name).exists() for name in known):
         raise UserError(f"{run} isn't a run: give the folder that clipkit train wrote (--out)")
-    page = render("clipkit.eval", "report.html.j2", contents(run))
+    page = render("clipkit.eval.report", "report.html.j2", contents(run))
     path = run / "report.html"
     with write_beside(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
@@ -52,29 +53,29 @@ def report(run: Path) -> Path:
 
 def contents(run: Path) -> dict[str, Any]:
     """Everything the template shows."""
-    config = report_data.read_config(run)
-    metrics = report_data.read_metrics(run)
+    config = run_data.read_config(run)
+    metrics = run_data.read_metrics(run)
     found = results.read_results(run)
-    stages = report_data.stage_costs(config, metrics)
+    stages = run_data.stage_costs(config, metrics)
     seen = int(metrics[-1]["samples_seen"]) if metrics else 0
-    data = report_data.training_data(config, run)
+    data = run_data.training_data(config, run)
     latest = newest(found)
     return {
         "run": run.resolve().name,
         "config": config,
         "recipe": (config.get("recipe") or {}).get("name", ""),
-        "parameters": report_data.parameters(config),
+        "parameters": run_data.parameters(config),
         "metrics": metrics,
         "seen": seen,
         "planned": sum(stage.samples for stage in stages),
-        "seconds": report_data.clock(metrics, seen),
+        "seconds": run_data.clock(metrics, seen),
         "tasks": [result for result in latest if result.metric == "top1"],
         "results": latest,
         "older": [result for result in found if result not in latest],
         "rows": rows(latest),
         "stages": stages,
         "costs": costs(stages, metrics),
-        "pipeline": [stage for stage in report_data.pipeline(run) if stage["name"] != "report"],
+        "pipeline": [stage for stage in run_data.pipeline(run) if stage["name"] != "report"],
         "curves": curves(metrics, stages),
         "over_training": over_training(metrics, stages, found),
         "walls": walls(run),
@@ -117,7 +118,7 @@ def curves(metrics: Sequence[Mapping[str, Any]], stages: Sequence[StageCost]) ->
     """The training curves that the run has logged."""
     drawn = []
     for name, title, is_share, from_zero in CURVES:
-        xs, ys = report_data.series(metrics, name)
+        xs, ys = run_data.series(metrics, name)
         if xs:
             lines = [Line(name, xs, ys)]
             drawn.append(line_chart(title, lines, bands=bands(stages), is_share=is_share, from_zero=from_zero))
@@ -129,10 +130,10 @@ def over_training(
 ) -> list[str]:
     """Zero-shot accuracy over samples seen, a chart a task: from the evaluations during training and the results."""
     points: dict[str, dict[str, dict[float, float]]] = {}
-    for task, names in report_data.evaluations(metrics).items():
+    for task, names in run_data.evaluations(metrics).items():
         for name in names:
             points.setdefault(task, {}).setdefault(name.rpartition("/")[2], {}).update(
-                zip(*report_data.series(metrics, name), strict=True)
+                zip(*run_data.series(metrics, name), strict=True)
             )
     for result in found:
         points.setdefault(result.task, {}).setdefault(result.metric, {})[float(result.samples_seen)] = result.value
@@ -240,5 +241,5 @@ def costs(stages: Sequence[StageCost], metrics: Sequence[Mapping[str, Any]]) -> 
         "rate": flops / seconds if seconds else 0.0,
         "peak_memory": max(memory, default=0),
         "bad_samples": max((int(line.get("bad_samples", 0)) for line in metrics), default=0),
-        "wait": report_data.waiting(metrics),
+        "wait": run_data.waiting(metrics),
     }

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from clipkit.errors import UserError
-from clipkit.eval.labels import class_name, name_classes
+from clipkit.eval.classification.labels import class_name, name_classes
 
 HERE = Path("here")
 

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from clipkit.config import nearest
 from clipkit.errors import UserError
-from clipkit.eval.labels import enumerate_labels, is_missing, listed_labels, number_names
+from clipkit.eval.classification.labels import enumerate_labels, is_missing, listed_labels, number_names
 from clipkit.formats.dataset import below, open_dataset
 from clipkit.formats.features import find_image
 from clipkit.formats.folders import (

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from clipkit.errors import UserError
-from clipkit.eval.labelled import open_labelled
-from clipkit.eval.labels import MOST_CLASSES, enumerate_labels
+from clipkit.eval.classification.labelled import open_labelled
+from clipkit.eval.classification.labels import MOST_CLASSES, enumerate_labels
 
 NUMBERS = [12, 0, 3, 10, 2, 3]
 SPELLINGS = {

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from browser import Browser
 from PIL import Image
@@ -14,10 +15,11 @@ from PIL import Image
 from clipkit import log
 from clipkit.config import to_json
 from clipkit.errors import UserError
-from clipkit.eval import report_data, results
-from clipkit.eval.report import confused, report, walls
+from clipkit.eval import results
+from clipkit.eval.classification.task import GUESSES, PICTURE_PIXELS
+from clipkit.eval.report import run_data
+from clipkit.eval.report.page import confused, report, walls
 from clipkit.eval.results import Result
-from clipkit.eval.zeroshot import PICTURE_PIXELS
 from clipkit.formatting import short
 from clipkit.intervals import wilson
 from clipkit.model.config import ImageConfig, ModelConfig, TextConfig
@@ -87,7 +89,11 @@ def write_run(run: Path, data: Path) -> Path:
         )
     bad = {"key": "bad.jpg", "label": names[0], "correct": False, "guesses": [], "image": None, "probabilities": []}
     rows.append(bad | {"problem": "not an image"})
-    results.write_predictions(run / "predictions-shapes.parquet", rows, {"task": "shapes", "samples_seen": 10_000})
+    results.write_predictions(
+        run / "predictions-shapes.parquet",
+        pa.Table.from_pylist(rows, GUESSES),
+        {"task": "shapes", "samples_seen": 10_000},
+    )
     hashes = {"classes": "0123456789abcdef", "templates": "b", "split": "c", "preprocessing": "d"}
     for metric, value, chance in (("top1", 0.25, 1 / 20), ("top5", 0.26, 5 / 20)):
         low, high = wilson(value, 60)
@@ -182,8 +188,8 @@ def test_the_data_that_is_gone_is_named(page: Path) -> None:
 
 def test_costs_add_up(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", tmp_path)
-    metrics = report_data.read_metrics(run)
-    reduced, full = report_data.stage_costs(report_data.read_config(run), metrics)
+    metrics = run_data.read_metrics(run)
+    reduced, full = run_data.stage_costs(run_data.read_config(run), metrics)
     assert (reduced.done, full.done) == (8000, 2000)
     assert (reduced.seconds, full.seconds) == (160.0, 40.0)
     assert (reduced.image_tokens, reduced.text_tokens) == (6 + 1, 8)
@@ -197,7 +203,7 @@ def test_costs_add_up(tmp_path: Path) -> None:
 
 def test_an_unfinished_stage_counts_what_is_done(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", tmp_path)
-    reduced, full = report_data.stage_costs(report_data.read_config(run), report_data.read_metrics(run)[:40])
+    reduced, full = run_data.stage_costs(run_data.read_config(run), run_data.read_metrics(run)[:40])
     assert (reduced.done, full.done, full.seconds) == (4000, 0, 0.0)
 
 
@@ -220,10 +226,10 @@ def test_short_numbers() -> None:
 
 
 def test_a_sample_of_a_great_many_records_takes_no_room_for_each() -> None:
-    places = report_data.sample_places(10**13)
-    assert len(places) == report_data.SAMPLE
-    assert places == sorted(set(places)) == report_data.sample_places(10**13)
-    assert (report_data.sample_places(4), report_data.sample_places(0)) == ([0, 1, 2, 3], [])
+    places = run_data.sample_places(10**13)
+    assert len(places) == run_data.SAMPLE
+    assert places == sorted(set(places)) == run_data.sample_places(10**13)
+    assert (run_data.sample_places(4), run_data.sample_places(0)) == ([0, 1, 2, 3], [])
 
 
 def test_the_wall_counts_the_classes_of_the_task(tmp_path: Path) -> None:
@@ -232,7 +238,9 @@ def test_the_wall_counts_the_classes_of_the_task(tmp_path: Path) -> None:
     for name, about in (("new", {"classes": 1000}), ("old", {})):
         (tmp_path / name).mkdir()
         results.write_predictions(
-            tmp_path / name / "predictions-x.parquet", [row | {"problem": None}], {"task": "x"} | about
+            tmp_path / name / "predictions-x.parquet",
+            pa.Table.from_pylist([row | {"problem": None}], GUESSES),
+            {"task": "x"} | about,
         )
     assert [walls(tmp_path / name)[0]["classes"] for name in ("new", "old")] == [1000, 1]
 
@@ -248,8 +256,8 @@ def test_confused_pairs_are_counted_from_the_commonest() -> None:
 def test_metrics_of_one_moment_are_one_point(tmp_path: Path) -> None:
     log.append_json_line(tmp_path / "metrics.jsonl", {"samples_seen": 5, "loss": 1.0})
     log.append_json_line(tmp_path / "metrics.jsonl", {"samples_seen": 5, "task/top1": 0.5})
-    assert report_data.read_metrics(tmp_path) == [{"samples_seen": 5, "loss": 1.0, "task/top1": 0.5}]
-    assert report_data.evaluations(report_data.read_metrics(tmp_path)) == {"task": ["task/top1"]}
+    assert run_data.read_metrics(tmp_path) == [{"samples_seen": 5, "loss": 1.0, "task/top1": 0.5}]
+    assert run_data.evaluations(run_data.read_metrics(tmp_path)) == {"task": ["task/top1"]}
 
 
 def test_thinning_keeps_the_mean_and_leaves_nan_out() -> None:
@@ -311,7 +319,7 @@ def test_a_store_that_is_out_of_reach_is_said(
         raise ConnectionError(f"no route to {path}")
 
     if place.startswith(("s3", "gs")):
-        monkeypatch.setattr(report_data, "open_dataset", refuse)
+        monkeypatch.setattr(run_data, "open_dataset", refuse)
     run = write_run(tmp_path / "run", tmp_path)
     part = {"name": "far", "split": "train", "records": 500}
     dataset = mixture({**part, "weight": "1/2"}, {**part, "weight": "1/2"}) if several else part

@@ -1,0 +1,68 @@
+"""The commands that evaluate models and show what was found."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import click
+
+from clipkit.cli.options import AnyPath, Count, Folder, as_json, device, is_unicode, print_json
+
+
+@click.command()
+@click.option("--ckpt", type=Folder, required=True, help="A checkpoint's folder, or a run's (its newest).")
+@click.option("--ema", is_flag=True, help="Take the averages of the weights that the run kept.")
+@click.option("--data", type=AnyPath, required=True, help="TFDS folder, class folders, parquet, or tars with .cls.")
+@click.option("--templates", "templates_name", default="openai-80", help="A known name, a file, or 'a photo of a {}'.")
+@click.option("--label", default="label", help="Column with the label.")
+@click.option("--classes", type=AnyPath, help="Names of the classes: a name a line, or JSON {label: name or [names]}.")
+@click.option("--pooling", default="mean", help="How several names make one class: mean or sum.")
+@click.option("--split", help="Split of the data. [default: validation, test or train, the first that it has]")
+@click.option("--allow-empty-classes", is_flag=True, help="Count class folders without images as classes.")
+@click.option("--name", help="Name of the task in the results. [default: from the data]")
+@click.option("--batch-size", type=Count, default=256, help="Images at once.")
+@click.option(
+    "--precision",
+    type=click.Choice(["auto", "float32", "bfloat16"]),
+    help="Arithmetic of the towers; float32 is the reference. [default: that of the model's recipe]",
+)
+@device
+@click.option("--out", type=Folder, help="Run that gets the results. [default: the checkpoint's]")
+@as_json
+def zeroshot(
+    ckpt: Path,
+    ema: bool,
+    data: Path,
+    batch_size: int,
+    precision: Literal["auto", "float32", "bfloat16"] | None,
+    device: str,
+    out: Path | None,
+    as_json: bool,
+    **task_options: Any,
+) -> None:
+    """Classify images by prompts only, and print accuracies with their intervals.
+
+    A checkpoint describes itself, so it needs no model name.
+    """
+    from clipkit.config import to_json
+    from clipkit.eval.classification.task import open_task
+    from clipkit.eval.evaluation import zeroshot as stage
+    from clipkit.eval.results import table
+
+    task = open_task(data, **task_options)
+    found = stage(ckpt, task, batch_size=batch_size, device=device, precision=precision, out=out, ema=ema)
+    if as_json:
+        for result in found:
+            print_json(to_json(result))
+    else:
+        from rich.console import Console
+
+        Console().print(table(found, "–" if is_unicode() else "-"))
+
+
+@click.command()
+@click.argument("run", type=Folder)
+def report(run: Path) -> None:
+    """Write RUN/report.html: one page with the curves, the numbers, the pictures and the costs."""
+    from clipkit.eval.report.page import report as stage
+
+    click.echo(stage(run))

@@ -1,0 +1,172 @@
+"""A model with all that it takes to embed images and texts: the one face behind which every model is used.
+
+What is most often wrong in published comparisons is not the model but what goes with it: the activation, the resize
+mode, the mean, the tokenizer, the context length. So they travel together here, and nobody names them a second time.
+"""
+
+import contextlib
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from clipkit.device import Device, Precision
+from clipkit.pixels.images import Preprocess, normalise
+
+if TYPE_CHECKING:
+    from clipkit.model.clip import CLIP
+    from clipkit.text.tokenizer import WordTokenizer
+
+
+class TextTokenizer(Protocol):
+    """Texts to ids. `WordTokenizer` is one; other packages' are wrapped."""
+
+    @property
+    def specials(self) -> int:
+        """How many ids a text has beside its own."""
+        ...
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of each text, without specials, not cut."""
+        ...
+
+    def rows(self, encoded: Sequence[list[int]], context_length: int) -> NDArray[np.int32]:
+        """int32[B, context_length]: the same with specials, cut and padded."""
+        ...
+
+
+class Towers(Protocol):
+    """What an encoder asks of a model, an `nn.Module`: ours, or a thin layer over another package's."""
+
+    @property
+    def logit_scale(self) -> Tensor:
+        """The natural logarithm of the factor."""
+        ...
+
+    def encode_image(self, image_BCHW: Tensor) -> Tensor:
+        """float[B, 3, S, S] normalised pixels -> unit float32[B, E]."""
+        ...
+
+    def encode_text(self, ids_BT: Tensor) -> Tensor:
+        """int[B, T] -> unit float32[B, E]."""
+        ...
+
+    def state_dict(self) -> dict[str, Tensor]: ...
+    def train(self, mode: bool = True) -> Self: ...
+    def to(self, device: torch.device) -> Self: ...
+    @property
+    def training(self) -> bool: ...
+
+
+@dataclass(frozen=True)
+class Compute:
+    """Where and how embeddings are computed."""
+
+    device: Device
+    precision: Precision | None = None
+    """The towers' arithmetic; None takes the encoder's."""
+    batch_size: int = 256
+    progress: Callable[[int], None] | None = None
+    """Told how many images are done."""
+
+
+@dataclass(frozen=True, eq=False)
+class Encoder:
+    """A model, its tokenizer, its preprocessing, and what is known about it.
+
+    `fixed_length` says that a text's padding reaches its embedding, so that batches can't be cut to their longest text.
+    """
+
+    model: Towers
+    tokenizer: TextTokenizer
+    preprocess: Preprocess
+    context_length: int
+    fixed_length: bool = True
+    precision: Precision = "auto"
+    """The arithmetic that it was trained for."""
+    name: str = ""
+    """As it was asked for."""
+    path: Path | None = None
+    """Its folder or file, where it has one."""
+    origin: str = "clipkit"
+    """Whose code runs, and whose weights they are: `clipkit`, `clipkit (OpenCLIP's weights)`, `transformers` …"""
+    samples_seen: int = 0
+    """What it was trained on, where known."""
+    notes: tuple[str, ...] = ()
+    """What a user should know: weights of another activation, an assumption."""
+
+    def to(self, device: torch.device) -> "Encoder":
+        """The same on a device."""
+        return replace(self, model=self.model.to(device))
+
+    @property
+    def scale(self) -> Tensor:
+        """What similarities are multiplied by before a softmax, at most 100."""
+        return self.model.logit_scale.detach().float().exp().clamp(max=100.0)
+
+    @cached_property
+    def weights(self) -> str:
+        """A hash of all weights: two encoders with the same give the same embeddings, other settings being equal."""
+        content = hashlib.blake2b(digest_size=8)
+        for name, tensor in sorted(self.model.state_dict().items()):
+            array = tensor.detach().cpu().contiguous()
+            content.update(f"{name} {array.dtype} {tuple(array.shape)}".encode())
+            content.update(array.reshape(-1).view(torch.uint8).numpy().data)
+        return content.hexdigest()
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Put the model into evaluation mode, and back into its own afterwards."""
+        training = self.model.training
+        self.model.train(False)
+        try:
+            yield
+        finally:
+            self.model.train(training)
+
+    @torch.no_grad()
+    def image_features(self, image_BHWC: Tensor, compute: Compute) -> Tensor:
+        """uint8[B, S, S, 3] on the device -> unit float32[B, E] there."""
+        with compute.device.autocast(compute.precision or self.precision):
+            return self.model.encode_image(normalise(image_BHWC, self.preprocess.mean, self.preprocess.std)).float()
+
+    @torch.no_grad()
+    def text_features(self, ids_BT: Tensor, compute: Compute) -> Tensor:
+        """int32[B, T] on the device -> unit float32[B, E] there."""
+        with compute.device.autocast(compute.precision or self.precision):
+            return self.model.encode_text(ids_BT).float()
+
+
+def clip_encoder(
+    model: "CLIP",
+    tokenizer: "WordTokenizer",
+    preprocess: Preprocess,
+    *,
+    precision: Precision = "auto",
+    name: str = "",
+    path: Path | None = None,
+    origin: str = "clipkit",
+    samples_seen: int = 0,
+    notes: tuple[str, ...] = (),
+) -> Encoder:
+    """An encoder of clipkit's own model."""
+    return Encoder(
+        model,
+        tokenizer,
+        preprocess,
+        context_length=model.config.text.context_length,
+        fixed_length=model.text.fixed_length,
+        precision=precision,
+        name=name,
+        path=path,
+        origin=origin,
+        samples_seen=samples_seen,
+        notes=notes,
+    )

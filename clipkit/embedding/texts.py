@@ -1,0 +1,86 @@
+"""Many texts to unit vectors: each different text is encoded once, in batches of about equal length.
+
+A thousand classes in 80 templates are 80,000 sentences, mostly short. They are tokenised once, sorted by length, and
+each batch is cut to its longest text where the text tower is causal and read at the end token: what stands behind that
+token can't change the embedding. Other towers see the padding.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from clipkit.embedding.encoder import Compute, Encoder, TextTokenizer
+from clipkit.embedding.images import pad_rows
+
+TOKENS_PER_BATCH = 8192
+
+
+@dataclass(frozen=True, eq=False)
+class TokenisedTexts:
+    """P different texts, tokenised, shortest first, of N that were given."""
+
+    ids_PT: NDArray[np.int32]
+    length_P: NDArray[np.int64]
+    """Tokens of each text, start and end included."""
+    place_N: NDArray[np.int64]
+    """Where each of the given texts is among the different ones."""
+    cut: int
+    """Different texts that lose words to the context length."""
+
+
+def tokenise(texts: Sequence[str], tokenizer: TextTokenizer, context_length: int) -> TokenisedTexts:
+    """Tokenise texts, each different one once."""
+    first: dict[str, int] = {}
+    place_N = np.array([first.setdefault(text, len(first)) for text in texts], dtype=np.int64)
+    encoded = tokenizer.encode(list(first))
+    ids_PT = tokenizer.rows(encoded, context_length)
+    whole_P = np.array([len(ids) + tokenizer.specials for ids in encoded], dtype=np.int64)
+    length_P = whole_P.clip(max=context_length)
+    order = np.argsort(length_P, kind="stable")
+    rank = np.empty_like(order)
+    rank[order] = np.arange(len(order))
+    return TokenisedTexts(ids_PT[order], length_P[order], rank[place_N], int((whole_P > context_length).sum()))
+
+
+def text_batches(texts: TokenisedTexts, fixed_length: bool) -> Iterator[slice]:
+    """Slices of about equal numbers of tokens, all of one shape where the length of a text is fixed."""
+    total, width = texts.ids_PT.shape
+    start = 0
+    while start < total:
+        rows = TOKENS_PER_BATCH // width
+        if not fixed_length:
+            # The batch grows until its longest text, which is its last, makes it too large.
+            lengths = texts.length_P[start : start + TOKENS_PER_BATCH]
+            fits = lengths * np.arange(1, len(lengths) + 1) <= TOKENS_PER_BATCH
+            rows = int(fits.sum())
+        stop = min(total, start + max(1, rows))
+        yield slice(start, stop)
+        start = stop
+
+
+def embed_tokenised(encoder: Encoder, texts: TokenisedTexts, compute: Compute) -> Iterator[tuple[slice, Tensor]]:
+    """Unit vectors float32[rows, E] on the device, for one slice of the different texts after another."""
+    device = compute.device
+    width = texts.ids_PT.shape[1]
+    fixed_length = device.static_shapes or encoder.fixed_length  # on XLA, as each new shape is compiled
+    for part in text_batches(texts, fixed_length):
+        ids_BT = texts.ids_PT[part]
+        if device.static_shapes:
+            ids_BT = pad_rows(ids_BT, -(-max(1, TOKENS_PER_BATCH // width) // device.shards) * device.shards)
+        elif not fixed_length:
+            ids_BT = np.ascontiguousarray(ids_BT[:, : texts.length_P[part].max()])
+        text_BE = encoder.text_features(device.batch({"ids": ids_BT})["ids"], compute)
+        yield part, text_BE[: part.stop - part.start]
+        device.end_step()
+
+
+@torch.no_grad()
+def text_matrix(encoder: Encoder, texts: Sequence[str], compute: Compute) -> Tensor:
+    """Unit vectors float32[N, E] of the texts in their order, on the device."""
+    tokenised = tokenise(texts, encoder.tokenizer, encoder.context_length)
+    matrix_PE = torch.cat([text_BE for _, text_BE in embed_tokenised(encoder, tokenised, compute)])
+    return matrix_PE[torch.from_numpy(tokenised.place_N).to(matrix_PE.device)]

@@ -1,0 +1,163 @@
+"""One model on one task: the numbers, and what they were made from.
+
+A task of any kind is evaluated here in the same way, as a command on a checkpoint or while training.
+"""
+
+import dataclasses
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from clipkit.device import Precision, pick
+from clipkit.embedding.encoder import Compute, Encoder
+from clipkit.eval import results
+from clipkit.eval.metrics import Measure
+from clipkit.eval.results import Result
+from clipkit.formats.folders import printable
+from clipkit.interop.load import load
+from clipkit.log import Progress
+from clipkit.storage.files import require_writable
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a task found out about a model."""
+
+    measures: list[Measure]
+    hashes: dict[str, str]
+    """Of all that the numbers depend on beside the weights. Equal hashes: comparable numbers."""
+    classes: int = 0
+    """How many there are to choose from, where it is always the same number."""
+    templates: str = ""
+    unreadable: int = 0
+    """Images that can't be decoded; they aren't counted."""
+    largest_class: float = 0.0
+    notes: tuple[str, ...] = ()
+    """What belongs with the numbers, wherever they go."""
+    guesses: "pa.Table | None" = None
+    """A row for each image or question: what was guessed, and for some the picture."""
+
+
+class EvaluationTask(Protocol):
+    """Something to measure models on. It may keep what is costly to make again while training goes on."""
+
+    name: str
+    kind: str
+    """`classification`, `retrieval` …"""
+    notes: tuple[str, ...]
+    """What to know about the data."""
+
+    @property
+    def path(self) -> Path:
+        """Where the data is."""
+        ...
+
+    def __len__(self) -> int:
+        """How many images there are."""
+        ...
+
+    def measure(self, encoder: Encoder, compute: Compute, keep_guesses: bool = False) -> Outcome:
+        """Evaluate. Raises UserError for data that can't be read, and for a model that gives NaN."""
+        ...
+
+
+def evaluate(encoder: Encoder, task: EvaluationTask, compute: Compute) -> Iterator[tuple[str, float]]:
+    """Yield `(task/metric, value)` for a model in training: `emoji-heldout/top1` and so on."""
+    for measured in task.measure(encoder, compute).measures:
+        yield f"{task.name}/{measured.metric}", measured.value
+
+
+def zeroshot(
+    source: str | Path,
+    task: EvaluationTask,
+    *,
+    batch_size: int = 256,
+    device: str = "auto",
+    precision: Precision | None = None,
+    out: Path | None = None,
+    ema: bool = False,
+) -> list[Result]:
+    """Evaluate a model on a task; write numbers and guesses into the run, and return the numbers.
+
+    `source` is what `clipkit.interop.load` takes. The run is `out`, or the one that a checkpoint of clipkit's lies in;
+    outside of a run nothing is written. `ema` takes the averages of the weights, and the task is then called
+    `ema/<task>`. In the run, `results.jsonl` gets a line for each metric and
+    `predictions-<task>.parquet` the guesses. Raises UserError for whatever is wrong with the input.
+    """
+    for text in task.notes:
+        note(text)
+    encoder = load(source, ema=ema)
+    run = out or run_of(encoder)
+    if run is not None:
+        require_writable(run)
+    where = pick(device)
+    encoder = encoder.to(where.torch_device)
+    for text in encoder.notes:
+        note(text)
+    with Progress(f"zeroshot {task.name}", len(task), "images") as progress:
+        compute = Compute(where, precision, batch_size, progress.update)
+        outcome = task.measure(encoder, compute, keep_guesses=run is not None)
+    for text in outcome.notes:
+        note(text)
+    asked = f"ema/{task.name}" if ema else task.name
+    found = [result_of(measured, outcome, task, asked, encoder, run) for measured in outcome.measures]
+    if run is None:
+        note(f"{encoder.name} isn't in a run's folder, so the numbers aren't written anywhere: give --out to keep them")
+        return found
+    found = results.write_results(run, found)  # before the guesses, which may find no room
+    name = found[0].task
+    if name != asked:
+        note(f"{run} has a task {asked!r} of other images, so this one is {name!r}: choose with --name")
+    if outcome.guesses is not None:
+        about = {"task": name, "kind": task.kind, "samples_seen": encoder.samples_seen, "classes": outcome.classes}
+        results.write_predictions(
+            results.predictions_path(run, name),
+            outcome.guesses,
+            about={**about, "data": found[0].data, "templates": outcome.templates},
+        )
+    return found
+
+
+def result_of(
+    measured: Measure, outcome: Outcome, task: EvaluationTask, name: str, encoder: Encoder, run: Path | None
+) -> Result:
+    """One line of `results.jsonl`."""
+    return Result(
+        **dataclasses.asdict(measured),
+        classes=outcome.classes,
+        task=name,
+        data=printable(str(task.path.absolute())),
+        samples_seen=encoder.samples_seen,
+        checkpoint=relative(encoder.path, run) if encoder.path else encoder.name,
+        hashes=outcome.hashes,
+        templates=outcome.templates,
+        unreadable=outcome.unreadable,
+        largest_class=outcome.largest_class,
+        kind=task.kind,
+        weights=encoder.weights,
+        notes=outcome.notes,
+    )
+
+
+def run_of(encoder: Encoder) -> Path | None:
+    """The run that a checkpoint of clipkit's lies in, or None."""
+    folder = encoder.path.resolve().parent if encoder.path else None
+    return folder.parent if folder is not None and folder.name == "checkpoints" else None
+
+
+def relative(checkpoint: Path, run: Path | None) -> str:
+    """The checkpoint as seen from the run, so that a run can be moved; the full path when it lies elsewhere."""
+    path = checkpoint.resolve()
+    if run is not None and path.is_relative_to(run.resolve()):
+        return path.relative_to(run.resolve()).as_posix()
+    return str(path)
+
+
+def note(text: str) -> None:
+    """A remark beside the results, on stderr."""
+    print(text, file=sys.stderr)

@@ -1,0 +1,86 @@
+"""A model in three lines: what it embeds equals what the model gives for the same pixels and tokens."""
+
+import dataclasses
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import clipkit
+from clipkit import checkpoint
+from clipkit.embedding.script import LoadedModel
+from clipkit.errors import UserError
+from clipkit.model.clip import build
+from clipkit.model.config import ImageConfig, ModelConfig, TextConfig
+from clipkit.pixels.images import ImageError, Preprocess, eval_transform, normalise
+from clipkit.text.tokenizer import Tokenizer
+
+SMALL = ModelConfig(
+    embed_dim=16,
+    image=ImageConfig("vit_tiny_patch16_224", image_size=32, patch_size=8, width=32, depth=1, heads=2),
+    text=TextConfig(context_length=16, width=32, depth=1, heads=2),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class NoRecipe:
+    name: str = "none"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    config = checkpoint.describe(SMALL, Preprocess(size=32), NoRecipe())
+    state = {"samples_seen": 64, "stage": "full", "seconds": 1.0, "bad_samples": 0}
+    run = tmp_path_factory.mktemp("run")
+    tensors = build(SMALL, seed=3).state_dict()
+    return checkpoint.save(checkpoint.folder_of(run, 64), tensors=tensors, config=config, state=state)
+
+
+@pytest.fixture(scope="module")
+def loaded(folder: Path) -> LoadedModel:
+    return clipkit.load(folder, device="cpu")
+
+
+def test_images_of_every_kind_give_the_models_vectors(loaded: LoadedModel, tmp_path: Path) -> None:
+    pixels_HWC = np.random.default_rng(0).integers(0, 256, (40, 56, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels_HWC).save(buffer, "PNG")
+    path = tmp_path / "a.png"
+    path.write_bytes(buffer.getvalue())
+    kinds = [path, str(path), buffer.getvalue(), Image.fromarray(pixels_HWC), pixels_HWC]
+    found_NE = loaded.encode_image(kinds, batch_size=2)
+    image_BHWC = torch.tensor(eval_transform(pixels_HWC, 32))[None]
+    how = Preprocess()
+    with torch.no_grad():
+        expected_E = build(SMALL, seed=3).eval().encode_image(normalise(image_BHWC, how.mean, how.std))[0]
+    assert found_NE.shape == (5, 16)
+    for found_E in (*found_NE, loaded.encode_image(path)):
+        np.testing.assert_allclose(found_E, expected_E.numpy(), atol=1e-6)
+
+
+def test_texts_give_the_models_vectors_in_their_order(loaded: LoadedModel) -> None:
+    texts = ["a long caption about a heron by the river", "a cat", "a dog", "a cat"]
+    with torch.no_grad():
+        expected_NE = build(SMALL, seed=3).eval().encode_text(torch.from_numpy(Tokenizer()(texts, 16)))
+    np.testing.assert_allclose(loaded.encode_text(texts), expected_NE.numpy(), atol=1e-6)
+    np.testing.assert_allclose(loaded.encode_text("a cat"), expected_NE[1].numpy(), atol=1e-6)
+
+
+def test_what_is_no_image_is_told(loaded: LoadedModel, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"can't read the image .*gone.png \(No such file"):
+        loaded.encode_image(tmp_path / "gone.png")
+    with pytest.raises(ImageError):
+        loaded.encode_image(b"<html>")
+    with pytest.raises(UserError, match="no texts"):
+        loaded.encode_text([])
+    with pytest.raises(UserError, match="no images"):
+        loaded.encode_image([])
+
+
+def test_the_hash_of_the_weights_tells_models_apart(folder: Path, loaded: LoadedModel) -> None:
+    assert clipkit.load(folder, device="cpu").encoder.weights == loaded.encoder.weights
+    other = dataclasses.replace(loaded.encoder, model=build(SMALL, seed=4))
+    assert other.weights != loaded.encoder.weights
