@@ -218,9 +218,11 @@ def test_a_stall_is_reported_within_half_a_minute() -> None:
     assert data_module.STALL_SECONDS <= 25
 
 
-def allowed() -> float:
-    """Seconds for what must end within two, on a machine that others may keep busy."""
-    return 2.0 * max(1.0, os.getloadavg()[0] / len(os.sched_getaffinity(0)))
+def in_time(seconds_of: Callable[[int], float]) -> bool:
+    """Whether it takes less than two seconds, or than its share of a machine that others keep busy. Their load, a mean
+    over a minute, may be behind the times: it can only add to ours, so the first of three attempts in time decides."""
+    cores = len(os.sched_getaffinity(0))
+    return any(seconds_of(attempt) < 2.0 * max(1.0, os.getloadavg()[0] / cores) for attempt in range(3))
 
 
 @pytest.fixture
@@ -245,17 +247,21 @@ def test_closing_does_not_wait_for_a_disk_that_stalls(
     stalled: Dataset, monkeypatch: pytest.MonkeyPatch, processes: bool
 ) -> None:
     monkeypatch.setattr(data_module, "STALL_SECONDS", 5.0 if processes else 0.5)  # processes take a while to start
-    told: list[float] = []
 
-    def warn(line: str) -> None:
-        told.append(time.monotonic())
-        raise EnoughError
+    def close(_: int) -> float:
+        told: list[float] = []
 
-    loader = batches(RecordSource(stalled), CONFIG, workers=2, processes=processes, warn=warn)
-    with pytest.raises(EnoughError):
-        list(loader)
-    assert time.monotonic() - told[0] < allowed()
-    assert workers_of(os.getpid()) == []
+        def warn(line: str) -> None:
+            told.append(time.monotonic())
+            raise EnoughError
+
+        with pytest.raises(EnoughError):
+            list(batches(RecordSource(stalled), CONFIG, workers=2, processes=processes, warn=warn))
+        seconds = time.monotonic() - told[0]
+        assert workers_of(os.getpid()) == []
+        return seconds
+
+    assert in_time(close)
 
 
 # ---- Ctrl-C ----------------------------------------------------------------------------------------------------------
@@ -300,32 +306,35 @@ def interrupt(process: subprocess.Popen[str]) -> float:
 
 
 def test_ctrl_c_ends_training_and_leaves_nothing_behind(dataset: Dataset, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    changes = ["stages.0.samples=160000000", "cadence.checkpoint_samples=100000000", "cadence.log_samples=16"]
-    command = [sys.executable, "-m", "clipkit", "train", "--data", str(dataset.path), "--recipe", "debug"]
-    command += ["--out", str(run), "--device", "cpu", "--workers", "3"]
-    command += [word for change in changes for word in ("--set", change)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(
-        command, stderr=subprocess.PIPE, text=True, start_new_session=True, env=environment
-    ) as training:
-        metrics = run / "metrics.jsonl"
-        until(lambda: metrics.exists() and metrics.read_text().count("\n") > 5, "training doesn't begin")
-        workers, files = workers_of(training.pid), memory_files(session(training.pid))
-        seconds = interrupt(training)
-        assert training.stderr is not None
-        said = training.stderr.read()
-    assert len(workers) == 3
-    assert any("clipkit-batches" in name for name in files.values())
-    assert training.returncode == 128 + signal.SIGINT, said
-    assert "run the same command with --resume" in said
-    assert "Traceback" not in said
-    assert seconds < allowed()
-    assert session(training.pid) == []
-    assert not set(files) & set(memory_files(everyone()))
-    assert not [name for name in files.values() if name.startswith("/dev/shm/") and Path(name).exists()]
-    seen = [json.loads(line)["samples_seen"] for line in metrics.read_text().splitlines()]
-    assert checkpoint.load(run).samples_seen == seen[-1]
+    def interrupted(attempt: int) -> float:
+        run = tmp_path / f"run{attempt}"
+        changes = ["stages.0.samples=160000000", "cadence.checkpoint_samples=100000000", "cadence.log_samples=16"]
+        command = [sys.executable, "-m", "clipkit", "train", "--data", str(dataset.path), "--recipe", "debug"]
+        command += ["--out", str(run), "--device", "cpu", "--workers", "3"]
+        command += [word for change in changes for word in ("--set", change)]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        with subprocess.Popen(
+            command, stderr=subprocess.PIPE, text=True, start_new_session=True, env=environment
+        ) as training:
+            metrics = run / "metrics.jsonl"
+            until(lambda: metrics.exists() and metrics.read_text().count("\n") > 5, "training doesn't begin")
+            workers, files = workers_of(training.pid), memory_files(session(training.pid))
+            seconds = interrupt(training)
+            assert training.stderr is not None
+            said = training.stderr.read()
+        assert len(workers) == 3
+        assert any("clipkit-batches" in name for name in files.values())
+        assert training.returncode == 128 + signal.SIGINT, said
+        assert "run the same command with --resume" in said
+        assert "Traceback" not in said
+        assert session(training.pid) == []
+        assert not set(files) & set(memory_files(everyone()))
+        assert not [name for name in files.values() if name.startswith("/dev/shm/") and Path(name).exists()]
+        seen = [json.loads(line)["samples_seen"] for line in metrics.read_text().splitlines()]
+        assert checkpoint.load(run).samples_seen == seen[-1]
+        return seconds
+
+    assert in_time(interrupted)
 
 
 STALLING = """
@@ -353,25 +362,29 @@ print(summary.finished, summary.samples_seen)
 
 def test_ctrl_c_ends_training_that_waits_for_data(dataset: Dataset, tmp_path: Path) -> None:
     """What was learnt since the last checkpoint is saved, though no step follows any more."""
-    run = tmp_path / "run"
-    command = [sys.executable, "-c", STALLING, str(dataset.path), str(run)]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    ) as training:
-        assert training.stdout is not None
-        assert training.stderr is not None
-        told: list[str] = []
-        # A slow start may be reported too; the stall is the one behind the first checkpoint.
-        for line in training.stderr:
-            told.append(line)
-            if "the loader has waited" in line and (run / "checkpoints" / f"{64:012d}").exists():
-                break
-        seconds = interrupt(training)
-        said, told_after = training.stdout.read(), training.stderr.read()
-    assert training.returncode == 0, "".join(told) + told_after
-    finished, samples_seen = said.split()
-    assert finished == "False"
-    assert int(samples_seen) in (80, 96, 112)
-    assert checkpoint.load(run).samples_seen == int(samples_seen)
-    assert seconds < allowed()
-    assert session(training.pid) == []
+
+    def interrupted(attempt: int) -> float:
+        run = tmp_path / f"run{attempt}"
+        command = [sys.executable, "-c", STALLING, str(dataset.path), str(run)]
+        with subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        ) as training:
+            assert training.stdout is not None
+            assert training.stderr is not None
+            told: list[str] = []
+            # A slow start may be reported too; the stall is the one behind the first checkpoint.
+            for line in training.stderr:
+                told.append(line)
+                if "the loader has waited" in line and (run / "checkpoints" / f"{64:012d}").exists():
+                    break
+            seconds = interrupt(training)
+            said, told_after = training.stdout.read(), training.stderr.read()
+        assert training.returncode == 0, "".join(told) + told_after
+        finished, samples_seen = said.split()
+        assert finished == "False"
+        assert int(samples_seen) in (80, 96, 112)
+        assert checkpoint.load(run).samples_seen == int(samples_seen)
+        assert session(training.pid) == []
+        return seconds
+
+    assert in_time(interrupted)
