@@ -12,7 +12,8 @@ The core library; its stages are `clipkit.tfrecord_tools`, `clipkit.train` and `
 - `errors`: the two kinds of failure that are shown as one line.
 - `formatting`: sizes, times and shares as people read them.
 - `intervals`: confidence intervals of what was counted.
-- `embedded`: the data inside the package: the demo's emoji, CLIP's vocabulary, ImageNet's classes and templates.
+- `embedded`: the data inside the package: the demo's emoji, CLIP's vocabulary, ImageNet's classes and templates,
+  published numbers.
 
 The rooms: `cli/` (the commands), `model/`, `interop/` (others' weights), `embedding/` (images and texts to vectors),
 `text/`, `pixels/`, `formats/` (datasets, tables, tars), `storage/` (files and stores), `jobs/` (one function over many

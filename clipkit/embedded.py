@@ -1,8 +1,10 @@
-"""The data that ships inside the package: emoji pairs for the demo, and the files that define CLIP's benchmarks.
+"""The data that ships inside the package: emoji pairs for the demo, the files that define CLIP's benchmarks, and what
+was published about them.
 
 Licences and sources are in the README beside each set.
 """
 
+import csv
 import json
 from importlib.resources import files
 from pathlib import Path
@@ -46,3 +48,9 @@ def prompt_templates() -> dict[str, list[str]]:
         (folder("clip") / "imagenet-templates.json").read_text(encoding="utf-8")
     )
     return templates
+
+
+def published(name: Literal["datacomp-38", "openclip-evals"]) -> list[dict[str, str]]:
+    """The rows of a table of published facts, by column: DataComp's tasks, or 121 OpenCLIP models' numbers on them."""
+    with (folder("published") / f"{name}.csv").open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))

@@ -38,6 +38,16 @@ def test_the_templates_are_openais():
     assert all(sentence.count("{}") == 1 for sentences in templates.values() for sentence in sentences)
 
 
-@pytest.mark.parametrize("name", ["clip", "emoji"])
+@pytest.mark.parametrize("name", ["clip", "emoji", "published"])
 def test_licences_travel_with_the_data(name):
     assert "licence" in (embedded.folder(name) / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_published_numbers_are_of_121_models_on_datacomps_38_tasks():
+    tasks = [row for row in embedded.published("datacomp-38") if row["in_average"] == "yes"]
+    models = embedded.published("openclip-evals")
+    assert (len(tasks), len({(row["model"], row["pretrained"]) for row in models})) == (38, 121)
+    for row in models:
+        values = [float(row[f"{task['name']}/{task['main_metric']}"]) for task in tasks]
+        assert all(0 <= value <= 1 for value in values)
+        assert sum(values) / 38 == pytest.approx(float(row["Average perf. on 38 datasets"]), abs=6e-5)
