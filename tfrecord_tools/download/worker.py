@@ -22,6 +22,7 @@ from clipkit.tfrecord_tools.download.plan import DownloadJob, DownloadShard, Job
 from clipkit.tfrecord_tools.download.progress import LiveCounts
 from clipkit.tfrecord_tools.download.shard import OpenShard
 from clipkit.tfrecord_tools.pictures.picture import PictureMaker, PictureSettings
+from clipkit.tfrecord_tools.pictures.resizer import hidden
 from clipkit.tfrecord_tools.tables.url_table import TableColumns, WantedRows
 from clipkit.tfrecord_tools.web.calls import Handle
 from clipkit.tfrecord_tools.web.fetcher import Fetcher
@@ -162,8 +163,8 @@ def tune_process() -> None:
 def picture_maker(settings: PictureSettings) -> PictureMaker:
     """The process's maker of pictures: img2dataset takes a while to import.
 
-    So does pandas, which pyarrow imports for the first array that it is asked for. Better now than when the first shard
-    is written, and the answers of the next ones wait for a thread.
+    So does pandas, which pyarrow imports, where it finds it, for the first array that it is asked for: it must not.
     """
-    pa.array([""])
+    with hidden("pandas"):
+        pa.array([""])
     return PictureMaker(settings)

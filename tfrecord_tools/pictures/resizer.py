@@ -1,6 +1,6 @@
 """img2dataset's classes without what its package drags in and a worker never uses.
 
-`import img2dataset` loads torch, wandb, pandas and more: 9 s of processor time and 550 MB for each worker process.
+`import img2dataset` loads torch, ray, wandb, pandas and more: 9 s of processor time and 550 MB for each worker process.
 While a class is imported here, those look as if they weren't installed; afterwards they can be imported as ever.
 """
 
@@ -11,21 +11,36 @@ import sys
 import types
 import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-HIDDEN = ("torch", "huggingface_hub")
+HIDDEN = ("torch", "huggingface_hub", "ray", "pyspark")
 # Imported by name at the top of img2dataset's modules, so they have to be there.
 HOLLOW = ("wandb", "pandas", "fire")
 
 
+@dataclass(frozen=True)
 class Hider(importlib.abc.MetaPathFinder):
     """Makes modules look as if they weren't installed."""
 
+    names: tuple[str, ...]
+
     def find_spec(self, fullname: str, path: Any, target: Any = None) -> None:
         """Raises ModuleNotFoundError for the hidden ones."""
-        if fullname in HIDDEN:
-            raise ModuleNotFoundError(f"{fullname} is hidden from img2dataset", name=fullname)
+        if fullname in self.names:
+            raise ModuleNotFoundError(f"{fullname} is hidden, as it takes long to import", name=fullname)
+
+
+@contextlib.contextmanager
+def hidden(*names: str) -> Iterator[None]:
+    """In the block, modules that aren't imported yet look as if they weren't installed, to other threads too."""
+    hider = Hider(names)
+    sys.meta_path.insert(0, hider)
+    try:
+        yield
+    finally:
+        sys.meta_path.remove(hider)
 
 
 @contextlib.contextmanager
@@ -33,16 +48,13 @@ def light_imports() -> Iterator[None]:
     """In the block, what img2dataset imports is light. For the start of a process: other threads see it too."""
     # albumentations would ask the network for a newer version of itself.
     os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"
-    hider = Hider()
     hollow = {name: types.ModuleType(name) for name in HOLLOW if name not in sys.modules}
-    sys.meta_path.insert(0, hider)
     sys.modules.update(hollow)
     try:
-        with warnings.catch_warnings():
+        with hidden(*HIDDEN), warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
             yield
     finally:
-        sys.meta_path.remove(hider)
         for name, module in hollow.items():
             if sys.modules.get(name) is module:
                 del sys.modules[name]
