@@ -9,7 +9,7 @@ from clipkit.cli.options import AnyPath, Count, Folder, as_json, device, is_unic
 
 
 @click.command()
-@click.option("--ckpt", type=Folder, required=True, help="A checkpoint's folder, or a run's (its newest).")
+@click.option("--ckpt", type=Folder, required=True, help="A checkpoint, a run, a folder of transformers', or hf:ID.")
 @click.option("--ema", is_flag=True, help="Take the averages of the weights that the run kept.")
 @click.option("--data", type=AnyPath, required=True, help="TFDS folder, class folders, parquet, or tars with .cls.")
 @click.option("--templates", "templates_name", default="openai-80", help="A known name, a file, or 'a photo of a {}'.")

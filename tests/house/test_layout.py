@@ -9,6 +9,7 @@ import pytest
 from rooms import MAY_IMPORT, ROOT, STAGES, circles, imports, module_name, room_imports, room_of, source_files
 
 HEAVY = {"tensorflow", "tensorflow_datasets", "torch_xla", "img2dataset", "ray", "pyspark"}
+HEAVY |= {"transformers", "open_clip", "onnx", "onnxruntime"}
 LIGHT_MODULES = (
     *("cli.main", "cli.data", "cli.download", "cli.options", "cli.demo", "cli.doctor"),
     *("config", "errors", "log", "storage.files"),
@@ -103,7 +104,7 @@ def test_help_loads_neither_torch_nor_numpy(arguments):
     code = (
         "import sys\nfrom clipkit.cli.main import main\n"
         f"try:\n    main({arguments!r})\nexcept SystemExit as end:\n    assert end.code == 0\n"
-        "heavy = {'torch', 'numpy', 'tensorflow', 'timm', 'cv2', 'rich', 'pyarrow'}\n"
+        "heavy = {'torch', 'numpy', 'tensorflow', 'timm', 'cv2', 'rich', 'pyarrow', 'transformers'}\n"
         "print(sorted({name.split('.')[0] for name in sys.modules} & heavy))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

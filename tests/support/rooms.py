@@ -30,7 +30,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     ),
     "clipkit/formats": _core("storage"),
     "clipkit/embedding": _core("model", "pixels", "text"),
-    "clipkit/interop": _core("embedding", "model"),
+    "clipkit/interop": _core("embedding", "model", "pixels", "storage", "text"),
     "clipkit/jobs": (),
     "clipkit/model": _core("text"),
     "clipkit/page": (),
