@@ -5,6 +5,7 @@ for the end of the archive only where the archive says so: a tar that a killed d
 one. Tars joined by `cat` are read to the end of the last.
 """
 
+import os
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator
 from itertools import groupby
@@ -148,6 +149,33 @@ class SampleNames:
                 f"{self.path}: the members of sample {key} don't stand beside each other: sort the tar by name "
                 "(unpack it, then tar --sort=name -cf)"
             )
+
+
+def list_samples(path: Path) -> dict[str, dict[str, Member]]:
+    """The members of each sample of a local tar by suffix, in the order of their first. Raises TarError."""
+    samples: dict[str, dict[str, Member]] = {}
+    with path.open("rb") as file:
+
+        def read(offset: int, length: int) -> bytes:
+            return os.pread(file.fileno(), length, offset)
+
+        size = path.stat().st_size
+        split = SampleNames(path, lambda: (member.name for member in read_headers(read, path)))
+        for member in read_headers(read, path):
+            if member.start + member.size > size:
+                raise TarError(path, member.first, "it ends inside a member")
+            if parts := split(member.name):
+                samples.setdefault(parts[0], {})[parts[1]] = member
+    return samples
+
+
+def read_members(members: Iterable[tuple[Path, Member]]) -> Iterator[bytes]:
+    """The contents of members of local tars; those of one tar should stand together."""
+    for path, group in groupby(members, key=itemgetter(0)):
+        with path.open("rb") as file:
+            for _, member in group:
+                file.seek(member.start)
+                yield file.read(member.size)
 
 
 def _apart(parts: Iterable[tuple[str, str]]) -> set[str]:

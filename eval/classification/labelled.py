@@ -4,10 +4,7 @@ All give the same thing: a list of keys and labels that is known at once, and th
 An option that a kind can't heed is refused, for a number that looks as if it had been heeded is a wrong one.
 """
 
-import itertools
 import json
-import operator
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -39,7 +36,7 @@ from clipkit.formats.folders import (
 )
 from clipkit.formats.shards import ALL_SPLITS, ShardKind, ShardListing, list_shards
 from clipkit.formats.tables import IMAGE_SUFFIXES, find_image_column, open_parquet, table_errors
-from clipkit.formats.tar import Member, SampleNames, TarError, read_headers
+from clipkit.formats.tar import Member, list_samples, read_members
 from clipkit.pixels.images import ImageError
 from clipkit.storage.files import read_json, read_text
 from clipkit.storage.stores import StoredFile
@@ -194,12 +191,16 @@ def from_tars(paths: Sequence[Path], origin: Path, name: str, label: str) -> Lab
     Another `label` is the suffix of another member.
     """
     suffix = "cls" if label == "label" else label.lower()
-    keys, places, values = [], [], []
+    keys, images, values = [], [], []
     for path in paths:
-        for key, image, value in _labelled_members(path, suffix):
+        found = list(_labelled_members(path, suffix))
+        contents = read_members((path, label_member) for _, _, label_member in found)
+        for (key, image, _), value in zip(found, contents, strict=True):
+            if not value.strip():
+                raise UserError(f"{path}: sample {key} has an empty .{suffix}: leave out the samples without a label")
             keys.append(f"{path.name}:{key}" if len(paths) > 1 else key)
-            places.append((path, *image))
-            values.append(value)
+            images.append((path, image))
+            values.append(value.strip())
     if not values:
         raise UserError(f"{paths[0]} holds no sample of an image and a .{suffix}: --label names the label's suffix")
     labels = enumerate_labels(values, f"{origin} .{suffix}")
@@ -210,42 +211,22 @@ def from_tars(paths: Sequence[Path], origin: Path, name: str, label: str) -> Lab
         labels = listed_labels(labels, read_text(listed, "class names").split("\n"), str(listed))
         notes = (f"{origin}: class names from {listed}",)
 
-    def read() -> Iterator[bytes | ImageError]:
-        for path, group in itertools.groupby(places, key=operator.itemgetter(0)):
-            with path.open("rb") as file:
-                for _, start, size in group:
-                    file.seek(start)
-                    yield file.read(size)
+    def read() -> Iterator[bytes]:
+        return read_members(images)
 
     return LabelledImages(path_of(origin, label), name, keys, *labels, read, notes)
 
 
-def _labelled_members(path: Path, suffix: str) -> Iterator[tuple[str, tuple[int, int], bytes]]:
-    """The key, the image's place and the label of each sample of a tar. Raises UserError for one that lacks either."""
-    with path.open("rb") as file:
-
-        def read(offset: int, length: int) -> bytes:
-            return os.pread(file.fileno(), length, offset)
-
-        size = path.stat().st_size
-        split = SampleNames(path, lambda: (member.name for member in read_headers(read, path)))
-        samples: dict[str, dict[str, Member]] = {}
-        for member in read_headers(read, path):
-            if member.start + member.size > size:
-                raise TarError(path, member.first, "it ends inside a member")
-            if parts := split(member.name):
-                samples.setdefault(parts[0], {})[parts[1]] = member
-        for key, members in samples.items():
-            image = next((members[kind] for kind in members if kind in IMAGE_SUFFIXES), None)
-            if image is None and suffix not in members:
-                continue
-            if image is None or suffix not in members:
-                lacking = "image" if image is None else f".{suffix}"
-                raise UserError(f"{path}: sample {key} has no {lacking}: mend the tar, or name the suffix by --label")
-            value = read(members[suffix].start, members[suffix].size).strip()
-            if not value:
-                raise UserError(f"{path}: sample {key} has an empty .{suffix}: leave out the samples without a label")
-            yield key, (image.start, image.size), value
+def _labelled_members(path: Path, suffix: str) -> Iterator[tuple[str, Member, Member]]:
+    """The key, image and label of each sample of a tar. Raises UserError for one that lacks either."""
+    for key, members in list_samples(path).items():
+        image = next((members[kind] for kind in members if kind in IMAGE_SUFFIXES), None)
+        if image is None and suffix not in members:
+            continue
+        if image is None or suffix not in members:
+            lacking = "image" if image is None else f".{suffix}"
+            raise UserError(f"{path}: sample {key} has no {lacking}: mend the tar, or name the suffix by --label")
+        yield key, image, members[suffix]
 
 
 def with_label(name: str, label: str) -> str:
