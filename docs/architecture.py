@@ -33,7 +33,7 @@ FLOORS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ),
     ("", ("tfrecord_tools/pictures", "tfrecord_tools/tables", "tfrecord_tools")),
     ("train/ and eval/", ("train/bench", "train", "train/watch", "train/loader", "train/sources")),
-    ("", ("eval/classification", "eval/report", "eval")),
+    ("", ("eval/choice", "eval/retrieval", "eval/classification", "eval/report", "eval")),
     (
         "clipkit/: the core, which every stage may use",
         tuple(

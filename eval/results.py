@@ -17,14 +17,29 @@ from typing import TYPE_CHECKING, Any
 
 from clipkit.errors import UserError
 from clipkit.eval.metrics import Measure
-from clipkit.formatting import percent
+from clipkit.formatting import count, counted, percent
 from clipkit.storage.files import disk_errors, read_json_lines, write_beside, write_json_lines
 
 if TYPE_CHECKING:
     import pyarrow as pa
     from rich.table import Table
 
-METRICS = {"top1": "top-1", "top5": "top-5", "mean_per_class_recall": "mean per-class recall"}
+    from clipkit.pixels.images import Preprocess
+
+CHOICES = ("accuracy", "text_score", "image_score", "group_score")
+METRICS = {
+    "top1": "top-1",
+    "top5": "top-5",
+    "mean_per_class_recall": "mean per-class recall",
+    **{f"text_retrieval_recall@{k}": f"image to text, recall@{k}" for k in (1, 5, 10)},
+    "text_retrieval_median_rank": "image to text, median rank",
+    **{f"image_retrieval_recall@{k}": f"text to image, recall@{k}" for k in (1, 5, 10)},
+    "image_retrieval_median_rank": "text to image, median rank",
+    "mean_recall@1": "recall@1, mean of both",
+    **{name: name.replace("_", " ") for name in CHOICES},
+    **{f"mean_per_category_{name}": f"{name.replace('_', ' ')}, mean of categories" for name in CHOICES},
+}
+RANKS = frozenset(("text_retrieval_median_rank", "image_retrieval_median_rank"))  # no shares, and less is better
 
 
 @dataclass(frozen=True)
@@ -61,6 +76,13 @@ def digest(value: Any) -> str:
     """A short hash (16 hex digits of SHA-256) of anything JSON can hold."""
     canonical = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
+def preprocessing_digest(preprocess: "Preprocess") -> str:
+    """A hash of all settings that make the model's input of an image."""
+    return digest(
+        {name: list(value) if isinstance(value, tuple) else value for name, value in vars(preprocess).items()}
+    )
 
 
 def read_results(run: Path) -> list[Result]:
@@ -138,31 +160,61 @@ def verdict(result: Result) -> str:
     """What the number is worth, in words: "" when it is clearly better than guessing."""
     if result.low <= result.chance <= result.high:
         return "not distinguishable from chance"
-    if result.high < result.chance:
-        return "worse than chance: check the labels and the class names"
+    if result.low > result.chance if result.metric in RANKS else result.high < result.chance:
+        wrong = (
+            "the labels and the class names" if result.kind == "classification" else "which captions are of which image"
+        )
+        return f"worse than chance: check {wrong}"
     # Mean per-class recall gains nothing by guessing the commonest class, and top-5 is not comparable with its share.
     if result.metric == "top1" and result.low <= result.largest_class:
         return f"no better than always guessing the commonest class ({percent(result.largest_class)})"
     return ""
 
 
+def metric_title(metric: str) -> str:
+    """What a metric is called, a category behind a colon with it."""
+    name, _, category = metric.partition(":")
+    return METRICS.get(name, name) + (f", {category}" if category else "")
+
+
+def shown(metric: str, value: float) -> str:
+    """A value of a metric as people read it."""
+    return count(value) if metric in RANKS else percent(value)
+
+
+def counted_on(results: Sequence[Result]) -> str:
+    """What the results of one task were counted on."""
+    one = results[0]
+    match one.kind:
+        case "retrieval":
+            n = {result.metric.partition("_")[0]: result.n for result in results}
+            return f"{counted(n['text'], 'image')}, {counted(n['image'], 'caption')}"
+        case "choice":
+            return counted(one.n, "question")
+    return f"{one.n:,} images, {one.classes:,} classes, templates {one.templates}"
+
+
 def table(results: Sequence[Result], dash: str = "–") -> "Table":
     """The results of one task as a table for the screen, each beside chance; `dash` is for intervals."""
     from rich.table import Table
 
-    one = results[0]
-    title = f"{one.task}: {one.n:,} images, {one.classes:,} classes, templates {one.templates}"
-    grid = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    grid = Table(
+        title=f"{results[0].task}: {counted_on(results)}",
+        title_justify="left",
+        box=None,
+        pad_edge=False,
+        header_style="bold",
+    )
     for name in ("metric", "value", "95% interval", "chance"):
         grid.add_column(name, justify="left" if name == "metric" else "right", no_wrap=True)
     grid.add_column("")
     for result in results:
         remark = verdict(result)
         cells = [
-            METRICS.get(result.metric, result.metric),
-            percent(result.value),
-            f"{percent(result.low)} {dash} {percent(result.high)}",
-            percent(result.chance),
+            metric_title(result.metric),
+            shown(result.metric, result.value),
+            f"{shown(result.metric, result.low)} {dash} {shown(result.metric, result.high)}",
+            shown(result.metric, result.chance),
             remark,
         ]
         grid.add_row(*cells, style="yellow" if remark else None)

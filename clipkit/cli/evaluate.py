@@ -1,23 +1,32 @@
 """The commands that evaluate models and show what was found."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from clipkit.cli.options import AnyPath, Count, Folder, as_json, device, is_unicode, print_json
+from clipkit.cli.options import AnyPath, Count, Folder, TaskKinds, as_json, device, is_unicode, print_json
+
+if TYPE_CHECKING:
+    from clipkit.eval.open import TaskKind
 
 
 @click.command()
 @click.option("--ckpt", type=Folder, required=True, help="A checkpoint, a run, a folder of transformers', or hf:ID.")
 @click.option("--ema", is_flag=True, help="Take the averages of the weights that the run kept.")
-@click.option("--data", type=AnyPath, required=True, help="TFDS folder, class folders, parquet, or tars with .cls.")
-@click.option("--templates", "templates_name", default="openai-80", help="A known name, a file, or 'a photo of a {}'.")
-@click.option("--label", default="label", help="Column with the label.")
+@click.option(
+    "--data", type=AnyPath, required=True, help="TFDS folder, parquet, tars, class folders, or a JSON or CSV."
+)
+@click.option("--task", "kind", type=TaskKinds, default="classification", help="What is measured on the data.")
+@click.option("--templates", "templates_name", help="A known name, a file, or 'a photo of a {}'. [default: openai-80]")
+@click.option("--label", help="Column with the label. [default: label]")
 @click.option("--classes", type=AnyPath, help="Names of the classes: a name a line, or JSON {label: name or [names]}.")
-@click.option("--pooling", default="mean", help="How several names make one class: mean or sum.")
-@click.option("--split", help="Split of the data. [default: validation, test or train, the first that it has]")
-@click.option("--allow-empty-classes", is_flag=True, help="Count class folders without images as classes.")
+@click.option("--pooling", help="How several names make one class: mean or sum. [default: mean]")
+@click.option("--images", type=Folder, help="Folder with the images that a JSON or CSV names. [default: beside it]")
+@click.option("--split", help="Split of the data. [default: validation or test, the first that it has, else train]")
+@click.option(
+    "--allow-empty-classes", is_flag=True, default=None, help="Count class folders without images as classes."
+)
 @click.option("--name", help="Name of the task in the results. [default: from the data]")
 @click.option("--batch-size", type=Count, default=256, help="Images at once.")
 @click.option(
@@ -32,6 +41,7 @@ def zeroshot(
     ckpt: Path,
     ema: bool,
     data: Path,
+    kind: "TaskKind",
     batch_size: int,
     precision: Literal["auto", "float32", "bfloat16"] | None,
     device: str,
@@ -39,16 +49,17 @@ def zeroshot(
     as_json: bool,
     **task_options: Any,
 ) -> None:
-    """Classify images by prompts only, and print accuracies with their intervals.
+    """Measure a model on data that it wasn't trained for, and print the numbers with their intervals.
 
-    A checkpoint describes itself, so it needs no model name.
+    --task classification: images by prompts only. retrieval: captions of images and images of captions, among all.
+    choice: the right one of two captions or images. A checkpoint describes itself, so it needs no model name.
     """
     from clipkit.config import to_json
-    from clipkit.eval.classification.task import open_task
     from clipkit.eval.evaluation import zeroshot as stage
+    from clipkit.eval.open import open_data
     from clipkit.eval.results import table
 
-    task = open_task(data, **task_options)
+    task = open_data(kind, data, **task_options)
     found = stage(ckpt, task, batch_size=batch_size, device=device, precision=precision, out=out, ema=ema)
     if as_json:
         for result in found:

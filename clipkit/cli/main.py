@@ -7,7 +7,7 @@ import json
 import re
 import signal
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -19,6 +19,7 @@ from clipkit.cli.options import (
     Folder,
     OneLineErrors,
     Positive,
+    TaskKinds,
     as_json,
     assignments,
     cache_folder,
@@ -30,6 +31,9 @@ from clipkit.cli.options import (
     vocabulary,
 )
 from clipkit.errors import UserError
+
+if TYPE_CHECKING:
+    from clipkit.eval.open import TaskKind
 
 SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100, "show_default": True}
 
@@ -83,8 +87,10 @@ for _command in (
 @cache_folder
 @cache_gigabytes
 @click.option("--eval-data", type=AnyPath, help="Zero-shot data to evaluate on while training.")
-@click.option("--eval-label", default="label", help="Label column of --eval-data.")
-@click.option("--eval-templates", default="openai-80", help="As zeroshot's --templates.")
+@click.option("--eval-task", type=TaskKinds, default="classification", help="As zeroshot's --task.")
+@click.option("--eval-images", type=Folder, help="As zeroshot's --images.")
+@click.option("--eval-label", help="Label column of --eval-data.")
+@click.option("--eval-templates", help="As zeroshot's --templates.")
 @click.option("--eval-classes", type=AnyPath, help="As zeroshot's --classes.")
 @click.option("--eval-split", help="As zeroshot's --split.")
 @as_json
@@ -100,8 +106,10 @@ def train(
     cooldown: int | None,
     overfit: int | None,
     eval_data: Path | None,
-    eval_label: str,
-    eval_templates: str,
+    eval_task: "TaskKind",
+    eval_images: Path | None,
+    eval_label: str | None,
+    eval_templates: str | None,
     eval_classes: Path | None,
     eval_split: str | None,
     as_json: bool,
@@ -117,7 +125,7 @@ def train(
     nothing: it exits with 0 when a few samples are learned by heart, else with 1.
     """
     from clipkit.config import set_values
-    from clipkit.eval.classification.task import open_task
+    from clipkit.eval.open import open_data
     from clipkit.formatting import duration
     from clipkit.train.catalogue import find_recipe
     from clipkit.train.loop import train as stage
@@ -142,8 +150,14 @@ def train(
     task = None
     if eval_data:
         try:
-            task = open_task(
-                eval_data, label=eval_label, templates_name=eval_templates, classes=eval_classes, split=eval_split
+            task = open_data(
+                eval_task,
+                eval_data,
+                images=eval_images,
+                label=eval_label,
+                templates_name=eval_templates,
+                classes=eval_classes,
+                split=eval_split,
             )
         except UserError as error:
             raise UserError(as_train_says(str(error))) from error
@@ -187,7 +201,7 @@ def check_health(
 def as_train_says(message: str) -> str:
     """A message about zero-shot data with the options as `train` calls them."""
     message = message.replace(", or give --allow-empty-classes", "")
-    return re.sub(r"--(label|templates|classes|split)\b", r"--eval-\1", message)
+    return re.sub(r"--(label|templates|classes|split|task|images)\b", r"--eval-\1", message)
 
 
 @main.command("bench-data")

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from clipkit.device import Device, Precision
+from clipkit.errors import UserError
 from clipkit.pixels.images import Preprocess, normalise
 
 if TYPE_CHECKING:
@@ -142,6 +143,13 @@ class Encoder:
         """int32[B, T] on the device -> unit float32[B, E] there."""
         with compute.device.autocast(compute.precision or self.precision):
             return self.model.encode_text(ids_BT).float()
+
+
+def check_finite(vectors_NE: Tensor) -> Tensor:
+    """The same. Raises UserError where a value is NaN or infinite."""
+    if not torch.isfinite(vectors_NE).all():
+        raise UserError("the model gives NaN: its weights are broken; take an earlier checkpoint")
+    return vectors_NE
 
 
 def clip_encoder(

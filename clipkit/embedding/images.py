@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from clipkit.embedding.encoder import Compute, Encoder
+from clipkit.embedding.encoder import Compute, Encoder, check_finite
 from clipkit.errors import UserError
 from clipkit.pixels.images import ImageError, Preprocess, UInt8Array, decode, eval_transform
 
@@ -158,10 +158,7 @@ def image_matrix(
         parts.append(image_BE.cpu())
     if not parts:
         raise UserError(f"{images.path} has no image that can be read")
-    matrix_NE = torch.cat(parts)
-    if not torch.isfinite(matrix_NE).all():
-        raise UserError("the model gives NaN: its weights are broken; take an earlier checkpoint")
-    return np.concatenate(places), matrix_NE
+    return np.concatenate(places), check_finite(torch.cat(parts))
 
 
 def pad_rows(array: NDArray[Number], rows: int) -> NDArray[Number]:

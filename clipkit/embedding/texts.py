@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from clipkit.embedding.encoder import Compute, Encoder, TextTokenizer
+from clipkit.embedding.encoder import Compute, Encoder, TextTokenizer, check_finite
 from clipkit.embedding.images import pad_rows
 
 TOKENS_PER_BATCH = 8192
@@ -79,8 +79,15 @@ def embed_tokenised(encoder: Encoder, texts: TokenisedTexts, compute: Compute) -
 
 
 @torch.no_grad()
+def tokenised_matrix(encoder: Encoder, texts: TokenisedTexts, compute: Compute) -> Tensor:
+    """Unit vectors float32[N, E] of the texts in the order in which they were given, on the device.
+
+    Raises UserError when the model gives NaN.
+    """
+    matrix_PE = check_finite(torch.cat([text_BE for _, text_BE in embed_tokenised(encoder, texts, compute)]))
+    return matrix_PE[torch.from_numpy(texts.place_N).to(matrix_PE.device)]
+
+
 def text_matrix(encoder: Encoder, texts: Sequence[str], compute: Compute) -> Tensor:
     """Unit vectors float32[N, E] of the texts in their order, on the device."""
-    tokenised = tokenise(texts, encoder.tokenizer, encoder.context_length)
-    matrix_PE = torch.cat([text_BE for _, text_BE in embed_tokenised(encoder, tokenised, compute)])
-    return matrix_PE[torch.from_numpy(tokenised.place_N).to(matrix_PE.device)]
+    return tokenised_matrix(encoder, tokenise(texts, encoder.tokenizer, encoder.context_length), compute)

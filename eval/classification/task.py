@@ -26,7 +26,7 @@ from clipkit.eval.classification.prompts import (
 )
 from clipkit.eval.evaluation import Outcome
 from clipkit.eval.metrics import largest_class, measure
-from clipkit.eval.results import digest
+from clipkit.eval.results import digest, preprocessing_digest
 from clipkit.formats.folders import printable
 from clipkit.pixels.images import Preprocess, thumbnail
 
@@ -210,10 +210,9 @@ def hashes(task: Classification, preprocess: Preprocess) -> dict[str, str]:
     if task.classes.pooling != "mean":
         names.append(["pooling", task.classes.pooling])
     labels = [task.images.label_names[number] for number in task.images.labels_N.tolist()]
-    shown = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(preprocess).items()}
     return {
         "classes": digest(names),
         "templates": digest(task.templates.sentences),
         "split": digest([task.images.keys, labels, task.pictures.content]),
-        "preprocessing": digest(shown),
+        "preprocessing": preprocessing_digest(preprocess),
     }

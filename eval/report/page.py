@@ -13,7 +13,7 @@ from clipkit.errors import UserError
 from clipkit.eval import results
 from clipkit.eval.report import run_data
 from clipkit.eval.report.run_data import DataFacts, StageCost
-from clipkit.eval.results import METRICS, Result, verdict
+from clipkit.eval.results import METRICS, RANKS, Result, counted_on, metric_title, shown, verdict
 from clipkit.formatting import share
 from clipkit.page.charts import Band, Line, histogram, interval_strip, line_chart
 from clipkit.page.render import render
@@ -83,7 +83,6 @@ def contents(run: Path) -> dict[str, Any]:
         "data_charts": [data_charts(part.facts, stages) if part.facts else [] for part in data],
         "data_names": " and ".join(part.name for part in data) or (config.get("dataset") or {}).get("name", ""),
         "records": sum(part.records for part in data) or (config.get("dataset") or {}).get("records", 0),
-        "metric_names": METRICS,
         "seed": SEED,
     }
 
@@ -101,11 +100,14 @@ def rows(latest: Sequence[Result]) -> list[dict[str, Any]]:
     """The results table: each number with its words and its picture on a scale that the task's numbers share."""
     listed: list[dict[str, Any]] = []
     for result in latest:
-        top = max([other.high for other in latest if other.task == result.task] + [result.chance]) * 1.05
-        strip = interval_strip(result.value, result.low, result.high, result.chance, min(1.0, top))
-        listed.append(
-            {"task": result.task, "order": len(listed), "result": result, "note": verdict(result), "strip": strip}
-        )
+        same = [other for other in latest if other.task == result.task]
+        top = max([other.high for other in same if other.metric not in RANKS] + [result.chance]) * 1.05
+        bounds = result.value, result.low, result.high, result.chance
+        strip = "" if result.metric in RANKS else interval_strip(*bounds, min(1.0, top))
+        about = {"metric": metric_title(result.metric), "note": verdict(result), "counted": counted_on(same)}
+        words = zip(("value", "low", "high", "chance"), bounds, strict=True)
+        numbers = {name: shown(result.metric, value) for name, value in words}
+        listed.append({"task": result.task, "order": len(listed), "result": result, "strip": strip, **about, **numbers})
     return listed
 
 
@@ -160,6 +162,8 @@ def walls(run: Path) -> list[dict[str, Any]]:
     listed = []
     for path in sorted(run.glob("predictions-*.parquet")):
         rows, about = results.read_predictions(path)
+        if about.get("kind", "classification") != "classification":
+            continue
         readable = [row for row in rows if row["guesses"]]
         pictured = [row for row in readable if row["image"]]
         rng = random.Random(SEED)

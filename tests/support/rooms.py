@@ -25,7 +25,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "clipkit": _core("cli", "embedding", "formats", "interop", "jobs", "model", "pixels", "storage", "text"),
     "clipkit/cli": (
         *_core("jobs", "storage"),
-        *("eval", "eval/classification", "eval/report", "tfrecord_tools", "train", "train/bench", "train/watch"),
+        *("eval", "eval/report", "tfrecord_tools", "train", "train/bench", "train/watch"),
         *_tools("build", "download", "in_place", "inspection", "labelled", "pictures", "purge", "verify", "web"),
     ),
     "clipkit/formats": _core("storage"),
@@ -89,9 +89,14 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "train/loader": (*_core("pixels", "text"), "train", "train/sources"),
     "train/watch": (*_core("model", "pixels", "storage", "text"), "train", "train/loader", "train/sources"),
     "train/bench": (*_core("jobs", "model", "pixels", "text"), "train", "train/loader", "train/sources"),
-    "eval": _core("embedding", "formats", "interop", "storage"),
+    "eval": (
+        *_core("embedding", "formats", "interop", "pixels", "storage"),
+        *("eval/choice", "eval/classification", "eval/retrieval"),
+    ),
+    "eval/choice": (*_core("embedding", "formats", "pixels", "storage"), "eval", "eval/retrieval"),
     "eval/classification": (*_core("embedding", "formats", "pixels", "storage"), "eval"),
     "eval/report": (*_core("formats", "model", "page", "storage", "text"), "eval"),
+    "eval/retrieval": (*_core("embedding", "formats", "pixels", "storage"), "eval", "eval/classification"),
 }
 
 

@@ -26,10 +26,10 @@ OPTIONS = {
     "recipes": "name --set --json",
     "report": "run",
     "train": "--data --recipe --out --device --set --tokenizer --resume --allow-changes --init --from-stage --cooldown "
-    "--log-to --overfit --split --workers --cache --cache-gb --eval-data --eval-label --eval-templates --eval-classes "
-    "--eval-split --json",
+    "--log-to --overfit --split --workers --cache --cache-gb --eval-data --eval-task --eval-images --eval-label "
+    "--eval-templates --eval-classes --eval-split --json",
     "verify": "path --decode --workers --engine --json",
-    "zeroshot": "--ckpt --ema --data --templates --label --classes --pooling --split "
+    "zeroshot": "--ckpt --ema --data --task --templates --label --classes --pooling --images --split "
     "--allow-empty-classes --name --batch-size --precision --device --out --json",
 }
 
@@ -115,6 +115,14 @@ EVALUATED = ["train", "--data", "DATASET", "--recipe", "debug", "--out", "run", 
         (["zeroshot", "--ckpt", ".", "--data", "HELDOUT"], "no checkpoint in"),
         (["zeroshot", "--ckpt", ".", "--data", "HELDOUT", "--label", "lable"], "label"),
         (["zeroshot", "--ckpt", ".", "--data", "HELDOUT", "--templates", "openai-81"], "did you mean openai-80"),
+        (
+            ["zeroshot", "--ckpt", ".", "--data", "HELDOUT", "--task", "retrieval", "--pooling", "sum"],
+            "--pooling can't",
+        ),
+        (["zeroshot", "--ckpt", ".", "--data", "HELDOUT", "--task", "choice", "--split", "test"], "--split can't be"),
+        (["zeroshot", "--ckpt", ".", "--data", "HELDOUT", "--images", "."], "--images can't be heeded: a classif"),
+        ([*EVALUATED, "--eval-task", "choice", "--eval-split", "a"], "choose --eval-task"),
+        ([*EVALUATED, "--eval-task", "retrieval", "--eval-images", "a"], "--eval-images can't be heeded"),
         (["report", "none"], "none doesn't exist"),
         (["bench-data", "none"], "none doesn't exist"),
         (["bench-data", "DATASET", "--recipe", "debgu"], "unknown recipe 'debgu': did you mean debug?"),

@@ -1,0 +1,185 @@
+"""What a model chooses: questions of images and captions, ready for any model.
+
+A choice is right when the right score is strictly above all others: equal scores are no choice, so a model that gives
+the same score to everything gets nothing right.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from clipkit.embedding.encoder import Compute, Encoder
+from clipkit.embedding.images import ImageSet, image_matrix
+from clipkit.embedding.texts import tokenise, tokenised_matrix
+from clipkit.eval.choice.questions import Question, read_picture, read_questions
+from clipkit.eval.evaluation import Outcome
+from clipkit.eval.metrics import Measure, mean_per_class_recall
+from clipkit.eval.results import digest, preprocessing_digest
+from clipkit.formats.folders import printable
+from clipkit.formatting import counted
+from clipkit.intervals import wilson
+from clipkit.pixels.images import ImageError, thumbnail
+
+MOST_CATEGORIES = 60  # more of them get no number each
+CHANCE_OF_PAIRS = {"text_score": 1 / 4, "image_score": 1 / 4, "group_score": 1 / 6}
+SEED, EXAMPLES, PICTURE_PIXELS = 0, 200, 128
+
+GUESSES = pa.schema(
+    [
+        ("key", pa.string()),
+        ("category", pa.string()),
+        ("correct", pa.bool_()),
+        ("right", pa.list_(pa.string())),
+        ("captions", pa.list_(pa.string())),
+        ("scores", pa.list_(pa.list_(pa.float32()))),
+        ("pictures", pa.list_(pa.binary())),
+        ("problem", pa.string()),
+    ]
+)
+
+
+class Choice:
+    """Questions of one kind: one image with captions, or two images with two captions."""
+
+    kind = "choice"
+    notes: tuple[str, ...] = ()
+
+    def __init__(self, path: Path, questions: Sequence[Question]) -> None:
+        self.path, self.questions, self.name = path, questions, path.stem
+        unique = list(dict.fromkeys(picture for question in questions for picture in question.pictures))
+        place = {picture: number for number, picture in enumerate(unique)}
+        self.places = [[place[picture] for picture in question.pictures] for question in questions]
+
+        def read() -> Iterator[bytes | ImageError]:
+            return map(read_picture, unique)
+
+        self.pictures = ImageSet(path, [picture.key for picture in unique], read)
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def measure(self, encoder: Encoder, compute: Compute, keep_guesses: bool = False) -> Outcome:
+        """The share of right choices, of all questions and of each category. Raises UserError when the model gives NaN.
+
+        A question with an image that can't be read isn't counted.
+        """
+        texts = [caption for question in self.questions for caption in question.captions]
+        with encoder.evaluating():
+            index_N, image_NE = image_matrix(encoder, self.pictures, compute)
+            tokenised = tokenise(texts, encoder.tokenizer, encoder.context_length)
+            text_CE = tokenised_matrix(encoder, tokenised, compute).cpu()
+        row_of = {place: row for row, place in enumerate(index_N.tolist())}
+        scores: list[NDArray[np.float32] | None] = []
+        first = 0
+        for question, places in zip(self.questions, self.places, strict=True):
+            stop = first + len(question.captions)
+            rows = [row_of[place] for place in places if place in row_of]
+            whole = len(rows) == len(places)
+            scores.append((image_NE[rows] @ text_CE[first:stop].T).numpy() if whole else None)
+            first = stop
+        keys = [[question.key, question.category] for question in self.questions]
+        notes = []
+        if tokenised.cut:
+            notes.append(
+                f"{tokenised.cut:,} captions are longer than the {encoder.context_length} text tokens of the model and "
+                "were cut"
+            )
+        if unreadable := self.pictures.unreadable:
+            left_out = counted(sum(each is None for each in scores), "question")
+            reason = next(iter(unreadable.values()))
+            notes.append(
+                f"{counted(len(unreadable), 'image')} can't be read, so {left_out} can't be counted, "
+                f"for example: {reason}"
+            )
+        return Outcome(
+            choice_measures(self.questions, scores),
+            hashes={
+                "texts": digest([question.captions for question in self.questions]),
+                "split": digest([keys, texts, self.places, self.pictures.content]),
+                "preprocessing": preprocessing_digest(encoder.preprocess),
+            },
+            unreadable=len(unreadable),
+            notes=tuple(notes),
+            guesses=guess_table(self, scores) if keep_guesses else None,
+        )
+
+
+def right_choices(score_IC: NDArray[np.float32]) -> dict[str, bool]:
+    """Which choices are right, from the scores of a question's images and captions.
+
+    `accuracy` is of one image with its caption first. Of as many images as captions in their order: `text_score`, each
+    image has its own caption above the others; `image_score`, each caption its own image; `group_score`, both
+    (Thrush et al., "Winoground", 2022).
+    """
+    images = len(score_IC)
+    if images == 1:
+        return {"accuracy": bool(score_IC[0, 0] > score_IC[0, 1:].max())}
+    own_I = score_IC.diagonal()
+    wrong_II = np.where(np.eye(images, dtype=bool), -np.inf, score_IC)
+    text = bool((own_I > wrong_II.max(axis=1)).all())
+    image = bool((own_I > wrong_II.max(axis=0)).all())
+    return {"text_score": text, "image_score": image, "group_score": text and image}
+
+
+def choice_measures(questions: Sequence[Question], scores: Sequence[NDArray[np.float32] | None]) -> list[Measure]:
+    """Each share with Wilson's interval: over all questions, as the mean over the categories, and of each category,
+    as `accuracy:replace_obj`. A question without scores isn't counted.
+    """
+    asked = zip(questions, scores, strict=True)
+    answered = [(question, right_choices(each)) for question, each in asked if each is not None]
+    category_N = np.array([question.category for question, _ in answered])
+    categories, number_N = np.unique(category_N, return_inverse=True)
+    found = []
+    for metric in answered[0][1]:
+        right_N = np.array([right[metric] for _, right in answered])
+        chance_N = np.array([CHANCE_OF_PAIRS.get(metric, 1 / len(question.captions)) for question, _ in answered])
+        found.append(share(metric, right_N, chance_N))
+        if len(categories) > 1:
+            chance = float(np.mean([chance_N[number_N == number].mean() for number in range(len(categories))]))
+            mean = mean_per_class_recall(right_N, number_N)
+            found.append(Measure(f"mean_per_category_{metric}", *mean, len(answered), chance))
+        if 1 < len(categories) <= MOST_CATEGORIES:
+            for number, category in enumerate(categories.tolist()):
+                own = number_N == number
+                found.append(share(f"{metric}:{category}", right_N[own], chance_N[own]))
+    return found
+
+
+def share(metric: str, right_N: NDArray[np.bool_], chance_N: NDArray[np.float64]) -> Measure:
+    """The share of right choices."""
+    value, n = float(right_N.mean()), len(right_N)
+    return Measure(metric, value, *wilson(value, n), n, float(chance_N.mean()))
+
+
+def guess_table(task: Choice, scores: Sequence[NDArray[np.float32] | None]) -> pa.Table:
+    """A row for each question: scores (a list for each image), what is right, and for some the pictures."""
+    total = len(task.questions)
+    sample = np.random.default_rng(SEED).choice(total, min(EXAMPLES, total), replace=False).tolist()
+    rows = []
+    for number, (question, score_IC) in enumerate(zip(task.questions, scores, strict=True)):
+        right = right_choices(score_IC) if score_IC is not None else {}
+        unread = [task.pictures.unreadable[place] for place in task.places[number] if place in task.pictures.unreadable]
+        encoded = [read_picture(picture) for picture in question.pictures] if number in sample else []
+        rows.append(
+            {
+                "key": question.key,
+                "category": question.category,
+                "correct": bool(right) and all(right.values()),
+                "right": [metric for metric, is_right in right.items() if is_right],
+                "captions": list(question.captions),
+                "scores": score_IC.tolist() if score_IC is not None else [],
+                "pictures": [thumbnail(each, PICTURE_PIXELS) for each in encoded if isinstance(each, bytes)],
+                "problem": next(iter(unread), None),
+            }
+        )
+    return pa.Table.from_pylist(rows, schema=GUESSES)
+
+
+def open_choice(data: Path, *, images: Path | None = None, name: str | None = None) -> Choice:
+    """Find the questions of a file or a folder of files, and their images; see `questions`. No image is decoded yet."""
+    task = Choice(data.resolve() if data.name in ("", "..") else data, read_questions(data, images))
+    task.name = printable(name or task.name)
+    return task

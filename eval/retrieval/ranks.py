@@ -1,0 +1,100 @@
+"""The rank of the right answer for every image and every caption, without ever holding all scores.
+
+A rank is the place in the list of all candidates, best first; of equal scores the one that comes first in the data is
+ahead, so it is the place in a stable sort. An image with several captions takes the rank of its best one. The scores
+are computed in tiles, each once for both directions; what is counted in a tile is how many candidates are ahead of the
+right one. The score of the right one comes from the same product of the same tile, to the bit.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from clipkit.eval.retrieval.vectors import Vectors
+
+TILE = 4096
+NO_PLACE = torch.iinfo(torch.int64).max
+
+
+@dataclass(frozen=True, eq=False)
+class Ranks:
+    """From 1: `text_N` of each of N images' best caption, `image_C` of each of C captions' image."""
+
+    text_N: NDArray[np.int64]
+    image_C: NDArray[np.int64]
+
+
+@torch.no_grad()
+def find_ranks(
+    images: Vectors, texts: Vectors, image_of_C: NDArray[np.int64], device: torch.device, tile: int = TILE
+) -> Ranks:
+    """Ranks in both directions. `image_of_C` rises: the captions of an image stand together, and each image has one.
+
+    Memory is that of some tiles of `tile` × `tile` scores. Ties are as OpenCLIP's `get_clip_metrics` counts them.
+    """
+    image_of = torch.from_numpy(image_of_C).to(device)
+    right_C = _right_scores(images, texts, image_of, device, tile)
+    best_N = torch.full((len(images),), -torch.inf, device=device).scatter_reduce(0, image_of, right_C, "amax")
+    numbers = torch.arange(len(texts), device=device)
+    candidates = torch.where(right_C == best_N[image_of], numbers, NO_PLACE)
+    place_N = torch.full_like(best_N, NO_PLACE, dtype=torch.int64).scatter_reduce(0, image_of, candidates, "amin")
+    ahead_N, ahead_C = torch.zeros_like(place_N), torch.zeros_like(image_of)
+    flags = torch.empty(tile * tile, device=device)
+    for first, image_BE in images.tiles(tile, device):
+        rows = slice(first, first + len(image_BE))
+        for start, text_DE in texts.tiles(tile, device):
+            columns = slice(start, start + len(text_DE))
+            score_BD = image_BE @ text_DE.T
+            out_BD = flags[: score_BD.numel()].view(score_BD.shape)
+            ahead_N[rows] += _ahead(score_BD, best_N[rows], place_N[rows], start, out_BD)
+            ahead_C[columns] += _ahead(score_BD.T, right_C[columns], image_of[columns], first, out_BD.T)
+    return Ranks(1 + ahead_N.cpu().numpy(), 1 + ahead_C.cpu().numpy())
+
+
+def _right_scores(images: Vectors, texts: Vectors, image_of: Tensor, device: torch.device, tile: int) -> Tensor:
+    """float32[C]: the score of each caption with its own image, from the tiles that hold them."""
+    right_C = torch.empty(len(texts), device=device)
+    for first, image_BE in images.tiles(tile, device):
+        own = torch.searchsorted(image_of, torch.tensor([first, first + len(image_BE)], device=device)).tolist()
+        for start in range(own[0] - own[0] % tile, own[1], tile):
+            score_BD = image_BE @ texts.read(start, start + tile, device).T
+            begin, end = max(start, own[0]), min(start + tile, own[1])
+            columns = torch.arange(begin, end, device=device)
+            right_C[begin:end] = score_BD[image_of[begin:end] - first, columns - start]
+    return right_C
+
+
+def _ahead(score_QD: Tensor, right_Q: Tensor, place_Q: Tensor, start: int, out_QD: Tensor) -> Tensor:
+    """int64[Q]: how many of the candidates from number `start` on are ahead of the right one.
+
+    A tile wholly before the right one's place wins ties and one wholly behind loses them, which a threshold just
+    below the right score says; only where the place is inside need places be compared.
+    """
+    stop = start + score_QD.shape[1]
+    just_below_Q = torch.nextafter(right_Q, right_Q.new_tensor(-torch.inf))
+    torch.gt(score_QD, torch.where(place_Q >= stop, just_below_Q, right_Q)[:, None], out=out_QD)
+    inside_Q = ((place_Q > start) & (place_Q < stop)).nonzero()[:, 0]
+    if len(inside_Q):
+        earlier_ID = torch.arange(start, stop, device=place_Q.device) < place_Q[inside_Q, None]
+        out_QD[inside_Q] += (score_QD[inside_Q] == right_Q[inside_Q, None]) & earlier_ID
+    return out_QD.sum(dim=1).long()
+
+
+@torch.no_grad()
+def best_matches(
+    query_QE: Tensor, candidates: Vectors, count: int, tile: int = TILE
+) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """The best `count` candidates of some queries and their scores [Q, count], ordered as the ranks are."""
+    score_QK = query_QE.new_empty(len(query_QE), 0)
+    place_QK = torch.empty(len(query_QE), 0, dtype=torch.int64, device=query_QE.device)
+    for start, candidate_DE in candidates.tiles(tile, query_QE.device):
+        places = torch.arange(start, start + len(candidate_DE), device=query_QE.device)
+        score_QK = torch.cat([score_QK, query_QE @ candidate_DE.T], dim=1)
+        place_QK = torch.cat([place_QK, places.expand(len(query_QE), -1)], dim=1)
+        score_QK, order_QK = score_QK.sort(dim=1, descending=True, stable=True)
+        place_QK = place_QK.gather(1, order_QK)[:, :count]
+        score_QK = score_QK[:, :count]
+    return place_QK.cpu().numpy(), score_QK.cpu().numpy()
