@@ -1,6 +1,6 @@
 """Several ranks as torchrun starts them, out of a process that has imported clipkit: five seconds less for each.
 
-What torchrun itself does is in the tests of `loop`, `start` and `loader/identity`, which start it for real.
+What torchrun itself does is in the tests of `loop` and `loader/identity`, which start it for real.
 """
 
 import multiprocessing
@@ -10,7 +10,7 @@ import socket
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 # Of all tests that fork: there is one server a process, and it imports what the first of them asks for.
 PRELOAD = (
@@ -31,8 +31,23 @@ def forkserver() -> multiprocessing.context.ForkServerContext:
     return context
 
 
+class Ended(NamedTuple):
+    """How a rank ended: its exit code (negative: a signal), and what it wrote."""
+
+    code: int
+    out: str
+    err: str
+
+
 def run_ranks(target: Callable[..., object], *arguments: Any, ranks: int = 2) -> list[str]:
     """What `target(*arguments)` writes to stdout on each rank. Fails, with their stderr, unless all exit with 0."""
+    ended = end_ranks(target, *arguments, ranks=ranks)
+    assert [each.code for each in ended] == [0] * ranks, "".join(each.err for each in ended)
+    return [each.out for each in ended]
+
+
+def end_ranks(target: Callable[..., object], *arguments: Any, ranks: int = 2) -> list[Ended]:
+    """How `target(*arguments)` ends on each rank."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -48,9 +63,10 @@ def run_ranks(target: Callable[..., object], *arguments: Any, ranks: int = 2) ->
             process.join(120)
             process.kill()
             process.join()
-        errors = "".join(output.with_suffix(".err").read_text() for output in outputs)
-        assert [process.exitcode for process in processes] == [0] * ranks, errors
-        return [output.with_suffix(".out").read_text() for output in outputs]
+        return [
+            Ended(process.exitcode or 0, *(output.with_suffix(suffix).read_text() for suffix in (".out", ".err")))
+            for process, output in zip(processes, outputs, strict=True)
+        ]
 
 
 def _as_rank(

@@ -4,14 +4,13 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from click.testing import CliRunner
+from ranks import command, end_ranks, run_ranks
 from safetensors.torch import load_file
 
 from clipkit import checkpoint
@@ -237,27 +236,19 @@ def test_the_digest_of_weights_sees_each_change():
     assert weights_digest(dict(reversed(weights.items()))) == weights_digest(weights)
 
 
+def train_on_a_node(data, folder, *more):
+    """`clipkit train` into a folder of the rank's own."""
+    out = folder / f"node{os.environ['RANK']}"
+    options = ("--data", str(data), "--recipe", "debug", "--device", "cpu", "--workers", "1", "--out", str(out), *more)
+    command("train", *options)
+
+
 def test_ranks_without_a_common_folder_start_together_and_do_not_resume(pairs_dataset, tmp_path):
-    script = tmp_path / "go.sh"
-    script.write_text(
-        f"#!/bin/bash\nexec {sys.executable} -m clipkit train --data {pairs_dataset} --recipe debug --device cpu "
-        f'--workers 1 --out {tmp_path}/node$RANK "$@"\n'
-    )
-    script.chmod(0o755)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python"]
-
-    def both(*more):
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        done = subprocess.run([*command, str(script), *more], capture_output=True, text=True, env=environment)
-        return done.returncode, [line for line in done.stderr.splitlines() if line.startswith("Error:")], done.stderr
-
-    code, errors, output = both()
-    assert (code, errors) == (0, []), output
-    code, errors, output = both("--resume")
-    assert code != 0
-    assert "SIGABRT" not in output
-    assert errors
-    assert all("rank 1 starts at 0 samples and rank 0 at 320: --out" in line for line in errors)
+    run_ranks(train_on_a_node, pairs_dataset, tmp_path)
+    ended = end_ranks(train_on_a_node, pairs_dataset, tmp_path, "--resume")
+    assert [each.code for each in ended] == [2, 2], ended
+    for each in ended:
+        assert "Error: rank 1 starts at 0 samples and rank 0 at 320: --out" in each.err
 
 
 # ---- A cool-down that branches off ---------------------------------------------------------------------------------
