@@ -23,6 +23,7 @@ from clipkit.pixels.images import Preprocess, normalise
 
 if TYPE_CHECKING:
     from clipkit.model.clip import CLIP
+    from clipkit.storage.cache import BlockCache
     from clipkit.text.tokenizer import WordTokenizer
 
 
@@ -76,6 +77,8 @@ class Compute:
     batch_size: int = 256
     progress: Callable[[int], None] | None = None
     """Told how many images are done."""
+    cache: "BlockCache | None" = None
+    """Where embeddings are kept, and looked for first."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,6 +124,11 @@ class Encoder:
             content.update(f"{name} {array.dtype} {tuple(array.shape)}".encode())
             content.update(array.reshape(-1).view(torch.uint8).numpy().data)
         return content.hexdigest()
+
+    @cached_property
+    def architecture(self) -> str:
+        """What else decides about the embeddings: the same weights may run with another activation or pooling."""
+        return f"{getattr(self.model, 'config', None)!r} {self.model!r}"
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:

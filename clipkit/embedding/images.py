@@ -18,9 +18,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from clipkit.embedding.cached import Piece, key_of, read_piece
 from clipkit.embedding.encoder import Compute, Encoder, check_finite
 from clipkit.errors import UserError
 from clipkit.pixels.images import ImageError, Preprocess, UInt8Array, decode, eval_transform
+from clipkit.storage.cache import BlockCache
 
 KEEP_PIXELS_BYTES = 1 << 30
 UNREADABLE_SHARE = 0.01
@@ -88,7 +90,7 @@ class ImageSet:
                 image_digest, image = future.result()
                 content.update(image_digest)
                 if isinstance(image, ImageError):
-                    self._note_unreadable(place, image)
+                    self.note_unreadable(place, str(image))
                 else:
                     yield place, image
 
@@ -102,19 +104,25 @@ class ImageSet:
                 yield from result()
         self.content = content.hexdigest()
 
-    def _note_unreadable(self, place: int, error: ImageError) -> None:
-        self.unreadable[place] = str(error)
+    def note_unreadable(self, place: int, reason: str) -> None:
+        """Count an image that can't be decoded. Raises UserError when they are more than 1%."""
+        self.unreadable[place] = reason
         count, total = len(self.unreadable), len(self)
         if count > UNREADABLE_SHARE * total:
             raise UserError(
                 f"{self.path}: {count:,} of {total:,} images can't be read, the last one "
-                f"{self.keys[place]} ({error}): repair or remove them"
-            ) from error
+                f"{self.keys[place]} ({reason}): repair or remove them"
+            )
 
 
 def stack(images: list[tuple[int, UInt8Array]]) -> Pixels:
     """One batch of single images."""
     return Pixels(np.array([place for place, _ in images], dtype=np.int64), np.stack([image for _, image in images]))
+
+
+def digest_image(data: bytes | ImageError) -> bytes:
+    """A hash of an encoded image; nothing for one that can't be read."""
+    return b"" if isinstance(data, ImageError) else hashlib.blake2b(data, digest_size=16).digest()
 
 
 def digest_and_decode(data: bytes | ImageError, preprocess: Preprocess) -> tuple[bytes, UInt8Array | ImageError]:
@@ -127,21 +135,94 @@ def digest_and_decode(data: bytes | ImageError, preprocess: Preprocess) -> tuple
         )
     except ImageError as error:
         image = error
-    return hashlib.blake2b(data, digest_size=16).digest(), image
+    return digest_image(data), image
 
 
 def embed_images(
     encoder: Encoder, images: ImageSet, compute: Compute, also: Callable[[int, bytes], None] | None = None
 ) -> Iterator[tuple[NDArray[np.int64], Tensor]]:
-    """Places and unit vectors float32[B, E] on the device, for one batch of the readable images after another."""
-    device = compute.device
+    """Places and unit vectors float32[B, E] on the device, for one batch of the readable images after another.
+
+    Batches that `compute.cache` has are neither decoded nor embedded.
+    """
+    if compute.cache is not None:
+        yield from _embed_through_cache(encoder, images, compute, compute.cache, also)
+        return
     for pixels in images.pixels(encoder.preprocess, compute.batch_size, also):
-        rows = pad_rows(pixels.image_BHWC, compute.batch_size) if device.static_shapes else pixels.image_BHWC
-        image_BE = encoder.image_features(device.batch({"image": rows})["image"], compute)
-        yield pixels.index_B, image_BE[: len(pixels.index_B)]
-        device.end_step()
+        yield pixels.index_B, _embed(encoder, pixels, compute)
+        compute.device.end_step()
         if compute.progress is not None:
             compute.progress(int(pixels.index_B[-1]) + 1)
+
+
+def _embed(encoder: Encoder, pixels: Pixels, compute: Compute) -> Tensor:
+    device = compute.device
+    rows = pad_rows(pixels.image_BHWC, compute.batch_size) if device.static_shapes else pixels.image_BHWC
+    image_BE = encoder.image_features(device.batch({"image": rows})["image"], compute)
+    return image_BE[: len(pixels.index_B)]
+
+
+@dataclass(frozen=True, eq=False)
+class _Batch:
+    """Encoded images on their way: their place in the set, their key in the cache, and what is being decoded."""
+
+    start: int
+    encoded: list[bytes | ImageError]
+    key: str
+    decoding: list[Future[tuple[bytes, UInt8Array | ImageError]]]
+
+
+def _embed_through_cache(
+    encoder: Encoder, images: ImageSet, compute: Compute, cache: BlockCache, also: Callable[[int, bytes], None] | None
+) -> Iterator[tuple[NDArray[np.int64], Tensor]]:
+    """As `embed_images`. While the model works on a batch, the next one is decoded, if the cache doesn't have it."""
+    images.unreadable.clear()
+    content = hashlib.blake2b(digest_size=16)
+    how = repr(encoder.preprocess).encode()
+    encoded = iter(images.read())
+    waiting: deque[_Batch] = deque()
+    with ThreadPoolExecutor(min(16, cpu_count() or 1)) as pool:
+
+        def finish(batch: _Batch) -> tuple[NDArray[np.int64], Tensor]:
+            piece = read_piece(cache, batch.key, lambda: make(batch))
+            for place, reason in piece.problems.items():
+                images.note_unreadable(batch.start + place, reason)
+            if compute.progress is not None:
+                compute.progress(batch.start + len(batch.encoded))
+            return piece.index_N + batch.start, torch.from_numpy(piece.vector_NE).to(compute.device.torch_device)
+
+        def make(batch: _Batch) -> Piece:
+            decoding = batch.decoding or [
+                pool.submit(digest_and_decode, each, encoder.preprocess) for each in batch.encoded
+            ]
+            decoded = [future.result()[1] for future in decoding]
+            problems = {place: str(image) for place, image in enumerate(decoded) if isinstance(image, ImageError)}
+            readable = [(place, image) for place, image in enumerate(decoded) if not isinstance(image, ImageError)]
+            if not readable:
+                return Piece(np.empty((0, 1), np.float32), np.empty(0, np.int64), problems)
+            pixels = stack(readable)
+            vector_NE = _embed(encoder, pixels, compute).cpu().numpy()
+            compute.device.end_step()
+            return Piece(vector_NE, pixels.index_B, problems)
+
+        start = 0
+        while batch := list(itertools.islice(encoded, compute.batch_size)):
+            if also is not None:
+                for place, data in enumerate(batch, start):
+                    if isinstance(data, bytes):
+                        also(place, data)
+            digests = b"".join(pool.map(digest_image, batch))
+            content.update(digests)
+            key = key_of(encoder, compute, how + digests)
+            missing = not cache.has(key)
+            decoding = [pool.submit(digest_and_decode, each, encoder.preprocess) for each in batch] if missing else []
+            waiting.append(_Batch(start, batch, key, decoding))
+            start += len(batch)
+            if len(waiting) > 1:
+                yield finish(waiting.popleft())
+        while waiting:
+            yield finish(waiting.popleft())
+    images.content = content.hexdigest()
 
 
 @torch.no_grad()

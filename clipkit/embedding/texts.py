@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from clipkit.embedding.cached import Piece, key_of, read_piece
 from clipkit.embedding.encoder import Compute, Encoder, TextTokenizer, check_finite
 from clipkit.embedding.images import pad_rows
 
@@ -73,9 +74,21 @@ def embed_tokenised(encoder: Encoder, texts: TokenisedTexts, compute: Compute) -
             ids_BT = pad_rows(ids_BT, -(-max(1, TOKENS_PER_BATCH // width) // device.shards) * device.shards)
         elif not fixed_length:
             ids_BT = np.ascontiguousarray(ids_BT[:, : texts.length_P[part].max()])
-        text_BE = encoder.text_features(device.batch({"ids": ids_BT})["ids"], compute)
-        yield part, text_BE[: part.stop - part.start]
+        yield part, _embed(encoder, ids_BT, part.stop - part.start, compute)
         device.end_step()
+
+
+def _embed(encoder: Encoder, ids_BT: NDArray[np.int32], rows: int, compute: Compute) -> Tensor:
+    """The first `rows` of a batch, from the cache where there is one that has them."""
+
+    def features() -> Tensor:
+        return encoder.text_features(compute.device.batch({"ids": ids_BT})["ids"], compute)[:rows]
+
+    if compute.cache is None:
+        return features()
+    key = key_of(encoder, compute, str(ids_BT.shape).encode() + ids_BT.tobytes())
+    piece = read_piece(compute.cache, key, lambda: Piece(features().cpu().numpy(), np.arange(rows), {}))
+    return torch.from_numpy(piece.vector_NE).to(compute.device.torch_device)
 
 
 @torch.no_grad()

@@ -135,6 +135,10 @@ class BlockCache(Reopenable):
             with disk_errors(self.folder):
                 _write(path, data)
 
+    def has(self, key: str) -> bool:
+        """Whether the entry is there now, and whole."""
+        return self._opened(_name(key)) is not None
+
     def drop(self, key: str) -> None:
         """Remove an entry that turned out to be damaged."""
         name = _name(key)
