@@ -18,6 +18,7 @@ from clipkit.eval.results import Result
 from clipkit.formats.folders import printable
 from clipkit.interop.load import load
 from clipkit.log import Progress
+from clipkit.storage.cache import BlockCache
 from clipkit.storage.files import require_writable
 
 if TYPE_CHECKING:
@@ -81,13 +82,14 @@ def zeroshot(
     precision: Precision | None = None,
     out: Path | None = None,
     ema: bool = False,
+    cache: BlockCache | None = None,
 ) -> list[Result]:
     """Evaluate a model on a task; write numbers and guesses into the run, and return the numbers.
 
     `source` is what `clipkit.interop.load` takes. The run is `out`, or the one that a checkpoint of clipkit's lies in;
     outside of a run nothing is written. `ema` takes the averages of the weights, and the task is then called
-    `ema/<task>`. In the run, `results.jsonl` gets a line for each metric and
-    `predictions-<task>.parquet` the guesses. Raises UserError for whatever is wrong with the input.
+    `ema/<task>`. Embeddings that `cache` has aren't computed again. In the run, `results.jsonl` gets a line for each
+    metric and `predictions-<task>.parquet` the guesses. Raises UserError for whatever is wrong with the input.
     """
     for text in task.notes:
         note(text)
@@ -100,7 +102,7 @@ def zeroshot(
     for text in encoder.notes:
         note(text)
     with Progress(f"zeroshot {task.name}", len(task), "images") as progress:
-        compute = Compute(where, precision, batch_size, progress.update)
+        compute = Compute(where, precision, batch_size, progress.update, cache)
         outcome = task.measure(encoder, compute, keep_guesses=run is not None)
     for text in outcome.notes:
         note(text)

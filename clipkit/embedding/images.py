@@ -28,6 +28,8 @@ KEEP_PIXELS_BYTES = 1 << 30
 UNREADABLE_SHARE = 0.01
 
 Number = TypeVar("Number", bound=np.generic)
+Decoding = Future[tuple[bytes, UInt8Array | ImageError]]
+"""What `digest_and_decode` is going to give."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,6 +53,7 @@ class ImageSet:
         self.content = ""
         """A hash of all encoded images, once they were read."""
         self._pixels: tuple[Preprocess, list[Pixels]] | None = None
+        self._decoded: tuple[Preprocess, dict[bytes, list[UInt8Array | ImageError]]] | None = None
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -66,7 +69,7 @@ class ImageSet:
             yield from self._pixels[1]
             return
         self.unreadable, self._pixels = {}, None
-        keep = len(self) * preprocess.size**2 * 3 <= KEEP_PIXELS_BYTES
+        keep = self._fit(preprocess)
         decoded: list[Pixels] = []
         images = self._decode_ahead(preprocess, batch_size, also)
         while batch := list(itertools.islice(images, batch_size)):
@@ -77,13 +80,25 @@ class ImageSet:
         if keep:
             self._pixels = preprocess, decoded
 
+    def _fit(self, preprocess: Preprocess) -> bool:
+        return len(self) * preprocess.size**2 * 3 <= KEEP_PIXELS_BYTES
+
+    def decoded(self, preprocess: Preprocess) -> dict[bytes, list[UInt8Array | ImageError]] | None:
+        """Decoded batches by their images' hashes, for the next model with this preprocessing; to be filled by the
+        first. None for a set whose pixels don't fit."""
+        if not self._fit(preprocess):
+            return None
+        if self._decoded is None or self._decoded[0] != preprocess:
+            self._decoded = preprocess, {}
+        return self._decoded[1]
+
     def _decode_ahead(
         self, preprocess: Preprocess, ahead: int, also: Callable[[int, bytes], None] | None
     ) -> Iterator[tuple[int, UInt8Array]]:
         """Places and pixels of the readable images, so many of them decoded ahead."""
         content = hashlib.blake2b(digest_size=16)
         with ThreadPoolExecutor(min(16, cpu_count() or 1)) as pool:
-            waiting: deque[tuple[int, Future[tuple[bytes, UInt8Array | ImageError]]]] = deque()
+            waiting: deque[tuple[int, Decoding]] = deque()
 
             def result() -> Iterator[tuple[int, UInt8Array]]:
                 place, future = waiting.popleft()
@@ -164,12 +179,13 @@ def _embed(encoder: Encoder, pixels: Pixels, compute: Compute) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class _Batch:
-    """Encoded images on their way: their place in the set, their key in the cache, and what is being decoded."""
+    """Encoded images on their way: place in the set, hashes, key in the cache, and what is being decoded."""
 
     start: int
     encoded: list[bytes | ImageError]
+    digests: bytes
     key: str
-    decoding: list[Future[tuple[bytes, UInt8Array | ImageError]]]
+    decoding: list[Decoding]
 
 
 def _embed_through_cache(
@@ -179,6 +195,7 @@ def _embed_through_cache(
     images.unreadable.clear()
     content = hashlib.blake2b(digest_size=16)
     how = repr(encoder.preprocess).encode()
+    known = images.decoded(encoder.preprocess)
     encoded = iter(images.read())
     waiting: deque[_Batch] = deque()
     with ThreadPoolExecutor(min(16, cpu_count() or 1)) as pool:
@@ -191,11 +208,15 @@ def _embed_through_cache(
                 compute.progress(batch.start + len(batch.encoded))
             return piece.index_N + batch.start, torch.from_numpy(piece.vector_NE).to(compute.device.torch_device)
 
+        def decode(encoded: list[bytes | ImageError]) -> list[Decoding]:
+            return [pool.submit(digest_and_decode, data, encoder.preprocess) for data in encoded]
+
         def make(batch: _Batch) -> Piece:
-            decoding = batch.decoding or [
-                pool.submit(digest_and_decode, each, encoder.preprocess) for each in batch.encoded
-            ]
-            decoded = [future.result()[1] for future in decoding]
+            decoded = None if known is None else known.get(batch.digests)
+            if decoded is None:
+                decoded = [each.result()[1] for each in batch.decoding or decode(batch.encoded)]
+                if known is not None:
+                    known[batch.digests] = decoded
             problems = {place: str(image) for place, image in enumerate(decoded) if isinstance(image, ImageError)}
             readable = [(place, image) for place, image in enumerate(decoded) if not isinstance(image, ImageError)]
             if not readable:
@@ -214,9 +235,8 @@ def _embed_through_cache(
             digests = b"".join(pool.map(digest_image, batch))
             content.update(digests)
             key = key_of(encoder, compute, how + digests)
-            missing = not cache.has(key)
-            decoding = [pool.submit(digest_and_decode, each, encoder.preprocess) for each in batch] if missing else []
-            waiting.append(_Batch(start, batch, key, decoding))
+            is_known = cache.has(key) or (known is not None and digests in known)
+            waiting.append(_Batch(start, batch, digests, key, [] if is_known else decode(batch)))
             start += len(batch)
             if len(waiting) > 1:
                 yield finish(waiting.popleft())

@@ -16,7 +16,7 @@ from ranks import forkserver
 from clipkit import embedded
 from clipkit.device import pick
 from clipkit.embedding.encoder import Compute, Encoder, clip_encoder
-from clipkit.embedding.images import ImageSet, image_matrix
+from clipkit.embedding.images import ImageSet, embed_images, image_matrix
 from clipkit.embedding.texts import text_matrix
 from clipkit.errors import UserError
 from clipkit.model.clip import build
@@ -175,7 +175,19 @@ def test_reading_goes_no_further_than_a_batch_ahead(
             yield data
 
     images = ImageSet(Path("set"), [str(place) for place in range(120)], counted)
-    from clipkit.embedding.images import embed_images
-
     index_B, _ = next(embed_images(encoder, images, compute(cache)))
     assert (len(index_B), read) == (32, 64)
+
+
+def test_models_with_one_preprocessing_share_what_is_decoded(
+    pictures: list[bytes], encoder: Encoder, cache: CountedCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = dataclasses.replace(encoder, model=build(SMALL, seed=4).eval())
+    expected_NE = image_matrix(other, image_set(pictures), compute(None))[1]
+    images = image_set(pictures)
+    image_matrix(encoder, images, compute(cache))
+    monkeypatch.setattr("clipkit.embedding.images.digest_and_decode", None)
+    torch.testing.assert_close(image_matrix(other, images, compute(cache))[1], expected_NE)
+    # Nothing is kept of a set that is too large.
+    monkeypatch.setattr("clipkit.embedding.images.KEEP_PIXELS_BYTES", 1000)
+    assert image_set(pictures).decoded(Preprocess(size=32)) is None
