@@ -20,7 +20,7 @@ help:
 	@echo "make lint    ruff"
 	@echo "make types   mypy"
 	@echo "make bench   benchmarks against the peers"
-	@echo "make docs    docs/architecture.md: the picture of the rooms, and the walks"
+	@echo "make docs    docs: the picture of the rooms and the walks, and what is listed from the code"
 	@echo "make clean   remove the environments and caches"
 
 $(UV):
@@ -67,6 +67,7 @@ bench: $(VENV)/.dev
 docs: $(VENV)/.dev
 	$(BIN)/python docs/architecture.py
 	$(BIN)/python docs/accepts.py
+	$(BIN)/python docs/models.py
 
 clean:
 	rm -rf $(VENV) $(XLA) .typing .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist

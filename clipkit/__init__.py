@@ -29,10 +29,15 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 
-def load(source: str | Path, *, ema: bool = False, device: str = "auto") -> "LoadedModel":
-    """The model that `source` names, of any origin (`clipkit zeroshot --ckpt`), ready to encode images and texts."""
+def load(
+    source: str | Path, *, ema: bool = False, tokenizer: Path | None = None, device: str = "auto"
+) -> "LoadedModel":
+    """The model that `source` names, of any origin (`clipkit zeroshot --ckpt`), ready to encode images and texts.
+
+    `tokenizer` is the vocabulary's file where the model comes without.
+    """
     from clipkit.device import pick
     from clipkit.embedding.script import LoadedModel
     from clipkit.interop.load import load
 
-    return LoadedModel(load(source, ema=ema), pick(device))
+    return LoadedModel(load(source, ema=ema, vocabulary=tokenizer), pick(device))

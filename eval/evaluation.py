@@ -17,7 +17,7 @@ from clipkit.eval.metrics import Measure
 from clipkit.eval.results import Result
 from clipkit.formats.folders import printable
 from clipkit.interop.load import load
-from clipkit.log import Progress
+from clipkit.log import Progress, warn_on_stderr
 from clipkit.storage.cache import BlockCache
 from clipkit.storage.files import require_writable
 
@@ -82,18 +82,20 @@ def zeroshot(
     precision: Precision | None = None,
     out: Path | None = None,
     ema: bool = False,
+    vocabulary: Path | None = None,
     cache: BlockCache | None = None,
 ) -> list[Result]:
     """Evaluate a model on a task; write numbers and guesses into the run, and return the numbers.
 
-    `source` is what `clipkit.interop.load` takes. The run is `out`, or the one that a checkpoint of clipkit's lies in;
-    outside of a run nothing is written. `ema` takes the averages of the weights, and the task is then called
-    `ema/<task>`. Embeddings that `cache` has aren't computed again. In the run, `results.jsonl` gets a line for each
-    metric and `predictions-<task>.parquet` the guesses. Raises UserError for whatever is wrong with the input.
+    `source` and `vocabulary` are what `clipkit.interop.load` takes. The run is `out`, or the one that a checkpoint of
+    clipkit's lies in; outside of a run nothing is written. `ema` takes the averages of the weights, and the task is
+    then called `ema/<task>`. Embeddings that `cache` has aren't computed again. In the run, `results.jsonl` gets a line
+    for each metric and `predictions-<task>.parquet` the guesses. Raises UserError for whatever is wrong with the input.
     """
     for text in task.notes:
         note(text)
-    encoder = load(source, ema=ema)
+    encoder = load(source, ema=ema, vocabulary=vocabulary)
+    note(encoder.summary)
     run = out or run_of(encoder)
     if run is not None:
         require_writable(run)
@@ -108,6 +110,9 @@ def zeroshot(
         note(text)
     asked = f"ema/{task.name}" if ema else task.name
     found = [result_of(measured, outcome, task, asked, encoder, run) for measured in outcome.measures]
+    for result in found:
+        if doubt := results.verdict(result):
+            warn_on_stderr(f"{asked}: {results.METRICS.get(result.metric, result.metric)} is {doubt}")
     if run is None:
         note(f"{encoder.name} isn't in a run's folder, so the numbers aren't written anywhere: give --out to keep them")
         return found
@@ -142,13 +147,13 @@ def result_of(
         largest_class=outcome.largest_class,
         kind=task.kind,
         weights=encoder.weights,
-        notes=outcome.notes,
+        notes=(*encoder.notes, *outcome.notes),
     )
 
 
 def run_of(encoder: Encoder) -> Path | None:
-    """The run that a checkpoint of clipkit's lies in, or None."""
-    folder = encoder.path.resolve().parent if encoder.path else None
+    """The run that a checkpoint of clipkit's lies in, or None. OpenCLIP keeps its own in folders of the same name."""
+    folder = encoder.path.resolve().parent if encoder.path and encoder.origin == "clipkit" else None
     return folder.parent if folder is not None and folder.name == "checkpoints" else None
 
 

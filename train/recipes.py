@@ -201,6 +201,7 @@ RANGES: dict[type, dict[str, Range]] = {
         "depth": DEPTH,
         "heads": SIZE,
         "mlp_ratio": POSITIVE,
+        "layer_scale": POSITIVE,
         "norm_eps": POSITIVE,
     },
     TextConfig: {

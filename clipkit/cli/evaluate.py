@@ -12,8 +12,14 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.option("--ckpt", type=Folder, required=True, help="A checkpoint, a run, a folder of transformers', or hf:ID.")
+@click.option(
+    "--ckpt",
+    required=True,
+    metavar="MODEL",
+    help="A checkpoint or run; a file or folder of OpenCLIP's or transformers'; open_clip:NAME:FILE, hf:OWNER/NAME.",
+)
 @click.option("--ema", is_flag=True, help="Take the averages of the weights that the run kept.")
+@click.option("--tokenizer", type=AnyPath, help="The tokenizer's vocabulary, where the model comes without.")
 @click.option(
     "--data", type=AnyPath, required=True, help="TFDS folder, parquet, tars, class folders, or a JSON or CSV."
 )
@@ -38,8 +44,9 @@ if TYPE_CHECKING:
 @click.option("--out", type=Folder, help="Run that gets the results. [default: the checkpoint's]")
 @as_json
 def zeroshot(
-    ckpt: Path,
+    ckpt: str,
     ema: bool,
+    tokenizer: Path | None,
     data: Path,
     kind: "TaskKind",
     batch_size: int,
@@ -53,6 +60,7 @@ def zeroshot(
 
     --task classification: images by prompts only. retrieval: captions of images and images of captions, among all.
     choice: the right one of two captions or images. A checkpoint describes itself, so it needs no model name.
+    docs/evaluation.md says which models of other projects can be measured.
     """
     from clipkit.config import to_json
     from clipkit.eval.evaluation import zeroshot as stage
@@ -60,7 +68,16 @@ def zeroshot(
     from clipkit.eval.results import table
 
     task = open_data(kind, data, **task_options)
-    found = stage(ckpt, task, batch_size=batch_size, device=device, precision=precision, out=out, ema=ema)
+    found = stage(
+        ckpt,
+        task,
+        batch_size=batch_size,
+        device=device,
+        precision=precision,
+        out=out,
+        ema=ema,
+        vocabulary=tokenizer,
+    )
     if as_json:
         for result in found:
             print_json(to_json(result))

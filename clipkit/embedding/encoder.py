@@ -24,11 +24,15 @@ from clipkit.pixels.images import Preprocess, normalise
 if TYPE_CHECKING:
     from clipkit.model.clip import CLIP
     from clipkit.storage.cache import BlockCache
-    from clipkit.text.tokenizer import WordTokenizer
 
 
 class TextTokenizer(Protocol):
     """Texts to ids. `WordTokenizer` is one; other packages' are wrapped."""
+
+    @property
+    def name(self) -> str:
+        """What it is called in messages."""
+        ...
 
     @property
     def specials(self) -> int:
@@ -103,12 +107,25 @@ class Encoder:
     """Whose code runs, and whose weights they are: `clipkit`, `clipkit (OpenCLIP's weights)`, `transformers` …"""
     samples_seen: int = 0
     """What it was trained on, where known."""
+    activation: str = ""
+    """What stands between the layers of its MLPs, where known: it isn't in the weights."""
     notes: tuple[str, ...] = ()
     """What a user should know: weights of another activation, an assumption."""
 
     def to(self, device: torch.device) -> "Encoder":
         """The same on a device."""
         return replace(self, model=self.model.to(device))
+
+    @property
+    def summary(self) -> str:
+        """One line: what the model is, whose code and weights, and all that its numbers depend on beside those."""
+        how = self.preprocess
+        mean, std = (" ".join(f"{value:.4g}" for value in values) for values in (how.mean, how.std))
+        parts = [
+            *(self.origin, f"{how.size} px", how.resize_mode, how.interpolation, f"mean {mean}", f"std {std}"),
+            *(f"tokenizer {self.tokenizer.name}", f"{self.context_length} text tokens", self.activation),
+        ]
+        return f"model {self.name}: {', '.join(part for part in parts if part)}"
 
     @property
     def scale(self) -> Tensor:
@@ -162,7 +179,7 @@ def check_finite(vectors_NE: Tensor) -> Tensor:
 
 def clip_encoder(
     model: "CLIP",
-    tokenizer: "WordTokenizer",
+    tokenizer: TextTokenizer,
     preprocess: Preprocess,
     *,
     precision: Precision = "auto",
@@ -184,5 +201,6 @@ def clip_encoder(
         path=path,
         origin=origin,
         samples_seen=samples_seen,
+        activation=" and ".join(dict.fromkeys((model.config.image.act, model.config.text.act))),
         notes=notes,
     )

@@ -17,9 +17,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from clipkit.errors import UserError, one_line
+from clipkit.storage.files import require_file
 
 # Under which names OpenCLIP, timm and others keep the weights in a file that has more.
 NESTED = ("state_dict", "model")
+# And under which their averages.
+AVERAGES = ("state_dict_ema", "model_ema", "ema_state_dict", "ema")
 STORAGES = {
     "FloatStorage": torch.float32,
     "HalfStorage": torch.float16,
@@ -31,25 +34,28 @@ STORAGES = {
 }
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """A file's tensors by name. Its kind is told from its content.
+def read_weights(path: Path, ema: bool = False) -> dict[str, Tensor]:
+    """A file's tensors by name. Its kind is told from its content. `ema` takes the averages of the weights.
 
-    Raises UserError for a file that is missing, damaged, or holds objects that aren't tensors.
+    Raises UserError for a file that is missing, damaged, has no averages, or holds objects that aren't tensors.
     """
+    require_file(path, "checkpoint")
     try:
         with path.open("rb") as file:
             is_safetensors = file.read(9)[8:] == b"{"
         if is_safetensors:
-            return load_file(path)
+            return tensors_of(load_file(path), ema)
         if not zipfile.is_zipfile(path):
-            return tensors_of(torch.load(path, map_location="cpu", weights_only=True))
+            return tensors_of(torch.load(path, map_location="cpu", weights_only=True), ema)
         with zipfile.ZipFile(path) as archive:
             roots = [
                 name.removesuffix("constants.pkl") for name in archive.namelist() if name.endswith("constants.pkl")
             ]
             if roots:
-                return dict(scripted_tensors(ScriptUnpickler(archive, roots[0]).load()))
-        return tensors_of(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
+                return tensors_of(dict(scripted_tensors(ScriptUnpickler(archive, roots[0]).load())), ema)
+        return tensors_of(torch.load(path, map_location="cpu", weights_only=True, mmap=True), ema)
+    except NoAveragesError as error:
+        raise UserError(f"{path} has no averages of its weights ({' or '.join(AVERAGES)}): omit --ema") from error
     except Exception as error:  # damage in a pickle can lead to any
         # PyTorch's own words are long, and advise to execute the file.
         is_unsafe = "weights_only" in str(error)
@@ -60,9 +66,15 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         ) from error
 
 
-def tensors_of(content: Any) -> dict[str, Tensor]:
+class NoAveragesError(Exception):
+    """A file that holds the weights only as they were trained."""
+
+
+def tensors_of(content: Any, ema: bool) -> dict[str, Tensor]:
     """The state dict in what a file holds, without the prefixes of data parallelism and compilation."""
-    for name in NESTED:
+    if ema and not any(isinstance(content, Mapping) and isinstance(content.get(name), Mapping) for name in AVERAGES):
+        raise NoAveragesError
+    for name in AVERAGES if ema else NESTED:
         if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
             content = content[name]
     if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):

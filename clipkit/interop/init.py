@@ -11,12 +11,10 @@ from torch import Tensor
 
 from clipkit.errors import UserError
 from clipkit.interop.files import read_weights
-from clipkit.interop.openclip import check_sincos, convert
+from clipkit.interop.openclip import OPENAI, check_sincos, convert
 from clipkit.model.clip import build, load_state
 from clipkit.model.config import ModelConfig
 
-# Scalars that only OpenAI stores among the weights.
-OPENAI = {"input_resolution", "context_length", "vocab_size"}
 # What timm calls a classifier: the last layers, which a tower doesn't have.
 CLASSIFIERS = ("head.", "fc.", "classifier.", "head_dist.")
 

@@ -18,8 +18,9 @@ from clipkit.model.clip import CLIP, allocate, load_state
 from clipkit.model.config import ModelConfig, Position
 from clipkit.model.image_tower import sincos_2d
 
-# Numbers that OpenAI stores among the weights, and masks that can be computed.
-NOT_WEIGHTS = {"input_resolution", "context_length", "vocab_size", "attn_mask"}
+# Scalars that only OpenAI stores among the weights; and what aren't weights, with masks that can be computed.
+OPENAI = {"input_resolution", "context_length", "vocab_size"}
+NOT_WEIGHTS = {*OPENAI, "attn_mask"}
 
 RENAMES = (
     (r"^visual\.conv1\.", "image.trunk.patch_embed.proj."),
@@ -28,6 +29,7 @@ RENAMES = (
     (r"^visual\.ln_pre\.", "image.trunk.norm_pre."),
     (r"^visual\.ln_post\.", "image.trunk.norm."),
     (r"^visual\.proj$", "image_projection.weight"),
+    (r"^visual\.trunk\.head\.(?=weight$|bias$)", "image_projection."),
     (r"^visual\.trunk\.", "image.trunk."),
     (r"^visual\.head\.proj\.", "image_projection."),
     (r"^visual\.transformer\.resblocks\.", "image.trunk.blocks."),
@@ -45,6 +47,8 @@ BLOCK_RENAMES = (
     (".attn.out_proj.", ".attn.proj."),
     (".mlp.c_fc.", ".mlp.fc1."),
     (".mlp.c_proj.", ".mlp.fc2."),
+    (".ls_1.", ".ls1."),
+    (".ls_2.", ".ls2."),
 )
 
 

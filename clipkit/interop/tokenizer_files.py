@@ -29,6 +29,8 @@ BEGIN, END = "<|startoftext|>", "<|endoftext|>"
 class FolderTokenizer:
     """A `tokenizer.json` behind the face of `TextTokenizer`: rows padded as transformers' `padding="max_length"`."""
 
+    name = "tokenizer.json"
+
     def __init__(self, folder: Path, lower: bool) -> None:
         path = folder / "tokenizer.json"
         try:

@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from clipkit.embedding.encoder import Encoder
+from clipkit.embedding.encoder import Encoder, clip_encoder
 from clipkit.errors import UserError, one_line
 from clipkit.interop.files import read_weights
 from clipkit.interop.tokenizer_files import read_tokenizer
@@ -73,17 +73,8 @@ def load_transformers(folder: Path, name: str) -> Encoder:
     tensors = from_theirs(read_folder_weights(folder), model, kind)
     check_positions(tensors, model, folder)
     load_state(model, tensors, remedy=f"{folder}/config.json is of another model than its weights: copy both again")
-    return Encoder(
-        model.eval(),
-        tokenizer,
-        preprocess,
-        context_length=config.text.context_length,
-        fixed_length=model.text.fixed_length,
-        name=name,
-        path=folder,
-        origin="clipkit (transformers' weights)",
-        notes=notes,
-    )
+    origin = "clipkit (transformers' weights)"
+    return clip_encoder(model.eval(), tokenizer, preprocess, name=name, path=folder, origin=origin, notes=notes)
 
 
 def is_transformers(folder: Path) -> bool:

@@ -48,6 +48,8 @@ class ImageConfig:
     """A layer norm before the first block, as in CLIP."""
     patch_bias: bool | None = None
     """A bias in the patch embedding. None: only where no norm follows it (`pre_norm=False`)."""
+    layer_scale: float | None = None
+    """What the learned factors of each block's two outputs begin with (Touvron et al., 2021)."""
     act: Activation = "gelu"
     """OpenAI's own weights need `quick_gelu`."""
     norm_eps: float = 1e-5

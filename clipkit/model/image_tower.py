@@ -156,6 +156,7 @@ def make_trunk(config: ImageConfig) -> VisionTransformer:
         "depth": config.depth,
         "num_heads": config.heads,
         "mlp_ratio": config.mlp_ratio,
+        "init_values": config.layer_scale,
     }
     overrides = {key: value for key, value in overrides.items() if value is not None}
     if config.stem == "conv":
@@ -184,7 +185,9 @@ def make_trunk(config: ImageConfig) -> VisionTransformer:
         bias = nn.Parameter(torch.empty(trunk.embed_dim)) if config.patch_bias else None
         trunk.patch_embed.proj.register_parameter("bias", bias)
     patch = trunk.patch_embed.patch_size[0]
-    if config.image_size % patch:
+    # vit_so400m_patch14_siglip_384 is published with 384 px, of which it doesn't see the last six.
+    known = timm.get_pretrained_cfg(config.name) if config.patch_size is None else None
+    if config.image_size % patch and not (known and config.image_size == known.input_size[1]):
         near_sizes = config.image_size // patch * patch, math.ceil(config.image_size / patch) * patch
         raise UserError(
             f"model.image.image_size {config.image_size} isn't a multiple of the patch size {patch}: "

@@ -2,7 +2,7 @@
 
 Captions are cleaned as CLIP's, then lose case and ASCII punctuation (`canonicalize` of big_vision); the pieces are
 those of Google's own library (Kudo & Richardson, 2018). The rows are SigLIP's: ids, the end id, which is 1, and more of
-it as padding.
+it as padding; SigLIP 2's are padded with 0.
 """
 
 import string
@@ -27,10 +27,11 @@ class SentencePiece(WordTokenizer):
     """Captions to the ids of a SentencePiece model, such as T5's of 32,000 pieces for English."""
 
     name = "sentencepiece"
-    start, end, pad = None, END, END
+    start, end = None, END
     clean = staticmethod(canonicalize)
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, pad: int = END) -> None:
+        self.pad = pad
         try:
             from sentencepiece import SentencePieceProcessor
         except ImportError as error:

@@ -29,7 +29,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         *_tools("build", "download", "in_place", "inspection", "labelled", "pictures", "purge", "verify", "web"),
     ),
     "clipkit/formats": _core("storage"),
-    "clipkit/embedding": _core("model", "pixels", "storage", "text"),
+    "clipkit/embedding": _core("model", "pixels", "storage"),
     "clipkit/interop": _core("embedding", "model", "pixels", "storage", "text"),
     "clipkit/jobs": (),
     "clipkit/model": _core("text"),
