@@ -5,10 +5,11 @@ Licences and sources are in the README beside each set.
 """
 
 import csv
+import gzip
 import json
 from importlib.resources import files
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 
 def folder(name: str) -> Path:
@@ -40,6 +41,20 @@ def imagenet_classes() -> list[dict[str, str]]:
     """1,000 `{"wnid": …, "name": …}` in label order; the names are those curated for CLIP."""
     classes: list[dict[str, str]] = json.loads((folder("clip") / "imagenet1k-classes.json").read_text(encoding="utf-8"))
     return classes
+
+
+def imagenet_relatives() -> dict[str, Any]:
+    """Of `imagenet-a`, `imagenet-o`, `imagenet-r`: the places of their classes among ImageNet's. Of `objectnet`: the
+    folders of the classes that it shares with ImageNet, each with its name and the places of ImageNet's classes.
+    """
+    relatives: dict[str, Any] = json.loads((folder("clip") / "imagenet-relatives.json").read_text(encoding="utf-8"))
+    return relatives
+
+
+def imagenet_real() -> list[list[int]]:
+    """The reassessed labels of ImageNet's 50,000 validation images in the order of their numbers; some have none."""
+    labels: list[list[int]] = json.loads(gzip.decompress((folder("clip") / "imagenet-real.json.gz").read_bytes()))
+    return labels
 
 
 def prompt_templates() -> dict[str, list[str]]:

@@ -39,7 +39,7 @@ from clipkit.counter_rng import sample_keys
 from clipkit.device import pick
 from clipkit.embedding.encoder import Compute, clip_encoder
 from clipkit.embedding.images import ImageSet, Pixels, stack
-from clipkit.eval.classification.labelled import LabelledImages
+from clipkit.eval.classification.images import LabelledImages
 from clipkit.eval.classification.task import Classification, classify, open_task
 from clipkit.intervals import wilson
 from clipkit.model.clip import CLIP

@@ -1,6 +1,7 @@
 """Evaluation of models, and the page that tells a run's whole story.
 
 - `evaluation`: one model on one task of any kind, as a command and while training.
+- `datasets`: what the names of DataComp's 38 datasets promise.
 - `open`: data and a kind of task to what is measured.
 - `metrics`: accuracies with their intervals and chance levels. A new metric belongs here.
 - `results`: what an evaluation leaves in a run: numbers and guesses.

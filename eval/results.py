@@ -31,6 +31,13 @@ METRICS = {
     "top1": "top-1",
     "top5": "top-5",
     "mean_per_class_recall": "mean per-class recall",
+    "calibration_error": "calibration error",
+    "mean_average_precision": "mean average precision",
+    "real_top1": "top-1 by the ReaL labels",
+    "worst_group_top1": "top-1 of the worst group",
+    "worst_group_top5": "top-5 of the worst group",
+    "macro_f1": "macro F1",
+    "aupr": "AUPR of what is out of distribution",
     **{f"text_retrieval_recall@{k}": f"image to text, recall@{k}" for k in (1, 5, 10)},
     "text_retrieval_median_rank": "image to text, median rank",
     **{f"image_retrieval_recall@{k}": f"text to image, recall@{k}" for k in (1, 5, 10)},
@@ -158,6 +165,8 @@ def results_lock(run: Path) -> Iterator[None]:
 
 def verdict(result: Result) -> str:
     """What the number is worth, in words: "" when it is clearly better than guessing."""
+    if result.metric == "calibration_error":  # the lower, the better, and guessing has none
+        return ""
     if result.low <= result.chance <= result.high:
         return "not distinguishable from chance"
     if result.low > result.chance if result.metric in RANKS else result.high < result.chance:

@@ -30,7 +30,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "browser" in getattr(item, "fixturenames", ()):
             item.add_marker("browser")
-    longest = ("clipkit/test_xla.py", "cli/test_demo.py", "jobs/test_engines.py", "train/test_loop.py")
+    longest = (
+        "clipkit/test_xla.py",
+        "eval/test_clip_benchmark.py",
+        "cli/test_demo.py",
+        "jobs/test_engines.py",
+        "train/test_loop.py",
+    )
     items.sort(key=lambda item: not item.path.as_posix().endswith(longest))
 
 

@@ -24,7 +24,11 @@ if TYPE_CHECKING:
     "--data", type=AnyPath, required=True, help="TFDS folder, parquet, tars, class folders, or a JSON or CSV."
 )
 @click.option("--task", "kind", type=TaskKinds, default="classification", help="What is measured on the data.")
-@click.option("--templates", "templates_name", help="A known name, a file, or 'a photo of a {}'. [default: openai-80]")
+@click.option(
+    "--templates",
+    "templates_name",
+    help="A known name, a file, or 'a photo of a {}'. [default: those beside the data, else openai-80]",
+)
 @click.option("--label", help="Column with the label. [default: label]")
 @click.option("--classes", type=AnyPath, help="Names of the classes: a name a line, or JSON {label: name or [names]}.")
 @click.option("--pooling", help="How several names make one class: mean or sum. [default: mean]")

@@ -5,19 +5,20 @@ An option that a kind can't heed is refused, for a number that looks as if it ha
 """
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from numpy.typing import NDArray
 
 from clipkit.config import nearest
 from clipkit.errors import UserError
+from clipkit.eval.classification.images import LabelledImages, path_of, with_label
 from clipkit.eval.classification.labels import enumerate_labels, is_missing, listed_labels, number_names
+from clipkit.eval.classification.webdataset import from_tars
 from clipkit.formats.dataset import below, open_dataset
 from clipkit.formats.features import find_image
 from clipkit.formats.folders import (
@@ -35,37 +36,12 @@ from clipkit.formats.folders import (
     unwrap,
 )
 from clipkit.formats.shards import ALL_SPLITS, ShardKind, ShardListing, list_shards
-from clipkit.formats.tables import IMAGE_SUFFIXES, find_image_column, open_parquet, table_errors
-from clipkit.formats.tar import Member, list_samples, read_members
+from clipkit.formats.tables import find_image_column, open_parquet, table_errors
 from clipkit.pixels.images import ImageError
-from clipkit.storage.files import read_json, read_text
+from clipkit.storage.files import read_json
 from clipkit.storage.stores import StoredFile
 
 KINDS = "CLASS/IMAGE.jpg, a TFDS directory, parquet files, or webdataset tars with .cls"
-NAMES_FILE = "classnames.txt"
-
-
-@dataclass(frozen=True)
-class LabelledImages:
-    """The images to classify. `labels_N` are places in `label_names`; `read()` yields the N encoded images in order."""
-
-    path: Path
-    """Where they are, down to the split, and the label where it isn't `label`."""
-    name: str
-    """For results and file names: the data's name, its split where it has several, the label where it isn't `label`."""
-    keys: list[str]
-    labels_N: NDArray[np.int64]
-    label_names: tuple[str, ...]
-    named: bool
-    """False when the labels are bare numbers, for which no prompt can be made without a file of names."""
-    are_numbers: bool
-    """Whether numbers stand in the data, and no list of names."""
-    read: Callable[[], Iterator[bytes | ImageError]]
-    notes: tuple[str, ...] = ()
-    """What else to know: files left aside, classes without images."""
-
-    def __len__(self) -> int:
-        return len(self.keys)
 
 
 def open_labelled(
@@ -183,60 +159,6 @@ def class_label_names(schema: pa.Schema, label: str) -> list[str] | None:
     except (ValueError, KeyError, TypeError, AttributeError):
         return None
     return names if isinstance(names, list) and all(isinstance(each, str) for each in names) else None
-
-
-def from_tars(paths: Sequence[Path], origin: Path, name: str, label: str) -> LabelledImages:
-    """webdataset tars as CLIP_benchmark has them: an image and a `.cls` a sample, and `classnames.txt` beside.
-
-    Another `label` is the suffix of another member.
-    """
-    suffix = "cls" if label == "label" else label.lower()
-    keys, images, values = [], [], []
-    for path in paths:
-        found = list(_labelled_members(path, suffix))
-        contents = read_members((path, label_member) for _, _, label_member in found)
-        for (key, image, _), value in zip(found, contents, strict=True):
-            if not value.strip():
-                raise UserError(f"{path}: sample {key} has an empty .{suffix}: leave out the samples without a label")
-            keys.append(f"{path.name}:{key}" if len(paths) > 1 else key)
-            images.append((path, image))
-            values.append(value.strip())
-    if not values:
-        raise UserError(f"{paths[0]} holds no sample of an image and a .{suffix}: --label names the label's suffix")
-    labels = enumerate_labels(values, f"{origin} .{suffix}")
-    folder = paths[0].parent
-    listed = next((file for file in (folder / NAMES_FILE, folder.parent / NAMES_FILE) if file.is_file()), None)
-    notes: tuple[str, ...] = ()
-    if listed and labels.are_numbers:
-        labels = listed_labels(labels, read_text(listed, "class names").split("\n"), str(listed))
-        notes = (f"{origin}: class names from {listed}",)
-
-    def read() -> Iterator[bytes]:
-        return read_members(images)
-
-    return LabelledImages(path_of(origin, label), name, keys, *labels, read, notes)
-
-
-def _labelled_members(path: Path, suffix: str) -> Iterator[tuple[str, Member, Member]]:
-    """The key, image and label of each sample of a tar. Raises UserError for one that lacks either."""
-    for key, members in list_samples(path).items():
-        image = next((members[kind] for kind in members if kind in IMAGE_SUFFIXES), None)
-        if image is None and suffix not in members:
-            continue
-        if image is None or suffix not in members:
-            lacking = "image" if image is None else f".{suffix}"
-            raise UserError(f"{path}: sample {key} has no {lacking}: mend the tar, or name the suffix by --label")
-        yield key, image, members[suffix]
-
-
-def with_label(name: str, label: str) -> str:
-    """A task's name: the label is part of it where it isn't the usual one."""
-    return name if label == "label" else f"{name}-{label}"
-
-
-def path_of(path: Path, label: str) -> Path:
-    """Where a task's images are, the label with it where it isn't the usual one."""
-    return path if label == "label" else path / label
 
 
 def from_folder(path: Path, split: str | None, allow_empty_classes: bool = False) -> LabelledImages:

@@ -4,7 +4,7 @@ Each prompt's embedding is normalised, a class's are averaged, and the mean is n
 as `build_zero_shot_classifier` of OpenCLIP does.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, cast, get_args
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from clipkit import embedded
-from clipkit.config import did_you_mean
+from clipkit.config import did_you_mean, nearest
 from clipkit.embedding.encoder import Compute, Encoder, TextTokenizer
 from clipkit.embedding.texts import TokenisedTexts, embed_tokenised, tokenise
 from clipkit.errors import UserError
@@ -68,18 +68,24 @@ def check_pooling(text: str) -> Pooling:
     return cast(Pooling, text)
 
 
+Sentences = Sequence[str] | Mapping[str, Sequence[str]]
+"""Templates for all classes, or for each class its own, by its label or its name."""
+
+
 @dataclass(frozen=True)
 class Templates:
     """Sentences in which `{}` stands for the class name, and the name they were asked for by."""
 
     name: str
-    sentences: tuple[str, ...]
+    sentences: Sentences
 
 
 def templates(spec: str) -> Templates:
-    """`openai-80`, `openai-7`, `plain` (the bare name), a file (a JSON list, or a line each), or one literal template.
+    """`openai-80`, `openai-7`, `plain` (the bare name), a file, or one literal template.
 
-    Raises UserError for an unknown name, with the nearest known ones, and for a sentence without `{}`.
+    A file is a sentence a line, a JSON list, or a JSON object {class: [sentences]}, whose sentences need no `{}` (as
+    language models write them: Pratt et al., "CuPL", 2023). Raises UserError for an unknown name, with the nearest
+    known ones, and for a template without `{}`.
     """
     known = {**embedded.prompt_templates(), "plain": ["{}"]}
     if spec in known:
@@ -88,7 +94,10 @@ def templates(spec: str) -> Templates:
     if "{}" in spec:
         sentences, name = [spec], spec
     elif path.suffix in (".json", ".txt") or path.is_file():
-        sentences, name = _template_file(require_file(path, "templates file")), path.stem
+        found, name = _template_file(require_file(path, "templates file")), path.stem
+        if isinstance(found, dict):
+            return Templates(name, found)
+        sentences = found
     else:
         raise UserError(
             f"unknown templates {spec!r}: {did_you_mean(spec, known)}, or give a file or 'a photo of a {{}}'"
@@ -102,19 +111,48 @@ def templates(spec: str) -> Templates:
     return Templates(name, tuple(sentences))
 
 
-def _template_file(path: Path) -> list[str]:
+def _template_file(path: Path) -> list[str] | dict[str, list[str]]:
     if path.suffix == ".json":
         listed = read_json(path)
-        if not (isinstance(listed, list) and all(isinstance(sentence, str) for sentence in listed)):
-            raise UserError(f'{path} isn\'t a JSON list of sentences: write ["a photo of a {{}}.", …]')
-        return listed
+        if isinstance(listed, dict) and listed and all(map(_is_sentences, listed.values())):
+            if empty := [each for each, sentences in listed.items() if not sentences]:
+                raise UserError(f"{path} has no sentence for the class {empty[0]!r}: write one or more")
+            return listed
+        if not _is_sentences(listed):
+            raise UserError(
+                f"{path} isn't a JSON list of sentences or an object of lists: "
+                'write ["a photo of a {}.", …] or {"class": ["a sentence", …], …}'
+            )
+        sentences: list[str] = listed
+        return sentences
     lines = read_text(path, "templates file").splitlines()
     return [line.strip() for line in lines if line.strip()]
 
 
-def prompts(classes: Classes, sentences: Sequence[str]) -> list[list[str]]:
-    """For each embedding of the classifier every name in every template."""
-    return [[fill(sentence, name) for name in names for sentence in sentences] for names in classes.rows]
+def _is_sentences(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(sentence, str) for sentence in value)
+
+
+def prompts(classes: Classes, sentences: Sentences) -> list[list[str]]:
+    """For each embedding of the classifier every name in every template.
+
+    Raises UserError for a class that has no sentences where each has its own.
+    """
+    rows = zip(classes.class_of_rows, classes.rows, strict=True)
+    return [
+        [fill(sentence, name) for name in names for sentence in sentences_of(sentences, classes.labels[number], name)]
+        for number, names in rows
+    ]
+
+
+def sentences_of(sentences: Sentences, label: str, name: str) -> Sequence[str]:
+    """The templates of a class, by its name or else its label."""
+    if not isinstance(sentences, Mapping):
+        return sentences
+    found = sentences.get(name, sentences.get(label))
+    if found is None:
+        raise UserError(f"the templates have no sentences for the class {name!r}: {nearest(name, list(sentences))}")
+    return found
 
 
 @dataclass(frozen=True, eq=False)

@@ -229,7 +229,7 @@ def test_all_kinds_of_data_give_one_number(
     encoder = clip_encoder(model, tokenizer, PREPROCESS)
     found = [dict(evaluate(encoder, open_task(each, templates_name="plain", name="t"), CPU)) for each in (emoji, data)]
     assert found[0] == found[1]
-    assert set(found[0]) == {"t/top1", "t/top5", "t/mean_per_class_recall"}
+    assert set(found[0]) == {"t/top1", "t/top5", "t/mean_per_class_recall", "t/calibration_error"}
 
 
 def test_names_of_tasks_say_which_split_and_label(emoji: Path, tmp_path: Path) -> None:
@@ -349,7 +349,7 @@ def test_numbers_and_guesses_are_written_into_the_run(
     found = zeroshot(run, open_task(emoji, templates_name="openai-7"), device="cpu")
     again = zeroshot(run / "checkpoints" / "000000000064", open_task(emoji, templates_name="openai-7"), device="cpu")
     assert found == again == results.read_results(run)
-    assert [each.metric for each in found] == ["top1", "top5", "mean_per_class_recall"]
+    assert [each.metric for each in found] == ["top1", "top5", "mean_per_class_recall", "calibration_error"]
     assert {each.checkpoint for each in found} == {"checkpoints/000000000064"}
     assert found[0].samples_seen == 64
     assert found[0].chance == pytest.approx(1 / found[0].classes)
@@ -366,7 +366,7 @@ def test_other_templates_are_another_result(run: Path, emoji: Path) -> None:
     first, second = (
         zeroshot(run, open_task(emoji, templates_name=name), device="cpu")[0] for name in ("plain", "a photo of a {}.")
     )
-    assert len(results.read_results(run)) == 6
+    assert len(results.read_results(run)) == 8
     assert {name for name in first.hashes if first.hashes[name] != second.hashes[name]} == {"templates"}
 
 
@@ -391,7 +391,7 @@ def test_names_and_outputs_of_any_encoding(
             assert "top-1" in shown
         else:
             assert json.loads(shown.splitlines()[0])["task"] == r"中 caf\xe9"
-    assert len(results.read_results(run)) == 2
+    assert len(results.read_results(run)) == 3
     rows, _ = results.read_predictions(results.predictions_path(run, r"中 caf\xe9"))
     assert [row["key"] for row in rows] == ["größe/日\u0301.png", r"na\xefve/1.png"]
     assert [row["label"] for row in rows] == ["größe", r"na\xefve"]
@@ -473,7 +473,7 @@ def test_numbers_are_kept_where_the_guesses_find_no_room(
     monkeypatch.setattr(results, "write_predictions", full)
     with pytest.raises(UserError, match="the disk is full"):
         zeroshot(run, open_task(emoji, templates_name="plain"), device="cpu")
-    assert len(results.read_results(run)) == 3
+    assert len(results.read_results(run)) == 4
 
 
 def test_an_image_that_is_none_is_told_and_left_out(

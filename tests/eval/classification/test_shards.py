@@ -10,7 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from clipkit.errors import UserError
-from clipkit.eval.classification.labelled import LabelledImages, open_labelled
+from clipkit.eval.classification.images import LabelledImages
+from clipkit.eval.classification.labelled import open_labelled
 from clipkit.eval.classification.prompts import templates
 
 NAMES = ["red panda", "cat", "dog"]

@@ -1,0 +1,98 @@
+"""What the name of a published dataset promises: its classes, its number of images, and the metric it is quoted by.
+
+The 38 datasets are those of DataComp's average (Gadre et al., 2023), by its names for them.
+"""
+
+import re
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from clipkit import embedded
+from clipkit.formats.folders import split_of
+
+# DataComp's names of the metrics, and ours.
+METRICS = {
+    "acc1": "top1",
+    "mean_per_class_recall": "mean_per_class_recall",
+    "F1-macro_all": "macro_f1",
+    "acc_wg": "worst_group_top1",
+    "acc_worst_region": "worst_group_top1",
+    "acc_top5_wg": "worst_group_top5",
+    "mean_recall@1": "mean_recall@1",
+    "jaccard_score_10-12": "jaccard_10_12",
+}
+# What people call ImageNet and its relatives, beside the names that DataComp has.
+_ALIASES = {
+    **dict.fromkeys(("imagenet", "imagenet-1k", "imagenet2012", "ilsvrc2012", "imagenet1k-unverified"), "imagenet1k"),
+    **dict.fromkeys(("imagenet-v2", "imagenetv2-matched-frequency-format"), "imagenetv2"),
+    **dict.fromkeys(("imagenet-sketch", "imagenetsketch"), "imagenet_sketch"),
+    **{f"imagenet{letter}": f"imagenet-{letter}" for letter in "aor"},
+    "objectnet-1.0": "objectnet",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class PublishedDataset:
+    """One of DataComp's datasets."""
+
+    key: str
+    """As DataComp calls it: `vtab/caltech101`."""
+    title: str
+    main_metric: str
+    """Ours, of METRICS."""
+    classes: int
+    """0 where it has none."""
+    images: int
+    is_vtab: bool
+    kind: str
+    """`classification` or `retrieval`; `association` for WinoGAViL."""
+
+    @property
+    def folder(self) -> str:
+        """What CLIP_benchmark and DataComp call its folder, without a prefix and the split."""
+        return self.key.removeprefix("fairness/").replace("/", "-")
+
+
+@cache
+def published_datasets() -> dict[str, PublishedDataset]:
+    """The 38 by key."""
+    found = {}
+    for row in embedded.published("datacomp-38"):
+        if row["in_average"] == "yes":
+            key, is_retrieval = row["key"], row["key"].startswith("retrieval/")
+            found[key] = PublishedDataset(
+                key,
+                row["name"],
+                METRICS[row["main_metric"]],
+                int(row["num_classes"] or 0),
+                int(row["size"]),
+                row["group"] == "VTAB",
+                "retrieval" if is_retrieval else "association" if key.startswith("misc/") else "classification",
+            )
+    return found
+
+
+def plain_name(name: str) -> str:
+    """A folder's name as it is compared: `wds_vtab-caltech101_test` is `vtab-caltech101`."""
+    name = re.sub(r"[_/ ]", "-", name.lower()).removeprefix("wds-")
+    head, _, tail = name.rpartition("-")
+    return head if head and split_of(tail) else name
+
+
+def find_published(path: Path) -> PublishedDataset | None:
+    """The dataset that a folder of data is called after, or the folder around its splits; None for an unknown one.
+
+    Other names than ImageNet's and its relatives' are common words (`cars`), and count in a folder called `wds_…` only.
+    """
+    published = published_datasets()
+    by_name = {plain_name(each.folder): each for each in published.values()}
+    names = [part for part in path.parts[-3:] if not split_of(part)]
+    for name in reversed(names):
+        plain = plain_name(name)
+        if plain in _ALIASES:
+            return published[_ALIASES[plain]]
+        each = by_name.get(plain)
+        if each is not None and (name.startswith("wds_") or "imagenet" in plain or plain == "objectnet"):
+            return each
+    return None
