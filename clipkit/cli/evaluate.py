@@ -5,23 +5,44 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from clipkit.cli.options import AnyPath, Count, Folder, TaskKinds, as_json, device, is_unicode, print_json
+from clipkit.cli.options import (
+    AnyPath,
+    Count,
+    Folder,
+    TaskKinds,
+    as_json,
+    cache_gigabytes,
+    device,
+    is_unicode,
+    print_json,
+)
+from clipkit.errors import UserError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from clipkit.eval.open import TaskKind
+    from clipkit.eval.results import Result
 
 
 @click.command()
 @click.option(
     "--ckpt",
+    "models",
     required=True,
+    multiple=True,
     metavar="MODEL",
-    help="A checkpoint or run; a file or folder of OpenCLIP's or transformers'; open_clip:NAME:FILE, hf:OWNER/NAME.",
+    help="A checkpoint or run; a file or folder of OpenCLIP's or transformers'; open_clip:NAME:FILE, hf:OWNER/NAME. "
+    "May be repeated.",
 )
 @click.option("--ema", is_flag=True, help="Take the averages of the weights that the run kept.")
 @click.option("--tokenizer", type=AnyPath, help="The tokenizer's vocabulary, where the model comes without.")
 @click.option(
-    "--data", type=AnyPath, required=True, help="TFDS folder, parquet, tars, class folders, or a JSON or CSV."
+    "--data",
+    type=AnyPath,
+    required=True,
+    multiple=True,
+    help="TFDS folder, parquet, tars, class folders, or a JSON or CSV. May be repeated.",
 )
 @click.option("--task", "kind", type=TaskKinds, default="classification", help="What is measured on the data.")
 @click.option(
@@ -45,17 +66,27 @@ if TYPE_CHECKING:
     help="Arithmetic of the towers; float32 is the reference. [default: that of the model's recipe]",
 )
 @device
-@click.option("--out", type=Folder, help="Run that gets the results. [default: the checkpoint's]")
+@click.option(
+    "--cache", type=Folder, help="Folder in which embeddings are kept. [default: clipkit in the user's cache folder]"
+)
+@cache_gigabytes
+@click.option("--no-cache", is_flag=True, help="Compute all embeddings now, and keep none.")
+@click.option(
+    "--out", type=Folder, help="Run that gets the results; of several models, each a folder in it. [default: its own]"
+)
 @as_json
 def zeroshot(
-    ckpt: str,
+    models: tuple[str, ...],
     ema: bool,
     tokenizer: Path | None,
-    data: Path,
+    data: tuple[Path, ...],
     kind: "TaskKind",
     batch_size: int,
     precision: Literal["auto", "float32", "bfloat16"] | None,
     device: str,
+    cache: Path | None,
+    cache_gb: float,
+    no_cache: bool,
     out: Path | None,
     as_json: bool,
     **task_options: Any,
@@ -64,24 +95,41 @@ def zeroshot(
 
     --task classification: images by prompts only. retrieval: captions of images and images of captions, among all.
     choice: the right one of two captions or images. A checkpoint describes itself, so it needs no model name.
-    docs/evaluation.md says which models of other projects can be measured.
+    docs/evaluation.md says which models of other projects can be measured. Embeddings are kept, so the same command
+    given again goes on where it was stopped.
     """
-    from clipkit.config import to_json
+    from clipkit.embedding.cached import open_cache
     from clipkit.eval.evaluation import zeroshot as stage
     from clipkit.eval.open import open_data
+    from clipkit.eval.results import file_name
+
+    if len(data) > 1 and task_options["name"]:
+        raise UserError(f"--name {task_options['name']} is for one --data: leave it out")
+    if no_cache and cache:
+        raise UserError("--cache and --no-cache exclude each other: leave out one of them")
+    kept = None if no_cache else open_cache(cache, int(cache_gb * 1e9))
+    for path in data:
+        task = open_data(kind, path, **task_options)
+        for model in models:
+            found = stage(
+                model,
+                task,
+                batch_size=batch_size,
+                device=device,
+                precision=precision,
+                out=out / file_name(model) if out and len(models) > 1 else out,
+                ema=ema,
+                vocabulary=tokenizer,
+                cache=kept,
+            )
+            print_results(found, as_json)
+
+
+def print_results(found: "Sequence[Result]", as_json: bool) -> None:
+    """One model's numbers on one task, as a table or as JSON lines."""
+    from clipkit.config import to_json
     from clipkit.eval.results import table
 
-    task = open_data(kind, data, **task_options)
-    found = stage(
-        ckpt,
-        task,
-        batch_size=batch_size,
-        device=device,
-        precision=precision,
-        out=out,
-        ema=ema,
-        vocabulary=tokenizer,
-    )
     if as_json:
         for result in found:
             print_json(to_json(result))

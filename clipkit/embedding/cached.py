@@ -7,14 +7,18 @@ whatever name the two are given, and an evaluation that was killed goes on behin
 
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from clipkit.embedding.encoder import Compute, Encoder
+from clipkit.errors import UserError
+from clipkit.log import warn_on_stderr
 from clipkit.storage.cache import BlockCache
 
 
@@ -25,6 +29,21 @@ class Piece:
     vector_NE: NDArray[np.float32]
     index_N: NDArray[np.int64]
     problems: dict[int, str]
+
+
+def open_cache(folder: Path | None, limit: int) -> BlockCache | None:
+    """The cache in `folder`, or in the user's cache folder; None, with a warning, where that can't be written.
+
+    Raises UserError for a `folder` that can't be.
+    """
+    if folder is not None:
+        return BlockCache(folder, limit)
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    try:
+        return BlockCache(home / "clipkit" / "embeddings", limit)
+    except UserError as error:
+        warn_on_stderr(f"embeddings aren't kept: {error}")
+        return None
 
 
 def key_of(encoder: Encoder, compute: Compute, content: bytes) -> str:

@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from click.testing import CliRunner
 from open_clip.transform import image_transform
 from PIL import Image
 
@@ -617,3 +619,49 @@ def test_tasks_are_what_they_say() -> None:
     task = open_task(embedded.emoji_parquet("heldout"), templates_name="plain")
     assert isinstance(task, Classification)
     assert (task.name, len(task.images), len(task.classes)) == ("emoji-heldout", 1096, 1096)
+
+
+# ---- Several models on several data --------------------------------------------------------------------------------
+
+
+def test_every_model_is_measured_on_all_data(
+    run: Path, emoji: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = tmp_path / "other.parquet"
+    pq.write_table(pq.read_table(emoji).slice(0, 30), other)
+    second = tmp_path / "second"
+    shutil.copytree(run, second)
+    command = ["zeroshot", "--ckpt", str(run), "--ckpt", str(second), "--data", str(emoji), "--data", str(other)]
+    command += ["--templates", "plain", "--device", "cpu", "--json"]
+    done = CliRunner().invoke(main, command)
+    assert done.exit_code == 0, done.output
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [(line["task"], line["n"]) for line in lines if line["metric"] == "top1"] == [
+        *[("emoji", PAIRS)] * 2,
+        *[("other", 30)] * 2,
+    ]
+    assert len(results.read_results(run)) == len(results.read_results(second)) == len(lines) // 2
+    # Given again, nothing is decoded or embedded; and several models' results in one folder don't mix.
+    monkeypatch.setattr("clipkit.embedding.images.digest_and_decode", None)
+    again = CliRunner().invoke(main, [*command, "--out", str(tmp_path / "out")])
+    values = [[each["value"] for each in map(json.loads, text.splitlines())] for text in (done.stdout, again.stdout)]
+    assert values[0] == values[1]
+    assert len(list((tmp_path / "out").glob("*/results.jsonl"))) == 2
+
+
+def test_where_embeddings_are_kept(run: Path, emoji: Path, tmp_path: Path) -> None:
+    command = ["zeroshot", "--ckpt", str(run), "--data", str(emoji), "--templates", "plain", "--device", "cpu"]
+    for options, says in (
+        (["--no-cache", "--cache", str(tmp_path)], "--cache and --no-cache exclude each other"),
+        (["--data", str(emoji), "--name", "t"], "--name t is for one --data"),
+    ):
+        assert f"Error: {says}" in CliRunner().invoke(main, [*command, *options]).stderr
+    kept = tmp_path / "kept"
+    assert CliRunner().invoke(main, [*command, "--cache", str(kept), "--cache-gb", "0.5"]).exit_code == 0
+    assert len([path for path in kept.glob("??/*") if path.is_file()]) == 2  # a batch of images, and one of prompts
+    home = Path(os.environ["XDG_CACHE_HOME"]) / "clipkit" / "embeddings"
+    before = set(home.glob("??/*"))
+    assert CliRunner().invoke(main, [*command, "--no-cache", "--precision", "bfloat16"]).exit_code == 0
+    assert set(home.glob("??/*")) == before
+    assert CliRunner().invoke(main, [*command, "--precision", "bfloat16"]).exit_code == 0
+    assert set(home.glob("??/*")) > before

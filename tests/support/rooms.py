@@ -24,7 +24,7 @@ def _core(*names: str) -> tuple[str, ...]:
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "clipkit": _core("cli", "embedding", "formats", "interop", "jobs", "model", "pixels", "storage", "text"),
     "clipkit/cli": (
-        *_core("jobs", "storage"),
+        *_core("embedding", "jobs", "storage"),
         *("eval", "eval/report", "tfrecord_tools", "train", "train/bench", "train/watch"),
         *_tools("build", "download", "in_place", "inspection", "labelled", "pictures", "purge", "verify", "web"),
     ),

@@ -29,8 +29,8 @@ OPTIONS = {
     "--log-to --overfit --split --workers --cache --cache-gb --eval-data --eval-task --eval-images --eval-label "
     "--eval-templates --eval-classes --eval-split --json",
     "verify": "path --decode --workers --engine --json",
-    "zeroshot": "--ckpt --ema --data --task --templates --label --classes --pooling --images --split "
-    "--allow-empty-classes --name --batch-size --precision --device --out --json",
+    "zeroshot": "--ckpt --ema --tokenizer --data --task --templates --label --classes --pooling --images --split "
+    "--allow-empty-classes --name --batch-size --precision --device --cache --cache-gb --no-cache --out --json",
 }
 
 
