@@ -33,7 +33,18 @@ FLOORS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ),
     ("", ("tfrecord_tools/pictures", "tfrecord_tools/tables", "tfrecord_tools")),
     ("train/ and eval/", ("train/bench", "train", "train/watch", "train/loader", "train/sources")),
-    ("", ("eval/choice", "eval/retrieval", "eval/classification", "eval/report", "eval")),
+    (
+        "",
+        (
+            "eval/choice",
+            "eval/retrieval",
+            "eval/search",
+            "eval/classification",
+            "eval/comparison",
+            "eval/report",
+            "eval",
+        ),
+    ),
     (
         "clipkit/: the core, which every stage may use",
         tuple(

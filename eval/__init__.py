@@ -5,6 +5,8 @@
 - `open`: data and a kind of task to what is measured.
 - `metrics`: accuracies with their intervals and chance levels. A new metric belongs here.
 - `results`: what an evaluation leaves in a run: numbers and guesses.
+- `tables`: results as text, Markdown, LaTeX and CSV.
 
-The rooms: `classification/`, `retrieval/`, `choice/` (compositionality), and `report/` (the page).
+The rooms: `classification/`, `retrieval/`, `choice/` (compositionality), `comparison/` (several models), `report/`
+(the page), and `search/` (a model at work).
 """

@@ -121,11 +121,11 @@ def zeroshot(
     if name != asked:
         note(f"{run} has a task {asked!r} of other images, so this one is {name!r}: choose with --name")
     if outcome.guesses is not None:
-        about = {"task": name, "kind": task.kind, "samples_seen": encoder.samples_seen, "classes": outcome.classes}
+        about = {"task": name, "kind": task.kind, "samples_seen": encoder.samples_seen, "weights": encoder.weights}
         results.write_predictions(
             results.predictions_path(run, name),
             outcome.guesses,
-            about={**about, "data": found[0].data, "templates": outcome.templates},
+            about={**about, "classes": outcome.classes, "data": found[0].data, "templates": outcome.templates},
         )
     return found
 
@@ -147,6 +147,7 @@ def result_of(
         largest_class=outcome.largest_class,
         kind=task.kind,
         weights=encoder.weights,
+        model=encoder.name,
         notes=(*encoder.notes, *outcome.notes),
     )
 

@@ -70,6 +70,8 @@ class Result(Measure):
     """Of the task."""
     weights: str = ""
     """A hash of the model's weights."""
+    model: str = ""
+    """The model's name as it was asked for."""
     notes: tuple[str, ...] = ()
     """What belongs with the number: prompts that were cut, images that can't be read."""
 
@@ -93,14 +95,16 @@ def preprocessing_digest(preprocess: "Preprocess") -> str:
 
 
 def read_results(run: Path) -> list[Result]:
-    """The results of a run in the order written; [] when there are none yet. Lines of other programs are left out."""
+    """The results of a run, or of a file of them, in the order written; [] when there are none yet. Lines of other
+    programs are left out.
+    """
     known = [field.name for field in dataclasses.fields(Result)]
     needed = set(known[: known.index("hashes")])
     return [
         Result(
             **{name: value for name, value in line.items() if name in known} | {"notes": tuple(line.get("notes", ()))}
         )
-        for line in read_json_lines(run / "results.jsonl")
+        for line in read_json_lines(run if run.is_file() else run / "results.jsonl")
         if isinstance(line, dict) and needed <= line.keys()
     ]
 
@@ -241,12 +245,19 @@ def write_predictions(path: Path, guesses: "pa.Table", about: Mapping[str, Any])
 
 def read_predictions(path: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """The rows of a predictions file and what it is about. Raises UserError when it is damaged."""
+    guesses, about = read_guesses(path)
+    return guesses.to_pylist(), about
+
+
+def read_guesses(path: Path, columns: Sequence[str] | None = None) -> tuple["pa.Table", dict[str, Any]]:
+    """A predictions file as a table, of those `columns` that it has, and what it is about. Raises UserError."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        table = pq.read_table(path)
+        with pq.ParquetFile(path) as file:
+            there = file.schema_arrow.names
+            table = file.read(columns=[name for name in columns if name in there] if columns else None)
     except (pa.ArrowInvalid, OSError) as error:
         raise UserError(f"{path} is damaged: remove it and run zeroshot again") from error
-    about = json.loads((table.schema.metadata or {}).get(b"clipkit", b"{}"))
-    return table.to_pylist(), about
+    return table, json.loads((table.schema.metadata or {}).get(b"clipkit", b"{}"))

@@ -23,6 +23,15 @@ if TYPE_CHECKING:
 
     from clipkit.eval.open import TaskKind
     from clipkit.eval.results import Result
+    from clipkit.eval.tables import TableFormat
+
+table_format = click.option(
+    "--format",
+    "table_format",
+    type=click.Choice(["table", "csv", "md", "latex"]),
+    default="table",
+    help="How to print the tables: aligned, or for spreadsheets, Markdown and LaTeX.",
+)
 
 
 @click.command()
@@ -74,6 +83,7 @@ if TYPE_CHECKING:
 @click.option(
     "--out", type=Folder, help="Run that gets the results; of several models, each a folder in it. [default: its own]"
 )
+@table_format
 @as_json
 def zeroshot(
     models: tuple[str, ...],
@@ -88,6 +98,7 @@ def zeroshot(
     cache_gb: float,
     no_cache: bool,
     out: Path | None,
+    table_format: "TableFormat",
     as_json: bool,
     **task_options: Any,
 ) -> None:
@@ -102,12 +113,14 @@ def zeroshot(
     from clipkit.eval.evaluation import zeroshot as stage
     from clipkit.eval.open import open_data
     from clipkit.eval.results import file_name
+    from clipkit.eval.tables import results_text
 
     if len(data) > 1 and task_options["name"]:
         raise UserError(f"--name {task_options['name']} is for one --data: leave it out")
     if no_cache and cache:
         raise UserError("--cache and --no-cache exclude each other: leave out one of them")
     kept = None if no_cache else open_cache(cache, int(cache_gb * 1e9))
+    tabled: list[Result] = []
     for path in data:
         task = open_data(kind, path, **task_options)
         for model in models:
@@ -122,7 +135,12 @@ def zeroshot(
                 vocabulary=tokenizer,
                 cache=kept,
             )
-            print_results(found, as_json)
+            if table_format == "table" or as_json:
+                print_results(found, as_json)
+            else:
+                tabled += found
+    if tabled:
+        echo(results_text(tabled, table_format))
 
 
 def print_results(found: "Sequence[Result]", as_json: bool) -> None:
@@ -146,3 +164,30 @@ def report(run: Path) -> None:
     from clipkit.eval.report.page import report as stage
 
     click.echo(stage(run))
+
+
+@click.command()
+@click.argument("runs", nargs=-1, required=True, type=AnyPath, metavar="RUN...")
+@table_format
+@as_json
+def compare(runs: tuple[Path, ...], table_format: "TableFormat", as_json: bool) -> None:
+    """Compare models: which of their numbers can be compared, and which differences are more than chance.
+
+    RUN is a run, a checkpoint in a run, or a results.jsonl; each model is compared with the first. Where the runs hold
+    the guesses for each image, the comparison is paired (McNemar's test, a bootstrap). Models known by their names,
+    open_clip:NAME:TAG, are held against OpenCLIP's published numbers, and accuracies on ImageNet's relatives against
+    the line of the published models.
+    """
+    from clipkit.eval.comparison.compare import compare as stage
+    from clipkit.eval.comparison.text import comparison_json, comparison_text
+
+    found = stage(runs)
+    if as_json:
+        print_json(comparison_json(found))
+    else:
+        echo(comparison_text(found, table_format))
+
+
+def echo(text: str) -> None:
+    """Print a text, with hyphens for the dashes that stdout lacks. (click.echo writes UTF-8 where it can't.)"""
+    print(text if is_unicode() else text.replace("–", "-").replace("−", "-"))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from clipkit import __version__
-from clipkit.cli import data, download, evaluate
+from clipkit.cli import data, download, evaluate, search
 from clipkit.cli.options import (
     AnyPath,
     Count,
@@ -50,7 +50,8 @@ def main() -> None:
 
 for _command in (
     *(download.download, data.build_tfds, data.build_imagenet, data.verify, data.inspect, data.purge),
-    *(evaluate.zeroshot, evaluate.report),
+    *(evaluate.zeroshot, evaluate.compare, evaluate.report),
+    *(search.embed, search.classify, search.search),
 ):
     main.add_command(_command)
 

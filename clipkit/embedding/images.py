@@ -45,9 +45,15 @@ class ImageSet:
     decoded images, for the latest preprocessing only.
     """
 
-    def __init__(self, path: Path, keys: Sequence[str], read: Callable[[], Iterator[bytes | ImageError]]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        keys: Sequence[str],
+        read: Callable[[], Iterator[bytes | ImageError]],
+        keep_pixels: bool = True,
+    ) -> None:
         """`path` and `keys` name the images in messages and hashes; `read` yields them in order, as often as asked."""
-        self.path, self.keys, self.read = path, keys, read
+        self.path, self.keys, self.read, self.keep_pixels = path, keys, read, keep_pixels
         self.unreadable: dict[int, str] = {}
         """Places of images that can't be decoded, with the reasons, once they were read."""
         self.content = ""
@@ -69,7 +75,7 @@ class ImageSet:
             yield from self._pixels[1]
             return
         self.unreadable, self._pixels = {}, None
-        keep = self._fit(preprocess)
+        keep = self.keep_pixels and self._fit(preprocess)
         decoded: list[Pixels] = []
         images = self._decode_ahead(preprocess, batch_size, also)
         while batch := list(itertools.islice(images, batch_size)):

@@ -12,7 +12,7 @@ from clipkit.embedding.encoder import Compute, Encoder
 from clipkit.embedding.images import pad_rows
 from clipkit.embedding.texts import text_matrix
 from clipkit.errors import UserError
-from clipkit.pixels.images import UInt8Array, decode, eval_transform
+from clipkit.pixels.images import ImageError, UInt8Array, decode, eval_transform
 
 ImageInput = Path | str | bytes | Image.Image | UInt8Array
 """A file, its content, a Pillow image, or uint8[H, W, 3]."""
@@ -50,11 +50,12 @@ class LoadedModel:
 
     def _pixels(self, image: ImageInput) -> UInt8Array:
         if isinstance(image, Path | str):
-            path = Path(image)
             try:
-                image = path.read_bytes()
+                return self._pixels(Path(image).read_bytes())
             except OSError as error:
-                raise UserError(f"can't read the image {path} ({error.strerror})") from error
+                raise UserError(f"can't read the image {image} ({error.strerror})") from error
+            except ImageError as error:
+                raise UserError(f"{image}: {error}") from error
         if isinstance(image, Image.Image):
             image = np.asarray(image.convert("RGB"))
         rgb = decode(image) if isinstance(image, bytes) else image

@@ -383,14 +383,14 @@ def test_names_and_outputs_of_any_encoding(
         path.parent.mkdir(parents=True)
         path.write_bytes(png())
     command = ["zeroshot", "--ckpt", run, "--data", data, "--templates", "plain", "--device", "cpu"]
-    for options in ([], ["--json"]):
+    for options in ([], ["--json"], ["--format", "md"]):
         monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding))
         main([*map(str, command), *options], standalone_mode=False)
         sys.stdout.flush()
         shown = sys.stdout.buffer.getvalue().decode(encoding)
-        if not options:
+        if "--json" not in options:
             assert ("–" in shown) == (encoding == "utf-8")
-            assert "top-1" in shown
+            assert ("| top-1 |" if options else "top-1") in shown
         else:
             assert json.loads(shown.splitlines()[0])["task"] == r"中 caf\xe9"
     assert len(results.read_results(run)) == 3

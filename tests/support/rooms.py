@@ -25,7 +25,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "clipkit": _core("cli", "embedding", "formats", "interop", "jobs", "model", "pixels", "storage", "text"),
     "clipkit/cli": (
         *_core("embedding", "jobs", "storage"),
-        *("eval", "eval/report", "tfrecord_tools", "train", "train/bench", "train/watch"),
+        *("eval", "eval/classification", "eval/comparison", "eval/report", "eval/search", "tfrecord_tools"),
+        *("train", "train/bench", "train/sources", "train/watch"),
         *_tools("build", "download", "in_place", "inspection", "labelled", "pictures", "purge", "verify", "web"),
     ),
     "clipkit/formats": _core("storage"),
@@ -95,8 +96,13 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     ),
     "eval/choice": (*_core("embedding", "formats", "pixels", "storage"), "eval", "eval/retrieval"),
     "eval/classification": (*_core("embedding", "formats", "pixels", "storage"), "eval"),
+    "eval/comparison": ("eval",),
     "eval/report": (*_core("formats", "model", "page", "storage", "text"), "eval"),
     "eval/retrieval": (*_core("embedding", "formats", "pixels", "storage"), "eval", "eval/classification"),
+    "eval/search": (
+        *_core("embedding", "formats", "interop", "page", "pixels", "storage"),
+        *("eval", "eval/classification"),
+    ),
 }
 
 

@@ -15,22 +15,27 @@ OPTIONS = {
     "--engine --json",
     "build-tfds": "shards out --name --image-column --caption-column --captions --quoting --where --dedup --split "
     "--resize --quality --precompute --shuffle --shard-megabytes --in-place --workers --engine --json",
+    "classify": "images --labels --ckpt --templates --device --page --json",
+    "compare": "runs --format --json",
     "demo": "--out",
     "doctor": "--json",
     "download": "urls out --preset --url-column --caption-column --keep --split --quoting --where --hash-column "
     "--hash-kind --drop-changed --image-size --resize-mode --quality --min-image-size --connections --per-host "
     "--timeout --deadline --max-megabytes --retries --resolver --allow-private-hosts --contact --robots-txt "
     "--format --name --samples-per-shard --probe --probe-floor --retry-failed --processes --engine --json",
+    "embed": "data out --ckpt --split --label --ema --dtype --precision --batch-size --device --json",
     "inspect": "path --split --sample --out --json",
     "purge": "path --list --by --quoting --dry-run --workers --engine --json",
     "recipes": "name --set --json",
     "report": "run",
+    "search": "data query --image --ckpt --top --split --label --batch-size --device --page --json",
     "train": "--data --recipe --out --device --set --tokenizer --resume --allow-changes --init --from-stage --cooldown "
     "--log-to --overfit --split --workers --cache --cache-gb --eval-data --eval-task --eval-images --eval-label "
     "--eval-templates --eval-classes --eval-split --json",
     "verify": "path --decode --workers --engine --json",
     "zeroshot": "--ckpt --ema --tokenizer --data --task --templates --label --classes --pooling --images --split "
-    "--allow-empty-classes --name --batch-size --precision --device --cache --cache-gb --no-cache --out --json",
+    "--allow-empty-classes --name --batch-size --precision --device --cache --cache-gb --no-cache --out "
+    "--format --json",
 }
 
 

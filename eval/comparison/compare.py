@@ -1,0 +1,264 @@
+"""Models side by side: which numbers can be compared, and which differences are more than chance."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from clipkit.errors import UserError
+from clipkit.eval import results
+from clipkit.eval.comparison.published import Published, Relative, published, robustness
+from clipkit.eval.comparison.significance import Difference, paired_accuracy, paired_recall, unpaired
+from clipkit.eval.metrics import mean_per_class_recall
+from clipkit.eval.results import Result, read_results
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+EXPECTED = "preprocessing"  # each model has its own
+WORDS = {
+    "classes": "other class names",
+    "templates": "other templates",
+    "texts": "other captions",
+    "split": "other images, or other labels",
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One model of a comparison, with the newest result of each of its measurements."""
+
+    label: str
+    place: str
+    """What tells it from another of the same label."""
+    model: str
+    """As `--ckpt` named it."""
+    run: Path
+    """The folder that has the guesses."""
+    results: tuple[Result, ...]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One number of two models. `reasons` say why they can't be compared; `difference` is None then."""
+
+    task: str
+    metric: str
+    first: Entry
+    second: Entry
+    results: tuple[Result, Result]
+    reasons: tuple[str, ...]
+    notes: tuple[str, ...]
+    """What differs and may."""
+    difference: Difference | None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All that is known about some models together."""
+
+    entries: tuple[Entry, ...]
+    rows: tuple[tuple[str, str, tuple[Result | None, ...]], ...]
+    """Task, metric, and the result of each entry."""
+    pairs: tuple[Pair, ...]
+    """Each further entry against the first."""
+    published: tuple[tuple[Entry, Published], ...]
+    robustness: tuple[tuple[Entry, Relative], ...]
+
+
+def compare(paths: Sequence[Path]) -> Comparison:
+    """Compare the results of runs, checkpoints of runs, or `results.jsonl` files.
+
+    A run's own checkpoints are one model, of which each task's newest result counts; every other checkpoint that a file
+    names is a model for itself. Raises UserError for a path without results, and one that is given twice.
+    """
+    resolved = [path.resolve() for path in paths]
+    for place, path in enumerate(paths):
+        if resolved[place] in resolved[:place]:
+            raise UserError(f"{path} is given twice: name each run once")
+    found = [entry for path in paths for entry in read_entries(path)]
+    labels = [entry.label for entry in found]
+    entries = [replace(each, label=each.place) if labels.count(each.label) > 1 else each for each in found]
+    measured = [by_measurement(entry, entries[0]) for entry in entries]
+    rows, pairs = [], []
+    for task, metric in dict.fromkeys(key for each in measured for key in each):
+        chosen = choose([each.get((task, metric), []) for each in measured])
+        rows.append((task, metric, tuple(chosen)))
+        for entry, result in zip(entries[1:], chosen[1:], strict=True):
+            if chosen[0] is not None and result is not None:
+                pairs.append(pair_of(task, metric, (entries[0], entry), (chosen[0], result)))
+    return Comparison(
+        tuple(entries),
+        tuple(rows),
+        tuple(pairs),
+        tuple((entry, each) for entry in entries for each in published(entry.model, entry.results)),
+        tuple((entry, each) for entry in entries for each in robustness(entry.results)),
+    )
+
+
+def read_entries(path: Path) -> list[Entry]:
+    """The models that a run, a checkpoint of a run, or a results file has numbers of."""
+    run = path.parent.parent if path.parent.name == "checkpoints" else path
+    if not path.exists():
+        raise UserError(f"{path} doesn't exist: give runs, or their results.jsonl")
+    found = read_results(run)
+    if run != path:
+        found = [result for result in found if result.checkpoint == f"checkpoints/{path.name}"]
+    if not found:
+        raise UserError(
+            f"{path} has no results: evaluate first, with clipkit zeroshot --ckpt MODEL --data DATA --out RUN"
+        )
+    folder = run.parent if run.is_file() else run
+    models: dict[str, list[Result]] = {}
+    for result in found:
+        own = result.checkpoint.startswith("checkpoints/")
+        models.setdefault("" if own else result.checkpoint, []).append(result)
+    entries = []
+    for name, of_model in models.items():
+        last = {(each.task, each.metric): 0 for each in of_model}
+        for each in of_model:
+            last[each.task, each.metric] = max(last[each.task, each.metric], each.samples_seen)
+        newest = tuple(each for each in of_model if each.samples_seen == last[each.task, each.metric])
+        label = short_name(name) if name else folder.resolve().name if run == path else path.name
+        place = f"{path}: {name}" if name else str(path)
+        entries.append(Entry(label, place, newest[-1].model or name, folder, newest))
+    return entries
+
+
+def short_name(checkpoint: str) -> str:
+    """A checkpoint's name for a column: of a path its last parts, of a run's the run and the samples seen."""
+    parts = Path(checkpoint).parts
+    return (
+        "/".join(part for part in parts[-3:] if part != "checkpoints") if "checkpoints" in parts[-2:-1] else parts[-1]
+    )
+
+
+def by_measurement(entry: Entry, first: Entry) -> dict[tuple[str, str], list[Result]]:
+    """An entry's results by task and metric, of which there are several where templates or images were others.
+
+    A task that the first entry calls otherwise has its name there: it is known by its images.
+    """
+    split_of = {result.hashes.get("split", ""): result.task for result in first.results}
+    theirs, own = set(split_of.values()), {result.task for result in entry.results}
+    found: dict[tuple[str, str], list[Result]] = {}
+    for result in entry.results:
+        same = split_of.get(result.hashes.get("split", "")) if result.hashes.get("split") else None
+        task = result.task if result.task in theirs or same is None or same in own else same
+        found.setdefault((task, result.metric), []).append(result)
+    return found
+
+
+def choose(candidates: Sequence[Sequence[Result]]) -> list[Result | None]:
+    """One result an entry: of the first the one that most can be compared with, of the others what fits it; the newest
+    among equals.
+    """
+
+    def cost(one: Result, other: Result) -> int:
+        return len(differing(one, other)[0])
+
+    def cost_to_all(one: Result) -> int:
+        return sum(min(cost(one, each) for each in other) for other in candidates[1:] if other)
+
+    if not candidates[0]:
+        return [each[-1] if each else None for each in candidates]
+    first = min(reversed(candidates[0]), key=cost_to_all)
+    rest = [min(reversed(each), key=lambda one: cost(first, one)) if each else None for each in candidates[1:]]
+    return [first, *rest]
+
+
+def differing(first: Result, second: Result) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Why two results can't be compared, and what else differs, in words."""
+    reasons, notes = [], []
+    for name in dict.fromkeys([*first.hashes, *second.hashes]):
+        one, other = first.hashes.get(name), second.hashes.get(name)
+        if one is None or other is None:
+            reasons.append(f"{name} unknown, for one result has no hash of it")
+        elif one != other and name == EXPECTED:
+            notes.append("other preprocessing, which is expected between models")
+        elif one != other:
+            reasons.append(WORDS.get(name, f"other {name}") + detail(name, first, second))
+    if not first.hashes and not second.hashes:
+        reasons.append("neither result has hashes")
+    if first.weights and first.weights == second.weights:
+        notes.append("the same weights")
+    elif first.weights and second.weights:
+        notes.append("other weights")
+    return tuple(reasons), tuple(notes)
+
+
+def detail(name: str, first: Result, second: Result) -> str:
+    """The two values behind a hash that differs, where a result has them and they tell the two apart."""
+    values = {
+        "classes": (f"{first.classes:,}", f"{second.classes:,}"),
+        "templates": (first.templates, second.templates),
+        "split": (f"{first.n:,} images", f"{second.n:,} images"),
+    }.get(name, ("", ""))
+    return f" ({values[0]} and {values[1]})" if values[0] != values[1] else ""
+
+
+def pair_of(task: str, metric: str, entries: tuple[Entry, Entry], chosen: tuple[Result, Result]) -> Pair:
+    """Compare one number of two models, by their guesses where both have them."""
+    reasons, notes = differing(*chosen)
+    difference = None
+    if not reasons:
+        first, second = chosen
+        difference = paired(entries, chosen) or unpaired(
+            (first.value, first.low, first.high), (second.value, second.low, second.high)
+        )
+    return Pair(task, metric, *entries, chosen, reasons, notes, difference)
+
+
+# ---- The guesses -----------------------------------------------------------------------------------------------------
+
+
+def paired(entries: tuple[Entry, Entry], chosen: tuple[Result, Result]) -> Difference | None:
+    """The difference by the guesses for each image; None where those aren't at hand or don't make the two numbers."""
+    first, second = (guesses(entry.run, result) for entry, result in zip(entries, chosen, strict=True))
+    if first is None or second is None or first["key"] != second["key"]:
+        return None
+    hits = [hits_of(table, result) for table, result in zip((first, second), chosen, strict=True)]
+    if hits[0] is None or hits[1] is None:
+        return None
+    if chosen[0].metric == "mean_per_class_recall":
+        return paired_recall(hits[0], hits[1], class_numbers(first))
+    return paired_accuracy(hits[0], hits[1])
+
+
+def guesses(run: Path, result: Result) -> "pa.Table | None":
+    """The readable rows of a task's guesses, if the file is of this result's model."""
+    import pyarrow.compute as pc
+
+    path = results.predictions_path(run, result.task)
+    if not path.is_file():
+        return None
+    table, about = results.read_guesses(path, ("key", "label", "correct", "guesses", "problem"))
+    is_others = about.get("weights", result.weights) != result.weights
+    if (
+        is_others
+        or about.get("samples_seen") != result.samples_seen
+        or not {"key", "correct"} <= set(table.column_names)
+    ):
+        return None
+    return table.filter(pc.is_null(table["problem"])) if "problem" in table.column_names else table
+
+
+def class_numbers(table: "pa.Table") -> "np.typing.NDArray[np.int64]":
+    """The true class of each row as a number."""
+    numbers = table["label"].combine_chunks().dictionary_encode().indices
+    return np.asarray(numbers.to_numpy(zero_copy_only=False), dtype=np.int64)
+
+
+def hits_of(table: "pa.Table", result: Result) -> "np.typing.NDArray[np.bool_] | None":
+    """For each row whether it counts as right in a result's metric; None unless these make exactly the number."""
+    hits = np.asarray(table["correct"].to_numpy(), dtype=bool)
+    if result.metric == "top5":
+        pairs = zip(table["label"].to_pylist(), table["guesses"].to_pylist(), strict=True)
+        hits = np.array([label in five[:5] for label, five in pairs], dtype=bool)
+    if len(hits) != result.n:
+        return None
+    value = float(hits.mean())
+    if result.metric == "mean_per_class_recall":
+        value = mean_per_class_recall(hits, class_numbers(table))[0]
+    return hits if abs(value - result.value) < 1e-9 else None

@@ -1,0 +1,220 @@
+"""All images and captions of a dataset into a file of vectors.
+
+The work is done in parts of some thousands of images. Each is written beside and renamed, into a folder beside the
+output, so that a run that was killed goes on behind its last whole part. A part begins with a batch of its own: what it
+holds doesn't depend on where a run began, and the file is the same to the byte.
+"""
+
+import itertools
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from clipkit.config import to_json
+from clipkit.device import Precision, pick
+from clipkit.embedding.encoder import Compute, Encoder
+from clipkit.embedding.images import ImageSet, image_matrix
+from clipkit.embedding.texts import text_matrix
+from clipkit.errors import UserError
+from clipkit.eval.search.pictures import Picture, Pictures
+from clipkit.eval.search.vectors import (
+    StoredType,
+    VectorFile,
+    open_vectors,
+    open_writer,
+    vector_schema,
+    vector_table,
+    write_rows,
+)
+from clipkit.interop.load import load
+from clipkit.log import Progress
+from clipkit.pixels.images import ImageError
+from clipkit.storage.files import WRITTEN_BESIDE, clear_leftovers, read_json, remove, write_beside, write_json
+
+PART_ROWS = 8_192
+
+
+@dataclass(frozen=True)
+class EmbedSummary:
+    """What `embed` made."""
+
+    path: Path
+    records: int
+    unreadable: int
+    captions: int
+    dimensions: int
+
+    def to_json(self) -> dict[str, Any]:
+        return {**vars(self), "path": str(self.path)}
+
+    def text(self) -> str:
+        lost = f", {self.unreadable:,} that can't be read" if self.unreadable else ""
+        texts = f" and of {self.captions:,} captions" if self.captions else ""
+        return f"{self.path}: vectors of {self.records:,} images{lost}{texts}, {self.dimensions} numbers each"
+
+
+def embed(
+    pictures: Pictures,
+    out: Path,
+    source: str | Path,
+    *,
+    dtype: StoredType = "float16",
+    precision: Precision | None = None,
+    batch_size: int = 256,
+    device: str = "auto",
+    ema: bool = False,
+    part_rows: int = PART_ROWS,
+) -> EmbedSummary:
+    """Write the vectors of all images, and of their captions, into the file `out` (`clipkit.eval.search.vectors`).
+
+    `source` is what `clipkit.interop.load` takes. Given again after a kill it goes on, and once more it finds the file
+    made. Raises UserError where the file, or the parts of an unfinished one, are of another model or other data, when
+    more than 1% of a part's images can't be read, and for a model that gives NaN.
+    """
+    if out.suffix != ".parquet":
+        raise UserError(f"{out}: call the output NAME.parquet, which is what it will be")
+    if not pictures.total:
+        raise UserError(f"{pictures.path} has no images to embed: check --split")
+    encoder = load(source, ema=ema)
+    where = pick(device)
+    encoder = encoder.to(where.torch_device)
+    about = description(encoder, pictures, dtype, precision) | {"ema": ema}
+    if Path(source).exists():
+        about["model"] = str((encoder.path or Path(source)).absolute())
+    parts = out.with_name(f".{out.name}.parts")
+    if not out.exists():
+        with Progress(f"embed {pictures.path.name}", pictures.total, "images") as progress, encoder.evaluating():
+            compute = Compute(where, precision, batch_size, progress.update)
+            write_parts(encoder, pictures, parts, about, compute, part_rows)
+        merge(parts, out, about)
+    found = open_vectors(out)
+    if found is None or differing(found.about, about):
+        what = "isn't a file of vectors" if found is None else f"has vectors of {differing(found.about, about)}"
+        raise UserError(f"{out} exists and {what}: remove it, or choose another name")
+    remove(parts)
+    return summary_of(found)
+
+
+def description(encoder: Encoder, pictures: Pictures, dtype: StoredType, precision: Precision | None) -> dict[str, Any]:
+    """What vectors are made by, as JSON values."""
+    return {
+        "model": encoder.name,
+        "weights": encoder.weights,
+        "preprocessing": to_json(encoder.preprocess),
+        "context_length": encoder.context_length,
+        "precision": precision or encoder.precision,
+        "scale": float(encoder.scale),
+        "dtype": dtype,
+        "data": str(pictures.path.absolute()),
+        "identity": pictures.identity,
+        "records": pictures.total,
+        "captioned": pictures.captioned,
+    }
+
+
+def differing(found: Mapping[str, Any], about: Mapping[str, Any]) -> str:
+    """What the vectors of two descriptions differ in, in words; "" where they are the same."""
+    if found.get("weights") != about["weights"]:
+        return "another model"
+    if any(found.get(name) != about[name] for name in ("identity", "records", "captioned")):
+        return "other data"
+    names = ("preprocessing", "context_length", "precision", "dtype", "parts")
+    return ", ".join(f"another {name}" for name in names if name in about and found.get(name) != about[name])
+
+
+# ---- Parts -----------------------------------------------------------------------------------------------------------
+
+
+def write_parts(
+    encoder: Encoder, pictures: Pictures, folder: Path, about: Mapping[str, Any], compute: Compute, part_rows: int
+) -> None:
+    """Write the parts that are missing. They are of about equal size, so that none is a small rest."""
+    plan = folder / "about.json"
+    count = -(-pictures.total // part_rows)
+    wanted = {**about, "parts": count}
+    if plan.exists() and (other := differing(read_json(plan), wanted)):
+        raise UserError(f"{folder} has vectors of {other}, which a run left: remove it, or choose another name")
+    write_json(plan, wanted)
+    clear_leftovers(folder)
+    bounds = [pictures.total * number // count for number in range(count + 1)]
+    first = next((number for number in range(count) if not part_path(folder, number).exists()), count)
+    reader = pictures.read(bounds[first]) if first < count else iter(())
+    dimensions = text_matrix(encoder, ["a"], compute).shape[1]
+    schema = vector_schema(dimensions, about["dtype"], pictures.captioned)
+    with ThreadPoolExecutor(1) as writer:
+        writing: Future[None] | None = None
+        for number in range(first, count):
+            table = make_part(encoder, pictures, reader, range(bounds[number], bounds[number + 1]), compute, schema)
+            if writing is not None:
+                writing.result()
+            writing = writer.submit(write_part, part_path(folder, number), table, schema)
+        if writing is not None:
+            writing.result()
+
+
+def part_path(folder: Path, number: int) -> Path:
+    """Where a part is."""
+    return folder / f"{number:06d}.parquet"
+
+
+def write_part(path: Path, table: pa.Table, schema: pa.Schema) -> None:
+    """Write one part, whole or not at all."""
+    with write_beside(path) as temporary, open_writer(temporary, schema, {}) as writer:
+        write_rows(writer, table)
+
+
+def make_part(
+    encoder: Encoder, pictures: Pictures, reader: Iterator[Picture], places: range, compute: Compute, schema: pa.Schema
+) -> pa.Table:
+    """The rows of the images at `places`, which the reader yields next."""
+    taken: list[Picture] = []
+
+    def read() -> Iterator[bytes | ImageError]:
+        for picture in itertools.islice(reader, len(places)):
+            taken.append(picture._replace(image=b""))
+            yield picture.image
+
+    def progress(done: int) -> None:
+        if compute.progress is not None:
+            compute.progress(places.start + done)
+
+    keys = [pictures.key(place) for place in places]
+    images = ImageSet(pictures.path, keys, read, keep_pixels=False)
+    index_N, image_NE = image_matrix(encoder, images, replace(compute, progress=progress))
+    all_NE = np.zeros((len(places), image_NE.shape[1]), np.float32)
+    all_NE[index_N] = image_NE.numpy()
+    captions = [caption for picture in taken for caption in picture.captions]
+    text_ME = np.zeros((0, image_NE.shape[1]), np.float32)
+    if captions:
+        text_ME = text_matrix(encoder, captions, compute).cpu().numpy()
+        if not np.isfinite(text_ME).all():
+            raise UserError("the model gives NaN for texts: its weights are broken; take an earlier checkpoint")
+    return vector_table(schema, keys, taken, all_NE, text_ME, images.unreadable)
+
+
+def merge(folder: Path, out: Path, about: Mapping[str, Any]) -> None:
+    """Write the parts into one file, a group of rows each."""
+    for leftover in out.parent.glob(f".{out.name}.*"):
+        if WRITTEN_BESIDE.fullmatch(leftover.name):  # of a run that was killed here
+            remove(leftover)
+    paths = sorted(folder.glob("*.parquet"))
+    schema = pq.read_schema(paths[0])
+    with write_beside(out) as temporary, open_writer(temporary, schema, about) as writer:
+        for path in paths:
+            write_rows(writer, pq.read_table(path))
+
+
+def summary_of(found: VectorFile) -> EmbedSummary:
+    """What is in a file, counted."""
+    unreadable = captions = 0
+    columns = ["problem", "captions"] if found.about["captioned"] else ["problem"]
+    for _, table in found.groups(columns):
+        unreadable += len(table) - table["problem"].null_count
+        captions += sum(map(len, table["captions"].to_pylist())) if "captions" in table.column_names else 0
+    return EmbedSummary(found.path, found.rows, unreadable, captions, found.dimensions)

@@ -1,0 +1,75 @@
+"""Results as tables for people, papers and spreadsheets: aligned text, Markdown, LaTeX, CSV."""
+
+import csv
+import io
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from clipkit.config import to_json
+from clipkit.eval.results import METRICS, Result, verdict
+from clipkit.formatting import percent
+
+TableFormat = Literal["table", "csv", "md", "latex"]
+LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "–": "--", "−": "$-$"}
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A table of texts."""
+
+    title: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+def grid_text(grid: Grid, style: Literal["table", "md", "latex"]) -> str:
+    """A grid as aligned columns, as Markdown, or as a LaTeX tabular."""
+    lines = [grid.header, *grid.rows]
+    if style == "latex":
+        body = [" & ".join(map(latex, line)) + r" \\" for line in lines]
+        body.insert(1, r"\hline")
+        columns = "l" * len(grid.header)
+        return "\n".join([f"% {grid.title}", rf"\begin{{tabular}}{{{columns}}}", *body, r"\end{tabular}"])
+    if style == "md":
+        cells = ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]
+        return "\n".join([f"**{grid.title}**", "", cells[0], "|" + "---|" * len(grid.header), *cells[1:]])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    aligned = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
+    return "\n".join(line.rstrip() for line in [grid.title, *aligned])
+
+
+def latex(text: str) -> str:
+    """A text with LaTeX's own characters escaped."""
+    return re.sub(r"[\\~^–−&%$#_{}]", lambda found: LATEX.get(found[0], "\\" + found[0]), text)
+
+
+def csv_text(records: Sequence[Mapping[str, Any]]) -> str:
+    """Records of the same keys as CSV with a header; the shares as they are, not as percentages."""
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, list(records[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(records)
+    return buffer.getvalue().rstrip("\n")
+
+
+def results_text(results: Sequence[Result], style: TableFormat) -> str:
+    """Results of any tasks, a row each."""
+    if style == "csv":
+        lines: list[dict[str, Any]] = [to_json(result) for result in results]
+        hashes = sorted({name for line in lines for name in line["hashes"]})
+        for line in lines:
+            line |= {f"hash_{name}": line["hashes"].get(name, "") for name in hashes}
+            line["notes"] = "; ".join(line["notes"])
+            del line["hashes"]
+        return csv_text(lines)
+    rows = [
+        [
+            *(each.task, METRICS.get(each.metric, each.metric), percent(each.value)),
+            *(f"{percent(each.low)} – {percent(each.high)}", percent(each.chance), f"{each.n:,}", verdict(each)),
+        ]
+        for each in results
+    ]
+    title = ", ".join(dict.fromkeys(result.checkpoint for result in results))
+    return grid_text(Grid(title, ("task", "metric", "value", "95% interval", "chance", "n", ""), rows), style)

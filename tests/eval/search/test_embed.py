@@ -1,0 +1,259 @@
+"""A file of vectors holds what the model gives, row by row; a run that was killed ends with the same bytes."""
+
+import dataclasses
+import io
+import json
+from pathlib import Path
+from unittest.mock import patch
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+from ranks import run_ranks
+
+import clipkit
+from clipkit import checkpoint
+from clipkit.cli.main import main
+from clipkit.cli.search import open_pictures
+from clipkit.errors import UserError
+from clipkit.eval.search.embed import embed
+from clipkit.eval.search.find import find_in_file, find_in_pictures, query_vector
+from clipkit.eval.search.pictures import Picture, Pictures
+from clipkit.eval.search.vectors import matrix_of, open_vectors
+from clipkit.interop.load import load
+from clipkit.model.clip import build
+from clipkit.model.config import ImageConfig, ModelConfig, TextConfig
+from clipkit.pixels.images import Preprocess
+
+SMALL = ModelConfig(
+    embed_dim=16,
+    image=ImageConfig("vit_tiny_patch16_224", image_size=16, patch_size=8, width=32, depth=1, heads=2),
+    text=TextConfig(context_length=16, width=32, depth=1, heads=2),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class NoRecipe:
+    name: str = "none"
+
+
+def save(run: Path, seed: int) -> Path:
+    config = checkpoint.describe(SMALL, Preprocess(size=16), NoRecipe())
+    state = {"samples_seen": 64, "stage": "full", "seconds": 1.0, "bad_samples": 0}
+    tensors = build(SMALL, seed=seed).state_dict()
+    return checkpoint.save(checkpoint.folder_of(run, 64), tensors=tensors, config=config, state=state)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return save(tmp_path_factory.mktemp("run"), seed=3)
+
+
+def png(number: int) -> bytes:
+    pixels_HWC = np.random.default_rng(number).integers(0, 256, (20, 24, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels_HWC).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory) -> Path:
+    """A parquet file of pictures with captions, the last without words."""
+    path = tmp_path_factory.mktemp("pairs") / "pairs.parquet"
+    captions = [f"picture {number} of {'many' * (number % 3)}" for number in range(39)] + [""]
+    pq.write_table(pa.table({"image": [png(number) for number in range(40)], "caption": captions}), path)
+    return path
+
+
+def run(*arguments):
+    done = CliRunner().invoke(main, [str(each) for each in arguments])
+    assert done.exception is None or isinstance(done.exception, SystemExit), done.exception
+    return done
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float16", 5e-4), ("float32", 1e-6)])
+def test_rows_are_what_the_model_gives(model, pairs, tmp_path, dtype, tolerance):
+    out = tmp_path / "out.parquet"
+    done = run("embed", pairs, out, "--ckpt", model, "--dtype", dtype, "--batch-size", 7, "--device", "cpu", "--json")
+    summary = json.loads(done.stdout)
+    assert (summary["records"], summary["unreadable"], summary["captions"], summary["dimensions"]) == (40, 0, 39, 16)
+    table = pq.read_table(out)
+    loaded = clipkit.load(model, device="cpu")
+    assert table.schema.field("image").type == pa.list_(pa.float16() if dtype == "float16" else pa.float32(), 16)
+    expected_NE = loaded.encode_image([png(number) for number in range(40)])
+    np.testing.assert_allclose(matrix_of(table["image"]), expected_NE, atol=tolerance)
+    captions = [caption for row in table["captions"].to_pylist() for caption in row]
+    texts_NE = matrix_of(table["texts"].combine_chunks().flatten())
+    np.testing.assert_allclose(texts_NE, loaded.encode_text(captions), atol=tolerance)
+    assert [len(row) for row in table["texts"].to_pylist()] == [1] * 39 + [0]
+    assert len(set(table["key"].to_pylist())) == 40 and table["problem"].null_count == 40
+    found = open_vectors(out)
+    assert (found.rows, found.about["weights"], found.about["dtype"]) == (40, loaded.encoder.weights, dtype)
+    assert found.about["precision"] == "auto" and open_vectors(pairs) is None
+
+
+def embed_until_killed(model: str, pairs: str, out: str) -> None:
+    """In a process of its own: see `killed_builds`."""
+    import torch
+    from killed_builds import kill_at_each_rename
+
+    torch.set_num_threads(1)
+    encoder, pictures = load(model), open_pictures(pairs, None, None)
+
+    def build_file():
+        with patch("clipkit.eval.search.embed.load", lambda source, ema: encoder):
+            return embed(pictures, Path(out) / "out.parquet", model, device="cpu", batch_size=4, part_rows=15).to_json()
+
+    kill_at_each_rename(build_file, Path(out), least=4)
+
+
+def test_a_run_that_was_killed_ends_with_the_same_file(model, pairs, tmp_path):
+    (output,) = run_ranks(embed_until_killed, str(model), str(pairs), str(tmp_path / "out"), ranks=1)
+    assert output.splitlines()[-1] == "the same"
+
+
+def test_parts_that_are_there_are_not_made_again(model, pairs, tmp_path):
+    pictures, out = open_pictures(str(pairs), None, None), tmp_path / "out.parquet"
+    embed(pictures, out, model, device="cpu", batch_size=4, part_rows=12)
+    whole = out.read_bytes()
+    out.unlink()
+
+    def broken(first):
+        for place, picture in enumerate(pictures.read(first), first):
+            if place == 25:
+                raise KeyboardInterrupt
+            yield picture
+
+    with pytest.raises(KeyboardInterrupt):
+        embed(dataclasses.replace(pictures, read=broken), out, model, device="cpu", batch_size=4, part_rows=12)
+    assert len(list((tmp_path / ".out.parquet.parts").glob("*.parquet"))) == 2 and not out.exists()
+    asked = []
+
+    def watched(first):
+        asked.append(first)
+        return pictures.read(first)
+
+    embed(dataclasses.replace(pictures, read=watched), out, model, device="cpu", batch_size=4, part_rows=12)
+    assert asked == [20] and out.read_bytes() == whole
+    assert [path.name for path in tmp_path.iterdir()] == ["out.parquet"]
+
+
+def test_labelled_images_keep_their_labels(model, tmp_path):
+    for label, numbers in (("cat", (1, 2)), ("dog", (3,))):
+        (tmp_path / "set" / label).mkdir(parents=True)
+        for number in numbers:
+            (tmp_path / "set" / label / f"{number}.png").write_bytes(png(number))
+    out = tmp_path / "out.parquet"
+    done = run("embed", tmp_path / "set", out, "--ckpt", model, "--device", "cpu", "--precision", "float32")
+    assert "images with labels" in done.stderr and "vectors of 3 images, 16 numbers each" in done.stdout
+    assert pq.read_table(out)["label"].to_pylist() == ["cat", "cat", "dog"]
+    assert open_vectors(out).about["precision"] == "float32"
+    parquet = tmp_path / "kinds.parquet"
+    pq.write_table(pa.table({"image": [png(1), png(2)], "caption": ["a", "b"], "kind": ["x", "y"]}), parquet)
+    run("embed", parquet, tmp_path / "kinds-out.parquet", "--ckpt", model, "--device", "cpu", "--label", "kind")
+    assert pq.read_table(tmp_path / "kinds-out.parquet")["label"].to_pylist() == ["x", "y"]
+
+
+def with_a_bad_image(total: int) -> Pictures:
+    def read(first):
+        return (Picture(b"no image" if place == 5 else png(place), label="a") for place in range(first, total))
+
+    return Pictures(Path("set"), total, str, read, "identity", captioned=False)
+
+
+def test_an_image_that_cannot_be_read_is_a_row_with_its_reason(model, tmp_path):
+    summary = embed(with_a_bad_image(120), tmp_path / "out.parquet", model, device="cpu")
+    assert summary.unreadable == 1 and "1 that can't be read" in summary.text()
+    table = pq.read_table(tmp_path / "out.parquet")
+    assert [row for row, vector in enumerate(table["image"].to_pylist()) if vector is None] == [5]
+    assert table["problem"][5].as_py() and table["problem"].null_count == 119
+    hits = find_in_file(open_vectors(tmp_path / "out.parquet"), np.ones(16, np.float32), 200)
+    assert len(hits) == 119 and 5 not in {hit.record for hit in hits}
+    with pytest.raises(UserError, match="1 of 50 images can't be read"):
+        embed(with_a_bad_image(50), tmp_path / "few.parquet", model, device="cpu")
+
+
+def test_a_file_of_other_things_is_not_replaced(model, pairs, tmp_path):
+    out, other = tmp_path / "out.parquet", save(tmp_path / "other", seed=9)
+    run("embed", pairs, out, "--ckpt", model, "--device", "cpu")
+    before = out.read_bytes()
+    for arguments, words in (
+        (["--ckpt", other], "exists and has vectors of another model: remove it"),
+        (["--ckpt", model, "--dtype", "float32"], "exists and has vectors of another dtype"),
+    ):
+        done = run("embed", pairs, out, *arguments, "--device", "cpu")
+        assert done.exit_code == 2 and words in done.stderr
+    for data, name, words in (
+        (pairs, tmp_path / "out.txt", "call the output NAME.parquet"),
+        (tmp_path / "absent", tmp_path / "x.parquet", "doesn't exist"),
+        (pairs, pairs, "exists and isn't a file of vectors"),
+    ):
+        done = run("embed", data, name, "--ckpt", model, "--device", "cpu")
+        assert done.exit_code == 2 and words in done.stderr and done.stderr.count("Error") == 1
+    assert out.read_bytes() == before
+    pictures = open_pictures(str(pairs), None, None)
+    (tmp_path / ".new.parquet.parts").mkdir()
+    (tmp_path / ".new.parquet.parts" / "about.json").write_text("{}")
+    with pytest.raises(UserError, match=r"\.parts has vectors of another model.*which a run left"):
+        embed(pictures, tmp_path / "new.parquet", model, device="cpu")
+
+
+# ---- Search ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_file_and_its_data_give_the_same_images(model, pairs, tmp_path):
+    pictures, out = open_pictures(str(pairs), None, None), tmp_path / "out.parquet"
+    embed(pictures, out, model, device="cpu", dtype="float32", part_rows=12)
+    loaded = clipkit.load(model, device="cpu")
+    query_E = query_vector(loaded, None, write(tmp_path / "7.png", png(7)))
+    cosine_N = loaded.encode_image([png(number) for number in range(40)]) @ query_E
+    expected = np.argsort(-cosine_N, kind="stable")[:9].tolist()
+    there = find_in_file(open_vectors(out), query_E, 9)
+    live = find_in_pictures(loaded, pictures, query_E, 9, batch_size=7)
+    assert [hit.record for hit in there] == [hit.record for hit in live] == expected and expected[0] == 7
+    assert [hit.key for hit in there] == [hit.key for hit in live]
+    assert [hit.said for hit in there] == [hit.said for hit in live]
+    assert [hit.image for hit in live] == [png(number) for number in expected]
+    np.testing.assert_allclose([hit.similarity for hit in there], cosine_N[expected], atol=1e-6)
+
+
+def write(path: Path, data: bytes) -> Path:
+    path.write_bytes(data)
+    return path
+
+
+def test_the_command_finds_and_shows(model, pairs, tmp_path):
+    out, page = tmp_path / "out.parquet", tmp_path / "found.html"
+    run("embed", pairs, out, "--ckpt", model, "--device", "cpu")
+    by_file = run("search", out, "picture 3 of ", "--top", 3, "--json", "--page", page, "--device", "cpu")
+    rows = [json.loads(line) for line in by_file.stdout.splitlines()]
+    assert len(rows) == 3 and set(rows[0]) == {"record", "key", "similarity", "said"}
+    assert rows[0]["similarity"] >= rows[1]["similarity"] >= rows[2]["similarity"]
+    html = page.read_text(encoding="utf-8")
+    assert html.count('<img src="data:image/webp;base64,') == 3 and rows[0]["said"][0] in html
+    live = run("search", pairs, "picture 3 of ", "--ckpt", model, "--top", 3, "--batch-size", 9, "--device", "cpu")
+    assert [line.split()[1] for line in live.stdout.splitlines()] == [row["key"].split()[0] for row in rows]
+    image = write(tmp_path / "7.png", png(7))
+    found = run("search", out, "--image", image, "--top", 1, "--ckpt", model, "--device", "cpu").stdout
+    assert found.startswith("1.000  ") and "picture 7 of" in found
+
+
+def test_what_cannot_be_searched_is_one_line(model, pairs, tmp_path):
+    out, other = tmp_path / "out.parquet", save(tmp_path / "other", seed=9)
+    run("embed", pairs, out, "--ckpt", model, "--device", "cpu")
+    for arguments, words in (
+        ([out, "a cat", "--ckpt", other], "has vectors of other weights"),
+        ([pairs, "a cat"], "--ckpt is needed"),
+        ([out], "search by one thing"),
+        ([out, "a cat", "--image", "x.png"], "search by one thing"),
+        ([out, " "], "the query is blank"),
+        ([out, "--image", tmp_path / "gone.png"], "can't read the image"),
+        ([out, "a cat", "--page", tmp_path / "page.txt"], "call it NAME.html"),
+        ([tmp_path / "absent", "a cat", "--ckpt", model], "doesn't exist"),
+    ):
+        done = run("search", *arguments, "--device", "cpu")
+        assert done.exit_code == 2 and words in done.stderr, arguments
+        assert done.stderr.count("Error: ") == 1 and done.stderr.splitlines()[-1].startswith("Error: ")
