@@ -6,7 +6,7 @@ columns; every row of a file must be of one kind.
 - `caption` and `negative_caption` (SugarCrepe), `true_caption` and `false_caption` (ARO), or `caption_options`, the
   first of which is right (ARO's orders of COCO and Flickr30k); the image is a file, in ARO cut to its box `bbox_x` …
 - `image_0`, `image_1`, `caption_0`, `caption_1` (Winoground): files, or encoded images in parquet.
-- `Question ID`, `Type` and `Statement` (MMVP-VLM): images `Type/ID.jpg`, and each two rows are a pair.
+- `Question ID`, `Type` and `Statement` (MMVP-VLM): images `Type/ID.jpg`, each two rows a pair, "a photo of " in front.
 """
 
 import csv
@@ -157,7 +157,10 @@ def _question(row: Mapping[str, Any], place: str, places: Sequence[Path], key: s
 def _pairs(
     rows: Sequence[tuple[str, Mapping[str, Any]]], file: Path, places: Sequence[Path], prefix: str
 ) -> Iterator[Question]:
-    """MMVP-VLM: rows 1 and 2, 3 and 4 … are pairs, whose statements are each true of its own image."""
+    """MMVP-VLM: rows 1 and 2, 3 and 4 … are pairs, whose statements are each true of its own image.
+
+    Each statement stands behind "a photo of ", as in the suite's own script (Tong et al., "Eyes Wide Shut?", 2024).
+    """
     if len(rows) % 2:
         raise UserError(f"{file} has {len(rows)} rows: each two are a pair, so one is missing")
     for (_, first), (_, second) in zip(rows[::2], rows[1::2], strict=True):
@@ -165,7 +168,8 @@ def _pairs(
         place, category = f"{file} questions {' and '.join(numbers)}", str(first.get("Type") or "")
         if category != str(second.get("Type") or ""):
             raise UserError(f"{place} are of two types: they aren't a pair")
-        captions = [text for row in (first, second) for text in check_captions(row["Statement"], place)]
+        statements = [text for row in (first, second) for text in check_captions(row["Statement"], place)]
+        captions = [f"a photo of {statement}" for statement in statements]
         pictures = []
         for number in numbers:
             names = [f"{category}/{number}", number]

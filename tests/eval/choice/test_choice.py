@@ -176,8 +176,8 @@ def test_mmvp_pairs_two_rows(tmp_path: Path, encoder: Encoder) -> None:
     write(tmp_path / "MLLM_VLM Images" / "Questions.csv", text)
     task = open_choice(tmp_path / "MLLM_VLM Images" / "Questions.csv")
     assert [(q.key, q.category, q.captions) for q in task.questions] == [
-        ("1", "A", ("open", "closed, shut")),
-        ("3", "B", ("left", "right")),
+        ("1", "A", ("a photo of open", "a photo of closed, shut")),
+        ("3", "B", ("a photo of left", "a photo of right")),
     ]
     assert [p.key for p in task.questions[1].pictures] == ["B/3.jpg", "B/4.jpg"]
     assert {m.metric for m in task.measure(encoder, CPU).measures} >= {"image_score", "image_score:A"}
