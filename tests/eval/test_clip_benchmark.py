@@ -32,6 +32,7 @@ from clipkit.eval.metrics import (
     measure_several,
     measure_worst_group,
 )
+from clipkit.eval.retrieval.task import open_retrieval
 from clipkit.interop.openclip import load_openclip
 from clipkit.model.config import ImageConfig, ModelConfig, TextConfig
 from clipkit.pixels.images import Preprocess, decode, eval_transform
@@ -118,6 +119,24 @@ def webdataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def captioned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same pictures with one to five captions each."""
+    root = tmp_path_factory.mktemp("captioned")
+    files = {}
+    for number, row in enumerate(heldout()):
+        label = row["label"]
+        captions = [f"a picture of {label}", label, f"{row['group']} {number}", f"an icon, {label}", f"small {label}"]
+        picture = pixels_of(row).resize((61 + number % 90, 53 + number % 71))
+        files[f"s{number:05d}.jpg"] = encoded(picture, quality=85)
+        files[f"s{number:05d}.txt"] = "\n".join(captions[: 1 + number % 5]).encode()
+    (root / "test").mkdir()
+    (root / "test" / "0.tar").write_bytes(tar_of(files))
+    (root / "test" / "nshards.txt").write_text("1")
+    (root / "dataset_type.txt").write_text("retrieval")
+    return root
+
+
+@pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """ImageNet-A in small: a noisy JPEG for each of its 200 classes."""
     root = tmp_path_factory.mktemp("folders") / "imagenet-a"
@@ -146,7 +165,11 @@ def encoders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, 
 
 @pytest.fixture(scope="module")
 def peers(
-    webdataset: Path, folders: Path, encoders: dict[str, tuple[Path, Encoder]], tmp_path_factory: pytest.TempPathFactory
+    webdataset: Path,
+    captioned: Path,
+    folders: Path,
+    encoders: dict[str, tuple[Path, Encoder]],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> dict[tuple[str, str], dict[str, Any]]:
     """What clip_benchmark finds, by model and data."""
     python = os.environ.get("CLIPKIT_CLIP_BENCHMARK_PYTHON", "")
@@ -156,6 +179,15 @@ def peers(
         (name, kind): {"kind": "classification", "model": str(path), "dataset": dataset, "root": str(root)}
         for name, (path, _) in encoders.items()
         for kind, dataset, root in (("webdataset", "wds/emoji", webdataset), ("folders", "imagenet-a", folders))
+    }
+    jobs |= {
+        (name, "retrieval"): {
+            "kind": "retrieval",
+            "model": str(path),
+            "dataset": "wds/captions",
+            "root": str(captioned),
+        }
+        for name, (path, _) in encoders.items()
     }
     jobs["", "metrics"] = PREDICTIONS
     (folder / "jobs.json").write_text(json.dumps(list(jobs.values())))
@@ -182,6 +214,21 @@ def test_counts_equal_clip_benchmarks(name, kind, webdataset, folders, encoders,
     assert (guesses.top_NK[:, 0] == np.array(theirs["logits"]).argmax(axis=1)).all()
     if (name, kind) == ("trained", "webdataset"):
         assert theirs["acc1"] > 0.25  # of ten classes
+
+
+@pytest.mark.parametrize("name", ["random", "trained"])
+def test_recall_equals_clip_benchmarks(name, captioned, encoders, peers) -> None:
+    theirs = peers[name, "retrieval"]
+    found = {
+        each.metric: each
+        for each in open_retrieval(captioned).measure(encoders[name][1], Compute(pick("cpu"))).measures
+    }
+    assert set(theirs) == {f"{way}_retrieval_recall@{k}" for way in ("text", "image") for k in (1, 5, 10)}
+    for metric, value in theirs.items():
+        n = 400 if metric.startswith("text") else 1200
+        assert found[metric].n == n
+        assert round(found[metric].value * n) == round(value * n), metric
+    assert name == "random" or theirs["text_retrieval_recall@10"] > 0.05
 
 
 def test_datacomps_metrics_on_generated_predictions(peers) -> None:

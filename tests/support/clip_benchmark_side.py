@@ -46,7 +46,8 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     open_clip.add_model_config(path)
     model, transform, tokenizer = load_open_clip(path.stem, str(path.with_suffix(".safetensors")))
     model.eval()
-    dataset = build_dataset(job["dataset"], root=job["root"], transform=transform, split="test", download=False)
+    how = {"transform": transform, "split": "test", "download": False, "task": f"zeroshot_{job['kind']}"}
+    dataset = build_dataset(job["dataset"], root=job["root"], **how)
     if job["dataset"].startswith("wds/"):
         loader = torch.utils.data.DataLoader(dataset.batched(64), batch_size=None)
     else:
