@@ -10,8 +10,7 @@ from typing import Any
 
 import open_clip
 
-from clipkit.errors import UserError
-from clipkit.interop.openclip_config import NotNativeError, native_config, preprocess_of, tokenizer_name
+from clipkit.interop.openclip_config import NotNativeError, native_config, tokenizer_name
 
 PAGE = Path(__file__).with_suffix(".md")
 HEAD = """# Which models
@@ -32,11 +31,13 @@ Written by `make docs` from the configurations of open_clip_torch {version}; a t
 
 def kind_of(model_cfg: dict[str, Any]) -> tuple[str, str]:
     """`native`, `adapter` or `not`, and what of the model is the reason."""
+    text = model_cfg["text_cfg"]
+    if text.get("hf_model_name"):
+        return "not", f"the text tower {text['hf_model_name']}"
     try:
-        tokenizer_name(model_cfg["text_cfg"])
-        preprocess_of(model_cfg, {})
-    except (NotNativeError, UserError) as reason:
-        return "not", str(reason)
+        tokenizer_name(text)
+    except NotNativeError as reason:
+        return "adapter", f"{reason}, with its `tokenizer.json` beside the weights"
     try:
         native_config(model_cfg)
     except NotNativeError as reason:

@@ -7,7 +7,7 @@ name `open_clip:NAME:FILE`, or, for CLIP's plain towers, from the shapes in it. 
 import difflib
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,12 @@ from clipkit.interop.files import read_weights
 from clipkit.interop.openclip import OPENAI, convert
 from clipkit.interop.openclip_adapter import adapted
 from clipkit.interop.openclip_config import NotNativeError, native_config, pads_with_zero, preprocess_of, tokenizer_name
+from clipkit.interop.tokenizer_files import FolderTokenizer
 from clipkit.model.clip import CLIP, allocate, load_state
 from clipkit.model.config import ModelConfig
 from clipkit.storage.files import read_json
-from clipkit.text.sentence_piece import SentencePiece
-from clipkit.text.tokenizer import WordTokenizer
+from clipkit.text.sentence_piece import SentencePiece, canonicalize
+from clipkit.text.tokenizer import WordTokenizer, clean, tidy
 from clipkit.text.vocabulary import open_tokenizer
 from clipkit.text.wordpiece import WordPiece
 
@@ -37,6 +38,7 @@ VOCABULARIES = {
     "sentencepiece": ("spiece.model", "tokenizer.model", "sentencepiece.model"),
     "wordpiece": ("vocab.txt",),
 }
+CLEANING = {"whitespace": tidy, "lower": clean, "canonicalize": canonicalize}
 # The width of a head isn't in the weights. In all published vision transformers it goes with the width of the tower.
 HEAD_WIDTHS = {**dict.fromkeys((384, 512, 768, 896, 1024), 64), 1280: 80, 1408: 88, 1664: 104, 1792: 112}
 
@@ -216,6 +218,12 @@ def encoder_of(
         notes = (*notes, f"{path} is OpenAI's, which was trained with quick_gelu: it runs with it")
     preprocess = preprocess_of(model_cfg, description.preprocess_cfg)
     tokenizer = tokenizer_of(name, model_cfg["text_cfg"], path.parent, vocabulary)
+    room = model_cfg["text_cfg"].get("vocab_size", 49408)
+    if tokenizer.vocab_size > room:
+        raise UserError(
+            f"{name} has room for {room:,} ids, its tokenizer has {tokenizer.vocab_size:,}: "
+            "give the vocabulary that it was trained with by --tokenizer"
+        )
     try:
         config = native_config(model_cfg)
     except NotNativeError as reason:
@@ -231,11 +239,6 @@ def encoder_of(
             notes=notes,
         )
     model, resized = native_model(path, config, tensors)
-    if tokenizer.vocab_size > config.text.vocab_size:
-        raise UserError(
-            f"{name} has room for {config.text.vocab_size:,} ids, its tokenizer has {tokenizer.vocab_size:,}: "
-            "give the vocabulary that it was trained with by --tokenizer"
-        )
     origin = f"clipkit ({weights})"
     return clip_encoder(model, tokenizer, preprocess, name=name, path=path, origin=origin, notes=(*notes, *resized))
 
@@ -262,7 +265,9 @@ def native_model(path: Path, config: ModelConfig, tensors: Mapping[str, Tensor])
     return model.eval(), notes
 
 
-def tokenizer_of(name: str, text_cfg: Mapping[str, Any], folder: Path, vocabulary: Path | None) -> WordTokenizer:
+def tokenizer_of(
+    name: str, text_cfg: Mapping[str, Any], folder: Path, vocabulary: Path | None
+) -> WordTokenizer | FolderTokenizer:
     """The tokenizer with OpenCLIP's ids, its file the one that is given, or else the one beside the weights.
 
     Raises UserError where it needs a file and has none, and for a tokenizer that clipkit doesn't have.
@@ -270,7 +275,12 @@ def tokenizer_of(name: str, text_cfg: Mapping[str, Any], folder: Path, vocabular
     try:
         kind = tokenizer_name(text_cfg)
     except NotNativeError as reason:
-        raise UserError(f"{name} can't be used: clipkit doesn't have {reason}") from reason
+        if text_cfg.get("hf_model_name") or not (folder / "tokenizer.json").is_file():
+            beside = (
+                "" if text_cfg.get("hf_model_name") else ": put its tokenizer.json and tokenizer_config.json beside it"
+            )
+            raise UserError(f"{name} can't be used: clipkit doesn't have {reason}{beside}") from reason
+        return CleanedTokenizer(folder, text_cfg.get("tokenizer_kwargs") or {})
     if vocabulary is None:
         vocabulary = next((folder / each for each in VOCABULARIES.get(kind, ()) if (folder / each).is_file()), None)
     if kind == "sentencepiece" and vocabulary is not None:
@@ -278,3 +288,17 @@ def tokenizer_of(name: str, text_cfg: Mapping[str, Any], folder: Path, vocabular
     if kind == "wordpiece":
         return WordPiece(vocabulary or bert_vocabulary(), end=0)
     return open_tokenizer(kind, vocabulary)
+
+
+class CleanedTokenizer(FolderTokenizer):
+    """Any other tokenizer, by its `tokenizer.json`, of texts that are cleaned as OpenCLIP does first."""
+
+    def __init__(self, folder: Path, options: Mapping[str, Any]) -> None:
+        if set(options) - {"clean"} or options.get("clean", "whitespace") not in CLEANING:
+            raise UserError(f"{folder / CONFIG} has tokenizer_kwargs {dict(options)}, which clipkit doesn't have")
+        super().__init__(folder, lower=False)
+        self.clean = CLEANING[options.get("clean", "whitespace")]
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of each text, without specials, not cut."""
+        return super().encode([self.clean(text) for text in texts])

@@ -12,12 +12,14 @@ import open_clip
 import pyarrow.parquet as pq
 import pytest
 import timm
+import tokenizers
 import torch
 from click.testing import CliRunner, Result
 from docs_scripts import load_script
 from open_clip.transform import image_transform
 from PIL import Image
 from safetensors.torch import save_file
+from tokenizers import models, pre_tokenizers, processors
 from vocabularies import write_sentencepiece
 
 from clipkit import embedded
@@ -288,6 +290,27 @@ def test_other_models_run_in_openclips_code(kind: str, tmp_path) -> None:
         load(folder)
 
 
+def test_any_other_tokenizer_beside_the_weights(tmp_path) -> None:
+    """As of OpenCLIP's `-worldwide` models, which are read at the first of their end tokens."""
+    transformers = pytest.importorskip("transformers")
+    words = ["<s>", "<pad>", "</s>", "<unk>", *sorted({word for text in TEXTS for word in text.split()})]
+    fast = tokenizers.Tokenizer(models.WordLevel({word: place for place, word in enumerate(words)}, "<unk>"))
+    fast.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast.post_processor = processors.TemplateProcessing("<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)])
+    special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    transformers.PreTrainedTokenizerFast(tokenizer_object=fast, **special).save_pretrained(tmp_path)
+    text = {**TOWERS["text_cfg"], "hf_tokenizer_name": "facebook/xlm-v-base", "pool_type": "eos", "eos_id": 2}
+    config = {**TOWERS, "text_cfg": {**text, "vocab_size": 40}}
+    theirs = open_clip.CLIP(**config).eval()
+    save(tmp_path / "open_clip_model.safetensors", theirs, model_cfg=config)
+    encoder = load(tmp_path)
+    ids = open_clip.tokenizer.HFTokenizer(str(tmp_path), context_length=12)(TEXTS)
+    assert encoder.tokenizer.rows(encoder.tokenizer.encode(TEXTS), 12).tolist() == ids.tolist()
+    with torch.no_grad():
+        features = theirs.encode_text(ids, normalize=True)
+    torch.testing.assert_close(text_matrix(encoder, TEXTS, Compute(pick("cpu"), "float32")), features)
+
+
 # ---- What is refused -------------------------------------------------------------------------------------------------
 
 
@@ -368,9 +391,14 @@ def test_a_tokenizer_without_its_vocabulary(twin, tmp_path) -> None:
         model_cfg={**TOWERS, "text_cfg": {**TOWERS["text_cfg"], **siglip}},
     )
     assert "has no vocabulary of its own: give its file with --tokenizer" in refusal(path)
+    few = {**TOWERS["text_cfg"], **siglip, "vocab_size": 10}
+    save(path, random_twin({**TOWERS, "text_cfg": few}, {}), model_cfg={**TOWERS, "text_cfg": few})
+    said = refusal(path, vocabulary=write_sentencepiece(tmp_path / "other.model"))
+    assert f"{path} has room for 10 ids, its tokenizer has " in said
     other = {"hf_tokenizer_name": "facebook/xlm-v-base"}
     save(path, twin, model_cfg={**TOWERS, "text_cfg": {**TOWERS["text_cfg"], **other}})
-    assert refusal(path) == f"{path} can't be used: clipkit doesn't have the tokenizer facebook/xlm-v-base"
+    said = f"{path} can't be used: clipkit doesn't have the tokenizer facebook/xlm-v-base: "
+    assert refusal(path) == f"{said}put its tokenizer.json and tokenizer_config.json beside it"
 
 
 def test_names_that_say_too_little(named, tmp_path) -> None:
