@@ -158,12 +158,17 @@ def print_results(found: "Sequence[Result]", as_json: bool) -> None:
 
 
 @click.command()
-@click.argument("run", type=Folder)
-def report(run: Path) -> None:
-    """Write RUN/report.html: one page with the curves, the numbers, the pictures and the costs."""
-    from clipkit.eval.report.page import report as stage
+@click.argument("runs", nargs=-1, required=True, type=Folder, metavar="RUN...")
+@click.option("--out", type=AnyPath, metavar="PAGE.html", help="Where to write the page.")
+def report(runs: tuple[Path, ...], out: Path | None) -> None:
+    """Write RUN/report.html: one page with the curves, the numbers, the pictures and the costs.
 
-    click.echo(stage(run))
+    Several runs are put side by side on one page, side-by-side.html: their curves over each other, a table of their
+    results, and their costs.
+    """
+    from clipkit.eval.report.side_by_side import report_all as stage
+
+    click.echo(stage(runs, out))
 
 
 @click.command()

@@ -22,7 +22,7 @@ Show = Callable[[float], str]
 
 @dataclass(frozen=True)
 class Line:
-    """One line of a chart, by its points in order of x. The style is a class of the page: a, b, or dashed."""
+    """One line of a chart, by its points in order of x. The style is a class of the page: a to f, or dashed."""
 
     name: str
     xs: Sequence[float]
@@ -37,6 +37,19 @@ class Band:
     name: str
     start: float
     stop: float
+
+
+@dataclass(frozen=True)
+class Bin:
+    """Guesses whose confidence lies in start..stop: their mean confidence, and their accuracy with its interval."""
+
+    start: float
+    stop: float
+    confidence: float
+    accuracy: float
+    low: float
+    high: float
+    n: int
 
 
 def ticks(low: float, high: float, most: int = 5) -> list[float]:
@@ -150,7 +163,7 @@ def y_axis(low: float, high: float, py: Scale, show: Show) -> list[str]:
     return parts
 
 
-def x_axis(low: float, high: float, px: Scale, name: str) -> list[str]:
+def x_axis(low: float, high: float, px: Scale, name: str, show: Show = short) -> list[str]:
     """Values below the axis and its name below those."""
     base = HEIGHT - BOTTOM
     parts = [f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{base}" y2="{base}"/>']
@@ -158,7 +171,7 @@ def x_axis(low: float, high: float, px: Scale, name: str) -> list[str]:
         # A label at the right edge ends there instead of being cut off.
         anchor = "end" if px(tick) > WIDTH - RIGHT - 10 else "middle"
         parts.append(
-            f'<text class="tick" x="{px(tick):.1f}" y="{base + 14}" text-anchor="{anchor}">{short(tick)}</text>'
+            f'<text class="tick" x="{px(tick):.1f}" y="{base + 14}" text-anchor="{anchor}">{show(tick)}</text>'
         )
     middle = (LEFT + WIDTH - RIGHT) / 2
     parts.append(f'<text class="name" x="{middle}" y="{HEIGHT - 4}" text-anchor="middle">{escape(name)}</text>')
@@ -172,6 +185,7 @@ def histogram(
     *,
     x_name: str,
     marks: Sequence[tuple[float, str]] = (),
+    show_x: Show = short,
 ) -> str:
     """Counts between neighbouring edges (one more than counts), with named upright marks."""
     total = sum(counts)
@@ -194,9 +208,9 @@ def histogram(
         parts.append(
             f'<rect class="bar" x="{px(start) + 0.5:.1f}" y="{py(value):.1f}" width="{width:.1f}" '
             f'height="{max(0.0, HEIGHT - BOTTOM - py(value)):.1f}" rx="1">'
-            f"<title>{short(start)} to {short(stop)}: {share(value)}</title></rect>"
+            f"<title>{show_x(start)} to {show_x(stop)}: {share(value)}</title></rect>"
         )
-    parts += x_axis(low, high, px, x_name)
+    parts += x_axis(low, high, px, x_name, show_x)
     for number, (mark, name) in enumerate(marks):
         x = px(mark)
         right = x > WIDTH * 0.62
@@ -206,6 +220,33 @@ def histogram(
             f'text-anchor="{"end" if right else "start"}">{escape(name)}</text>'
         )
     return frame(title, "".join(parts))
+
+
+def calibration_chart(title: str, bins: Sequence[Bin], x_name: str) -> str:
+    """A reliability diagram: bars of accuracy over confidence with their intervals, beside the diagonal, where
+    probabilities can be taken at their word."""
+
+    def px(x: float) -> float:
+        return LEFT + x * (WIDTH - LEFT - RIGHT)
+
+    def py(y: float) -> float:
+        return HEIGHT - BOTTOM - y * (HEIGHT - TOP - BOTTOM)
+
+    parts = y_axis(0, 1, py, share)
+    for each in bins:
+        x, width = px(each.start) + 0.5, px(each.stop) - px(each.start) - 1
+        words = f"confidence {share(each.confidence)}, accuracy {share(each.accuracy)} of {each.n:,}"
+        middle = (px(each.start) + px(each.stop)) / 2
+        parts.append(
+            f'<rect class="bar" x="{x:.1f}" y="{py(each.accuracy):.1f}" width="{width:.1f}" '
+            f'height="{py(0) - py(each.accuracy):.1f}" rx="1"><title>{words}</title></rect>'
+            f'<line class="whisker" x1="{middle:.1f}" x2="{middle:.1f}" y1="{py(each.low):.1f}" '
+            f'y2="{py(each.high):.1f}"/>'
+        )
+    parts.append(f'<line class="line dashed" x1="{px(0)}" y1="{py(0)}" x2="{px(1)}" y2="{py(1)}"/>')
+    parts += x_axis(0, 1, px, x_name, share)
+    said = [[round((px(each.start) + px(each.stop)) / 2, 1), f"{share(each.accuracy)} of {each.n:,}"] for each in bins]
+    return frame(title, "".join(parts), said)
 
 
 def interval_strip(value: float, low: float, high: float, chance: float, top: float) -> str:

@@ -27,7 +27,7 @@ OPTIONS = {
     "inspect": "path --split --sample --out --json",
     "purge": "path --list --by --quoting --dry-run --workers --engine --json",
     "recipes": "name --set --json",
-    "report": "run",
+    "report": "runs --out",
     "search": "data query --image --ckpt --top --split --label --batch-size --device --page --json",
     "train": "--data --recipe --out --device --set --tokenizer --resume --allow-changes --init --from-stage --cooldown "
     "--log-to --overfit --split --workers --cache --cache-gb --eval-data --eval-task --eval-images --eval-label "

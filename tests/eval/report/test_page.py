@@ -1,109 +1,24 @@
 """The page is whole in a real browser: it renders, logs no error, loads nothing, and every picture shows."""
 
-import io
 import json
 import shutil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pytest
 from browser import Browser
-from PIL import Image
+from written_run import write_run
 
 from clipkit import log
-from clipkit.config import to_json
 from clipkit.errors import UserError
 from clipkit.eval import results
-from clipkit.eval.classification.task import GUESSES, PICTURE_PIXELS
+from clipkit.eval.classification.task import GUESSES
 from clipkit.eval.report import run_data
-from clipkit.eval.report.page import confused, report, walls
-from clipkit.eval.results import Result
+from clipkit.eval.report.guesses import confused, task_sections
+from clipkit.eval.report.page import report
 from clipkit.formatting import short
-from clipkit.intervals import wilson
-from clipkit.model.config import ImageConfig, ModelConfig, TextConfig
 from clipkit.page import charts
-from clipkit.pixels.images import thumbnail
-
-MODEL = ModelConfig(
-    embed_dim=16,
-    image=ImageConfig(
-        "vit_tiny_patch16_224", image_size=32, patch_size=8, width=32, depth=2, heads=2, class_token=True
-    ),
-    text=TextConfig(context_length=16, width=32, depth=1, heads=2),
-)
-STAGES = [
-    {"name": "reduced", "samples": 8000, "batch_size": 100, "image_size": 32, "context_length": 8, "image_keep": 6},
-    {"name": "full", "samples": 2000, "batch_size": 100, "image_size": 64, "context_length": 16, "image_keep": None},
-]
-
-
-def picture(colour: tuple[int, int, int]) -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", (40, 30), colour).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def write_run(run: Path, data: Path) -> Path:
-    """A run with every part of the page filled. The numbers are invented."""
-    run.mkdir(parents=True)
-    config = {
-        "clipkit": "0.1.0",
-        "torch": "2.15.0",
-        "recipe": {"name": "invented <recipe>", "model": to_json(MODEL), "stages": STAGES},
-        "data": str(data),
-        "dataset": {"name": "shapes", "split": "train", "records": 4},
-        "device": {"kind": "cpu", "hardware": "CPU, 1 threads", "devices": 1, "arithmetic": "float32"},
-    }
-    (run / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    lines = []
-    for number in range(1, 101):
-        seen = number * 100
-        line = {
-            "samples_seen": seen,
-            "stage": "reduced" if seen <= 8000 else "full",
-            "loss": 5 / number,
-            "lr": 1e-3 / number,
-        }
-        line |= {
-            "logit_scale": 14.0 + number,
-            "grad_norm": 1.0,
-            "samples_per_s": 50.0,
-            "data_wait": 0.25,
-            "seconds": number * 2.0,
-        }
-        lines.append(line)
-        if number % 50 == 0:
-            lines.append({"samples_seen": seen, "stage": "x", "shapes/top1": number / 400, "shapes/top5": number / 200})
-    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    rng = np.random.default_rng(0)
-    names = [f"shape & <{number}>" for number in range(20)]
-    rows: list[dict[str, Any]] = []
-    for number in range(60):
-        label, guesses = names[number % 20], [names[place] for place in rng.permutation(20)[:5]]
-        image = thumbnail(picture((number * 4, 90, 200)), PICTURE_PIXELS)
-        rows.append(
-            {"key": str(number), "label": label, "correct": guesses[0] == label, "guesses": guesses, "image": image}
-            | {"probabilities": [0.4, 0.2, 0.1, 0.05, 0.01], "problem": None}
-        )
-    bad = {"key": "bad.jpg", "label": names[0], "correct": False, "guesses": [], "image": None, "probabilities": []}
-    rows.append(bad | {"problem": "not an image"})
-    results.write_predictions(
-        run / "predictions-shapes.parquet",
-        pa.Table.from_pylist(rows, GUESSES),
-        {"task": "shapes", "samples_seen": 10_000},
-    )
-    hashes = {"classes": "0123456789abcdef", "templates": "b", "split": "c", "preprocessing": "d"}
-    for metric, value, chance in (("top1", 0.25, 1 / 20), ("top5", 0.26, 5 / 20)):
-        low, high = wilson(value, 60)
-        made = Result(
-            metric, value, low, high, 60, chance, 20, "shapes", "x", 10_000, "checkpoints/000000010000", hashes
-        )
-        results.write_results(run, [made])
-    stages = [{"name": "download", "command": "x", "seconds": 12.0, "peak_memory_bytes": 10**8}]
-    (run / "demo.json").write_text(json.dumps({"stages": stages}), encoding="utf-8")
-    return run
 
 
 @pytest.fixture(scope="module")
@@ -112,18 +27,26 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return report(write_run(folder / "run", folder / "nowhere"))
 
 
+def assert_readable(browser: Browser) -> None:
+    """No part of the page scrolls sideways, text in scaled charts stays readable, and every picture has a name."""
+    scrolling = "[...document.querySelectorAll('.scroll')].filter(e => e.scrollWidth > e.clientWidth + 1).length"
+    assert browser.evaluate(scrolling) == 0
+    heights = "[...document.querySelectorAll('svg text')].map(e => e.getBoundingClientRect().height).filter(h => h > 0)"
+    assert min(browser.evaluate(heights)) >= 10
+    assert browser.evaluate("document.querySelectorAll('svg:not([aria-label]), img:not([alt])').length") == 0
+    assert browser.evaluate('document.querySelectorAll(\'[aria-label=""], [alt=""]\').length') == 0
+
+
 def test_a_browser_shows_the_page(page: Path, browser: Browser) -> None:
     shots = []
-    for width, scheme in ((1200, "light"), (390, "light"), (1200, "dark")):
+    for width, scheme in ((1400, "light"), (400, "light"), (1400, "dark"), (400, "dark")):
         browser.open(page, width, scheme)
         pictures = browser.evaluate("[...document.images].map(i => i.complete && i.naturalWidth > 0)")
         assert len(pictures) >= 12
         assert all(pictures)
         assert browser.evaluate("document.documentElement.scrollWidth") <= width, "the page is wider than the screen"
         assert browser.evaluate("document.querySelectorAll('figure.chart svg polyline').length") >= 6
-        # Text in a chart stays readable where the chart is scaled.
-        heights = "[...document.querySelectorAll('svg .tick')].map(text => text.getBoundingClientRect().height)"
-        assert min(browser.evaluate(heights)) >= 9
+        assert_readable(browser)
         shots.append(browser.screenshot())
         assert browser.problems() == []
         assert browser.requests() == [page.as_uri()]
@@ -242,7 +165,7 @@ def test_the_wall_counts_the_classes_of_the_task(tmp_path: Path) -> None:
             pa.Table.from_pylist([row | {"problem": None}], GUESSES),
             {"task": "x"} | about,
         )
-    assert [walls(tmp_path / name)[0]["classes"] for name in ("new", "old")] == [1000, 1]
+    assert [task_sections(tmp_path / name)[0]["classes"] for name in ("new", "old")] == [1000, 1]
 
 
 def test_confused_pairs_are_counted_from_the_commonest() -> None:
