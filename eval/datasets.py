@@ -44,7 +44,8 @@ class PublishedDataset:
     classes: int
     """0 where it has none."""
     images: int
-    is_vtab: bool
+    group: str
+    """DataComp's: `ImageNet`, `ImageNet dist. shifts`, `VTAB`, `Retrieval`, `Other`."""
     kind: str
     """`classification` or `retrieval`; `association` for WinoGAViL."""
 
@@ -67,7 +68,7 @@ def published_datasets() -> dict[str, PublishedDataset]:
                 METRICS[row["main_metric"]],
                 int(row["num_classes"] or 0),
                 int(row["size"]),
-                row["group"] == "VTAB",
+                row["group"],
                 "retrieval" if is_retrieval else "association" if key.startswith("misc/") else "classification",
             )
     return found
@@ -80,19 +81,21 @@ def plain_name(name: str) -> str:
     return head if head and split_of(tail) else name
 
 
+def name_published(name: str) -> PublishedDataset | None:
+    """The dataset that a folder's name says; None for an unknown one."""
+    published, plain = published_datasets(), plain_name(name)
+    if plain in _ALIASES:
+        return published[_ALIASES[plain]]
+    return next((each for each in published.values() if plain_name(each.folder) == plain), None)
+
+
 def find_published(path: Path) -> PublishedDataset | None:
     """The dataset that a folder of data is called after, or the folder around its splits; None for an unknown one.
 
     Other names than ImageNet's and its relatives' are common words (`cars`), and count in a folder called `wds_…` only.
     """
-    published = published_datasets()
-    by_name = {plain_name(each.folder): each for each in published.values()}
-    names = [part for part in path.parts[-3:] if not split_of(part)]
-    for name in reversed(names):
-        plain = plain_name(name)
-        if plain in _ALIASES:
-            return published[_ALIASES[plain]]
-        each = by_name.get(plain)
-        if each is not None and (name.startswith("wds_") or "imagenet" in plain or plain == "objectnet"):
-            return each
+    for name in reversed([part for part in path.parts[-3:] if not split_of(part)]):
+        found = name_published(name)
+        if found is not None and (name.startswith("wds_") or found.group.startswith("ImageNet")):
+            return found
     return None

@@ -19,7 +19,7 @@ from clipkit.cli.options import (
 from clipkit.errors import UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from clipkit.eval.open import TaskKind
     from clipkit.eval.results import Result
@@ -53,7 +53,12 @@ table_format = click.option(
     multiple=True,
     help="TFDS folder, parquet, tars, class folders, or a JSON or CSV. May be repeated.",
 )
-@click.option("--task", "kind", type=TaskKinds, default="classification", help="What is measured on the data.")
+@click.option(
+    "--suite",
+    metavar="NAME|FILE.toml",
+    help="Measure every dataset in --data: imagenet, vtab, datacomp-38, retrieval, or a file of your own.",
+)
+@click.option("--task", "kind", type=TaskKinds, help="What is measured on the data. [default: classification]")
 @click.option(
     "--templates",
     "templates_name",
@@ -90,7 +95,8 @@ def zeroshot(
     ema: bool,
     tokenizer: Path | None,
     data: tuple[Path, ...],
-    kind: "TaskKind",
+    suite: str | None,
+    kind: "TaskKind | None",
     batch_size: int,
     precision: Literal["auto", "float32", "bfloat16"] | None,
     device: str,
@@ -105,7 +111,8 @@ def zeroshot(
     """Measure a model on data that it wasn't trained for, and print the numbers with their intervals.
 
     --task classification: images by prompts only. retrieval: captions of images and images of captions, among all.
-    choice: the right one of two captions or images. A checkpoint describes itself, so it needs no model name.
+    choice: the right one of two captions or images. --suite: every dataset that --data has a folder of. A checkpoint
+    describes itself, so it needs no model name.
     docs/evaluation.md says which models of other projects can be measured. Embeddings are kept, so the same command
     given again goes on where it was stopped.
     """
@@ -113,6 +120,7 @@ def zeroshot(
     from clipkit.eval.evaluation import zeroshot as stage
     from clipkit.eval.open import open_data
     from clipkit.eval.results import file_name
+    from clipkit.eval.suite import entries_of, evaluate_suite, summary
     from clipkit.eval.tables import results_text
 
     if len(data) > 1 and task_options["name"]:
@@ -120,27 +128,41 @@ def zeroshot(
     if no_cache and cache:
         raise UserError("--cache and --no-cache exclude each other: leave out one of them")
     kept = None if no_cache else open_cache(cache, int(cache_gb * 1e9))
-    tabled: list[Result] = []
-    for path in data:
-        task = open_data(kind, path, **task_options)
+    outs = {model: out / file_name(model) if out and len(models) > 1 else out for model in models}
+    how: dict[str, Any] = {"batch_size": batch_size, "device": device, "precision": precision, "cache": kept}
+    how |= {"ema": ema, "vocabulary": tokenizer}
+
+    def measured() -> "Iterator[list[Result]]":
+        if suite is None:
+            for path in data:
+                task = open_data(kind or "classification", path, **task_options)
+                yield from (stage(model, task, out=outs[model], **how) for model in models)
+            return
+        refuse_beside_suite({"task": kind, **task_options}, data)
+        entries, missing = entries_of(suite, data[0])
         for model in models:
-            found = stage(
-                model,
-                task,
-                batch_size=batch_size,
-                device=device,
-                precision=precision,
-                out=out / file_name(model) if out and len(models) > 1 else out,
-                ema=ema,
-                vocabulary=tokenizer,
-                cache=kept,
-            )
-            if table_format == "table" or as_json:
-                print_results(found, as_json)
-            else:
-                tabled += found
+            numbers = evaluate_suite(model, entries, out=outs[model], **how)
+            yield from ([number] for number in numbers)
+            click.echo(summary(suite, numbers, missing)[1], err=True)
+
+    tabled: list[Result] = []
+    for each in measured():
+        if table_format == "table" or as_json:
+            print_results(each, as_json)
+        else:
+            tabled += each
     if tabled:
         echo(results_text(tabled, table_format))
+
+
+def refuse_beside_suite(options: dict[str, Any], data: tuple[Path, ...]) -> None:
+    """Raise UserError for what a suite decides itself."""
+    given = [name for name, value in options.items() if value is not None]
+    if given:
+        option = given[0].removesuffix("_name").replace("_", "-")
+        raise UserError(f"--{option} can't be heeded: a suite has its own for each dataset: leave it out")
+    if len(data) > 1:
+        raise UserError("--suite takes one --data, the folder that holds a folder for each dataset")
 
 
 def print_results(found: "Sequence[Result]", as_json: bool) -> None:

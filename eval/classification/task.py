@@ -289,15 +289,18 @@ def open_task(
     split: str | None = None,
     allow_empty_classes: bool = False,
     name: str | None = None,
+    published: PublishedDataset | None = None,
 ) -> Classification:
     """Find the labelled images, their class names and the templates. No image is decoded yet.
 
-    Without `templates_name` those beside the data are taken, else `openai-80`. Raises UserError when the labels are
+    Without `templates_name` those beside the data are taken, else `openai-80`. `published` is the dataset that this is;
+    unsaid, the one that its folder is called after. Raises UserError when the labels are
     bare numbers and no file of names is given.
     """
     sentences = templates(templates_name) if templates_name else None
     images = open_labelled(data, label=label, split=split, allow_empty_classes=allow_empty_classes)
-    published = find_published(images.path) if label == "label" and "train" not in images.path.name else None
+    if published is None:
+        published = find_published(images.path) if label == "label" and "train" not in images.path.name else None
     if published is not None and published.key in RELATIVES and classes is None:
         images = as_relative(images, published.key, allow_empty_classes)
     if not images.named and classes is None:
@@ -329,13 +332,17 @@ def open_task(
 
 def hashes(task: Classification, preprocess: Preprocess) -> dict[str, str]:
     """What made a number, once the images were read. Two numbers with equal hashes are comparable."""
-    names = [[label, *names] for label, names in zip(task.classes.labels, task.classes.names, strict=True)]
-    if task.classes.pooling != "mean":
-        names.append(["pooling", task.classes.pooling])
     labels = [task.images.label_names[number] for number in task.images.labels_N.tolist()]
     return {
-        "classes": digest(names),
-        "templates": digest(task.templates.sentences),
+        **known_hashes(task),
         "split": digest([task.images.keys, labels, task.pictures.content]),
         "preprocessing": preprocessing_digest(preprocess),
     }
+
+
+def known_hashes(task: Classification) -> dict[str, str]:
+    """Those that need neither the images nor a model."""
+    names = [[label, *names] for label, names in zip(task.classes.labels, task.classes.names, strict=True)]
+    if task.classes.pooling != "mean":
+        names.append(["pooling", task.classes.pooling])
+    return {"classes": digest(names), "templates": digest(task.templates.sentences)}

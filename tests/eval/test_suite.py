@@ -1,0 +1,112 @@
+"""Suites: which datasets are found, by what metric each counts, the average and of what it is, and a second run."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from image_shards import picture
+from labelled_sources import tar_of
+from openclip_twin import TINY
+
+from clipkit import checkpoint
+from clipkit.cli.main import main
+from clipkit.errors import UserError
+from clipkit.eval.datasets import published_datasets
+from clipkit.eval.results import read_results
+from clipkit.eval.suite import belongs, entries_of
+from clipkit.model.clip import build
+from clipkit.pixels.images import Preprocess
+
+
+def webdataset(root: Path, labels: tuple[int, ...] = (0, 1, 1)) -> Path:
+    files = {f"s{i}.jpg": picture(i) for i in range(len(labels))}
+    files |= {f"s{i}.cls": str(label).encode() for i, label in enumerate(labels)}
+    (root / "test").mkdir(parents=True)
+    (root / "test" / "0.tar").write_bytes(tar_of(files))
+    (root / "test" / "nshards.txt").write_text("1")
+    (root / "classnames.txt").write_text("ant\nbee\n")
+    (root / "zeroshot_classification_templates.txt").write_text("a {c}.\n")
+    return root
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    @dataclasses.dataclass(frozen=True)
+    class NoRecipe:
+        name: str = "none"
+
+    config = checkpoint.describe(TINY, Preprocess(size=32), NoRecipe())
+    state = {"samples_seen": 64, "stage": "full", "seconds": 1.0, "bad_samples": 0}
+    tensors = build(TINY, seed=1).state_dict()
+    checkpoint.save(checkpoint.folder_of(tmp_path / "run", 64), tensors=tensors, config=config, state=state)
+    return tmp_path / "run"
+
+
+def zeroshot(run: Path, data: Path, suite: str, *options: str):
+    arguments = ["zeroshot", "--ckpt", str(run), "--data", str(data), "--suite", suite, "--device", "cpu", "--no-cache"]
+    return CliRunner().invoke(main, [*arguments, *options])
+
+
+def test_what_is_there_is_measured_by_its_own_metric_once(run: Path, tmp_path: Path) -> None:
+    root = tmp_path / "sets"
+    webdataset(root / "wds_vtab-pets_test")
+    webdataset(root / "vtab-dtd")
+    webdataset(root / "cars")
+    (root / "mine").mkdir()
+    done = zeroshot(run, root, "vtab", "--json")
+    assert done.exit_code == 0, done.output
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [(each["task"], each["metric"]) for each in found] == [
+        ("vtab-dtd", "top1"),
+        ("vtab-pets", "mean_per_class_recall"),
+    ]
+    assert "average of the 2 datasets that are there" in done.stderr
+    assert "for 11 of 13 are missing: Caltech-101" in done.stderr
+    assert found[1]["notes"][0].startswith("Oxford-IIIT Pet has 3,669 images, but here are 3")
+    before = read_results(run)
+    again = zeroshot(run, root, "vtab")
+    assert f"vtab-dtd: {run} has its results already" in again.stderr
+    assert read_results(run) == before
+    (root / "vtab-dtd" / "zeroshot_classification_templates.txt").write_text("one {c}.\n")
+    changed = zeroshot(run, root, "vtab")
+    assert f"vtab-dtd: {run} has" not in changed.stderr and f"vtab-pets: {run} has" in changed.stderr
+
+
+def test_a_suite_of_ones_own(run: Path, tmp_path: Path) -> None:
+    webdataset(tmp_path / "sets" / "cars")
+    suite = tmp_path / "mine.toml"
+    suite.write_text('[[dataset]]\ndata = "cars"\nmetric = "calibration_error"\ntemplates = "{}"\n')
+    done = zeroshot(run, tmp_path / "sets", str(suite))
+    assert done.exit_code == 0, done.output
+    assert "average of 1 dataset: " in done.stderr and "calibration error" in done.stdout
+    for text, says in (
+        ('[[dataset]]\ndata = "cars"\nmetric = "top2"\n', "cars has no metric 'top2': did you mean top1"),
+        ("[dataset]\n", "lists no dataset: write [[dataset]]"),
+        ("[[dataset]]\ntask = 'x'\n", 'dataset 1: it needs data = "FOLDER"'),
+        ("[[dataset", "isn't valid TOML"),
+        ('[[dataset]]\ndata = "cars"\ncolour = 1\n', "--colour can't be heeded"),
+    ):
+        suite.write_text(text)
+        done = zeroshot(run, tmp_path / "sets", str(suite))
+        assert (done.exit_code, says in done.stderr) == (2, True), done.stderr
+
+
+def test_what_is_refused(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "imagenet-a").mkdir()
+    with pytest.raises(UserError, match="unknown suite 'vtap': did you mean vtab"):
+        entries_of("vtap", tmp_path)
+    with pytest.raises(UserError, match="holds no dataset of the suite retrieval"):
+        entries_of("retrieval", tmp_path)
+    (tmp_path / "wds_imagenet-a_test").mkdir()
+    with pytest.raises(UserError, match="are both ImageNet-A: remove or rename one"):
+        entries_of("imagenet", tmp_path)
+    done = zeroshot(run, tmp_path, "vtab", "--templates", "{}")
+    assert (done.exit_code, "--templates can't be heeded: a suite has its own" in done.stderr) == (2, True)
+
+
+def test_the_published_suites() -> None:
+    sizes = {suite: sum(belongs(each, suite) for each in published_datasets().values()) for suite in
+             ("imagenet", "vtab", "retrieval", "datacomp-38")}  # fmt: skip
+    assert sizes == {"imagenet": 7, "vtab": 13, "retrieval": 2, "datacomp-38": 38}
