@@ -91,9 +91,14 @@ def best_matches(
     score_QK = query_QE.new_empty(len(query_QE), 0)
     place_QK = torch.empty(len(query_QE), 0, dtype=torch.int64, device=query_QE.device)
     for start, candidate_DE in candidates.tiles(tile, query_QE.device):
-        places = torch.arange(start, start + len(candidate_DE), device=query_QE.device)
-        score_QK = torch.cat([score_QK, query_QE @ candidate_DE.T], dim=1)
-        place_QK = torch.cat([place_QK, places.expand(len(query_QE), -1)], dim=1)
+        score_QD = query_QE @ candidate_DE.T
+        best_QK, number_QK = score_QD.topk(min(count, len(candidate_DE)), dim=1)
+        # Where more are as good as the last of these, topk takes any of them; a stable sort of all is much slower.
+        tied_Q = (score_QD >= best_QK[:, -1:]).sum(dim=1) > best_QK.shape[1]
+        number_QK[tied_Q] = score_QD[tied_Q].argsort(dim=1, descending=True, stable=True)[:, : best_QK.shape[1]]
+        number_QK = number_QK.sort(dim=1)[0]
+        score_QK = torch.cat([score_QK, score_QD.gather(1, number_QK)], dim=1)
+        place_QK = torch.cat([place_QK, start + number_QK], dim=1)
         score_QK, order_QK = score_QK.sort(dim=1, descending=True, stable=True)
         place_QK = place_QK.gather(1, order_QK)[:, :count]
         score_QK = score_QK[:, :count]
