@@ -37,6 +37,7 @@ FLOORS: tuple[tuple[str, tuple[str, ...]], ...] = (
         "",
         (
             "eval/choice",
+            "eval/probe",
             "eval/retrieval",
             "eval/search",
             "eval/classification",

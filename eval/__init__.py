@@ -8,6 +8,6 @@
 - `results`: what an evaluation leaves in a run: numbers and guesses.
 - `tables`: results as text, Markdown, LaTeX and CSV.
 
-The rooms: `classification/`, `retrieval/`, `choice/` (compositionality), `comparison/` (several models), `report/`
-(the page), and `search/` (a model at work).
+The rooms: `classification/`, `retrieval/`, `choice/` (compositionality), `probe/` (linear probes, few shots, nearest
+neighbours), `comparison/` (several models), `report/` (the page), and `search/` (a model at work).
 """

@@ -2,13 +2,14 @@
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from clipkit.errors import UserError
 from clipkit.eval.evaluation import EvaluationTask
 
-TaskKind = Literal["classification", "retrieval", "choice"]
+TaskKind = Literal["classification", "retrieval", "choice", "linear-probe", "few-shot", "knn"]
 KINDS: tuple[TaskKind, ...] = get_args(TaskKind)
 # Options whose Python names aren't theirs.
 NAMES = {"templates_name": "templates"}
@@ -42,3 +43,7 @@ def opener_of(kind: TaskKind) -> Callable[..., EvaluationTask]:
             from clipkit.eval.choice.task import open_choice
 
             return open_choice
+        case "linear-probe" | "few-shot" | "knn":
+            from clipkit.eval.probe.task import open_probe
+
+            return partial(open_probe, kind)

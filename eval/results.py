@@ -46,6 +46,7 @@ METRICS = {
     **{name: name.replace("_", " ") for name in CHOICES},
     **{f"mean_per_category_{name}": f"{name.replace('_', ' ')}, mean of categories" for name in CHOICES},
 }
+PROBES = frozenset(("linear-probe", "few-shot", "knn"))  # kinds of tasks that learn from training images
 RANKS = frozenset(("text_retrieval_median_rank", "image_retrieval_median_rank"))  # no shares, and less is better
 
 
@@ -175,7 +176,9 @@ def verdict(result: Result) -> str:
         return "not distinguishable from chance"
     if result.low > result.chance if result.metric in RANKS else result.high < result.chance:
         wrong = (
-            "the labels and the class names" if result.kind == "classification" else "which captions are of which image"
+            "the labels and the class names"
+            if result.kind in PROBES | {"classification"}
+            else "which captions are of which image"
         )
         return f"worse than chance: check {wrong}"
     # Mean per-class recall gains nothing by guessing the commonest class, and top-5 is not comparable with its share.
@@ -204,6 +207,8 @@ def counted_on(results: Sequence[Result]) -> str:
             return f"{counted(n['text'], 'image')}, {counted(n['image'], 'caption')}"
         case "choice":
             return counted(one.n, "question")
+        case "linear-probe" | "few-shot" | "knn":
+            return f"{one.n:,} images, {one.classes:,} classes"
     return f"{one.n:,} images, {one.classes:,} classes, templates {one.templates}"
 
 

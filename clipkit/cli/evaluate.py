@@ -67,6 +67,8 @@ table_format = click.option(
 @click.option("--label", help="Column with the label. [default: label]")
 @click.option("--classes", type=AnyPath, help="Names of the classes: a name a line, or JSON {label: name or [names]}.")
 @click.option("--pooling", help="How several names make one class: mean or sum. [default: mean]")
+@click.option("--train-data", type=AnyPath, help="What a probe learns from. [default: the split train of --data]")
+@click.option("--shots", help="Training images a class for few-shot. [default: 1,5,10]")
 @click.option("--images", type=Folder, help="Folder with the images that a JSON or CSV names. [default: beside it]")
 @click.option("--split", help="Split of the data. [default: validation or test, the first that it has, else train]")
 @click.option(
@@ -111,7 +113,8 @@ def zeroshot(
     """Measure a model on data that it wasn't trained for, and print the numbers with their intervals.
 
     --task classification: images by prompts only. retrieval: captions of images and images of captions, among all.
-    choice: the right one of two captions or images. --suite: every dataset that --data has a folder of. A checkpoint
+    choice: the right one of two captions or images. linear-probe, few-shot, knn: a classifier that learns from the
+    features of training images, without texts. --suite: every dataset that --data has a folder of. A checkpoint
     describes itself, so it needs no model name.
     docs/evaluation.md says which models of other projects can be measured. Embeddings are kept, so the same command
     given again goes on where it was stopped.

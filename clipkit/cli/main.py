@@ -89,6 +89,7 @@ for _command in (
 @cache_gigabytes
 @click.option("--eval-data", type=AnyPath, help="Zero-shot data to evaluate on while training.")
 @click.option("--eval-task", type=TaskKinds, default="classification", help="As zeroshot's --task.")
+@click.option("--eval-train-data", type=AnyPath, help="As zeroshot's --train-data.")
 @click.option("--eval-images", type=Folder, help="As zeroshot's --images.")
 @click.option("--eval-label", help="Label column of --eval-data.")
 @click.option("--eval-templates", help="As zeroshot's --templates.")
@@ -108,6 +109,7 @@ def train(
     overfit: int | None,
     eval_data: Path | None,
     eval_task: "TaskKind",
+    eval_train_data: Path | None,
     eval_images: Path | None,
     eval_label: str | None,
     eval_templates: str | None,
@@ -154,6 +156,7 @@ def train(
             task = open_data(
                 eval_task,
                 eval_data,
+                train_data=eval_train_data,
                 images=eval_images,
                 label=eval_label,
                 templates_name=eval_templates,
@@ -202,7 +205,7 @@ def check_health(
 def as_train_says(message: str) -> str:
     """A message about zero-shot data with the options as `train` calls them."""
     message = message.replace(", or give --allow-empty-classes", "")
-    return re.sub(r"--(label|templates|classes|split|task|images)\b", r"--eval-\1", message)
+    return re.sub(r"--(label|templates|classes|split|task|train-data|images)\b", r"--eval-\1", message)
 
 
 @main.command("bench-data")

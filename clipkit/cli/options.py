@@ -111,7 +111,7 @@ def print_summary(summary: Any, as_json: bool) -> None:
         click.echo(summary.text())
 
 
-TaskKinds = click.Choice(["classification", "retrieval", "choice"])
+TaskKinds = click.Choice(["classification", "retrieval", "choice", "linear-probe", "few-shot", "knn"])
 Quoting = click.Choice(["auto", "csv", "backslash", "none"])
 QUOTING_HELP = "Quotes in CSV and TSV: doubled in quoted fields, behind a backslash, or characters."
 quoting = click.option("--quoting", type=Quoting, default="auto", help=QUOTING_HELP)

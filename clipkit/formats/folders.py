@@ -45,10 +45,10 @@ def split_of(name: str) -> str | None:
     return _split_word(words[0]) if len(words) == 1 else None
 
 
-def choose_split(names: Collection[str], split: str | None = None) -> str | None:
-    """The one of a set's splits that was asked for, in its own spelling; unasked, that which evaluation takes."""
+def choose_split(names: Collection[str], split: str | None = None, default: Sequence[str] = EVALUATED) -> str | None:
+    """The one of a set's splits that was asked for, in its own spelling; unasked, the first of `default`."""
     spelled = {split_of(name) or "": name for name in names} | {name: name for name in names}
-    wanted = (split, split_of(split) or split) if split else EVALUATED
+    wanted = (split, split_of(split) or split) if split else default
     return next((spelled[name] for name in wanted if name in spelled), None)
 
 

@@ -45,11 +45,16 @@ KINDS = "CLASS/IMAGE.jpg, a TFDS directory, parquet files, or webdataset tars wi
 
 
 def open_labelled(
-    data: Path, *, label: str = "label", split: str | None = None, allow_empty_classes: bool = False
+    data: Path,
+    *,
+    label: str = "label",
+    split: str | None = None,
+    allow_empty_classes: bool = False,
+    default_splits: Sequence[str] = EVALUATED,
 ) -> LabelledImages:
     """Open labelled images of any kind.
 
-    Without `split` the first of validation, test, train that is there is taken; the result's name says which.
+    Without `split` the first of `default_splits` that is there is taken; the result's name says which.
     Raises UserError when `data` is of no such kind, has no such split or label, or holds no image, and for an option
     that its kind can't heed.
     """
@@ -58,13 +63,13 @@ def open_labelled(
     if data.name in ("", ".."):
         data = data.resolve()
     splits = tfds_splits(data) if data.is_dir() else None
-    shards = None if splits is not None else _find_shards(data, split)
+    shards = None if splits is not None else _find_shards(data, split, default_splits)
     if splits is None and shards is None:
         refuse_option("--label", label != "label", f"{data} is a folder of class folders, whose names are the labels")
-        return from_folder(data, split, allow_empty_classes)
+        return from_folder(data, split, allow_empty_classes, default_splits)
     refuse_option("--allow-empty-classes", allow_empty_classes, f"{data} holds no class folders")
     if shards is None:
-        return from_tfds(data, label, choose_split(splits or (), split) or split or "train")
+        return from_tfds(data, label, choose_split(splits or (), split, default_splits) or split or "train")
     said = shards.split if split != ALL_SPLITS else split
     if split and said not in (split, split_of(split)):
         raise UserError(f"{data} has no split {split!r}: its files are {f'of {said}' if said else 'of no split'}")
@@ -75,7 +80,7 @@ def open_labelled(
     return replace(images, notes=(*shards.notes, *images.notes))
 
 
-def _find_shards(data: Path, split: str | None) -> ShardListing | None:
+def _find_shards(data: Path, split: str | None, default: Sequence[str]) -> ShardListing | None:
     """The parquet files or tars that the labelled images are in; None for a folder of class folders.
 
     Tables of file names, and archives that class folders were unpacked from, lie beside those: they are passed by.
@@ -89,7 +94,7 @@ def _find_shards(data: Path, split: str | None) -> ShardListing | None:
         with table_errors(folder / file.name):
             return find_image_column(open_parquet(folder / file.name).schema_arrow) is not None
 
-    wanted = split or (*EVALUATED, "")
+    wanted = split or (*default, "")
     for folder in (data, data / "data"):  # as Hugging Face has it, pictures for the README beside
         found = list_shards(folder, wanted, has_images, inside=True) if any(folder.glob("*.parquet")) else None
         if found is not None and found.kind == "parquet":
@@ -161,12 +166,14 @@ def class_label_names(schema: pa.Schema, label: str) -> list[str] | None:
     return names if isinstance(names, list) and all(isinstance(each, str) for each in names) else None
 
 
-def from_folder(path: Path, split: str | None, allow_empty_classes: bool = False) -> LabelledImages:
+def from_folder(
+    path: Path, split: str | None, allow_empty_classes: bool = False, default_splits: Sequence[str] = EVALUATED
+) -> LabelledImages:
     """A folder for each class, images of any depth inside; or such a set in a folder for each split.
 
     Which folders are splits, which are classes, and which files are images is told by `clipkit.formats.folders`.
     """
-    root, name, notes = _find_split(path, split)
+    root, name, notes = _find_split(path, split, default_splits)
     folders = class_folders(root)
     listings = [list_images(folder) for folder in folders]
     images = [
@@ -208,17 +215,17 @@ def from_folder(path: Path, split: str | None, allow_empty_classes: bool = False
     )
 
 
-def _find_split(path: Path, split: str | None) -> tuple[Path, str, tuple[str, ...]]:
+def _find_split(path: Path, split: str | None, default: Sequence[str]) -> tuple[Path, str, tuple[str, ...]]:
     """The folder with the classes of a split, the task's name, and notes."""
     if split and (path / split).is_dir():
         return unwrap(path / split), f"{path.name}-{split}", ()
     layout = find_layout(path)
-    chosen = choose_split(layout.splits, split)
-    if chosen is None and not split:
+    chosen = choose_split(layout.splits, split, default)
+    if chosen is None and not (split or layout.splits):
         return layout.root, path.name, layout.notes
     if chosen is None:
         there = ", ".join(layout.splits) or "no split folders"
-        raise UserError(f"{path} has no split {split!r}: it has {there} (option --split)")
+        raise UserError(f"{path} has no split {split or default[0]!r}: it has {there} (option --split)")
     root = layout.splits[chosen]
     return root, f"{path.name}-{root.relative_to(layout.root).parts[0]}", layout.notes
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -77,6 +78,16 @@ class Guesses:
     probability_NK: NDArray[np.float32]
     logit_NC: NDArray[np.float32] | None = None
     """Where an image may have several labels."""
+
+
+class Guessed(Protocol):
+    """Labelled images of which the class is guessed."""
+
+    images: LabelledImages
+    classes: Classes
+    labels_N: NDArray[np.int64]
+    """Of each image its place among the classes."""
+    pictures: ImageSet
 
 
 class Classification:
@@ -257,7 +268,7 @@ class PictureSample:
             self.images[place] = data
 
 
-def prediction_table(task: Classification, guesses: Guesses, pictures: Mapping[int, bytes]) -> pa.Table:
+def prediction_table(task: Guessed, guesses: Guesses, pictures: Mapping[int, bytes]) -> pa.Table:
     """A row for each image in the order of the data: what it is, the best guesses, and for some the picture."""
     titles = task.classes.titles
     place_of = {int(index): row for row, index in enumerate(guesses.index_N)}

@@ -23,6 +23,8 @@ WORDS = {
     "templates": "other templates",
     "texts": "other captions",
     "split": "other images, or other labels",
+    "train": "other training images, or other labels of them",
+    "probe": "another kind of probe, or other draws",
 }
 
 

@@ -13,7 +13,7 @@ from functools import cache
 import numpy as np
 
 from clipkit import embedded
-from clipkit.eval.results import Result
+from clipkit.eval.results import PROBES, Result
 
 IMAGENET = "ImageNet 1k"
 RELATIVES = ("ImageNet v2", "ImageNet-A", "ImageNet-R", "ImageNet Sketch", "ObjectNet")
@@ -100,7 +100,7 @@ def known_dataset(result: Result) -> dict[str, str] | None:
     while name != before and name not in datasets():
         before, name = name, AROUND.sub("", name)
     found = datasets().get(name)
-    if found is None:
+    if found is None or result.kind in PROBES:  # what was published is zero-shot
         return None
     size, n = int(found["size"]), result.n + result.unreadable
     is_whole = size <= n <= MOST_CAPTIONS * size if result.kind == "retrieval" else n == size  # n may count captions

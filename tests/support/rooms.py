@@ -92,11 +92,12 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "train/bench": (*_core("jobs", "model", "pixels", "text"), "train", "train/loader", "train/sources"),
     "eval": (
         *_core("embedding", "formats", "interop", "pixels", "storage"),
-        *("eval/choice", "eval/classification", "eval/retrieval"),
+        *("eval/choice", "eval/classification", "eval/probe", "eval/retrieval"),
     ),
     "eval/choice": (*_core("embedding", "formats", "pixels", "storage"), "eval", "eval/retrieval"),
     "eval/classification": (*_core("embedding", "formats", "pixels", "storage"), "eval"),
     "eval/comparison": ("eval",),
+    "eval/probe": (*_core("embedding", "formats"), "eval", "eval/classification", "eval/retrieval"),
     "eval/report": (*_core("formats", "model", "page", "storage", "text"), "eval"),
     "eval/retrieval": (*_core("embedding", "formats", "pixels", "storage"), "eval", "eval/classification"),
     "eval/search": (

@@ -30,12 +30,12 @@ OPTIONS = {
     "report": "runs --out",
     "search": "data query --image --ckpt --top --split --label --batch-size --device --page --json",
     "train": "--data --recipe --out --device --set --tokenizer --resume --allow-changes --init --from-stage --cooldown "
-    "--log-to --overfit --split --workers --cache --cache-gb --eval-data --eval-task --eval-images --eval-label "
-    "--eval-templates --eval-classes --eval-split --json",
+    "--log-to --overfit --split --workers --cache --cache-gb --eval-data --eval-task --eval-train-data --eval-images "
+    "--eval-label --eval-templates --eval-classes --eval-split --json",
     "verify": "path --decode --workers --engine --json",
-    "zeroshot": "--ckpt --ema --tokenizer --data --task --templates --label --classes --pooling --images --split "
-    "--allow-empty-classes --name --batch-size --precision --device --cache --cache-gb --no-cache --out "
-    "--format --json",
+    "zeroshot": "--ckpt --ema --tokenizer --data --suite --task --templates --label --classes --pooling --train-data "
+    "--shots --images --split --allow-empty-classes --name --batch-size --precision --device --cache --cache-gb "
+    "--no-cache --out --format --json",
 }
 
 
@@ -128,6 +128,8 @@ EVALUATED = ["train", "--data", "DATASET", "--recipe", "debug", "--out", "run", 
         (["zeroshot", "--ckpt", ".", "--data", "HELDOUT", "--images", "."], "--images can't be heeded: a classif"),
         ([*EVALUATED, "--eval-task", "choice", "--eval-split", "a"], "choose --eval-task"),
         ([*EVALUATED, "--eval-task", "retrieval", "--eval-images", "a"], "--eval-images can't be heeded"),
+        ([*EVALUATED, "--eval-task", "knn"], "own training images: give --eval-train-data"),
+        ([*EVALUATED, "--eval-task", "knn", "--eval-train-data", "none"], "data none doesn't exist"),
         (["report", "none"], "none doesn't exist"),
         (["bench-data", "none"], "none doesn't exist"),
         (["bench-data", "DATASET", "--recipe", "debgu"], "unknown recipe 'debgu': did you mean debug?"),
