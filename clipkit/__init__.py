@@ -15,9 +15,9 @@ The core library; its stages are `clipkit.tfrecord_tools`, `clipkit.train` and `
 - `embedded`: the data inside the package: the demo's emoji, CLIP's vocabulary, ImageNet's classes and templates,
   published numbers.
 
-The rooms: `cli/` (the commands), `model/`, `interop/` (others' weights), `embedding/` (images and texts to vectors),
-`text/`, `pixels/`, `formats/` (datasets, tables, tars), `storage/` (files and stores), `jobs/` (one function over many
-shards), `page/` (HTML pages).
+The rooms: `cli/` (the commands), `model/`, `interop/` (others' weights), `export/` (ours in others' formats),
+`embedding/` (images and texts to vectors), `text/`, `pixels/`, `formats/` (datasets, tables, tars), `storage/` (files
+and stores), `jobs/` (one function over many shards), `page/` (HTML pages).
 """
 
 from pathlib import Path

@@ -50,7 +50,18 @@ FLOORS: tuple[tuple[str, tuple[str, ...]], ...] = (
         "clipkit/: the core, which every stage may use",
         tuple(
             f"clipkit/{name}"
-            for name in ("interop", "embedding", "model", "text", "pixels", "page", "jobs", "formats", "storage")
+            for name in (
+                "export",
+                "interop",
+                "embedding",
+                "model",
+                "text",
+                "pixels",
+                "page",
+                "jobs",
+                "formats",
+                "storage",
+            )
         ),
     ),
     ("", ("clipkit",)),

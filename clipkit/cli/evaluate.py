@@ -221,3 +221,29 @@ def compare(runs: tuple[Path, ...], table_format: "TableFormat", as_json: bool) 
 def echo(text: str) -> None:
     """Print a text, with hyphens for the dashes that stdout lacks. (click.echo writes UTF-8 where it can't.)"""
     print(text if is_unicode() else text.replace("–", "-").replace("−", "-"))
+
+
+@click.command()
+@click.argument("ckpt", type=Folder)
+@click.argument("out", type=Folder)
+@click.option(
+    "--to",
+    "target",
+    type=click.Choice(["open_clip", "hf", "timm", "onnx"]),
+    required=True,
+    help="Format: OpenCLIP, transformers, timm (the image tower), or ONNX graphs.",
+)
+@click.option("--ema", is_flag=True, help="Take the averages of the weights that the run kept.")
+@as_json
+def export(ckpt: Path, out: Path, target: Literal["open_clip", "hf", "timm", "onnx"], ema: bool, as_json: bool) -> None:
+    """Write the model of CKPT, a checkpoint or a run (its newest), to the folder OUT in another project's format.
+
+    The result is run in that project's own package and compared with ours; nothing is uploaded.
+    """
+    from clipkit.export.command import export as stage
+
+    parity = stage(ckpt, out, target, ema=ema)
+    if as_json:
+        print_json(parity.to_json())
+    else:
+        click.echo(f"{parity.text_report()}\nwritten to {out}")

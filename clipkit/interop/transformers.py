@@ -174,15 +174,19 @@ def tower_values(values: Mapping[str, Any], kind: Kind, tower: str) -> dict[str,
 def sizes(tower: Mapping[str, Any]) -> dict[str, Any]:
     """What both towers' configurations call the same."""
     width, hidden = tower["hidden_size"], tower["intermediate_size"]
-    ratio = hidden / width
     return {
         "width": width,
         "depth": tower["num_hidden_layers"],
         "heads": tower["num_attention_heads"],
-        "mlp_ratio": ratio if int(width * ratio) == hidden else (hidden + 0.5) / width,  # towers round it down
+        "mlp_ratio": exact_ratio(hidden, width),
         "act": ACTIVATIONS[tower["hidden_act"]],
         "norm_eps": tower["layer_norm_eps"],
     }
+
+
+def exact_ratio(hidden: int, width: int) -> float:
+    """What gives `hidden` when `width` is multiplied by it and rounded down, as towers do."""
+    return hidden / width if int(width * (hidden / width)) == hidden else (hidden + 0.5) / width
 
 
 def their_config(model: CLIP, kind: Kind) -> dict[str, Any]:

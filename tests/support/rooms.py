@@ -24,13 +24,14 @@ def _core(*names: str) -> tuple[str, ...]:
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "clipkit": _core("cli", "embedding", "formats", "interop", "jobs", "model", "pixels", "storage", "text"),
     "clipkit/cli": (
-        *_core("embedding", "jobs", "storage"),
+        *_core("embedding", "export", "jobs", "storage"),
         *("eval", "eval/classification", "eval/comparison", "eval/report", "eval/search", "tfrecord_tools"),
         *("train", "train/bench", "train/sources", "train/watch"),
         *_tools("build", "download", "in_place", "inspection", "labelled", "pictures", "purge", "verify", "web"),
     ),
     "clipkit/formats": _core("storage"),
     "clipkit/embedding": _core("model", "pixels", "storage"),
+    "clipkit/export": _core("embedding", "interop", "model", "pixels", "storage"),
     "clipkit/interop": _core("embedding", "model", "pixels", "storage", "text"),
     "clipkit/jobs": (),
     "clipkit/model": _core("text"),

@@ -24,6 +24,7 @@ OPTIONS = {
     "--timeout --deadline --max-megabytes --retries --resolver --allow-private-hosts --contact --robots-txt "
     "--format --name --samples-per-shard --probe --probe-floor --retry-failed --processes --engine --json",
     "embed": "data out --ckpt --split --label --ema --dtype --precision --batch-size --device --json",
+    "export": "ckpt out --to --ema --json",
     "inspect": "path --split --sample --out --json",
     "purge": "path --list --by --quoting --dry-run --workers --engine --json",
     "recipes": "name --set --json",

@@ -1,0 +1,80 @@
+"""ONNX: a graph for each tower, whose batch may be of any size, and `clipkit.json` with all else that it takes."""
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from clipkit.embedding.encoder import Encoder
+from clipkit.export.parity import Peer
+from clipkit.model.clip import CLIP
+
+
+class Tower(nn.Module):
+    """A tower and its projection: what a graph is made of."""
+
+    def __init__(self, tower: nn.Module, projection: nn.Module) -> None:
+        super().__init__()
+        self.tower, self.projection = tower, projection
+
+    def forward(self, x: Tensor) -> Tensor:
+        embedding_BE: Tensor = F.normalize(self.projection(self.tower(x)), dim=-1)
+        return embedding_BE
+
+
+def write(encoder: Encoder, model: CLIP, folder: Path) -> None:
+    """Write `image.onnx`, from normalised float32 pixels [B, 3, S, S], and `text.onnx`, from int64 ids [B, T], to unit
+    vectors; weights of more than 2 GB lie beside them."""
+    size, length = encoder.preprocess.size, encoder.context_length
+    towers: tuple[tuple[str, nn.Module, str, Tensor], ...] = (
+        ("image", Tower(model.image, model.image_projection), "pixels", torch.zeros(2, 3, size, size)),
+        ("text", Tower(model.text, model.text_projection), "ids", torch.ones(2, length, dtype=torch.int64)),
+    )
+    for name, tower, given, example in towers:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the exporter's own imports
+            torch.onnx.export(
+                tower.eval(),
+                (example,),
+                folder / f"{name}.onnx",
+                input_names=[given],
+                output_names=["features"],
+                dynamic_shapes=({0: torch.export.Dim("batch")},),
+                external_data=sum(each.numel() * 4 for each in tower.parameters()) > 1.9e9,
+                dynamo=True,
+                verbose=False,
+            )
+    vocabulary = getattr(encoder.tokenizer, "vocabulary", None)
+    if vocabulary is not None:
+        (folder / "vocabulary").write_bytes(vocabulary)
+    settings: dict[str, Any] = {
+        "preprocess": vars(encoder.preprocess),
+        "tokenizer": model.config.text.tokenizer,
+        "context_length": length,
+        "logit_scale": model.logit_scale.exp().item(),
+        "logit_bias": None if model.logit_bias is None else model.logit_bias.item(),
+    }
+    (folder / "clipkit.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+def check(model: CLIP) -> None:
+    """Graphs can be made of every model."""
+
+
+def open_peer(folder: Path) -> Peer:
+    """The graphs in a folder as onnxruntime runs them."""
+    import onnxruntime
+
+    image, text = (
+        onnxruntime.InferenceSession(folder / f"{name}.onnx", providers=["CPUExecutionProvider"])
+        for name in ("image", "text")
+    )
+    return Peer(
+        f"onnxruntime {onnxruntime.__version__}",
+        lambda pixels: torch.from_numpy(image.run(None, {"pixels": pixels.contiguous().numpy()})[0]),
+        lambda ids: torch.from_numpy(text.run(None, {"ids": ids.numpy()})[0]),
+    )
