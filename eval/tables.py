@@ -71,5 +71,9 @@ def results_text(results: Sequence[Result], style: TableFormat) -> str:
         ]
         for each in results
     ]
-    title = ", ".join(dict.fromkeys(result.checkpoint for result in results))
-    return grid_text(Grid(title, ("task", "metric", "value", "95% interval", "chance", "n", ""), rows), style)
+    header = ["task", "metric", "value", "95% interval", "chance", "n", ""]
+    models = list(dict.fromkeys(result.checkpoint for result in results))
+    if len(models) > 1:
+        header = ["model", *header]
+        rows = [[each.checkpoint, *row] for each, row in zip(results, rows, strict=True)]
+    return grid_text(Grid(", ".join(models), header, rows), style)

@@ -206,13 +206,14 @@ def _embed_through_cache(
     waiting: deque[_Batch] = deque()
     with ThreadPoolExecutor(min(16, cpu_count() or 1)) as pool:
 
-        def finish(batch: _Batch) -> tuple[NDArray[np.int64], Tensor]:
+        def finish(batch: _Batch) -> Iterator[tuple[NDArray[np.int64], Tensor]]:
             piece = read_piece(cache, batch.key, lambda: make(batch))
             for place, reason in piece.problems.items():
                 images.note_unreadable(batch.start + place, reason)
             if compute.progress is not None:
                 compute.progress(batch.start + len(batch.encoded))
-            return piece.index_N + batch.start, torch.from_numpy(piece.vector_NE).to(compute.device.torch_device)
+            if len(piece.index_N):
+                yield piece.index_N + batch.start, torch.from_numpy(piece.vector_NE).to(compute.device.torch_device)
 
         def decode(encoded: list[bytes | ImageError]) -> list[Decoding]:
             return [pool.submit(digest_and_decode, data, encoder.preprocess) for data in encoded]
@@ -245,9 +246,9 @@ def _embed_through_cache(
             waiting.append(_Batch(start, batch, digests, key, [] if is_known else decode(batch)))
             start += len(batch)
             if len(waiting) > 1:
-                yield finish(waiting.popleft())
+                yield from finish(waiting.popleft())
         while waiting:
-            yield finish(waiting.popleft())
+            yield from finish(waiting.popleft())
     images.content = content.hexdigest()
 
 

@@ -85,6 +85,15 @@ def test_images_out_of_the_cache_are_the_same(
         monkeypatch.setattr("clipkit.embedding.images.digest_and_decode", None)
 
 
+def test_a_batch_without_a_readable_image_is_passed_by(
+    pictures: list[bytes], encoder: Encoder, cache: CountedCache
+) -> None:
+    broken = image_set([b"<html>", *pictures[1:]])
+    found_N, _ = image_matrix(encoder, broken, dataclasses.replace(compute(cache), batch_size=1))
+    assert found_N.tolist() == list(range(1, 120))
+    assert list(broken.unreadable) == [0]
+
+
 def test_what_changes_the_embeddings_is_another_piece(
     pictures: list[bytes], encoder: Encoder, cache: CountedCache
 ) -> None:

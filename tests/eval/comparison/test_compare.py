@@ -185,6 +185,8 @@ def test_formats_of_the_results_themselves():
         ("top5", "0.2", "s"),
     ]
     assert rows[1]["notes"] == "a prompt, cut; b"
+    two = results_text([made[0], result(0.5, checkpoint="b")], "md")
+    assert two.count("| checkpoints/100 | pets |") == two.count("| b | pets |") == 1, "each row says whose it is"
     assert "| pets | top-1 | 50.0% | 45.1% – 54.9% | 12.5% | 400 |  |" in results_text(made, "md").splitlines()
     assert r"pets & top-1 & 50.0\% & 45.1\% -- 54.9\% & 12.5\% & 400 &  \\" in results_text(made, "latex").splitlines()
     assert results_text(made, "table").splitlines()[2].split() == [
