@@ -1,0 +1,123 @@
+"""Zero-shot classification against clip_benchmark: processes from start to end, one model, one webdataset.
+
+B/32 with random weights in float32 on JPEGs of 500 × 375, ImageNet's first classes and OpenAI's 80 templates. In each
+round three processes work in turn: clip_benchmark's own command in an environment of its own, `clipkit zeroshot` with
+an empty cache, and the same with the embeddings kept. Ratios are those of a round, as median (smallest to largest), by
+wall clock and by processor time; on a busy machine the processor's is the one to look at. Top-1 must be the same.
+
+The full size takes hours on two cores; `--images 500 --classes 100` is a smaller one.
+"""
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from io import BytesIO
+from pathlib import Path
+
+import _pictures
+import cv2
+import numpy as np
+import open_clip
+import simplejpeg
+import torch
+from safetensors.torch import save_file
+
+from clipkit import embedded
+
+ROOT = Path(__file__).parents[1]
+PEER = Path(os.environ.get("CLIPKIT_CLIP_BENCHMARK_PYTHON", ROOT / ".venv-clip-benchmark" / "bin" / "python"))
+MODEL, SIZE, QUALITY, UNIQUE, SHARDS = "ViT-B-32", (500, 375), 90, 500, 4
+
+
+def write_data(folder: Path, images: int, classes: int) -> None:
+    """A webdataset in clip_benchmark's layout; after UNIQUE images they repeat, each time with other bytes."""
+    random = np.random.default_rng(0)
+    unique = min(UNIQUE, images)
+    pictures = [cv2.resize(_pictures.picture(random), SIZE, interpolation=cv2.INTER_AREA) for _ in range(unique)]
+    names = [each["name"] for each in embedded.imagenet_classes()[:classes]]
+    templates = [each.replace("{}", "{c}") for each in embedded.prompt_templates()["openai-80"]]
+    (folder / "test").mkdir(parents=True)
+    (folder / "classnames.txt").write_text("\n".join(names))
+    (folder / "zeroshot_classification_templates.txt").write_text("\n".join(templates))
+    (folder / "test" / "nshards.txt").write_text(str(SHARDS))
+    for shard in range(SHARDS):
+        with tarfile.open(folder / "test" / f"{shard}.tar", "w") as tar:
+            for number in range(shard, images, SHARDS):
+                picture = np.roll(pictures[number % unique], 8 * (number // unique), axis=1)
+                jpeg = simplejpeg.encode_jpeg(np.ascontiguousarray(picture), QUALITY, colorsubsampling="420")
+                for suffix, data in (("jpg", jpeg), ("cls", str(number % classes).encode())):
+                    member = tarfile.TarInfo(f"{number:06d}.{suffix}")
+                    member.size = len(data)
+                    tar.addfile(member, BytesIO(data))
+
+
+def timed(command: list[str]) -> tuple[float, float]:
+    """Seconds by the wall clock and of the processor that a command and its processes took. Raises where it fails."""
+    before, wall = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
+    after, wall = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter() - wall
+    return wall, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def run_sides(folder: Path, name: str, workers: int) -> dict[str, tuple[float, float]]:
+    """The times of each side in one round. Raises where their top-1 differ."""
+    weights, data, cache = folder / "weights.safetensors", folder / "data", folder / name / "cache"
+    peer = [str(PEER), "-m", "clip_benchmark.cli", "eval", "--dataset", "wds/bench", "--dataset_root", str(data)]
+    peer += ["--task", "zeroshot_classification", "--model", MODEL, "--pretrained", str(weights), "--no_amp"]
+    peer += ["--num_workers", str(workers), "--output", str(folder / name / "peer.json")]
+    own = [sys.executable, "-m", "clipkit", "zeroshot", "--ckpt", f"open_clip:{MODEL}:{weights}", "--data", str(data)]
+    own += ["--device", "cpu", "--precision", "float32", "--cache", str(cache)]
+    (folder / name).mkdir()
+    found = {
+        "clip_benchmark": timed(peer),
+        "clipkit, cold": timed([*own, "--out", str(folder / name / "cold")]),
+        "clipkit, cached": timed([*own, "--out", str(folder / name / "warm")]),
+    }
+    theirs = json.loads((folder / name / "peer.json").read_text())["metrics"]["acc1"]
+    for run in ("cold", "warm"):
+        lines = map(json.loads, (folder / name / run / "results.jsonl").read_text().splitlines())
+        ours = {line["metric"]: line["value"] for line in lines}["top1"]
+        assert abs(ours - theirs) < 1e-6, f"top-1 is {ours} here and {theirs} there"
+    return found
+
+
+def spread(values: list[float]) -> str:
+    return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--images", type=int, default=10_000)
+    parser.add_argument("--classes", type=int, default=1_000)
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--workers", type=int, default=2, help="of clip_benchmark's loader")
+    options = parser.parse_args()
+    if not PEER.is_file():
+        raise SystemExit(f"{PEER} isn't there: name clip_benchmark's Python in CLIPKIT_CLIP_BENCHMARK_PYTHON")
+    with tempfile.TemporaryDirectory() as folder:
+        write_data(Path(folder) / "data", options.images, options.classes)
+        torch.manual_seed(0)
+        model = open_clip.create_model(MODEL, load_weights=False)
+        save_file(model.state_dict(), Path(folder) / "weights.safetensors")
+        rounds = [run_sides(Path(folder), f"round-{number}", options.workers) for number in range(options.rounds)]
+    print(f"{options.images:,} images, {options.classes:,} classes, {torch.get_num_threads()} threads")
+    for name in rounds[0]:
+        wall, cpu = (statistics.median(each[name][clock] for each in rounds) for clock in (0, 1))
+        line = f"{name:16}{wall:9.1f} s by wall clock{cpu:9.1f} s of the processor"
+        if name != "clip_benchmark":
+            for clock, what in enumerate(("by wall clock", "by processor")):
+                line += f"   {spread([each['clip_benchmark'][clock] / each[name][clock] for each in rounds])} {what}"
+        print(line, flush=True)
+
+
+if __name__ == "__main__":
+    main()
