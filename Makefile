@@ -69,7 +69,7 @@ types: $(VENV)/.dev
 	ln -s $(CURDIR)/tfrecord_tools $(CURDIR)/eval $(CURDIR)/train .typing/clipkit/
 	$(BIN)/mypy
 
-bench: $(VENV)/.dev
+bench: $(VENV)/.dev $(CLIP_BENCHMARK)/.peer
 	@for each in benchmarks/[a-z]*.py; do echo "== $$each"; $(BIN)/python $$each || exit 1; done
 
 docs: $(VENV)/.dev
