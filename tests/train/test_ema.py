@@ -27,8 +27,8 @@ CPU = {"device_name": "cpu", "workers": 1}
 KEPT = ["ema_decay=0.9", "cadence.checkpoint_samples=16", "cadence.keep_checkpoints=99"]
 
 
-def evaluation(model, *arguments, precision):
-    yield "colours/top1", model.logit_scale.item()
+def evaluation(encoder, *_):
+    yield "colours/top1", encoder.model.logit_scale.item()
 
 
 @pytest.fixture(scope="module")

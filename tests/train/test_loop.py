@@ -257,8 +257,8 @@ def test_an_evaluation_is_never_lost_to_a_kill(pairs_dataset, tmp_path, monkeypa
     """Killed in an evaluation, a run that goes on from the checkpoint that was saved before makes it again."""
     taken = []
 
-    def evaluation(*arguments, precision):
-        assert precision == "float32"
+    def evaluation(encoder, *_):
+        assert encoder.precision == "float32"
         taken.append(None)
         if len(taken) == 2:
             raise KilledError
@@ -277,7 +277,7 @@ def test_an_evaluation_is_never_lost_to_a_kill(pairs_dataset, tmp_path, monkeypa
 def test_an_evaluation_is_interrupted_and_made_again(pairs_dataset, unbroken, tmp_path, monkeypatch, number, place):
     taken = []
 
-    def evaluation(*arguments, precision):
+    def evaluation(*_):
         taken.append(None)
         if len(taken) == place:
             os.kill(os.getpid(), number)
@@ -315,7 +315,7 @@ def test_an_evaluation_that_fails_is_reported_and_costs_nothing(
 ):
     seen = []
 
-    def evaluation(*arguments, precision):
+    def evaluation(*_):
         seen.append(int(checkpoint.latest(tmp_path).name))
         if len(seen) == 2:
             raise error
@@ -336,7 +336,7 @@ def test_an_evaluation_that_fails_is_reported_and_costs_nothing(
 def test_an_evaluation_is_asked_for_of_a_run_that_had_none(pairs_dataset, unbroken, tmp_path, monkeypatch):
     """A run that is finished, but for the evaluation at its end, evaluates and doesn't train."""
     run = shutil.copytree(unbroken, tmp_path / "run")
-    monkeypatch.setattr("clipkit.train.run.evaluate", lambda *arguments, precision: [("colours/top1", 0.5)])
+    monkeypatch.setattr("clipkit.train.run.evaluate", lambda *_: [("colours/top1", 0.5)])
     monkeypatch.setattr(loop, "train_step", None)
     for _ in range(2):
         assert train(debug(), pairs_dataset, run, device_name="cpu", workers=1, task=object(), resume=True).finished

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from clipkit.train.order import WINDOW_BLOCKS, permute, record_indices
 
 sizes = st.integers(1, 3000)
-blocks = st.sampled_from([1, 2, 3, 7, 64, 5000])
+blocks = st.sampled_from([1, 2, 3, 7, 64, 700])
 seeds = st.integers(0, 2**32)
 
 
