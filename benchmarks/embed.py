@@ -46,7 +46,7 @@ def main() -> None:
     options = parser.parse_args()
     config = ModelConfig(512, ImageConfig("vit_base_patch32_224", image_size=224, patch_size=32))
     encoder = clip_encoder(build(config, seed=0).eval(), Tokenizer(), Preprocess(), precision="float32", name="B/32")
-    command.load = lambda *arguments, **how: encoder  # loading is no part of the rate
+    command.load = lambda *arguments, **how: encoder  # the rate doesn't include loading
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "images" / "a"
         folder.mkdir(parents=True)

@@ -130,6 +130,13 @@ def zeroshot(
     return found
 
 
+def cut_notes(cut: int, noun: str, encoder: Encoder) -> list[str]:
+    """The note that so many texts lost words to the context length; none if no text did."""
+    if not cut:
+        return []
+    return [f"{cut:,} {noun} are longer than the {encoder.context_length} text tokens of the model and were cut"]
+
+
 def result_of(
     measured: Measure, outcome: Outcome, task: EvaluationTask, name: str, encoder: Encoder, run: Path | None
 ) -> Result:

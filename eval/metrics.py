@@ -95,11 +95,16 @@ def bootstrapped(metric: str, value_of: Callable[[NDArray[np.int64]], float], n:
     return Measure(metric, value, min(value, float(low)), max(value, float(high)), n, chance)
 
 
+def confidence_bins(confidence_N: NDArray[np.floating]) -> NDArray[np.int64]:
+    """Which of BINS bins of equal width, closed at their upper ends, each confidence is in."""
+    return np.clip(np.ceil(confidence_N * BINS).astype(np.int64) - 1, 0, BINS - 1)
+
+
 def calibration_error(confidence_N: NDArray[np.float64], correct_N: NDArray[np.bool_]) -> float:
     """The expected calibration error: |accuracy − mean confidence| over 15 bins of equal width, weighted by their
     images (Guo et al., 2017).
     """
-    bin_N = np.clip(np.ceil(confidence_N * BINS).astype(np.int64) - 1, 0, BINS - 1)
+    bin_N = confidence_bins(confidence_N)
     gap_B = np.bincount(bin_N, weights=correct_N - confidence_N, minlength=BINS)
     return float(np.abs(gap_B).sum() / len(confidence_N))
 

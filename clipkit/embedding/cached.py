@@ -32,9 +32,9 @@ class Piece:
 
 
 def open_cache(folder: Path | None, limit: int) -> BlockCache | None:
-    """The cache in `folder`, or in the user's cache folder; None, with a warning, where that can't be written.
+    """The cache in `folder`, or else in the user's cache folder. If the latter is not writable: None, and a warning.
 
-    Raises UserError for a `folder` that can't be.
+    Raises UserError if `folder` is given and not writable.
     """
     if folder is not None:
         return BlockCache(folder, limit)

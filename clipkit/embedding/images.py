@@ -1,6 +1,6 @@
 """Many encoded images to unit vectors: decoded on all cores a little ahead of the model, counted and hashed.
 
-An image that can't be decoded is noted, never passed over in silence, and more than a few end the work.
+Unreadable images are recorded and reported. If more than 1% of the images are unreadable, the work stops.
 """
 
 import hashlib
@@ -55,9 +55,9 @@ class ImageSet:
         """`path` and `keys` name the images in messages and hashes; `read` yields them in order, as often as asked."""
         self.path, self.keys, self.read, self.keep_pixels = path, keys, read, keep_pixels
         self.unreadable: dict[int, str] = {}
-        """Places of images that can't be decoded, with the reasons, once they were read."""
+        """The reason for each unreadable image, by its place. Filled while the images are read."""
         self.content = ""
-        """A hash of all encoded images, once they were read."""
+        """A hash of all encoded images. Empty until they have been read."""
         self._pixels: tuple[Preprocess, list[Pixels]] | None = None
         self._decoded: tuple[Preprocess, dict[bytes, list[UInt8Array | ImageError]]] | None = None
 
@@ -69,7 +69,7 @@ class ImageSet:
     ) -> Iterator[Pixels]:
         """The images in batches; `also` is shown each place and encoded image.
 
-        An image that can't be read or decoded is noted in `unreadable`. Raises UserError when those are more than 1%.
+        Unreadable images are recorded in `unreadable`. Raises UserError if they are more than 1% of all.
         """
         if self._pixels is not None and self._pixels[0] == preprocess and also is None:
             yield from self._pixels[1]
@@ -126,7 +126,7 @@ class ImageSet:
         self.content = content.hexdigest()
 
     def note_unreadable(self, place: int, reason: str) -> None:
-        """Count an image that can't be decoded. Raises UserError when they are more than 1%."""
+        """Record an unreadable image. Raises UserError if they are more than 1% of all."""
         self.unreadable[place] = reason
         count, total = len(self.unreadable), len(self)
         if count > UNREADABLE_SHARE * total:

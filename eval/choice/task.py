@@ -15,7 +15,7 @@ from clipkit.embedding.encoder import Compute, Encoder
 from clipkit.embedding.images import ImageSet, image_matrix
 from clipkit.embedding.texts import tokenise, tokenised_matrix
 from clipkit.eval.choice.questions import Question, read_picture, read_questions
-from clipkit.eval.evaluation import Outcome
+from clipkit.eval.evaluation import Outcome, cut_notes
 from clipkit.eval.metrics import Measure, mean_per_class_recall
 from clipkit.eval.results import digest, preprocessing_digest
 from clipkit.formats.folders import printable
@@ -81,12 +81,7 @@ class Choice:
             scores.append((image_NE[rows] @ text_CE[first:stop].T).numpy() if whole else None)
             first = stop
         keys = [[question.key, question.category] for question in self.questions]
-        notes = []
-        if tokenised.cut:
-            notes.append(
-                f"{tokenised.cut:,} captions are longer than the {encoder.context_length} text tokens of the model and "
-                "were cut"
-            )
+        notes = cut_notes(tokenised.cut, "captions", encoder)
         if unreadable := self.pictures.unreadable:
             left_out = counted(sum(each is None for each in scores), "question")
             reason = next(iter(unreadable.values()))

@@ -37,7 +37,7 @@ from clipkit.eval.classification.prompts import (
 )
 from clipkit.eval.classification.webdataset import number_rows
 from clipkit.eval.datasets import PublishedDataset, find_published
-from clipkit.eval.evaluation import Outcome
+from clipkit.eval.evaluation import Outcome, cut_notes
 from clipkit.eval.metrics import (
     Measure,
     average_precision,
@@ -133,11 +133,8 @@ class Classification:
         """Accuracies, and with `keep_guesses` a table with every guess. Raises UserError when the model gives NaN."""
         sample = PictureSample(len(self)) if keep_guesses else None
         guesses = classify(encoder, self, compute, sample.take if sample else None)
-        notes = list(count_notes(self))
-        if cut := self.prompts(encoder.tokenizer, encoder.context_length).texts.cut:
-            notes.append(
-                f"{cut:,} prompts are longer than the {encoder.context_length} text tokens of the model and were cut"
-            )
+        cut = self.prompts(encoder.tokenizer, encoder.context_length).texts.cut
+        notes = [*count_notes(self), *cut_notes(cut, "prompts", encoder)]
         unreadable = self.pictures.unreadable
         if unreadable:
             reason = next(iter(unreadable.values()))

@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 
 from clipkit.eval import results
+from clipkit.eval.metrics import BINS, confidence_bins
 from clipkit.formatting import share
 from clipkit.intervals import wilson
 from clipkit.page.charts import Bin, calibration_chart, histogram, interval_strip
 
 SEED = 0
 TILES, MORE_RIGHT, MISTAKES, FOUND = 12, 6, 8, 6
-BINS = 15
 # Of more classes than twice this many, the worst and the best are shown.
 SHOWN_CLASSES = 12
 
@@ -167,7 +167,7 @@ def calibration(readable: Rows) -> dict[str, Any] | None:
 
 def reliability(confidence_N: np.ndarray, correct_N: np.ndarray) -> list[Bin]:
     """The bins of a reliability diagram that hold guesses: 15 of equal width, open below (Guo et al., 2017)."""
-    bin_N = np.clip(np.ceil(confidence_N * BINS).astype(np.int64) - 1, 0, BINS - 1)
+    bin_N = confidence_bins(confidence_N)
     bins = []
     for number in np.unique(bin_N).tolist():
         inside = bin_N == number

@@ -13,7 +13,7 @@ from clipkit.embedding.encoder import Compute, Encoder
 from clipkit.embedding.images import ImageSet, embed_images
 from clipkit.embedding.texts import tokenise, tokenised_matrix
 from clipkit.errors import UserError
-from clipkit.eval.evaluation import Outcome
+from clipkit.eval.evaluation import Outcome, cut_notes
 from clipkit.eval.results import digest, preprocessing_digest
 from clipkit.eval.retrieval.captioned import CaptionedImages, open_captioned
 from clipkit.eval.retrieval.ranks import Ranks, best_matches, find_ranks
@@ -68,12 +68,7 @@ class Retrieval:
         of every image and caption, and for a seeded sample of them what was found.
         """
         found = rank_all(encoder, self, compute)
-        notes = []
-        if found.cut:
-            notes.append(
-                f"{found.cut:,} captions are longer than the {encoder.context_length} text tokens of the model and "
-                "were cut"
-            )
+        notes = cut_notes(found.cut, "captions", encoder)
         if unreadable := self.pictures.unreadable:
             reason = next(iter(unreadable.values()))
             notes.append(

@@ -19,7 +19,8 @@ class Vectors:
     """Rows float32[E] in the order they were added. The file is in memory while it is small, else in TMPDIR."""
 
     def __init__(self) -> None:
-        self.file = tempfile.SpooledTemporaryFile(IN_MEMORY_BYTES)  # noqa: SIM115 (it is closed with this object)
+        # SIM115 asks for a `with` block, but the file must live as long as this object: the finalizer closes it.
+        self.file = tempfile.SpooledTemporaryFile(IN_MEMORY_BYTES)  # noqa: SIM115
         weakref.finalize(self, self.file.close)
         self.rows = self.width = 0
 

@@ -1,6 +1,5 @@
 """Suites: which datasets are found, by what metric each counts, the average and of what it is, and a second run."""
 
-import dataclasses
 import json
 from pathlib import Path
 
@@ -8,16 +7,13 @@ import pytest
 from click.testing import CliRunner
 from image_shards import picture
 from labelled_sources import tar_of
-from openclip_twin import TINY
+from small_encoder import small_run
 
-from clipkit import checkpoint
 from clipkit.cli.main import main
 from clipkit.errors import UserError
 from clipkit.eval.datasets import published_datasets
 from clipkit.eval.results import read_results
 from clipkit.eval.suite import belongs, entries_of
-from clipkit.model.clip import build
-from clipkit.pixels.images import Preprocess
 
 
 def webdataset(root: Path, labels: tuple[int, ...] = (0, 1, 1)) -> Path:
@@ -33,15 +29,7 @@ def webdataset(root: Path, labels: tuple[int, ...] = (0, 1, 1)) -> Path:
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    @dataclasses.dataclass(frozen=True)
-    class NoRecipe:
-        name: str = "none"
-
-    config = checkpoint.describe(TINY, Preprocess(size=32), NoRecipe())
-    state = {"samples_seen": 64, "stage": "full", "seconds": 1.0, "bad_samples": 0}
-    tensors = build(TINY, seed=1).state_dict()
-    checkpoint.save(checkpoint.folder_of(tmp_path / "run", 64), tensors=tensors, config=config, state=state)
-    return tmp_path / "run"
+    return small_run(tmp_path / "run")
 
 
 def zeroshot(run: Path, data: Path, suite: str, *options: str):

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from ranks import forkserver
+from small_encoder import PREPROCESS, SMALL, small_encoder
 
 from clipkit import embedded
 from clipkit.device import pick
@@ -20,16 +21,10 @@ from clipkit.embedding.images import ImageSet, embed_images, image_matrix
 from clipkit.embedding.texts import text_matrix
 from clipkit.errors import UserError
 from clipkit.model.clip import build
-from clipkit.model.config import ImageConfig, ModelConfig, TextConfig
 from clipkit.pixels.images import Preprocess
 from clipkit.storage.cache import BlockCache
 from clipkit.text.tokenizer import Tokenizer
 
-SMALL = ModelConfig(
-    embed_dim=16,
-    image=ImageConfig("vit_tiny_patch16_224", image_size=32, patch_size=8, width=32, depth=1, heads=2),
-    text=TextConfig(context_length=16, width=32, depth=1, heads=2),
-)
 TEXTS = [f"a picture of {number} birds" for number in range(40)] + ["a bird"] * 2
 BROKEN = 17
 
@@ -51,7 +46,7 @@ def pictures() -> list[bytes]:
 
 @pytest.fixture(scope="module")
 def encoder() -> Encoder:
-    return clip_encoder(build(SMALL, seed=3).eval(), Tokenizer(), Preprocess(size=32))
+    return small_encoder(seed=3)
 
 
 @pytest.fixture
@@ -158,7 +153,7 @@ def die_in_the_third_batch(pictures: list[bytes], folder: Path) -> None:
         return encode(*arguments, **options)
 
     model.encode_image = encode_image
-    killed = clip_encoder(model, Tokenizer(), Preprocess(size=32))
+    killed = clip_encoder(model, Tokenizer(), PREPROCESS)
     image_matrix(killed, image_set(pictures), compute(BlockCache(folder, 1 << 30)))
 
 
@@ -199,4 +194,4 @@ def test_models_with_one_preprocessing_share_what_is_decoded(
     torch.testing.assert_close(image_matrix(other, images, compute(cache))[1], expected_NE)
     # Nothing is kept of a set that is too large.
     monkeypatch.setattr("clipkit.embedding.images.KEEP_PIXELS_BYTES", 1000)
-    assert image_set(pictures).decoded(Preprocess(size=32)) is None
+    assert image_set(pictures).decoded(PREPROCESS) is None

@@ -8,35 +8,19 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from small_encoder import SMALL, small_run
 
 import clipkit
-from clipkit import checkpoint
 from clipkit.embedding.script import LoadedModel
 from clipkit.errors import UserError
 from clipkit.model.clip import build
-from clipkit.model.config import ImageConfig, ModelConfig, TextConfig
 from clipkit.pixels.images import ImageError, Preprocess, eval_transform, normalise
 from clipkit.text.tokenizer import Tokenizer
-
-SMALL = ModelConfig(
-    embed_dim=16,
-    image=ImageConfig("vit_tiny_patch16_224", image_size=32, patch_size=8, width=32, depth=1, heads=2),
-    text=TextConfig(context_length=16, width=32, depth=1, heads=2),
-)
-
-
-@dataclasses.dataclass(frozen=True)
-class NoRecipe:
-    name: str = "none"
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    config = checkpoint.describe(SMALL, Preprocess(size=32), NoRecipe())
-    state = {"samples_seen": 64, "stage": "full", "seconds": 1.0, "bad_samples": 0}
-    run = tmp_path_factory.mktemp("run")
-    tensors = build(SMALL, seed=3).state_dict()
-    return checkpoint.save(checkpoint.folder_of(run, 64), tensors=tensors, config=config, state=state)
+    return small_run(tmp_path_factory.mktemp("run"), seed=3)
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +40,7 @@ def test_images_of_every_kind_give_the_models_vectors(loaded: LoadedModel, tmp_p
     how = Preprocess()
     with torch.no_grad():
         expected_E = build(SMALL, seed=3).eval().encode_image(normalise(image_BHWC, how.mean, how.std))[0]
-    assert found_NE.shape == (5, 16)
+    assert found_NE.shape == (5, SMALL.embed_dim)
     for found_E in (*found_NE, loaded.encode_image(path)):
         np.testing.assert_allclose(found_E, expected_E.numpy(), atol=1e-6)
 
@@ -64,7 +48,9 @@ def test_images_of_every_kind_give_the_models_vectors(loaded: LoadedModel, tmp_p
 def test_texts_give_the_models_vectors_in_their_order(loaded: LoadedModel) -> None:
     texts = ["a long caption about a heron by the river", "a cat", "a dog", "a cat"]
     with torch.no_grad():
-        expected_NE = build(SMALL, seed=3).eval().encode_text(torch.from_numpy(Tokenizer()(texts, 16)))
+        expected_NE = (
+            build(SMALL, seed=3).eval().encode_text(torch.from_numpy(Tokenizer()(texts, SMALL.text.context_length)))
+        )
     np.testing.assert_allclose(loaded.encode_text(texts), expected_NE.numpy(), atol=1e-6)
     np.testing.assert_allclose(loaded.encode_text("a cat"), expected_NE[1].numpy(), atol=1e-6)
 

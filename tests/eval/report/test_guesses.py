@@ -55,7 +55,9 @@ def test_the_calibration_error_is_the_one_by_hand() -> None:
     assert found["error"] == pytest.approx((4 * 0.05 + 2 * 0.4) / 6)
     assert found["verdict"] == "too sure of itself"
     assert found["charts"][0].count('class="whisker"') == 2
-    assert calibration([answer("a", "a", 0.4)])["verdict"] == "less sure than it could be"  # type: ignore[index]
+    unsure = calibration([answer("a", "a", 0.4)])
+    assert unsure is not None
+    assert unsure["verdict"] == "less sure than it could be"
     assert calibration([{**answer("a", "a"), "probabilities": []}]) is None
     assert calibration([]) is None
 

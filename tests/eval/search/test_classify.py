@@ -1,6 +1,5 @@
 """Probabilities of labels are those of zero-shot classification; the page shows the pictures, in any browser window."""
 
-import dataclasses
 import json
 from pathlib import Path
 
@@ -9,33 +8,16 @@ import pytest
 import torch
 from click.testing import CliRunner
 from PIL import Image
+from small_encoder import small_run
 
 import clipkit
-from clipkit import checkpoint
 from clipkit.cli.main import main
 from clipkit.eval.search.page import Tile, picture, write_page
-from clipkit.model.clip import build
-from clipkit.model.config import ImageConfig, ModelConfig, TextConfig
-from clipkit.pixels.images import Preprocess
-
-SMALL = ModelConfig(
-    embed_dim=16,
-    image=ImageConfig("vit_tiny_patch16_224", image_size=16, patch_size=8, width=32, depth=1, heads=2),
-    text=TextConfig(context_length=16, width=32, depth=1, heads=2),
-)
-
-
-@dataclasses.dataclass(frozen=True)
-class NoRecipe:
-    name: str = "none"
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
-    config = checkpoint.describe(SMALL, Preprocess(size=16), NoRecipe())
-    state = {"samples_seen": 64, "stage": "full", "seconds": 1.0, "bad_samples": 0}
-    folder = checkpoint.folder_of(tmp_path_factory.mktemp("run"), 64)
-    return checkpoint.save(folder, tensors=build(SMALL, seed=3).state_dict(), config=config, state=state)
+    return small_run(tmp_path_factory.mktemp("run"), seed=3)
 
 
 @pytest.fixture(scope="module")

@@ -13,9 +13,9 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 from ranks import run_ranks
+from small_encoder import SMALL, small_run
 
 import clipkit
-from clipkit import checkpoint
 from clipkit.cli.main import main
 from clipkit.cli.search import open_pictures
 from clipkit.errors import UserError
@@ -24,32 +24,11 @@ from clipkit.eval.search.find import find_in_file, find_in_pictures, query_vecto
 from clipkit.eval.search.pictures import Picture, Pictures
 from clipkit.eval.search.vectors import matrix_of, open_vectors
 from clipkit.interop.load import load
-from clipkit.model.clip import build
-from clipkit.model.config import ImageConfig, ModelConfig, TextConfig
-from clipkit.pixels.images import Preprocess
-
-SMALL = ModelConfig(
-    embed_dim=16,
-    image=ImageConfig("vit_tiny_patch16_224", image_size=16, patch_size=8, width=32, depth=1, heads=2),
-    text=TextConfig(context_length=16, width=32, depth=1, heads=2),
-)
-
-
-@dataclasses.dataclass(frozen=True)
-class NoRecipe:
-    name: str = "none"
-
-
-def save(run: Path, seed: int) -> Path:
-    config = checkpoint.describe(SMALL, Preprocess(size=16), NoRecipe())
-    state = {"samples_seen": 64, "stage": "full", "seconds": 1.0, "bad_samples": 0}
-    tensors = build(SMALL, seed=seed).state_dict()
-    return checkpoint.save(checkpoint.folder_of(run, 64), tensors=tensors, config=config, state=state)
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
-    return save(tmp_path_factory.mktemp("run"), seed=3)
+    return small_run(tmp_path_factory.mktemp("run"), seed=3)
 
 
 def png(number: int) -> bytes:
@@ -79,10 +58,17 @@ def test_rows_are_what_the_model_gives(model, pairs, tmp_path, dtype, tolerance)
     out = tmp_path / "out.parquet"
     done = run("embed", pairs, out, "--ckpt", model, "--dtype", dtype, "--batch-size", 7, "--device", "cpu", "--json")
     summary = json.loads(done.stdout)
-    assert (summary["records"], summary["unreadable"], summary["captions"], summary["dimensions"]) == (40, 0, 39, 16)
+    assert (summary["records"], summary["unreadable"], summary["captions"], summary["dimensions"]) == (
+        40,
+        0,
+        39,
+        SMALL.embed_dim,
+    )
     table = pq.read_table(out)
     loaded = clipkit.load(model, device="cpu")
-    assert table.schema.field("image").type == pa.list_(pa.float16() if dtype == "float16" else pa.float32(), 16)
+    assert table.schema.field("image").type == pa.list_(
+        pa.float16() if dtype == "float16" else pa.float32(), SMALL.embed_dim
+    )
     expected_NE = loaded.encode_image([png(number) for number in range(40)])
     np.testing.assert_allclose(matrix_of(table["image"]), expected_NE, atol=tolerance)
     captions = [caption for row in table["captions"].to_pylist() for caption in row]
@@ -148,7 +134,7 @@ def test_labelled_images_keep_their_labels(model, tmp_path):
             (tmp_path / "set" / label / f"{number}.png").write_bytes(png(number))
     out = tmp_path / "out.parquet"
     done = run("embed", tmp_path / "set", out, "--ckpt", model, "--device", "cpu", "--precision", "float32")
-    assert "images with labels" in done.stderr and "vectors of 3 images, 16 numbers each" in done.stdout
+    assert "images with labels" in done.stderr and "vectors of 3 images, 32 numbers each" in done.stdout
     assert pq.read_table(out)["label"].to_pylist() == ["cat", "cat", "dog"]
     assert open_vectors(out).about["precision"] == "float32"
     parquet = tmp_path / "kinds.parquet"
@@ -170,14 +156,14 @@ def test_an_image_that_cannot_be_read_is_a_row_with_its_reason(model, tmp_path):
     table = pq.read_table(tmp_path / "out.parquet")
     assert [row for row, vector in enumerate(table["image"].to_pylist()) if vector is None] == [5]
     assert table["problem"][5].as_py() and table["problem"].null_count == 119
-    hits = find_in_file(open_vectors(tmp_path / "out.parquet"), np.ones(16, np.float32), 200)
+    hits = find_in_file(open_vectors(tmp_path / "out.parquet"), np.ones(SMALL.embed_dim, np.float32), 200)
     assert len(hits) == 119 and 5 not in {hit.record for hit in hits}
     with pytest.raises(UserError, match="1 of 50 images can't be read"):
         embed(with_a_bad_image(50), tmp_path / "few.parquet", model, device="cpu")
 
 
 def test_a_file_of_other_things_is_not_replaced(model, pairs, tmp_path):
-    out, other = tmp_path / "out.parquet", save(tmp_path / "other", seed=9)
+    out, other = tmp_path / "out.parquet", small_run(tmp_path / "other", seed=9)
     run("embed", pairs, out, "--ckpt", model, "--device", "cpu")
     before = out.read_bytes()
     for arguments, words in (
@@ -242,7 +228,7 @@ def test_the_command_finds_and_shows(model, pairs, tmp_path):
 
 
 def test_what_cannot_be_searched_is_one_line(model, pairs, tmp_path):
-    out, other = tmp_path / "out.parquet", save(tmp_path / "other", seed=9)
+    out, other = tmp_path / "out.parquet", small_run(tmp_path / "other", seed=9)
     run("embed", pairs, out, "--ckpt", model, "--device", "cpu")
     for arguments, words in (
         ([out, "a cat", "--ckpt", other], "has vectors of other weights"),
