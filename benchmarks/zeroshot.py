@@ -5,7 +5,9 @@ round three processes work in turn: clip_benchmark's own command in an environme
 an empty cache, and the same with the embeddings kept. Ratios are those of a round, as median (smallest to largest), by
 wall clock and by processor time; on a busy machine the processor's is the one to look at. Top-1 must be the same.
 
-The full size, `--images 10000 --classes 1000`, takes hours on two cores.
+The full size, `--images 10000 --classes 1000`, takes hours on two cores. `--costs` extrapolates to it: beside the size
+that is asked for it runs one of five times the images and one of five times the classes. From the differences it takes
+what an image and a prompt cost each side in processor time, and from these what the full size would.
 """
 
 import argparse
@@ -34,6 +36,7 @@ from clipkit import embedded
 ROOT = Path(__file__).parents[1]
 PEER = Path(os.environ.get("CLIPKIT_CLIP_BENCHMARK_PYTHON", ROOT / ".venv-clip-benchmark" / "bin" / "python"))
 MODEL, SIZE, QUALITY, UNIQUE, SHARDS = "ViT-B-32", (500, 375), 90, 500, 4
+FULL, TEMPLATES = (10_000, 1_000), 80
 
 
 def write_data(folder: Path, images: int, classes: int) -> None:
@@ -90,6 +93,33 @@ def run_sides(folder: Path, name: str, workers: int) -> dict[str, tuple[float, f
     return found
 
 
+def costs(runs: list[float], images: int, prompts: int) -> tuple[float, float, float]:
+    """Seconds of an image, of a prompt, and of all else, from those of three runs: one, with 5 times the images, with 5
+    times the prompts."""
+    one, more_images, more_prompts = runs
+    image, prompt = (more_images - one) / (4 * images), (more_prompts - one) / (4 * prompts)
+    return image, prompt, one - image * images - prompt * prompts
+
+
+def extrapolate(folder: Path, images: int, classes: int, rounds: int, workers: int) -> None:
+    """Print what the full size would cost, once a round."""
+    sizes = ((images, classes), (5 * images, classes), (images, 5 * classes))
+    for place, size in enumerate(sizes):
+        write_data(folder / str(place) / "data", *size)
+        (folder / str(place) / "weights.safetensors").symlink_to(folder / "weights.safetensors")
+    for number in range(rounds):
+        found = [run_sides(folder / str(place), f"round-{number}", workers) for place in range(len(sizes))]
+        full = {}
+        for name in found[0]:
+            image, prompt, rest = costs([each[name][1] for each in found], images, TEMPLATES * classes)
+            full[name] = image * FULL[0] + prompt * TEMPLATES * FULL[1] + rest
+            print(
+                f"{name:16}{1e3 * image:8.1f} ms an image{1e3 * prompt:8.2f} ms a prompt{rest:7.1f} s beside them: "
+                f"{full[name]:8,.0f} s at the full size, extrapolated: {full['clip_benchmark'] / full[name]:.2f}",
+                flush=True,
+            )
+
+
 def spread(values: list[float]) -> str:
     return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
 
@@ -100,14 +130,18 @@ def main() -> None:
     parser.add_argument("--classes", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--workers", type=int, default=2, help="of clip_benchmark's loader")
+    parser.add_argument("--costs", action="store_true", help="what an image and a prompt cost, and so the full size")
     options = parser.parse_args()
     if not PEER.is_file():
         raise SystemExit(f"{PEER} isn't there: name clip_benchmark's Python in CLIPKIT_CLIP_BENCHMARK_PYTHON")
     with tempfile.TemporaryDirectory() as folder:
-        write_data(Path(folder) / "data", options.images, options.classes)
         torch.manual_seed(0)
         model = open_clip.create_model(MODEL, load_weights=False)
         save_file(model.state_dict(), Path(folder) / "weights.safetensors")
+        if options.costs:
+            extrapolate(Path(folder), options.images, options.classes, options.rounds, options.workers)
+            return
+        write_data(Path(folder) / "data", options.images, options.classes)
         rounds = [run_sides(Path(folder), f"round-{number}", options.workers) for number in range(options.rounds)]
     print(f"{options.images:,} images, {options.classes:,} classes, {torch.get_num_threads()} threads")
     for name in rounds[0]:

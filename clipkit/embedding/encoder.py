@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, Self
+from typing import TYPE_CHECKING, Protocol, Self, cast
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from clipkit.pixels.images import Preprocess, normalise
 
 if TYPE_CHECKING:
     from clipkit.model.clip import CLIP
+    from clipkit.model.text_tower import Prefixes
     from clipkit.storage.cache import BlockCache
 
 
@@ -168,6 +169,12 @@ class Encoder:
         """int32[B, T] on the device -> unit float32[B, E] there."""
         with compute.device.autocast(compute.precision or self.precision):
             return self.model.encode_text(ids_BT).float()
+
+    @torch.no_grad()
+    def prefix_features(self, prefixes: "Prefixes", compute: Compute) -> Tensor:
+        """The same of texts by their beginnings, where their length isn't fixed, which is so only of clipkit's CLIP."""
+        with compute.device.autocast(compute.precision or self.precision):
+            return cast("CLIP", self.model).encode_prefixes(prefixes).float()
 
 
 def check_finite(vectors_NE: Tensor) -> Tensor:

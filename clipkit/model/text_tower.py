@@ -5,6 +5,9 @@ token, padding changes nothing, so it is left out: all captions lie one behind a
 the linear layers and norms, and attention runs on each bucket of captions of about equal length. That is faster than a
 pass of the tower for each bucket. PyTorch 2.15's nested tensors have no attention without a GPU, and its `varlen_attn`
 needs CUDA and half precision; this is the same code on every device in every precision.
+
+Prompts begin alike, too ("a photo of a"), and what stands before a token is all that decides about its vector. So where
+no gradients are needed, each different beginning is computed once (`shared_prefixes`).
 """
 
 from collections.abc import Callable
@@ -56,9 +59,46 @@ def length_buckets(length_B: np.ndarray) -> Buckets:
     return tuple(buckets)
 
 
+class Prefixes(NamedTuple):
+    """The N different beginnings of B texts, each with its last token, and of what beginnings each text consists."""
+
+    ids_N: Tensor
+    position_N: Tensor
+    """Where the last token of each beginning stands in its text."""
+    prefix_BT: Tensor
+    """int64: the beginning that ends with this token; behind a text's end token any."""
+    first_N: Tensor
+    """Where in all B * T tokens each beginning stands first."""
+    end_B: Tensor
+    """The beginning that is all of the text."""
+
+
+def shared_prefixes(ids_BT: np.ndarray) -> dict[str, np.ndarray]:
+    """The fields of `Prefixes`, of int[B, T] ids whose rows are sorted: equal beginnings in rows that aren't neighbours
+    are computed more than once. On the host, as `length_buckets`."""
+    B, T = ids_BT.shape
+    row_BT, position_BT = np.indices((B, T))
+    end_B = ids_BT.argmax(axis=1)
+    is_new_BT = np.ones((B, T), dtype=bool)
+    is_new_BT[1:] = np.logical_or.accumulate(ids_BT[1:] != ids_BT[:-1], axis=1)
+    # The row in which this beginning stands first.
+    row_BT = np.maximum.accumulate(np.where(is_new_BT, row_BT, 0), axis=0)
+    first_N = np.flatnonzero(is_new_BT & (position_BT <= end_B[:, None]))
+    number_P = np.zeros(B * T, dtype=np.int64)
+    number_P[first_N] = np.arange(len(first_N))
+    prefix_BT = number_P[row_BT * T + position_BT]
+    return {
+        "ids_N": ids_BT.reshape(-1)[first_N],
+        "position_N": position_BT.reshape(-1)[first_N],
+        "prefix_BT": prefix_BT,
+        "first_N": first_N,
+        "end_B": prefix_BT[np.arange(B), end_B],
+    }
+
+
 class Attention(nn.Module):
     """Multi-head attention; if `causal`, a token sees only itself and those before it. [B, T, D] -> [B, T, D]; or, with
-    `buckets`, all their tokens one behind another: [N, D] -> [N, D]."""
+    buckets or prefixes, all their tokens one behind another: [N, D] -> [N, D]."""
 
     def __init__(self, width: int, heads: int, causal: bool) -> None:
         super().__init__()
@@ -67,12 +107,14 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, buckets: Buckets | None = None) -> Tensor:
+    def forward(self, x: Tensor, layout: Buckets | Prefixes | None = None) -> Tensor:
         qkv = self.qkv(x)
-        if buckets is None:
+        if layout is None:
             attended = self.attend(qkv)
+        elif isinstance(layout, Prefixes):
+            attended = self.attend(qkv[layout.prefix_BT]).flatten(0, 1)[layout.first_N]
         else:
-            parts = split(qkv, buckets)
+            parts = split(qkv, layout)
             attended = torch.cat([self.attend(part).flatten(0, 1) for part in parts])
         out: Tensor = self.proj(attended)
         return out
@@ -96,8 +138,8 @@ class TextBlock(nn.Module):
         self.norm2 = nn.LayerNorm(config.width, eps=config.norm_eps)
         self.mlp = Mlp(config.width, int(config.width * config.mlp_ratio), act_layer=get_act_layer(config.act))
 
-    def forward(self, x: Tensor, buckets: Buckets | None = None) -> Tensor:
-        x = x + self.attn(self.norm1(x), buckets)
+    def forward(self, x: Tensor, layout: Buckets | Prefixes | None = None) -> Tensor:
+        x = x + self.attn(self.norm1(x), layout)
         out: Tensor = x + self.mlp(self.norm2(x))
         return out
 
@@ -143,6 +185,14 @@ class TextTower(nn.Module):
         x_BTD = run_blocks(self.blocks, x_BTD, self.recompute if self.training else None)
         x_BD = x_BTD[:, -1] if self.pooling == "last" else take_tokens(x_BTD, end_B)
         out: Tensor = self.norm(x_BD)
+        return out
+
+    def by_prefixes(self, prefixes: Prefixes) -> Tensor:
+        """The vectors [B, D] of texts by way of their different beginnings, where attention is causal."""
+        assert not self.fixed_length
+        x_ND = self.token_embedding(prefixes.ids_N) + self.pos_embed[prefixes.position_N]
+        x_ND = run_blocks(self.blocks, x_ND, None, prefixes)
+        out: Tensor = self.norm(x_ND[prefixes.end_B])
         return out
 
     def without_padding(self, ids_BT: Tensor, end_B: Tensor, buckets: Buckets) -> Tensor:

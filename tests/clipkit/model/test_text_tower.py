@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from clipkit.device import pick
 from clipkit.model.clip import CLIP, build
-from clipkit.model.text_tower import TextTower, length_buckets
+from clipkit.model.text_tower import Prefixes, TextTower, length_buckets, shared_prefixes
 from clipkit.text.tokenizer import EOT, SOT
 
 TOKENS = 32
@@ -121,3 +121,17 @@ def test_what_pytorch_counts_is_the_real_tokens():
 
     share = flops(length_buckets(lengths)) / flops(None)
     assert lengths.mean() / 77 * 0.9 < share < lengths.mean() / 77 * 1.05  # attention shrinks with the square
+
+
+@settings(max_examples=30)
+@given(st.lists(st.lists(st.integers(1, 3), max_size=5), min_size=1, max_size=12))
+@example([[], [1], [1, 2], [1, 2], [1, 3, 1]])
+def test_a_beginning_of_several_texts_is_computed_once(texts):
+    whole = sorted([SOT, *text, EOT] for text in texts)
+    ids_BT = np.array([text + [0] * (7 - len(text)) for text in whole])
+    arrays = shared_prefixes(ids_BT)
+    assert len(arrays["ids_N"]) == len({tuple(text[: end + 1]) for text in whole for end in range(len(text))})
+    prefixes = Prefixes(**{name: torch.from_numpy(array) for name, array in arrays.items()})
+    with torch.no_grad():
+        expected_BE = MODEL.encode_text(torch.from_numpy(ids_BT))
+        torch.testing.assert_close(MODEL.encode_prefixes(prefixes), expected_BE, atol=1e-6, rtol=0)
