@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar, cast
 
 import numpy as np
 import torch
@@ -25,11 +25,12 @@ import torch.distributed
 from torch.utils.checkpoint import checkpoint
 
 from clipkit.errors import UserError
-from clipkit.jobs.worker import cores
+from clipkit.jobs.worker import answer, cores, result_of
 
 GOOGLE_PCI_VENDOR = "0x1ae0"
 
 Precision = Literal["auto", "float32", "bfloat16"]
+R = TypeVar("R")
 
 # What the makers publish as the dense bfloat16 peak of a chip, in 10^12 operations a second (products summed in
 # float32; NVIDIA's sheets mostly give twice as much, with sparsity). The first name that is in the chip's counts.
@@ -214,6 +215,18 @@ class Device:
             torch.distributed.all_gather_object(gathered, value, group=self.control)
         return gathered
 
+    def gather_results(self, work: Callable[[], R]) -> list[R]:
+        """What `work()` gives on each rank. What it raises on one is raised on all, so that none waits for another."""
+        if self.world == 1:
+            return [work()]
+        answers = self.gather(answer(lambda _: work(), None))
+        return [result_of(each, f"rank {rank}") for rank, each in enumerate(answers)]
+
+    def on_first(self, work: Callable[[], R]) -> R:
+        """What `work()` gives on the first rank, which alone does it. What it raises there is raised on all."""
+        found, *_ = self.gather_results(lambda: work() if self.is_first else None)
+        return cast(R, found)
+
     def loader_workers(self) -> int:
         """Loader workers for this process: half of its share of the cores where they compute too, else all but one."""
         here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -301,6 +314,6 @@ def join_ranks(kind: Literal["cpu", "cuda"], why: str) -> Device:
     if world > 1:
         if not torch.distributed.is_initialized():
             torch.distributed.init_process_group("nccl" if kind == "cuda" else "gloo")
-        # The others wait here while the first rank evaluates or saves.
+        # The others wait here while the first rank saves.
         control = torch.distributed.new_group(backend="gloo", timeout=timedelta(hours=12))
     return Device(kind, device, why, rank, world, control=control)

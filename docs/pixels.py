@@ -38,7 +38,7 @@ from clipkit import checkpoint
 from clipkit.counter_rng import sample_keys
 from clipkit.device import pick
 from clipkit.embedding.encoder import Compute, clip_encoder
-from clipkit.embedding.images import ImageSet, Pixels, stack
+from clipkit.embedding.images import ImageSet, Pixels, decode_pixels, stack
 from clipkit.eval.classification.images import LabelledImages
 from clipkit.eval.classification.task import Classification, classify, open_task
 from clipkit.intervals import wilson
@@ -233,7 +233,7 @@ class Evaluation:
     def difference(self, tasks: Sequence[Classification], others: Sequence[Classification]) -> float:
         """Of the pixels, in levels of 255."""
         inputs = [
-            np.concatenate([each.image_BHWC for task in way for each in task.pictures.pixels(self.preprocess, 256)])
+            np.stack([decode_pixels(data, self.preprocess) for task in way for data in task.pictures.read()])
             for way in (tasks, others)
         ]
         return difference(*inputs)

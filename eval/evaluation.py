@@ -7,10 +7,11 @@ import dataclasses
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from clipkit.device import Precision, pick
+from clipkit.device import Device, Precision, pick
 from clipkit.embedding.encoder import Compute, Encoder
 from clipkit.eval import results
 from clipkit.eval.metrics import Measure
@@ -78,7 +79,7 @@ def zeroshot(
     task: EvaluationTask,
     *,
     batch_size: int = 256,
-    device: str = "auto",
+    device: str | Device = "auto",
     precision: Precision | None = None,
     out: Path | None = None,
     ema: bool = False,
@@ -90,22 +91,23 @@ def zeroshot(
     `source` and `vocabulary` are what `clipkit.interop.load` takes. The run is `out`, or the one that a checkpoint of
     clipkit's lies in; outside of a run nothing is written. `ema` takes the averages of the weights, and the task is
     then called `ema/<task>`. Embeddings that `cache` has aren't computed again. In the run, `results.jsonl` gets a line
-    for each metric and `predictions-<task>.parquet` the guesses. Raises UserError for whatever is wrong with the input.
+    for each metric and `predictions-<task>.parquet` the guesses. Of several ranks, which share the work, the first one
+    writes. Raises UserError for whatever is wrong with the input.
     """
     for text in task.notes:
         note(text)
+    where = pick(device) if isinstance(device, str) else device
     encoder = load(source, ema=ema, vocabulary=vocabulary)
     note(encoder.summary)
     run = out or run_of(encoder)
     if run is not None:
-        require_writable(run)
-    where = pick(device)
+        where.on_first(partial(require_writable, run))
     encoder = encoder.to(where.torch_device)
     for text in encoder.notes:
         note(text)
-    with Progress(f"zeroshot {task.name}", len(task), "images") as progress:
+    with Progress(f"zeroshot {task.name}", len(task), "images", quiet=not where.is_first) as progress:
         compute = Compute(where, precision, batch_size, progress.update, cache)
-        outcome = task.measure(encoder, compute, keep_guesses=run is not None)
+        outcome = task.measure(encoder, compute, keep_guesses=run is not None and where.is_first)
     for text in outcome.notes:
         note(text)
     asked = f"ema/{task.name}" if ema else task.name
@@ -116,6 +118,14 @@ def zeroshot(
     if run is None:
         note(f"{encoder.name} isn't in a run's folder, so the numbers aren't written anywhere: give --out to keep them")
         return found
+    return where.on_first(partial(write_outcome, run, outcome, task, found, encoder))
+
+
+def write_outcome(
+    run: Path, outcome: Outcome, task: EvaluationTask, found: list[Result], encoder: Encoder
+) -> list[Result]:
+    """Write results and guesses into a run; returns the results as they were written."""
+    asked = found[0].task
     found = results.write_results(run, found)  # before the guesses, which may find no room
     name = found[0].task
     if name != asked:

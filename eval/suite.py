@@ -8,10 +8,12 @@ again.
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 from clipkit.config import did_you_mean, nearest
+from clipkit.device import Device, pick
 from clipkit.errors import UserError, one_line
 from clipkit.eval import results
 from clipkit.eval.classification.task import Classification, known_hashes
@@ -117,22 +119,29 @@ def entries_of_file(path: Path, root: Path) -> list[Entry]:
 
 
 def evaluate_suite(
-    source: str, entries: Sequence[Entry], *, out: Path | None = None, ema: bool = False, **options: Any
+    source: str,
+    entries: Sequence[Entry],
+    *,
+    device: str | Device = "auto",
+    out: Path | None = None,
+    ema: bool = False,
+    **options: Any,
 ) -> list[Result]:
     """The main number of each dataset, computed or as the run has it. `options` are those of `zeroshot`.
 
     Raises UserError for data that can't be read, and for a metric that a dataset doesn't have.
     """
+    where = pick(device) if isinstance(device, str) else device
     encoder = load(source, ema=ema, vocabulary=options.get("vocabulary"))
     run = out or run_of(encoder)
     found = []
     for entry in entries:
         task = open_data(entry.kind, entry.data, **entry.options)
-        done = done_before(task, encoder.weights, run) if run is not None else []
+        done = where.on_first(partial(done_before, task, encoder.weights, run)) if run is not None else []
         if done:
             note(f"{entry.name}: {run} has its results already")
         else:
-            done = zeroshot(source, task, out=out, ema=ema, **options)
+            done = zeroshot(source, task, device=where, out=out, ema=ema, **options)
         by_metric = {result.metric: result for result in done}
         if entry.metric not in by_metric:
             raise UserError(f"{entry.name} has no metric {entry.metric!r}: {nearest(entry.metric, by_metric)}")

@@ -132,14 +132,14 @@ def train(
         writer = open_writers(folder, recipe, start, log_to) if device.is_first else Writer()
         stack.callback(writer.close)
         stop = Stop(only_process=device.world == 1)
-        task, captions = task if device.is_first else None, FirstCaptions(found.source())
+        captions = FirstCaptions(found.source())
         run = Run(recipe, folder, found, tokenizer, device, writer, task, workers, stop, captions, start.samples_seen)
         stack.enter_context(stop_on_signal(stop))
         if start.own:
             state = start.own.state
             run.seconds, run.bad_samples = float(state["seconds"]), int(state["bad_samples"])
             run.skipped = [(first, last) for first, last in state.get("skipped", ())]
-            if run.task and is_evaluation_missing(run, start.own):
+            if run.task and device.on_first(partial(is_evaluation_missing, run, start.own)):
                 evaluate_at_start(run, start.own)
             (run.stop.agreed,) = device.agree(stop.asked)
 
@@ -280,7 +280,7 @@ def run_stage(
                 if must_evaluate:
                     evaluate_now(run, stage.name, model, preprocess_at(recipe, stage), average)
                 if is_end or must_save or must_evaluate:
-                    (run.stop.agreed,) = device.agree(run.stop.asked)  # all wait here for the first rank
+                    (run.stop.agreed,) = device.agree(run.stop.asked)  # all wait here for the first rank's files
             if run.stop.agreed:
                 break
     if run.stop.agreed and run.samples_seen > stage_start + start:

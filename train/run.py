@@ -7,6 +7,7 @@ import itertools
 import math
 import time
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -118,26 +119,28 @@ def is_evaluation_missing(run: Run, start: checkpoint.Checkpoint) -> bool:
 
 
 def evaluate_now(run: Run, stage: str, model: CLIP, preprocess: Preprocess, average: CLIP | None = None) -> None:
-    """Write the numbers of the run's task, if it has one, with those of the averaged weights as `ema/…`. Where it fails
-    that is reported, and training goes on.
+    """Write the numbers of the run's task, if it has one, with those of the averaged weights as `ema/…`. All ranks take
+    part. Where it fails that is reported, and training goes on.
     """
     if run.task is None:
         return
     place: dict[str, float | int | str] = {"samples_seen": run.samples_seen, "stage": stage}
     found: dict[str, float] = {}
+    compute = Compute(run.device, check=partial(run.stop.check, run.device))
     try:
         with run.stop.while_evaluating():
             for prefix, each in (("", model), ("ema/", average)):
                 if each is not None:
                     encoder = clip_encoder(each, run.tokenizer, preprocess, precision=run.recipe.precision)
-                    pairs = evaluate(encoder, run.task, Compute(run.device))
+                    pairs = evaluate(encoder, run.task, compute)
                     found |= {prefix + name: value for name, value in pairs}
         run.writer.write({**place, **found})
     except StopNowError:
         run.evaluation_missing = True
     except EVALUATION_ERRORS as error:
         reason = one_line(error)
-        warn_on_stderr(f"no evaluation at {run.samples_seen:,} samples, training goes on: {reason}")
+        if run.device.is_first:
+            warn_on_stderr(f"no evaluation at {run.samples_seen:,} samples, training goes on: {reason}")
         run.writer.write({**place, "evaluation_error": reason})
 
 

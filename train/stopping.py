@@ -1,8 +1,9 @@
 """How a training run ends in good order: by Ctrl-C, a closed terminal, or the signals of a scheduler.
 
 A signal asks for a stop after the step under way, since all ranks have to stop at the same step to save a checkpoint.
-It ends an evaluation at once, as that can take longer than a scheduler waits, and a resumed run makes it again. A
-process that is the only one of its run may also stop at once where it waits for data, which may never come.
+It ends an evaluation, as that can take longer than a scheduler waits, and a resumed run makes it again: at once, or
+where several ranks share it, after the batches under way. A process that is the only one of its run also stops at once
+where it waits for data, which may never come.
 """
 
 import contextlib
@@ -12,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from types import FrameType
 
+from clipkit.device import Device
 from clipkit.train.loader.loader import Batch
 
 # SIGUSR1 is what schedulers are asked to send some time before the end (SLURM: --signal=USR1@120).
@@ -39,14 +41,19 @@ class Stop:
 
     @contextlib.contextmanager
     def while_evaluating(self) -> Iterator[None]:
-        """Leave the block by StopNowError when a signal comes, or has come."""
+        """Leave the block by StopNowError when a signal comes, or has come; of several ranks, in `check`."""
         self.evaluating = True
         try:
-            if self.asked:
+            if self.asked and self.only_process:
                 raise StopNowError
             yield
         finally:
             self.evaluating = False
+
+    def check(self, device: Device) -> None:
+        """Raise StopNowError on all ranks if one of them got a signal. All call this together."""
+        if any(device.agree(self.asked)):
+            raise StopNowError
 
 
 class StopNowError(BaseException):
@@ -64,7 +71,7 @@ def stop_on_signal(stop: Stop) -> Iterator[None]:
         if stop.asked and number == signal.SIGINT:
             raise KeyboardInterrupt
         stop.signal = stop.signal or number
-        if stop.evaluating or (stop.waiting and stop.only_process):
+        if (stop.evaluating or stop.waiting) and stop.only_process:
             raise StopNowError
 
     if threading.current_thread() is not threading.main_thread():

@@ -1,5 +1,7 @@
 """The commands that evaluate models and show what was found."""
 
+import contextlib
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,6 +23,7 @@ from clipkit.errors import UserError
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from clipkit.device import Device
     from clipkit.eval.open import TaskKind
     from clipkit.eval.results import Result
     from clipkit.eval.tables import TableFormat
@@ -117,8 +120,10 @@ def zeroshot(
     features of training images, without texts. --suite: every dataset that --data has a folder of. A checkpoint
     describes itself, so it needs no model name.
     docs/evaluation.md says which models of other projects can be measured. Embeddings are kept, so the same command
-    given again goes on where it was stopped.
+    given again goes on where it was stopped. On several GPUs, start it by torchrun: torchrun --nproc-per-node 8 -m
+    clipkit zeroshot …
     """
+    from clipkit.device import pick
     from clipkit.embedding.cached import open_cache
     from clipkit.eval.evaluation import zeroshot as stage
     from clipkit.eval.open import open_data
@@ -132,7 +137,8 @@ def zeroshot(
         raise UserError("--cache and --no-cache exclude each other: leave out one of them")
     kept = None if no_cache else open_cache(cache, int(cache_gb * 1e9))
     outs = {model: out / file_name(model) if out and len(models) > 1 else out for model in models}
-    how: dict[str, Any] = {"batch_size": batch_size, "device": device, "precision": precision, "cache": kept}
+    where = pick(device)
+    how: dict[str, Any] = {"batch_size": batch_size, "device": where, "precision": precision, "cache": kept}
     how |= {"ema": ema, "vocabulary": tokenizer}
 
     def measured() -> "Iterator[list[Result]]":
@@ -148,14 +154,27 @@ def zeroshot(
             yield from ([number] for number in numbers)
             click.echo(summary(suite, numbers, missing)[1], err=True)
 
-    tabled: list[Result] = []
-    for each in measured():
-        if table_format == "table" or as_json:
-            print_results(each, as_json)
-        else:
-            tabled += each
-    if tabled:
-        echo(results_text(tabled, table_format))
+    with one_of_ranks(where):
+        tabled: list[Result] = []
+        for each in measured():
+            if table_format == "table" or as_json:
+                print_results(each, as_json)
+            else:
+                tabled += each
+        if tabled:
+            echo(results_text(tabled, table_format))
+
+
+@contextlib.contextmanager
+def one_of_ranks(device: "Device") -> "Iterator[None]":
+    """Let the first of the ranks print. They leave their group at the end, but not after an error: others may wait."""
+    with contextlib.ExitStack() as stack:
+        if not device.is_first:
+            nowhere = stack.enter_context(Path(os.devnull).open("w"))
+            stack.enter_context(contextlib.redirect_stdout(nowhere))
+            stack.enter_context(contextlib.redirect_stderr(nowhere))
+        yield
+    device.close()
 
 
 def refuse_beside_suite(options: dict[str, Any], data: tuple[Path, ...]) -> None:

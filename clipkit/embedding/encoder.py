@@ -8,9 +8,9 @@ import contextlib
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, Self, cast
+from typing import TYPE_CHECKING, Protocol, Self, TypeVar, cast
 
 import numpy as np
 import torch
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from clipkit.model.clip import CLIP
     from clipkit.model.text_tower import Prefixes
     from clipkit.storage.cache import BlockCache
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 class TextTokenizer(Protocol):
@@ -74,7 +77,7 @@ class Towers(Protocol):
 
 @dataclass(frozen=True)
 class Compute:
-    """Where and how embeddings are computed."""
+    """Where and how embeddings are computed, and which part of the work is whose."""
 
     device: Device
     precision: Precision | None = None
@@ -84,6 +87,40 @@ class Compute:
     """Told how many images are done."""
     cache: "BlockCache | None" = None
     """Where embeddings are kept, and looked for first."""
+    check: Callable[[], None] | None = None
+    """Called before each batch, on all ranks together; what it raises ends the work."""
+
+    def own_numbers(self, count: int) -> list[int]:
+        """Of `count` batches, the number of the one that this rank works on in each round."""
+        return [min(first + self.device.rank, count - 1) for first in range(0, count, self.device.world)]
+
+    def deal(self, count: int, begin: Callable[[range, int], T], work: Callable[[T], R]) -> Iterator[R]:
+        """The results of batches 0 to `count` - 1, which are dealt to the ranks in turn: all of them on every rank, in
+        order. The batches are those of one process, so whatever follows from the results is the same too.
+
+        In each round every rank works on one batch: `begin` gets the numbers of the round's batches and this rank's own
+        among them, a round ahead, and `work` gets what `begin` returned. In the last round there may be fewer batches
+        than ranks; those left over do the last batch too, for a model whose weights are sharded needs all ranks in each
+        forward pass. What is raised on one rank is raised on all. Raises UserError where ranks count other batches.
+        """
+        device = self.device
+        if len(set(device.gather(count))) > 1:
+            raise UserError("the ranks don't see the same data: give the processes of all machines the same files")
+        own, begun = iter(self.own_numbers(count)), list[T]()
+
+        def step(numbers: range) -> list[R]:
+            if numbers:
+                begun.append(begin(numbers, next(own)))
+            return [work(begun.pop(0))] if len(begun) > bool(numbers) else []
+
+        before = range(0)
+        for first in range(0, count + device.world, device.world):
+            if self.check is not None:
+                self.check()
+            numbers = range(first, min(first + device.world, count))
+            for found in device.gather_results(partial(step, numbers))[: len(before)]:
+                yield from found
+            before = numbers
 
 
 @dataclass(frozen=True, eq=False)

@@ -66,18 +66,26 @@ def text_batches(texts: TokenisedTexts, fixed_length: bool) -> Iterator[slice]:
 
 
 def embed_tokenised(encoder: Encoder, texts: TokenisedTexts, compute: Compute) -> Iterator[tuple[slice, Tensor]]:
-    """Unit vectors float32[rows, E] on the device, for one slice of the different texts after another."""
+    """Unit vectors float32[rows, E] on the device, for one slice of the different texts after another. The ranks share
+    the work.
+    """
     device = compute.device
     width = texts.ids_PT.shape[1]
     fixed_length = device.static_shapes or encoder.fixed_length  # on XLA, as each new shape is compiled
-    for part in text_batches(texts, fixed_length):
+    parts = list(text_batches(texts, fixed_length))
+
+    def work(part: slice) -> Tensor:
         ids_BT = texts.ids_PT[part]
         if device.static_shapes:
             ids_BT = pad_rows(ids_BT, -(-max(1, TOKENS_PER_BATCH // width) // device.shards) * device.shards)
         elif not fixed_length:
             ids_BT = np.ascontiguousarray(ids_BT[:, : texts.length_P[part].max()])
-        yield part, _embed(encoder, ids_BT, part.stop - part.start, fixed_length, compute)
+        text_BE = _embed(encoder, ids_BT, part.stop - part.start, fixed_length, compute)
         device.end_step()
+        return text_BE if device.world == 1 else text_BE.cpu()
+
+    for part, text_BE in zip(parts, compute.deal(len(parts), lambda _, own: parts[own], work), strict=True):
+        yield part, text_BE.to(device.torch_device)
 
 
 def _embed(encoder: Encoder, ids_BT: NDArray[np.int32], rows: int, fixed_length: bool, compute: Compute) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from clipkit.device import pick
 from clipkit.train.stopping import SIGNALS, Stop, StopNowError, stop_on_signal, until_stopped
 
 
@@ -74,10 +75,9 @@ def test_nothing_is_handled_outside_the_main_thread() -> None:
     assert seen == [signal.getsignal(signal.SIGTERM)]
 
 
-@pytest.mark.parametrize("only_process", [True, False])
 @pytest.mark.parametrize("number", SIGNALS)
-def test_a_signal_ends_an_evaluation(number: int, only_process: bool) -> None:
-    stop = Stop(only_process)
+def test_a_signal_ends_an_evaluation(number: int) -> None:
+    stop = Stop(only_process=True)
     began = time.monotonic()
     with stop_on_signal(stop):
         with pytest.raises(StopNowError), stop.while_evaluating():
@@ -87,6 +87,17 @@ def test_a_signal_ends_an_evaluation(number: int, only_process: bool) -> None:
             raise AssertionError("no other evaluation begins")
     assert (stop.signal, stop.evaluating) == (number, False)
     assert time.monotonic() - began < 30
+
+
+def test_one_of_several_ranks_leaves_an_evaluation_with_the_others() -> None:
+    stop, device = Stop(only_process=False), pick("cpu")
+    with stop_on_signal(stop), pytest.raises(StopNowError), stop.while_evaluating():
+        stop.check(device)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.01)
+        assert stop.asked
+        stop.check(device)
+        raise AssertionError("the next batch isn't begun")
 
 
 def test_a_run_under_nohup_outlives_its_terminal() -> None:

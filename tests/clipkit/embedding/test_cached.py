@@ -77,7 +77,7 @@ def test_images_out_of_the_cache_are_the_same(
         assert (again.content, again.unreadable) == (plain.content, plain.unreadable) != ("", {})
         assert shown == list(range(120)) * (attempt + 1)
         assert cache.made == 4
-        monkeypatch.setattr("clipkit.embedding.images.digest_and_decode", None)
+        monkeypatch.setattr("clipkit.embedding.images.decode_pixels", None)
 
 
 def test_a_batch_without_a_readable_image_is_passed_by(
@@ -190,8 +190,8 @@ def test_models_with_one_preprocessing_share_what_is_decoded(
     expected_NE = image_matrix(other, image_set(pictures), compute(None))[1]
     images = image_set(pictures)
     image_matrix(encoder, images, compute(cache))
-    monkeypatch.setattr("clipkit.embedding.images.digest_and_decode", None)
+    monkeypatch.setattr("clipkit.embedding.images.decode_pixels", None)
     torch.testing.assert_close(image_matrix(other, images, compute(cache))[1], expected_NE)
     # Nothing is kept of a set that is too large.
     monkeypatch.setattr("clipkit.embedding.images.KEEP_PIXELS_BYTES", 1000)
-    assert image_set(pictures).decoded(PREPROCESS) is None
+    assert image_set(pictures).kept(PREPROCESS, 32) is None
