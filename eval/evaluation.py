@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from clipkit.device import Device, Precision, pick
 from clipkit.embedding.encoder import Compute, Encoder
@@ -19,6 +19,7 @@ from clipkit.eval.results import Result
 from clipkit.formats.folders import printable
 from clipkit.interop.load import load
 from clipkit.log import Progress, warn_on_stderr
+from clipkit.pixels.images import Preprocess
 from clipkit.storage.cache import BlockCache
 from clipkit.storage.files import require_writable
 
@@ -31,8 +32,6 @@ class Outcome:
     """What a task found out about a model."""
 
     measures: list[Measure]
-    hashes: dict[str, str]
-    """Of all that the numbers depend on beside the weights. Equal hashes: comparable numbers."""
     classes: int = 0
     """How many there are to choose from, where it is always the same number."""
     templates: str = ""
@@ -61,6 +60,10 @@ class EvaluationTask(Protocol):
 
     def __len__(self) -> int:
         """How many images there are."""
+        ...
+
+    def hashes(self, preprocess: Preprocess) -> dict[str, str]:
+        """Of all that the numbers depend on beside the model. The images are read for it unless they were before."""
         ...
 
     def measure(self, encoder: Encoder, compute: Compute, keep_guesses: bool = False) -> Outcome:
@@ -111,7 +114,23 @@ def zeroshot(
     for text in outcome.notes:
         note(text)
     asked = f"ema/{task.name}" if ema else task.name
-    found = [result_of(measured, outcome, task, asked, encoder, run) for measured in outcome.measures]
+    common: dict[str, Any] = {
+        "classes": outcome.classes,
+        "task": asked,
+        "data": printable(str(task.path.absolute())),
+        "samples_seen": encoder.samples_seen,
+        "checkpoint": relative(encoder.path, run) if encoder.path else encoder.name,
+        "hashes": task.hashes(encoder.preprocess),
+        "templates": outcome.templates,
+        "unreadable": outcome.unreadable,
+        "largest_class": outcome.largest_class,
+        "kind": task.kind,
+        "weights": encoder.weights,
+        "model": encoder.name,
+        "notes": (*encoder.notes, *outcome.notes),
+        "precision": where.arithmetic(precision or encoder.precision),
+    }
+    found = [Result(**dataclasses.asdict(measured), **common) for measured in outcome.measures]
     for result in found:
         if doubt := results.verdict(result):
             warn_on_stderr(f"{asked}: {results.METRICS.get(result.metric, result.metric)} is {doubt}")
@@ -145,28 +164,6 @@ def cut_notes(cut: int, noun: str, encoder: Encoder) -> list[str]:
     if not cut:
         return []
     return [f"{cut:,} {noun} are longer than the {encoder.context_length} text tokens of the model and were cut"]
-
-
-def result_of(
-    measured: Measure, outcome: Outcome, task: EvaluationTask, name: str, encoder: Encoder, run: Path | None
-) -> Result:
-    """One line of `results.jsonl`."""
-    return Result(
-        **dataclasses.asdict(measured),
-        classes=outcome.classes,
-        task=name,
-        data=printable(str(task.path.absolute())),
-        samples_seen=encoder.samples_seen,
-        checkpoint=relative(encoder.path, run) if encoder.path else encoder.name,
-        hashes=outcome.hashes,
-        templates=outcome.templates,
-        unreadable=outcome.unreadable,
-        largest_class=outcome.largest_class,
-        kind=task.kind,
-        weights=encoder.weights,
-        model=encoder.name,
-        notes=(*encoder.notes, *outcome.notes),
-    )
 
 
 def run_of(encoder: Encoder) -> Path | None:

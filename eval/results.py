@@ -37,6 +37,7 @@ METRICS = {
     "worst_group_top1": "top-1 of the worst group",
     "worst_group_top5": "top-5 of the worst group",
     "macro_f1": "macro F1",
+    "average": "average",
     "aupr": "AUPR of what is out of distribution",
     **{f"text_retrieval_recall@{k}": f"image to text, recall@{k}" for k in (1, 5, 10)},
     "text_retrieval_median_rank": "image to text, median rank",
@@ -75,11 +76,15 @@ class Result(Measure):
     """The model's name as it was asked for."""
     notes: tuple[str, ...] = ()
     """What belongs with the number: prompts that were cut, images that can't be read."""
+    precision: str = ""
+    """The towers' arithmetic."""
 
     @property
     def identity(self) -> tuple[object, ...]:
         """What makes two lines the same measurement: a repeated one replaces the older."""
-        return self.metric, self.task, self.checkpoint, tuple(sorted(self.hashes.items()))
+        # Of a suite there is one average, however many of its datasets there were.
+        hashes = () if self.kind == "suite" else tuple(sorted(self.hashes.items()))
+        return self.metric, self.task, self.checkpoint, hashes
 
 
 def digest(value: Any) -> str:
@@ -175,11 +180,8 @@ def verdict(result: Result) -> str:
     if result.low <= result.chance <= result.high:
         return "not distinguishable from chance"
     if result.low > result.chance if result.metric in RANKS else result.high < result.chance:
-        wrong = (
-            "the labels and the class names"
-            if result.kind in PROBES | {"classification"}
-            else "which captions are of which image"
-        )
+        are_labels = result.kind in PROBES | {"classification", "suite"}
+        wrong = "the labels and the class names" if are_labels else "which captions are of which image"
         return f"worse than chance: check {wrong}"
     # Mean per-class recall gains nothing by guessing the commonest class, and top-5 is not comparable with its share.
     if result.metric == "top1" and result.low <= result.largest_class:
@@ -207,6 +209,8 @@ def counted_on(results: Sequence[Result]) -> str:
             return f"{counted(n['text'], 'image')}, {counted(n['image'], 'caption')}"
         case "choice":
             return counted(one.n, "question")
+        case "suite":
+            return counted(one.n, "dataset")
         case "linear-probe" | "few-shot" | "knn":
             return f"{one.n:,} images, {one.classes:,} classes"
     return f"{one.n:,} images, {one.classes:,} classes, templates {one.templates}"

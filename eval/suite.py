@@ -1,26 +1,27 @@
 """Many datasets in one command: the published suites, or one of a person's own in TOML.
 
 Each dataset found is evaluated with its own templates and gives the metric that it is quoted by; the suite's number is
-their mean. A dataset that the run has results of already, of the same weights, classes and templates, is not computed
-again.
+their mean. A dataset that the run has results of already, of the same weights, precision and hashes, is not computed
+again; its images are read for that, but neither decoded nor embedded.
 """
 
+import math
 import tomllib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 from clipkit.config import did_you_mean, nearest
-from clipkit.device import Device, pick
+from clipkit.device import Device, Precision, pick
+from clipkit.embedding.encoder import Encoder
 from clipkit.errors import UserError, one_line
 from clipkit.eval import results
-from clipkit.eval.classification.task import Classification, known_hashes
 from clipkit.eval.datasets import PublishedDataset, name_published, published_datasets
 from clipkit.eval.evaluation import EvaluationTask, note, run_of, zeroshot
 from clipkit.eval.open import KINDS, TaskKind, open_data
-from clipkit.eval.results import Result
+from clipkit.eval.results import Result, digest
 from clipkit.formats.folders import printable
 from clipkit.formatting import counted, percent
 from clipkit.interop.load import load
@@ -120,56 +121,90 @@ def entries_of_file(path: Path, root: Path) -> list[Entry]:
 
 def evaluate_suite(
     source: str,
-    entries: Sequence[Entry],
+    suite: str,
+    root: Path,
     *,
     device: str | Device = "auto",
     out: Path | None = None,
     ema: bool = False,
+    precision: Precision | None = None,
     **options: Any,
-) -> list[Result]:
-    """The main number of each dataset, computed or as the run has it. `options` are those of `zeroshot`.
+) -> Iterator[Result]:
+    """The main number of each dataset of a suite below `root`, computed or as the run has it, and then their average,
+    which goes into the run too. `options` are those of `zeroshot`.
 
-    Raises UserError for data that can't be read, and for a metric that a dataset doesn't have.
+    Raises UserError as `entries_of`, for data that can't be read, and for a metric that a dataset doesn't have.
     """
+    entries, missing = entries_of(suite, root)
     where = pick(device) if isinstance(device, str) else device
     encoder = load(source, ema=ema, vocabulary=options.get("vocabulary"))
-    run = out or run_of(encoder)
+    run, arithmetic = out or run_of(encoder), where.arithmetic(precision or encoder.precision)
     found = []
     for entry in entries:
         task = open_data(entry.kind, entry.data, **entry.options)
-        done = where.on_first(partial(done_before, task, encoder.weights, run)) if run is not None else []
+        # Only the first rank looks, since the others may see what it writes.
+        look = partial(done_before, task, encoder, arithmetic, run)
+        done = where.on_first(look)
         if done:
             note(f"{entry.name}: {run} has its results already")
         else:
-            done = zeroshot(source, task, device=where, out=out, ema=ema, **options)
+            done = zeroshot(source, task, device=where, out=out, ema=ema, precision=precision, **options)
         by_metric = {result.metric: result for result in done}
         if entry.metric not in by_metric:
             raise UserError(f"{entry.name} has no metric {entry.metric!r}: {nearest(entry.metric, by_metric)}")
         found.append(by_metric[entry.metric])
-    return found
+        yield found[-1]
+    mean = average(Path(suite).stem, root, found, missing)
+    note(mean.notes[0])
+    if run is not None:
+        where.on_first(partial(results.write_results, run, [mean]))
+    yield mean
 
 
-def done_before(task: EvaluationTask, weights: str, run: Path) -> list[Result]:
-    """What a run has of a task: of the same weights, name, place of the data, and hashes that need no image."""
-    if task.kind in results.PROBES:  # which depend on training images that aren't known before they are read
-        return []
-    known = known_hashes(task) if isinstance(task, Classification) else {}
-    return [
+def done_before(task: EvaluationTask, encoder: Encoder, arithmetic: str, run: Path | None) -> list[Result]:
+    """What a run has of a task: of the same weights, arithmetic, name, place of the data, and hashes."""
+    candidates = [
         result
-        for result in results.read_results(run)
-        if result.weights == weights
+        for result in (results.read_results(run) if run is not None else ())
+        if (result.weights, result.precision) == (encoder.weights, arithmetic)
         and result.task.removeprefix("ema/") == task.name
         and result.data == printable(str(task.path.absolute()))
-        and all(result.hashes.get(name) == value for name, value in known.items())
     ]
+    hashes = task.hashes(encoder.preprocess) if candidates else {}
+    return [result for result in candidates if result.hashes == hashes]
 
 
-def summary(suite: str, found: Sequence[Result], missing: Sequence[str]) -> tuple[float, str]:
-    """The mean of the numbers, and a line that says of how many."""
-    mean = sum(result.value for result in found) / len(found)
-    if not missing:
-        return mean, f"{suite}: average of {counted(len(found), 'dataset')}: {percent(mean)}"
-    return mean, (
-        f"{suite}: average of the {counted(len(found), 'dataset')} that are there: {percent(mean)}; not the suite's "
-        f"own average, for {len(missing)} of {len(found) + len(missing)} are missing: {', '.join(missing)}"
+def average(suite: str, root: Path, found: Sequence[Result], missing: Sequence[str]) -> Result:
+    """The mean of some datasets' numbers as a result, whose note says of how many. Its interval is for other images of
+    each dataset: the distances to its ends are added as independent ones are.
+    """
+    values, count = [result.value for result in found], len(found)
+    mean = sum(values) / count
+    below, above = (
+        math.hypot(*(getattr(result, end) - result.value for result in found)) / count for end in ("low", "high")
+    )
+    said = f"{suite}: average of {counted(count, 'dataset')}: {percent(mean)}"
+    if missing:
+        said = (
+            f"{suite}: average of the {count} of {counted(count + len(missing), 'dataset')} that are there: "
+            f"{percent(mean)}; not the suite's own average, for there are missing: {', '.join(missing)}"
+        )
+    members = [(each.task, each.metric, {**each.hashes, "preprocessing": ""}) for each in found]
+    return replace(
+        found[0],
+        metric="average",
+        value=mean,
+        low=max(0.0, mean - below),
+        high=min(1.0, mean + above),
+        n=count,
+        chance=sum(result.chance for result in found) / count,
+        classes=0,
+        task=suite,
+        data=printable(str(root.absolute())),
+        hashes={"datasets": digest(members), "preprocessing": found[0].hashes.get("preprocessing", "")},
+        templates="",
+        unreadable=sum(result.unreadable for result in found),
+        largest_class=0.0,
+        kind="suite",
+        notes=(said,),
     )

@@ -128,7 +128,7 @@ def zeroshot(
     from clipkit.eval.evaluation import zeroshot as stage
     from clipkit.eval.open import open_data
     from clipkit.eval.results import file_name
-    from clipkit.eval.suite import entries_of, evaluate_suite, summary
+    from clipkit.eval.suite import evaluate_suite
     from clipkit.eval.tables import results_text
 
     if len(data) > 1 and task_options["name"]:
@@ -148,11 +148,8 @@ def zeroshot(
                 yield from (stage(model, task, out=outs[model], **how) for model in models)
             return
         refuse_beside_suite({"task": kind, **task_options}, data)
-        entries, missing = entries_of(suite, data[0])
         for model in models:
-            numbers = evaluate_suite(model, entries, out=outs[model], **how)
-            yield from ([number] for number in numbers)
-            click.echo(summary(suite, numbers, missing)[1], err=True)
+            yield from ([number] for number in evaluate_suite(model, suite, data[0], out=outs[model], **how))
 
     with one_of_ranks(where):
         tabled: list[Result] = []

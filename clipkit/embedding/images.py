@@ -59,12 +59,25 @@ class ImageSet:
         self.path, self.keys, self.read, self.keep_pixels = path, keys, read, keep_pixels
         self.unreadable: dict[int, str] = {}
         """The reason for each unreadable image, by its place. Filled while the images are read."""
-        self.content = ""
-        """A hash of all encoded images. Empty until they have been read."""
+        self._content = ""
         self._kept: tuple[Preprocess, int, dict[int, Pixels]] | None = None
 
     def __len__(self) -> int:
         return len(self.keys)
+
+    @property
+    def content(self) -> str:
+        """A hash of all encoded images, which are read for it unless they were embedded before."""
+        if not self._content:
+            content = hashlib.blake2b(digest_size=16)
+            for data in self.read():
+                content.update(digest_image(data))
+            self._content = content.hexdigest()
+        return self._content
+
+    @content.setter
+    def content(self, found: str) -> None:
+        self._content = found
 
     def kept(self, preprocess: Preprocess, batch_size: int) -> dict[int, Pixels] | None:
         """Decoded batches by their numbers: earlier models left them, this one is to. None where they don't fit."""

@@ -21,7 +21,7 @@ from clipkit.eval.results import digest, preprocessing_digest
 from clipkit.formats.folders import printable
 from clipkit.formatting import counted
 from clipkit.intervals import wilson
-from clipkit.pixels.images import ImageError, thumbnail
+from clipkit.pixels.images import ImageError, Preprocess, thumbnail
 
 MOST_CATEGORIES = 60  # more of them get no number each
 CHANCE_OF_PAIRS = {"text_score": 1 / 4, "image_score": 1 / 4, "group_score": 1 / 6}
@@ -61,6 +61,16 @@ class Choice:
     def __len__(self) -> int:
         return len(self.pictures)
 
+    def hashes(self, preprocess: Preprocess) -> dict[str, str]:
+        """Of captions, questions, images and preprocessing."""
+        keys = [[question.key, question.category] for question in self.questions]
+        texts = [caption for question in self.questions for caption in question.captions]
+        return {
+            "texts": digest([question.captions for question in self.questions]),
+            "split": digest([keys, texts, self.places, self.pictures.content]),
+            "preprocessing": preprocessing_digest(preprocess),
+        }
+
     def measure(self, encoder: Encoder, compute: Compute, keep_guesses: bool = False) -> Outcome:
         """The share of right choices, of all questions and of each category. Raises UserError when the model gives NaN.
 
@@ -80,7 +90,6 @@ class Choice:
             whole = len(rows) == len(places)
             scores.append((image_NE[rows] @ text_CE[first:stop].T).numpy() if whole else None)
             first = stop
-        keys = [[question.key, question.category] for question in self.questions]
         notes = cut_notes(tokenised.cut, "captions", encoder)
         if unreadable := self.pictures.unreadable:
             left_out = counted(sum(each is None for each in scores), "question")
@@ -91,11 +100,6 @@ class Choice:
             )
         return Outcome(
             choice_measures(self.questions, scores),
-            hashes={
-                "texts": digest([question.captions for question in self.questions]),
-                "split": digest([keys, texts, self.places, self.pictures.content]),
-                "preprocessing": preprocessing_digest(encoder.preprocess),
-            },
             unreadable=len(unreadable),
             notes=tuple(notes),
             guesses=guess_table(self, scores) if keep_guesses else None,

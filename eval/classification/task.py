@@ -129,6 +129,19 @@ class Classification:
             self._prompts = asked, tokenise_prompts(texts, tokenizer, context_length)
         return self._prompts[1]
 
+    def hashes(self, preprocess: Preprocess) -> dict[str, str]:
+        """What makes a number. Two numbers with equal hashes are comparable."""
+        names = [[label, *names] for label, names in zip(self.classes.labels, self.classes.names, strict=True)]
+        if self.classes.pooling != "mean":
+            names.append(["pooling", self.classes.pooling])
+        labels = [self.images.label_names[number] for number in self.images.labels_N.tolist()]
+        return {
+            "classes": digest(names),
+            "templates": digest(self.templates.sentences),
+            "split": digest([self.images.keys, labels, self.pictures.content]),
+            "preprocessing": preprocessing_digest(preprocess),
+        }
+
     def measure(self, encoder: Encoder, compute: Compute, keep_guesses: bool = False) -> Outcome:
         """Accuracies, and with `keep_guesses` a table with every guess. Raises UserError when the model gives NaN."""
         sample = PictureSample(len(self)) if keep_guesses else None
@@ -146,7 +159,6 @@ class Classification:
             notes.append(note)
         return Outcome(
             measures,
-            hashes(self, encoder.preprocess),
             classes=len(self.classes),
             templates=self.templates.name,
             unreadable=len(unreadable),
@@ -336,21 +348,3 @@ def open_task(
         task.notes += (f"{data}: labels 0 to {len(named.labels) - 1} are taken for {title}'s classes in its order",)
     task.name = printable(name or images.name)
     return task
-
-
-def hashes(task: Classification, preprocess: Preprocess) -> dict[str, str]:
-    """What made a number, once the images were read. Two numbers with equal hashes are comparable."""
-    labels = [task.images.label_names[number] for number in task.images.labels_N.tolist()]
-    return {
-        **known_hashes(task),
-        "split": digest([task.images.keys, labels, task.pictures.content]),
-        "preprocessing": preprocessing_digest(preprocess),
-    }
-
-
-def known_hashes(task: Classification) -> dict[str, str]:
-    """Those that need neither the images nor a model."""
-    names = [[label, *names] for label, names in zip(task.classes.labels, task.classes.names, strict=True)]
-    if task.classes.pooling != "mean":
-        names.append(["pooling", task.classes.pooling])
-    return {"classes": digest(names), "templates": digest(task.templates.sentences)}

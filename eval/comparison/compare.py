@@ -24,6 +24,7 @@ WORDS = {
     "texts": "other captions",
     "split": "other images, or other labels",
     "train": "other training images, or other labels of them",
+    "datasets": "other datasets",
     "probe": "another kind of probe, or other draws",
 }
 
@@ -181,6 +182,10 @@ def differing(first: Result, second: Result) -> tuple[tuple[str, ...], tuple[str
             notes.append("other preprocessing, which is expected between models")
         elif one != other:
             reasons.append(WORDS.get(name, f"other {name}") + detail(name, first, second))
+    if first.precision != second.precision:
+        notes.append(
+            f"computed in {first.precision or 'an unknown precision'} and {second.precision or 'an unknown one'}"
+        )
     if not first.hashes and not second.hashes:
         reasons.append("neither result has hashes")
     if first.weights and first.weights == second.weights:

@@ -29,6 +29,7 @@ from clipkit.eval.results import digest, preprocessing_digest
 from clipkit.eval.retrieval.task import ranking_device
 from clipkit.formats.folders import printable
 from clipkit.formatting import counted
+from clipkit.pixels.images import Preprocess
 
 ProbeKind = Literal["linear-probe", "few-shot", "knn"]
 Guessing = tuple[NDArray[np.int64], NDArray[np.float32]]
@@ -104,7 +105,6 @@ class Probe:
                 )
         return Outcome(
             measures or measure(guessed[0], test.labels_N, classes),
-            self._hashes(encoder),
             classes=classes,
             unreadable=len(self.pictures.unreadable),
             largest_class=largest_class(test.labels_N),
@@ -153,8 +153,8 @@ class Probe:
             measures += [mean_of_draws(each, f"{shots}-shot") for each in zip(*drawn, strict=True)]
         return measures, guessed
 
-    def _hashes(self, encoder: Encoder) -> dict[str, str]:
-        """What made the numbers, once the images were read."""
+    def hashes(self, preprocess: Preprocess) -> dict[str, str]:
+        """Of training and test images, their labels, the kind of probe and preprocessing."""
 
         def of(images: LabelledImages, pictures: ImageSet) -> str:
             labels = [images.label_names[number] for number in images.labels_N.tolist()]
@@ -165,7 +165,7 @@ class Probe:
             "train": of(self.train, self.train_pictures),
             "split": of(self.images, self.pictures),
             "probe": digest([self.kind, SEED, DRAWS, self.shots]),
-            "preprocessing": preprocessing_digest(encoder.preprocess),
+            "preprocessing": preprocessing_digest(preprocess),
         }
 
 

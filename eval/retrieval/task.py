@@ -21,7 +21,7 @@ from clipkit.eval.retrieval.scores import retrieval_measures
 from clipkit.eval.retrieval.vectors import Vectors
 from clipkit.formats.folders import printable
 from clipkit.formatting import counted
-from clipkit.pixels.images import thumbnail
+from clipkit.pixels.images import Preprocess, thumbnail
 
 TEXTS_AT_ONCE = 65_536
 # The examples of each direction that go with the ranks, with pictures.
@@ -61,6 +61,14 @@ class Retrieval:
         """Where the images are."""
         return self.data.path
 
+    def hashes(self, preprocess: Preprocess) -> dict[str, str]:
+        """Of captions, images and preprocessing."""
+        return {
+            "texts": digest(self.data.captions),
+            "split": digest([self.data.keys, self.data.captions, self.pictures.content]),
+            "preprocessing": preprocessing_digest(preprocess),
+        }
+
     def measure(self, encoder: Encoder, compute: Compute, keep_guesses: bool = False) -> Outcome:
         """Recalls and median ranks in both directions. Raises UserError when the model gives NaN.
 
@@ -77,11 +85,6 @@ class Retrieval:
             )
         return Outcome(
             retrieval_measures(found.ranks, found.image_of_C),
-            hashes={
-                "texts": digest(self.data.captions),
-                "split": digest([self.data.keys, self.data.captions, self.pictures.content]),
-                "preprocessing": preprocessing_digest(encoder.preprocess),
-            },
             unreadable=len(unreadable),
             notes=tuple(notes),
             guesses=guess_table(self, found, ranking_device(compute)) if keep_guesses else None,

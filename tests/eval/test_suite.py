@@ -1,6 +1,7 @@
 """Suites: which datasets are found, by what metric each counts, the average and of what it is, and a second run."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,8 @@ from clipkit.eval.results import read_results
 from clipkit.eval.suite import belongs, entries_of
 
 
-def webdataset(root: Path, labels: tuple[int, ...] = (0, 1, 1)) -> Path:
-    files = {f"s{i}.jpg": picture(i) for i in range(len(labels))}
+def webdataset(root: Path, labels: tuple[int, ...] = (0, 1, 1), first: int = 0) -> Path:
+    files = {f"s{i}.jpg": picture(first + i) for i in range(len(labels))}
     files |= {f"s{i}.cls": str(label).encode() for i, label in enumerate(labels)}
     (root / "test").mkdir(parents=True)
     (root / "test" / "0.tar").write_bytes(tar_of(files))
@@ -49,14 +50,30 @@ def test_what_is_there_is_measured_by_its_own_metric_once(run: Path, tmp_path: P
     assert [(each["task"], each["metric"]) for each in found] == [
         ("vtab-dtd", "top1"),
         ("vtab-pets", "mean_per_class_recall"),
+        ("vtab", "average"),
     ]
-    assert "average of the 2 datasets that are there" in done.stderr
-    assert "for 11 of 13 are missing: Caltech-101" in done.stderr
+    mean = found[2]
+    assert (mean["kind"], mean["n"]) == ("suite", 2)
+    assert mean["value"] == pytest.approx((found[0]["value"] + found[1]["value"]) / 2)
+    assert 0 <= mean["low"] < mean["value"] < mean["high"] <= 1 and mean["chance"] == 0.5
+    said = "vtab: average of the 2 of 13 datasets that are there: "
+    assert mean["notes"][0].startswith(said) and "there are missing: Caltech-101" in mean["notes"][0]
+    assert mean["notes"][0] in done.stderr
     assert found[1]["notes"][0].startswith("Oxford-IIIT Pet has 3,669 images, but here are 3")
     before = read_results(run)
+    assert [result.metric for result in before].count("average") == 1
     again = zeroshot(run, root, "vtab")
     assert f"vtab-dtd: {run} has its results already" in again.stderr
     assert read_results(run) == before
+    # Another precision, other images in the same place, other templates: computed again.
+    other = zeroshot(run, root, "vtab", "--precision", "bfloat16")
+    assert "has its results already" not in other.stderr
+    assert {result.precision for result in read_results(run)} == {"bfloat16"}
+    zeroshot(run, root, "vtab")
+    shutil.rmtree(root / "wds_vtab-pets_test")
+    webdataset(root / "wds_vtab-pets_test", first=1)
+    changed = zeroshot(run, root, "vtab")
+    assert f"vtab-dtd: {run} has" in changed.stderr and f"vtab-pets: {run} has" not in changed.stderr
     (root / "vtab-dtd" / "zeroshot_classification_templates.txt").write_text("one {c}.\n")
     changed = zeroshot(run, root, "vtab")
     assert f"vtab-dtd: {run} has" not in changed.stderr and f"vtab-pets: {run} has" in changed.stderr

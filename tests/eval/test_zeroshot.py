@@ -643,7 +643,7 @@ def test_every_model_is_measured_on_all_data(
     ]
     assert len(results.read_results(run)) == len(results.read_results(second)) == len(lines) // 2
     # Given again, nothing is decoded or embedded; and several models' results in one folder don't mix.
-    monkeypatch.setattr("clipkit.embedding.images.digest_and_decode", None)
+    monkeypatch.setattr("clipkit.embedding.images.decode_pixels", None)
     again = CliRunner().invoke(main, [*command, "--out", str(tmp_path / "out")])
     values = [[each["value"] for each in map(json.loads, text.splitlines())] for text in (done.stdout, again.stdout)]
     assert values[0] == values[1]

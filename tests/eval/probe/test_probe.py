@@ -33,7 +33,7 @@ from clipkit.eval.probe.ridge import PENALTIES, Ridge, fit
 from clipkit.eval.probe.task import Probe, ProbeKind, match_labels, mean_of_draws, open_probe
 from clipkit.eval.report.page import report
 from clipkit.eval.results import Result, read_predictions, read_results
-from clipkit.eval.suite import entries_of_file, evaluate_suite
+from clipkit.eval.suite import evaluate_suite
 
 CPU = Compute(pick("cpu"), batch_size=64)
 WHERE = torch.device("cpu")
@@ -284,10 +284,11 @@ def test_few_shots_and_neighbours_of_a_model(encoder: Encoder, emoji: Path) -> N
     assert [each.metric for each in outcome.measures][::3] == ["top1:1-shot", "top1:4-shot"]
     assert outcome.measures[0].value < outcome.measures[3].value
     assert outcome.measures == few.measure(encoder, CPU).measures
-    knn = open_data("knn", emoji, name="near").measure(encoder, CPU)
+    near = open_data("knn", emoji, name="near")
+    knn = near.measure(encoder, CPU)
     assert knn.measures[0].low > knn.measures[0].chance
     assert "neighbour" in knn.notes[0]
-    hashes = [outcome.hashes, knn.hashes, open_data("few-shot", emoji, shots="1").measure(encoder, CPU).hashes]
+    hashes = [each.hashes(encoder.preprocess) for each in (few, near, open_data("few-shot", emoji, shots="1"))]
     assert len({each["split"] for each in hashes}) == len({each["train"] for each in hashes}) == 1
     assert len({each["probe"] for each in hashes}) == 3
 
@@ -298,19 +299,19 @@ def test_nothing_is_chosen_by_test_images(encoder: Encoder, emoji: Path, tmp_pat
     labels = np.random.default_rng(1).permutation(table["label"].to_pylist()).tolist()
     pq.write_table(table.set_column(1, "label", pa.array(labels)), tmp_path / "test.parquet")
 
-    def measure(data: Path) -> Outcome:
+    def measure(data: Path) -> tuple[Outcome, dict[str, str]]:
         task = open_probe(kind, data, train_data=emoji, shots="3" if kind == "few-shot" else None)
-        return task.measure(encoder, CPU, keep_guesses=True)
+        return task.measure(encoder, CPU, keep_guesses=True), task.hashes(encoder.preprocess)
 
-    real, permuted = measure(emoji), measure(tmp_path / "test.parquet")
+    (real, real_hashes), (permuted, permuted_hashes) = measure(emoji), measure(tmp_path / "test.parquet")
     assert real.notes == permuted.notes
     assert real.guesses is not None
     assert permuted.guesses is not None
     for column in ("guesses", "probabilities"):
         assert real.guesses[column].to_pylist() == permuted.guesses[column].to_pylist()
     assert real.measures[0].value > permuted.measures[0].value
-    assert real.hashes["train"] == permuted.hashes["train"]
-    assert real.hashes["split"] != permuted.hashes["split"]
+    assert real_hashes["train"] == permuted_hashes["train"]
+    assert real_hashes["split"] != permuted_hashes["split"]
 
 
 def test_the_command_and_the_page(emoji: Path, tmp_path: Path) -> None:
@@ -334,8 +335,7 @@ def test_a_suite_measures_a_probe_again_when_it_learns_from_other_images(emoji: 
     for train in (emoji / "train.parquet", half):
         lines = ["[[dataset]]", 'data = "test.parquet"', 'task = "knn"', f'train_data = "{train}"']
         (tmp_path / "mine.toml").write_text("\n".join(lines), encoding="utf-8")
-        entries = entries_of_file(tmp_path / "mine.toml", emoji)
-        (result,) = evaluate_suite(str(run), entries, device="cpu")
+        result, _ = evaluate_suite(str(run), str(tmp_path / "mine.toml"), emoji, device="cpu")
         assert result.metric == "top1"
         notes += result.notes
     assert [note.rpartition(" of ")[2] for note in notes] == ["300 training images", "150 training images"]

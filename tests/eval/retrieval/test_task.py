@@ -123,7 +123,11 @@ def test_an_image_that_cannot_be_read_is_left_out_with_its_captions(
 def test_hashes_tell_what_differs(encoder: Encoder, tmp_path: Path, rows: list[tuple[bytes, list[str]]]) -> None:
     def hashes(images: list[bytes], captions: list[list[str]]) -> dict[str, str]:
         pq.write_table(pa.table({"image": images, "caption": captions}), tmp_path / "a.parquet")
-        return open_retrieval(tmp_path / "a.parquet").measure(encoder, CPU).hashes
+        task = open_retrieval(tmp_path / "a.parquet")
+        unmeasured = task.hashes(encoder.preprocess)
+        task.measure(encoder, CPU)
+        assert task.hashes(encoder.preprocess) == unmeasured
+        return unmeasured
 
     images, captions = [image for image, _ in rows[:20]], [each for _, each in rows[:20]]
     base = hashes(images, captions)
