@@ -22,13 +22,14 @@ METRICS = {
     "mean_recall@1": "mean_recall@1",
     "jaccard_score_10-12": "jaccard_10_12",
 }
-# What people call ImageNet and its relatives, beside the names that DataComp has.
+# What people call ImageNet, its relatives and WinoGAViL, beside the names that DataComp has.
 _ALIASES = {
     **dict.fromkeys(("imagenet", "imagenet-1k", "imagenet2012", "ilsvrc2012", "imagenet1k-unverified"), "imagenet1k"),
     **dict.fromkeys(("imagenet-v2", "imagenetv2-matched-frequency-format"), "imagenetv2"),
     **dict.fromkeys(("imagenet-sketch", "imagenetsketch"), "imagenet_sketch"),
     **{f"imagenet{letter}": f"imagenet-{letter}" for letter in "aor"},
     "objectnet-1.0": "objectnet",
+    "winogavil": "misc/winogavil",
 }  # fmt: skip
 
 
@@ -47,7 +48,7 @@ class PublishedDataset:
     group: str
     """DataComp's: `ImageNet`, `ImageNet dist. shifts`, `VTAB`, `Retrieval`, `Other`."""
     kind: str
-    """`classification` or `retrieval`; `association` for WinoGAViL."""
+    """`classification` or `retrieval`; `choice` for WinoGAViL."""
 
     @property
     def folder(self) -> str:
@@ -69,7 +70,7 @@ def published_datasets() -> dict[str, PublishedDataset]:
                 int(row["num_classes"] or 0),
                 int(row["size"]),
                 row["group"],
-                "retrieval" if is_retrieval else "association" if key.startswith("misc/") else "classification",
+                "retrieval" if is_retrieval else "choice" if key.startswith("misc/") else "classification",
             )
     return found
 

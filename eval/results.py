@@ -44,6 +44,9 @@ METRICS = {
     **{f"image_retrieval_recall@{k}": f"text to image, recall@{k}" for k in (1, 5, 10)},
     "image_retrieval_median_rank": "text to image, median rank",
     "mean_recall@1": "recall@1, mean of both",
+    "jaccard": "Jaccard index",
+    "jaccard_5_6": "Jaccard index, 5 or 6 candidates",
+    "jaccard_10_12": "Jaccard index, 10 or 12 candidates",
     **{name: name.replace("_", " ") for name in CHOICES},
     **{f"mean_per_category_{name}": f"{name.replace('_', ' ')}, mean of categories" for name in CHOICES},
 }

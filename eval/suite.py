@@ -68,7 +68,7 @@ def entries_of(suite: str, root: Path) -> tuple[list[Entry], list[str]]:
         if found is not None:
             folders[found.key] = folder
     members = [each for each in published_datasets().values() if belongs(each, suite)]
-    there = [entry_of(each, folders[each.key]) for each in members if each.key in folders and each.kind in KINDS]
+    there = [entry_of(each, folders[each.key]) for each in members if each.key in folders]
     if not there:
         such = ", ".join(each.folder for each in members[:3])
         raise UserError(f"{root} holds no dataset of the suite {suite}: name its folders {such}, … or wds_{such[:8]}…")

@@ -6,9 +6,12 @@ columns; every row of a file must be of one kind.
 - `caption` and `negative_caption` (SugarCrepe), `true_caption` and `false_caption` (ARO), or `caption_options`, the
   first of which is right (ARO's orders of COCO and Flickr30k); the image is a file, in ARO cut to its box `bbox_x` …
 - `image_0`, `image_1`, `caption_0`, `caption_1` (Winoground): files, or encoded images in parquet.
+- `cue`, `candidates` and those of them that are its `associations` (WinoGAViL): images of the candidates' names, or
+  encoded in `candidate_images`.
 - `Question ID`, `Type` and `Statement` (MMVP-VLM): images `Type/ID.jpg`, each two rows a pair, "a photo of " in front.
 """
 
+import ast
 import csv
 import io
 import json
@@ -28,7 +31,10 @@ from clipkit.storage.files import read_json, read_text
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
 CATEGORIES = ("category", "type", "collapsed_tag", "relation_name", "attributes", "tag")
-KINDS = "a JSON, JSON lines, CSV or parquet file of questions, or a folder of them (SugarCrepe, Winoground, ARO, MMVP)"
+KINDS = (
+    "a JSON, JSON lines, CSV or parquet file of questions, or a folder of them (SugarCrepe, Winoground, ARO, MMVP, "
+    "WinoGAViL)"
+)
 
 Box = tuple[int, int, int, int]
 
@@ -44,12 +50,15 @@ class Picture:
 
 @dataclass(frozen=True)
 class Question:
-    """One image and two captions or more, of which the first is right; or as many images, in the captions' order."""
+    """One image and two captions or more, of which the first is right; or as many images, in the captions' order; or
+    one caption and images, of which some are `associated` with it, by their places.
+    """
 
     key: str
     category: str
     pictures: tuple[Picture, ...]
     captions: tuple[str, ...]
+    associated: tuple[int, ...] = ()
 
 
 def read_questions(data: Path, images: Path | None) -> list[Question]:
@@ -72,9 +81,8 @@ def read_questions(data: Path, images: Path | None) -> list[Question]:
             found += _pairs(rows, file, places, prefix)
         else:
             found += [_question(row, f"{file} {key}", places, prefix + key, category) for key, row in rows]
-    kinds = {len(question.pictures) for question in found}
-    if len(kinds) > 1:
-        raise UserError(f"{data} mixes questions of one image and of two: evaluate them one by one")
+    if len({0 if question.associated else len(question.pictures) for question in found}) > 1:
+        raise UserError(f"{data} mixes questions of several kinds: evaluate them one by one")
     return found
 
 
@@ -136,6 +144,8 @@ def _rows(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
 def _question(row: Mapping[str, Any], place: str, places: Sequence[Path], key: str, category: str) -> Question:
     named = next((row[name] for usual in CATEGORIES for name in row if name.lower() == usual and row[name]), category)
     category = "_".join(map(str, named)) if isinstance(named, list) else str(named)
+    if "cue" in row:
+        return _association(row, place, places, key)
     if "image_0" in row:
         texts = [row.get("caption_0"), row.get("caption_1")]
         pictures = tuple(_picture(row.get(f"image_{number}"), place, places, None) for number in (0, 1))
@@ -152,6 +162,32 @@ def _question(row: Mapping[str, Any], place: str, places: Sequence[Path], key: s
     if len(captions) != len(texts) or len(captions) < 2:
         raise UserError(f"{place} has {len(captions)} captions to choose from: it needs the right one and a wrong one")
     return Question(key, category, pictures, captions)
+
+
+def _association(row: Mapping[str, Any], place: str, places: Sequence[Path], key: str) -> Question:
+    """WinoGAViL. Its CSV has lists as text."""
+    candidates, associations = (_names(row.get(name), f"{place} {name}") for name in ("candidates", "associations"))
+    images = row.get("candidate_images") or candidates
+    right = tuple(number for number, name in enumerate(candidates) if name in associations)
+    if len(images) != len(candidates) or not 0 < len(right) == len(associations) < len(candidates):
+        raise UserError(f"{place}: each association must be one of its candidates, and each candidate needs an image")
+    pictures = tuple(
+        _picture(image, f"{place} {name}", places, None) for image, name in zip(images, candidates, strict=True)
+    )
+    (cue,) = check_captions(str(row["cue"]), place)
+    article = "An" if cue[0].lower() in "aeiou" else "A"  # as DataComp asks for it
+    return Question(key, str(len(candidates)), pictures, (f"{article} {cue.lower()}",), right)
+
+
+def _names(value: Any, place: str) -> list[str]:
+    """A list of names, or its text as JSON or Python write it."""
+    try:
+        names = ast.literal_eval(value) if isinstance(value, str) else value
+    except (SyntaxError, ValueError):
+        names = None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise UserError(f"{place} isn't a list of names: write ['a', 'b'], as WinoGAViL's table does")
+    return names
 
 
 def _pairs(

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from clipkit.embedding.encoder import Compute, Encoder
 from clipkit.embedding.images import ImageSet, image_matrix
 from clipkit.embedding.texts import tokenise, tokenised_matrix
+from clipkit.eval.choice.association import association_measures, jaccard
 from clipkit.eval.choice.questions import Question, read_picture, read_questions
 from clipkit.eval.evaluation import Outcome, cut_notes
 from clipkit.eval.metrics import Measure, mean_per_class_recall
@@ -42,7 +43,7 @@ GUESSES = pa.schema(
 
 
 class Choice:
-    """Questions of one kind: one image with captions, or two images with two captions."""
+    """Questions of one kind: one image with captions, two images with two captions, or images for one caption."""
 
     kind = "choice"
     notes: tuple[str, ...] = ()
@@ -99,7 +100,7 @@ class Choice:
                 f"for example: {reason}"
             )
         return Outcome(
-            choice_measures(self.questions, scores),
+            (association_measures if self.questions[0].associated else choice_measures)(self.questions, scores),
             unreadable=len(unreadable),
             notes=tuple(notes),
             guesses=guess_table(self, scores) if keep_guesses else None,
@@ -121,6 +122,13 @@ def right_choices(score_IC: NDArray[np.float32]) -> dict[str, bool]:
     text = bool((own_I > wrong_II.max(axis=1)).all())
     image = bool((own_I > wrong_II.max(axis=0)).all())
     return {"text_score": text, "image_score": image, "group_score": text and image}
+
+
+def right_of(question: Question, score_IC: NDArray[np.float32]) -> dict[str, bool]:
+    """Which choices of a question of any kind are right."""
+    if question.associated:
+        return {"jaccard": jaccard(score_IC[:, 0], question.associated) == 1}
+    return right_choices(score_IC)
 
 
 def choice_measures(questions: Sequence[Question], scores: Sequence[NDArray[np.float32] | None]) -> list[Measure]:
@@ -159,7 +167,7 @@ def guess_table(task: Choice, scores: Sequence[NDArray[np.float32] | None]) -> p
     sample = np.random.default_rng(SEED).choice(total, min(EXAMPLES, total), replace=False).tolist()
     rows = []
     for number, (question, score_IC) in enumerate(zip(task.questions, scores, strict=True)):
-        right = right_choices(score_IC) if score_IC is not None else {}
+        right = right_of(question, score_IC) if score_IC is not None else {}
         unread = [task.pictures.unreadable[place] for place in task.places[number] if place in task.pictures.unreadable]
         encoded = [read_picture(picture) for picture in question.pictures] if number in sample else []
         rows.append(

@@ -13,6 +13,7 @@ from small_encoder import small_run
 from clipkit.cli.main import main
 from clipkit.errors import UserError
 from clipkit.eval.datasets import published_datasets
+from clipkit.eval.open import KINDS
 from clipkit.eval.results import read_results
 from clipkit.eval.suite import belongs, entries_of
 
@@ -115,3 +116,7 @@ def test_the_published_suites() -> None:
     sizes = {suite: sum(belongs(each, suite) for each in published_datasets().values()) for suite in
              ("imagenet", "vtab", "retrieval", "datacomp-38")}  # fmt: skip
     assert sizes == {"imagenet": 7, "vtab": 13, "retrieval": 2, "datacomp-38": 38}
+
+
+def test_all_of_datacomps_datasets_can_be_measured() -> None:
+    assert {each.kind for each in published_datasets().values()} <= set(KINDS)

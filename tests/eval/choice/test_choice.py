@@ -1,5 +1,6 @@
 """The suites of compositionality are read as their owners meant them, and scored by their own definitions."""
 
+import csv
 import io
 import json
 from pathlib import Path
@@ -10,6 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 from small_encoder import small_encoder, small_run
 
@@ -19,6 +22,7 @@ from clipkit.device import pick
 from clipkit.embedding.encoder import Compute, Encoder
 from clipkit.embedding.script import LoadedModel
 from clipkit.errors import UserError
+from clipkit.eval.choice.association import guessed, jaccard
 from clipkit.eval.choice.questions import Question, read_picture, read_questions
 from clipkit.eval.choice.task import choice_measures, open_choice, right_choices
 from clipkit.eval.open import KINDS
@@ -183,6 +187,66 @@ def test_mmvp_pairs_two_rows(tmp_path: Path, encoder: Encoder) -> None:
     assert {m.metric for m in task.measure(encoder, CPU).measures} >= {"image_score", "image_score:A"}
 
 
+def winogavil(folder: Path) -> list[dict[str, Any]]:
+    """Questions of 5, 6, 10 and 12 candidates; the table has lists as text."""
+    names = [f"thing {n}" for n in range(12)]
+    write_images(folder / "winogavil_images", [f"{name}.jpg" for name in names])
+    rows = [
+        {"ID": n, "cue": cue, "candidates": names[:count], "associations": names[count - right : count]}
+        for n, (count, right, cue) in enumerate([(5, 2, "Owl"), (6, 3, "wolf"), (10, 2, "iron"), (12, 5, "x-ray")])
+    ]
+    lines = [[row["ID"], row["cue"], str(row["candidates"]), str(row["associations"])] for row in rows]
+    with (folder / "winogavil_dataset.csv").open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([["ID", "cue", "candidates", "associations"], *lines])
+    return rows
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_winogavil(tmp_path: Path, encoder: Encoder, kind: str) -> None:
+    rows = winogavil(tmp_path)
+    images = tmp_path / "winogavil_images"
+    if kind == "parquet":
+        (tmp_path / "winogavil_dataset.csv").unlink()
+        for row in rows:
+            encoded = [(images / f"{name}.jpg").read_bytes() for name in row["candidates"]]
+            row["candidate_images"] = [{"bytes": each, "path": None} for each in encoded]
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / "test.parquet")
+    task = open_choice(tmp_path)
+    assert [question.captions[0] for question in task.questions] == ["An owl", "A wolf", "An iron", "A x-ray"]
+    outcome = task.measure(encoder, CPU, keep_guesses=True)
+    model = LoadedModel(encoder, CPU.device)
+    expected = {}
+    for row, question in zip(rows, task.questions, strict=True):  # as DataComp's script has it
+        pictures = model.encode_image([images / f"{name}.jpg" for name in row["candidates"]])
+        top = np.argsort((model.encode_text(list(question.captions)) @ pictures.T)[0])[-len(row["associations"]) :]
+        chosen, right = {row["candidates"][number] for number in top}, set(row["associations"])
+        expected[len(row["candidates"])] = len(chosen & right) / len(chosen | right)
+    found = {measured.metric: (measured.value, measured.n) for measured in outcome.measures}
+    assert found == {
+        "jaccard": (pytest.approx(np.mean(list(expected.values()))), 4),
+        "jaccard_5_6": (pytest.approx((expected[5] + expected[6]) / 2), 2),
+        "jaccard_10_12": (pytest.approx((expected[10] + expected[12]) / 2), 2),
+    }
+    assert outcome.guesses is not None
+    assert [row["correct"] for row in outcome.guesses.to_pylist()] == [value == 1 for value in expected.values()]
+
+
+@given(st.integers(2, 12).flatmap(lambda n: st.tuples(st.permutations(range(n)), st.integers(1, n - 1))))
+def test_the_jaccard_index_is_by_its_definition(drawn: tuple[list[int], int]) -> None:
+    places, count = drawn
+    best = {number for number, place in enumerate(places) if place >= len(places) - count}
+    right = set(range(count))
+    found = jaccard(np.array(places, dtype=np.float32), sorted(right))
+    assert found == pytest.approx(len(best & right) / len(best | right))
+
+
+def test_chance_of_associations_is_what_random_scores_give() -> None:
+    rng = np.random.default_rng(0)
+    for candidates, right in ((5, 2), (12, 4), (10, 6)):
+        drawn = [jaccard(rng.random(candidates, np.float32), range(right)) for _ in range(4000)]
+        assert np.mean(drawn) == pytest.approx(guessed(candidates, right), abs=0.01)
+
+
 # ---- Scores ----------------------------------------------------------------------------------------------------------
 
 
@@ -247,8 +311,11 @@ GOOD = {"image": "0.png", "caption": "a", "negative_caption": "b"}
         (["x"], "isn't an object with an image and captions"),
         (
             [GOOD, {"image_0": "0.png", "image_1": "0.png", "caption_0": "a", "caption_1": "b"}],
-            "mixes questions of one image and of two",
+            "mixes questions of several kinds",
         ),
+        ([{"cue": "x", "candidates": ["0", "1"], "associations": ["2"]}], "each association must be one of its cand"),
+        ([{"cue": "x", "candidates": "0, 1", "associations": ["0"]}], r"0 candidates isn't a list of names: write"),
+        ([{"cue": "x", "candidates": ["0", "1"], "associations": ["0"]}], r"a\.json 0 1: its image 1\.png isn't in"),
     ],
 )
 def test_bad_questions(tmp_path: Path, content: object, says: str) -> None:
