@@ -98,7 +98,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "eval/choice": (*_core("embedding", "formats", "pixels", "storage"), "eval", "eval/retrieval"),
     "eval/classification": (*_core("embedding", "formats", "pixels", "storage"), "eval"),
     "eval/comparison": ("eval",),
-    "eval/probe": (*_core("embedding", "formats"), "eval", "eval/classification", "eval/retrieval"),
+    "eval/probe": (*_core("embedding", "formats", "pixels"), "eval", "eval/classification", "eval/retrieval"),
     "eval/report": (*_core("formats", "model", "page", "storage", "text"), "eval"),
     "eval/retrieval": (*_core("embedding", "formats", "pixels", "storage"), "eval", "eval/classification"),
     "eval/search": (
