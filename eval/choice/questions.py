@@ -176,7 +176,7 @@ def _association(row: Mapping[str, Any], place: str, places: Sequence[Path], key
     )
     (cue,) = check_captions(str(row["cue"]), place)
     article = "An" if cue[0].lower() in "aeiou" else "A"  # as DataComp asks for it
-    return Question(key, str(len(candidates)), pictures, (f"{article} {cue.lower()}",), right)
+    return Question(key, f"{len(candidates)} candidates", pictures, (f"{article} {cue.lower()}",), right)
 
 
 def _names(value: Any, place: str) -> list[str]:

@@ -37,6 +37,7 @@ GUESSES = pa.schema(
         ("captions", pa.list_(pa.string())),
         ("scores", pa.list_(pa.list_(pa.float32()))),
         ("pictures", pa.list_(pa.binary())),
+        ("associated", pa.list_(pa.int64())),
         ("problem", pa.string()),
     ]
 )
@@ -179,6 +180,7 @@ def guess_table(task: Choice, scores: Sequence[NDArray[np.float32] | None]) -> p
                 "captions": list(question.captions),
                 "scores": score_IC.tolist() if score_IC is not None else [],
                 "pictures": [thumbnail(each, PICTURE_PIXELS) for each in encoded if isinstance(each, bytes)],
+                "associated": list(question.associated),
                 "problem": next(iter(unread), None),
             }
         )

@@ -202,7 +202,7 @@ def detail(name: str, first: Result, second: Result) -> str:
         "templates": (first.templates, second.templates),
         "split": (f"{first.n:,} images", f"{second.n:,} images"),
     }.get(name, ("", ""))
-    return f" ({values[0]} and {values[1]})" if values[0] != values[1] else ""
+    return f" ({values[0]} and {values[1]})" if all(values) and values[0] != values[1] else ""
 
 
 def pair_of(task: str, metric: str, entries: tuple[Entry, Entry], chosen: tuple[Result, Result]) -> Pair:

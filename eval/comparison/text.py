@@ -5,7 +5,8 @@ from typing import Any
 from clipkit.config import to_json
 from clipkit.eval.comparison.compare import Comparison, Entry, Pair
 from clipkit.eval.comparison.published import Published, Relative
-from clipkit.eval.results import METRICS
+from clipkit.eval.comparison.significance import Difference
+from clipkit.eval.results import RANKS, metric_title, shown
 from clipkit.eval.tables import Grid, TableFormat, csv_text, grid_text
 from clipkit.formatting import percent
 
@@ -24,8 +25,9 @@ def numbers(comparison: Comparison) -> Grid:
     rows = []
     for task, metric, found in comparison.rows:
         counts = list(dict.fromkeys(f"{result.n:,}" for result in found if result))
-        cells = [f"{percent(one.value)} ({percent(one.low)} – {percent(one.high)})" if one else "" for one in found]
-        rows.append([task, METRICS.get(metric, metric), " / ".join(counts), *cells])
+        words = [[shown(metric, each) for each in (one.value, one.low, one.high)] if one else [] for one in found]
+        cells = ["{} ({} – {})".format(*each) if each else "" for each in words]
+        rows.append([task, metric_title(metric), " / ".join(counts), *cells])
     return Grid("Results with 95% intervals", header, rows)
 
 
@@ -36,11 +38,11 @@ def differences(comparison: Comparison) -> Grid:
         names = f"{pair.second.label} − {pair.first.label}"
         cells = ["", "", ""]
         if pair.difference is not None:
-            interval = f"{points(pair.difference.low)} to {points(pair.difference.high)}"
+            interval = f"{points(pair.metric, pair.difference.low)} to {points(pair.metric, pair.difference.high)}"
             p = pair.difference.p
             said = "" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}"
-            cells = [points(pair.difference.value), interval, said]
-        rows.append([pair.task, METRICS.get(pair.metric, pair.metric), names, *cells, outcome(pair)])
+            cells = [points(pair.metric, pair.difference.value), interval, said]
+        rows.append([pair.task, metric_title(pair.metric), names, *cells, outcome(pair)])
     return Grid(
         "Differences in points, with 95% intervals", ["task", "metric", "models", "", "interval", "p", ""], rows
     )
@@ -51,11 +53,15 @@ def outcome(pair: Pair) -> str:
     notes = f" ({'; '.join(pair.notes)})" if pair.notes else ""
     if pair.difference is None:
         return f"not comparable: {'; '.join(pair.reasons)}"
-    found = "significant" if pair.difference.is_significant else "not significant"
     counts = ""
     if pair.difference.n:
         counts = f", {pair.difference.only_second:,} images against {pair.difference.only_first:,}"
-    return f"{found}: {pair.difference.test}{counts}{notes}"
+    return f"{verdict_of(pair.difference)}: {pair.difference.test}{counts}{notes}"
+
+
+def verdict_of(difference: Difference) -> str:
+    """Whether a difference is more than chance."""
+    return "significant" if difference.is_significant else "not significant"
 
 
 def known(comparison: Comparison) -> Grid:
@@ -66,7 +72,7 @@ def known(comparison: Comparison) -> Grid:
         if each.deviates:
             said = "deviates by more than the interval: check templates, activation, preprocessing and images"
         found, value = each.result, f"{percent(each.result.low)} – {percent(each.result.high)}"
-        metric = METRICS.get(found.metric, found.metric)
+        metric = metric_title(found.metric)
         rows.append([entry.label, each.dataset, metric, percent(found.value), value, percent(each.value), said])
     return Grid("Against OpenCLIP's published numbers", ["model", "", "metric", "", "interval", "published", ""], rows)
 
@@ -76,17 +82,19 @@ def relatives(comparison: Comparison) -> Grid:
     rows = []
     for entry, each in comparison.robustness:
         result = each.result
-        interval = f"{points(result.low - each.expected)} to {points(result.high - each.expected)}"
+        ends = result.value, result.low, result.high
+        distance, low, high = (points(result.metric, end - each.expected) for end in ends)
         where = "above" if result.low > each.expected else "below" if result.high < each.expected else "on"
-        cells = [percent(each.imagenet), percent(result.value), percent(each.expected), points(each.distance), interval]
+        shares = [percent(value) for value in (each.imagenet, result.value, each.expected)]
+        cells = [*shares, distance, f"{low} to {high}"]
         rows.append([entry.label, each.dataset, *cells, f"{where} the line of 121 published models"])
     header = ["model", "", "ImageNet", "top-1", "expected", "points", "interval", ""]
     return Grid("Effective robustness", header, rows)
 
 
-def points(share: float) -> str:
-    """A difference of shares in percentage points."""
-    return f"{share * 100:+.1f}"
+def points(metric: str, difference: float) -> str:
+    """A difference of shares in percentage points; of ranks as it is."""
+    return f"{difference:+,.0f}" if metric in RANKS else f"{difference * 100:+.1f}"
 
 
 def csv_records(comparison: Comparison) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""What the guesses of a task show: pictures, classes, how far the probabilities can be believed, and what is found."""
+"""What the guesses of a task show: pictures, classes, how far probabilities can be believed, what is found, chosen."""
 
 import base64
 import random
@@ -46,6 +46,8 @@ def task_sections(run: Path) -> list[dict[str, Any]]:
         } | about
         if known["kind"] == "retrieval":
             sections.append(known | retrieval_section(rows))
+        elif rows and {"pictures", "scores"} <= rows[0].keys():
+            sections.append(known | choice_section(rows))
         elif rows and {"label", "guesses", "probabilities"} <= rows[0].keys():
             sections.append(known | classification_section(rows, known["classes"]))
     return sorted(sections, key=lambda section: -section["classes"])
@@ -201,3 +203,34 @@ def found(row: Mapping[str, Any]) -> dict[str, Any]:
     pictures = [data_url(picture) for picture in row["pictures"] or [None] * len(row["guesses"])]
     answers = list(zip(row["guesses"], row["right"], pictures, strict=True))
     return {**row, "image": data_url(row["image"]), "answers": answers}
+
+
+# ---- Choice ----------------------------------------------------------------------------------------------------------
+
+
+def choice_section(rows: Rows) -> dict[str, Any]:
+    """Some questions, taken at random among those that have pictures, with what the model gave each answer."""
+    there = [row for row in rows if row["pictures"] and row["scores"]]
+    chosen = random.Random(SEED).sample(there, min(FOUND, len(there)))
+    return {
+        "questions": [question(row) for row in chosen],
+        "problems": [{"key": row["key"], "problem": row["problem"]} for row in rows if row["problem"]][:5],
+        "unreadable": sum(bool(row["problem"]) for row in rows),
+    }
+
+
+def question(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A question with its pictures (address, whether it is right, score) and its captions (text, whether it is right,
+    score): of one picture the first caption is right, of two each belongs to the caption in its place.
+    """
+    scores, is_one = row["scores"], len(row["pictures"]) == 1
+    associated = row.get("associated") or []
+    pictures = [
+        (data_url(picture), number in associated, scores[number][0] if associated else None)
+        for number, picture in enumerate(row["pictures"])
+    ]
+    captions = [
+        (text, is_one and number == 0, scores[0][number] if is_one else None)
+        for number, text in enumerate(row["captions"])
+    ]
+    return {**row, "pictures": pictures, "captions": captions}

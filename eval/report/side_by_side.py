@@ -7,6 +7,8 @@ from typing import Any
 
 from clipkit.errors import UserError
 from clipkit.eval import results
+from clipkit.eval.comparison.compare import Entry, Pair, pair_of
+from clipkit.eval.comparison.text import points, verdict_of
 from clipkit.eval.report import run_data
 from clipkit.eval.report.evaluations import Block, blocks, headline, history
 from clipkit.eval.report.page import CURVES, costs, report, require_run, write_page
@@ -97,13 +99,15 @@ def over_training(runs: Sequence[Run]) -> list[str]:
 
 
 def matrix(runs: Sequence[Run]) -> dict[str, Any]:
-    """The newest results of all models, a row for each number and a column for each model; a cell says where its number
-    can't be compared with that of the first model that has one."""
+    """The newest results of all models, a row for each number and a column for each model. A cell compares its number
+    with that of the first model that has one."""
     found: dict[tuple[str, str], dict[str, Block]] = {}
     models: dict[tuple[str, str], tuple[str, str]] = {}
+    entries: dict[tuple[str, str], Entry] = {}
     for run in runs:
         for block in blocks(run.results):
             models[run.name, block.model] = (block.model, "") if block.model else (run.name, run.style)
+            entries[run.name, block.model] = Entry(run.name, "", block.model, run.path, block.results)
             found.setdefault((run.name, block.model), {}).setdefault(block.task, block)
     tasks: dict[str, list[dict[str, Any]]] = {}
     counted: dict[str, str] = {}
@@ -114,18 +118,30 @@ def matrix(runs: Sequence[Run]) -> dict[str, Any]:
         # The categories of a task, behind a colon, may be many.
         for metric in dict.fromkeys(name for by_metric in results_of for name in by_metric if ":" not in name):
             numbers = [by_metric.get(metric) for by_metric in results_of]
-            first = next(result for result in numbers if result)
-            row = {"metric": metric_title(metric), "chance": shown(metric, first.chance)}
-            tasks.setdefault(task, []).append(row | {"cells": [cell(result, first) for result in numbers]})
+            first_entry, first = next(each for each in zip(entries.values(), numbers, strict=True) if each[1])
+            cells = []
+            for entry, result in zip(entries.values(), numbers, strict=True):
+                is_other = result is not None and entry is not first_entry
+                pair = pair_of(task, metric, (first_entry, entry), (first, result)) if is_other else None
+                cells.append(cell(result, pair))
+            row = {"metric": metric_title(metric), "chance": shown(metric, first.chance), "cells": cells}
+            tasks.setdefault(task, []).append(row)
     return {"models": list(models.values()), "tasks": tasks, "counted": counted}
 
 
-def cell(result: Result | None, first: Result) -> Mapping[str, str]:
-    """A number with its interval, and in words what makes it another measurement than the first model's."""
+def cell(result: Result | None, pair: Pair | None) -> Mapping[str, str]:
+    """A number with its interval, and how it stands to the first model's: the difference, and whether it is more than
+    chance; or in words what makes it another measurement.
+    """
     if result is None:
         return {}
     words = {name: shown(result.metric, getattr(result, name)) for name in ("value", "low", "high")}
-    names = dict.fromkeys([*first.hashes, *result.hashes])
-    # Each model has its own preprocessing.
-    other = [each for each in names if each != "preprocessing" and first.hashes.get(each) != result.hashes.get(each)]
-    return words | ({"note": f"not comparable: other {' and '.join(other)}"} if other else {})
+    if pair is None:
+        return words
+    if pair.difference is None:
+        return words | {"note": f"not comparable: {'; '.join(pair.reasons)}"}
+    # Where the guesses of both are at hand, the two are compared image by image.
+    return words | {
+        "difference": f"{points(result.metric, pair.difference.value)}, {verdict_of(pair.difference)}",
+        "test": pair.difference.test,
+    }

@@ -99,7 +99,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "eval/classification": (*_core("embedding", "formats", "pixels", "storage"), "eval"),
     "eval/comparison": ("eval",),
     "eval/probe": (*_core("embedding", "formats", "pixels"), "eval", "eval/classification", "eval/retrieval"),
-    "eval/report": (*_core("formats", "model", "page", "storage", "text"), "eval"),
+    "eval/report": (*_core("formats", "model", "page", "storage", "text"), "eval", "eval/comparison"),
     "eval/retrieval": (*_core("embedding", "formats", "pixels", "storage"), "eval", "eval/classification"),
     "eval/search": (
         *_core("embedding", "formats", "interop", "page", "pixels", "storage"),

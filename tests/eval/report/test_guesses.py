@@ -12,6 +12,7 @@ from PIL import Image
 from written_run import write_run
 
 from clipkit.eval import results
+from clipkit.eval.choice.task import GUESSES as CHOICES
 from clipkit.eval.report.guesses import SHOWN_CLASSES, calibration, class_bars, reliability, task_sections
 from clipkit.eval.report.page import report
 from clipkit.eval.retrieval.task import GUESSES
@@ -107,6 +108,37 @@ def test_retrieval_shows_examples_in_both_directions(tmp_path: Path, browser: Br
     assert browser.evaluate("document.querySelectorAll('.found img').length") == 2
     assert browser.evaluate("document.documentElement.scrollWidth") <= 400
     assert browser.problems() == []
+
+
+def write_choices(run: Path) -> None:
+    """Guesses of a question of one picture with captions, one of two pictures, and one of WinoGAViL's."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8), (0, 120, 0)).save(buffer, "WEBP")
+    image = buffer.getvalue()
+    rows: list[dict[str, Any]] = [
+        {"key": "a", "category": "swap_att", "correct": True, "captions": ["a <red> dog", "no dog"]},
+        {"key": "b", "category": "", "correct": False, "captions": ["some plants", "plants some"]},
+        {"key": "c", "category": "5", "correct": False, "captions": ["An owl"], "associated": [1, 4]},
+    ]
+    for row, scores in zip(rows, ([[0.31, 0.2]], [[0.1, 0.2], [0.2, 0.1]], [[0.1]] * 5), strict=True):
+        row |= {"right": [], "scores": scores, "pictures": [image] * len(scores)}
+    rows.append({"key": "broken", "scores": [], "pictures": [], "problem": "not an image"})
+    about = {"task": "sugar", "kind": "choice", "samples_seen": 10_000, "classes": 0}
+    results.write_predictions(run / "predictions-sugar.parquet", pa.Table.from_pylist(rows, CHOICES), about)
+
+
+def test_choices_are_shown_with_their_scores(tmp_path: Path, browser: Browser) -> None:
+    run = write_run(tmp_path / "run", tmp_path)
+    write_choices(run)
+    for width, scheme in ((1400, "light"), (400, "dark")):
+        browser.open(report(run), width, scheme)
+        assert browser.evaluate("document.documentElement.scrollWidth") <= width
+        assert browser.problems() == []
+    text = browser.evaluate("document.body.innerText")
+    for words in ("What it chooses: sugar", "a <red> dog 0.310 ✓", "✗ wrong", "An owl", "broken: not an image"):
+        assert words in text, words
+    assert browser.evaluate("document.querySelectorAll('.found img').length") == 8
+    assert browser.evaluate("document.querySelectorAll('.found img.hit').length") == 2
 
 
 def test_guesses_of_other_kinds_are_left_to_the_table(tmp_path: Path) -> None:

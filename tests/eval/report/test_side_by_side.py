@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from click.testing import CliRunner
 from written_run import write_run
 
 from clipkit.cli.main import main
+from clipkit.eval.comparison.compare import Entry, pair_of
 from clipkit.eval.report.side_by_side import cell
 from clipkit.eval.results import Result
 
@@ -47,7 +49,7 @@ def test_a_browser_shows_the_runs_side_by_side(runs: list[Path], tmp_path: Path,
         assert browser.problems() == []
         assert browser.requests() == [page.as_uri()]
     text = browser.evaluate("document.body.innerText")
-    for words in ("one, two and three", "15.8% – 37.2%", "70.0%", "not comparable: other templates"):
+    for words in ("one, two and three", "15.8% – 37.2%", "70.0%", "significant", "not comparable: other templates"):
         assert words in text, words
     # The loss of the two runs that have one, each in its colour.
     lines = (
@@ -101,11 +103,20 @@ def test_what_cannot_be_put_side_by_side_is_refused(runs: list[Path], tmp_path: 
     assert "Missing argument 'RUN...'" in refusal()
 
 
-def test_a_cell_says_what_makes_it_another_measurement() -> None:
+def test_a_cell_says_how_it_stands_to_the_first() -> None:
     hashes = {"texts": "a", "split": "b", "preprocessing": "c"}
     rank = Result("text_retrieval_median_rank", 4, 3, 5, 9, 50, 0, "coco", "x", 1, "checkpoints/1", hashes)
-    assert cell(None, rank) == {}
-    assert cell(rank, rank) == {"value": "4", "low": "3", "high": "5"}
-    assert "note" not in cell(dataclasses.replace(rank, hashes=hashes | {"preprocessing": "z"}), rank)
+    entries = Entry("a", "", "", Path("a"), ()), Entry("b", "", "", Path("b"), ())
+
+    def told(second: Result, first: Result = rank) -> Mapping[str, str]:
+        return cell(second, pair_of("coco", first.metric, entries, (first, second)))
+
+    assert cell(None, None) == {}
+    assert cell(rank, None) == {"value": "4", "low": "3", "high": "5"}
     other = dataclasses.replace(rank, hashes={"texts": "z", "preprocessing": "c"})
-    assert cell(other, rank)["note"] == "not comparable: other texts and split"
+    assert told(other)["note"] == "not comparable: other captions; split unknown, for one result has no hash of it"
+    better = dataclasses.replace(rank, value=1, low=1, high=2, hashes=hashes | {"preprocessing": "z"})
+    assert told(better)["difference"] == "-3, significant"
+    share = dataclasses.replace(rank, metric="top1", value=0.5, low=0.4, high=0.6)
+    found = told(dataclasses.replace(share, value=0.55, low=0.45, high=0.65), share)
+    assert (found["difference"], "note" in found) == ("+5.0, not significant", False)
