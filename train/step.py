@@ -77,7 +77,8 @@ def contrastive_loss(features: Features, caption_B: torch.Tensor, recipe: Recipe
         loss = partial(sigmoid_loss, image_BE, text_BE, logit_scale, *logit_bias)
     else:
         loss = partial(info_nce, image_BE, text_BE, logit_scale)
-    return loss(caption_B=caption_B, same_caption=recipe.same_caption, gather=device.world > 1)
+    with device.loss_products():
+        return loss(caption_B=caption_B, same_caption=recipe.same_caption, gather=device.world > 1)
 
 
 def backward_in_micro_batches(

@@ -7,7 +7,8 @@ import torch
 
 from clipkit.device import Device
 from clipkit.model.clip import CLIP
-from clipkit.model.loss import SameCaption, caption_masks, first_row, gather_features
+from clipkit.model.exchange import first_row, gather_features
+from clipkit.model.loss import SameCaption
 from clipkit.train.recipes import Recipe
 from clipkit.train.step import Step
 
@@ -50,8 +51,8 @@ def batch_accuracy(
     """
     B = len(caption_B)
     start, rows = first_row(B, gather), min(B, ACCURACY_ROWS)
-    masks = caption_masks(caption_B, B, same_caption, gather)
-    left_out = next((mask for mask in masks if mask is not None), None)
+    captions_N = gather_features(caption_B) if gather else caption_B
+    same_RN = None if same_caption == "negative" else caption_B[:rows, None] == captions_N
     shares = []
     for queries_BE, keys_BE in ((step.image_BE, step.text_BE), (step.text_BE, step.image_BE)):
         keys_NE = gather_features(keys_BE) if gather else keys_BE
@@ -59,8 +60,8 @@ def batch_accuracy(
         partner_R = logits_RN[:, start : start + rows].diagonal()
         own_R = partner_R.clone()
         partner_R.fill_(-torch.inf)
-        if left_out is not None:
-            logits_RN.masked_fill_(left_out[:rows], -torch.inf)
+        if same_RN is not None:
+            logits_RN.masked_fill_(same_RN, -torch.inf)
         shares.append((own_R > logits_RN.amax(dim=1)).float().mean())
     return shares[0], shares[1]
 
