@@ -6,7 +6,8 @@ The core library; its stages are `clipkit.tfrecord_tools`, `clipkit.train` and `
 
 - `config`: configurations, `--set key=value`, and JSON.
 - `checkpoint`: folders with weights, optimizer state and the position in the data.
-- `device`: CPU, CUDA and XLA, told apart here and nowhere else.
+- `device`: CPU, CUDA and XLA, told apart here and nowhere else; `hardware`: the chips by their data sheets.
+- `choices`: the closed lists that recipes and models choose from.
 - `counter_rng`: random numbers that are a function of the sample's position.
 - `log`: progress, warnings, and the metrics of a run.
 - `errors`: the two kinds of failure that are shown as one line.

@@ -9,7 +9,6 @@ its slice of the global batch and gathered features.
 import contextlib
 import importlib.util
 import os
-import re
 import resource
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -24,41 +23,14 @@ import torch
 import torch.distributed
 from torch.utils.checkpoint import checkpoint
 
+from clipkit.choices import Precision
 from clipkit.errors import UserError
+from clipkit.hardware import find_chip
 from clipkit.jobs.worker import answer, cores, result_of
 
 GOOGLE_PCI_VENDOR = "0x1ae0"
 
-Precision = Literal["auto", "float32", "bfloat16"]
 R = TypeVar("R")
-
-# What the makers publish as the dense bfloat16 peak of a chip, in 10^12 operations a second (products summed in
-# float32; NVIDIA's sheets mostly give twice as much, with sparsity). The first name that is in the chip's counts.
-PEAK_TFLOPS = {
-    # NVIDIA's datasheets.
-    "H100 PCIe": 756,
-    "H100 NVL": 835,
-    "H100": 989,
-    "H200 NVL": 835,
-    "H200": 989,
-    "GB200": 2500,
-    "B200": 2250,
-    "A100": 312,
-    "A10G": 70,
-    "A10": 125,
-    "A40": 149.7,
-    "L40S": 362,
-    "L40": 181,
-    "L4": 121,
-    # NVIDIA's whitepapers on GA102 and Ada.
-    "RTX 3090": 71,
-    "RTX 4090": 165.2,
-    # docs.cloud.google.com/tpu/docs: v4, v5e, v5p, v6e, as TPU_ACCELERATOR_TYPE calls them.
-    "v4": 275,
-    "v5litepod": 197,
-    "v5p": 459,
-    "v6e": 918,
-}
 
 
 @dataclass(frozen=True)
@@ -173,10 +145,8 @@ class Device:
     def peak_flops(self) -> float | None:
         """The published dense bfloat16 peak of all devices together, in operations a second; None where unknown."""
         chip = os.environ.get("TPU_ACCELERATOR_TYPE", "") if self.kind == "xla" else self.hardware()
-        for name, peak in PEAK_TFLOPS.items():
-            if re.search(rf"\b{name}\b(?!.* (Laptop|D|MIG)\b)", chip):
-                return peak * 1e12 * self.shards
-        return None
+        found = find_chip(chip)
+        return found.tflops * 1e12 * self.shards if found else None
 
     def optimizer_options(self, learning_rate: float) -> dict[str, Any]:
         """AdamW's options that suit the device.

@@ -3,7 +3,8 @@
 - `loop`: the training loop, which reads from top to bottom.
 - `run`: what a run shares and where it stands; how it saves, evaluates and describes itself.
 - `catalogue`: the recipes by name, and those from TOML files. A new recipe belongs here.
-- `recipes`: what a recipe is, and which values its fields take.
+- `recipes`: what a recipe is, and which values its fields take; `augmentation`: its part for training images.
+- `checks`: a recipe held to a device, data and a tokenizer before the run.
 - `start`: where a run starts, and what may have changed when it goes on.
 - `order`: which record comes when, from the seed and the samples seen.
 - `step`: one optimizer step.

@@ -30,8 +30,8 @@ from clipkit.model.config import (
     vit_l14_clipa,
     vit_l16,
 )
-from clipkit.train.loader.augment import Augmentation
-from clipkit.train.recipes import Cadence, OptimizerConfig, Recipe, Stage, stage_cost
+from clipkit.train.augmentation import Augmentation
+from clipkit.train.recipes import Cadence, OptimizerConfig, Recipe, Stage
 
 # ---- CLIPA on LAION-400M ---------------------------------------------------------------------------------------------
 
@@ -348,6 +348,8 @@ def recipes() -> dict[str, Callable[[], Recipe]]:
 
 def recipe_rows() -> list[dict[str, Any]]:
     """What each stage of each recipe takes, as JSON values."""
+    from clipkit.train.checks import stage_cost  # imports torch
+
     rows = []
     for name, make in recipes().items():
         recipe = make()

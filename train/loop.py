@@ -24,19 +24,17 @@ from clipkit.log import Writer, warn_on_stderr
 from clipkit.model.clip import CLIP, build, load_state
 from clipkit.storage.files import clear_leftovers, lock, write_json
 from clipkit.text.vocabulary import open_tokenizer
-from clipkit.train.loader.loader import batches
-from clipkit.train.optimizer import average_weights, learning_rate_at, make_optimizer
-from clipkit.train.recipes import (
-    Recipe,
-    Stage,
+from clipkit.train.checks import (
     check_recipe,
     check_tokenizer,
     loader_config,
-    model_at,
     preprocess_at,
     stage_cost,
     takes_precomputed,
 )
+from clipkit.train.loader.loader import batches
+from clipkit.train.optimizer import average_weights, learning_rate_at, make_optimizer
+from clipkit.train.recipes import Recipe, Stage, model_at
 from clipkit.train.run import (
     Run,
     Summary,

@@ -25,7 +25,8 @@ from clipkit.pixels.images import Preprocess
 from clipkit.storage.files import read_json
 from clipkit.text.tokenizer import WordTokenizer
 from clipkit.text.vocabulary import vocabulary_hash
-from clipkit.train.recipes import Recipe, Stage, model_at, preprocess_at
+from clipkit.train.checks import preprocess_at
+from clipkit.train.recipes import Recipe, Stage, model_at
 from clipkit.train.sources.open import Data
 from clipkit.train.start import Start
 from clipkit.train.stopping import Stop, StopNowError

@@ -12,7 +12,7 @@ import struct
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import cv2
 import numpy as np
@@ -20,14 +20,13 @@ import numpy.typing as npt
 import simplejpeg
 from PIL import Image, ImageOps
 
+from clipkit.choices import CLIP_MEAN, CLIP_STD, Interpolation, ResizeMode
 from clipkit.errors import UserError, one_line
 
 if TYPE_CHECKING:
     import torch
 
 UInt8Array = npt.NDArray[np.uint8]
-ResizeMode = Literal["shortest", "squash"]
-Interpolation = Literal["bicubic", "bilinear"]
 
 Data = bytes | memoryview
 
@@ -47,9 +46,6 @@ _PROGRESSIVE = frozenset((0xFFC2, 0xFFCA))
 
 # EXIF's tag for how the image is to be turned, 1 for not at all, and the type it has.
 ORIENTATION, _SHORT = 0x0112, 3
-
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 class ImageError(UserError):

@@ -17,7 +17,6 @@ that every patch is seen in the long run and neighbours stay about two patches a
 
 import math
 from collections.abc import Sequence
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -25,11 +24,9 @@ import torch
 from torch import Tensor
 
 from clipkit import counter_rng
+from clipkit.choices import ImageMethod, TextMethod
 from clipkit.errors import UserError
 from clipkit.text.tokenizer import EOT, SOT
-
-ImageMethod = Literal["random", "grid", "block"]
-TextMethod = Literal["truncate", "random", "block", "syntax"]
 
 # Streams of random numbers, each for one use (see counter_rng).
 RANDOM_PATCHES, GRID_PATCHES, BLOCK_PATCHES, RANDOM_TOKENS, BLOCK_TOKENS = range(900, 905)

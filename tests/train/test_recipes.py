@@ -11,7 +11,8 @@ from clipkit.errors import UserError
 from clipkit.model.clip import allocate
 from clipkit.model.config import vit_b32, vit_l14
 from clipkit.train.catalogue import find_recipe, recipes
-from clipkit.train.recipes import Recipe, check_recipe, loader_config, model_at, patch_grid, preprocess_at, stage_cost
+from clipkit.train.checks import check_recipe, loader_config, patch_grid, preprocess_at, stage_cost
+from clipkit.train.recipes import Recipe, model_at
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,10 @@ from clipkit.model.clip import CLIP, build
 from clipkit.model.config import vit_h14
 from clipkit.text.tokens import reduce_text
 from clipkit.train.catalogue import debug
+from clipkit.train.checks import loader_config, stage_cost
 from clipkit.train.loader.loader import keep_indices
 from clipkit.train.optimizer import make_optimizer
-from clipkit.train.recipes import Recipe, loader_config, model_at, stage_cost
+from clipkit.train.recipes import Recipe, model_at
 from clipkit.train.step import train_step
 
 ROWS = 4

@@ -22,9 +22,10 @@ from clipkit.log import read_metrics
 from clipkit.text.vocabulary import open_tokenizer
 from clipkit.train import loop
 from clipkit.train.catalogue import debug
+from clipkit.train.checks import check_tokenizer, loader_config, takes_precomputed
 from clipkit.train.loader.loader import batches
 from clipkit.train.loop import train
-from clipkit.train.recipes import Recipe, check_tokenizer, loader_config, takes_precomputed
+from clipkit.train.recipes import Recipe
 from clipkit.train.sources.open import open_source
 from clipkit.train.watch import overfit
 

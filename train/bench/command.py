@@ -21,12 +21,13 @@ from clipkit.pixels.images import decode
 from clipkit.text.tokenizer import WordTokenizer
 from clipkit.text.vocabulary import open_tokenizer
 from clipkit.train.bench.findings import COMPACT_QUALITY, PUBLISHED, Compact, Findings, Need, Reading
+from clipkit.train.checks import loader_config, takes_precomputed
 from clipkit.train.loader.augment import Augmentation, cut, geometry_draws
 from clipkit.train.loader.crop import COMPILED, shrink
 from clipkit.train.loader.loader import batches
 from clipkit.train.loader.samples import LoaderConfig
 from clipkit.train.optimizer import make_optimizer
-from clipkit.train.recipes import Recipe, Stage, loader_config, model_at, takes_precomputed
+from clipkit.train.recipes import Recipe, Stage, model_at
 from clipkit.train.sources.open import CACHE_GB, open_source
 from clipkit.train.sources.source import Pair, Source
 from clipkit.train.step import train_step

@@ -25,8 +25,9 @@ from clipkit.model.clip import CLIP
 from clipkit.pixels.images import UInt8Array, normalise
 from clipkit.storage.files import read_json, write_json
 from clipkit.text.tokenizer import WordTokenizer
+from clipkit.train.checks import loader_config
 from clipkit.train.loader.loader import Batch, batches
-from clipkit.train.recipes import Recipe, Stage, loader_config
+from clipkit.train.recipes import Recipe, Stage
 from clipkit.train.run import EVALUATION_ERRORS, Run
 from clipkit.train.sources.source import Pair, Source
 from clipkit.train.step import Step

@@ -14,9 +14,10 @@ from clipkit.device import pick
 from clipkit.log import Progress
 from clipkit.model.clip import build
 from clipkit.text.vocabulary import open_tokenizer
+from clipkit.train.checks import check_recipe, check_tokenizer, loader_config
 from clipkit.train.loader.loader import batches
 from clipkit.train.optimizer import learning_rate_at, make_optimizer
-from clipkit.train.recipes import Recipe, check_recipe, check_tokenizer, loader_config, model_at
+from clipkit.train.recipes import Recipe, model_at
 from clipkit.train.sources.open import CACHE_GB, open_source
 from clipkit.train.step import train_step
 from clipkit.train.watch.metrics import batch_accuracy

@@ -13,8 +13,8 @@ from clipkit.config import set_values
 from clipkit.device import Device, pick
 from clipkit.log import read_metrics
 from clipkit.train.catalogue import debug
+from clipkit.train.checks import stage_cost
 from clipkit.train.loop import train
-from clipkit.train.recipes import stage_cost
 from clipkit.train.step import Step
 from clipkit.train.watch.metrics import batch_accuracy, group_of
 

@@ -1,0 +1,165 @@
+"""What a recipe comes to: checked against a device, data and a tokenizer before hours are spent on it, and what each
+stage asks of the loader and of evaluation.
+"""
+
+import os
+
+import torch
+
+from clipkit.device import Device
+from clipkit.errors import UserError
+from clipkit.formatting import size_text
+from clipkit.model.clip import CLIP
+from clipkit.model.flops import SampleCost, sample_cost
+from clipkit.model.image_tower import make_image_tower
+from clipkit.model.timm_tower import TimmTower
+from clipkit.pixels.images import Preprocess
+from clipkit.text.tokenizer import WordTokenizer
+from clipkit.train.loader.loader import check_loader
+from clipkit.train.loader.samples import LoaderConfig
+from clipkit.train.recipes import OptimizerConfig, Recipe, Stage, check_ranges, model_at
+from clipkit.train.sources.source import Examples, Source
+
+# Fields of an OptimizerConfig that these optimizers don't have.
+UNUSED = {"adamw": ["momentum"], "stable_adamw": ["momentum"], "lion": ["eps", "momentum"], "muon": []}
+
+
+def check_recipe(recipe: Recipe, source: Source | Examples, device: Device) -> None:
+    """Refuse what would fail only hours later. Raises UserError that names the stage and the field."""
+    shards = device.shards
+    if (recipe.loss == "sigmoid") != (recipe.model.logit_bias_init is not None):
+        raise UserError("loss=sigmoid and a bias go together: set model.logit_bias_init=-10 with it, or neither")
+    if recipe.micro_batch is not None and device.mesh is not None:
+        raise UserError("micro_batch isn't for TPUs yet: unset it, and set checkpoint_activations=true to save memory")
+    if recipe.optimizer.name != "adamw" and device.mesh is not None:
+        raise UserError(f"optimizer.name={recipe.optimizer.name} isn't for TPUs yet: set optimizer.name=adamw")
+    check_ranges(recipe, f"recipe {recipe.name}")
+    for name in UNUSED[recipe.optimizer.name]:
+        value, default = getattr(recipe.optimizer, name), getattr(OptimizerConfig(), name)
+        if value != default:
+            raise UserError(
+                f"recipe {recipe.name}: optimizer.{name} is {value}, which {recipe.optimizer.name} doesn't use: "
+                f"set its default {default}"
+            )
+    for stage in recipe.stages:
+        where = f"recipe {recipe.name}, stage {stage.name}"
+        check_ranges(stage, where)
+        check_ranges(recipe.model, where, "model.")
+        if stage.batch_size < 2 or stage.batch_size % shards:
+            raise UserError(f"{where}: batch_size {stage.batch_size} can't be divided over {shards} devices")
+        if stage.samples % stage.batch_size:
+            near = max(1, round(stage.samples / stage.batch_size)) * stage.batch_size
+            raise UserError(
+                f"{where}: samples {stage.samples} is not a multiple of batch_size {stage.batch_size}: set {near}"
+            )
+        if not 0 <= stage.warmup_samples <= stage.samples:
+            raise UserError(f"{where}: warmup_samples {stage.warmup_samples} is not between 0 and {stage.samples}")
+        cooldown, after_warmup = stage.cooldown_samples, stage.samples - stage.warmup_samples
+        if cooldown and (stage.schedule == "cosine" or cooldown > after_warmup):
+            raise UserError(
+                f"{where}: cooldown_samples {cooldown} needs schedule=constant or inverse_sqrt, and at most the "
+                f"{after_warmup} samples after the warm-up"
+            )
+        if (stage.image_keep is None) != (stage.image_reduction is None):
+            raise UserError(f"{where}: image_keep and image_reduction go together: set both or neither")
+        share = stage.batch_size // shards
+        if recipe.micro_batch is not None and share % recipe.micro_batch:
+            raise UserError(f"{where}: micro_batch {recipe.micro_batch} doesn't divide a device's share of {share}")
+        try:
+            check_memory(recipe, stage, device.world)
+            check_sizes(recipe, stage)
+            check_loader(source, loader_config(recipe, stage), 0, stage.samples, device.world)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from error
+
+
+def check_tokenizer(recipe: Recipe, tokenizer: WordTokenizer) -> None:
+    """Raise UserError where the text tower can't read the tokenizer's ids."""
+    text = recipe.model.text
+    if text.vocab_size < tokenizer.vocab_size:
+        raise UserError(
+            f"recipe {recipe.name}: model.text.vocab_size is {text.vocab_size}: the tokenizer {text.tokenizer} has "
+            f"{tokenizer.vocab_size:,} ids; set {tokenizer.vocab_size} or more"
+        )
+    if text.pooling == "end" and text.tokenizer != "clip-bpe":
+        raise UserError(
+            f"recipe {recipe.name}: model.text.pooling=end needs the end token of clip-bpe: set "
+            f"model.text.pooling=last for {text.tokenizer}"
+        )
+
+
+def takes_precomputed(recipe: Recipe, stage: Stage) -> bool:
+    """Whether a stage takes the ids and word classes that a dataset holds: they are clip-bpe's."""
+    return stage.text_reduction == "syntax" and recipe.model.text.tokenizer == "clip-bpe"
+
+
+def check_memory(recipe: Recipe, stage: Stage, world: int) -> None:
+    """Raise UserError where the model's weights, or one batch of images, are larger than this machine's memory."""
+    with torch.device("meta"):
+        weights = sum(parameter.numel() for parameter in CLIP(model_at(recipe, stage)).parameters())
+    images, pixels = stage.batch_size // world, stage.image_size**2
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for what, size, remedy in (
+        (f"the model's {weights:,} weights take", 4 * weights, "a smaller width or depth under model"),
+        (f"a batch of {images:,} images of {stage.image_size} px takes", 3 * images * pixels, "a smaller batch_size"),
+    ):
+        if size > memory:
+            raise UserError(f"{what} {size_text(size)}, and this machine has {size_text(memory)}: set {remedy}")
+
+
+def check_sizes(recipe: Recipe, stage: Stage) -> None:
+    """Raise UserError where a tower that isn't a vision transformer has other weights at this stage's image size."""
+    first = recipe.stages[0]
+    if stage.image_size == first.image_size:
+        return
+    with torch.device("meta"):
+        towers = [make_image_tower(model_at(recipe, each).image) for each in (first, stage)]
+    if isinstance(towers[0], TimmTower) and shapes(towers[0]) != shapes(towers[1]):
+        raise UserError(f"{recipe.model.image.name} has other weights at other sizes: give all stages one image_size")
+
+
+def shapes(module: torch.nn.Module) -> dict[str, torch.Size]:
+    """The shapes of a module's tensors by name."""
+    return {name: tensor.shape for name, tensor in module.state_dict().items()}
+
+
+def preprocess_at(recipe: Recipe, stage: Stage) -> Preprocess:
+    """How images are prepared when the stage's model is evaluated."""
+    return Preprocess(stage.image_size, recipe.mean, recipe.std, recipe.interpolation, recipe.resize_mode)
+
+
+def stage_cost(recipe: Recipe, stage: Stage) -> SampleCost:
+    """What one sample of a stage costs."""
+    return sample_cost(model_at(recipe, stage), stage.image_keep)
+
+
+def patch_grid(recipe: Recipe, stage: Stage) -> tuple[int, int] | None:
+    """Rows and columns of patches in a stage; None where the image tower has none.
+
+    Raises UserError for an invalid model.
+    """
+    # The tower itself knows best; on the meta device it takes no memory.
+    with torch.device("meta"):
+        image = CLIP(model_at(recipe, stage)).image
+    if not isinstance(image, TimmTower):
+        return image.grid
+    if stage.image_keep is not None:
+        raise UserError(f"image_keep isn't for {image.config.name}: set it and image_reduction to none")
+    return None
+
+
+def loader_config(recipe: Recipe, stage: Stage) -> LoaderConfig:
+    """What the loader needs to know of a stage."""
+    return LoaderConfig(
+        image_size=stage.image_size,
+        augmentation=stage.augmentation,
+        context_length=stage.context_length,
+        text_reduction=stage.text_reduction,
+        image_reduction=stage.image_reduction,
+        image_keep=stage.image_keep,
+        grid=patch_grid(recipe, stage),
+        batch_size=stage.batch_size,
+        seed=recipe.seed,
+        block_size=recipe.block_size,
+        max_bad=recipe.max_bad,
+    )
