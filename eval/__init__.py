@@ -4,6 +4,7 @@
 - `datasets`: what the names of DataComp's 38 datasets promise.
 - `open`: data and a kind of task to what is measured.
 - `suite`: many datasets in one command, and their average.
+- `fleet`: many models on many datasets on a Ray cluster.
 - `metrics`: accuracies with their intervals and chance levels. A new metric belongs here.
 - `results`: what an evaluation leaves in a run: numbers and guesses.
 - `tables`: results as text, Markdown, LaTeX and CSV.

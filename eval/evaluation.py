@@ -77,29 +77,50 @@ def evaluate(encoder: Encoder, task: EvaluationTask, compute: Compute) -> Iterat
         yield f"{task.name}/{measured.metric}", measured.value
 
 
+@dataclass(frozen=True)
+class Measured:
+    """What was found out about a model, before it is written into `run`."""
+
+    run: Path | None
+    results: list[Result]
+    outcome: Outcome | None
+    """None where the run has the results already."""
+
+
 def zeroshot(
+    source: str | Path, task: EvaluationTask, *, device: str | Device = "auto", **options: Any
+) -> list[Result]:
+    """Evaluate a model on a task; write numbers and guesses into the run, and return the numbers. `options` are those
+    of `measure`.
+
+    In the run, `results.jsonl` gets a line for each metric and `predictions-<task>.parquet` the guesses; outside of a
+    run nothing is written. Of several ranks, which share the work, the first one writes. Raises UserError for whatever
+    is wrong with the input.
+    """
+    where = pick(device) if isinstance(device, str) else device
+    return where.on_first(partial(keep, measure(source, task, where, **options)))
+
+
+def measure(
     source: str | Path,
     task: EvaluationTask,
+    where: Device,
     *,
     batch_size: int = 256,
-    device: str | Device = "auto",
     precision: Precision | None = None,
     out: Path | None = None,
     ema: bool = False,
     vocabulary: Path | None = None,
     cache: BlockCache | None = None,
-) -> list[Result]:
-    """Evaluate a model on a task; write numbers and guesses into the run, and return the numbers.
+) -> Measured:
+    """Evaluate a model on a task.
 
     `source` and `vocabulary` are what `clipkit.interop.load` takes. The run is `out`, or the one that a checkpoint of
-    clipkit's lies in; outside of a run nothing is written. `ema` takes the averages of the weights, and the task is
-    then called `ema/<task>`. Embeddings that `cache` has aren't computed again. In the run, `results.jsonl` gets a line
-    for each metric and `predictions-<task>.parquet` the guesses. Of several ranks, which share the work, the first one
-    writes. Raises UserError for whatever is wrong with the input.
+    clipkit's lies in. `ema` takes the averages of the weights, and the task is then called `ema/<task>`. Embeddings
+    that `cache` has aren't computed again. Raises UserError for whatever is wrong with the input.
     """
     for text in task.notes:
         note(text)
-    where = pick(device) if isinstance(device, str) else device
     encoder = load(source, ema=ema, vocabulary=vocabulary)
     note(encoder.summary)
     run = out or run_of(encoder)
@@ -111,12 +132,9 @@ def zeroshot(
     with Progress(f"zeroshot {task.name}", len(task), "images", quiet=not where.is_first) as progress:
         compute = Compute(where, precision, batch_size, progress.update, cache)
         outcome = task.measure(encoder, compute, keep_guesses=run is not None and where.is_first)
-    for text in outcome.notes:
-        note(text)
-    asked = f"ema/{task.name}" if ema else task.name
     common: dict[str, Any] = {
         "classes": outcome.classes,
-        "task": asked,
+        "task": f"ema/{task.name}" if ema else task.name,
         "data": printable(str(task.path.absolute())),
         "samples_seen": encoder.samples_seen,
         "checkpoint": relative(encoder.path, run) if encoder.path else encoder.name,
@@ -130,32 +148,35 @@ def zeroshot(
         "notes": (*encoder.notes, *outcome.notes),
         "precision": where.arithmetic(precision or encoder.precision),
     }
-    found = [Result(**dataclasses.asdict(measured), **common) for measured in outcome.measures]
+    return Measured(run, [Result(**dataclasses.asdict(each), **common) for each in outcome.measures], outcome)
+
+
+def keep(measured: Measured) -> list[Result]:
+    """Say what is to be known about some results, and write them and the guesses into their run; returns the results as
+    they were written.
+    """
+    run, found, outcome = measured.run, measured.results, measured.outcome
+    asked = found[0].task
+    if outcome is None:
+        note(f"{asked}: {run} has its results already")
+        return found
+    for text in outcome.notes:
+        note(text)
     for result in found:
         if doubt := results.verdict(result):
             warn_on_stderr(f"{asked}: {results.METRICS.get(result.metric, result.metric)} is {doubt}")
+    model = found[0].model
     if run is None:
-        note(f"{encoder.name} isn't in a run's folder, so the numbers aren't written anywhere: give --out to keep them")
+        note(f"{model} isn't in a run's folder, so the numbers aren't written anywhere: give --out to keep them")
         return found
-    return where.on_first(partial(write_outcome, run, outcome, task, found, encoder))
-
-
-def write_outcome(
-    run: Path, outcome: Outcome, task: EvaluationTask, found: list[Result], encoder: Encoder
-) -> list[Result]:
-    """Write results and guesses into a run; returns the results as they were written."""
-    asked = found[0].task
     found = results.write_results(run, found)  # before the guesses, which may find no room
-    name = found[0].task
-    if name != asked:
-        note(f"{run} has a task {asked!r} of other images, so this one is {name!r}: choose with --name")
+    first = found[0]
+    if first.task != asked:
+        note(f"{run} has a task {asked!r} of other images, so this one is {first.task!r}: choose with --name")
     if outcome.guesses is not None:
-        about = {"task": name, "kind": task.kind, "samples_seen": encoder.samples_seen, "weights": encoder.weights}
-        results.write_predictions(
-            results.predictions_path(run, name),
-            outcome.guesses,
-            about={**about, "classes": outcome.classes, "data": found[0].data, "templates": outcome.templates},
-        )
+        names = ("task", "kind", "samples_seen", "weights", "classes", "data", "templates")
+        about = {name: getattr(first, name) for name in names}
+        results.write_predictions(results.predictions_path(run, first.task), outcome.guesses, about=about)
     return found
 
 

@@ -19,7 +19,7 @@ from clipkit.embedding.encoder import Encoder
 from clipkit.errors import UserError, one_line
 from clipkit.eval import results
 from clipkit.eval.datasets import PublishedDataset, name_published, published_datasets
-from clipkit.eval.evaluation import EvaluationTask, note, run_of, zeroshot
+from clipkit.eval.evaluation import EvaluationTask, Measured, keep, measure, note, run_of
 from clipkit.eval.open import KINDS, TaskKind, open_data
 from clipkit.eval.results import Result, digest
 from clipkit.formats.folders import printable
@@ -131,34 +131,48 @@ def evaluate_suite(
     **options: Any,
 ) -> Iterator[Result]:
     """The main number of each dataset of a suite below `root`, computed or as the run has it, and then their average,
-    which goes into the run too. `options` are those of `zeroshot`.
+    which goes into the run too. `options` are those of `evaluation.measure`.
 
     Raises UserError as `entries_of`, for data that can't be read, and for a metric that a dataset doesn't have.
     """
     entries, missing = entries_of(suite, root)
     where = pick(device) if isinstance(device, str) else device
     encoder = load(source, ema=ema, vocabulary=options.get("vocabulary"))
-    run, arithmetic = out or run_of(encoder), where.arithmetic(precision or encoder.precision)
     found = []
     for entry in entries:
-        task = open_data(entry.kind, entry.data, **entry.options)
-        # Only the first rank looks, since the others may see what it writes.
-        look = partial(done_before, task, encoder, arithmetic, run)
-        done = where.on_first(look)
-        if done:
-            note(f"{entry.name}: {run} has its results already")
-        else:
-            done = zeroshot(source, task, device=where, out=out, ema=ema, precision=precision, **options)
-        by_metric = {result.metric: result for result in done}
-        if entry.metric not in by_metric:
-            raise UserError(f"{entry.name} has no metric {entry.metric!r}: {nearest(entry.metric, by_metric)}")
-        found.append(by_metric[entry.metric])
+        measured = measure_entry(source, entry, encoder, where, out=out, ema=ema, precision=precision, **options)
+        found.append(main_number(entry, where.on_first(partial(keep, measured))))
         yield found[-1]
-    mean = average(Path(suite).stem, root, found, missing)
-    note(mean.notes[0])
-    if run is not None:
-        where.on_first(partial(results.write_results, run, [mean]))
-    yield mean
+    run = out or run_of(encoder)
+    yield where.on_first(partial(write_average, run, suite, root, found, missing))
+
+
+def measure_entry(
+    source: str,
+    entry: Entry,
+    encoder: Encoder,
+    where: Device,
+    *,
+    out: Path | None = None,
+    precision: Precision | None = None,
+    **options: Any,
+) -> Measured:
+    """What a dataset says about a model, of which `encoder` is loaded already; computed or as the run has it."""
+    task, run = open_data(entry.kind, entry.data, **entry.options), out or run_of(encoder)
+    arithmetic = where.arithmetic(precision or encoder.precision)
+    # Only the first rank looks, since the others may see what it writes.
+    done = where.on_first(partial(done_before, task, encoder, arithmetic, run))
+    if done:
+        return Measured(run, done, None)
+    return measure(source, task, where, out=out, precision=precision, **options)
+
+
+def main_number(entry: Entry, found: Sequence[Result]) -> Result:
+    """The number by which a dataset is quoted. Raises UserError where there is none."""
+    by_metric = {result.metric: result for result in found}
+    if entry.metric not in by_metric:
+        raise UserError(f"{entry.name} has no metric {entry.metric!r}: {nearest(entry.metric, by_metric)}")
+    return by_metric[entry.metric]
 
 
 def done_before(task: EvaluationTask, encoder: Encoder, arithmetic: str, run: Path | None) -> list[Result]:
@@ -172,6 +186,15 @@ def done_before(task: EvaluationTask, encoder: Encoder, arithmetic: str, run: Pa
     ]
     hashes = task.hashes(encoder.preprocess) if candidates else {}
     return [result for result in candidates if result.hashes == hashes]
+
+
+def write_average(run: Path | None, suite: str, root: Path, found: Sequence[Result], missing: Sequence[str]) -> Result:
+    """The average of a suite, said and written into the run."""
+    mean = average(Path(suite).stem, root, found, missing)
+    note(mean.notes[0])
+    if run is not None:
+        results.write_results(run, [mean])
+    return mean
 
 
 def average(suite: str, root: Path, found: Sequence[Result], missing: Sequence[str]) -> Result:

@@ -93,6 +93,12 @@ table_format = click.option(
 @click.option(
     "--out", type=Folder, help="Run that gets the results; of several models, each a folder in it. [default: its own]"
 )
+@click.option(
+    "--engine",
+    type=click.Choice(["local", "ray"]),
+    default="local",
+    help="ray: each model on each dataset is a job on your Ray cluster, or on one started here.",
+)
 @table_format
 @as_json
 def zeroshot(
@@ -109,6 +115,7 @@ def zeroshot(
     cache_gb: float,
     no_cache: bool,
     out: Path | None,
+    engine: Literal["local", "ray"],
     table_format: "TableFormat",
     as_json: bool,
     **task_options: Any,
@@ -142,14 +149,19 @@ def zeroshot(
     how |= {"ema": ema, "vocabulary": tokenizer}
 
     def measured() -> "Iterator[list[Result]]":
-        if suite is None:
+        if suite is not None:
+            refuse_beside_suite({"task": kind, **task_options}, data)
+        if engine == "ray":
+            yield from evaluate_on_ray(
+                suite, kind or "classification", data, task_options, outs, how | {"device": device}
+            )
+        elif suite is None:
             for path in data:
                 task = open_data(kind or "classification", path, **task_options)
                 yield from (stage(model, task, out=outs[model], **how) for model in models)
-            return
-        refuse_beside_suite({"task": kind, **task_options}, data)
-        for model in models:
-            yield from ([number] for number in evaluate_suite(model, suite, data[0], out=outs[model], **how))
+        else:
+            for model in models:
+                yield from ([number] for number in evaluate_suite(model, suite, data[0], out=outs[model], **how))
 
     with one_of_ranks(where):
         tabled: list[Result] = []
@@ -160,6 +172,24 @@ def zeroshot(
                 tabled += each
         if tabled:
             echo(results_text(tabled, table_format))
+
+
+def evaluate_on_ray(
+    suite: str | None,
+    kind: "TaskKind",
+    data: tuple[Path, ...],
+    options: dict[str, Any],
+    outs: dict[str, Path | None],
+    how: dict[str, Any],
+) -> "Iterator[list[Result]]":
+    """The results of all models on all data, as without Ray."""
+    from clipkit.eval.fleet import evaluate_fleet, evaluate_suites
+
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("--engine ray has workers of its own: start it without torchrun")
+    if suite is None:
+        return evaluate_fleet(kind, data, options, outs, how)
+    return evaluate_suites(suite, data[0], outs, how)
 
 
 @contextlib.contextmanager

@@ -4,9 +4,10 @@ A cluster is joined when this process is connected already, when RAY_ADDRESS nam
 when `ray start` has started one on this machine. A cluster of our own takes connections only with a token (Ray's
 default), has no dashboard, and ends with this process, however that ends. Usage statistics are never sent.
 
-Each item is one task of one CPU. Only as many are handed in as the cluster can take, because a million shards would be
-a million objects in the driver. Ray's own retries are off: where memory is short they have no bound, and an item's
-attempts are counted by `run_jobs`, as on the other engines.
+Each item is one task of one CPU, and of one GPU where that is asked for and the cluster has any. Only as many are
+handed in as the cluster can take, because a million shards would be a million objects in the driver. Ray's own retries
+are off: where memory is short they have no bound, and an item's attempts are counted by `run_jobs`, as on the other
+engines.
 """
 
 import contextlib
@@ -36,8 +37,8 @@ RESIZE_SECONDS = 10.0  # how often the cluster is asked for its size, which an a
 class RayWorkers:
     """A cluster's workers. With `workers` of None two items for each CPU are handed in, so that no worker waits."""
 
-    def __init__(self, function: Callable[[T], R], workers: int | None) -> None:
-        self.function, self.workers = function, workers
+    def __init__(self, function: Callable[[T], R], workers: int | None, gpu: bool = False) -> None:
+        self.function, self.workers, self.gpu = function, workers, gpu
         self.pending: dict[Any, int] = {}  # the index of each task's item
         self.size, self.asked = 1, -RESIZE_SECONDS
 
@@ -53,14 +54,16 @@ class RayWorkers:
         self.connected = ray.is_initialized()
         if not self.connected:
             connect(ray, self.workers)
-        self.task = self.ray.remote(worker.answer_packed).options(max_retries=0, num_cpus=1)
+        self.gpu = self.gpu and bool(self.ray.cluster_resources().get("GPU"))
+        options = {"max_retries": 0, "num_cpus": 1, "num_gpus": int(self.gpu)}
+        self.task = self.ray.remote(worker.answer_packed).options(**options)
         return self
 
     def room(self) -> int:
         if self.workers:
             return self.workers
         if time.monotonic() - self.asked >= RESIZE_SECONDS:
-            self.size = max(1, round(2 * self.ray.cluster_resources().get("CPU", 0)))
+            self.size = max(1, round(2 * self.ray.cluster_resources().get("GPU" if self.gpu else "CPU", 0)))
             self.asked = time.monotonic()
         return self.size
 

@@ -29,13 +29,15 @@ def run_jobs(
     isolate: bool = False,
     engine: Engine = "local",
     attempts: int = ATTEMPTS,
+    gpu: bool = False,
 ) -> Iterator[tuple[int, R]]:
     """Yield `(index of the item, function(item))` in the order in which the items finish.
 
     `engine` local: processes of this machine. `workers` of None takes every core that this process may use. With 0 or
     1 everything runs in this process, in order, unless `isolate` keeps `function` and what it imports out of it.
     `engine` ray, spark: the cluster that the user has (see `ray`, `spark`), or one started on this machine.
-    `workers` is how many items are worked on at once; None is all that the cluster can take. Every machine needs
+    `workers` is how many items are worked on at once; None is all that the cluster can take. With `gpu` each item gets
+    a GPU of a Ray cluster that has some. Every machine needs
     clipkit in the same versions, and must see the paths in the items under the same names: a file system that all of
     them share, or a store such as `s3://`.
 
@@ -51,7 +53,7 @@ def run_jobs(
     if engine == "ray":
         from clipkit.jobs.ray import RayWorkers
 
-        return _run(RayWorkers(function, workers), items, describe, attempts)
+        return _run(RayWorkers(function, workers, gpu), items, describe, attempts)
     if engine == "spark":
         from clipkit.jobs.spark import SparkWorkers
 

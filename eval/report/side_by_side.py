@@ -118,11 +118,14 @@ def matrix(runs: Sequence[Run]) -> dict[str, Any]:
         # The categories of a task, behind a colon, may be many.
         for metric in dict.fromkeys(name for by_metric in results_of for name in by_metric if ":" not in name):
             numbers = [by_metric.get(metric) for by_metric in results_of]
-            first_entry, first = next(each for each in zip(entries.values(), numbers, strict=True) if each[1])
+            there = {entry: result for entry, result in zip(entries.values(), numbers, strict=True) if result}
+            first_entry, first = next(iter(there.items()))
             cells = []
-            for entry, result in zip(entries.values(), numbers, strict=True):
-                is_other = result is not None and entry is not first_entry
-                pair = pair_of(task, metric, (first_entry, entry), (first, result)) if is_other else None
+            for entry in entries.values():
+                result = there.get(entry)
+                pair = None
+                if result is not None and entry is not first_entry:
+                    pair = pair_of(task, metric, (first_entry, entry), (first, result))
                 cells.append(cell(result, pair))
             row = {"metric": metric_title(metric), "chance": shown(metric, first.chance), "cells": cells}
             tasks.setdefault(task, []).append(row)

@@ -10,6 +10,7 @@ from image_shards import picture
 from labelled_sources import tar_of
 from small_encoder import small_run
 
+from clipkit.cli.evaluate import evaluate_on_ray
 from clipkit.cli.main import main
 from clipkit.errors import UserError
 from clipkit.eval.datasets import published_datasets
@@ -78,6 +79,29 @@ def test_what_is_there_is_measured_by_its_own_metric_once(run: Path, tmp_path: P
     (root / "vtab-dtd" / "zeroshot_classification_templates.txt").write_text("one {c}.\n")
     changed = zeroshot(run, root, "vtab")
     assert f"vtab-dtd: {run} has" not in changed.stderr and f"vtab-pets: {run} has" in changed.stderr
+
+
+def test_a_suite_on_an_engine_has_the_results_of_one_process(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine itself is tested with the others, in `jobs/test_engines.py`."""
+
+    def run_backwards(work, units, *, engine: str, **_):
+        assert engine == "ray"
+        yield from [(number, work(unit)) for number, unit in enumerate(units)][::-1]
+
+    monkeypatch.setattr("clipkit.eval.fleet.run_jobs", run_backwards)
+    for name in ("vtab-pets", "vtab-dtd"):
+        webdataset(tmp_path / "sets" / name)
+    expected = zeroshot(run, tmp_path / "sets", "vtab", "--json", "--out", str(tmp_path / "one"))
+    for _ in range(2):
+        done = zeroshot(run, tmp_path / "sets", "vtab", "--json", "--out", str(tmp_path / "two"), "--engine", "ray")
+        assert (done.exit_code, done.stdout) == (0, expected.stdout)
+        assert (tmp_path / "two" / "results.jsonl").read_text() == (tmp_path / "one" / "results.jsonl").read_text()
+    assert f"vtab-dtd: {tmp_path / 'two'} has its results already" in done.stderr
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="start it without torchrun"):
+        evaluate_on_ray("vtab", "classification", (tmp_path,), {}, {}, {})
 
 
 def test_a_suite_of_ones_own(run: Path, tmp_path: Path) -> None:

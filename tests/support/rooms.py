@@ -92,7 +92,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "train/watch": (*_core("model", "pixels", "storage", "text"), "train", "train/loader", "train/sources"),
     "train/bench": (*_core("jobs", "model", "pixels", "text"), "train", "train/loader", "train/sources"),
     "eval": (
-        *_core("embedding", "formats", "interop", "pixels", "storage"),
+        *_core("embedding", "formats", "interop", "jobs", "pixels", "storage"),
         *("eval/choice", "eval/classification", "eval/probe", "eval/retrieval"),
     ),
     "eval/choice": (*_core("embedding", "formats", "pixels", "storage"), "eval", "eval/retrieval"),

@@ -20,7 +20,10 @@ from pathlib import Path
 from typing import IO, Any
 
 import pytest
+from image_shards import picture
 from job_functions import alive, square, wait_until
+from ranks import command, run_ranks
+from small_encoder import small_run
 
 from clipkit.errors import UserError
 from clipkit.jobs import ray as jobs_ray
@@ -262,6 +265,35 @@ def test_the_items_of_a_lost_machine_are_done_by_others(ray_cluster: RayCluster,
     assert len(runs) - 1 == 9  # one item was begun twice
     clear_leftovers(tmp_path)
     assert written(tmp_path) == wanted_bytes()
+
+
+def command_in(folder: Path, environment: dict[str, str], *arguments: str) -> None:
+    os.chdir(folder)
+    os.environ.update(environment)
+    command(*arguments)
+
+
+def test_a_fleet_of_models_has_the_results_of_one_process(ray_cluster: RayCluster, tmp_path: Path, mark: str) -> None:
+    for seed in (1, 2):
+        small_run(tmp_path / "models" / str(seed), seed)
+    for name in ("a", "b"):
+        for number in range(4):
+            folder = tmp_path / "sets" / name / f"{name} class {number % 2}"
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f"{number}.png").write_bytes(picture(number))
+    given = ["zeroshot", "--ckpt", "models/1", "--ckpt", "models/2", "--data", "sets/a", "--data", "sets/b", "--json"]
+    given += ["--templates", "plain", "--device", "cpu", "--no-cache"]
+    environment = {name: value for name, value in ray_cluster.environment.items() if name.startswith("RAY_")}
+    printed = []
+    for engine in ("local", "ray"):
+        arguments = [*given, "--engine", engine, "--out", f"out-{engine}"]
+        printed += run_ranks(command_in, tmp_path, {**environment, MARK: mark}, *arguments, ranks=1)
+    assert printed[0] == printed[1] and len(printed[0].splitlines()) == 12
+    one, other = (tmp_path / f"out-{engine}" for engine in ("local", "ray"))
+    names = sorted(path.relative_to(one) for path in one.rglob("*.*"))
+    assert names == sorted(path.relative_to(other) for path in other.rglob("*.*")) and len(names) >= 6
+    for name in names:
+        assert (one / name).read_bytes() == (other / name).read_bytes(), name
 
 
 @pytest.mark.parametrize(("engine", "package"), [("ray", "ray"), ("spark", "pyspark")])
