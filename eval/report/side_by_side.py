@@ -118,11 +118,9 @@ def matrix(runs: Sequence[Run]) -> dict[str, Any]:
         # The categories of a task, behind a colon, may be many.
         for metric in dict.fromkeys(name for by_metric in results_of for name in by_metric if ":" not in name):
             numbers = [by_metric.get(metric) for by_metric in results_of]
-            there = {entry: result for entry, result in zip(entries.values(), numbers, strict=True) if result}
-            first_entry, first = next(iter(there.items()))
+            first_entry, first = next((e, r) for e, r in zip(entries.values(), numbers, strict=True) if r)
             cells = []
-            for entry in entries.values():
-                result = there.get(entry)
+            for entry, result in zip(entries.values(), numbers, strict=True):
                 pair = None
                 if result is not None and entry is not first_entry:
                     pair = pair_of(task, metric, (first_entry, entry), (first, result))
