@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 EXPECTED = "preprocessing"  # each model has its own
+GUESSED = ("key", "label", "correct", "guesses", "problem", "direction", "rank", "right")
 WORDS = {
     "classes": "other class names",
     "templates": "other templates",
@@ -240,7 +241,7 @@ def guesses(run: Path, result: Result) -> "pa.Table | None":
     path = results.predictions_path(run, result.task)
     if not path.is_file():
         return None
-    table, about = results.read_guesses(path, ("key", "label", "correct", "guesses", "problem"))
+    table, about = results.read_guesses(path, GUESSED)
     is_others = about.get("weights", result.weights) != result.weights
     if (
         is_others
@@ -263,6 +264,13 @@ def hits_of(table: "pa.Table", result: Result) -> "np.typing.NDArray[np.bool_] |
     if result.metric == "top5":
         pairs = zip(table["label"].to_pylist(), table["guesses"].to_pylist(), strict=True)
         hits = np.array([label in five[:5] for label, five in pairs], dtype=bool)
+    elif result.kind == "choice":
+        hits = np.array([result.metric in right for right in table["right"].to_pylist()], dtype=bool)
+    elif result.metric.startswith("text_retrieval_recall@"):
+        # Only from images: the captions of one image aren't independent queries, as the test takes them.
+        ranks = zip(table["direction"].to_pylist(), table["rank"].to_pylist(), strict=True)
+        most = int(result.metric.partition("@")[2])
+        hits = np.array([rank <= most for direction, rank in ranks if direction == "image to text"], dtype=bool)
     if len(hits) != result.n:
         return None
     value = float(hits.mean())

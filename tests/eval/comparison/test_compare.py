@@ -15,7 +15,7 @@ from clipkit.errors import UserError
 from clipkit.eval import results
 from clipkit.eval.classification.task import GUESSES
 from clipkit.eval.comparison import published
-from clipkit.eval.comparison.compare import compare
+from clipkit.eval.comparison.compare import compare, hits_of
 from clipkit.eval.metrics import measure
 from clipkit.eval.results import Result
 from clipkit.eval.tables import results_text
@@ -273,3 +273,19 @@ def test_the_robustness_line_is_that_of_the_published_models(tmp_path):
     results.write_results(tmp_path, values)
     assert "the line of 121 published models" in run(tmp_path).stdout
     assert published.robustness(values[1:]) == [], "without ImageNet there is no line"
+
+
+def test_choices_and_images_that_look_for_captions_are_paired() -> None:
+    def result_of(metric: str, kind: str, hits: list[bool]) -> Result:
+        value = sum(hits) / len(hits)
+        return Result(metric, value, 0, 1, len(hits), 0.5, 0, "t", "d", 1, "c", kind=kind)
+
+    choices = pa.table({"correct": [True, False, False], "right": [["text_score", "x"], ["text_score"], []]})
+    hits = hits_of(choices, result_of("text_score", "choice", [True, True, False]))
+    assert hits is not None and hits.tolist() == [True, True, False]
+    assert hits_of(choices, result_of("text_score", "choice", [True, False, False])) is None
+    directions = ["image to text"] * 2 + ["text to image"] * 2
+    found = pa.table({"correct": [False] * 4, "direction": directions, "rank": [4, 6, 1, 9], "right": [None] * 4})
+    hits = hits_of(found, result_of("text_retrieval_recall@5", "retrieval", [True, False]))
+    assert hits is not None and hits.tolist() == [True, False]
+    assert hits_of(found, result_of("image_retrieval_recall@5", "retrieval", [True, False])) is None
