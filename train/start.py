@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from clipkit import checkpoint
+from clipkit import __version__, checkpoint
 from clipkit.config import did_you_mean, differences, from_json, set_values, to_json
 from clipkit.device import Device
 from clipkit.errors import UserError
@@ -254,10 +254,22 @@ def refuse_different_starts(start: Start, recipe: Recipe, data: Data, folder: Pa
     """
     if device.world == 1:
         return
-    mine = start.samples_seen, weights_digest(start.tensors), to_json(recipe), data.identity(), start.vocabulary
+    versions = f"clipkit {__version__} with torch {torch.__version__}"
+    mine = (
+        start.samples_seen,
+        weights_digest(start.tensors),
+        to_json(recipe),
+        data.identity(),
+        start.vocabulary,
+        versions,
+    )
     starts = device.gather(mine)
-    for rank, (seen, weights, theirs, dataset, vocabulary) in enumerate(starts):
-        first_seen, first_weights, ours, first_dataset, first_vocabulary = starts[0]
+    for rank, (seen, weights, theirs, dataset, vocabulary, versions) in enumerate(starts):
+        first_seen, first_weights, ours, first_dataset, first_vocabulary, first_versions = starts[0]
+        if versions != first_versions:
+            raise UserError(
+                f"rank {rank} has {versions}, rank 0 has {first_versions}: install the same versions for all ranks"
+            )
         if theirs != ours:
             raise UserError(
                 f"rank {rank} has another recipe than rank 0 ({shown(differences(ours, theirs))}): "

@@ -208,8 +208,12 @@ class Ranks:
             "rank 1 starts at 320 samples and rank 0 at 320, with other weights: --out",
         ),
         (lambda o: (*o[:2], {**o[2], "seed": 5}, *o[3:]), "another recipe than rank 0 (seed: 0 -> 5): give"),
-        (lambda o: (*o[:3], {**o[3], "records": 9}, o[4]), "other data than rank 0 (records: 96 -> 9): give"),
-        (lambda o: (*o[:4], "other"), "rank 1 has another vocabulary than rank 0: give all ranks the same --tokenizer"),
+        (lambda o: (*o[:3], {**o[3], "records": 9}, *o[4:]), "other data than rank 0 (records: 96 -> 9): give"),
+        (lambda o: (*o[:5], "clipkit 9"), "rank 1 has clipkit 9, rank 0 has clipkit 0.1.0 with torch "),
+        (
+            lambda o: (*o[:4], "other", o[5]),
+            "rank 1 has another vocabulary than rank 0: give all ranks the same --tokenizer",
+        ),
     ],
 )
 def test_ranks_that_start_differently_are_refused(whole, pairs_dataset, change, says):
