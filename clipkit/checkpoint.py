@@ -226,10 +226,15 @@ def folder_of(run: Path, samples_seen: int) -> Path:
     return run / "checkpoints" / f"{samples_seen:012d}"
 
 
-def prune(run: Path, keep: int, always: frozenset[int] = frozenset()) -> None:
-    """Remove all but the newest `keep` (at least 1) checkpoints; those at `always` (the ends of stages) stay too."""
-    for path in checkpoints(run)[: -max(1, keep)]:
-        if int(path.name) not in always:
+def prune(run: Path, keep: int, always: frozenset[int] = frozenset(), every: int | None = None) -> None:
+    """Remove all but the newest `keep` (at least 1) checkpoints. Those at `always` (the ends of stages, the best) stay
+    too, and the first at or after each multiple of `every` samples.
+    """
+    found = checkpoints(run)
+    multiples = {int(path.name) // every: path for path in reversed(found)} if every else {}
+    for path in found[: -max(1, keep)]:
+        seen = int(path.name)
+        if seen not in always and (not every or seen < every or multiples[seen // every] != path):
             remove(path)
 
 
@@ -261,10 +266,26 @@ def build_model(checkpoint: Checkpoint) -> "CLIP":
     return model.eval()
 
 
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor of which each rank has a part (FSDP2's), gathered by all ranks together; any other as it is."""
+    gather = getattr(tensor, "full_tensor", None)
+    return gather() if gather else tensor
+
+
+def part_of(whole_tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a tensor, laid out as `like` is; the inverse of `whole`."""
+    if not hasattr(like, "full_tensor") or whole_tensor.shape != like.shape:
+        return whole_tensor
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    assert isinstance(like, DTensor)
+    return distribute_tensor(whole_tensor, like.device_mesh, like.placements, src_data_rank=None)
+
+
 def optimizer_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """The optimizer's state as named tensors: `exp_avg/text.pos_embed` and so on, on the CPU."""
+    """The optimizer's state as named tensors: `exp_avg/text.pos_embed` and so on, where and as they are."""
     return {
-        f"{slot}/{name}": value.detach().to("cpu", copy=True)
+        f"{slot}/{name}": value.detach()
         for name, parameter in model.named_parameters()
         for slot, value in optimizer.state.get(parameter, {}).items()
     }
@@ -286,6 +307,6 @@ def restore_optimizer(
         # A step counter that the optimizer keeps on the CPU stays there; the fused and capturable ones want the device.
         on_device = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
         optimizer.state[parameter] = {
-            slot: value.to(parameter.device if on_device or slot != "step" else "cpu", copy=True)
+            slot: part_of(value.to(parameter.device if on_device or slot != "step" else "cpu", copy=True), parameter)
             for slot, value in slots_of[name].items()
         }

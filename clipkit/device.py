@@ -57,6 +57,11 @@ class Device:
         return int(self.mesh.size()) if self.mesh is not None else self.world
 
     @property
+    def is_lazy(self) -> bool:
+        """Whether tensors are graphs that are still to be run, which no other thread may read."""
+        return self.kind == "xla"
+
+    @property
     def static_shapes(self) -> bool:
         """Whether each new shape of a tensor means compiling the step again."""
         return self.kind == "xla"
@@ -78,6 +83,10 @@ class Device:
                 xs.mark_sharding(tensor, self.mesh, ("data",) + (None,) * (tensor.dim() - 1))
             return placed
         return tensors
+
+    def host_memory(self, like: torch.Tensor) -> torch.Tensor:
+        """Memory of the host for copies of `like`: pinned for CUDA, which writes into it several times as fast."""
+        return torch.empty(like.shape, dtype=like.dtype, pin_memory=self.kind == "cuda")
 
     def recompute(self) -> Callable[..., torch.Tensor]:
         """How activations are computed again in the backward pass. None of our blocks draws random numbers.

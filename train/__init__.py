@@ -2,6 +2,7 @@
 
 - `loop`: the training loop, which reads from top to bottom.
 - `run`: what a run shares and where it stands; how it saves, evaluates and describes itself.
+- `saving`: checkpoints that are written while the run goes on.
 - `catalogue`: the recipes by name, and those from TOML files. A new recipe belongs here.
 - `recipes`: what a recipe is, and which values its fields take; `augmentation`: its part for training images.
 - `checks`: a recipe held to a device, data and a tokenizer before the run.

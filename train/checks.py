@@ -8,7 +8,7 @@ import torch
 
 from clipkit.device import Device
 from clipkit.errors import UserError
-from clipkit.formatting import size_text
+from clipkit.formatting import counted, size_text
 from clipkit.model.clip import CLIP
 from clipkit.model.flops import SampleCost, sample_cost
 from clipkit.model.image_tower import make_image_tower
@@ -46,7 +46,10 @@ def check_recipe(recipe: Recipe, source: Source | Examples, device: Device) -> N
         check_ranges(stage, where)
         check_ranges(recipe.model, where, "model.")
         if stage.batch_size < 2 or stage.batch_size % shards:
-            raise UserError(f"{where}: batch_size {stage.batch_size} can't be divided over {shards} devices")
+            raise UserError(
+                f"{where}: batch_size {stage.batch_size} can't be divided over {counted(shards, 'device')}: set a "
+                f"multiple of {max(2, shards)}"
+            )
         if stage.samples % stage.batch_size:
             near = max(1, round(stage.samples / stage.batch_size)) * stage.batch_size
             raise UserError(
@@ -64,7 +67,9 @@ def check_recipe(recipe: Recipe, source: Source | Examples, device: Device) -> N
             raise UserError(f"{where}: image_keep and image_reduction go together: set both or neither")
         share = stage.batch_size // shards
         if recipe.micro_batch is not None and share % recipe.micro_batch:
-            raise UserError(f"{where}: micro_batch {recipe.micro_batch} doesn't divide a device's share of {share}")
+            raise UserError(
+                f"{where}: micro_batch {recipe.micro_batch} doesn't divide a device's share of {share}: set a divisor"
+            )
         try:
             check_memory(recipe, stage, device.world)
             check_sizes(recipe, stage)

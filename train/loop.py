@@ -18,6 +18,7 @@ import torch
 
 from clipkit import checkpoint
 from clipkit.device import pick
+from clipkit.errors import UserError
 from clipkit.eval.evaluation import EvaluationTask
 from clipkit.formatting import share
 from clipkit.log import Writer, warn_on_stderr
@@ -41,6 +42,7 @@ from clipkit.train.run import (
     describe_run,
     evaluate_at_start,
     evaluate_now,
+    expect_checkpoints,
     is_checkpoint_due,
     is_due,
     is_evaluation_missing,
@@ -48,10 +50,11 @@ from clipkit.train.run import (
     progress_line,
     save,
 )
+from clipkit.train.saving import CheckpointWriter
 from clipkit.train.sources.open import CACHE_GB, open_source
 from clipkit.train.start import Start, find_start, refuse_different_starts
 from clipkit.train.step import train_step
-from clipkit.train.stopping import Stop, stop_on_signal, until_stopped
+from clipkit.train.stopping import Stop, stop_on_signal, stop_with_launcher, until_stopped
 from clipkit.train.watch.captions import FirstCaptions
 from clipkit.train.watch.diagnosis import (
     RollBackError,
@@ -96,6 +99,7 @@ def train(
     of `stopping` save a checkpoint and return. Raises UserError for whatever stands in the way before the first step,
     and when the loss goes wrong (`watch.diagnosis`).
     """
+    stop_with_launcher()
     # ---- Check what can be checked before any work ------------------------------------------------------------------
     found = open_source(data, cache=cache, cache_gb=cache_gb, block_size=recipe.block_size, split=split)
     device = pick(device_name)
@@ -104,6 +108,8 @@ def train(
     check_recipe(recipe, found.source(), device)
     tokenizer = open_tokenizer(recipe.model.text.tokenizer, vocabulary)
     check_tokenizer(recipe, tokenizer)
+    if recipe.cadence.keep_best is not None and task is None:
+        raise UserError("cadence.keep_best is by the evaluations in training: add --eval-data, or set it to none")
 
     with contextlib.ExitStack() as stack:
         if device.is_first:
@@ -130,8 +136,9 @@ def train(
         writer = open_writers(folder, recipe, start, log_to) if device.is_first else Writer()
         stack.callback(writer.close)
         stop = Stop(only_process=device.world == 1)
-        captions = FirstCaptions(found.source())
-        run = Run(recipe, folder, found, tokenizer, device, writer, task, workers, stop, captions, start.samples_seen)
+        captions, saver = FirstCaptions(found.source()), stack.enter_context(CheckpointWriter(device))
+        seen = start.samples_seen
+        run = Run(recipe, folder, found, tokenizer, device, writer, task, workers, stop, captions, saver, seen)
         stack.enter_context(stop_on_signal(stop))
         if start.own:
             state = start.own.state
@@ -182,6 +189,7 @@ def run_stages(run: Run, start: Start) -> float:
             average = average_weights(model, optimizer, recipe.ema_decay)
             if average and averages_before:
                 load_state(average, averages_before)
+            expect_checkpoints(run, stage, model, average, optimizer)
             loss = run_stage(run, stage, stage_start, model, optimizer, average)
             tensors, averages_before = on_cpu(model), on_cpu(average) if average else {}
         stage_start = stage_end
@@ -257,14 +265,15 @@ def run_stage(
                     "samples_per_s": rate,
                     "flops_per_s": rate * flops,
                     **({"mfu": rate * flops / peak} if peak else {}),
-                    "data_wait": watch.waiting_share,
+                    **watch.waiting_shares(device),
                     "bad_samples": run.bad_samples,
                     "seconds": run.seconds,
                     "peak_memory": device.peak_memory(),
                 }
                 note = describe_captions(run, metrics)
                 run.writer.write({"samples_seen": run.samples_seen, "stage": stage.name, **metrics})
-                waits = watch.note(workers, device.loader_workers(), takes_precomputed(recipe, stage))
+                tagged = takes_precomputed(recipe, stage)
+                waits = watch.note(metrics["data_wait_max"], workers, device.loader_workers(), tagged)
                 progress.update(run.samples_seen - stage_start, f"loss {loss:.3f} · {waits}{note}")
                 if stuck.look(loss, len(readings), run.samples_seen - stage_start):
                     meet_stuck_loss(run, stage, model, window, readings, stuck)
@@ -278,13 +287,14 @@ def run_stage(
                 if must_evaluate:
                     evaluate_now(run, stage.name, model, preprocess_at(recipe, stage), average)
                 if is_end or must_save or must_evaluate:
-                    (run.stop.agreed,) = device.agree(run.stop.asked)  # all wait here for the first rank's files
+                    (run.stop.agreed,) = device.agree(run.stop.asked)
             if run.stop.agreed:
                 break
     if run.stop.agreed and run.samples_seen > stage_start + start:
         check_steps(run, stage, model, window)
         save(run, stage, model, average, optimizer)
-        device.barrier()
+    run.checkpoints.wait()
+    device.barrier()
     return loss
 
 

@@ -12,6 +12,9 @@ from clipkit.errors import UserError
 from clipkit.model.clip import CLIP
 from clipkit.train.recipes import Decay, OptimizerConfig, Schedule
 
+# How many values each optimizer keeps for a weight, at least (Muon keeps one for a matrix, two for the rest).
+SLOTS = {"adamw": 2, "stable_adamw": 2, "lion": 1, "muon": 1}
+
 
 def make_optimizer(
     model: torch.nn.Module, config: OptimizerConfig, learning_rate: float, device: Device

@@ -77,6 +77,10 @@ class Cadence:
     evaluate_samples: int | None = None
     keep_checkpoints: int = 2
     """The newest ones stay, and the last one of each stage."""
+    keep_best: str | None = None
+    """The metric of the evaluations by which the best checkpoint stays as well, such as `imagenet/top1`, or `top1`."""
+    keep_every_samples: int | None = None
+    """Every so many samples a checkpoint is saved that stays."""
 
 
 @dataclass(frozen=True)
@@ -178,6 +182,7 @@ RANGES: dict[type, dict[str, Range]] = {
         "checkpoint_minutes": POSITIVE,
         "evaluate_samples": COUNT,
         "keep_checkpoints": COUNT,
+        "keep_every_samples": COUNT,
     },
     # From 100 on the logit scale is held, and wouldn't learn.
     ModelConfig: {"embed_dim": SIZE, "logit_scale_init": Range(0, 100, open=True), "logit_bias_init": ANY},

@@ -6,6 +6,7 @@ The steps themselves are in `loop`.
 import itertools
 import math
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,7 @@ from clipkit.device import Device
 from clipkit.embedding.encoder import Compute, clip_encoder
 from clipkit.errors import UserError, one_line
 from clipkit.eval.evaluation import EvaluationTask, evaluate
+from clipkit.eval.results import RANKS
 from clipkit.log import Progress, Writer, read_metrics, warn_on_stderr
 from clipkit.model.clip import CLIP
 from clipkit.pixels.images import Preprocess
@@ -26,7 +28,9 @@ from clipkit.storage.files import read_json
 from clipkit.text.tokenizer import WordTokenizer
 from clipkit.text.vocabulary import vocabulary_hash
 from clipkit.train.checks import preprocess_at
+from clipkit.train.optimizer import SLOTS
 from clipkit.train.recipes import Recipe, Stage, model_at
+from clipkit.train.saving import CheckpointWriter, Parts, bytes_of, require_space
 from clipkit.train.sources.open import Data
 from clipkit.train.start import Start
 from clipkit.train.stopping import Stop, StopNowError
@@ -34,6 +38,7 @@ from clipkit.train.watch.captions import FirstCaptions
 
 # What an evaluation may raise for its data, or for want of memory.
 EVALUATION_ERRORS = (UserError, OSError, RuntimeError, ValueError, LookupError, MemoryError)
+LESS_IS_BETTER = RANKS | {"calibration_error"}
 
 
 @dataclass
@@ -50,6 +55,7 @@ class Run:
     workers: int | None
     stop: Stop
     captions: FirstCaptions
+    checkpoints: CheckpointWriter
     samples_seen: int = 0
     seconds: float = 0.0
     bad_samples: int = 0
@@ -58,6 +64,8 @@ class Run:
     skipped: list[tuple[int, int]] = field(default_factory=list)
     """The stretches of samples that the run leaves out, since they once broke it: from the first to before the last."""
     saved_at: float = 0.0
+    saved: int | None = None
+    """The samples seen of the latest checkpoint that this process began."""
     evaluation_missing: bool = False
     """A signal came in the way of the latest evaluation; a resumed run makes it."""
 
@@ -98,12 +106,13 @@ def is_due(every: int | None, before: int, now: int) -> bool:
 
 
 def is_checkpoint_due(run: Run, before: int) -> bool:
-    """Whether a checkpoint is due by samples or by minutes, whichever comes first."""
+    """Whether a checkpoint is due by samples or by minutes, whichever comes first, or is one of those to stay."""
     cadence = run.recipe.cadence
     by_clock = cadence.checkpoint_minutes is not None and (
         time.monotonic() - run.saved_at >= 60 * cadence.checkpoint_minutes
     )
-    return by_clock or is_due(cadence.checkpoint_samples, before, run.samples_seen)
+    by_samples = (cadence.checkpoint_samples, cadence.keep_every_samples)
+    return by_clock or any(is_due(every, before, run.samples_seen) for every in by_samples)
 
 
 def is_evaluation_missing(run: Run, start: checkpoint.Checkpoint) -> bool:
@@ -125,6 +134,7 @@ def evaluate_now(run: Run, stage: str, model: CLIP, preprocess: Preprocess, aver
     """
     if run.task is None:
         return
+    run.checkpoints.wait()
     place: dict[str, float | int | str] = {"samples_seen": run.samples_seen, "stage": stage}
     found: dict[str, float] = {}
     compute = Compute(run.device, check=partial(run.stop.check, run.device))
@@ -136,6 +146,10 @@ def evaluate_now(run: Run, stage: str, model: CLIP, preprocess: Preprocess, aver
                     pairs = evaluate(encoder, run.task, compute)
                     found |= {prefix + name: value for name, value in pairs}
         run.writer.write({**place, **found})
+        best = run.recipe.cadence.keep_best
+        if best is not None and named(best, found) is None and run.device.is_first:
+            names = ", ".join(found)
+            warn_on_stderr(f"no best checkpoint is kept: cadence.keep_best={best} is no one metric of {names}")
     except StopNowError:
         run.evaluation_missing = True
     except EVALUATION_ERRORS as error:
@@ -147,7 +161,7 @@ def evaluate_now(run: Run, stage: str, model: CLIP, preprocess: Preprocess, aver
 
 def on_cpu(model: CLIP) -> dict[str, torch.Tensor]:
     """The model's weights by their names, on the CPU."""
-    return {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+    return {name: checkpoint.whole(tensor.detach()).cpu() for name, tensor in model.state_dict().items()}
 
 
 def evaluate_at_start(run: Run, start: checkpoint.Checkpoint) -> None:
@@ -157,17 +171,32 @@ def evaluate_at_start(run: Run, start: checkpoint.Checkpoint) -> None:
     evaluate_now(run, start.state["stage"], model, start.preprocess, *average)
 
 
+def expect_checkpoints(
+    run: Run, stage: Stage, model: CLIP, average: CLIP | None, optimizer: torch.optim.Optimizer
+) -> None:
+    """Get ready to save in a stage. Raises UserError where the disk has too little space for even one checkpoint."""
+    now = bytes_of(parts(model, average, optimizer))
+    if not optimizer.state:  # which the first update makes
+        now += SLOTS[run.recipe.optimizer.name] * sum(
+            4 * each.numel() for each in model.parameters() if each.requires_grad
+        )
+    if run.device.is_first:
+        require_space(checkpoint.folder_of(run.folder, run.samples_seen), now)
+    run.checkpoints.follow(optimizer, partial(parts, model, average, optimizer))
+
+
 def save(run: Run, stage: Stage, model: CLIP, average: CLIP | None, optimizer: torch.optim.Optimizer) -> None:
-    """Write the checkpoint of now, of which `diagnosis.check_steps` has found that no step ruined the weights."""
+    """Begin the checkpoint of now, of which `diagnosis.check_steps` has found that no step ruined the weights."""
     run.saved_at = time.monotonic()
-    folder = checkpoint.folder_of(run.folder, run.samples_seen)
-    if not run.device.is_first or folder.exists():
+    if run.saved == run.samples_seen:
         return
-    checkpoint.save(
-        folder,
-        tensors=on_cpu(model),
-        ema=on_cpu(average) if average else None,
-        optimizer=checkpoint.optimizer_tensors(model, optimizer),
+    run.saved, cadence = run.samples_seen, run.recipe.cadence
+    ends = itertools.accumulate(stage.samples for stage in run.recipe.stages)
+    kept = frozenset((*ends, *best_of(run)))
+    run.checkpoints.save(
+        checkpoint.folder_of(run.folder, run.samples_seen),
+        parts(model, average, optimizer),
+        partial(checkpoint.prune, run.folder, cadence.keep_checkpoints, kept, cadence.keep_every_samples),
         vocabulary=run.tokenizer.vocabulary,
         config=checkpoint.describe(
             model_at(run.recipe, stage),
@@ -180,12 +209,34 @@ def save(run: Run, stage: Stage, model: CLIP, average: CLIP | None, optimizer: t
             "stage": stage.name,
             "seconds": run.seconds,
             "bad_samples": run.bad_samples,
-            "skipped": run.skipped,
+            "skipped": list(run.skipped),
             "dataset": run.data.identity(),
         },
     )
-    ends = frozenset(itertools.accumulate(stage.samples for stage in run.recipe.stages))
-    checkpoint.prune(run.folder, run.recipe.cadence.keep_checkpoints, always=ends)
+
+
+def parts(model: CLIP, average: CLIP | None, optimizer: torch.optim.Optimizer) -> Parts:
+    """The tensors of a checkpoint, where and as they are, by `checkpoint.save`'s names for them."""
+    averages = {"ema": average.state_dict()} if average else {}
+    return {"tensors": model.state_dict(), "optimizer": checkpoint.optimizer_tensors(model, optimizer), **averages}
+
+
+def named(metric: str, names: Iterable[str]) -> str | None:
+    """The name `task/metric` among `names` that `metric` is, or the only one, averages aside, that ends in it."""
+    evaluated = [name for name in names if "/" in name]
+    found = [name for name in evaluated if name.endswith(f"/{metric}") and not name.startswith("ema/")]
+    return metric if metric in evaluated else found[0] if len(found) == 1 else None
+
+
+def best_of(run: Run) -> list[int]:
+    """The samples seen of the best checkpoint so far by `cadence.keep_best`, if there is one; the first of equals."""
+    metric = run.recipe.cadence.keep_best
+    if metric is None or not run.device.is_first:
+        return []
+    sign = -1 if metric.rpartition("/")[2] in LESS_IS_BETTER else 1
+    lines = [(line, named(metric, line)) for line in read_metrics(run.folder)]
+    values = [(sign * line[name], -line["samples_seen"]) for line, name in lines if name is not None]
+    return [-max(values)[1]] if values else []
 
 
 def progress_line(run: Run, label: str, total: int, start: int) -> Progress:

@@ -7,8 +7,10 @@ where it waits for data, which may never come.
 """
 
 import contextlib
+import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import FrameType
@@ -18,6 +20,10 @@ from clipkit.train.loader.loader import Batch
 
 # SIGUSR1 is what schedulers are asked to send some time before the end (SLURM: --signal=USR1@120).
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+
+
+# How long a rank has, when its launcher was killed, to stop in good order: the others may be gone, and not answer.
+ORPHAN_SECONDS = 120.0
 
 
 @dataclass
@@ -84,6 +90,21 @@ def stop_on_signal(stop: Stop) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def stop_with_launcher() -> None:
+    """Where torchrun started this process: have it stop when torchrun is killed, which nothing else would tell it."""
+    launcher = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == launcher:
+            time.sleep(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(ORPHAN_SECONDS)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        threading.Thread(target=watch, daemon=True).start()
 
 
 def until_stopped(stop: Stop, loader: Iterator[Batch]) -> Iterator[Batch]:

@@ -9,12 +9,14 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from random import Random
 
 import pyarrow as pa
 import pytest
 import torch
 from colour_pairs import pairs, write_tar
-from ranks import command, run_ranks
+from killed_runs import train_until
+from ranks import command, end_ranks, run_ranks
 from safetensors.torch import load_file, save_file
 
 from clipkit import checkpoint
@@ -101,23 +103,25 @@ def test_a_killed_run_goes_on_to_the_same_weights_bit_for_bit(unbroken, pairs_da
     assert losses(tmp_path) == losses(unbroken)
 
 
-def test_a_real_sigkill_loses_nothing(unbroken, pairs_dataset, tmp_path):
-    """The process is killed by the kernel at its seventh step, in the middle of everything."""
-    code = (
-        "import os, signal, sys; from pathlib import Path; from clipkit.train import loop\n"
-        "from clipkit.train.catalogue import debug\n"
-        "real, taken = loop.train_step, []\n"
-        "def step(*a):\n"
-        "    taken.append(0)\n"
-        "    if len(taken) == 7: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    return real(*a)\n"
-        "loop.train_step = step\n"
-        "loop.train(debug(), Path(sys.argv[1]), Path(sys.argv[2]), device_name='cpu', workers=2)\n"
-    )
-    killed = subprocess.run([sys.executable, "-c", code, str(pairs_dataset), str(tmp_path)], capture_output=True)
-    assert killed.returncode == -signal.SIGKILL
-    summary = train(debug(), pairs_dataset, tmp_path, device_name="cpu", resume=True, workers=1)
-    assert summary.finished
+ON_ONE = [("write", signal.SIGKILL), ("copy", signal.SIGKILL), ("write", signal.SIGTERM), ("prune", signal.SIGKILL)]
+ON_TWO = [("write", signal.SIGKILL), ("step", signal.SIGTERM), ("step", signal.SIGKILL)]
+
+
+@pytest.mark.parametrize(("ranks", "signals"), [(1, ON_ONE), (2, ON_TWO)])
+def test_real_signals_lose_nothing(unbroken, pairs_dataset, tmp_path, ranks, signals):
+    """The kernel kills a rank at a random step, or while a checkpoint is copied or written beside one."""
+    random = Random(ranks)
+    for place, number in signals:
+        rank = random.randrange(ranks) if place == "step" else 0
+        count = random.randint(1, 3)
+        ended = end_ranks(train_until, pairs_dataset, tmp_path, place, count, rank, number, ranks=ranks)
+        assert number == signal.SIGTERM or ended[rank].code == -number, ended
+        assert checkpoint.latest(tmp_path) is None or checkpoint.damage(checkpoint.latest(tmp_path)) is None
+    run_ranks(train_until, pairs_dataset, tmp_path, ranks=ranks)
+    assert losses(tmp_path) == (losses(unbroken) if ranks == 1 else pytest.approx(losses(unbroken), abs=2e-5))
+    if ranks == 2:
+        unbroken = tmp_path / "unbroken"
+        run_ranks(train_until, pairs_dataset, unbroken, ranks=ranks)
     assert_same_weights(tmp_path, unbroken)
 
 

@@ -221,6 +221,7 @@ def diagnose(
         except EVALUATION_ERRORS as error:
             report["incomplete"] = one_line(error)
         write_json(path, finite(report))
+    run.checkpoints.wait()  # on the one to go back to, or to name
     run.device.barrier()
     return path
 

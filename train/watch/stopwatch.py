@@ -4,6 +4,7 @@ import contextlib
 import time
 from collections.abc import Iterator
 
+from clipkit.device import Device
 from clipkit.train.loader.loader import Batch
 
 # Waiting more than this share of the time is worth a word.
@@ -56,9 +57,13 @@ class Stopwatch:
         """Between 0, the device never waited, and 1."""
         return min(1.0, self.waited / self.seconds)
 
-    def note(self, workers: int, enough: int, tagged: bool = False) -> str:
-        """The share of waiting for the progress line, with what would help; `enough` workers leave no core idle."""
-        share = self.waiting_share
+    def waiting_shares(self, device: Device) -> dict[str, float]:
+        """The share of waiting over all ranks, for the metrics: the mean, and the most, which the others wait for."""
+        shares = device.gather(self.waiting_share)
+        return {"data_wait": sum(shares) / len(shares), "data_wait_max": max(shares)}
+
+    def note(self, share: float, workers: int, enough: int, tagged: bool = False) -> str:
+        """A share of waiting for the progress line, with what would help; `enough` workers leave no core idle."""
         busy = sum(self.phases.values()) / (max(1, workers) * self.seconds)
         what = what_helps(share, busy, self.phases, workers, enough, tagged)
         return f"waits for data {share:.0%}" + (f" ({what} would help)" if what else "")

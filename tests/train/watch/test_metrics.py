@@ -19,7 +19,7 @@ from clipkit.train.step import Step
 from clipkit.train.watch.metrics import batch_accuracy, group_of
 
 CPU = {"device_name": "cpu", "workers": 1}
-TIMES = {"samples_per_s", "flops_per_s", "data_wait", "seconds", "peak_memory", "equal_captions"}
+TIMES = {"samples_per_s", "flops_per_s", "data_wait", "data_wait_max", "seconds", "peak_memory", "equal_captions"}
 
 
 @pytest.fixture(scope="module")
