@@ -65,7 +65,8 @@ def prompt_templates() -> dict[str, list[str]]:
     return templates
 
 
-def published(name: Literal["datacomp-38", "openclip-evals"]) -> list[dict[str, str]]:
-    """The rows of a table of published facts, by column: DataComp's tasks, or 121 OpenCLIP models' numbers on them."""
+def published(name: Literal["datacomp-38", "openclip-evals", "published-runs"]) -> list[dict[str, str]]:
+    """The rows of a table of published facts, by column: DataComp's tasks, 121 OpenCLIP models' numbers on them, or
+    training runs with their accuracies."""
     with (folder("published") / f"{name}.csv").open(encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))

@@ -13,5 +13,5 @@
 - `stopping`: how a signal ends a run in good order.
 
 The rooms: `sources/` (training data from where people have them), `loader/` (records to batches), `watch/` (looking
-after a run), `bench/` (how fast the loader is on a machine).
+after a run), `bench/` (how fast the loader is on a machine), `plan/` (what a run costs and scores, before it).
 """

@@ -322,6 +322,21 @@ PUBLISHED = {
 }
 
 
+# What the published runs were trained on, as `published-runs.csv` calls it.
+DATASETS = {
+    "clipa-b16-i50-t16": "LAION-400M",
+    "clipa-l16-i17-t16": "LAION-400M",
+    "clipa-l16-i37-t8": "LAION-400M",
+    "clipa-l14-datacomp": "DataComp-1B",
+    "clipa-h14-laion2b": "LAION-2B-en",
+    "clipa-h14-datacomp": "DataComp-1B",
+    "siglip-b16": "WebLI (English)",
+    "clip-b32": "LAION-400M",
+    "clip-b16": "LAION-400M",
+    "lit-b16": "LiT image-text set",
+}
+
+
 _COLUMNS: dict[str, Literal["left", "right"]] = {
     "recipe": "left", "stage": "left", "px": "right", "tokens": "right", "batch": "right", "samples": "right",
     "GFLOPs each": "right", "FLOPs": "right",

@@ -163,6 +163,11 @@ def vit_h14_clipa(act: Activation = "gelu_tanh") -> ModelConfig:
     return _clipa_v2(vit_h14(act))
 
 
+def vit_bigg14_clipa(act: Activation = "gelu_tanh") -> ModelConfig:
+    """CLIPA-v2's ViT-bigG/14 at 224 px and 32 text tokens."""
+    return _clipa_v2(vit_bigg14(act))
+
+
 def vit_b16_siglip(act: Activation = "gelu_tanh") -> ModelConfig:
     """SigLIP's ViT-B/16 at 224 px and 64 text tokens (Zhai et al., 2023). Its weights were trained with the tanh GELU;
     OpenCLIP runs them with the exact one."""

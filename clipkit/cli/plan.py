@@ -1,0 +1,56 @@
+"""`clipkit plan`, which loads neither torch nor the libraries of images and texts."""
+
+from pathlib import Path
+
+import click
+
+from clipkit.cli.options import AnyPath, Folder, as_json, assignments, print_json
+from clipkit.errors import UserError
+
+
+@click.command()
+@click.option("--recipe", "recipe_name", metavar="NAME", help="A recipe (see `clipkit recipes`), or a TOML file.")
+@assignments
+@click.option("--run", "columns", type=AnyPath, help="JSON with columns of published-runs.csv, in place of a recipe.")
+@click.option("--against", type=Folder, help="A run of clipkit train: what it took beside what is planned for it.")
+@click.option("--devices", default="8xA100-80GB", help="How many of what, such as 8xH100-SXM; cpu is this machine.")
+@click.option("--price", type=click.FloatRange(min=0), help="Of one device an hour. [default: a usual rent]")
+@click.option("--data", type=Folder, help="The dataset, for its number of pairs and its size.")
+@click.option("--dataset", metavar="NAME", help="The published data set that the data are like, such as LAION-400M.")
+@as_json
+def plan(
+    recipe_name: str | None,
+    assignments: tuple[str, ...],
+    columns: Path | None,
+    against: Path | None,
+    devices: str,
+    price: float | None,
+    data: Path | None,
+    dataset: str | None,
+    as_json: bool,
+) -> None:
+    """Say before a run what it will cost and score: time, money, memory, data, and ImageNet accuracy with an interval.
+
+    Calibrated on published times and fitted to 519 published runs (docs/plan.md); every assumption is printed.
+    """
+    if sum(each is not None for each in (recipe_name, columns, against)) != 1:
+        raise UserError("plan needs one of --recipe, --run and --against: clipkit recipes lists the recipes")
+    from rich.console import Console
+
+    from clipkit.config import set_values
+    from clipkit.train.catalogue import find_recipe
+    from clipkit.train.plan.columns import read_run
+    from clipkit.train.plan.command import fleet_of, plan_against, plan_columns, plan_recipe
+    from clipkit.train.plan.report import print_columns, print_difference, print_plan
+
+    console = Console()
+    if columns is not None:
+        values = plan_columns(read_run(columns), fleet_of(devices, price))
+        print_json(values) if as_json else print_columns(values, console)
+    elif against is not None:
+        planned, rows = plan_against(against)
+        print_json({**planned.to_json(), "against": rows}) if as_json else print_difference(planned, rows, console)
+    else:
+        recipe = set_values(find_recipe(str(recipe_name)), assignments)
+        planned = plan_recipe(recipe, fleet_of(devices, price), data=data, dataset=dataset)
+        print_json(planned.to_json()) if as_json else print_plan(planned, console)

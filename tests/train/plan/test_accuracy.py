@@ -1,0 +1,106 @@
+"""Predictions from published runs: as good as promised on what was left out, robust to what isn't said."""
+
+import json
+
+import numpy as np
+import pytest
+
+from clipkit.errors import UserError
+from clipkit.train.plan.accuracy import Z80, evidence, groupings, known_runs, predict, predict_all, read_fit, validate
+from clipkit.train.plan.columns import check_columns, read_run
+
+RUN = {"model": "ViT-B-16", "dataset": "DataComp-1.4B", "samples_seen": 1.28e9}
+
+
+@pytest.fixture(scope="module")
+def left_out():
+    ways = groupings()
+    return validate({name: ways[name] for name in ("data set", "model size", "paper")}, read_fit())
+
+
+@pytest.mark.parametrize("grouping", ["data set", "model size", "paper"])
+def test_groups_that_were_left_out_are_told_within_two_points_and_the_intervals_hold(grouping, left_out):
+    known, (means, deviations) = evidence(), left_out[grouping]
+    points = 100 * np.abs(1 / (1 + np.exp(-means)) - known.top1)
+    holds = np.abs(known.logits - means) <= Z80 * read_fit().widening * deviations
+    assert np.median(points) <= 2
+    assert np.median(points[known.top1 > 0.2]) <= 2
+    assert 0.75 <= holds.mean() <= 0.90
+
+
+def test_leaving_out_in_closed_form_is_leaving_out(left_out):
+    known, fit, groups = evidence(), read_fit(), groupings()["data set"]
+    from clipkit.train.plan import accuracy
+
+    rows = [row for row, group in enumerate(groups) if group == "LAION-400M"]
+    rest = [row for row, group in enumerate(groups) if group != "LAION-400M"]
+    some = [known.runs[row] for row in rows]
+    others = [known.runs[row] for row in rest]
+    noise = accuracy.noise([known.ids[row] for row in rest], others, fit)
+    inside = accuracy.covariance(others, others, fit.kernel) + np.diag(noise)
+    means = accuracy.covariance(some, others, fit.kernel) @ np.linalg.solve(inside, known.logits[rest])
+    np.testing.assert_allclose(left_out["data set"][0][rows], means, rtol=1e-6, atol=1e-6)
+
+
+def test_a_run_needs_only_a_name_a_length_and_data():
+    said = predict(check_columns(RUN, "here"))
+    assert said.low < 0.668 < said.high
+    shape = {"image_width": 768, "image_depth": 12, "patch": 16, "text_width": 512, "text_depth": 12}
+    full = {**RUN, **shape, "image_tokens": 197, "text_tokens": 77, "loss": "softmax", "init": "scratch"}
+    assert predict(check_columns(full, "here")).value == pytest.approx(said.value, abs=0.002)
+    unnamed = {"samples_seen": 1.28e9, "dataset": "DataComp-1.4B", **shape}
+    assert predict(check_columns(unnamed, "here")).value == pytest.approx(said.value, abs=0.02)
+
+
+def test_missing_columns_move_predictions_little():
+    runs = [run for run in known_runs() if "samples_seen" in run][::9]
+    top1 = np.array([run["imagenet_top1"] for run in runs])
+    for dropped in (("source", "id", "notes"), ("gmacs_image", "gmacs_total"), ("dataset_pairs",), ("text_width",)):
+        found = predict_all([{key: value for key, value in run.items() if key not in dropped} for run in runs])
+        errors = [abs(each.value - true) for each, true in zip(found, top1, strict=True) if each.value is not None]
+        assert len(errors) >= len(runs) - 1
+        assert np.median(errors) < 0.02
+
+
+def test_repetition_and_less_data_cost_accuracy_and_are_said():
+    runs = [{**RUN, "dataset": "my pairs", "dataset_pairs": pairs} for pairs in (1.28e9, 1.28e8, 1.28e7)]
+    found = predict_all(runs)
+    assert found[0].value > found[1].value > found[2].value
+    assert "seen 100 times" in " ".join(found[2].notes)
+    assert "no published run is on my pairs" in " ".join(found[0].notes)
+
+
+def test_unfamiliar_data_widen_the_interval():
+    known, strange = predict(RUN), predict({**RUN, "dataset": "gadgets"})
+    assert strange.high - strange.low > 1.3 * (known.high - known.low)
+
+
+@pytest.mark.parametrize(("column", "value"), [("samples_seen", 1e4), ("samples_seen", 1e13), ("image_width", 2e4)])
+def test_outside_of_what_was_published_nothing_is_said(column, value):
+    found = predict({**RUN, "image_depth": 12.0, "patch": 16.0, column: value})
+    assert (found.value, found.low, found.high) == (None, None, None)
+    assert "not enough is known" in found.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [('{"sampels_seen": 5}', "did you mean samples_seen"), ('{"samples_seen": "many"}', 'is "many": give a'),
+     ('{"samples_seen": true}', "give a positive number"), ('{"patch": -16}', "give a positive number"),
+     ('{"patch": NaN}', "give a positive number"), ('{"model": 7}', "model is 7: give text"), ("[1]", "not a list"),
+     ("{", "can't be read as JSON")],
+)  # fmt: skip
+def test_columns_that_mean_nothing_are_refused_in_a_line(text, said, tmp_path):
+    path = tmp_path / "run.json"
+    path.write_text(text)
+    with pytest.raises(UserError) as caught:
+        read_run(path)
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_empty_columns_are_as_good_as_none(tmp_path):
+    path = tmp_path / "run.json"
+    path.write_text(
+        json.dumps({**RUN, "samples_seen": "1,280,000,000", "hours": "", "gmacs_total": None, "init": "none"})
+    )
+    assert read_run(path) == RUN

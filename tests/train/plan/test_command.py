@@ -1,0 +1,131 @@
+"""`clipkit plan` as a user meets it."""
+
+import json
+import resource
+import subprocess
+import sys
+
+import pytest
+from click.testing import CliRunner
+
+from clipkit.cli.main import main
+from clipkit.config import to_json
+from clipkit.train.catalogue import debug, recipes
+
+KEYS = {"hours", "device_hours", "money", "samples_per_s", "mfu", "accuracy"}
+
+
+def plan(*arguments, code=0):
+    done = CliRunner().invoke(main, ["plan", *map(str, arguments)])
+    assert done.exit_code == code, done.output
+    return done.output
+
+
+def planned(*arguments):
+    return json.loads(plan(*arguments, "--json"))
+
+
+def test_it_answers_within_a_second_of_work_without_torch():
+    code = (
+        "import sys\nfrom clipkit.cli.main import main\n"
+        "try: main(['plan', '--recipe', 'clipa-l16-i17-t16', '--json'])\n"
+        "except SystemExit: pass\n"
+        "assert not {'torch', 'cv2', 'pyarrow', 'scipy', 'timm'} & set(sys.modules), sys.modules\n"
+    )
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.0
+
+
+@pytest.mark.parametrize("name", [name for name in recipes() if name not in ("debug", "emoji-demo")])
+def test_every_recipe_has_a_plan(name):
+    devices = "512xA100-80GB" if "h14" in name else "8xA100-80GB"
+    values = planned("--recipe", name, "--devices", devices)
+    for part in (values, *values["stages"]):
+        assert set(part) >= KEYS
+        assert 0 < part["mfu"] < 0.6
+        assert 0 < part["accuracy"]["low"] < part["accuracy"]["value"] < part["accuracy"]["high"] < 1
+    assert values["hours"] == pytest.approx(sum(stage["hours"] for stage in values["stages"]))
+    assert values["device_hours"] == pytest.approx(values["hours"] * int(devices.split("x")[0]))
+    assert set(values["stages"][0]["flops"]) == {"image", "text", "loss", "optimizer", "recomputation"}
+    assert len(values["assumptions"]) >= 6
+
+
+def test_the_text_has_what_the_json_has():
+    text = plan("--recipe", "clipa-l16-i17-t16", "--price", 2)
+    for said in (
+        "ImageNet zero-shot 6",
+        "micro-batch",
+        "MB/s",
+        "limited by",
+        "checkpoints",
+        "assumed: A100-80GB: 312",
+    ):
+        assert said in text
+
+
+def test_price_and_settings_count():
+    once, twice = (planned("--recipe", "clip-b16", "--price", price) for price in (1, 2))
+    assert twice["money"] == pytest.approx(2 * once["money"]) == pytest.approx(2 * once["device_hours"])
+    longer = planned(
+        "--recipe", "clip-b16", "--set", "stages.0.samples=25600000000", "--set", "stages.0.batch_size=32000"
+    )
+    assert longer["hours"] > 1.9 * once["hours"]
+    assert longer["accuracy"]["value"] > once["accuracy"]["value"] - 0.02
+
+
+def test_a_users_recipe_file_and_data(tmp_path):
+    (tmp_path / "mine.toml").write_text('base = "clipa-b16-i50-t16"\n[stages.0]\nsamples = 655360000\n')
+    folder = tmp_path / "pairs" / "1.0.0" / "clipkit"
+    folder.mkdir(parents=True)
+    split = {"shards": [{"file": "a", "records": 2_000_000, "bytes": 30_000_000_000, "crc32c": "0", "sources": []}]}
+    (folder / "manifest.json").write_text(json.dumps({"format": 1, "splits": {"train": split}}))
+    values = planned("--recipe", tmp_path / "mine.toml", "--data", tmp_path / "pairs", "--dataset", "CC12M")
+    assert values["data"]["pairs"] == 2_000_000
+    assert values["data"]["disk_bytes"] == pytest.approx(3e10)
+    assert "seen 393 times" in " ".join(values["accuracy"]["notes"])
+    assert values["stages"][0]["data_mb_per_s"] == pytest.approx(values["stages"][0]["samples_per_s"] * 0.015)
+
+
+def test_any_run_by_its_columns(tmp_path):
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps({"model": "ViT-L-14", "dataset": "DataComp-1.4B", "samples_seen": 1.28e8}))
+    values = planned("--run", path)
+    assert set(values) >= KEYS
+    assert values["accuracy"]["low"] < 0.518 < values["accuracy"]["high"]
+    assert 0.1 < values["mfu"] < 0.6
+    assert "ImageNet zero-shot 5" in plan("--run", path)
+    path.write_text(json.dumps({"model": "ViTamin-L", "dataset": "DataComp-1B", "samples_seen": 1.28e10}))
+    values = planned("--run", path)
+    assert values["hours"] is None
+    assert values["accuracy"]["value"] == pytest.approx(0.808, abs=0.02)
+
+
+def test_a_run_beside_its_plan(tmp_path):
+    recipe = to_json(debug())
+    device = {"kind": "cuda", "hardware": "NVIDIA A100-SXM4-80GB", "devices": 8, "arithmetic": "bfloat16"}
+    (tmp_path / "config.json").write_text(json.dumps({"recipe": recipe, "device": device}))
+    lines = [{"samples_seen": seen, "stage": "reduced", "samples_per_s": 50.0, "seconds": 1.0} for seen in (16, 32, 48)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (row,) = planned("--against", tmp_path)["against"]
+    assert (row["stage"], row["samples_per_s"]) == ("reduced", 50.0)
+    assert row["ratio"] == pytest.approx(50.0 / row["planned_samples_per_s"])
+    assert "planned samples/s" in plan("--against", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [(["--recipe", "clipa-b17"], "did you mean clip-b16"), ([], "plan needs one of"),
+     (["--recipe", "clip-b32", "--devices", "8xA101"], "unknown device 'A101': did you mean"),
+     (["--recipe", "clip-b32", "--devices", "7xH200"], "can't be divided over 7 devices"),
+     (["--recipe", "clip-b32", "--set", "model.text.depth=0"], "model.text.depth is 0"),
+     (["--recipe", "clip-b32", "--set", "model.image.name=convnext_base"], "vision transformers only"),
+     (["--recipe", "clip-b32", "--data", "nowhere"], "no manifest"), (["--against", "nowhere"], "no config.json"),
+     (["--recipe", "clipa-h14-datacomp", "--devices", "2xRTX-4090"], "not one pair fits"),
+     (["--run", "nowhere.json"], "doesn't exist")],
+)  # fmt: skip
+def test_what_cannot_be_planned_is_one_line(arguments, said):
+    output = plan(*arguments, code=2)
+    assert said in output
+    assert len(output.strip().splitlines()) == 1

@@ -1,0 +1,70 @@
+"""The step's operations against PyTorch's counter, and its times against the published ones."""
+
+import pytest
+
+from clipkit.errors import UserError
+from clipkit.hardware import CHIPS, parse_devices
+from clipkit.model.flops import sample_cost, weight_count
+from clipkit.train.catalogue import recipes
+from clipkit.train.plan.published_times import published_times
+from clipkit.train.plan.step import Calibration, Step, forward_operations, towers_of
+from clipkit.train.recipes import model_at
+
+CASES = ("emoji-demo", "clipa-l16-i37-t8", "clipa-h14-laion2b", "siglip-b16", "lit-b16")
+STAGES = [(recipes()[name](), -1) for name in CASES]
+
+
+@pytest.mark.parametrize(("recipe", "number"), STAGES, ids=lambda each: getattr(each, "name", str(each)))
+def test_operations_and_weights_are_those_that_torch_counts(recipe, number):
+    stage = recipe.stages[number]
+    config = model_at(recipe, stage)
+    towers = towers_of(config, stage.image_keep)
+    cost = sample_cost(config, stage.image_keep)
+    assert (towers[0].tokens, towers[1].tokens) == (cost.image_tokens, cost.text_tokens)
+    assert 3 * sum(map(forward_operations, towers)) == pytest.approx(cost.flops, rel=1e-9)
+    assert sum(tower.weights for tower in towers) == pytest.approx(weight_count(config), rel=0.03)
+
+
+def test_published_times_are_told_within_a_quarter_by_one_calibration():
+    rows = published_times(Calibration())
+    assert len(rows) == 11
+    assert {row.name: row.ratio for row in rows if not 0.8 <= row.ratio <= 1.25} == {}
+
+
+def test_smaller_memory_gives_smaller_micro_batches_and_costs_a_forward_pass():
+    recipe = recipes()["clipa-l16-i17-t16"]()
+    stage = recipe.stages[0]
+    towers = towers_of(model_at(recipe, stage), None)
+
+    def step(name):
+        chip = next(chip for chip in CHIPS if chip.name == name)
+        return Step(towers, 768, stage.image_size, chip, 8, stage.batch_size, False, False, Calibration())
+
+    large, small = step("MI300X"), step("RTX-4090")
+    assert large.micro_batch() > small.micro_batch() > 0
+    assert (large.extra_forwards(), small.extra_forwards()) == (0, 1)
+    held = small.fixed_bytes() + small.micro_batch() * small.sample_bytes()
+    assert held < small.chip.memory_gb * 1e9
+    assert 0 < sum(large.seconds()) < sum(small.seconds())
+
+
+@pytest.mark.parametrize(
+    ("text", "count", "name"),
+    [("8xA100-80GB", 8, "A100-80GB"), ("h200", 1, "H200"), ("4 x rtx4090", 4, "RTX-4090"), ("tpu v5e", 1, "TPU-v5e"),
+     ("2xcpu", 2, "cpu")],
+)  # fmt: skip
+def test_devices_are_read_as_people_write_them(text, count, name):
+    found = parse_devices(text, cores=4)
+    assert (found[0], found[1].name) == (count, name)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [("8xA100", "A100-80GB or A100-40GB"), ("B300", "did you mean B200"), ("0xH200", "NUMBERxNAME"),
+     ("", "NUMBERxNAME"), ("8xfoo", "unknown device 'foo'")],
+)  # fmt: skip
+def test_unknown_devices_are_refused_with_the_nearest(text, said):
+    with pytest.raises(UserError, match=r"--devices") as caught:
+        parse_devices(text, cores=4)
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
