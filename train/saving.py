@@ -52,7 +52,11 @@ class CheckpointWriter:
         def get_ready(*_: Any) -> None:
             handle.remove()
             if self.device.is_first:
-                self.done = self.thread.submit(self.touch, parts())
+                self.memory = {
+                    part: {name: self.place(part, name, tensor) for name, tensor in tensors.items()}
+                    for part, tensors in parts().items()
+                }
+                self.done = self.thread.submit(touch, self.memory)
 
         handle = optimizer.register_step_post_hook(get_ready)
         optimizer.register_step_pre_hook(self.before_update)
@@ -103,13 +107,6 @@ class CheckpointWriter:
             return kept
         return self.device.host_memory(tensor)
 
-    def touch(self, parts: Parts) -> None:
-        """Get memory for such parts, and have the system give all its pages."""
-        self.memory = {
-            part: {name: self.place(part, name, tensor).zero_() for name, tensor in tensors.items()}
-            for part, tensors in parts.items()
-        }
-
     def write(self, copied: Future[None], folder: Path, then: Callable[[], None], fields: Mapping[str, Any]) -> None:
         """Write what was copied, and say so in time where the next checkpoint will find too little space."""
         copied.result()
@@ -120,6 +117,13 @@ class CheckpointWriter:
             require_space(folder, bytes_of(self.memory))
         except UserError as error:
             warn_on_stderr(str(error))
+
+
+def touch(memory: Parts) -> None:
+    """Have the system give all pages of the memory."""
+    for tensors in memory.values():
+        for tensor in tensors.values():
+            tensor.zero_()
 
 
 @torch.no_grad()
