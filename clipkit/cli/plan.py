@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from clipkit.cli.options import AnyPath, Folder, as_json, assignments, print_json
+from clipkit.cli.options import AnyPath, Folder, Positive, as_json, assignments, print_json
 from clipkit.errors import UserError
 
 
@@ -13,6 +13,8 @@ from clipkit.errors import UserError
 @assignments
 @click.option("--run", "columns", type=AnyPath, help="JSON with columns of published-runs.csv, in place of a recipe.")
 @click.option("--against", type=Folder, help="A run of clipkit train: what it took beside what is planned for it.")
+@click.option("--budget", type=Positive, help="Money: what recipes and lengths give most for it.")
+@click.option("--page", type=AnyPath, help="With --budget: an HTML page with the picture.")
 @click.option("--devices", default="8xA100-80GB", help="How many of what, such as 8xH100-SXM; cpu is this machine.")
 @click.option("--price", type=click.FloatRange(min=0), help="Of one device an hour. [default: a usual rent]")
 @click.option("--data", type=Folder, help="The dataset, for its number of pairs and its size.")
@@ -23,6 +25,8 @@ def plan(
     assignments: tuple[str, ...],
     columns: Path | None,
     against: Path | None,
+    budget: float | None,
+    page: Path | None,
     devices: str,
     price: float | None,
     data: Path | None,
@@ -33,8 +37,8 @@ def plan(
 
     Calibrated on published times and fitted to 519 published runs (docs/plan.md); every assumption is printed.
     """
-    if sum(each is not None for each in (recipe_name, columns, against)) != 1:
-        raise UserError("plan needs one of --recipe, --run and --against: clipkit recipes lists the recipes")
+    if sum(each is not None for each in (recipe_name, columns, against, budget)) != 1:
+        raise UserError("plan needs one of --recipe, --run, --against and --budget: clipkit recipes lists the recipes")
     from rich.console import Console
 
     from clipkit.config import set_values
@@ -43,6 +47,8 @@ def plan(
     from clipkit.train.plan.command import fleet_of, plan_against, plan_columns, plan_recipe
     from clipkit.train.plan.report import print_columns, print_difference, print_plan
 
+    if page is not None and budget is None:
+        raise UserError("--page draws what a budget buys: give --budget with it")
     console = Console()
     if columns is not None:
         values = plan_columns(read_run(columns), fleet_of(devices, price))
@@ -50,6 +56,17 @@ def plan(
     elif against is not None:
         planned, rows = plan_against(against)
         print_json({**planned.to_json(), "against": rows}) if as_json else print_difference(planned, rows, console)
+    elif budget is not None:
+        from clipkit.train.plan.budget import choices, print_choices, write_page
+
+        fleet = fleet_of(devices, price)
+        rows = choices(budget, fleet, dataset)
+        if page is not None:
+            write_page(rows, budget, fleet, page)
+        if as_json:
+            print_json({"budget": budget, "choices": [row.to_json() for row in rows]})
+        else:
+            print_choices(rows, budget, fleet, console)
     else:
         recipe = set_values(find_recipe(str(recipe_name)), assignments)
         planned = plan_recipe(recipe, fleet_of(devices, price), data=data, dataset=dataset)

@@ -82,8 +82,10 @@ def line_chart(
     is_share: bool = False,
     from_zero: bool = False,
     x_name: str = "samples seen",
+    show_x: Show = short,
 ) -> str:
-    """Lines over samples seen, with the stages shaded; `title` names the y axis and its unit."""
+    """Lines over samples seen, with the stages shaded; `title` names the y axis and its unit. `show_x` writes a place
+    on the x axis, such as the number that a logarithm stands for."""
     drawn = [Line(line.name, *thin(line.xs, line.ys), line.style) for line in lines]
     drawn = [line for line in drawn if line.xs]
     if not drawn:
@@ -109,7 +111,7 @@ def line_chart(
         f"<title>stage {escape(band.name)}</title></rect>"
         for number, band in enumerate(bands)
     ]
-    parts += y_axis(y_low, y_high, py, show) + x_axis(x_low, x_high, px, x_name)
+    parts += y_axis(y_low, y_high, py, show) + x_axis(x_low, x_high, px, x_name, show_x)
     for line in drawn:
         path = " ".join(f"{px(x):.1f},{py(y):.1f}" for x, y in zip(line.xs, line.ys, strict=True))
         parts.append(f'<polyline class="line {line.style}" points="{path}"/>')
@@ -118,7 +120,7 @@ def line_chart(
             parts += [f'<circle class="dot {line.style}" cx="{px(x):.1f}" cy="{py(y):.1f}" r="2.6"/>' for x, y in dots]
     # What the pointer reads: a place on the x axis and what to say there.
     reader = max(drawn, key=lambda line: len(line.xs))
-    said = [[round(px(x), 1), f"{short(x)}: {reading(drawn, x, show)}"] for x in reader.xs]
+    said = [[round(px(x), 1), f"{show_x(x)}: {reading(drawn, x, show)}"] for x in reader.xs]
     legend = "".join(f'<span class="key {line.style}">{escape(line.name)}</span>' for line in drawn if len(drawn) > 1)
     return frame(title, "".join(parts), said, legend)
 

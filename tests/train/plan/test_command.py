@@ -129,3 +129,37 @@ def test_what_cannot_be_planned_is_one_line(arguments, said):
     output = plan(*arguments, code=2)
     assert said in output
     assert len(output.strip().splitlines()) == 1
+
+
+@pytest.fixture(scope="module")
+def bought(tmp_path_factory):
+    page = tmp_path_factory.mktemp("page") / "budget.html"
+    return planned("--budget", 500, "--devices", "8xH100-SXM", "--page", page)["choices"], page.read_text()
+
+
+def test_what_a_budget_buys_comes_with_those_that_no_cheaper_one_beats(bought):
+    rows, page = bought
+    assert max(row["money"] for row in rows) == pytest.approx(500, rel=0.01)
+    front = [row for row in rows if row["is_best"]]
+    values = [row["accuracy"]["value"] for row in front]
+    assert values == sorted(values)
+    assert values[-1] == max(row["accuracy"]["value"] for row in rows) > 0.6
+    for row in rows:
+        beaten = [each["accuracy"]["value"] for each in rows if each["money"] < row["money"] - 1]
+        assert row["is_best"] <= (row["accuracy"]["value"] > max(beaten, default=0))
+    assert front[-1]["recipe"] in page
+    assert "<polyline" in page
+
+
+def test_a_budget_too_small_and_a_page_without_a_budget_are_one_line():
+    output = plan("--budget", 0.01, "--devices", "8xH100-SXM", code=2)
+    assert "pays for no recipe on 8xH100-SXM: the least is" in output
+    assert len(output.strip().splitlines()) == 1
+    assert "needs a price" in plan("--budget", 5, "--devices", "cpu", code=2)
+    assert "give --budget" in plan("--recipe", "clip-b32", "--page", "x.html", code=2)
+
+
+def test_what_a_budget_buys_as_text():
+    text = plan("--budget", 500, "--devices", "8xH100-SXM", "--dataset", "LAION-400M")
+    assert "nothing as cheap" in text
+    assert "DataComp" not in text
