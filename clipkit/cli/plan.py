@@ -19,6 +19,7 @@ from clipkit.errors import UserError
 @click.option("--price", type=click.FloatRange(min=0), help="Of one device an hour. [default: a usual rent]")
 @click.option("--data", type=Folder, help="The dataset, for its number of pairs and its size.")
 @click.option("--dataset", metavar="NAME", help="The published data set that the data are like, such as LAION-400M.")
+@click.option("--measure", is_flag=True, help="Calibrate on a few steps of this machine, whose --devices it must be.")
 @as_json
 def plan(
     recipe_name: str | None,
@@ -31,6 +32,7 @@ def plan(
     price: float | None,
     data: Path | None,
     dataset: str | None,
+    measure: bool,
     as_json: bool,
 ) -> None:
     """Say before a run what it will cost and score: time, money, memory, data, and ImageNet accuracy with an interval.
@@ -49,6 +51,8 @@ def plan(
 
     if page is not None and budget is None:
         raise UserError("--page draws what a budget buys: give --budget with it")
+    if measure and recipe_name is None:
+        raise UserError("--measure calibrates the plan of a recipe: give --recipe with it")
     console = Console()
     if columns is not None:
         values = plan_columns(read_run(columns), fleet_of(devices, price))
@@ -60,14 +64,19 @@ def plan(
         from clipkit.train.plan.budget import choices, print_choices, write_page
 
         fleet = fleet_of(devices, price)
-        rows = choices(budget, fleet, dataset)
+        bought = choices(budget, fleet, dataset)
         if page is not None:
-            write_page(rows, budget, fleet, page)
+            write_page(bought, budget, fleet, page)
         if as_json:
-            print_json({"budget": budget, "choices": [row.to_json() for row in rows]})
+            print_json({"budget": budget, "choices": [row.to_json() for row in bought]})
         else:
-            print_choices(rows, budget, fleet, console)
+            print_choices(bought, budget, fleet, console)
     else:
         recipe = set_values(find_recipe(str(recipe_name)), assignments)
-        planned = plan_recipe(recipe, fleet_of(devices, price), data=data, dataset=dataset)
+        fleet, calibration = fleet_of(devices, price), None
+        if measure:
+            from clipkit.train.plan.measure import measured_calibration
+
+            calibration = measured_calibration(fleet.chip)
+        planned = plan_recipe(recipe, fleet, data=data, dataset=dataset, calibration=calibration)
         print_json(planned.to_json()) if as_json else print_plan(planned, console)

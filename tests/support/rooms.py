@@ -90,7 +90,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "train/sources": (*_core("formats", "jobs", "pixels", "storage"), "eval/classification", "train"),
     "train/loader": (*_core("pixels", "text"), "train", "train/sources"),
     "train/watch": (*_core("model", "pixels", "storage", "text"), "train", "train/loader", "train/sources"),
-    "train/plan": (*_core("formats", "jobs", "model", "page", "storage"), "train"),
+    "train/plan": (*_core("formats", "jobs", "model", "page", "storage"), "train", "train/bench"),
     "train/bench": (*_core("jobs", "model", "pixels", "text"), "train", "train/loader", "train/sources"),
     "eval": (
         *_core("embedding", "formats", "interop", "jobs", "pixels", "storage"),

@@ -197,15 +197,23 @@ def compact_side(image_size: int) -> int:
 
 
 def step_need(recipe: Recipe, stage: Stage, device: Device, seconds: float = 3.0) -> Need:
-    """What one device takes when data are always there: optimizer steps on one batch that stays."""
+    """What one device takes when data are always there."""
     import torch
 
+    size = min(STEP_BATCH, stage.batch_size)
+    spent = step_times(recipe, stage, size, device, seconds)
+    gpus = torch.cuda.device_count() if device.kind == "cuda" else 1
+    each = ", each of them" if gpus > 1 else ""
+    return Need(f"{device.hardware()}, {recipe.name}{each}", size * len(spent) / sum(spent))
+
+
+def step_times(recipe: Recipe, stage: Stage, size: int, device: Device, seconds: float) -> list[float]:
+    """The seconds of each optimizer step on one batch of `size` pairs that stays, after three to warm up."""
     from clipkit.model.clip import build
 
     model = build(model_at(recipe, stage), seed=recipe.seed).to(device.torch_device)
     model.recompute_activations(device.recompute() if recipe.checkpoint_activations else None)
     optimizer = make_optimizer(model, recipe.optimizer, stage.learning_rate, device)
-    size = min(STEP_BATCH, stage.batch_size)
     rng = np.random.default_rng(0)
     arrays = {
         "image_BHWC": rng.integers(0, 256, (size, stage.image_size, stage.image_size, 3), np.uint8),
@@ -218,10 +226,9 @@ def step_need(recipe: Recipe, stage: Stage, device: Device, seconds: float = 3.0
     recipe = replace(recipe, micro_batch=None)
     for _ in range(3):
         train_step(model, optimizer, batch, recipe, device)[0].item()
-    began, steps = time.monotonic(), 0
-    while (elapsed := time.monotonic() - began) < seconds:
+    spent: list[float] = []
+    while sum(spent) < seconds:
+        began = time.monotonic()
         train_step(model, optimizer, batch, recipe, device)[0].item()
-        steps += 1
-    gpus = torch.cuda.device_count() if device.kind == "cuda" else 1
-    each = ", each of them" if gpus > 1 else ""
-    return Need(f"{device.hardware()}, {recipe.name}{each}", size * steps / elapsed)
+        spent.append(time.monotonic() - began)
+    return spent

@@ -6,6 +6,7 @@
 - `budget`: what a budget buys, as a list and as a picture.
 - `columns`: a run in the columns of `published-runs.csv`, as numbers; what is missing is derived or assumed.
 - `accuracy`: ImageNet accuracy from published runs, with an interval.
+- `measure`: the calibration of the machine at hand, which needs torch.
 - `published_times`: the runs whose times the calibration is held to.
 - `report`: the plan as JSON and as text.
 """

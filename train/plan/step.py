@@ -1,7 +1,7 @@
 """How long a sample takes on a chip: matrix products by their shapes, element-wise work by its bytes, the loss,
 the optimizer, and what the chips send each other.
 
-The towers are counted from their configuration, without torch; a test holds the operations to `model.flops`. The three
+The towers are counted from their configuration, without torch; a test holds the operations to `model.flops`. The
 numbers of `Calibration` are the only ones that were fitted, once for all (`docs/plan.md`).
 """
 
@@ -39,6 +39,8 @@ class Calibration:
     """Share of the peak that a large matrix product reaches."""
     memory: float = 0.8
     """Share of the memory's bandwidth that element-wise work reaches."""
+    half_width: float = 64.0
+    """Of a matrix, at which a product reaches half of that share; a small product reaches less."""
     overhead: float = 0.1
     """Time on top: launches, waiting for data, evaluations and checkpoints."""
 
@@ -141,9 +143,10 @@ def moving_seconds(tower: Tower, chip: Chip, calibration: Calibration, is_float3
 def product_seconds(tower: Tower, chip: Chip, calibration: Calibration) -> float:
     """What matrix products take of one sample's forward pass."""
     peak, tokens, width, hidden = chip.tflops * 1e12 * calibration.matrix, tower.tokens, tower.width, tower.hidden
+    half = calibration.half_width
     block = 4.0 * tokens**2 * width / (peak * tokens / (tokens + 256))  # attention's small products
     for inner, outer in ((width, 3 * width), (width, width), (width, hidden), (hidden, width)):
-        block += 2.0 * tokens * inner * outer / (peak * inner / (inner + 64) * outer / (outer + 64))
+        block += 2.0 * tokens * (inner + half) * (outer + half) / peak
     return tower.depth * block + tower.other / (0.5 * peak)
 
 
