@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from clipkit.config import did_you_mean
+from clipkit.config import SUFFIXES, did_you_mean
 from clipkit.errors import UserError
 
 NUMBERS = (
@@ -109,7 +109,7 @@ def check_columns(values: Mapping[str, Any], where: str) -> dict[str, Any]:
             checked[name] = value.strip()
             continue
         try:
-            number = float(value.replace(",", "") if isinstance(value, str) else value)
+            number = as_number(value) if isinstance(value, str) else float(value)
             fits = not isinstance(value, bool) and math.isfinite(number) and number >= 0
         except (TypeError, ValueError):
             fits = False
@@ -117,6 +117,13 @@ def check_columns(values: Mapping[str, Any], where: str) -> dict[str, Any]:
             raise UserError(f"{where}: {name} is {json.dumps(value)}: give a positive number")
         checked[name] = number
     return checked
+
+
+def as_number(text: str) -> float:
+    """A number as people write it: 12.8B, 1,280,000. Raises ValueError for other text."""
+    plain = text.strip().replace(",", "")
+    scale = SUFFIXES.get(plain[-1].upper(), 1)
+    return float(plain[:-1] if scale > 1 else plain) * scale
 
 
 def facts_of(run: Mapping[str, Any], known: Sequence[Mapping[str, Any]]) -> RunFacts:

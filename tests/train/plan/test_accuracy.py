@@ -104,3 +104,5 @@ def test_empty_columns_are_as_good_as_none(tmp_path):
         json.dumps({**RUN, "samples_seen": "1,280,000,000", "hours": "", "gmacs_total": None, "init": "none"})
     )
     assert read_run(path) == RUN
+    path.write_text(json.dumps({**RUN, "samples_seen": "1.28B"}))
+    assert read_run(path) == RUN
