@@ -144,7 +144,8 @@ class InfoNCE(torch.autograd.Function):
         target, same_B = scale.new_zeros(()), scale.new_zeros(B)
         for tile in tiles:
             logits_BC, same_BC = block.logits(tile)
-            row_B = torch.logaddexp(row_B, logits_BC.logsumexp(dim=1))
+            # As torch.logaddexp, which a TPU leaves to the host, in the middle of the step.
+            row_B = torch.stack((row_B, logits_BC.logsumexp(dim=1))).logsumexp(dim=0)
             columns.append(logits_BC.logsumexp(dim=0))
             if same_BC is None:
                 target = target + block.partners(logits_BC, tile).sum()
