@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from clipkit import checkpoint
-from clipkit.device import pick
+from clipkit.device import StaticShapes, pick
 from clipkit.errors import UserError
 from clipkit.eval.evaluation import EvaluationTask
 from clipkit.formatting import share
@@ -203,8 +203,7 @@ def run_stage(
     `average` follows the model, and is evaluated and saved with it.
     """
     recipe, device, cadence = run.recipe, run.device, run.recipe.cadence
-    stage_end = stage_start + stage.samples
-    wrapped = device.wrap(model)
+    stage_end, wrapped = stage_start + stage.samples, device.wrap(model)
     model.train()
     flops, peak = stage_cost(recipe, stage).flops, device.peak_flops()
     workers = device.loader_workers() if run.workers is None else run.workers
@@ -221,7 +220,7 @@ def run_stage(
     )
     loss, window, stuck = math.nan, Window(), StuckLoss(recipe, stage)
     run.saved_at = time.monotonic()
-    watch = Stopwatch(run.samples_seen)
+    watch, shapes = Stopwatch(run.samples_seen), StaticShapes(device)
     start = run.samples_seen - stage_start
     with contextlib.closing(loader), progress_line(run, f"train {stage.name}", stage.samples, start) as progress:
         for batch in watch.time_waiting(until_stopped(run.stop, loader)):
@@ -244,7 +243,8 @@ def run_stage(
                 tensors = device.batch(batch.arrays())
                 if model.text.skips_padding and not device.static_shapes:
                     tensors["length_B"] = torch.from_numpy(batch.length_B)
-                step = train_step(wrapped, optimizer, tensors, recipe, device)
+                with shapes.step(before):
+                    step = train_step(wrapped, optimizer, tensors, recipe, device)
                 window.take(before, learning_rate, step)
             stops, saves, bad = device.total(run.stop.asked, is_checkpoint_due(run, before), batch.bad)
             run.stop.agreed, must_save, run.bad_samples = stops > 0, saves > 0, run.bad_samples + bad

@@ -38,24 +38,25 @@ def cpu_losses(pairs_dataset, tmp_path_factory):
     return [line["loss"] for line in read_metrics(run)]
 
 
+def environment(devices: int) -> dict[str, str]:
+    """Of a process with so many XLA devices, which are the CPU's."""
+    # The debug model is compiled in a third of the time without the compiler's optimisations.
+    flags = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    return os.environ | flags | {"PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": str(devices)}
+
+
 @pytest.mark.parametrize("devices", [1, 4])
 def test_training_on_xla_equals_training_on_the_cpu(xla_python, pairs_dataset, cpu_losses, tmp_path, devices):
     command = [xla_python, "-c", COUNT_COMPILATIONS, "train", "--data", str(pairs_dataset), "--recipe", "debug"]
-    # The debug model is compiled in a third of the time without the compiler's optimisations.
-    environment = os.environ | {
-        "PJRT_DEVICE": "CPU",
-        "CPU_NUM_DEVICES": str(devices),
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",
-    }
     command += ["--device", "tpu", "--workers", "1", "--out", str(tmp_path)]
     if devices == 1:  # torch's own way of computing activations again doesn't know XLA
         command += ["--set", "checkpoint_activations=true"]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(devices))
     assert done.returncode == 0, done.stderr
 
     losses = [line["loss"] for line in read_metrics(tmp_path)]
     assert len(losses) == 20
-    assert losses == pytest.approx(cpu_losses, abs=1e-4)
+    assert losses == pytest.approx(cpu_losses, rel=1e-6)
 
     device = json.loads((tmp_path / "config.json").read_text())["device"]
     assert (device["kind"], device["devices"]) == ("xla", devices)
@@ -63,3 +64,18 @@ def test_training_on_xla_equals_training_on_the_cpu(xla_python, pairs_dataset, c
     # stages (with and without gradients' buffers; the initial weights) nothing is compiled again.
     compilations = int(done.stdout.split("compilations")[-1])
     assert compilations <= 12, f"{compilations} compilations for 20 steps: a graph changes from step to step"
+
+
+@pytest.fixture(scope="module")
+def seen_inside(xla_python, pairs_dataset, tmp_path_factory):
+    """What `xla_side` finds on four devices."""
+    script, out = Path(__file__).parents[1] / "support" / "xla_side.py", tmp_path_factory.mktemp("inside")
+    command = [xla_python, str(script), str(pairs_dataset), str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(4))
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_a_step_whose_shapes_change_after_the_first_ones_stops_the_run(seen_inside):
+    assert "the training step was compiled again at 80 samples" in seen_inside["smaller_batches"]
+    assert "PT_XLA_DEBUG_LEVEL=2" in seen_inside["smaller_batches"]

@@ -1,0 +1,41 @@
+"""Runs in XLA's own environment: what the trainer does there that can't be seen from outside, as JSON on a line.
+
+python xla_side.py DATA OUT
+"""
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from clipkit import device
+from clipkit.errors import UserError
+from clipkit.train.catalogue import debug
+from clipkit.train.loop import train
+
+
+def train_on_smaller_batches(data: Path, out: Path) -> str:
+    """The error of a run whose batches shrink from the sixth on."""
+    place, batches = device.Device.batch, 0
+
+    def shrink(self: device.Device, arrays: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
+        nonlocal batches
+        batches += 1
+        return place(self, {name: array[: 8 if batches > 5 else None] for name, array in arrays.items()})
+
+    device.Device.batch = shrink  # type: ignore[method-assign]
+    try:
+        train(debug(), data, out, device_name="tpu", workers=0)
+    except UserError as error:
+        return str(error)
+    finally:
+        device.Device.batch = place  # type: ignore[method-assign]
+    return ""
+
+
+if __name__ == "__main__":
+    data, out = map(Path, sys.argv[1:])
+    print(json.dumps({"smaller_batches": train_on_smaller_batches(data, out / "smaller")}))
