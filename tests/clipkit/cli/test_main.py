@@ -26,6 +26,7 @@ OPTIONS = {
     "embed": "data out --ckpt --split --label --ema --dtype --precision --batch-size --device --json",
     "export": "ckpt out --to --ema --json",
     "inspect": "path --split --sample --out --json",
+    "plan": "--recipe --set --run --against --budget --page --devices --price --data --dataset --measure --json",
     "purge": "path --list --by --quoting --dry-run --workers --engine --json",
     "recipes": "name --set --json",
     "report": "runs --out",
@@ -36,7 +37,7 @@ OPTIONS = {
     "verify": "path --decode --workers --engine --json",
     "zeroshot": "--ckpt --ema --tokenizer --data --suite --task --templates --label --classes --pooling --train-data "
     "--shots --images --split --allow-empty-classes --name --batch-size --precision --device --cache --cache-gb "
-    "--no-cache --out --format --json",
+    "--no-cache --out --engine --format --json",
 }
 
 
