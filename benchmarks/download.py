@@ -26,8 +26,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from _image_host import HOST, make_certificate
-from _pictures import captions, jpegs
+from support.image_host import HOST, make_certificate
+from support.pictures import captions, jpegs
 
 LATENCY = 0.02
 # img2dataset starts its processes anew after five shards each, imports and all: with so large shards none does.
@@ -116,7 +116,7 @@ class Measured:
 @contextlib.contextmanager
 def host(folder: Path, latency: float, certificate: Path | None) -> Iterator[tuple[str, int]]:
     """A running host: its base URL and its process."""
-    command = [sys.executable, str(Path(__file__).with_name("_image_host.py")), str(folder), str(latency)]
+    command = [sys.executable, str(Path(__file__).parent / "support" / "image_host.py"), str(folder), str(latency)]
     command += [str(certificate)] if certificate is not None else []
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None and process.stdin is not None

@@ -12,9 +12,9 @@ import tempfile
 import time
 from pathlib import Path
 
-import _pictures
 import numpy as np
 import torch
+from support.pictures import jpegs
 
 from clipkit.device import pick
 from clipkit.embedding.encoder import Compute, Encoder, clip_encoder
@@ -50,7 +50,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "images" / "a"
         folder.mkdir(parents=True)
-        for number, data in enumerate(_pictures.jpegs(16)):
+        for number, data in enumerate(jpegs(16)):
             for copy in range(number, options.images, 16):
                 (folder / f"{copy:06d}.jpg").write_bytes(data)
         pictures = labelled_pictures(open_labelled(folder.parent))

@@ -18,9 +18,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import _pictures
 import numpy as np
-from _loader_sides import CROP_AREA, CROP_RATIO, Answer, Request
+from support.loader_sides import CROP_AREA, CROP_RATIO, Answer, Request
+from support.pictures import jpegs, write
 
 from clipkit.counter_rng import sample_keys
 from clipkit.pixels.images import decode, plain_jpeg_size
@@ -43,7 +43,7 @@ class Side:
         self.name = name
         reading, writing = os.pipe()
         self.process = subprocess.Popen(
-            [sys.executable, str(HERE / "_loader_sides.py"), name, str(writing)],
+            [sys.executable, str(HERE / "support" / "loader_sides.py"), name, str(writing)],
             stdin=subprocess.PIPE,
             pass_fds=[writing],
             text=True,
@@ -70,7 +70,7 @@ def pixels(size: int, count: int) -> float:
     """Mean absolute difference, in levels of 255, of our crops to those of a full decoding, resized by Pillow."""
     draws = geometry_draws(sample_keys(1, np.arange(count, dtype=np.uint64))).tolist()
     differences = []
-    for data, row in zip(_pictures.jpegs(count, seed=1), draws, strict=True):
+    for data, row in zip(jpegs(count, seed=1), draws, strict=True):
         full = plain_jpeg_size(data)
         assert full is not None
         box = crop_box(*full, CROP_AREA, CROP_RATIO, row)
@@ -146,7 +146,7 @@ def main() -> None:
     try:
         if not (folder / "sizes.json").exists():
             shutil.rmtree(folder, ignore_errors=True)
-            _pictures.write(folder, options.samples, options.samples // 5)
+            write(folder, options.samples, options.samples // 5)
         sizes = json.loads((folder / "sizes.json").read_text())
         print("KB an image, standard and compact: " + ", ".join(f"{size:.1f}" for size in sizes))
         sides = {name: Side(name) for name in options.sides}

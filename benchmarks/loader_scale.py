@@ -31,12 +31,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import _pictures
 import cv2
 import numpy as np
 import simplejpeg
-from _loader_sides import Request
 from loader import Side
+from support.loader_sides import Request
+from support.pictures import captions, compacted, jpegs, picture
 
 from clipkit.formats.dataset import shard_name
 from clipkit.formats.features import Feature
@@ -98,7 +98,7 @@ loader.close()
 def examples(images: Sequence[bytes], count: int = CAPTIONS) -> list[bytes]:
     """Encoded records, each with a caption of its own."""
     found = []
-    for number, caption in enumerate(_pictures.captions(count)):
+    for number, caption in enumerate(captions(count)):
         about = {"url": f"https://e.org/{number}", "key": f"{number:09d}"}
         found.append(encode_example({**about, "jpg": images[number % len(images)], "txt": caption}))
     return found
@@ -109,7 +109,7 @@ def large_images(count: int) -> list[bytes]:
     random = np.random.default_rng(2)
     found = []
     for _ in range(count):
-        image = cv2.resize(_pictures.picture(random), (LARGE_WIDTH, LARGE_HEIGHT), interpolation=cv2.INTER_CUBIC)
+        image = cv2.resize(picture(random), (LARGE_WIDTH, LARGE_HEIGHT), interpolation=cv2.INTER_CUBIC)
         grain = random.standard_normal((LARGE_HEIGHT // 2, LARGE_WIDTH // 2), dtype=np.float32) * 12
         grain = cv2.resize(grain, (LARGE_WIDTH, LARGE_HEIGHT))[:, :, None]
         pixels = np.clip(image + grain, 0, 255).astype(np.uint8)
@@ -250,7 +250,7 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp(prefix="clipkit-bench-", dir=options.folder))
     rows: list[dict[str, Any]] = []
     try:
-        images = [_pictures.compacted(data, SIDE, QUALITY) for data in _pictures.jpegs(IMAGES)]
+        images = [compacted(data, SIDE, QUALITY) for data in jpegs(IMAGES)]
         height, width = decode(images[0]).shape[:2]
         print(f"{sum(map(len, images)) / len(images) / 1e3:.1f} KB an image, the first of them {width} x {height}")
         pool = examples(images)

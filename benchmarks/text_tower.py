@@ -11,9 +11,9 @@ import statistics
 import time
 from collections.abc import Callable
 
-import _pictures
 import open_clip
 import torch
+from support.pictures import captions
 from torch import Tensor
 
 from clipkit.config import set_values
@@ -78,7 +78,7 @@ def main() -> None:
     print(f"{torch.get_num_threads()} threads, {options.rounds} rounds, forward and backward")
     for tokens in (32, 77):
         theirs = open_clip.create_model("ViT-B-16", force_context_length=tokens, load_weights=False)
-        ids_BT = torch.from_numpy(Tokenizer()(_pictures.captions(options.captions), tokens))
+        ids_BT = torch.from_numpy(Tokenizer()(captions(options.captions), tokens))
         found = measure(sides_of(theirs, ids_BT), options.rounds)
         for name, times in found.items():
             line = f"{name:12}{options.captions / statistics.median(wall for wall, _ in times):8.1f} captions/s"

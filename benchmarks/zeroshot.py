@@ -23,13 +23,13 @@ import time
 from io import BytesIO
 from pathlib import Path
 
-import _pictures
 import cv2
 import numpy as np
 import open_clip
 import simplejpeg
 import torch
 from safetensors.torch import save_file
+from support.pictures import picture
 
 from clipkit import embedded
 
@@ -43,7 +43,7 @@ def write_data(folder: Path, images: int, classes: int) -> None:
     """A webdataset in clip_benchmark's layout; after UNIQUE images they repeat, each time with other bytes."""
     random = np.random.default_rng(0)
     unique = min(UNIQUE, images)
-    pictures = [cv2.resize(_pictures.picture(random), SIZE, interpolation=cv2.INTER_AREA) for _ in range(unique)]
+    pictures = [cv2.resize(picture(random), SIZE, interpolation=cv2.INTER_AREA) for _ in range(unique)]
     names = [each["name"] for each in embedded.imagenet_classes()[:classes]]
     templates = [each.replace("{}", "{c}") for each in embedded.prompt_templates()["openai-80"]]
     (folder / "test").mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""One side of the loader's benchmark, in a process of its own: `python _loader_sides.py NAME FD`.
+"""One side of the loader's benchmark, in a process of its own: `python support/loader_sides.py NAME FD`.
 
 A request is a line of JSON on stdin, the answer a line on the descriptor FD. Each side sets up what it needs once,
 makes a new loader for each request, takes `warm` samples, and then counts the samples and the CPU seconds of its whole

@@ -1,6 +1,6 @@
 """A host of images for the benchmark of downloads: answers made once, a delay before each, HTTP or HTTPS.
 
-Run as a process of its own: `_image_host.py FOLDER LATENCY [CERTIFICATE]` serves the files `FOLDER/N.jpg` under
+Run as a process of its own: `image_host.py FOLDER LATENCY [CERTIFICATE]` serves the files `FOLDER/N.jpg` under
 `/N.jpg` (whatever stands behind a `?`), prints its port, and ends with its standard input.
 """
 
