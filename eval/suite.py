@@ -133,7 +133,7 @@ def evaluate_suite(
     """The main number of each dataset of a suite below `root`, computed or as the run has it, and then their average,
     which goes into the run too. `options` are those of `evaluation.measure`.
 
-    Raises UserError as `entries_of`, for data that can't be read, and for a metric that a dataset doesn't have.
+    Raises UserError as `entries_of` does, for unreadable data, and for a metric that the dataset's task doesn't give.
     """
     entries, missing = entries_of(suite, root)
     where = pick(device) if isinstance(device, str) else device

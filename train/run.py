@@ -149,7 +149,7 @@ def evaluate_now(run: Run, stage: str, model: CLIP, preprocess: Preprocess, aver
         best = run.recipe.cadence.keep_best
         if best is not None and named(best, found) is None and run.device.is_first:
             names = ", ".join(found)
-            warn_on_stderr(f"no best checkpoint is kept: cadence.keep_best={best} is no one metric of {names}")
+            warn_on_stderr(f"no best checkpoint is kept: cadence.keep_best={best} doesn't name exactly one of {names}")
     except StopNowError:
         run.evaluation_missing = True
     except EVALUATION_ERRORS as error:

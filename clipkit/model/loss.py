@@ -30,7 +30,7 @@ pairs out of the sums; `positive` makes them targets beside the sample's own par
 
 # Logits in a tile, of which two are held at a time (three with captions): 32 MB.
 TILE = 2**23
-# The logit of a pair that is to count as absent: its exponential is 0, and there is no infinity to subtract.
+# The logit of a pair that counts as absent. Its exponential is 0; minus infinity would give NaN when subtracted.
 ABSENT = -1e30
 
 

@@ -32,4 +32,5 @@ def train_until(data: Path, run: Path, place: str = "step", count: int = 0, rank
 
     setattr(owner, name, call)
     recipe = set_values(debug(), ["cadence.checkpoint_samples=32"])
-    loop.train(recipe, data, run, device_name="cpu", workers=1, resume=True)
+    # What is killed and what goes on have different numbers of workers.
+    loop.train(recipe, data, run, device_name="cpu", workers=2 if number else 1, resume=True)

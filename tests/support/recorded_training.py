@@ -1,7 +1,8 @@
 """Trains the `debug` recipe and writes down each sample that the trainer gets; killed by the kernel where it is asked.
 
-`python recorded_training.py DATA RUN LOG WORKERS [KILL_AT]`, also under torchrun. After KILL_AT batches of this start
-the process that got the last one kills itself. LOG gets a file a rank and start, a line of JSON a sample.
+`python recorded_training.py DATA RUN LOG WORKERS [KILL_AT]`, also under torchrun. After KILL_AT batches of a new run
+the process that got the last one kills itself, once the newest checkpoint is on the disk (the kills while one is being
+written are those of `killed_runs`). LOG gets a file a rank and start, a line of JSON a sample.
 """
 
 import contextlib
@@ -10,15 +11,19 @@ import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from clipkit import checkpoint
 from clipkit.storage.files import as_path
 from clipkit.train import loop
 from clipkit.train.catalogue import debug
 from clipkit.train.loader.loader import Batch, batches
 from clipkit.train.run import Summary
+
+EVERY, STEP = 64, 16  # samples from one checkpoint of the recipe to the next, and of a step
 
 
 def digest(array: Any) -> str:
@@ -49,6 +54,9 @@ def train_recorded(data: Path, run: Path, log: Path, workers: int, kill_at: int 
                 file.flush()
                 taken += 1
                 if taken == kill_at:
+                    newest = EVERY * ((int(batch.positions_B.max()) + 1 - STEP) // EVERY)
+                    while not checkpoint.folder_of(run, newest).exists():
+                        time.sleep(0.01)
                     os.kill(os.getpid(), signal.SIGKILL)
                 yield batch
 

@@ -1,4 +1,4 @@
-"""Runs in XLA's own environment: what the trainer does there that can't be seen from outside, as JSON on a line.
+"""Runs in the environment of torch_xla, and prints one line of JSON: how the trainer reacts there to changing shapes.
 
 python xla_side.py DATA OUT
 """
@@ -7,11 +7,12 @@ import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import torch
 
-from clipkit import device
+from clipkit.device import Device
 from clipkit.errors import UserError
 from clipkit.train.catalogue import debug
 from clipkit.train.loop import train
@@ -19,20 +20,18 @@ from clipkit.train.loop import train
 
 def train_on_smaller_batches(data: Path, out: Path) -> str:
     """The error of a run whose batches shrink from the sixth on."""
-    place, batches = device.Device.batch, 0
+    place, batches = Device.batch, 0
 
-    def shrink(self: device.Device, arrays: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
+    def shrink(self: Device, arrays: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
         nonlocal batches
         batches += 1
         return place(self, {name: array[: 8 if batches > 5 else None] for name, array in arrays.items()})
 
-    device.Device.batch = shrink  # type: ignore[method-assign]
     try:
-        train(debug(), data, out, device_name="tpu", workers=0)
+        with patch.object(Device, "batch", shrink):
+            train(debug(), data, out, device_name="tpu", workers=0)
     except UserError as error:
         return str(error)
-    finally:
-        device.Device.batch = place  # type: ignore[method-assign]
     return ""
 
 

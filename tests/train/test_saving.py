@@ -149,7 +149,7 @@ def test_a_best_by_what_is_not_measured_is_refused_or_said(pairs_dataset, tmp_pa
     found = [("a/top1", 0.5), ("b/top1", 0.5), ("ema/a/top1", 0.5)]
     monkeypatch.setattr("clipkit.train.run.evaluate", lambda *_: found)
     run_short(pairs_dataset, tmp_path, "cadence.keep_best=top1", task=object())
-    says = "no best checkpoint is kept: cadence.keep_best=top1 is no one metric of a/top1, b/top1, ema/a/top1"
+    says = "no best checkpoint is kept: cadence.keep_best=top1 doesn't name exactly one of a/top1, b/top1, ema/a/top1"
     assert says in capsys.readouterr().err
 
 

@@ -278,7 +278,7 @@ def validate(groupings: Mapping[str, Sequence[str]], fit: Fit) -> dict[str, tupl
     known = evidence()
     inverse = np.linalg.inv(covariance(known.runs, known.runs, fit.kernel) + np.diag(noise(known.ids, known.runs, fit)))
     pulled, alike = inverse @ known.logits, overlap(*[[run.dataset_words for run in known.runs]] * 2)
-    # What a left-out run itself was is no reason to expect more noise of it.
+    # A left-out run is predicted with the noise of any run, not with what its own misfit has shown.
     surplus = noise(known.ids, known.runs, fit) - noise([""] * len(known.ids), known.runs, fit)
     found = {}
     for name, groups in groupings.items():
