@@ -106,6 +106,7 @@ def measure(
     task: EvaluationTask,
     where: Device,
     *,
+    encoder: Encoder | None = None,
     batch_size: int = 256,
     precision: Precision | None = None,
     out: Path | None = None,
@@ -115,13 +116,14 @@ def measure(
 ) -> Measured:
     """Evaluate a model on a task.
 
-    `source` and `vocabulary` are what `clipkit.interop.load` takes. The run is `out`, or the one that a checkpoint of
-    clipkit's lies in. `ema` takes the averages of the weights, and the task is then called `ema/<task>`. Embeddings
-    that `cache` has aren't computed again. Raises UserError for whatever is wrong with the input.
+    `source` and `vocabulary` are what `clipkit.interop.load` takes; `encoder` is what it gave, where it was called
+    already. The run is `out`, or the one that a checkpoint of clipkit's lies in. `ema` takes the averages of the
+    weights, and the task is then called `ema/<task>`. Embeddings that `cache` has aren't computed again. Raises
+    UserError for whatever is wrong with the input.
     """
     for text in task.notes:
         note(text)
-    encoder = load(source, ema=ema, vocabulary=vocabulary)
+    encoder = encoder or load(source, ema=ema, vocabulary=vocabulary)
     note(encoder.summary)
     run = out or run_of(encoder)
     if run is not None:

@@ -164,7 +164,7 @@ def measure_entry(
     done = where.on_first(partial(done_before, task, encoder, arithmetic, run))
     if done:
         return Measured(run, done, None)
-    return measure(source, task, where, out=out, precision=precision, **options)
+    return measure(source, task, where, encoder=encoder, out=out, precision=precision, **options)
 
 
 def main_number(entry: Entry, found: Sequence[Result]) -> Result:

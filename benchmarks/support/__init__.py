@@ -1,1 +1,1 @@
-"""What several benchmarks share: made-up `pictures`, a web server (`image_host`), and the loaders compared (`loader_sides`)."""
+"""What several benchmarks share: made-up `pictures`, a web server (`image_host`), and the `loader_sides` compared."""
