@@ -7,6 +7,7 @@ its slice of the global batch and gathered features.
 """
 
 import contextlib
+import ctypes
 import importlib.util
 import os
 import resource
@@ -31,6 +32,8 @@ from clipkit.jobs.worker import answer, cores, result_of
 GOOGLE_PCI_VENDOR = "0x1ae0"
 # The first steps of a stage differ from the rest: weights that were just copied, and an optimizer without state.
 WARM_UP_STEPS = 3
+# glibc's names for what mallopt(3) sets.
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
 R = TypeVar("R")
 
@@ -339,6 +342,18 @@ def pick_xla(why: str) -> Device:
         raise UserError(f"XLA found no device ({reason}): on a TPU VM set PJRT_DEVICE=TPU, to try, CPU") from error
 
 
+def keep_freed_memory() -> None:
+    """Have glibc keep what one step frees for the next one, where there is glibc.
+
+    By default it gives blocks of megabytes back to the system at once, and gets them again page by page, zeroed: a
+    seventh of a small step on two cores. CUDA's allocator keeps memory in the same way.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
 def join_ranks(kind: Literal["cpu", "cuda"], why: str) -> Device:
     """This process's place among those that `torchrun` started, or the only place there is."""
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -346,6 +361,8 @@ def join_ranks(kind: Literal["cpu", "cuda"], why: str) -> Device:
     device = torch.device("cuda", local) if kind == "cuda" else torch.device("cpu")
     if kind == "cuda":
         torch.cuda.set_device(device)
+    else:
+        keep_freed_memory()
     control = None
     if world > 1:
         if not torch.distributed.is_initialized():

@@ -1,3 +1,4 @@
+import resource
 import sys
 
 import numpy as np
@@ -51,3 +52,16 @@ def test_the_learning_rate_reaches_every_group():
 
 def test_memory_is_counted_in_bytes():
     assert 1 << 27 < pick("cpu").peak_memory() < 1 << 40
+
+
+def test_memory_that_a_step_frees_is_kept_for_the_next():
+    def faults() -> int:
+        """Of four blocks of 64 MB, each of 16,000 pages."""
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(4):
+            torch.ones(16_000_000)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    pick("cpu")
+    warm_up = [faults() for _ in range(4)]
+    assert faults() < 4_000, warm_up
