@@ -239,7 +239,7 @@ def read_json_lines(path: Path) -> list[Any]:
     with stores.reading(path):
         if not path.exists():
             return []
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     values = []
     for line in lines:
         with contextlib.suppress(json.JSONDecodeError):

@@ -83,6 +83,14 @@ def test_a_torn_last_line_is_left_out(tmp_path):
     assert read_json_lines(path) == [{"a": 1}, {"a": 2}, {"a": 3}]
 
 
+def test_a_line_ends_at_a_newline_alone(tmp_path):
+    path = tmp_path / "x.jsonl"
+    values = [{"caption": "one\u2028two"}, {"caption": "a\x85b\x0c"}]
+    for value in values:
+        append_json_line(path, value)
+    assert read_json_lines(path) == values
+
+
 def test_paths_of_the_wrong_kind_are_named(tmp_path):
     file = tmp_path / "file"
     file.write_text("")
