@@ -18,10 +18,12 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from clipkit.config import set_values
 from clipkit.embedded import emoji_groups, emoji_parquet
 from clipkit.errors import InternalError, UserError
 from clipkit.formatting import duration
 from clipkit.storage.files import lock, read_json, read_json_lines, remove, write_json
+from clipkit.train.catalogue import find_recipe
 
 FAULTY_SHARE = 0.03
 SEED = 0
@@ -96,7 +98,8 @@ def stages(out: Path, recipe: str, settings: Sequence[str]) -> list[Stage]:
     # All pictures come from one server of our own, and some of its answers never come.
     server = ("--allow-private-hosts", "--per-host", "128", "--timeout", "2")
     evaluate = ("--eval-data", heldout, "--eval-templates", TEMPLATES)
-    zeroshot = ("zeroshot", "--ckpt", str(run), "--data", heldout, "--templates", TEMPLATES)
+    averages = ("--ema",) if set_values(find_recipe(recipe), settings).ema_decay else ()
+    zeroshot = ("zeroshot", "--ckpt", str(run), "--data", heldout, "--templates", TEMPLATES, *averages)
     # A group holds unlike things, so each of its training captions is a prompt, and their probabilities are added.
     groups = ("--label", "group", "--classes", str(emoji_groups()), "--pooling", "sum")
     return [

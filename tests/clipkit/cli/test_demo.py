@@ -51,6 +51,16 @@ def test_the_commands_are_those_of_the_command_line(tmp_path: Path) -> None:
             assert isinstance(context, click.Context)
 
 
+def test_averages_are_measured_where_the_recipe_has_them(tmp_path: Path) -> None:
+    def measured(recipe: str, *settings: str) -> list[bool]:
+        return [
+            "--ema" in stage.arguments for stage in demo.stages(tmp_path, recipe, settings) if "zeroshot" in stage.name
+        ]
+
+    assert measured("emoji-demo") == [True, True]
+    assert measured("emoji-demo", "ema_decay=none") == measured("debug") == [False, False]
+
+
 def test_stages_run_once(tmp_path: Path, ran: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     demo.run_demo(tmp_path, limit=40)
     assert ran == ALL
