@@ -7,7 +7,8 @@ from typing import Any
 
 from clipkit.config import from_json
 from clipkit.errors import UserError
-from clipkit.formats.manifest import manifest_path, read_manifest
+from clipkit.formats.dataset import find_dataset
+from clipkit.formats.manifest import CLIPKIT_FOLDER, manifest_path, read_manifest
 from clipkit.hardware import find_chip, parse_devices, this_cpu
 from clipkit.jobs.worker import cores
 from clipkit.log import read_metrics
@@ -57,15 +58,22 @@ def plan_recipe(
 
 
 def pairs_in(data: Path) -> Pairs:
-    """What a dataset directory's manifest says of its training pairs. Raises UserError where there is none."""
-    for folder in (data, data / "1.0.0"):
-        if manifest_path(folder).exists():
-            splits = read_manifest(folder)
-            split = splits.get("train") or max(splits.values(), key=lambda each: each.records)
-            if not split.records:
-                raise UserError(f"--data {data}: it has no records")
-            return Pairs(split.records, split.bytes / split.records, str(data))
-    raise UserError(f"--data {data}: no manifest of clipkit's here: give a dataset of build-tfds or download")
+    """What a dataset of build-tfds or a finished download of either format says of its training pairs. Raises UserError
+    for anything else.
+    """
+    folder, account = find_dataset(data), data / CLIPKIT_FOLDER / "download.json"
+    if folder is not None and manifest_path(folder).exists():
+        splits = read_manifest(folder)
+        split = splits.get("train") or max(splits.values(), key=lambda each: each.records)
+        records, size = split.records, split.bytes
+    elif account.exists():
+        counts = read_json(account)
+        records, size = counts["downloaded"], counts["image_bytes"]
+    else:
+        raise UserError(f"--data {data}: no dataset of build-tfds or finished download here: give one, or leave it out")
+    if not records:
+        raise UserError(f"--data {data}: it has no records")
+    return Pairs(records, size / records, str(data))
 
 
 def columns_of(recipe: Recipe, dataset: str, pairs: float | None) -> dict[str, Any]:

@@ -75,12 +75,23 @@ def test_price_and_settings_count():
     assert longer["accuracy"]["value"] > once["accuracy"]["value"] - 0.02
 
 
+def test_data_where_training_takes_them(pairs_dataset, tmp_path):
+    """A version's folder, the folder above it, as `build-tfds` was given it; and shards of a download."""
+    for path in (pairs_dataset, pairs_dataset.parent, pairs_dataset.parents[1]):
+        assert planned("--recipe", "debug", "--devices", "cpu", "--data", path)["data"]["pairs"] == 96
+    (tmp_path / "clipkit").mkdir()
+    (tmp_path / "clipkit" / "download.json").write_text('{"downloaded": 50, "image_bytes": 1000}')
+    data = planned("--recipe", "debug", "--devices", "cpu", "--data", tmp_path)["data"]
+    assert (data["pairs"], data["disk_bytes"]) == (50, 1000)
+
+
 def test_a_users_recipe_file_and_data(tmp_path):
     (tmp_path / "mine.toml").write_text('base = "clipa-b16-i50-t16"\n[stages.0]\nsamples = 655360000\n')
     folder = tmp_path / "pairs" / "1.0.0" / "clipkit"
     folder.mkdir(parents=True)
     split = {"shards": [{"file": "a", "records": 2_000_000, "bytes": 30_000_000_000, "crc32c": "0", "sources": []}]}
     (folder / "manifest.json").write_text(json.dumps({"format": 1, "splits": {"train": split}}))
+    (folder.parent / "dataset_info.json").touch()
     values = planned("--recipe", tmp_path / "mine.toml", "--data", tmp_path / "pairs", "--dataset", "CC12M")
     assert values["data"]["pairs"] == 2_000_000
     assert values["data"]["disk_bytes"] == pytest.approx(3e10)
@@ -121,7 +132,7 @@ def test_a_run_beside_its_plan(tmp_path):
      (["--recipe", "clip-b32", "--devices", "7xH200"], "can't be divided over 7 devices"),
      (["--recipe", "clip-b32", "--set", "model.text.depth=0"], "model.text.depth is 0"),
      (["--recipe", "clip-b32", "--set", "model.image.name=convnext_base"], "vision transformers only"),
-     (["--recipe", "clip-b32", "--data", "nowhere"], "no manifest"), (["--against", "nowhere"], "no config.json"),
+     (["--recipe", "clip-b32", "--data", "nowhere"], "no dataset"), (["--against", "nowhere"], "no config.json"),
      (["--recipe", "clipa-h14-datacomp", "--devices", "2xRTX-4090"], "not one pair fits"),
      (["--run", "nowhere.json"], "doesn't exist")],
 )  # fmt: skip
