@@ -9,6 +9,7 @@ its slice of the global batch and gathered features.
 import contextlib
 import ctypes
 import importlib.util
+import logging
 import os
 import resource
 import sys
@@ -62,6 +63,16 @@ class Device:
         return int(self.mesh.size()) if self.mesh is not None else self.world
 
     @property
+    def gathers(self) -> bool:
+        """Whether a tensor holds only this rank's rows of a batch, so that a loss must fetch the others'."""
+        return self.world > 1 and self.mesh is None
+
+    @property
+    def shards_of_tensor(self) -> int:
+        """Over how many devices the rows of one tensor are divided."""
+        return int(self.mesh.size()) if self.mesh is not None else 1
+
+    @property
     def is_lazy(self) -> bool:
         """Whether tensors are graphs that are still to be run, which no other thread may read."""
         return self.kind == "xla"
@@ -80,14 +91,15 @@ class Device:
         if self.kind == "cuda":
             pinned = {name: tensor.pin_memory() for name, tensor in tensors.items()}
             return {name: tensor.to(self.torch_device, non_blocking=True) for name, tensor in pinned.items()}
+        return {name: self.spread(tensor.to(self.torch_device)) for name, tensor in tensors.items()}
+
+    def spread(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor, its rows divided over the mesh where there is one."""
         if self.kind == "xla":
             import torch_xla.distributed.spmd as xs
 
-            placed = {name: tensor.to(self.torch_device) for name, tensor in tensors.items()}
-            for tensor in placed.values():
-                xs.mark_sharding(tensor, self.mesh, ("data",) + (None,) * (tensor.dim() - 1))
-            return placed
-        return tensors
+            xs.mark_sharding(tensor, self.mesh, ("data",) + (None,) * (tensor.dim() - 1))
+        return tensor
 
     def host_memory(self, like: torch.Tensor) -> torch.Tensor:
         """Memory of the host for copies of `like`: pinned for CUDA, which writes into it several times as fast."""
@@ -188,7 +200,8 @@ class Device:
         return torch.nn.parallel.DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
 
     def end_step(self) -> None:
-        """Tell a lazy device that the step is complete, so that it compiles and runs it; others run already."""
+        """Tell a lazy device that a step, or a part of one, is complete, so that it compiles and runs it; others run
+        already."""
         if self.kind == "xla":
             import torch_xla
 
@@ -328,6 +341,8 @@ def pick_xla(why: str) -> Device:
             f"no TPU support here ({error}): make an environment of its own with pip install 'clipkit[tpu]'"
         ) from error
     os.environ.setdefault("PJRT_DEVICE", "TPU")
+    # It would warn twice a step of `loss_products`.
+    logging.getLogger("torch_xla.backends").setLevel(logging.ERROR)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("one process drives all chips of a TPU host: start it without torchrun")
     try:

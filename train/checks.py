@@ -29,8 +29,6 @@ def check_recipe(recipe: Recipe, source: Source | Examples, device: Device) -> N
     shards = device.shards
     if (recipe.loss == "sigmoid") != (recipe.model.logit_bias_init is not None):
         raise UserError("loss=sigmoid and a bias go together: set model.logit_bias_init=-10 with it, or neither")
-    if recipe.micro_batch is not None and device.mesh is not None:
-        raise UserError("micro_batch isn't for TPUs yet: unset it, and set checkpoint_activations=true to save memory")
     if recipe.optimizer.name != "adamw" and device.mesh is not None:
         raise UserError(f"optimizer.name={recipe.optimizer.name} isn't for TPUs yet: set optimizer.name=adamw")
     check_ranges(recipe, f"recipe {recipe.name}")

@@ -52,12 +52,12 @@ def train_step(
     def loss_of(features: Features) -> torch.Tensor:
         return contrastive_loss(features, batch["caption_B"], recipe, device)
 
-    if recipe.micro_batch is None or recipe.micro_batch >= len(batch["ids_BT"]):
+    if recipe.micro_batch is None or recipe.micro_batch * device.shards_of_tensor >= len(batch["ids_BT"]):
         features = features_of(batch)
         loss = loss_of(features)
         loss.backward()
     else:
-        loss, features = backward_in_micro_batches(model, features_of, loss_of, batch, recipe.micro_batch)
+        loss, features = backward_in_micro_batches(model, features_of, loss_of, batch, recipe.micro_batch, device)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     gradients = [torch.zeros_like(each) if each.grad is None else each.grad for each in trained]
     norms_P = torch.stack(torch._foreach_norm(gradients))
@@ -78,7 +78,7 @@ def contrastive_loss(features: Features, caption_B: torch.Tensor, recipe: Recipe
     else:
         loss = partial(info_nce, image_BE, text_BE, logit_scale)
     with device.loss_products():
-        return loss(caption_B=caption_B, same_caption=recipe.same_caption, gather=device.world > 1)
+        return loss(caption_B=caption_B, same_caption=recipe.same_caption, gather=device.gathers)
 
 
 def backward_in_micro_batches(
@@ -87,37 +87,58 @@ def backward_in_micro_batches(
     loss_of: Callable[[Features], torch.Tensor],
     batch: Tensors,
     micro_batch: int,
+    device: Device,
 ) -> tuple[torch.Tensor, Features]:
     """The gradients of the whole batch in the memory of one micro-batch (GradCache; Gao et al., 2021); returns its loss
     and its features.
 
     First all features without a graph; then the loss on them, which gives each feature its gradient; then each
     micro-batch once more, with those gradients carried into the towers. Every pair of the batch is a negative, which
-    summing the losses of micro-batches would not give.
+    summing the losses of micro-batches would not give. A lazy device runs each micro-batch by itself: in one graph for
+    all of them, the compiler would see that the features are computed twice, and keep everything that both need.
     """
-    size = len(batch["ids_BT"])
-    parts = [
-        {name: value[start : start + micro_batch] for name, value in batch.items()}
-        for start in range(0, size, micro_batch)
-    ]
+    parts = cut(batch, micro_batch, device)
+    computed = []
     with torch.no_grad():
-        computed = [features_of(part) for part in parts]
-    image_BE, text_BE = (torch.cat([features[side] for features in computed]) for side in (0, 1))
+        for part in parts:
+            computed.append(features_of(part))
+            device.end_step()
+    image_BE, text_BE = (join([features[side] for features in computed], device) for side in (0, 1))
     leaves = [tensor.detach().requires_grad_() for tensor in (image_BE, text_BE, *computed[0][2:])]
     loss = loss_of(tuple(leaves))
     gradients = torch.autograd.grad(loss, leaves)
-    for number, part in enumerate(parts):
-        rows = slice(number * micro_batch, number * micro_batch + len(part["ids_BT"]))
+    grad_parts = cut({"image_BE": gradients[0], "text_BE": gradients[1]}, micro_batch, device)
+    for number, (part, grad_part) in enumerate(zip(parts, grad_parts, strict=True)):
         is_last = number == len(parts) - 1
         with contextlib.nullcontext() if is_last else without_averaging(model):
             image_features, text_features, *scalars = features_of(part)
             # The scale and the bias have one gradient for the whole batch: the last part carries it.
             outputs = [image_features, text_features, *scalars]
-            grads = [gradients[0][rows], gradients[1][rows]]
+            grads = [grad_part["image_BE"], grad_part["text_BE"]]
             grads += [gradient if is_last else torch.zeros_like(gradient) for gradient in gradients[2:]]
             trained = [pair for pair in zip(outputs, grads, strict=True) if pair[0].requires_grad]  # else frozen
             torch.autograd.backward([output for output, _ in trained], [gradient for _, gradient in trained])
+        device.end_step()
     return loss, (image_BE, text_BE)
+
+
+def cut(batch: Tensors, micro_batch: int, device: Device) -> list[Tensors]:
+    """A batch in micro-batches, each of them the next `micro_batch` rows of every device that has rows of it."""
+    devices = device.shards_of_tensor
+    by_device = {name: value.unflatten(0, (devices, -1)) for name, value in batch.items()}
+    share = next(iter(by_device.values())).shape[1]
+    parts = [
+        {name: device.spread(value[:, start : start + micro_batch].flatten(0, 1)) for name, value in by_device.items()}
+        for start in range(0, share, micro_batch)
+    ]
+    device.end_step()
+    return parts
+
+
+def join(parts: list[torch.Tensor], device: Device) -> torch.Tensor:
+    """What was computed from the micro-batches that `cut` made, in the order of the batch."""
+    devices = device.shards_of_tensor
+    return device.spread(torch.cat([part.unflatten(0, (devices, -1)) for part in parts], dim=1).flatten(0, 1))
 
 
 def without_averaging(model: torch.nn.Module) -> contextlib.AbstractContextManager[Any]:

@@ -1,4 +1,4 @@
-"""Runs in the environment of torch_xla, and prints one line of JSON: how the trainer reacts there to changing shapes.
+"""Runs in the environment of torch_xla, and prints one line of JSON: what the trainer does there on several devices.
 
 python xla_side.py DATA OUT
 """
@@ -6,16 +6,27 @@ python xla_side.py DATA OUT
 import json
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
+import pyarrow.parquet as pq
 import torch
 
-from clipkit.device import Device
+from clipkit import embedded
+from clipkit.device import Device, pick
+from clipkit.embedding.encoder import Compute, clip_encoder
 from clipkit.errors import UserError
+from clipkit.eval.classification.task import open_task
+from clipkit.eval.evaluation import evaluate
+from clipkit.model.clip import CLIP, build
+from clipkit.text.tokenizer import Tokenizer
 from clipkit.train.catalogue import debug
+from clipkit.train.checks import preprocess_at
 from clipkit.train.loop import train
+from clipkit.train.recipes import model_at
+from clipkit.train.step import train_step
 
 
 def train_on_smaller_batches(data: Path, out: Path) -> str:
@@ -35,6 +46,47 @@ def train_on_smaller_batches(data: Path, out: Path) -> str:
     return ""
 
 
+def small_model() -> CLIP:
+    """The debug recipe's at its last stage."""
+    return build(model_at(debug(), debug().stages[-1]), seed=1)
+
+
+def gradients(device: Device, micro_batch: int | None) -> torch.Tensor:
+    """float32[N], all gradients of one step after each other."""
+    model, found, random = small_model().to(device.torch_device).train(), [], np.random.default_rng(0)
+    arrays = {
+        "image_BHWC": random.integers(0, 256, (16, 48, 48, 3), dtype=np.uint8),
+        "ids_BT": random.integers(1, 49408, (16, 16), dtype=np.int32),
+        "caption_B": np.arange(16) // 2,
+    }
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    optimizer.register_step_pre_hook(lambda *_: found.extend(each.grad.flatten() for each in model.parameters()))
+    recipe = replace(debug(), micro_batch=micro_batch, optimizer=replace(debug().optimizer, grad_clip=None))
+    train_step(model, optimizer, device.batch(arrays), recipe, device)
+    return torch.cat(found).cpu()
+
+
+def counts(device: Device, out: Path) -> list[object]:
+    """What an evaluation on 70 emoji finds."""
+    data = out / "emoji.parquet"
+    pq.write_table(pq.read_table(embedded.emoji_parquet("heldout")).slice(0, 70), data)
+    encoder = clip_encoder(small_model(), Tokenizer(), preprocess_at(debug(), debug().stages[-1]))
+    task = open_task(data, templates_name="openai-7")
+    return list(evaluate(encoder.to(device.torch_device), task, Compute(device, batch_size=32)))
+
+
 if __name__ == "__main__":
     data, out = map(Path, sys.argv[1:])
-    print(json.dumps({"smaller_batches": train_on_smaller_batches(data, out / "smaller")}))
+    device, cpu = pick("tpu"), pick("cpu")
+    whole = gradients(cpu, None)
+    print(
+        json.dumps(
+            {
+                "smaller_batches": train_on_smaller_batches(data, out / "smaller"),
+                "largest_gradient": float(whole.abs().max()),
+                "micro_batch_error": float((gradients(device, 2) - whole).abs().max()),
+                "counts": counts(device, out),
+                "counts_on_cpu": counts(cpu, out),
+            }
+        )
+    )

@@ -23,7 +23,7 @@ def model_metrics(model: CLIP, step: Step, caption_B: torch.Tensor, recipe: Reci
 
     `step` is the last one and `caption_B` belongs to its batch. All ranks call this together.
     """
-    to_text, to_image = batch_accuracy(step, caption_B, recipe.same_caption, gather=device.world > 1)
+    to_text, to_image = batch_accuracy(step, caption_B, recipe.same_caption, gather=device.gathers)
     found = {
         "accuracy_image_to_text": device.mean(to_text),
         "accuracy_text_to_image": device.mean(to_image),

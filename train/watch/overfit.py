@@ -120,7 +120,7 @@ def overfit(
             batch = device.batch(arrays)
             step = train_step(wrapped, optimizer, batch, recipe, device)
             if number == 0 or (number + 1) % LOOK_EVERY == 0:
-                shares = batch_accuracy(step, batch["caption_B"], recipe.same_caption, gather=device.world > 1)
+                shares = batch_accuracy(step, batch["caption_B"], recipe.same_caption, gather=device.gathers)
                 loss, *both = (device.mean(each).item() for each in (step.loss, *shares))
                 accuracy, first_loss = min(both), loss if number == 0 else first_loss
                 result = Overfit(stage.batch_size, number + 1, first_loss, loss, accuracy, device.is_first)
