@@ -3,6 +3,7 @@
     000000128000/
       model.safetensors       weights, float32
       ema.safetensors         averages of the weights, where the recipe has an ema_decay
+      normalisers.safetensors what the global contrastive loss keeps of each record, where that is the recipe's
       optimizer.safetensors   absent in a checkpoint that is only to be evaluated
       state.json              samples seen, stage, seconds of training so far
       config.json             architecture, tokenizer, preprocessing, recipe
@@ -13,7 +14,7 @@ It is written beside and renamed, so a folder with a checkpoint's name is a whol
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -47,6 +48,8 @@ class Checkpoint:
     optimizer: dict[str, torch.Tensor]
     ema: dict[str, torch.Tensor]
     """The averages of the weights, read with the optimizer where the run keeps them; else {}."""
+    normalisers: dict[str, torch.Tensor] = field(default_factory=dict)
+    """What the global contrastive loss keeps of each record, read with the optimizer; else {}."""
 
     @property
     def samples_seen(self) -> int:
@@ -93,6 +96,7 @@ def save(
     state: Mapping[str, Any],
     optimizer: Mapping[str, torch.Tensor] | None = None,
     ema: Mapping[str, torch.Tensor] | None = None,
+    normalisers: Mapping[str, torch.Tensor] | None = None,
     vocabulary: bytes | None = None,
 ) -> Path:
     """Write a checkpoint folder, whole or not at all; one that is there already is kept and returned."""
@@ -106,6 +110,8 @@ def save(
             write_tensors(temporary / "optimizer.safetensors", optimizer)
         if ema is not None:
             write_tensors(temporary / "ema.safetensors", ema)
+        if normalisers is not None:
+            write_tensors(temporary / "normalisers.safetensors", normalisers)
         if vocabulary is not None:
             (temporary / VOCABULARY).write_bytes(vocabulary)
         write_json(temporary / "config.json", config)
@@ -140,13 +146,21 @@ def load(path: Path, *, with_optimizer: bool = False, ema: bool = False) -> Chec
     weights = read_tensors(folder / ("ema.safetensors" if ema else "model.safetensors"))
     optimizer = read_tensors(folder / "optimizer.safetensors") if with_optimizer else {}
     averages = read_tensors(folder / "ema.safetensors") if with_optimizer and keeps_ema(config) else {}
-    return Checkpoint(folder, config, state, weights, optimizer, averages)
+    has_normalisers = with_optimizer and keeps_normalisers(config)
+    normalisers = read_tensors(folder / "normalisers.safetensors") if has_normalisers else {}
+    return Checkpoint(folder, config, state, weights, optimizer, averages, normalisers)
 
 
 def keeps_ema(config: Mapping[str, Any]) -> bool:
     """Whether a checkpoint with this `config.json` has averages of its weights."""
     recipe = config.get("recipe")
     return isinstance(recipe, dict) and recipe.get("ema_decay") is not None
+
+
+def keeps_normalisers(config: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint with this `config.json` has the running normalisers of the global contrastive loss."""
+    recipe = config.get("recipe")
+    return isinstance(recipe, dict) and recipe.get("loss") == "global_contrastive"
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
@@ -189,10 +203,11 @@ def damage(folder: Path) -> str | None:
             if not isinstance(values, dict) or key not in values:
                 raise UserError(f"{folder / name} has no {key}")
         config = read_json(folder / "config.json")
-        averages = ["ema.safetensors"] if keeps_ema(config) else []
+        more = ["ema.safetensors"] if keeps_ema(config) else []
+        more += ["normalisers.safetensors"] if keeps_normalisers(config) else []
         if config.get("vocabulary"):
             require_file(folder / VOCABULARY, "checkpoint file")
-        for name in ("model.safetensors", "optimizer.safetensors", *averages):
+        for name in ("model.safetensors", "optimizer.safetensors", *more):
             with safe_open(require_file(folder / name, "checkpoint file"), "pt"):
                 pass  # it compares the length with the header's
     except (UserError, SafetensorError, OSError) as error:

@@ -105,6 +105,19 @@ class Device:
         """Memory of the host for copies of `like`: pinned for CUDA, which writes into it several times as fast."""
         return torch.empty(like.shape, dtype=like.dtype, pin_memory=self.kind == "cuda")
 
+    def to_host(self, tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
+        """Begin to copy a tensor to the host; calling what is returned waits for it and gives the copy."""
+        if self.kind != "cuda":
+            return tensor.cpu
+        copied, event = self.host_memory(tensor).copy_(tensor, non_blocking=True), torch.cuda.Event()
+        event.record()
+
+        def wait() -> torch.Tensor:
+            event.synchronize()
+            return copied
+
+        return wait
+
     def recompute(self) -> Callable[..., torch.Tensor]:
         """How activations are computed again in the backward pass. None of our blocks draws random numbers.
 

@@ -11,13 +11,14 @@ from clipkit.errors import UserError
 from clipkit.formatting import counted, size_text
 from clipkit.model.clip import CLIP
 from clipkit.model.flops import SampleCost, sample_cost
+from clipkit.model.global_loss import RECORD_BYTES
 from clipkit.model.image_tower import make_image_tower
 from clipkit.model.timm_tower import TimmTower
 from clipkit.pixels.images import Preprocess
 from clipkit.text.tokenizer import WordTokenizer
 from clipkit.train.loader.loader import check_loader
 from clipkit.train.loader.samples import LoaderConfig
-from clipkit.train.recipes import OptimizerConfig, Recipe, Stage, check_ranges, model_at
+from clipkit.train.recipes import GlobalContrastive, OptimizerConfig, Recipe, Stage, check_ranges, model_at
 from clipkit.train.sources.source import Examples, Source
 
 # Fields of an OptimizerConfig that these optimizers don't have.
@@ -29,6 +30,12 @@ def check_recipe(recipe: Recipe, source: Source | Examples, device: Device) -> N
     shards = device.shards
     if (recipe.loss == "sigmoid") != (recipe.model.logit_bias_init is not None):
         raise UserError("loss=sigmoid and a bias go together: set model.logit_bias_init=-10 with it, or neither")
+    if recipe.loss == "global_contrastive":
+        check_normalisers(recipe, source.num_records, device)
+    elif recipe.global_contrastive != GlobalContrastive():
+        raise UserError(
+            f"loss={recipe.loss} doesn't use global_contrastive: set loss=global_contrastive, or leave it out"
+        )
     if recipe.optimizer.name != "adamw" and device.mesh is not None:
         raise UserError(f"optimizer.name={recipe.optimizer.name} isn't for TPUs yet: set optimizer.name=adamw")
     check_ranges(recipe, f"recipe {recipe.name}")
@@ -88,6 +95,21 @@ def check_tokenizer(recipe: Recipe, tokenizer: WordTokenizer) -> None:
         raise UserError(
             f"recipe {recipe.name}: model.text.pooling=end needs the end token of clip-bpe: set "
             f"model.text.pooling=last for {text.tokenizer}"
+        )
+
+
+def check_normalisers(recipe: Recipe, records: int, device: Device) -> None:
+    """Raise UserError where the global contrastive loss can't keep its normalisers, or isn't defined."""
+    if device.mesh is not None:
+        raise UserError("loss=global_contrastive isn't for TPUs yet: set loss=info_nce")
+    if recipe.same_caption == "positive":
+        raise UserError("loss=global_contrastive has one text to an image: set same_caption=ignore or negative")
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    needed = 2 * RECORD_BYTES * records  # a checkpoint copies them
+    if needed > memory:
+        raise UserError(
+            f"loss=global_contrastive takes {size_text(needed)} for {records:,} records in each process, and this "
+            f"machine has {size_text(memory)}: set loss=info_nce"
         )
 
 

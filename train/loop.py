@@ -33,7 +33,7 @@ from clipkit.train.checks import (
     stage_cost,
     takes_precomputed,
 )
-from clipkit.train.loader.loader import batches
+from clipkit.train.loader.loader import Batch, batches
 from clipkit.train.optimizer import average_weights, learning_rate_at, make_optimizer
 from clipkit.train.recipes import Recipe, Stage, model_at
 from clipkit.train.run import (
@@ -47,6 +47,7 @@ from clipkit.train.run import (
     is_due,
     is_evaluation_missing,
     on_cpu,
+    open_normalisers,
     progress_line,
     save,
 )
@@ -173,6 +174,7 @@ def run_stages(run: Run, start: Start) -> float:
     Each stage begins with the weights of the one before, and a fresh optimizer.
     """
     recipe, device = run.recipe, run.device
+    run.normalisers = open_normalisers(run, start)
     loss, stage_start, tensors, averages_before = math.nan, 0, start.tensors, start.own.ema if start.own else {}
     for stage in recipe.stages:
         stage_end = stage_start + stage.samples
@@ -240,11 +242,11 @@ def run_stage(
                     cooldown=stage.cooldown_samples,
                 )
                 device.set_learning_rate(optimizer, learning_rate)
-                tensors = device.batch(batch.arrays())
-                if model.text.skips_padding and not device.static_shapes:
-                    tensors["length_B"] = torch.from_numpy(batch.length_B)
+                tensors = tensors_of(run, model, batch, before)
                 with shapes.step(before):
                     step = train_step(wrapped, optimizer, tensors, recipe, device)
+                if run.normalisers:
+                    run.normalisers.keep(tensors)
                 window.take(before, learning_rate, step)
             stops, saves, bad = device.total(run.stop.asked, is_checkpoint_due(run, before), batch.bad)
             run.stop.agreed, must_save, run.bad_samples = stops > 0, saves > 0, run.bad_samples + bad
@@ -296,6 +298,15 @@ def run_stage(
     run.checkpoints.wait()
     device.barrier()
     return loss
+
+
+def tensors_of(run: Run, model: CLIP, batch: Batch, before: int) -> dict[str, torch.Tensor]:
+    """A batch on the device, as `train_step` takes it."""
+    kept = run.normalisers.rows(batch.records_B, before) if run.normalisers else {}
+    tensors = run.device.batch(batch.arrays() | kept)
+    if model.text.skips_padding and not run.device.static_shapes:
+        tensors["length_B"] = torch.from_numpy(batch.length_B)
+    return tensors
 
 
 def describe_captions(run: Run, metrics: dict[str, float]) -> str:

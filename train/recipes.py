@@ -68,6 +68,20 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True)
+class GlobalContrastive:
+    """What `loss = "global_contrastive"` takes beside the pairs (FastCLIP; Wei et al., 2024)."""
+
+    gamma: float = 0.2
+    """The share of a batch in a record's running normaliser, at the end of its cosine from 1."""
+    gamma_samples: int | None = None
+    """The length of that cosine; None is half of the run."""
+    eps: float = 1e-14
+    """Is added to the normalisers: a larger one keeps pairs that are told apart well from being told apart further."""
+    rho: float | None = None
+    """FastCLIP-v3's, which learns the logit scale with the loss divided by it (6.5 to 16 in the paper); None is v0."""
+
+
+@dataclass(frozen=True)
 class Cadence:
     """How often a run logs, saves and evaluates. It may be changed when a run is resumed."""
 
@@ -91,7 +105,8 @@ class Recipe:
     model: ModelConfig
     """The architecture; the stages give its image size and context length."""
     stages: tuple[Stage, ...]
-    loss: Literal["info_nce", "sigmoid"] = "info_nce"
+    loss: Literal["info_nce", "sigmoid", "global_contrastive"] = "info_nce"
+    global_contrastive: GlobalContrastive = field(default_factory=GlobalContrastive)
     same_caption: Literal["negative", "ignore", "positive"] = "ignore"
     """What a pair is whose caption equals another's in the batch: CLIP and CLIPA count it as a negative."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -176,6 +191,7 @@ RANGES: dict[type, dict[str, Range]] = {
         "weight_decay": NOT_NEGATIVE,
         "grad_clip": POSITIVE,  # 0 would learn nothing, and a negative norm climbs the loss
     },
+    GlobalContrastive: {"gamma": Range(0, 1, open=True), "gamma_samples": COUNT, "eps": POSITIVE, "rho": NOT_NEGATIVE},
     Cadence: {
         "log_samples": COUNT,
         "checkpoint_samples": COUNT,

@@ -23,6 +23,7 @@ from clipkit.eval.evaluation import EvaluationTask, evaluate
 from clipkit.eval.results import RANKS
 from clipkit.log import Progress, Writer, read_metrics, warn_on_stderr
 from clipkit.model.clip import CLIP
+from clipkit.model.global_loss import Normalisers
 from clipkit.pixels.images import Preprocess
 from clipkit.storage.files import read_json
 from clipkit.text.tokenizer import WordTokenizer
@@ -68,6 +69,8 @@ class Run:
     """The samples seen of the latest checkpoint that this process began."""
     evaluation_missing: bool = False
     """A signal came in the way of the latest evaluation; a resumed run makes it."""
+    normalisers: Normalisers | None = None
+    """The running ones of the global contrastive loss, where that is the recipe's."""
 
 
 @dataclass(frozen=True)
@@ -159,6 +162,17 @@ def evaluate_now(run: Run, stage: str, model: CLIP, preprocess: Preprocess, aver
         run.writer.write({**place, "evaluation_error": reason})
 
 
+def open_normalisers(run: Run, start: Start) -> Normalisers | None:
+    """The running normalisers of the global contrastive loss where the run starts, if that is its loss."""
+    if run.recipe.loss != "global_contrastive":
+        return None
+    config, records = run.recipe.global_contrastive, run.data.num_records
+    found = Normalisers(records, run.device, config.gamma, config.gamma_samples or max(1, run.recipe.samples // 2))
+    if start.own:
+        found.log_u_R2[:] = start.own.normalisers["log_u_R2"].numpy()
+    return found
+
+
 def on_cpu(model: CLIP) -> dict[str, torch.Tensor]:
     """The model's weights by their names, on the CPU."""
     return {name: checkpoint.whole(tensor.detach()).cpu() for name, tensor in model.state_dict().items()}
@@ -175,14 +189,14 @@ def expect_checkpoints(
     run: Run, stage: Stage, model: CLIP, average: CLIP | None, optimizer: torch.optim.Optimizer
 ) -> None:
     """Get ready to save in a stage. Raises UserError where the disk has too little space for even one checkpoint."""
-    now = bytes_of(parts(model, average, optimizer))
+    now = bytes_of(parts(model, average, optimizer, run.normalisers))
     if not optimizer.state:  # which the first update makes
         now += SLOTS[run.recipe.optimizer.name] * sum(
             4 * each.numel() for each in model.parameters() if each.requires_grad
         )
     if run.device.is_first:
         require_space(checkpoint.folder_of(run.folder, run.samples_seen), now)
-    run.checkpoints.follow(optimizer, partial(parts, model, average, optimizer))
+    run.checkpoints.follow(optimizer, partial(parts, model, average, optimizer, run.normalisers))
 
 
 def save(run: Run, stage: Stage, model: CLIP, average: CLIP | None, optimizer: torch.optim.Optimizer) -> None:
@@ -195,7 +209,7 @@ def save(run: Run, stage: Stage, model: CLIP, average: CLIP | None, optimizer: t
     kept = frozenset((*ends, *best_of(run)))
     run.checkpoints.save(
         checkpoint.folder_of(run.folder, run.samples_seen),
-        parts(model, average, optimizer),
+        parts(model, average, optimizer, run.normalisers),
         partial(checkpoint.prune, run.folder, cadence.keep_checkpoints, kept, cadence.keep_every_samples),
         vocabulary=run.tokenizer.vocabulary,
         config=checkpoint.describe(
@@ -215,10 +229,14 @@ def save(run: Run, stage: Stage, model: CLIP, average: CLIP | None, optimizer: t
     )
 
 
-def parts(model: CLIP, average: CLIP | None, optimizer: torch.optim.Optimizer) -> Parts:
+def parts(
+    model: CLIP, average: CLIP | None, optimizer: torch.optim.Optimizer, normalisers: Normalisers | None = None
+) -> Parts:
     """The tensors of a checkpoint, where and as they are, by `checkpoint.save`'s names for them."""
-    averages = {"ema": average.state_dict()} if average else {}
-    return {"tensors": model.state_dict(), "optimizer": checkpoint.optimizer_tensors(model, optimizer), **averages}
+    more = {"ema": average.state_dict()} if average else {}
+    if normalisers:
+        more["normalisers"] = normalisers.tensors()
+    return {"tensors": model.state_dict(), "optimizer": checkpoint.optimizer_tensors(model, optimizer), **more}
 
 
 def named(metric: str, names: Iterable[str]) -> str | None:

@@ -227,6 +227,8 @@ def is_extension(line: str, recipe: Recipe, theirs: Mapping[str, Any], number: i
 
     Only where the learning rate so far doesn't depend on the stage's end: neither on a cosine nor in a cool-down.
     """
+    if recipe.loss == "global_contrastive" and recipe.global_contrastive.gamma_samples is None:
+        return False  # its gamma falls by the length of the run
     if line.partition(":")[0] not in (f"stages.{number}.samples", f"stages.{number}.cooldown_samples"):
         return False
     stage, before = recipe.stages[number], theirs["stages"][number]

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from clipkit.device import Device
+from clipkit.model.global_loss import global_contrastive
 from clipkit.model.loss import info_nce, sigmoid_loss
 from clipkit.model.text_tower import length_buckets
 from clipkit.pixels.images import normalise
@@ -50,7 +51,7 @@ def train_step(
         return features
 
     def loss_of(features: Features) -> torch.Tensor:
-        return contrastive_loss(features, batch["caption_B"], recipe, device)
+        return contrastive_loss(features, batch, recipe, device)
 
     if recipe.micro_batch is None or recipe.micro_batch * device.shards_of_tensor >= len(batch["ids_BT"]):
         features = features_of(batch)
@@ -70,15 +71,19 @@ def train_step(
     return Step(loss.detach(), norm, norms_P, features[0].detach(), features[1].detach())
 
 
-def contrastive_loss(features: Features, caption_B: torch.Tensor, recipe: Recipe, device: Device) -> torch.Tensor:
-    """The recipe's loss of this process's rows against the global batch."""
+def contrastive_loss(features: Features, batch: Tensors, recipe: Recipe, device: Device) -> torch.Tensor:
+    """The recipe's loss of this process's rows against the global batch; `log_u_B2` as for `global_contrastive`."""
     image_BE, text_BE, logit_scale, *logit_bias = features
     if recipe.loss == "sigmoid":
         loss = partial(sigmoid_loss, image_BE, text_BE, logit_scale, *logit_bias)
+    elif recipe.loss == "global_contrastive":
+        loss = partial(global_contrastive, image_BE, text_BE, logit_scale)
+        loss = partial(loss, log_u_B2=batch.get("log_u_B2"), gamma_B=batch.get("gamma_B"))
+        loss = partial(loss, eps=recipe.global_contrastive.eps, rho=recipe.global_contrastive.rho)
     else:
         loss = partial(info_nce, image_BE, text_BE, logit_scale)
     with device.loss_products():
-        return loss(caption_B=caption_B, same_caption=recipe.same_caption, gather=device.gathers)
+        return loss(caption_B=batch["caption_B"], same_caption=recipe.same_caption, gather=device.gathers)
 
 
 def backward_in_micro_batches(

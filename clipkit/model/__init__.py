@@ -4,6 +4,6 @@
 - `config`: what a model is made of, as plain data
 - `image_tower`, `text_tower`: the two encoders; `timm_tower`: image models of timm's that are no vision transformers
 - `flops`: what a sample costs, in tokens and operations
-- `loss`: InfoNCE and SigLIP's sigmoid loss, tile by tile, on one device or several; `exchange`: what processes tell
-  each other for them
+- `loss`: InfoNCE and SigLIP's sigmoid loss, tile by tile, on one device or several; `global_loss`: FastCLIP's, with
+  its running normalisers; `exchange`: what processes tell each other for them
 """

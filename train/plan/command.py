@@ -22,6 +22,8 @@ from clipkit.train.plan.report import Plan, differences
 from clipkit.train.plan.step import Calibration, towers_of
 from clipkit.train.recipes import Recipe, Stage, check_ranges, model_at
 
+# What `published-runs.csv` calls the losses of recipes.
+LOSSES = {"info_nce": "softmax", "sigmoid": "sigmoid", "global_contrastive": "fastclip"}
 PUBLISHED_TIMES = "CLIPA's published times on A100-80GB (docs/plan.md)"
 
 
@@ -86,7 +88,7 @@ def columns_of(recipe: Recipe, dataset: str, pairs: float | None) -> dict[str, A
         "image_px": float(bulk.image_size), "final_px": float(last.image_size), "text_tokens": float(text.tokens),
         "text_width": float(text.width), "text_depth": float(text.depth), "embed_dim": float(recipe.model.embed_dim),
         "samples_seen": float(recipe.samples), "global_batch": float(bulk.batch_size),
-        "loss": "sigmoid" if recipe.loss == "sigmoid" else "softmax", "dataset": dataset,
+        "loss": LOSSES[recipe.loss], "dataset": dataset,
     }  # fmt: skip
     if rest or bulk.image_size < 224:
         columns |= {"reduced_samples": float(first), "full_samples": float(rest)}

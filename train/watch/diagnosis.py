@@ -152,14 +152,18 @@ class StuckLoss:
     def __init__(self, recipe: Recipe, stage: Stage) -> None:
         B = stage.batch_size
         # The sigmoid loss of equal features is least where each pair counts as a match with probability 1/B.
-        self.chance = math.log(B) - (0.0 if recipe.loss == "info_nce" else (B - 1) * math.log1p(-1 / B))
+        by_sigmoid = math.log(B) - (B - 1) * math.log1p(-1 / B)
+        # The normalisers of equal features are 1; divided by the scale that is learned, their loss is at no level.
+        by_normalisers = 0.0 if recipe.global_contrastive.rho is None else math.nan
+        self.chance = {"sigmoid": by_sigmoid, "global_contrastive": by_normalisers}.get(recipe.loss, math.log(B))
+        self.margin = STUCK_MARGIN * (self.chance or math.log(B))
         self.warmup = stage.warmup_samples
         self.steps = self.lines = 0
         self.is_told = False
 
     def look(self, loss: float, steps: int, seen: int) -> bool:
         """Whether the loss, the mean over the last `steps`, is stuck at `seen` samples of the stage: true only once."""
-        if seen > self.warmup and abs(loss - self.chance) < STUCK_MARGIN * self.chance:
+        if seen > self.warmup and abs(loss - self.chance) < self.margin:
             self.steps, self.lines = self.steps + steps, self.lines + 1
         else:
             self.steps = self.lines = 0

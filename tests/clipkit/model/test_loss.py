@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loss_of_ranks import CAPTION_B, features, features_of_ranks, losses_of_rank
+from loss_of_ranks import CAPTION_B, averages_of_ranks, features, features_of_ranks, losses_of_rank
 from ranks import run_ranks
 from torch import Tensor
 from torch.nn import functional as F
@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from clipkit.model import loss as loss_module
+from clipkit.model.global_loss import global_contrastive
 from clipkit.model.loss import SameCaption, info_nce, sigmoid_loss
 
 Loss = Callable[..., Tensor]
@@ -247,8 +248,23 @@ def test_several_processes_equal_one(
     values, caption_B = features_of_ranks()
     leaves = [value.requires_grad_() for value in values[: 3 if loss is info_nce else 4]]
     whole = loss(*leaves, caption_B=caption_B, same_caption=same_caption)
-    gradients = torch.autograd.grad(whole, leaves)
     found = [part[f"{loss.__name__} {same_caption}"] for part in parts]
+    assert_ranks_have(found, whole, leaves)
+
+
+def test_several_processes_keep_the_normalisers_of_one(parts: list[dict[str, list[Tensor]]]) -> None:
+    values, caption_B = features_of_ranks()
+    leaves, averages = [value.requires_grad_() for value in values[:3]], averages_of_ranks()
+    given = {"caption_B": caption_B, "same_caption": "ignore"}
+    whole = global_contrastive(*leaves, **averages, eps=1e-3, rho=2.0, **given)
+    assert_ranks_have([part["global"] for part in parts], whole, leaves)
+    kept_B2 = torch.cat([part["global"][-1] for part in parts])
+    torch.testing.assert_close(kept_B2, averages["log_u_B2"], atol=1e-5, rtol=1e-6)
+
+
+def assert_ranks_have(found: list[list[Tensor]], whole: Tensor, leaves: list[Tensor]) -> None:
+    """That losses and gradients of the ranks have the mean that one process has."""
+    gradients = torch.autograd.grad(whole, leaves)
     torch.testing.assert_close(sum(value for value, *_ in found) / len(found), whole.detach(), atol=1e-6, rtol=1e-6)
     assert len({round(float(value), 4) for value, *_ in found}) == len(found)  # they differ: no agreement by symmetry
     for place, gradient in enumerate(gradients, 1):
