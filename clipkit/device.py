@@ -1,9 +1,9 @@
 """The only file that tells a CPU, CUDA and XLA apart.
 
 Everything else asks a `Device` for what it needs: where tensors go, how a step ends, what the optimizer may do. On XLA
-the trainer runs SPMD: one process, one mesh over all chips, the batch sharded over the mesh's `data` axis, weights
-replicated, and the plain single-device loss. On CUDA and the CPU there is one process a rank (`torchrun`), each with
-its slice of the global batch and gathered features.
+the trainer runs SPMD: one process a host, one mesh over the chips of all hosts, the batch sharded over the mesh's
+`data` axis, weights replicated, and the plain single-device loss. On CUDA and the CPU there is one process a rank
+(`torchrun`), each with its slice of the global batch and gathered features.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ import os
 import resource
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -33,6 +33,8 @@ from clipkit.jobs.worker import answer, cores, result_of
 GOOGLE_PCI_VENDOR = "0x1ae0"
 # The first steps of a stage differ from the rest: weights that were just copied, and an optimizer without state.
 WARM_UP_STEPS = 3
+# The others wait so long at most while the first rank saves.
+CONTROL_TIMEOUT = timedelta(hours=12)
 # glibc's names for what mallopt(3) sets.
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
@@ -41,7 +43,9 @@ R = TypeVar("R")
 
 @dataclass(frozen=True)
 class Device:
-    """Where a run computes. `rank` and `world` are 0 and 1 unless `torchrun` started several processes."""
+    """Where a run computes. `rank` and `world` are 0 and 1 unless `torchrun` started several processes, or there is one
+    on each host of a TPU pod.
+    """
 
     kind: Literal["cpu", "cuda", "xla"]
     torch_device: torch.device
@@ -50,7 +54,9 @@ class Device:
     world: int = 1
     mesh: Any = None
     control: Any = None
-    """A group of the ranks over the CPU, for what isn't a tensor: waiting in it costs the chips nothing."""
+    """A group of the ranks over the CPU, for what isn't a tensor: waiting in it costs the chips nothing. None is the
+    default group.
+    """
 
     @property
     def is_first(self) -> bool:
@@ -68,6 +74,11 @@ class Device:
         return self.world > 1 and self.mesh is None
 
     @property
+    def shares_batches(self) -> bool:
+        """Whether the chips of several processes work on one batch together: all must do the same at the same time."""
+        return self.world > 1 and self.mesh is not None
+
+    @property
     def shards_of_tensor(self) -> int:
         """Over how many devices the rows of one tensor are divided."""
         return int(self.mesh.size()) if self.mesh is not None else 1
@@ -83,15 +94,33 @@ class Device:
         return self.kind == "xla"
 
     def batch(self, arrays: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
-        """Copy a host batch to the device; the first axis of every array is the batch.
+        """Copy this rank's rows of a batch to the device; the first axis of every array is the batch.
 
-        CUDA copies from pinned memory without waiting. XLA shards the batch over the mesh.
+        CUDA copies from pinned memory without waiting. XLA makes one tensor of the rows of all hosts, in the order of
+        the mesh, and each chip has its part.
         """
         tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
         if self.kind == "cuda":
             pinned = {name: tensor.pin_memory() for name, tensor in tensors.items()}
             return {name: tensor.to(self.torch_device, non_blocking=True) for name, tensor in pinned.items()}
-        return {name: self.spread(tensor.to(self.torch_device)) for name, tensor in tensors.items()}
+        if self.kind == "xla":
+            return {name: self.send(tensor) for name, tensor in tensors.items()}
+        return tensors
+
+    def common_batch(self, arrays: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
+        """Copy a batch to the device that every rank has: of those that share batches, each sends its part."""
+        if self.shares_batches:
+            arrays = {name: np.split(array, self.world)[self.rank] for name, array in arrays.items()}
+        return self.batch(arrays)
+
+    def send(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The rows of all hosts as one tensor over the mesh, of which this host has those in `tensor`."""
+        import torch_xla.core.xla_model as xm
+        import torch_xla.distributed.spmd as xs
+
+        rows = xs.ShardingSpec(self.mesh, ("data",) + (None,) * (tensor.dim() - 1), minibatch=True)
+        sent: torch.Tensor = xm.send_cpu_data_to_device([tensor], self.torch_device, input_sharding=rows)[0]
+        return sent
 
     def spread(self, tensor: torch.Tensor) -> torch.Tensor:
         """The tensor, its rows divided over the mesh where there is one."""
@@ -207,7 +236,7 @@ class Device:
 
     def wrap(self, model: torch.nn.Module) -> torch.nn.Module:
         """The model as the step calls it: gradients averaged over the ranks where there are several."""
-        if self.world == 1:
+        if not self.gathers:
             return model
         ids = [self.torch_device.index] if self.kind == "cuda" else None
         return torch.nn.parallel.DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
@@ -236,8 +265,8 @@ class Device:
             torch.distributed.barrier(group=self.control)
 
     def mean(self, value: torch.Tensor) -> torch.Tensor:
-        """The mean over the ranks of a tensor on the device."""
-        if self.world > 1:
+        """The mean over the ranks of a tensor on the device; on XLA all have the same one."""
+        if self.gathers:
             torch.distributed.all_reduce(value)
             value /= self.world
         return value
@@ -344,7 +373,10 @@ def has_tpu() -> bool:
 
 
 def pick_xla(why: str) -> Device:
-    """One process over all XLA devices as a one-axis mesh."""
+    """All XLA devices as a one-axis mesh, those of each host next to each other: one process drives a host's.
+
+    On a pod the processes find each other as torch_xla does, and talk over the CPU about what isn't a tensor.
+    """
     try:
         import torch_xla
         import torch_xla.distributed.spmd as xs
@@ -360,14 +392,18 @@ def pick_xla(why: str) -> Device:
         raise UserError("one process drives all chips of a TPU host: start it without torchrun")
     try:
         xr.use_spmd()
-        if xr.process_count() > 1:
-            raise UserError("clipkit trains on the chips of one TPU host: start it on a slice of a single host")
-        count = xr.global_runtime_device_count()
-        mesh = xs.Mesh(np.arange(count), (count,), ("data",))
-        return Device("xla", torch_xla.device(), f"{why}: {count} × {os.environ['PJRT_DEVICE']}", mesh=mesh)
+        count, rank, world = xr.global_runtime_device_count(), xr.process_index(), xr.process_count()
+        device = Device("xla", torch_xla.device(), f"{why}: {count} × {os.environ['PJRT_DEVICE']}", rank, world)
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"XLA found no device ({reason}): on a TPU VM set PJRT_DEVICE=TPU, to try, CPU") from error
+    if world > 1 and not torch.distributed.is_initialized():
+        import torch_xla.distributed.xla_backend  # makes xla:// known
+
+        torch.distributed.init_process_group("gloo", init_method="xla://", timeout=CONTROL_TIMEOUT)
+    # The numbers of a host's chips needn't follow each other.
+    numbers = device.gather([int(name.rpartition(":")[2]) for name in torch_xla._XLAC._xla_get_runtime_devices()])
+    return replace(device, mesh=xs.Mesh(np.concatenate(numbers), (count,), ("data",)))
 
 
 def keep_freed_memory() -> None:
@@ -395,6 +431,5 @@ def join_ranks(kind: Literal["cpu", "cuda"], why: str) -> Device:
     if world > 1:
         if not torch.distributed.is_initialized():
             torch.distributed.init_process_group("nccl" if kind == "cuda" else "gloo")
-        # The others wait here while the first rank saves.
-        control = torch.distributed.new_group(backend="gloo", timeout=timedelta(hours=12))
+        control = torch.distributed.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
     return Device(kind, device, why, rank, world, control=control)

@@ -88,10 +88,12 @@ class CheckpointWriter:
         for part, tensors in parts.items():
             for name, tensor in tensors.items():
                 whole = checkpoint.whole(tensor)
+                if self.device.is_lazy:
+                    whole = whole.cpu()  # on all hosts of a TPU pod: where weights are sharded, each has a part
                 if not self.device.is_first:
                     continue
                 memory[part][name] = self.place(part, name, tensor)
-                if whole is not tensor or whole.numel() <= SMALL or self.device.is_lazy:
+                if whole is not tensor or whole.numel() <= SMALL:
                     memory[part][name].copy_(whole)
                 else:
                     later.append((memory[part][name], whole))

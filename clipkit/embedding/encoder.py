@@ -90,9 +90,20 @@ class Compute:
     check: Callable[[], None] | None = None
     """Called before each batch, on all ranks together; what it raises ends the work."""
 
+    @property
+    def at_once(self) -> int:
+        """How many batches are worked on in a round: one on each rank, or one on all of them together."""
+        return 1 if self.device.shares_batches else self.device.world
+
+    @property
+    def own_cache(self) -> "BlockCache | None":
+        """The cache, where a rank that finds a batch in it leaves none waiting that doesn't."""
+        return None if self.device.shares_batches else self.cache
+
     def own_numbers(self, count: int) -> list[int]:
         """Of `count` batches, the number of the one that this rank works on in each round."""
-        return [min(first + self.device.rank, count - 1) for first in range(0, count, self.device.world)]
+        own = self.device.rank % self.at_once
+        return [min(first + own, count - 1) for first in range(0, count, self.at_once)]
 
     def deal(self, count: int, begin: Callable[[range, int], T], work: Callable[[T], R]) -> Iterator[R]:
         """The results of batches 0 to `count` - 1, which are dealt to the ranks in turn: all of them on every rank, in
@@ -114,10 +125,10 @@ class Compute:
             return [work(begun.pop(0))] if len(begun) > bool(numbers) else []
 
         before = range(0)
-        for first in range(0, count + device.world, device.world):
+        for first in range(0, count + self.at_once, self.at_once):
             if self.check is not None:
                 self.check()
-            numbers = range(first, min(first + device.world, count))
+            numbers = range(first, min(first + self.at_once, count))
             for found in device.gather_results(partial(step, numbers))[: len(before)]:
                 yield from found
             before = numbers

@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from clipkit.device import Device
 from clipkit.embedding.cached import Piece, key_of, read_piece
 from clipkit.embedding.encoder import Compute, Encoder, check_finite
 from clipkit.errors import UserError
@@ -134,7 +135,7 @@ def embed_images(
     While the model works on a batch, the next one is decoded. Batches that `compute.cache` has are neither decoded nor
     embedded. Unreadable images are recorded in `images.unreadable`. Raises UserError if they are more than 1% of all.
     """
-    device, cache, size = compute.device, compute.cache, compute.batch_size
+    device, cache, size = compute.device, compute.own_cache, compute.batch_size
     images.unreadable.clear()
     content = hashlib.blake2b(digest_size=16)
     how = repr(encoder.preprocess).encode()
@@ -207,8 +208,8 @@ def stack(digests: bytes, decoded: list[UInt8Array | ImageError], size: int) -> 
 
 def _embed(encoder: Encoder, pixels: Pixels, compute: Compute) -> Tensor:
     device = compute.device
-    rows = pad_rows(pixels.image_BHWC, compute.batch_size) if device.static_shapes else pixels.image_BHWC
-    image_BE = encoder.image_features(device.batch({"image": rows})["image"], compute)
+    rows = full_rows(pixels.image_BHWC, compute.batch_size, device)
+    image_BE = encoder.image_features(device.common_batch({"image": rows})["image"], compute)
     return image_BE[: len(pixels.index_B)]
 
 
@@ -227,6 +228,13 @@ def image_matrix(
     if not parts:
         raise UserError(f"{images.path} has no image that can be read")
     return np.concatenate(places), check_finite(torch.cat(parts))
+
+
+def full_rows(array: NDArray[Number], rows: int, device: Device) -> NDArray[Number]:
+    """The array; where shapes are static, with its last row repeated until there are `rows`, or the next number of them
+    that is the same on all devices.
+    """
+    return pad_rows(array, -(-rows // device.shards) * device.shards) if device.static_shapes else array
 
 
 def pad_rows(array: NDArray[Number], rows: int) -> NDArray[Number]:

@@ -9,7 +9,7 @@ from PIL import Image
 
 from clipkit.device import Device
 from clipkit.embedding.encoder import Compute, Encoder
-from clipkit.embedding.images import pad_rows
+from clipkit.embedding.images import full_rows
 from clipkit.embedding.texts import text_matrix
 from clipkit.errors import UserError
 from clipkit.pixels.images import ImageError, UInt8Array, decode, eval_transform
@@ -34,8 +34,8 @@ class LoadedModel:
         compute, parts = Compute(self.device, batch_size=batch_size), []
         for start in range(0, len(images), batch_size):
             pixels = np.stack([self._pixels(each) for each in images[start : start + batch_size]])
-            rows = pad_rows(pixels, batch_size) if self.device.static_shapes else pixels
-            features = self.encoder.image_features(self.device.batch({"image": rows})["image"], compute)
+            rows = full_rows(pixels, batch_size, self.device)
+            features = self.encoder.image_features(self.device.common_batch({"image": rows})["image"], compute)
             parts.append(features.cpu().numpy()[: len(pixels)])
         return np.concatenate(parts)
 

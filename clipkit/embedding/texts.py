@@ -16,7 +16,7 @@ from torch import Tensor
 
 from clipkit.embedding.cached import Piece, key_of, read_piece
 from clipkit.embedding.encoder import Compute, Encoder, TextTokenizer, check_finite
-from clipkit.embedding.images import pad_rows
+from clipkit.embedding.images import full_rows
 from clipkit.model.text_tower import Prefixes, shared_prefixes
 
 TOKENS_PER_BATCH = 8192
@@ -76,9 +76,9 @@ def embed_tokenised(encoder: Encoder, texts: TokenisedTexts, compute: Compute) -
 
     def work(part: slice) -> Tensor:
         ids_BT = texts.ids_PT[part]
-        if device.static_shapes:
-            ids_BT = pad_rows(ids_BT, -(-max(1, TOKENS_PER_BATCH // width) // device.shards) * device.shards)
-        elif not fixed_length:
+        if fixed_length:
+            ids_BT = full_rows(ids_BT, max(1, TOKENS_PER_BATCH // width), device)
+        else:
             ids_BT = np.ascontiguousarray(ids_BT[:, : texts.length_P[part].max()])
         text_BE = _embed(encoder, ids_BT, part.stop - part.start, fixed_length, compute)
         device.end_step()
@@ -94,12 +94,13 @@ def _embed(encoder: Encoder, ids_BT: NDArray[np.int32], rows: int, fixed_length:
     def features() -> Tensor:
         if not fixed_length:
             return encoder.prefix_features(Prefixes(**compute.device.batch(shared_prefixes(ids_BT))), compute)
-        return encoder.text_features(compute.device.batch({"ids": ids_BT})["ids"], compute)[:rows]
+        return encoder.text_features(compute.device.common_batch({"ids": ids_BT})["ids"], compute)[:rows]
 
-    if compute.cache is None:
+    cache = compute.own_cache
+    if cache is None:
         return features()
     key = key_of(encoder, compute, str(ids_BT.shape).encode() + ids_BT.tobytes())
-    piece = read_piece(compute.cache, key, lambda: Piece(features().cpu().numpy(), np.arange(rows), {}))
+    piece = read_piece(cache, key, lambda: Piece(features().cpu().numpy(), np.arange(rows), {}))
     return torch.from_numpy(piece.vector_NE).to(compute.device.torch_device)
 
 

@@ -5,14 +5,21 @@
 
 import json
 import os
+import socket
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
+from pod_side import HOSTS, pod_recipe
+from xla_side import emoji_task
 
 from clipkit.log import read_metrics
 from clipkit.train.catalogue import debug
+from clipkit.train.checks import loader_config
+from clipkit.train.loader.loader import batches
 from clipkit.train.loop import train
+from clipkit.train.sources.open import open_source
 
 # Runs the command in this very process and says how often XLA compiled.
 COUNT_COMPILATIONS = """
@@ -96,3 +103,32 @@ def test_an_evaluation_on_several_devices_counts_what_the_cpu_counts(seen_inside
     assert [found[f"emoji/{name}"] for name in ("top1", "top5")] == [
         expected[f"emoji/{name}"] for name in ("top1", "top5")
     ]
+
+
+def test_the_hosts_of_a_pod_train_and_evaluate_together_as_one_process_does(xla_python, pairs_dataset, tmp_path):
+    recipe, (stage,) = pod_recipe(), pod_recipe().stages
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    script = Path(__file__).parents[1] / "support" / "pod_side.py"
+    (tmp_path / "shared").mkdir()
+    hosts = [
+        subprocess.Popen(
+            [xla_python, str(script), str(host), port, str(pairs_dataset), str(tmp_path / "shared")],
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment(HOSTS),
+        )
+        for host in range(HOSTS)
+    ]
+    errors = [host.communicate()[1] for host in hosts]
+    assert [host.returncode for host in hosts] == [0] * HOSTS, "".join(errors)
+
+    train(recipe, pairs_dataset, tmp_path / "cpu", device_name="cpu", workers=0, task=emoji_task(tmp_path))
+    found, expected = (read_metrics(tmp_path / run) for run in ("shared/run", "cpu"))
+    names = ("samples_seen", "loss", "grad_norm", "accuracy_image_to_text", "emoji/top1", "emoji/top5")
+    values = [[line[name] for line in lines for name in names if name in line] for lines in (found, expected)]
+    assert values[0] == pytest.approx(values[1], rel=1e-5) and len(values[0]) == 15
+    source = open_source(pairs_dataset, block_size=recipe.block_size).source()
+    whole = [batch.ids_BT for batch in batches(source, loader_config(recipe, stage), 0, stage.samples, workers=0)]
+    assert (np.load(tmp_path / "shared" / "ids.npy") == np.stack(whole)).all()

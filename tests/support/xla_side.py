@@ -18,7 +18,7 @@ from clipkit import embedded
 from clipkit.device import Device, pick
 from clipkit.embedding.encoder import Compute, clip_encoder
 from clipkit.errors import UserError
-from clipkit.eval.classification.task import open_task
+from clipkit.eval.classification.task import Classification, open_task
 from clipkit.eval.evaluation import evaluate
 from clipkit.model.clip import CLIP, build
 from clipkit.text.tokenizer import Tokenizer
@@ -66,13 +66,17 @@ def gradients(device: Device, micro_batch: int | None) -> torch.Tensor:
     return torch.cat(found).cpu()
 
 
-def counts(device: Device, out: Path) -> list[object]:
-    """What an evaluation on 70 emoji finds."""
-    data = out / "emoji.parquet"
+def emoji_task(folder: Path) -> Classification:
+    """To tell 70 emoji apart."""
+    data = folder / "emoji.parquet"
     pq.write_table(pq.read_table(embedded.emoji_parquet("heldout")).slice(0, 70), data)
+    return open_task(data, templates_name="openai-7")
+
+
+def counts(device: Device, out: Path) -> list[object]:
+    """What an evaluation finds."""
     encoder = clip_encoder(small_model(), Tokenizer(), preprocess_at(debug(), debug().stages[-1]))
-    task = open_task(data, templates_name="openai-7")
-    return list(evaluate(encoder.to(device.torch_device), task, Compute(device, batch_size=32)))
+    return list(evaluate(encoder.to(device.torch_device), emoji_task(out), Compute(device, batch_size=32)))
 
 
 if __name__ == "__main__":

@@ -196,11 +196,12 @@ def diagnose(
 ) -> Path:
     """Write `diagnosis-SAMPLES.json` and a PNG of the first images of the batch; returns the path of the first.
 
-    It is about step `number` of the window. The first rank writes, the others wait for it.
+    It is about step `number` of the window. The first rank writes, the others wait for it, or take part where their
+    chips share its batches.
     """
     bad = readings[number]
     path = run.folder / f"diagnosis-{bad.before + stage.batch_size:012d}.json"
-    if run.device.is_first:
+    if run.device.is_first or run.device.shares_batches:
         norms = [window.grad_norms_P[each].tolist() for each in (max(0, number - 1), number)]
         trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         gradient = {name: values for name, *values in zip(trained, *norms, strict=True)}
@@ -221,10 +222,12 @@ def diagnose(
             shown = first_samples(source, run.tokenizer, run.recipe, stage, bad.before)
             report |= describe_batch(source, run.recipe, stage, bad.before, shown)
             report["features"] = describe_features(model, run.recipe, run.device, shown)
-            Image.fromarray(contact_sheet(shown.image_BHWC)).save(path.with_suffix(".png"))
+            if run.device.is_first:
+                Image.fromarray(contact_sheet(shown.image_BHWC)).save(path.with_suffix(".png"))
         except EVALUATION_ERRORS as error:
             report["incomplete"] = one_line(error)
-        write_json(path, finite(report))
+        if run.device.is_first:
+            write_json(path, finite(report))
     run.checkpoints.wait()  # on the one to go back to, or to name
     run.device.barrier()
     return path
@@ -255,7 +258,7 @@ def describe_batch(source: Source, recipe: Recipe, stage: Stage, before: int, sh
 @torch.no_grad()
 def describe_features(model: CLIP, recipe: Recipe, device: Device, shown: Batch) -> dict[str, Any]:
     """Norms of the features before they are normalised, and how alike those of different samples are (1: the same)."""
-    part = device.batch(shown.arrays())
+    part = device.common_batch(shown.arrays())
     with device.autocast(recipe.precision):
         features = {
             "image": model.encode_image(
