@@ -32,6 +32,10 @@ BAD_TEXT = "not-utf-8"
 BAD_METADATA = "metadata-not-json"
 NOT_WANTED = "where"  # by --where
 DUPLICATE = "duplicate"  # by --dedup
+NO_SCORE = "no-score"  # for --keep-best
+NOT_BEST = "keep-best"
+NO_CONCEPT = "no-concept"  # of --balance
+THINNED_OUT = "balance"
 PURGED = "purged"
 
 REASONS = (
@@ -57,7 +61,12 @@ REASONS = (
     OTHER,
 )
 
-LEFT_OUT = (NO_IMAGE, NO_CAPTION, EMPTY_CAPTION, BAD_TEXT, BAD_METADATA, NOT_WANTED, DUPLICATE, PURGED)
+LEFT_OUT = (
+    *(NO_IMAGE, NO_CAPTION, EMPTY_CAPTION, BAD_TEXT, BAD_METADATA, NOT_WANTED, DUPLICATE),
+    *(NO_SCORE, NOT_BEST, NO_CONCEPT, THINNED_OUT, PURGED),
+)
+# What the user didn't want: it can be most of the data, so it is counted and not listed sample by sample.
+UNWANTED = frozenset({NOT_WANTED, NOT_BEST, NO_CONCEPT, THINNED_OUT})
 
 # What may pass by itself. A row that failed for one of these is worth another try, now or in a later run.
 PASSING = frozenset({DNS, CONNECT, TIMEOUT, HTTP_5XX, RATE_LIMITED, TRUNCATED})

@@ -48,6 +48,22 @@ from clipkit.errors import UserError
 )
 @option(
     "Which samples",
+    "--keep-best",
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    metavar="SHARE",
+    help="Keep this share of the samples, those with the best scores: 0.3.",
+)
+@option("Which samples", "--by", metavar="COLUMN|TABLE", help="The scores: a column, or a table of `clipkit score`.")
+@option(
+    "Which samples",
+    "--balance",
+    metavar="FILE|builtin",
+    help="Thin out samples whose concepts are common, as MetaCLIP does: a text file with a concept a line.",
+)
+@option("Which samples", "--limit", type=Count, help="Samples a concept has before it is thinned out. [default: 20000]")
+@option("Which samples", "--seed", type=int, help="Seed of --balance's draws. [default: 0]")
+@option(
+    "Which samples",
     "--split",
     default="train",
     help="Name of the split, or shares: train=0.99,validation=0.01. Of SHARDS whose names say splits, only this one's "

@@ -61,6 +61,8 @@ class SplitManifest:
     sources: tuple[SourceEntry, ...] = ()
     options: dict[str, Any] = field(default_factory=dict)
     """What decided which samples are here, in which form and order, as `clipkit build-tfds` names it."""
+    choice: dict[str, Any] = field(default_factory=dict)
+    """What `--keep-best` and `--balance` found and did, in numbers; of all splits that were made together."""
 
     @property
     def all_sources(self) -> list[SourceEntry]:
@@ -142,6 +144,7 @@ def write_manifest(folder: Path, splits: Mapping[str, SplitManifest]) -> None:
                     "formats": split.formats,
                     "converted": split.converted,
                     "options": split.options,
+                    "choice": split.choice,
                     "sources": [asdict(source) for source in split.sources],
                     "shards": [asdict(shard) for shard in split.shards],
                 }
@@ -163,6 +166,7 @@ def read_manifest(folder: Path) -> dict[str, SplitManifest]:
                 tuple(ShardEntry.from_dict(shard) for shard in split["shards"]),
                 tuple(SourceEntry(**source) for source in split.get("sources", ())),
                 split.get("options", {}),
+                split.get("choice", {}),
             )
             for name, split in values["splits"].items()
         }

@@ -35,13 +35,23 @@ from clipkit.jobs.passes import PassProgress, Runner
 from clipkit.jobs.run import Engine
 from clipkit.storage.files import as_path, clear_leftovers, is_remote, load_array, lock, read_json, remove
 from clipkit.tfrecord_tools.account.purged import refuse_unfinished_purge
-from clipkit.tfrecord_tools.build.passes import gather_pass, hash_pass, write_pass
+from clipkit.tfrecord_tools.build.choose import check_balance, check_best
+from clipkit.tfrecord_tools.build.concepts import ConceptList, read_concepts
+from clipkit.tfrecord_tools.build.passes import choose_pass, gather_pass, hash_pass, write_pass
 from clipkit.tfrecord_tools.build.plan import BuildOptions, first_samples, make_options, plan
 from clipkit.tfrecord_tools.build.prepare import Condition, Part, Preparation, kinds_of_samples, part_left
 from clipkit.tfrecord_tools.build.shard import BuildJob, BuildState, Task
 from clipkit.tfrecord_tools.build.shuffle import stretch_path
 from clipkit.tfrecord_tools.readers.shards import InputShard, columns_left_out, find_shards, open_shard, read_shard
-from clipkit.tfrecord_tools.reasons import BAD_TEXT, EMPTY_CAPTION, NO_CAPTION, NO_IMAGE, NOT_AN_IMAGE, NOT_WANTED
+from clipkit.tfrecord_tools.reasons import (
+    BAD_TEXT,
+    EMPTY_CAPTION,
+    NO_CAPTION,
+    NO_CONCEPT,
+    NO_IMAGE,
+    NOT_AN_IMAGE,
+    NOT_WANTED,
+)
 from clipkit.tfrecord_tools.writing.finish import finish_dataset, kinds_of, pair_features, write_skipped
 from clipkit.tfrecord_tools.writing.summary import BuildSummary, summarise_splits
 
@@ -59,6 +69,11 @@ def build_tfds(
     resize: int | None = None,
     quality: int = QUALITY,
     dedup: str | None = None,
+    keep_best: float | None = None,
+    by: str | None = None,
+    balance: str | None = None,
+    limit: int | None = None,
+    seed: int | None = None,
     shuffle: int | None = None,
     precompute: Sequence[str] = (),
     image_column: str | None = None,
@@ -75,13 +90,14 @@ def build_tfds(
     `split` is a name, or shares by the hash of each sample's key, such as `train=0.99,validation=0.01`. Where the names
     of the shards say several splits, those of this one are read; "all" makes one split, train, of all. `where` is an
     SQL condition over the columns (`where`); `resize` the shorter side of the stored images in pixels, with a JPEG
-    `quality`; `dedup` "sha256", "caption" or "phash" (`dedup`); `shuffle` a seed (`shuffle`); `precompute` any of
-    "tokens" and "syntax" (`precompute`). `image_column` and `caption_column` name a table's columns where they aren't
-    found; `captions` ("first", "random" or "each") says which are taken where an image has a list of them;
-    `quoting` what quotes mean in a text table (see `formats.text_quotes`).
-    `shard_megabytes` is what an output shard should have. A further split of another call joins the dataset when
-    its columns have the same kinds. The result depends neither on `workers` (None: one a core) nor on `engine`.
-    `progress` takes the place of the progress line. Paths may be remote.
+    `quality`; `dedup` "sha256", "caption" or "phash" (`dedup`); `keep_best` the share of the best `by` a column or a
+    table of scores, `balance` a list of concepts with the `limit` and the `seed` of its draws (`choose`); `shuffle` a
+    seed (`shuffle`); `precompute` any of "tokens" and "syntax" (`precompute`). `image_column` and `caption_column` name
+    a table's columns where they aren't found; `captions` ("first", "random" or "each") says which are taken where an
+    image has a list of them; `quoting` what quotes mean in a text table (see `formats.text_quotes`).
+    `shard_megabytes` is an output shard's size. A further split joins the dataset when its columns have the same kinds.
+    Nothing depends on `workers` (None: one a core) and `engine`. `progress` replaces the progress line. Paths may be
+    remote.
 
     Raises UserError for shards that are damaged, invalid names and options, an output that holds other data,
     columns that don't go with those of another split, and when not one sample can be used.
@@ -91,7 +107,9 @@ def build_tfds(
     if shard_megabytes <= 0:
         raise UserError(f"shard size of {shard_megabytes} MB: give at least 1")
     columns = PairColumns(image_column, caption_column, captions, quoting)
-    options = make_options(split, where, resize, quality, dedup, shuffle, precompute, columns)
+    concepts = read_concepts(balance) if balance is not None else None
+    chosen_by = check_best(keep_best, by), check_balance(concepts, limit, seed)
+    options = make_options(split, where, resize, quality, dedup, shuffle, precompute, columns, *chosen_by)
     folder = out / name / VERSION
     if same_place(shards, folder):
         raise UserError(f"{folder}: the dataset itself is the source: choose another --name or output")
@@ -115,17 +133,13 @@ def build_tfds(
             remove(work)
             return summarise_splits(folder, name, existing, built=False)
         known = parse_features(read_json(folder / "features.json")) if whole else {}
-        left_out = columns_left_out(sources[0])
-        if left_out:
-            print(f"build-tfds: left out, as no record holds bytes: {', '.join(left_out)}", file=sys.stderr)
         preparation, left = _prepare(options, sources)
+        _tell(sources, concepts, work if options.gathered and not progress else None, left)
         stretches = plan(work / "plan.json", sources, options, shard_megabytes, left)
         jobs = _jobs(folder, work, name, options, sources, stretches)
         decisions = hash_pass(jobs, work, preparation, options.dedup, runner) if options.dedup else ()
-        if options.gathered and not progress:
-            size = sum(source.size for source in sources) * left
-            print(f"build-tfds: uses about {size_text(size)} of disk besides the output, in {work}", file=sys.stderr)
-        task = Task(preparation, options.shares, options.gathered, decisions)
+        choice, chosen = choose_pass(jobs, preparation, decisions, options, concepts, runner)
+        task = Task(preparation, options.shares, options.gathered, decisions, choice)
         states, kinds = write_pass(jobs, task, kinds_of(known), runner)
         _check_any(states, shards, sources)
         if options.gathered:
@@ -138,7 +152,7 @@ def build_tfds(
         made = {}
         for part, shards_of_part in found.items():
             accounts = _sources(states, part) if options.gathered else ()
-            made[part] = SplitManifest(tuple(shard for _, shard in shards_of_part), accounts, options.to_json())
+            made[part] = SplitManifest(tuple(shard for _, shard in shards_of_part), accounts, options.to_json(), chosen)
             write_skipped(folder, part, [job.skipped(part) for job in jobs])
         records = sum(state.shard.records for state in states)
         features = pair_features(kinds, [state.present for state in states], records, known)
@@ -146,6 +160,17 @@ def build_tfds(
         finish_dataset(folder, name, features, {**splits, **made}, offsets)
         remove(work)
     return summarise_splits(folder, name, made, built=True)
+
+
+def _tell(sources: Sequence[InputShard], concepts: ConceptList | None, work: Path | None, left: float) -> None:
+    """Lines on stderr: columns and concepts that are left out, and the disk that intermediate files in `work` take."""
+    if left_out := columns_left_out(sources[0]):
+        print(f"build-tfds: left out, as no record holds bytes: {', '.join(left_out)}", file=sys.stderr)
+    if concepts is not None and concepts.note:
+        print(f"build-tfds: {concepts.note}", file=sys.stderr)
+    if work is not None:
+        size = size_text(sum(source.size for source in sources) * left)
+        print(f"build-tfds: uses about {size} of disk besides the output, in {work}", file=sys.stderr)
 
 
 def same_place(one: Path, other: Path) -> bool:
@@ -196,16 +221,19 @@ def _existing_splits(
 def _prepare(options: BuildOptions, sources: list[InputShard]) -> tuple[Preparation, float]:
     """What is to be done to each sample, and about what part of the bytes will be left, by a look at some of them.
 
-    Raises UserError when `--where` names a column that the first samples don't have.
+    Raises UserError when `--where` or `--by` names a column that the first samples don't have.
     """
-    if options.where is None and options.resize is None:
+    best = options.keep_best
+    if options.where is None and options.resize is None and best is None:
         return Preparation(precompute=options.precompute), 1.0
     samples = first_samples(sources)
-    kinds = kinds_of_samples(samples) if options.where is not None else {}
+    kinds = kinds_of_samples(samples)
+    if best is not None and not best.table and best.by not in kinds:
+        raise UserError(f"--by {best.by}: the samples have no such column; they have {', '.join(sorted(kinds))}")
     if options.where is not None:
         Condition(options.where, kinds)
     preparation = Preparation(options.where, kinds, options.resize, options.quality, options.precompute)
-    return preparation, part_left(samples, preparation)
+    return preparation, part_left(samples, preparation) * (best.share if best else 1.0)
 
 
 def _jobs(
@@ -259,6 +287,7 @@ _REMEDIES = {
     EMPTY_CAPTION: "name another column with --caption-column",
     NOT_AN_IMAGE: "name another column with --image-column",
     NOT_WANTED: "no row fulfils --where: ask for less",
+    NO_CONCEPT: "no caption has a concept of --balance: check the list, which is compared letter for letter",
     "": "tars hold KEY.jpg and KEY.txt for each sample, tables a row",
 }
 

@@ -1,6 +1,7 @@
 """The passes of `build-tfds` over the stretches of its image shards, each one function over many jobs.
 
     hashing, comparing     with --dedup
+    surveying, choosing    with --keep-best and --balance
     writing                always: the output shards, or intermediate files
     sorting, gathering     with --shuffle or several splits
 
@@ -11,16 +12,31 @@ the shards agree, as img2dataset's do, and no pass goes ahead to look.
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 from clipkit.errors import UserError
 from clipkit.formats.dataset import shard_name
 from clipkit.formats.kinds import unify
 from clipkit.formats.manifest import ShardEntry
 from clipkit.jobs.passes import Runner
+from clipkit.storage.files import save_array, write_json
+from clipkit.tfrecord_tools.build.choose import (
+    SurveyJob,
+    balance_account,
+    choice_id,
+    choose,
+    count_concepts,
+    find_cut,
+    join_scores,
+    read_survey,
+    survey,
+)
+from clipkit.tfrecord_tools.build.concepts import ConceptList
 from clipkit.tfrecord_tools.build.dedup import (
     DecideJob,
     HashJob,
@@ -30,6 +46,7 @@ from clipkit.tfrecord_tools.build.dedup import (
     hash_samples,
     read_hashed,
 )
+from clipkit.tfrecord_tools.build.plan import BuildOptions
 from clipkit.tfrecord_tools.build.prepare import Preparation
 from clipkit.tfrecord_tools.build.shard import BuildJob, BuildState, Task, build_shard, read_state
 from clipkit.tfrecord_tools.build.shuffle import (
@@ -69,6 +86,64 @@ def hash_pass(
     return decisions
 
 
+def choose_pass(
+    jobs: Sequence[BuildJob],
+    preparation: Preparation,
+    duplicates: tuple[DecideJob, ...],
+    options: BuildOptions,
+    listed: ConceptList | None,
+    runner: Runner,
+) -> tuple[str, dict[str, Any]]:
+    """Decide by `--keep-best` and `--balance` which samples stay (see `choose`): a hash of it, and the account."""
+    best, balance, folder = options.keep_best, options.balance, jobs[0].folder
+    texts = listed.texts if listed else ()
+    if best is None and balance is None:
+        return "", {}
+    texts_path, counts_path = folder / "concepts.json", folder / "concepts.npy"
+    if balance is not None:
+        write_json(texts_path, list(texts))
+    surveys = [SurveyJob(job.number, folder, job.parts, job.size) for job in jobs]
+    runner.run(
+        "build-tfds, surveying",
+        partial(
+            survey,
+            preparation=preparation,
+            duplicates=duplicates,
+            by=best.by if best and not best.table else None,
+            concepts=(texts_path, balance.sha256) if balance else None,
+        ),
+        surveys,
+        describe=lambda job: f"survey of stretch {job.number}",
+        size=lambda job: job.size,
+        finished=read_survey,
+        counts=lambda count: {"records": count},
+    )
+    cut, account = None, {}
+    if best is not None:
+        if best.table:
+            join_scores(surveys, best)
+        cut, account["keep_best"] = find_cut(surveys, best)
+    concepts = None
+    if balance is not None:
+        concepts = count_concepts(surveys, cut, texts)
+        save_array(counts_path, concepts)
+    told: Counter[str] = Counter()
+    # What was chosen by other counts isn't trusted: the pass takes seconds, and no image is read in it.
+    for counts in runner.run(
+        "build-tfds, choosing",
+        partial(choose, cut=cut, balance=balance, counts=counts_path),
+        surveys,
+        describe=lambda job: f"choice of stretch {job.number}",
+        counts=lambda counts: {"records": counts["kept"]},
+    ):
+        told.update(counts)
+    if best is not None:
+        account["keep_best"]["kept"] = told["kept by score"]
+    if balance is not None and concepts is not None:
+        account["balance"] = balance_account(balance, texts, concepts, told)
+    return choice_id(best, balance, cut, concepts), account
+
+
 def write_pass(
     jobs: Sequence[BuildJob], task: Task, known: dict[str, str], runner: Runner
 ) -> tuple[list[BuildState], dict[str, str]]:
@@ -92,7 +167,7 @@ def _write(
     """Write the files that have no state yet, or one of narrower kinds than those `needed`."""
 
     def finished(job: BuildJob) -> BuildState | None:
-        state = read_state(job)
+        state = read_state(job, task)
         return None if state is None or (needed and _is_narrower(state, needed)) else state
 
     return runner.run(

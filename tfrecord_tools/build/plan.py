@@ -16,7 +16,8 @@ from clipkit.errors import UserError
 from clipkit.formats.dataset import check_name
 from clipkit.formats.shards import ALL_SPLITS
 from clipkit.formats.tables import PairColumns
-from clipkit.storage.files import is_remote, read_json, write_json
+from clipkit.storage.files import is_remote, read_json, remove, write_json
+from clipkit.tfrecord_tools.build.choose import Balance, Best
 from clipkit.tfrecord_tools.build.dedup import Method, check_dedup
 from clipkit.tfrecord_tools.build.prepare import Part, check_precompute, check_sizes
 from clipkit.tfrecord_tools.readers.shards import InputShard, places_in, read_shard
@@ -39,6 +40,8 @@ class BuildOptions:
     shuffle: int | None
     precompute: tuple[str, ...]
     columns: PairColumns
+    keep_best: Best | None = None
+    balance: Balance | None = None
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -76,6 +79,8 @@ def make_options(
     shuffle: int | None,
     precompute: Sequence[str],
     columns: PairColumns,
+    keep_best: Best | None,
+    balance: Balance | None,
 ) -> BuildOptions:
     """Check the options. Raises UserError for invalid ones."""
     check_sizes(resize, quality)
@@ -92,6 +97,8 @@ def make_options(
         shuffle,
         check_precompute(precompute),
         columns,
+        keep_best,
+        balance,
     )
 
 
@@ -165,6 +172,8 @@ def plan(
         if any(path.parent.glob("shard-*.json")):
             raise _another(path, "with other options or another shard size")
         kept = None  # no shard is finished, as when the first run was refused for want of the option that is given now
+        for state in (*path.parent.glob("hashes-*.json"), *path.parent.glob("survey-*.json")):
+            remove(state)
     if kept is not None:
         cuts = [(i, place) for i, place in kept["cuts"]]
     else:

@@ -1,8 +1,8 @@
 """From samples as their shards hold them to pairs as a dataset stores them: what `build-tfds` does to each sample.
 
 A sample goes through these in turn, and the first that refuses it gives the reason: its reader, `--where`, caption and
-image (`pair_writer.judge`), `--dedup`, `--resize`. Each judges the sample by itself or by the sample's number, so it
-doesn't matter how samples are cut into shards.
+image (`pair_writer.judge`), `--dedup`, `--keep-best`, `--balance`, `--resize`. Each judges the sample by itself or by
+the sample's number, so it doesn't matter how samples are cut into shards.
 
 `--where`: a sample's metadata become a row of an Arrow table, so that DuckDB judges it as it judges a table of URLs. A
 sample's columns are what its shard holds, without a schema. The kinds are found on the first samples; where a later
@@ -20,7 +20,6 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
 from clipkit.errors import UserError
@@ -30,7 +29,7 @@ from clipkit.pixels.images import ImageError
 from clipkit.text.tokenizer import Tokenizer
 from clipkit.tfrecord_tools.pictures.compact import compact
 from clipkit.tfrecord_tools.readers.shards import InputShard, read_shard
-from clipkit.tfrecord_tools.reasons import DUPLICATE, NOT_AN_IMAGE, NOT_WANTED
+from clipkit.tfrecord_tools.reasons import NOT_AN_IMAGE, NOT_WANTED
 from clipkit.tfrecord_tools.sample import Sample
 from clipkit.tfrecord_tools.tables.where import Mask, RowFilter
 from clipkit.tfrecord_tools.writing.pair_writer import judge, stored_image
@@ -126,20 +125,13 @@ def batches(parts: Sequence[Part], most_bytes: int) -> Iterator[list[tuple[int, 
         yield batch
 
 
-def prepared(
-    parts: Sequence[Part], preparation: Preparation, duplicates: npt.NDArray[np.integer[Any]]
-) -> Iterator[Prepared]:
-    """All samples of the parts in order; `duplicates` are the numbers of those that came before, in rising order."""
-    following = iter(duplicates.tolist())
-    duplicate = next(following, -1)
+def prepared(parts: Sequence[Part], preparation: Preparation, left_out: Mapping[int, str]) -> Iterator[Prepared]:
+    """All samples of the parts in order; `left_out` has the reasons for those, by number, that aren't to be taken."""
     number = 0
     for batch in judged(parts, preparation):
         pairs = []
         for part, sample, kind, reason in batch:
-            if number == duplicate:
-                duplicate = next(following, -1)
-                reason = DUPLICATE
-            pairs.append(_pair(part, sample, kind, reason, preparation))
+            pairs.append(_pair(part, sample, kind, left_out.get(number, reason), preparation))
             number += 1
         yield from with_precomputed(pairs, preparation.precompute)
 

@@ -8,7 +8,7 @@ another order or into several splits (`shuffle`), an intermediate file with a fe
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,11 @@ import numpy as np
 from clipkit.formats.kinds import KindWidenedError
 from clipkit.formats.manifest import ShardEntry, SourceEntry
 from clipkit.storage.files import read_json, save_array, write_beside, write_json
+from clipkit.tfrecord_tools.build.choose import going
 from clipkit.tfrecord_tools.build.dedup import DecideJob, duplicates_in
 from clipkit.tfrecord_tools.build.prepare import Part, Preparation, Prepared, parts_id, prepared
 from clipkit.tfrecord_tools.pictures.sniff import FORMATS
-from clipkit.tfrecord_tools.reasons import NOT_WANTED
+from clipkit.tfrecord_tools.reasons import DUPLICATE, UNWANTED
 from clipkit.tfrecord_tools.writing.pair_writer import PairWriter
 
 
@@ -30,13 +31,18 @@ class Task:
     """What all shards of a build have in common.
 
     `shares` are the splits with the part of the samples that each gets; `gathered`: the files are
-    intermediate, so notes are kept. `duplicates` are the decisions of `dedup`.
+    intermediate, so notes are kept. `duplicates` are the decisions of `dedup`, `choice` the hash of those of `choose`.
     """
 
     preparation: Preparation
     shares: tuple[tuple[str, float], ...]
     gathered: bool
     duplicates: tuple[DecideJob, ...] = ()
+    choice: str = ""
+
+    def made_of(self, parts: Sequence[Part]) -> str:
+        """A line that differs when a source, a cut or the choice does."""
+        return f"{parts_id(parts)} {self.choice}".rstrip()
 
 
 @dataclass(frozen=True)
@@ -90,10 +96,12 @@ def build_shard(job: BuildJob, task: Task, kinds: Mapping[str, str]) -> BuildSta
 
 def _build_shard(job: BuildJob, task: Task, kinds: dict[str, str]) -> BuildState:
     account = _Account(job, task)
-    duplicates = duplicates_in(task.duplicates, job.number)
+    left_out = dict.fromkeys(duplicates_in(task.duplicates, job.number).tolist(), DUPLICATE)
+    if task.choice:
+        left_out |= going(job.folder, job.number)
     notes: list[tuple[int, int]] = []
     with write_beside(job.path) as temporary, PairWriter(temporary, kinds) as writer:
-        for pair in prepared(job.parts, task.preparation, duplicates):
+        for pair in prepared(job.parts, task.preparation, left_out):
             split = split_of(pair.key, task.shares)
             account.add(pair, split)
             if pair.reason is None:
@@ -110,7 +118,7 @@ def _build_shard(job: BuildJob, task: Task, kinds: dict[str, str]) -> BuildState
     accounts = {name: account.sources(number) for number, (name, _) in enumerate(task.shares)}
     sources = () if task.gathered else accounts[task.shares[0][0]]
     state = BuildState(
-        written.shard(job.path.name, sources), written.kinds, written.present, accounts, parts_id(job.parts)
+        written.shard(job.path.name, sources), written.kinds, written.present, accounts, task.made_of(job.parts)
     )
     write_json(job.beside(".json"), asdict(state))
     return state
@@ -131,8 +139,7 @@ class _Account:
             self.records[split][pair.part] += 1
             return
         self.reasons[split][pair.part][pair.reason] += 1
-        # What the user didn't want can be most of the data, and nobody is going to look for it.
-        if pair.reason != NOT_WANTED:
+        if pair.reason not in UNWANTED:
             source = self.parts[pair.part].shard.path.name
             line = {"source": source, "key": pair.key, "reason": pair.reason}
             self.skipped[split].append(json.dumps(line, ensure_ascii=False) + "\n")
@@ -159,14 +166,14 @@ def split_of(key: str, shares: tuple[tuple[str, float], ...]) -> int:
     return len(shares) - 1
 
 
-def read_state(job: BuildJob) -> BuildState | None:
+def read_state(job: BuildJob, task: Task) -> BuildState | None:
     """The state of a finished file, or None when it must be written (again), its sources having changed for one."""
     path = job.beside(".json")
     if not path.exists() or not job.path.exists():
         return None
     values: dict[str, Any] = read_json(path)
     shard = ShardEntry.from_dict(values["shard"])
-    if values["parts"] != parts_id(job.parts) or job.path.stat().st_size != shard.bytes:
+    if values["parts"] != task.made_of(job.parts) or job.path.stat().st_size != shard.bytes:
         return None
     accounts = {
         split: tuple(SourceEntry(**source) for source in sources) for split, sources in values["accounts"].items()

@@ -45,7 +45,9 @@ class BuildSummary:
         if self.skipped:
             reasons = ", ".join(f"{reason} {count:,}" for reason, count in self.skipped.items())
             files = " and ".join(f"skipped-{split}.jsonl" for split in self.split.split(","))
-            lines.append(f"skipped: {reasons}; each sample, but for --where, in {self.path / CLIPKIT_FOLDER / files}")
+            lines.append(
+                f"skipped: {reasons}; each sample, but for what wasn't wanted, in {self.path / CLIPKIT_FOLDER / files}"
+            )
         if self.converted:
             formats = ", ".join(f"{name} {count:,}" for name, count in self.converted.items())
             lines.append(f"stored as JPEG, since TFDS can't decode them: {formats}")

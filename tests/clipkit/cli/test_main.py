@@ -13,8 +13,9 @@ OPTIONS = {
     "--need --json",
     "build-imagenet": "source out --name --split --labels --classes --subset --max-bad --allow-empty-classes --workers "
     "--engine --json",
-    "build-tfds": "shards out --name --image-column --caption-column --captions --quoting --where --dedup --split "
-    "--resize --quality --precompute --shuffle --shard-megabytes --in-place --workers --engine --json",
+    "build-tfds": "shards out --name --image-column --caption-column --captions --quoting --where --dedup --keep-best "
+    "--by --balance --limit --seed --split --resize --quality --precompute --shuffle --shard-megabytes --in-place "
+    "--workers --engine --json",
     "classify": "images --labels --ckpt --templates --device --page --json",
     "compare": "runs --format --json",
     "demo": "--out",
