@@ -96,8 +96,7 @@ def build_tfds(
     a table's columns where they aren't found; `captions` ("first", "random" or "each") says which are taken where an
     image has a list of them; `quoting` what quotes mean in a text table (see `formats.text_quotes`).
     `shard_megabytes` is an output shard's size. A further split joins the dataset when its columns have the same kinds.
-    Nothing depends on `workers` (None: one a core) and `engine`. `progress` replaces the progress line. Paths may be
-    remote.
+    Nothing depends on `workers` (None: one a core) and `engine`. `progress` replaces its line. Paths may be remote.
 
     Raises UserError for shards that are damaged, invalid names and options, an output that holds other data,
     columns that don't go with those of another split, and when not one sample can be used.

@@ -44,7 +44,8 @@ class Inspection:
     """The numbers of one split. `records`, `bytes` and `shards` are of all, the rest of `sampled` records.
 
     `places` are the numbers of the sampled records. `values` counts those of columns with few (NSFW, labels), `scores`
-    are the columns that judge a pair. `failed` and `skipped` count rows and samples that didn't become records.
+    are the columns that judge a pair. `failed` and `skipped` count rows and samples that didn't become records;
+    `choice` is what `build-tfds --keep-best` and `--balance` did, as the manifest has it.
     """
 
     path: Path
@@ -63,6 +64,7 @@ class Inspection:
     values: dict[str, dict[str, int]]
     failed: dict[str, int]
     skipped: dict[str, int]
+    choice: dict[str, Any]
     places: tuple[int, ...] = field(repr=False)
 
     def to_json(self) -> dict[str, Any]:
@@ -108,6 +110,7 @@ def inspect(path: Path, *, split: str | None = None, sample: int = SAMPLE) -> In
         values=seen.value_counts(dataset),
         failed=_failed(layout.folder),
         skipped=manifest.skipped if manifest else {},
+        choice=manifest.choice if manifest else {},
         places=tuple(places),
     )
 

@@ -24,6 +24,7 @@ from clipkit.tfrecord_tools.build import command, shard
 from clipkit.tfrecord_tools.build.choose import DRAWS, Cut, select, sortable, unsorted_score
 from clipkit.tfrecord_tools.build.command import build_tfds
 from clipkit.tfrecord_tools.build.concepts import Matcher, builtin_concepts, hashes, read_concepts, spaced
+from clipkit.tfrecord_tools.inspection.command import inspect_dataset
 
 CONCEPTS = ["cat", "dog", "black cat", "St. Louis", "the", "cat sat on"]
 
@@ -316,7 +317,11 @@ def test_the_best_are_balanced(pool, tmp_path):
     build(folder, tmp_path / "out", keep_best=0.4, by="score", balance=concepts, limit=9)
     score = sorted(samples, key=lambda sample: ((int(sample[0]) * 7) % 50, hashes([sample[0]])), reverse=True)
     best = sorted(score[:96])
-    assert keys(tmp_path / "out") == balanced(best, CONCEPTS, 9, 0)[0]
+    stay, counts = balanced(best, CONCEPTS, 9, 0)
+    assert keys(tmp_path / "out") == stay
+    page = inspect_dataset(tmp_path / "out" / "pairs" / "1.0.0", sample=5).page.read_text(encoding="utf-8")
+    assert "How it was chosen" in page and "the 96 best" in page and "Balanced by 6 concepts (list.txt)" in page
+    assert f'<td class="wide">the</td><td class="r">{counts["the"]}</td>' in page
 
 
 def test_what_cannot_be_chosen_is_one_line(pool, tmp_path):
