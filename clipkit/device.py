@@ -31,8 +31,6 @@ from clipkit.hardware import find_chip
 from clipkit.jobs.worker import answer, cores, result_of
 
 GOOGLE_PCI_VENDOR = "0x1ae0"
-# The first steps of a stage differ from the rest: weights that were just copied, and an optimizer without state.
-WARM_UP_STEPS = 3
 # The others wait so long at most while the first rank saves.
 CONTROL_TIMEOUT = timedelta(hours=12)
 # glibc's names for what mallopt(3) sets.
@@ -317,26 +315,6 @@ class Device:
         """Leave the group of ranks."""
         if self.world > 1 and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
-
-
-class StaticShapes:
-    """Holds the steps of a stage to the graphs of its first ones: a step that is compiled each time takes minutes."""
-
-    def __init__(self, device: Device) -> None:
-        self.device, self.steps = device, 0
-
-    @contextlib.contextmanager
-    def step(self, samples_seen: int) -> Iterator[None]:
-        """Around a step. Raises UserError when it was compiled again after the warm-up."""
-        before = self.device.compilations()
-        yield
-        self.steps += 1
-        found = self.device.compilations() - before
-        if found and self.steps > WARM_UP_STEPS:
-            raise UserError(
-                f"the training step was compiled again at {samples_seen:,} samples ({found} graphs): its shapes "
-                "change, and each such step waits for the compiler; PT_XLA_DEBUG_LEVEL=2 shows where, --resume goes on"
-            )
 
 
 def pick(name: str = "auto") -> Device:

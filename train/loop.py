@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from clipkit import checkpoint
-from clipkit.device import StaticShapes, pick
+from clipkit.device import pick
 from clipkit.errors import UserError
 from clipkit.eval.evaluation import EvaluationTask
 from clipkit.formatting import share
@@ -67,6 +67,7 @@ from clipkit.train.watch.diagnosis import (
     meet_stuck_loss,
 )
 from clipkit.train.watch.metrics import model_metrics
+from clipkit.train.watch.static_shapes import StaticShapes
 from clipkit.train.watch.stopwatch import Stopwatch
 from clipkit.train.watch.trackers import Tracker, open_writers
 

@@ -5,5 +5,6 @@
 - `overfit`: a health check: can a recipe learn a few samples by heart?
 - `trackers`: W&B and MLflow, beside the run's own metrics.
 - `stopwatch`: the time spent waiting for data, and what would help.
+- `static_shapes`: stops a run whose step is compiled again and again.
 - `captions`: what is said of the first captions, where there is nothing to learn from them.
 """
