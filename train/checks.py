@@ -3,10 +3,13 @@ stage asks of the loader and of evaluation.
 """
 
 import os
+from collections.abc import Mapping
 
 import torch
 
+from clipkit.config import differences, to_json
 from clipkit.device import Device
+from clipkit.embedding.encoder import image_weights
 from clipkit.errors import UserError
 from clipkit.formatting import counted, size_text
 from clipkit.model.clip import CLIP
@@ -16,9 +19,11 @@ from clipkit.model.image_tower import make_image_tower
 from clipkit.model.timm_tower import TimmTower
 from clipkit.pixels.images import Preprocess
 from clipkit.text.tokenizer import WordTokenizer
+from clipkit.train.augmentation import Augmentation
 from clipkit.train.loader.loader import check_loader
 from clipkit.train.loader.samples import LoaderConfig
 from clipkit.train.recipes import GlobalContrastive, OptimizerConfig, Recipe, Stage, check_ranges, model_at
+from clipkit.train.sources.open import Data
 from clipkit.train.sources.source import Examples, Source
 
 # Fields of an OptimizerConfig that these optimizers don't have.
@@ -113,6 +118,34 @@ def check_normalisers(recipe: Recipe, records: int, device: Device) -> None:
         )
 
 
+def check_features(recipe: Recipe, data: Data, tensors: Mapping[str, torch.Tensor] | None) -> None:
+    """Raise UserError where a run with these weights can't take the stored vectors of `data` for its images."""
+    for path, about in ((part.path, part.features) for part in data.parts if part.features):
+        if recipe.model.image.frozen is not True:
+            raise UserError(f"{path} has the vectors of a frozen image tower: set model.image.frozen=true")
+        if about["width"] != recipe.model.embed_dim:
+            raise UserError(
+                f"{path} has vectors of {about['width']} numbers, model.embed_dim is {recipe.model.embed_dim}: take "
+                "the recipe of the model that made them"
+            )
+        for stage in recipe.stages:
+            where = f"recipe {recipe.name}, stage {stage.name}"
+            if stage.augmentation != Augmentation() or stage.image_keep is not None:
+                raise UserError(
+                    f"{where}: {path} has vectors of whole images: set image_keep and image_reduction to none, and "
+                    "leave out all of the augmentation"
+                )
+            other = differences(about["preprocessing"], to_json(preprocess_at(recipe, stage)))
+            if other:
+                raise UserError(f"{where}: {path} was made of images prepared otherwise ({other[0]}): set the same")
+        found = image_weights(tensors or {})
+        if found != about["image_weights"]:
+            raise UserError(
+                f"{path} was made by another image tower ({about['model']}, {about['image_weights']}) than the one "
+                f"that the run begins with ({found}): give that model with --init, or run clipkit embed with this one"
+            )
+
+
 def takes_precomputed(recipe: Recipe, stage: Stage) -> bool:
     """Whether a stage takes the ids and word classes that a dataset holds: they are clip-bpe's."""
     return stage.text_reduction == "syntax" and recipe.model.text.tokenizer == "clip-bpe"
@@ -153,9 +186,9 @@ def preprocess_at(recipe: Recipe, stage: Stage) -> Preprocess:
     return Preprocess(stage.image_size, recipe.mean, recipe.std, recipe.interpolation, recipe.resize_mode)
 
 
-def stage_cost(recipe: Recipe, stage: Stage) -> SampleCost:
-    """What one sample of a stage costs."""
-    return sample_cost(model_at(recipe, stage), stage.image_keep)
+def stage_cost(recipe: Recipe, stage: Stage, images: bool = True) -> SampleCost:
+    """What one sample of a stage costs; `images` as in `sample_cost`."""
+    return sample_cost(model_at(recipe, stage), stage.image_keep, images)
 
 
 def patch_grid(recipe: Recipe, stage: Stage) -> tuple[int, int] | None:

@@ -26,6 +26,7 @@ from clipkit.model.clip import CLIP, build, load_state
 from clipkit.storage.files import clear_leftovers, lock, write_json
 from clipkit.text.vocabulary import open_tokenizer
 from clipkit.train.checks import (
+    check_features,
     check_recipe,
     check_tokenizer,
     loader_config,
@@ -126,6 +127,7 @@ def train(
         device.barrier()
         begin = partial(find_start, folder, recipe, found, tokenizer, init=init, from_stage=from_stage, branch=branch)
         start = begin(resume=resume, allow_changes=allow_changes)
+        check_features(recipe, found, start.tensors)
         refuse_different_starts(start, recipe, found, folder, device)
 
         # ---- Open the run's files ----------------------------------------------------------------------------------
@@ -208,7 +210,7 @@ def run_stage(
     recipe, device, cadence = run.recipe, run.device, run.recipe.cadence
     stage_end, wrapped = stage_start + stage.samples, device.wrap(model)
     model.train()
-    flops, peak = stage_cost(recipe, stage).flops, device.peak_flops()
+    flops, peak = stage_cost(recipe, stage, run.data.has_images).flops, device.peak_flops()
     workers = device.loader_workers() if run.workers is None else run.workers
     loader = batches(
         run.data.source(takes_precomputed(recipe, stage)),

@@ -44,10 +44,10 @@ def train_step(
     """
 
     def features_of(part: Tensors) -> Features:
-        image_BCHW = normalise(part["image_BHWC"], recipe.mean, recipe.std)
+        image = part["image_BE"] if "image_BE" in part else normalise(part["image_BHWC"], recipe.mean, recipe.std)
         buckets = length_buckets(part["length_B"].numpy()) if "length_B" in part else None
         with device.autocast(recipe.precision):
-            features: Features = model(image_BCHW, part["ids_BT"], part.get("keep_BK"), buckets)
+            features: Features = model(image, part["ids_BT"], part.get("keep_BK"), buckets)
         return features
 
     def loss_of(features: Features) -> torch.Tensor:

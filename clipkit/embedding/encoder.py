@@ -6,7 +6,7 @@ mode, the mean, the tokenizer, the context length. So they travel together here,
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -184,12 +184,7 @@ class Encoder:
     @cached_property
     def weights(self) -> str:
         """A hash of all weights: two encoders with the same give the same embeddings, other settings being equal."""
-        content = hashlib.blake2b(digest_size=8)
-        for name, tensor in sorted(self.model.state_dict().items()):
-            array = tensor.detach().cpu().contiguous()
-            content.update(f"{name} {array.dtype} {tuple(array.shape)}".encode())
-            content.update(array.reshape(-1).view(torch.uint8).numpy().data)
-        return content.hexdigest()
+        return weights_hash(self.model.state_dict())
 
     @cached_property
     def architecture(self) -> str:
@@ -223,6 +218,22 @@ class Encoder:
         """The same of texts by their beginnings, where their length isn't fixed, which is so only of clipkit's CLIP."""
         with compute.device.autocast(compute.precision or self.precision):
             return cast("CLIP", self.model).encode_prefixes(prefixes).float()
+
+
+def weights_hash(tensors: Mapping[str, Tensor]) -> str:
+    """A hash of all of some tensors, by their names."""
+    content = hashlib.blake2b(digest_size=8)
+    for name, tensor in sorted(tensors.items()):
+        array = tensor.detach().cpu().contiguous()
+        content.update(f"{name} {array.dtype} {tuple(array.shape)}".encode())
+        content.update(array.reshape(-1).view(torch.uint8).numpy().data)
+    return content.hexdigest()
+
+
+def image_weights(tensors: Mapping[str, Tensor]) -> str | None:
+    """A hash of the weights that an image's vector depends on, out of those of a model of clipkit's; else None."""
+    found = {name: tensor for name, tensor in tensors.items() if name.startswith(("image.", "image_projection."))}
+    return weights_hash(found) if found else None
 
 
 def check_finite(vectors_NE: Tensor) -> Tensor:

@@ -75,9 +75,13 @@ class CLIP(nn.Module):
         self, image_BCHW: Tensor, ids_BT: Tensor, keep_BK: Tensor | None = None, buckets: Buckets | None = None
     ) -> tuple[Tensor, ...]:
         """Unit vectors float32[B, E] of the images and of the texts, the logit scale (a scalar of at most 100), and the
-        logit bias where the model has one. All that a loss needs comes out of here, as data parallelism wants it."""
+        logit bias where the model has one. All that a loss needs comes out of here, as data parallelism wants it.
+
+        In the place of pixels the image tower's vectors may come, float32[B, E].
+        """
         text_BE = self.encode_text(ids_BT, buckets=buckets)
-        features = self.encode_image(image_BCHW, keep_BK), text_BE, self.clamped_logit_scale()
+        image_BE = self.encode_image(image_BCHW, keep_BK) if image_BCHW.ndim == 4 else F.normalize(image_BCHW, dim=-1)
+        features = image_BE, text_BE, self.clamped_logit_scale()
         return features if self.logit_bias is None else (*features, self.logit_bias * 1)
 
     def clamped_logit_scale(self) -> Tensor:

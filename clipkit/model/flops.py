@@ -25,8 +25,9 @@ class SampleCost(NamedTuple):
     flops: float
 
 
-def sample_cost(config: ModelConfig, image_keep: int | None = None) -> SampleCost:
-    """What one sample costs in training a model at its sizes, of whose patches `image_keep` (or all) are kept.
+def sample_cost(config: ModelConfig, image_keep: int | None = None, images: bool = True) -> SampleCost:
+    """What one sample costs in training a model at its sizes, of whose patches `image_keep` (or all) are kept;
+    without `images` the image tower isn't run, for its vectors are stored.
 
     Operations: 2 for each multiply-add, three times the forward pass; what is computed again to save memory isn't
     counted twice. The logits aren't counted: at CLIPA's batch of 65,536 they add under 1%.
@@ -36,6 +37,10 @@ def sample_cost(config: ModelConfig, image_keep: int | None = None) -> SampleCos
     trunk = clip.image.trunk
     text_tokens, image_tokens = config.text.context_length, 0
     towers = [(text_tokens, clip.text.blocks, config.text.width)]
+    if not images:
+        forward = 2.0 * (matrix_weights(clip.text.blocks) * text_tokens + matrix_weights(clip.text_projection))
+        forward += 4.0 * text_tokens**2 * config.text.width * len(clip.text.blocks)
+        return SampleCost(0, text_tokens, 3 * forward)
     counted = trunk
     if not isinstance(clip.image, TimmTower):
         image_tokens = (image_keep or int(trunk.patch_embed.num_patches)) + clip.image.prefix

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from clipkit.config import to_json
 from clipkit.device import Precision, pick
-from clipkit.embedding.encoder import Compute, Encoder
+from clipkit.embedding.encoder import Compute, Encoder, image_weights
 from clipkit.embedding.images import ImageSet, image_matrix
 from clipkit.embedding.texts import text_matrix
 from clipkit.errors import UserError
@@ -106,6 +106,7 @@ def description(encoder: Encoder, pictures: Pictures, dtype: StoredType, precisi
     return {
         "model": encoder.name,
         "weights": encoder.weights,
+        "image_weights": image_weights(encoder.model.state_dict()),
         "preprocessing": to_json(encoder.preprocess),
         "context_length": encoder.context_length,
         "precision": precision or encoder.precision,

@@ -48,7 +48,8 @@ REPORTED_BAD = 1000
 class Batch:
     """One rank's share of a global batch; every array's first axis is the sample."""
 
-    image_BHWC: UInt8Array
+    image_BHWC: np.ndarray
+    """uint8; or float32[B, E], the images' stored vectors."""
     ids_BT: np.ndarray
     """int32, start and end included, padded."""
     keep_BK: Int64Array | None
@@ -74,7 +75,8 @@ class Batch:
 
     def arrays(self) -> dict[str, np.ndarray]:
         """What goes to the device, by name."""
-        arrays = {"image_BHWC": self.image_BHWC, "ids_BT": self.ids_BT, "caption_B": self.caption_B}
+        image = "image_BHWC" if self.image_BHWC.ndim == 4 else "image_BE"
+        arrays = {image: self.image_BHWC, "ids_BT": self.ids_BT, "caption_B": self.caption_B}
         if self.keep_BK is not None:
             arrays["keep_BK"] = self.keep_BK
         return arrays
@@ -115,7 +117,7 @@ def batches(
         source,
         config,
         workers,
-        processes and workers > 0,
+        processes and workers > 0 and not source.feature_width,  # what little there is to do is the same in threads
         prefetch if workers else 0,
         keys,
         warn or warn_on_stderr,
@@ -157,7 +159,8 @@ class Loader:
     def run(self, start: int, stop: int | None, rank: int, world: int) -> Generator[Batch, None, None]:
         """The generator behind `batches`."""
         share = self.config.batch_size // world
-        self.shape = (share, self.config.image_size, self.config.image_size, 3)
+        size, width = self.config.image_size, self.source.feature_width
+        self.shape = (share, width) if width else (share, size, size, 3)
         slots = self.prefetch + 3  # one being filled, one in use, and one that the loop variable still names
         self.free = deque(range(slots))
         with contextlib.ExitStack() as ends:
@@ -204,7 +207,7 @@ class Loader:
             slot = self.free.popleft()
             buffer = self.buffers.array(slot)
         else:
-            buffer = np.empty(self.shape, np.uint8)
+            buffer = np.empty(self.shape, np.float32 if self.source.feature_width else np.uint8)
         size = -(-len(positions_B) // (2 * max(1, self.workers)))
         size = min(max(size, SMALLEST_CHUNK), LARGEST_CHUNK)
         parts = []

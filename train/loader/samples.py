@@ -67,7 +67,7 @@ class Chunk:
     slot: int
     """The number of the batch's buffer, and this chunk's first row in it."""
     first: int
-    image_BHWC: UInt8Array
+    image_BHWC: np.ndarray
     """The rows of the buffer themselves, in this process."""
 
 
@@ -155,7 +155,8 @@ class SampleMaker:
                     texts.append(draw_caption(text, keys_B[index]))
                 group.clear()
                 clock.lap("image")
-        recolour(image_BHWC, self.config.augmentation, keys_B)
+        if not self.source.feature_width:
+            recolour(image_BHWC, self.config.augmentation, keys_B)
         clock.lap("colour")
         ids = self.ids(texts)
         priorities = self.priorities(texts, ids)
@@ -170,7 +171,7 @@ class SampleMaker:
         record: int,
         found: Sample | UserError,
         draws: Sequence[float],
-        image_HWC: UInt8Array,
+        image_HWC: np.ndarray,
         bad: list[tuple[str, str]],
     ) -> tuple[int, Text]:
         """Write the pixels of a record or of the first one that can stand in for it, colours unchanged; says which.
@@ -181,6 +182,9 @@ class SampleMaker:
             if isinstance(sample, UserError):
                 reason: Exception = sample
             else:
+                if self.source.feature_width:
+                    image_HWC[:] = np.frombuffer(sample.image, f"<f{len(sample.image) // len(image_HWC)}")
+                    return candidate, sample.text
                 try:
                     cut(sample.image, self.config.image_size, self.config.augmentation, draws, image_HWC)
                 except (ImageError, cv2.error) as error:

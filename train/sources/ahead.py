@@ -67,6 +67,10 @@ class AheadSource(Reopenable, Source):
     def num_records(self) -> int:
         return self.source.num_records
 
+    @property
+    def feature_width(self) -> int | None:
+        return self.source.feature_width
+
     def key(self, record: int) -> str:
         return self.source.key(record)
 

@@ -46,6 +46,8 @@ class Mixture(Source):
                 raise UserError(f"the weight of {member.label} is {float(member.weight)}: give one above 0")
             if member.source.num_records < 1:
                 raise UserError(f"{member.label} has no records: leave it out")
+        if len({member.source.feature_width for member in members}) > 1:
+            raise UserError("vectors of clipkit embed can't be mixed with images, or with others of another width")
         self.members = tuple(members)
         self.weights = whole_weights([member.weight for member in members])
         self.firsts = np.cumsum([0, *(member.source.num_records for member in members)]).tolist()
@@ -56,6 +58,10 @@ class Mixture(Source):
     @property
     def num_records(self) -> int:
         return int(self.firsts[-1])
+
+    @property
+    def feature_width(self) -> int | None:
+        return self.members[0].source.feature_width
 
     def key(self, record: int) -> str:
         number = self.member_of(record)

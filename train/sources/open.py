@@ -8,7 +8,7 @@ import hashlib
 import math
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -23,6 +23,7 @@ from clipkit.storage.cache import BlockCache, scratch_cache
 from clipkit.storage.files import as_path, is_remote
 from clipkit.storage.stores import list_folder, reading
 from clipkit.train.sources.ahead import read_ahead
+from clipkit.train.sources.features import describe_features, open_features
 from clipkit.train.sources.folder import FolderSource, open_folder
 from clipkit.train.sources.mixture import Member, Mixture
 from clipkit.train.sources.parquets import ParquetSource, has_images, open_parquets
@@ -62,6 +63,8 @@ class OpenedSource:
     identity: dict[str, Any]
     notes: tuple[str, ...] = ()
     """A line each on what is there and isn't read."""
+    features: dict[str, Any] | None = None
+    """What made the vectors that it has in the place of images."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,11 @@ class Data:
     @property
     def num_records(self) -> int:
         return sum(int(part.identity["records"]) for part in self.parts)
+
+    @property
+    def has_images(self) -> bool:
+        """Whether there are images, and no stored vectors in their place."""
+        return not any(part.features for part in self.parts)
 
     @property
     def notes(self) -> list[str]:
@@ -179,6 +187,9 @@ class _Opener:
                 return self.open_directory(path)
             if not path.exists():
                 raise UserError(f"{path} doesn't exist: check the path, or make a dataset with clipkit build-tfds")
+            features = describe_features(path)
+            if features is not None:
+                return self.open_features(path, features)
             refuse_unfinished_download(path if path.is_dir() else path.parent)
             found = _one_file(path) if path.is_file() else list_shards(path, self.split, has_images)
             if found is None or found.kind == "tfrecords":
@@ -199,6 +210,13 @@ class _Opener:
             source = open_parquets(folder, files, self.cache(), f"parquet{suffix}")
             return self.opened(path, "parquet", found, source, self.block_size)
         return self.opened(path, "folder", found, open_folder(folder, files[0], self.cache_for(folder)), 1)
+
+    def open_features(self, path: Path, about: dict[str, Any]) -> OpenedSource:
+        file = next(file for file in list_folder(path.parent) if file.name == path.name)
+        source = open_features(path, file, about["width"], self.cache())
+        found = ShardListing(path.parent, "parquet", (file,))
+        opened = self.opened(path, "features", found, source, self.block_size)
+        return replace(opened, identity={**opened.identity, "image_weights": about["image_weights"]}, features=about)
 
     def open_directory(self, path: Path) -> OpenedSource:
         if self.split == ALL_SPLITS:

@@ -79,6 +79,10 @@ class ParquetSource(Reopenable, Source):
             except _DamagedError as error:
                 yield ImageError(str(error))
 
+    def columns(self, schema: pa.Schema, path: Path) -> tuple[str, ...]:
+        """Image and caption, and where img2dataset has written a list of captions as text, the list."""
+        return _columns(schema, path)
+
     def fill(self, record: int) -> int:
         """Get the part of the row group that holds a record into the cache; returns the first record behind it."""
         place, row = self._locate(record)
@@ -127,7 +131,7 @@ class ParquetSource(Reopenable, Source):
                 with pq.ParquetFile(
                     ranges, metadata=self._footer(file), pre_buffer=False, buffer_size=_BUFFER_BYTES
                 ) as table:
-                    columns = _columns(table.schema_arrow, path)
+                    columns = self.columns(table.schema_arrow, path)
                     batches = table.iter_batches(
                         PART_ROWS, row_groups=[int(self._groups[place])], columns=list(dict.fromkeys(columns))
                     )
@@ -197,7 +201,6 @@ class _Ranges(io.RawIOBase):
 
 
 def _columns(schema: pa.Schema, path: Path) -> tuple[str, ...]:
-    """Image and caption, and where img2dataset has written a list of captions as text, the list."""
     image, caption = USUAL.require_image(schema, path), USUAL.require_caption(schema, path)
     lists = caption == "txt" and REPEATED in schema.names and pa.types.is_nested(schema.field(REPEATED).type)
     return (image, caption, REPEATED) if lists else (image, caption)
@@ -209,6 +212,8 @@ def pack(batch: pa.RecordBatch, image: str, caption: str, repeated: str | None =
     images = batch.column(batch.schema.names.index(image))
     if pa.types.is_struct(images.type):
         images = images.field(images.type.get_field_index("bytes"))
+    elif pa.types.is_fixed_size_list(images.type):
+        images = vector_bytes(images)
     captions = batch.column(batch.schema.names.index(caption)).to_pylist()
     if repeated is not None:
         lists = batch.column(batch.schema.names.index(repeated)).to_pylist()
@@ -217,6 +222,12 @@ def pack(batch: pa.RecordBatch, image: str, caption: str, repeated: str | None =
         parts += (data.as_py() or b"", pack_captions(found))
     sizes = [8 * (len(parts) + 1), *map(len, parts)]
     return b"".join([np.cumsum(sizes, dtype=np.uint64).tobytes(), *parts])
+
+
+def vector_bytes(vectors: pa.FixedSizeListArray) -> list[pa.Scalar]:
+    """The numbers of each vector as bytes; null where there is none."""
+    rows = iter(np.asarray(vectors.drop_null().flatten()).reshape(-1, vectors.type.list_size))
+    return [pa.scalar(next(rows).tobytes() if each else None, pa.binary()) for each in vectors.is_valid().to_pylist()]
 
 
 def pack_captions(value: Any) -> bytes:
@@ -262,6 +273,12 @@ def index_shard(folder: Path, shard: StoredFile) -> np.ndarray:
     """One row of ROW_GROUPS for each row group of a file that has any rows."""
     footer = read_footer(RangeReader(folder, [shard]), 0)
     _columns(footer.schema.to_arrow_schema(), folder / shard.name)
+    return index_groups(folder, shard)
+
+
+def index_groups(folder: Path, shard: StoredFile) -> np.ndarray:
+    """The same of a file whose columns are known."""
+    footer = read_footer(RangeReader(folder, [shard]), 0)
     counts = [(group, footer.row_group(group).num_rows) for group in range(footer.num_row_groups)]
     return np.array([count for count in counts if count[1]], ROW_GROUPS)
 

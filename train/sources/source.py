@@ -46,6 +46,11 @@ class Source(ABC):
     def num_records(self) -> int:
         """How many records there are; they are numbered from 0."""
 
+    @property
+    def feature_width(self) -> int | None:
+        """The numbers of a vector, where `Pair.image` is one (`features`) and no encoded image."""
+        return None
+
     @abstractmethod
     def pairs(self, records: Sequence[int]) -> Iterator[Pair | UserError]:
         """For each of the records, in the order asked, its pair or the reason why it can't be used.

@@ -221,9 +221,10 @@ def diagnose(
             source = run.data.source()
             shown = first_samples(source, run.tokenizer, run.recipe, stage, bad.before)
             report |= describe_batch(source, run.recipe, stage, bad.before, shown)
-            report["features"] = describe_features(model, run.recipe, run.device, shown)
-            if run.device.is_first:
-                Image.fromarray(contact_sheet(shown.image_BHWC)).save(path.with_suffix(".png"))
+            if run.data.has_images:
+                report["features"] = describe_features(model, run.recipe, run.device, shown)
+                if run.device.is_first:
+                    Image.fromarray(contact_sheet(shown.image_BHWC)).save(path.with_suffix(".png"))
         except EVALUATION_ERRORS as error:
             report["incomplete"] = one_line(error)
         if run.device.is_first:

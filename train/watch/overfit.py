@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from clipkit.device import pick
+from clipkit.errors import UserError
 from clipkit.log import Progress
 from clipkit.model.clip import build
 from clipkit.text.vocabulary import open_tokenizer
@@ -89,6 +90,8 @@ def overfit(
     for all, until they are learned or STEPS are taken. Nothing is written. The rest is as for `train`.
     """
     found = open_source(data, cache=cache, cache_gb=cache_gb, block_size=recipe.block_size, split=split)
+    if not found.has_images:
+        raise UserError("this tries the whole model on images: give the data that clipkit embed was given")
     device = pick(device_name)
     recipe = overfit_recipe(recipe, min(samples, found.num_records) // device.shards * device.shards)
     check_recipe(recipe, found.source(), device)

@@ -1,0 +1,174 @@
+"""Training from the vectors of a frozen image tower is the run on images; what doesn't fit together is refused."""
+
+import dataclasses
+import io
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from small_encoder import PREPROCESS, SMALL, small_run
+
+from clipkit import checkpoint
+from clipkit.cli.search import open_pictures
+from clipkit.config import set_values
+from clipkit.errors import UserError
+from clipkit.eval.search.embed import embed
+from clipkit.interop.load import load
+from clipkit.log import read_metrics
+from clipkit.train import loop
+from clipkit.train.augmentation import Augmentation
+from clipkit.train.catalogue import debug
+from clipkit.train.checks import stage_cost
+from clipkit.train.loop import train
+from clipkit.train.sources.open import open_source
+from clipkit.train.watch.overfit import overfit
+
+CPU = {"device_name": "cpu", "workers": 1}
+WHOLE = dataclasses.replace(debug().stages[1], image_size=32, samples=96, position=None, augmentation=Augmentation())
+FROZEN = dataclasses.replace(
+    debug(),
+    model=dataclasses.replace(SMALL, image=dataclasses.replace(SMALL.image, frozen=True)),
+    stages=(WHOLE,),
+    mean=PREPROCESS.mean,
+    std=PREPROCESS.std,
+)
+
+
+def png(number):
+    buffer = io.BytesIO()
+    pixels_HWC = np.random.default_rng(number).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    Image.fromarray(pixels_HWC).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return small_run(tmp_path_factory.mktemp("model"), seed=3)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """Images of the model's own size, two of them in no state to be read, one with an empty caption."""
+    path = tmp_path_factory.mktemp("images") / "pairs.parquet"
+    data = [png(number) for number in range(300)]
+    captions = [f"picture {number} of {'many ' * (number % 3)}" for number in range(300)]
+    data[5], captions[9] = b"no image", ""
+    pq.write_table(pa.table({"image": data, "caption": captions}), path, row_group_size=1)
+    return path
+
+
+def embedded(images, model, folder, **options):
+    out = folder / "features.parquet"
+    embed(open_pictures(str(images), None, None), out, str(model), device="cpu", part_rows=100, **options)
+    return out
+
+
+@pytest.fixture(scope="module")
+def features(images, model, tmp_path_factory):
+    return embedded(images, model, tmp_path_factory.mktemp("features"), dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def runs(images, features, model, tmp_path_factory):
+    """A run on the images and one on their vectors."""
+    folder = tmp_path_factory.mktemp("runs")
+    for data in (images, features):
+        assert train(FROZEN, data, folder / data.stem, init=model, **CPU).finished
+    return folder
+
+
+def weights(run):
+    return load_file(checkpoint.find(run) / "model.safetensors")
+
+
+def losses(run):
+    return [line["loss"] for line in read_metrics(run) if "loss" in line]
+
+
+def test_it_is_the_run_on_images_without_its_tower(runs, images, features, model):
+    ours, theirs = weights(runs / "features"), weights(runs / "pairs")
+    assert losses(runs / "features") == pytest.approx(losses(runs / "pairs"), abs=1e-5)
+    assert {name for name in ours if abs(ours[name] - theirs[name]).max() > 1e-5} == set()
+    first = weights(model)
+    changed = {name.split(".")[0] for name in ours if not torch.equal(ours[name], first[name])}
+    assert changed == {"text", "text_projection", "logit_scale"}
+    # The whole model is in the checkpoint: it embeds images.
+    assert load(runs / "features").preprocess == load(runs / "pairs").preprocess == PREPROCESS
+
+
+def test_the_work_of_the_tower_is_not_counted(runs):
+    flops = stage_cost(FROZEN, WHOLE, images=False).flops
+    assert 0 < flops < stage_cost(FROZEN, WHOLE).flops
+    for line in read_metrics(runs / "features"):
+        assert line["flops_per_s"] == pytest.approx(line["samples_per_s"] * flops)
+
+
+def test_a_killed_run_goes_on(runs, features, model, tmp_path, monkeypatch):
+    real, taken = loop.train_step, []
+
+    def killing(*arguments):
+        taken.append(None)
+        if len(taken) > 5:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(loop, "train_step", killing)
+    with pytest.raises(KeyboardInterrupt):
+        train(FROZEN, features, tmp_path, init=model, **CPU)
+    monkeypatch.setattr(loop, "train_step", real)
+    train(FROZEN, features, tmp_path, resume=True, **CPU)
+    assert losses(tmp_path) == losses(runs / "features")
+
+
+def test_half_precision_is_near(runs, images, model, tmp_path):
+    train(FROZEN, embedded(images, model, tmp_path), tmp_path / "run", init=model, **CPU)
+    assert losses(tmp_path / "run") == pytest.approx(losses(runs / "features"), abs=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        (["model.image.frozen=false"], "set model.image.frozen=true"),
+        (["model.image.frozen=1"], "set model.image.frozen=true"),
+        (["model.embed_dim=16"], "vectors of 32 numbers, model.embed_dim is 16"),
+        (["stages.0.augmentation.flip=0.5"], "leave out all of the augmentation"),
+        (["stages.0.image_keep=4", "stages.0.image_reduction=random"], "set image_keep and image_reduction to none"),
+        (["stages.0.image_size=48"], r"images prepared otherwise \(size"),
+        (["mean=[0.5,0.5,0.5]"], r"images prepared otherwise \(mean"),
+    ],
+)
+def test_a_recipe_that_does_not_fit(features, model, tmp_path, settings, problem):
+    with pytest.raises(UserError, match=problem):
+        train(set_values(FROZEN, settings), features, tmp_path, init=model, **CPU)
+
+
+def test_another_tower(features, tmp_path):
+    with pytest.raises(UserError, match="made by another image tower"):
+        train(FROZEN, features, tmp_path / "run", init=small_run(tmp_path / "other", seed=4), **CPU)
+
+
+def rewritten(features, path, **changes):
+    """A copy of a file whose description says something else."""
+    table = pq.read_table(features)
+    about = json.loads(table.schema.metadata[b"clipkit"]) | changes
+    pq.write_table(table.replace_schema_metadata({b"clipkit": json.dumps(about)}), path)
+    return path
+
+
+def test_data_that_can_not_be_trained_on(features, images, tmp_path):
+    old = rewritten(features, tmp_path / "old.parquet", image_weights=None)
+    with pytest.raises(UserError, match="doesn't say which image tower made it"):
+        open_source(old)
+    labelled = rewritten(features, tmp_path / "labelled.parquet", captioned=False)
+    with pytest.raises(UserError, match="images without captions"):
+        open_source(labelled)
+    with pytest.raises(UserError, match="can't be mixed with images"):
+        open_source([features, images]).source()
+    assert open_source([features, rewritten(features, tmp_path / "two.parquet")]).source().feature_width == 32
+    with pytest.raises(UserError, match="give the data that clipkit embed was given"):
+        overfit(FROZEN, features, samples=16, device_name="cpu")
