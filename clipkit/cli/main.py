@@ -51,7 +51,7 @@ def main() -> None:
 for _command in (
     *(download.download, data.build_tfds, data.build_imagenet, data.verify, data.inspect, data.purge),
     *(evaluate.zeroshot, evaluate.compare, evaluate.report, evaluate.export),
-    *(search.embed, search.classify, search.search, plan.plan),
+    *(search.embed, search.score, search.classify, search.search, plan.plan),
 ):
     main.add_command(_command)
 

@@ -56,6 +56,48 @@ def embed(
 
 
 @click.command()
+@click.argument("data")
+@checkpoint
+@click.option(
+    "--out", type=AnyPath, metavar="OUT.parquet", help="The table. [default: DATA/clipkit/scores-SPLIT.parquet]"
+)
+@click.option("--split", default="train", help="Split of the data.")
+@click.option("--ema", is_flag=True, help="Take the averages of the weights that the run kept.")
+@click.option("--precision", type=click.Choice(["auto", "float32", "bfloat16"]), help="As zeroshot's --precision.")
+@batch_size
+@device
+@as_json
+def score(
+    data: str,
+    ckpt: str,
+    out: Path | None,
+    split: str,
+    ema: bool,
+    precision: Literal["auto", "float32", "bfloat16"] | None,
+    batch_size: int,
+    device: str,
+    as_json: bool,
+) -> None:
+    """Write how similar each image of DATA is to its caption into a table, for build-tfds --keep-best --by TABLE.
+
+    DATA is what `train` takes. The same command goes on after a kill.
+    """
+    from clipkit.eval.search.score import score as stage
+
+    summary = stage(
+        open_pictures(data, split, None),
+        out,
+        ckpt,
+        split=split,
+        precision=precision,
+        batch_size=batch_size,
+        device=device,
+        ema=ema,
+    )
+    print_summary(summary, as_json)
+
+
+@click.command()
 @click.argument("images", nargs=-1, required=True, type=AnyPath, metavar="IMAGE...")
 @click.option("--labels", required=True, help="What to choose from: 'a cat, a dog'.")
 @checkpoint

@@ -6,7 +6,7 @@ holds doesn't depend on where a run began, and the file is the same to the byte.
 """
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from clipkit.config import to_json
 from clipkit.device import Precision, pick
@@ -24,6 +25,7 @@ from clipkit.embedding.texts import text_matrix
 from clipkit.errors import UserError
 from clipkit.eval.search.pictures import Picture, Pictures
 from clipkit.eval.search.vectors import (
+    KIND,
     StoredType,
     VectorFile,
     open_vectors,
@@ -38,6 +40,21 @@ from clipkit.pixels.images import ImageError
 from clipkit.storage.files import WRITTEN_BESIDE, clear_leftovers, read_json, remove, write_beside, write_json
 
 PART_ROWS = 8_192
+
+
+@dataclass(frozen=True)
+class Form:
+    """What a file has of each image: its `schema` by the length of a vector, and a `table` of some rows, made of the
+    arguments of `vector_table`. `kind` is what the file's rows are, `verb` what the progress line says.
+    """
+
+    kind: str
+    verb: str
+    schema: Callable[[int], pa.Schema]
+    table: Callable[
+        [pa.Schema, Sequence[str], Sequence[Picture], NDArray[np.float32], NDArray[np.float32], Mapping[int, str]],
+        pa.Table,
+    ]
 
 
 @dataclass(frozen=True)
@@ -73,6 +90,26 @@ def embed(
 ) -> EmbedSummary:
     """Write the vectors of all images, and of their captions, into the file `out` (`clipkit.eval.search.vectors`).
 
+    All else is as `write_file` has it.
+    """
+    form = Form(KIND, "embed", lambda dimensions: vector_schema(dimensions, dtype, pictures.captioned), vector_table)
+    compute = Compute(pick(device), precision, batch_size)
+    return summary_of(write_file(pictures, out, source, form, compute, {"dtype": dtype}, ema=ema, part_rows=part_rows))
+
+
+def write_file(
+    pictures: Pictures,
+    out: Path,
+    source: str | Path,
+    form: Form,
+    compute: Compute,
+    more: Mapping[str, Any],
+    *,
+    ema: bool,
+    part_rows: int,
+) -> VectorFile:
+    """Write what a model makes of all images and their captions into the file `out`; `more` tells of it.
+
     `source` is what `clipkit.interop.load` takes. Given again after a kill it goes on, and once more it finds the file
     made. Raises UserError where the file, or the parts of an unfinished one, are of another model or other data, when
     more than 1% of a part's images can't be read, and for a model that gives NaN.
@@ -81,27 +118,28 @@ def embed(
         raise UserError(f"{out}: call the output NAME.parquet, which is what it will be")
     if not pictures.total:
         raise UserError(f"{pictures.path} has no images to embed: check --split")
-    encoder = load(source, ema=ema)
-    where = pick(device)
-    encoder = encoder.to(where.torch_device)
-    about = description(encoder, pictures, dtype, precision) | {"ema": ema}
+    encoder = load(source, ema=ema).to(compute.device.torch_device)
+    about = description(encoder, pictures, compute.precision) | {"ema": ema, "kind": form.kind, **more}
     if Path(source).exists():
         about["model"] = str((encoder.path or Path(source)).absolute())
     parts = out.with_name(f".{out.name}.parts")
     if not out.exists():
-        with Progress(f"embed {pictures.path.name}", pictures.total, "images") as progress, encoder.evaluating():
-            compute = Compute(where, precision, batch_size, progress.update)
-            write_parts(encoder, pictures, parts, about, compute, part_rows)
+        label = f"{form.verb} {pictures.path.name}"
+        with Progress(label, pictures.total, "images") as progress, encoder.evaluating():
+            compute = replace(compute, progress=progress.update)
+            write_parts(encoder, pictures, parts, about, compute, part_rows, form)
         merge(parts, out, about)
-    found = open_vectors(out)
+    found = open_vectors(out, form.kind)
     if found is None or differing(found.about, about):
-        what = "isn't a file of vectors" if found is None else f"has vectors of {differing(found.about, about)}"
+        what = (
+            f"isn't a file of {form.kind}" if found is None else f"has {form.kind} of {differing(found.about, about)}"
+        )
         raise UserError(f"{out} exists and {what}: remove it, or choose another name")
     remove(parts)
-    return summary_of(found)
+    return found
 
 
-def description(encoder: Encoder, pictures: Pictures, dtype: StoredType, precision: Precision | None) -> dict[str, Any]:
+def description(encoder: Encoder, pictures: Pictures, precision: Precision | None) -> dict[str, Any]:
     """What vectors are made by, as JSON values."""
     return {
         "model": encoder.name,
@@ -111,7 +149,6 @@ def description(encoder: Encoder, pictures: Pictures, dtype: StoredType, precisi
         "context_length": encoder.context_length,
         "precision": precision or encoder.precision,
         "scale": float(encoder.scale),
-        "dtype": dtype,
         "data": str(pictures.path.absolute()),
         "identity": pictures.identity,
         "records": pictures.total,
@@ -125,7 +162,7 @@ def differing(found: Mapping[str, Any], about: Mapping[str, Any]) -> str:
         return "another model"
     if any(found.get(name) != about[name] for name in ("identity", "records", "captioned")):
         return "other data"
-    names = ("preprocessing", "context_length", "precision", "dtype", "parts")
+    names = ("kind", "preprocessing", "context_length", "precision", "dtype", "parts")
     return ", ".join(f"another {name}" for name in names if name in about and found.get(name) != about[name])
 
 
@@ -133,25 +170,32 @@ def differing(found: Mapping[str, Any], about: Mapping[str, Any]) -> str:
 
 
 def write_parts(
-    encoder: Encoder, pictures: Pictures, folder: Path, about: Mapping[str, Any], compute: Compute, part_rows: int
+    encoder: Encoder,
+    pictures: Pictures,
+    folder: Path,
+    about: Mapping[str, Any],
+    compute: Compute,
+    part_rows: int,
+    form: Form,
 ) -> None:
     """Write the parts that are missing. They are of about equal size, so that none is a small rest."""
     plan = folder / "about.json"
     count = -(-pictures.total // part_rows)
     wanted = {**about, "parts": count}
     if plan.exists() and (other := differing(read_json(plan), wanted)):
-        raise UserError(f"{folder} has vectors of {other}, which a run left: remove it, or choose another name")
+        raise UserError(f"{folder} has {form.kind} of {other}, which a run left: remove it, or choose another name")
     write_json(plan, wanted)
     clear_leftovers(folder)
     bounds = [pictures.total * number // count for number in range(count + 1)]
     first = next((number for number in range(count) if not part_path(folder, number).exists()), count)
     reader = pictures.read(bounds[first]) if first < count else iter(())
     dimensions = text_matrix(encoder, ["a"], compute).shape[1]
-    schema = vector_schema(dimensions, about["dtype"], pictures.captioned)
+    schema = form.schema(dimensions)
     with ThreadPoolExecutor(1) as writer:
         writing: Future[None] | None = None
         for number in range(first, count):
-            table = make_part(encoder, pictures, reader, range(bounds[number], bounds[number + 1]), compute, schema)
+            places = range(bounds[number], bounds[number + 1])
+            table = form.table(schema, *make_part(encoder, pictures, reader, places, compute))
             if writing is not None:
                 writing.result()
             writing = writer.submit(write_part, part_path(folder, number), table, schema)
@@ -171,9 +215,9 @@ def write_part(path: Path, table: pa.Table, schema: pa.Schema) -> None:
 
 
 def make_part(
-    encoder: Encoder, pictures: Pictures, reader: Iterator[Picture], places: range, compute: Compute, schema: pa.Schema
-) -> pa.Table:
-    """The rows of the images at `places`, which the reader yields next."""
+    encoder: Encoder, pictures: Pictures, reader: Iterator[Picture], places: range, compute: Compute
+) -> tuple[list[str], list[Picture], NDArray[np.float32], NDArray[np.float32], dict[int, str]]:
+    """Of the images at `places`, which the reader yields next: what a `Form` makes a table of."""
     taken: list[Picture] = []
 
     def read() -> Iterator[bytes | ImageError]:
@@ -196,7 +240,7 @@ def make_part(
         text_ME = text_matrix(encoder, captions, compute).cpu().numpy()
         if not np.isfinite(text_ME).all():
             raise UserError("the model gives NaN for texts: its weights are broken; take an earlier checkpoint")
-    return vector_table(schema, keys, taken, all_NE, text_ME, images.unreadable)
+    return keys, taken, all_NE, text_ME, images.unreadable
 
 
 def merge(folder: Path, out: Path, about: Mapping[str, Any]) -> None:

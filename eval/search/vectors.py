@@ -12,7 +12,7 @@
 The metadata's `clipkit` is JSON: `model`, `ema`, `weights` (a hash), `image_weights` (one of the
 image tower's and its projection's, null where these can't be told), `preprocessing`, `context_length`, `precision`,
 `scale` (of similarities before a softmax), `dtype`, `data`, `identity` (a hash of what the data is), `records`,
-`captioned`.
+`captioned`, `kind` (of such a file: vectors).
 """
 
 import json
@@ -83,8 +83,8 @@ def write_rows(writer: pq.ParquetWriter, table: pa.Table) -> None:
 
 
 def open_writer(path: Path, schema: pa.Schema, about: Mapping[str, Any]) -> pq.ParquetWriter:
-    """A writer for vectors, which neither repeat nor compress."""
-    schema = schema.with_metadata({META: json.dumps({"kind": KIND, **about}, ensure_ascii=False, sort_keys=True)})
+    """A writer of numbers, which neither repeat nor compress."""
+    schema = schema.with_metadata({META: json.dumps(about, ensure_ascii=False, sort_keys=True)})
     return pq.ParquetWriter(path, schema, compression="none", use_dictionary=False, write_statistics=False)
 
 
@@ -122,14 +122,14 @@ class VectorFile:
             )
 
 
-def open_vectors(path: Path) -> VectorFile | None:
-    """A file that `embed` wrote; None for anything else."""
+def open_vectors(path: Path, kind: str = KIND) -> VectorFile | None:
+    """A file that `embed` wrote, or another command of another `kind`; None for anything else."""
     if not path.is_file() or path.suffix != ".parquet":
         return None
     with table_errors(path), pq.ParquetFile(path) as file:
         about = json.loads((file.schema_arrow.metadata or {}).get(META, b"{}"))
         rows = file.metadata.num_rows
-    return VectorFile(path, about, rows) if about.get("kind") == KIND else None
+    return VectorFile(path, about, rows) if about.get("kind") == kind else None
 
 
 def matrix_of(column: pa.ChunkedArray | pa.Array) -> NDArray[np.float32]:

@@ -31,6 +31,7 @@ OPTIONS = {
     "purge": "path --list --by --quoting --dry-run --workers --engine --json",
     "recipes": "name --set --json",
     "report": "runs --out",
+    "score": "data --ckpt --out --split --ema --precision --batch-size --device --json",
     "search": "data query --image --ckpt --top --split --label --batch-size --device --page --json",
     "train": "--data --recipe --out --device --set --tokenizer --resume --allow-changes --init --from-stage --cooldown "
     "--log-to --overfit --split --workers --cache --cache-gb --eval-data --eval-task --eval-train-data --eval-images "
