@@ -35,15 +35,15 @@ def check_recipe(recipe: Recipe, source: Source | Examples, device: Device) -> N
     shards = device.shards
     if (recipe.loss == "sigmoid") != (recipe.model.logit_bias_init is not None):
         raise UserError("loss=sigmoid and a bias go together: set model.logit_bias_init=-10 with it, or neither")
+    if recipe.optimizer.name != "adamw" and device.mesh is not None:
+        raise UserError(f"optimizer.name={recipe.optimizer.name} isn't for TPUs yet: set optimizer.name=adamw")
+    check_ranges(recipe, f"recipe {recipe.name}")
     if recipe.loss == "global_contrastive":
         check_normalisers(recipe, source.num_records, device)
     elif recipe.global_contrastive != GlobalContrastive():
         raise UserError(
             f"loss={recipe.loss} doesn't use global_contrastive: set loss=global_contrastive, or leave it out"
         )
-    if recipe.optimizer.name != "adamw" and device.mesh is not None:
-        raise UserError(f"optimizer.name={recipe.optimizer.name} isn't for TPUs yet: set optimizer.name=adamw")
-    check_ranges(recipe, f"recipe {recipe.name}")
     for name in UNUSED[recipe.optimizer.name]:
         value, default = getattr(recipe.optimizer, name), getattr(OptimizerConfig(), name)
         if value != default:

@@ -7,7 +7,6 @@ from typing import Any
 
 from clipkit.config import from_json
 from clipkit.errors import UserError
-from clipkit.formats.dataset import find_dataset
 from clipkit.formats.manifest import CLIPKIT_FOLDER, manifest_path, read_manifest
 from clipkit.hardware import find_chip, parse_devices, this_cpu
 from clipkit.jobs.worker import cores
@@ -63,6 +62,8 @@ def pairs_in(data: Path) -> Pairs:
     """What a dataset of build-tfds or a finished download of either format says of its training pairs. Raises UserError
     for anything else.
     """
+    from clipkit.formats.dataset import find_dataset  # with pyarrow, which a plan without data doesn't need
+
     folder, account = find_dataset(data), data / CLIPKIT_FOLDER / "download.json"
     if folder is not None and manifest_path(folder).exists():
         splits = read_manifest(folder)
