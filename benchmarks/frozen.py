@@ -21,7 +21,7 @@ from support.pictures import jpegs
 
 from clipkit.device import pick
 from clipkit.eval.search.pictures import Picture
-from clipkit.eval.search.vectors import open_writer, vector_schema, vector_table, write_rows
+from clipkit.eval.search.vectors import KIND, open_writer, vector_schema, vector_table, write_rows
 from clipkit.model.clip import build
 from clipkit.model.config import ImageConfig, ModelConfig, TextConfig
 from clipkit.train.augmentation import Augmentation
@@ -75,7 +75,14 @@ def write_data(folder: Path, rows: int) -> tuple[Path, Path]:
     table = pa.table({"image": [pictures[number % 16] for number in range(rows)], "caption": captions})
     pq.write_table(table, pairs, row_group_size=256)
     schema = vector_schema(WIDTH, "float16", captioned=True)
-    about = {"captioned": True, "image_weights": "random", "model": "random", "identity": "", "records": rows}
+    about = {
+        "kind": KIND,
+        "captioned": True,
+        "image_weights": "random",
+        "model": "random",
+        "identity": "",
+        "records": rows,
+    }
     vector_NE = rng.normal(size=(rows, WIDTH)).astype(np.float32)
     said = [Picture(b"", (caption,)) for caption in captions]
     with open_writer(features, schema, about) as writer:

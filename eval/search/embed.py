@@ -162,7 +162,7 @@ def differing(found: Mapping[str, Any], about: Mapping[str, Any]) -> str:
         return "another model"
     if any(found.get(name) != about[name] for name in ("identity", "records", "captioned")):
         return "other data"
-    names = ("kind", "preprocessing", "context_length", "precision", "dtype", "parts")
+    names = ("kind", "image_weights", "preprocessing", "context_length", "precision", "dtype", "parts")
     return ", ".join(f"another {name}" for name in names if name in about and found.get(name) != about[name])
 
 
