@@ -30,7 +30,8 @@ import pyarrow as pa
 from clipkit.counter_rng import sample_keys, uniform
 from clipkit.errors import UserError
 from clipkit.formats.tables import KEY_NAME, is_table, read_columns, read_schema
-from clipkit.storage.files import as_path, load_array, read_json, save_array, write_json
+from clipkit.storage.files import as_path, load_array, read_json, require_file, save_array, write_json
+from clipkit.storage.stores import reading
 from clipkit.tfrecord_tools.build.concepts import ConceptList, hashes, load_matcher
 from clipkit.tfrecord_tools.build.dedup import DecideJob, duplicates_in
 from clipkit.tfrecord_tools.build.prepare import Part, Preparation, judged, parts_id
@@ -112,7 +113,8 @@ def check_best(share: float | None, by: str | None) -> Best | None:
         name, column = by, SCORE_COLUMN
     elif not (colon and is_table(as_path(name))):
         return Best(share, by)
-    with as_path(name).open("rb") as file:
+    path = require_file(as_path(name), "table of scores")
+    with reading(path), path.open("rb") as file:
         return Best(share, column, name, hashlib.file_digest(file, "sha256").hexdigest())
 
 

@@ -332,6 +332,8 @@ def test_what_cannot_be_chosen_is_one_line(pool, tmp_path):
         ({}, {"by": "score"}, "--keep-best and --by go together"),
         ({}, {"keep_best": 1.5, "by": "score"}, "give the share to keep"),
         ({}, {"keep_best": 0.5, "by": "scroe"}, "no such column; they have .*score"),
+        ({}, {"keep_best": 0.5, "by": "none.parquet"}, "table of scores none.parquet doesn't exist"),
+        ({}, {"keep_best": 0.5, "by": "none.parquet:s"}, "table of scores none.parquet doesn't exist"),
         ({}, {"limit": 5}, "--limit is for --balance"),
         ({}, {"seed": 0}, "--seed is for --balance"),
         ({}, {"balance": "builtin", "limit": 0}, "give at least 1"),
