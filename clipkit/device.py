@@ -337,6 +337,11 @@ def pick(name: str = "auto") -> Device:
     return join_ranks("cpu", why)
 
 
+def gpus() -> int:
+    """How many GPUs this process sees."""
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
 def has_tpu() -> bool:
     """Whether PJRT_DEVICE names a TPU, or torch_xla is installed and one of Google's chips is on the bus.
 

@@ -32,7 +32,10 @@ FLOORS: tuple[tuple[str, tuple[str, ...]], ...] = (
         tuple(f"tfrecord_tools/{name}" for name in ("web", "account", "writing", "readers")),
     ),
     ("", ("tfrecord_tools/pictures", "tfrecord_tools/tables", "tfrecord_tools")),
-    ("train/ and eval/", ("train/bench", "train/plan", "train", "train/watch", "train/loader", "train/sources")),
+    (
+        "train/ and eval/",
+        ("train/sweep", "train/bench", "train/plan", "train", "train/watch", "train/loader", "train/sources"),
+    ),
     (
         "",
         (

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from clipkit import __version__
-from clipkit.cli import data, download, evaluate, plan, search
+from clipkit.cli import data, download, evaluate, plan, search, sweep
 from clipkit.cli.options import (
     AnyPath,
     Count,
@@ -51,7 +51,7 @@ def main() -> None:
 for _command in (
     *(download.download, data.build_tfds, data.build_imagenet, data.verify, data.inspect, data.purge),
     *(evaluate.zeroshot, evaluate.compare, evaluate.report, evaluate.export),
-    *(search.embed, search.score, search.classify, search.search, plan.plan),
+    *(search.embed, search.score, search.classify, search.search, plan.plan, sweep.sweep),
 ):
     main.add_command(_command)
 

@@ -26,7 +26,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "clipkit/cli": (
         *_core("embedding", "export", "jobs", "storage"),
         *("eval", "eval/classification", "eval/comparison", "eval/report", "eval/search", "tfrecord_tools"),
-        *("train", "train/bench", "train/plan", "train/sources", "train/watch"),
+        *("train", "train/bench", "train/plan", "train/sources", "train/sweep", "train/watch"),
         *_tools("build", "download", "in_place", "inspection", "labelled", "pictures", "purge", "verify", "web"),
     ),
     "clipkit/formats": _core("storage"),
@@ -91,6 +91,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "train/loader": (*_core("pixels", "text"), "train", "train/sources"),
     "train/watch": (*_core("model", "pixels", "storage", "text"), "train", "train/loader", "train/sources"),
     "train/plan": (*_core("formats", "jobs", "model", "page", "storage"), "train", "train/bench"),
+    "train/sweep": (*_core("jobs", "page", "storage"), "eval", "train", "train/loader", "train/plan", "train/sources"),
     "train/bench": (*_core("jobs", "model", "pixels", "text"), "train", "train/loader", "train/sources"),
     "eval": (
         *_core("embedding", "formats", "interop", "jobs", "pixels", "storage"),

@@ -33,6 +33,7 @@ OPTIONS = {
     "report": "runs --out",
     "score": "data --ckpt --out --split --ema --precision --batch-size --device --json",
     "search": "data query --image --ckpt --top --split --label --batch-size --device --page --json",
+    "sweep": "path --out --dry-run --devices --price --measure --engine --device --workers --json",
     "train": "--data --recipe --out --device --set --tokenizer --resume --allow-changes --init --from-stage --cooldown "
     "--log-to --overfit --split --workers --cache --cache-gb --eval-data --eval-task --eval-train-data --eval-images "
     "--eval-label --eval-templates --eval-classes --eval-split --json",

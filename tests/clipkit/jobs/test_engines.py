@@ -296,6 +296,24 @@ def test_a_fleet_of_models_has_the_results_of_one_process(ray_cluster: RayCluste
         assert (one / name).read_bytes() == (other / name).read_bytes(), name
 
 
+def test_a_sweep_has_the_table_of_one_process(
+    ray_cluster: RayCluster, tmp_path: Path, mark: str, pairs_dataset: Path
+) -> None:
+    for number in range(4):
+        folder = tmp_path / "shades" / ("dark" if number % 2 else "light")
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{number}.png").write_bytes(picture(number))
+    text = f'base = "debug"\ndata = {json.dumps(str(pairs_dataset))}\nbudgets = [64]\n[eval]\ndata = "shades"\n'
+    text += "[set]\nstages.0.warmup_samples = 16\n[image]\ntokens = [16, 4]\n[text]\ntokens = [16]\n"
+    (tmp_path / "mine.toml").write_text(text)
+    environment = {name: value for name, value in ray_cluster.environment.items() if name.startswith("RAY_")}
+    for engine in ("local", "ray"):
+        arguments = ["sweep", "mine.toml", "--out", engine, "--engine", engine, "--device", "cpu", "--workers", "0"]
+        run_ranks(command_in, tmp_path, {**environment, MARK: mark}, *arguments, ranks=1)
+    tables = [(tmp_path / engine / "table.csv").read_bytes() for engine in ("local", "ray")]
+    assert tables[0] == tables[1] and tables[0].count(b"\n") == 3
+
+
 @pytest.mark.parametrize(("engine", "package"), [("ray", "ray"), ("spark", "pyspark")])
 def test_a_missing_package_is_one_line(engine: Any, package: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, package, None)

@@ -1,0 +1,207 @@
+"""What a sweep is: a TOML file, read into configurations of size, image tokens, text tokens and seed.
+
+Lengths are varied one tower at a time: the image's with all text tokens, the text's with all image tokens. Each length
+below the longest may be reached in several ways; the first one named is that of the law, the others are its study.
+Nothing here imports torch, so that a sweep can be priced in a moment.
+"""
+
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import isqrt
+from pathlib import Path
+from typing import Any, cast, get_args
+
+from clipkit.choices import ImageMethod, TextMethod
+from clipkit.config import did_you_mean, parse, set_values
+from clipkit.errors import UserError
+from clipkit.train.catalogue import assignments, find_recipe
+from clipkit.train.plan.step import towers_of
+from clipkit.train.recipes import Recipe, Stage, model_at
+from clipkit.train.sweep.branches import Branch, branches_of
+
+KEYS = ("base", "data", "eval", "budgets", "cooldown", "seeds", "set", "sizes", "image", "text", "studies", "held_out")
+EVAL_KEYS = ("data", "task", "metric", "templates", "classes", "label", "split")
+LENGTH_KEYS = ("tokens", "ways")
+WAYS: dict[str, tuple[str, ...]] = {"image": ("resize", *get_args(ImageMethod)), "text": get_args(TextMethod)}
+ALL = "all"
+"""The way of the longest length, which reduces nothing."""
+COOLDOWN = 0.15
+
+
+@dataclass(frozen=True)
+class Length:
+    """So many tokens of a tower, class token or start and end included, and the way to them."""
+
+    tokens: int
+    way: str = ALL
+
+    def __str__(self) -> str:
+        return str(self.tokens) if self.way == ALL else f"{self.tokens}-{self.way}"
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """What is trained as one trunk with its branches."""
+
+    size: str
+    image: Length
+    text: Length
+    seed: int
+    recipe: Recipe
+    """Its one stage is the trunk's, at a constant rate; its length is that of the longest budget."""
+    branches: tuple[Branch, ...]
+
+    @property
+    def name(self) -> str:
+        """Without the seed: `large-i4-resize-t16`."""
+        return f"{self.size}-i{self.image}-t{self.text}"
+
+    @property
+    def weights(self) -> int:
+        """Of the blocks of both towers, without embeddings and projections."""
+        towers = towers_of(model_at(self.recipe, self.recipe.stages[0]), None)
+        return sum(tower.depth * (4 * tower.width**2 + 2 * tower.width * tower.hidden) for tower in towers)
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """All configurations, on the same data."""
+
+    name: str
+    data: tuple[str, ...]
+    evaluation: Mapping[str, str]
+    """What is measured: `data`, and options of `zeroshot` by their names."""
+    configurations: tuple[Configuration, ...]
+    held_out: str | None
+    """The name of the configuration that is predicted before it is trained."""
+
+    @property
+    def metric(self) -> str:
+        """What the accuracy is, as `cadence.keep_best` names it."""
+        return self.evaluation.get("metric", "top1")
+
+
+def read_sweep(path: Path) -> Sweep:
+    """The sweep of a TOML file. Raises UserError, naming the file and the nearest keys, for what it can't mean."""
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"sweep {path} doesn't exist: check the path") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"sweep {path} isn't TOML ({error}): mend it") from error
+    try:
+        return sweep_of(values, path.stem)
+    except UserError as error:
+        raise UserError(f"sweep {path}: {str(error).replace('--set ', '')}") from error
+
+
+def sweep_of(values: Mapping[str, Any], name: str) -> Sweep:
+    """The sweep of a file's values. Raises UserError."""
+    know(values, KEYS)
+    evaluation = table(values, "eval")
+    know(evaluation, EVAL_KEYS, "eval.")
+    if not evaluation.get("data"):
+        raise UserError("it measures nothing: set data under [eval], to what zeroshot --data takes")
+    data = [values["data"]] if isinstance(values.get("data"), str) else values.get("data", [])
+    if not data or not all(isinstance(each, str) for each in data):
+        raise UserError("it has no data: set data to what train --data takes, one or a list")
+    configurations = tuple(configurations_of(values))
+    held_out, names = values.get("held_out"), {each.name for each in configurations}
+    if held_out is not None and held_out not in names:
+        raise UserError(f"held_out {held_out!r} is none of its configurations: {did_you_mean(str(held_out), names)}")
+    return Sweep(name, tuple(data), {key: str(value) for key, value in evaluation.items()}, configurations, held_out)
+
+
+def know(values: Mapping[str, Any], keys: Sequence[str], prefix: str = "") -> None:
+    """Raise UserError for the first key that isn't among `keys`."""
+    for key in values:
+        if key not in keys:
+            raise UserError(f"unknown key {prefix}{key}; {did_you_mean(key, keys)}")
+
+
+def table(values: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """The table of that name, {} where there is none. Raises UserError for anything else."""
+    found = values.get(key, {})
+    if not isinstance(found, dict):
+        raise UserError(f"{key} is {found!r}: make it a table, [{key}]")
+    return found
+
+
+def numbers(values: Mapping[str, Any], key: str, where: str) -> list[int]:
+    """A list of whole numbers, suffixes allowed, each once. Raises UserError."""
+    found = values.get(key)
+    if not isinstance(found, list) or not found:
+        raise UserError(f"{where} is {found!r}: set a list of numbers")
+    parsed = [parse(str(each), int, where) for each in found]
+    if len(set(parsed)) < len(parsed):
+        raise UserError(f"{where} names a number twice: name each once")
+    return parsed
+
+
+def configurations_of(values: Mapping[str, Any]) -> Iterator[Configuration]:
+    """All configurations, the seeds of each together. Raises UserError."""
+    base = set_values(find_recipe(str(values.get("base", ""))), assignments(table(values, "set")))
+    sizes, studies = table(values, "sizes") or {"base": {}}, values.get("studies")
+    budgets, cooldown = sorted(numbers(values, "budgets", "budgets")), values.get("cooldown", COOLDOWN)
+    if not isinstance(cooldown, float) or not 0 < cooldown < 1:
+        raise UserError(f"cooldown is {cooldown!r}: set the share of each budget that cools down, above 0 and below 1")
+    for size in studies or ():
+        if size not in sizes:
+            raise UserError(f"studies: unknown size {size!r}; {did_you_mean(str(size), sizes)}")
+    seeds = numbers(values, "seeds", "seeds") if "seeds" in values else [base.seed]
+    for size, changes in sizes.items():
+        recipe = set_values(base, assignments(changes))
+        is_studied = studies is None or size in studies
+        for image, text in lengths_of(values, is_studied):
+            stage = at_lengths(recipe, image, text)
+            branches = branches_of(stage, budgets, cooldown)
+            stage = replace(stage, schedule="constant", samples=branches[-1].samples)
+            for seed in seeds:
+                made = replace(
+                    recipe, name=f"{size}-i{image}-t{text}", stages=(stage,), seed=seed, ema_decay=None,
+                    on_stuck_loss="warn",
+                )  # fmt: skip
+                yield Configuration(size, image, text, seed, made, branches)
+
+
+def lengths_of(values: Mapping[str, Any], is_studied: bool) -> Iterator[tuple[Length, Length]]:
+    """The pairs of lengths: all tokens, then fewer of the image, then fewer of the text. Raises UserError."""
+    reduced: dict[str, list[Length]] = {}
+    longest: dict[str, Length] = {}
+    for tower, known in WAYS.items():
+        found = table(values, tower)
+        know(found, LENGTH_KEYS, f"{tower}.")
+        tokens = sorted(numbers(found, "tokens", f"{tower}.tokens"), reverse=True)
+        ways = found.get("ways", known[:1])
+        for way in ways:
+            if way not in known:
+                raise UserError(f"{tower}.ways: unknown way {way!r}; {did_you_mean(str(way), known)}")
+        chosen = ways if is_studied else ways[:1]
+        longest[tower] = Length(tokens[0])
+        reduced[tower] = [Length(each, way) for each in tokens[1:] for way in chosen]
+    yield longest["image"], longest["text"]
+    yield from ((each, longest["text"]) for each in reduced["image"])
+    yield from ((longest["image"], each) for each in reduced["text"])
+
+
+def at_lengths(recipe: Recipe, image: Length, text: Length) -> Stage:
+    """The recipe's first stage with so many tokens. Raises UserError where patches can't make that many.
+
+    Resizing changes the side of the image; other ways keep some patches of the stage's own side.
+    """
+    stage, tower = recipe.stages[0], recipe.model.image
+    extra = int(tower.class_token)
+    patches, own = image.tokens - extra, towers_of(model_at(recipe, replace(stage, image_keep=None)), None)[0].tokens
+    method = "truncate" if text.way == ALL else cast(TextMethod, text.way)
+    stage = replace(stage, context_length=text.tokens, text_reduction=method, image_reduction=None, image_keep=None)
+    if image.way in (ALL, "resize"):
+        side = isqrt(max(0, patches))
+        if side**2 != patches or not side:
+            near = sorted({max(1, side) ** 2 + extra, (side + 1) ** 2 + extra})
+            raise UserError(
+                f"image.tokens {image.tokens}: no square of patches{' and a class token' if extra else ''}: "
+                f"set {' or '.join(map(str, near))}"
+            )
+        return replace(stage, image_size=side * (stage.image_size // isqrt(own - extra)))
+    return replace(stage, image_reduction=cast(ImageMethod, image.way), image_keep=patches)

@@ -1,0 +1,129 @@
+"""A sweep's charts, after the figures of CLIPA's paper, and its page."""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from clipkit.formatting import duration, share, short
+from clipkit.page.charts import Line, line_chart
+from clipkit.page.render import render
+from clipkit.storage.files import write_beside
+from clipkit.train.sweep.law import TOWERS, Row, drops, main_rows, weights_of
+
+STYLES = "abcdef"
+
+
+def means(rows: Sequence[Row], *keys: str) -> dict[tuple[Any, ...], float]:
+    """Mean accuracy over seeds by the values of `keys`."""
+    found: dict[tuple[Any, ...], list[float]] = {}
+    for row in rows:
+        found.setdefault(tuple(row[key] for key in keys), []).append(row["accuracy"])
+    return {key: float(np.mean(values)) for key, values in found.items()}
+
+
+def pareto(rows: Sequence[Row]) -> list[tuple[float, float]]:
+    """(FLOPs, accuracy) of the runs that nothing as cheap beats, in means over seeds, cheapest first."""
+    front: list[tuple[float, float]] = []
+    for (_, _, flops), accuracy in sorted(
+        means(rows, "configuration", "samples", "flops").items(), key=lambda a: a[0][2]
+    ):
+        if not front or accuracy > front[-1][1]:
+            front.append((flops, accuracy))
+    return front
+
+
+def sizes_of(rows: Sequence[Row]) -> list[str]:
+    """The sizes, smallest first."""
+    return sorted({row["size"] for row in rows}, key=lambda size: weights_of(rows, size))
+
+
+def line(name: str, points: Sequence[tuple[float, float]], style: str, base: float) -> Line:
+    """Points in order of x, which is drawn as a logarithm."""
+    ordered = sorted(points)
+    return Line(name, [math.log(x, base) for x, _ in ordered], [y for _, y in ordered], style)
+
+
+def compute_charts(rows: Sequence[Row]) -> list[str]:
+    """Accuracy against compute: a chart for each size with a line for each length, and the front of all of them."""
+    front, rows = pareto(rows), main_rows(rows)
+    charts = []
+    for size in sizes_of(rows):
+        found = means([row for row in rows if row["size"] == size], "image_tokens", "text_tokens", "flops")
+        lengths = sorted({key[:2] for key in found}, reverse=True)
+        lines = [
+            line(f"{image}+{text}", [(key[2], value) for key, value in found.items() if key[:2] == (image, text)],
+                 STYLES[number % len(STYLES)], 10)
+            for number, (image, text) in enumerate(lengths)
+        ]  # fmt: skip
+        lines.append(line("front of all sizes", front, "dashed", 10))
+        title = f"{size}: accuracy by image+text tokens"
+        charts.append(line_chart(title, lines, is_share=True, x_name="training FLOPs", show_x=lambda x: short(10**x)))
+    return charts
+
+
+def drop_charts(rows: Sequence[Row]) -> list[str]:
+    """The inverse law: what fewer tokens cost, a line for each size."""
+    charts = []
+    for tower in TOWERS:
+        found = [each for each in drops(rows, tower) if each["drop"] is not None]
+        if len({each["tokens"] for each in found}) < 2:
+            continue
+        lines = [
+            line(size, [(each["tokens"], each["drop"]) for each in found if each["size"] == size], style, 2)
+            for size, style in zip(sizes_of(rows), STYLES, strict=False)
+        ]
+        title = f"accuracy lost to fewer {tower} tokens"
+        x_name = f"{tower} tokens in training"
+        charts.append(line_chart(title, lines, is_share=True, x_name=x_name, show_x=lambda x: short(round(2**x))))
+    return charts
+
+
+def study_charts(rows: Sequence[Row]) -> list[str]:
+    """The studies of ways: for each tower and size that has several, accuracy by tokens at the longest budget."""
+    charts = []
+    longest = max(row["samples"] for row in rows)
+    for tower in TOWERS:
+        for size in sizes_of(rows):
+            other = TOWERS[1 - TOWERS.index(tower)]
+            own = [row for row in rows if (row["size"], row["samples"], row[f"{other}_way"]) == (size, longest, "all")]
+            found = means(own, f"{tower}_way", f"{tower}_tokens")
+            ways = list(dict.fromkeys(way for way, _ in found if way != "all"))
+            if len(ways) < 2:
+                continue
+            whole = [(tokens, value) for (way, tokens), value in found.items() if way == "all"]
+            lines = [
+                line(
+                    name,
+                    [*((tokens, value) for (way, tokens), value in found.items() if way == name), *whole],
+                    style,
+                    2,
+                )
+                for name, style in zip(ways, STYLES, strict=False)
+            ]
+            title, x_name = f"{size}: ways to fewer {tower} tokens", f"{tower} tokens in training"
+            charts.append(line_chart(title, lines, is_share=True, x_name=x_name, show_x=lambda x: short(round(2**x))))
+    return charts
+
+
+def write_page(result: Mapping[str, Any], path: Path) -> None:
+    """The page of a finished sweep. Raises UserError where jinja2 isn't installed."""
+    rows: Sequence[Row] = result["rows"]
+    table = [
+        (configuration, samples, flops, value)
+        for (configuration, samples, flops), value in means(rows, "configuration", "samples", "flops").items()
+    ]
+    contents = {
+        **result,
+        "compute": compute_charts(rows),
+        "drops": drop_charts(rows),
+        "studies": study_charts(rows),
+        "table": sorted(table, key=lambda row: -row[3]),
+        "seeds": len({row["seed"] for row in rows}),
+        "time": duration(sum(row["seconds"] for row in rows)),
+        "share": share,
+    }
+    with write_beside(path) as beside:
+        beside.write_text(render("clipkit.train.sweep", "sweep.html.j2", contents), encoding="utf-8")
