@@ -1,8 +1,9 @@
-# Needs Python 3.11 or newer with venv, and make; all else is installed into .venv (and, for the tests against torch_xla
-# and clip_benchmark, into .venv-xla and .venv-clip-benchmark).
+# Needs Python 3.11 or newer with venv, and make; all else is installed into .venv (and, for the tests against torch_xla,
+# torch_tpu and clip_benchmark, into .venv-xla, .venv-torch-tpu and .venv-clip-benchmark).
 PYTHON ?= python3
 VENV := .venv
 XLA := .venv-xla
+TORCH_TPU := .venv-torch-tpu
 CLIP_BENCHMARK := .venv-clip-benchmark
 BIN := $(VENV)/bin
 # What is compiled on installing.
@@ -12,6 +13,7 @@ UV := $(BIN)/uv
 unexport PYTHONDONTWRITEBYTECODE
 BROWSER := $(firstword $(foreach each,chromium chromium-browser google-chrome google-chrome-stable chrome,$(shell command -v $(each))))
 TEST_ENV := CLIPKIT_XLA_PYTHON=$(CURDIR)/$(XLA)/bin/python
+TEST_ENV += CLIPKIT_TORCH_TPU_PYTHON=$(CURDIR)/$(TORCH_TPU)/bin/python
 TEST_ENV += CLIPKIT_CLIP_BENCHMARK_PYTHON=$(CURDIR)/$(CLIP_BENCHMARK)/bin/python
 
 .PHONY: help install demo test lint types bench docs clean
@@ -44,17 +46,22 @@ $(XLA)/.xla: $(UV) setup.cfg $(NATIVE) constraints-tpu.txt
 	$(UV) pip install --quiet --python $(XLA)/bin/python --constraint constraints-tpu.txt --editable '.[tpu]'
 	@touch $@
 
+$(TORCH_TPU)/.tpu: $(UV) setup.cfg $(NATIVE) constraints.txt
+	$(UV) venv --quiet --allow-existing --python $(PYTHON) $(TORCH_TPU)
+	$(UV) pip install --quiet --python $(TORCH_TPU)/bin/python --constraint constraints.txt --editable '.[torch-tpu]'
+	@touch $@
+
 $(CLIP_BENCHMARK)/.peer: $(UV) constraints-clip-benchmark.txt
 	$(UV) venv --quiet --allow-existing --python $(PYTHON) $(CLIP_BENCHMARK)
 	$(UV) pip install --quiet --python $(CLIP_BENCHMARK)/bin/python --constraint constraints-clip-benchmark.txt clip_benchmark requests
 	@touch $@
 
-install: $(VENV)/.dev $(XLA)/.xla $(CLIP_BENCHMARK)/.peer
+install: $(VENV)/.dev $(XLA)/.xla $(TORCH_TPU)/.tpu $(CLIP_BENCHMARK)/.peer
 
 demo: $(VENV)/.demo
 	$(BIN)/clipkit demo
 
-test: $(VENV)/.dev $(XLA)/.xla $(CLIP_BENCHMARK)/.peer
+test: $(VENV)/.dev $(XLA)/.xla $(TORCH_TPU)/.tpu $(CLIP_BENCHMARK)/.peer
 	@$(if $(BROWSER),,echo "No Chromium here: the tests that look at the report in a browser are left out.")
 	$(TEST_ENV) $(BIN)/python -m pytest --numprocesses auto --dist worksteal $(if $(BROWSER),,-m "not browser") $(ARGS)
 
@@ -78,4 +85,4 @@ docs: $(VENV)/.dev
 	$(BIN)/python docs/models.py
 
 clean:
-	rm -rf $(VENV) $(XLA) $(CLIP_BENCHMARK) .typing .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
+	rm -rf $(VENV) $(XLA) $(TORCH_TPU) $(CLIP_BENCHMARK) .typing .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist

@@ -45,7 +45,8 @@ class Device:
     on each host of a TPU pod.
     """
 
-    kind: Literal["cpu", "cuda", "xla"]
+    kind: Literal["cpu", "cuda", "tpu", "xla"]
+    """A TPU is `xla` by torch_xla, and by torch_tpu, which is used as CUDA is, `tpu`."""
     torch_device: torch.device
     why: str
     rank: int = 0
@@ -89,7 +90,7 @@ class Device:
     @property
     def static_shapes(self) -> bool:
         """Whether each new shape of a tensor means compiling the step again."""
-        return self.kind == "xla"
+        return self.kind in ("tpu", "xla")
 
     def batch(self, arrays: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
         """Copy this rank's rows of a batch to the device; the first axis of every array is the batch.
@@ -171,13 +172,15 @@ class Device:
             return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
         if self.kind == "xla":
             return "bfloat16" if self.hardware() == "TPU" else "float32"
+        if self.kind == "tpu":
+            return "bfloat16"
         return "float32"
 
     @contextlib.contextmanager
     def loss_products(self) -> Iterator[None]:
         """Products of float32 as the losses take them: on CUDA of factors rounded to TF32's 10 bits, summed in float32.
 
-        On XLA a TPU's default of bfloat16 isn't enough for logits of 100: three passes make it about 14 bits.
+        A TPU's default of bfloat16 isn't enough for logits of 100: three passes make it about 14 bits.
         """
         if self.kind == "cuda":
             before = torch.backends.cuda.matmul.fp32_precision
@@ -195,6 +198,13 @@ class Device:
                 yield
             finally:
                 set_mat_mul_precision(before)
+        elif self.kind == "tpu":
+            allowed = torch.get_float32_matmul_precision()
+            torch.set_float32_matmul_precision("high")
+            try:
+                yield
+            finally:
+                torch.set_float32_matmul_precision(allowed)
         else:
             yield
 
@@ -206,11 +216,13 @@ class Device:
             import torch_xla.runtime
 
             return str(torch_xla.runtime.device_type())
+        if self.kind == "tpu":
+            return str(torch.get_device_module(self.torch_device).get_device_name())
         return f"CPU, {torch.get_num_threads()} threads"
 
     def peak_flops(self) -> float | None:
         """The published dense bfloat16 peak of all devices together, in operations a second; None where unknown."""
-        chip = os.environ.get("TPU_ACCELERATOR_TYPE", "") if self.kind == "xla" else self.hardware()
+        chip = os.environ.get("TPU_ACCELERATOR_TYPE", "") if self.kind in ("tpu", "xla") else self.hardware()
         found = find_chip(chip)
         return found.tflops * 1e12 * self.shards if found else None
 
@@ -222,7 +234,7 @@ class Device:
         """
         if self.kind == "xla":
             return {"lr": torch.tensor(learning_rate, device=self.torch_device), "capturable": True, "foreach": False}
-        return {"lr": learning_rate, "fused": True}
+        return {"lr": learning_rate, "fused": self.kind != "tpu"}
 
     def set_learning_rate(self, optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
         """Set the learning rate of all groups without a new graph."""
@@ -325,14 +337,14 @@ def pick(name: str = "auto") -> Device:
     if name not in ("auto", "cpu", "gpu", "tpu"):
         raise UserError(f"unknown device {name!r}: choose from auto, cpu, gpu, tpu")
     if name == "tpu":
-        return pick_xla("asked for")
+        return pick_tpu("asked for")
     no_gpu = "this torch was built without CUDA" if torch.version.cuda is None else "torch sees no CUDA device"
     if name == "gpu" and not torch.cuda.is_available():
         raise UserError(f"no GPU: {no_gpu}; use --device cpu, or run `clipkit doctor`")
     if name == "gpu" or (name == "auto" and torch.cuda.is_available()):
         return join_ranks("cuda", "asked for" if name == "gpu" else "a GPU is here")
     if name == "auto" and has_tpu():
-        return pick_xla("a TPU is here")
+        return pick_tpu("a TPU is here")
     why = "asked for" if name == "cpu" else f"no GPU ({no_gpu}) and no TPU"
     return join_ranks("cpu", why)
 
@@ -343,16 +355,26 @@ def gpus() -> int:
 
 
 def has_tpu() -> bool:
-    """Whether PJRT_DEVICE names a TPU, or torch_xla is installed and one of Google's chips is on the bus.
+    """Whether PJRT_DEVICE names a TPU, or one of their packages is installed and one of Google's chips is on the bus.
 
     Google's virtual machines have other chips of its on the bus as well. Nothing is imported to see.
     """
     if os.environ.get("PJRT_DEVICE", "").upper() == "TPU":
         return True
-    if importlib.util.find_spec("torch_xla") is None:
+    if not any(importlib.util.find_spec(name) for name in ("torch_xla", "torch_tpu")):
         return False
     vendors = Path("/sys/bus/pci/devices").glob("*/vendor")
     return any(vendor.read_text().strip() == GOOGLE_PCI_VENDOR for vendor in vendors)
+
+
+def pick_tpu(why: str) -> Device:
+    """A TPU by torch_tpu where that is installed, a process for each chip as on GPUs; else by torch_xla."""
+    if importlib.util.find_spec("torch_tpu") is None:
+        return pick_xla(why)
+    found = torch.accelerator.current_accelerator(check_available=True)  # torch loads torch_tpu by itself
+    if found is None or found.type != "tpu":
+        raise UserError("torch_tpu finds no TPU here: use --device cpu, or run `clipkit doctor`")
+    return join_ranks("tpu", why)
 
 
 def pick_xla(why: str) -> Device:
@@ -401,18 +423,19 @@ def keep_freed_memory() -> None:
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
-def join_ranks(kind: Literal["cpu", "cuda"], why: str) -> Device:
+def join_ranks(kind: Literal["cpu", "cuda", "tpu"], why: str) -> Device:
     """This process's place among those that `torchrun` started, or the only place there is."""
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     local = int(os.environ.get("LOCAL_RANK", "0"))
-    device = torch.device("cuda", local) if kind == "cuda" else torch.device("cpu")
-    if kind == "cuda":
-        torch.cuda.set_device(device)
-    else:
+    if kind == "cpu":
+        device = torch.device("cpu")
         keep_freed_memory()
+    else:
+        device = torch.device(kind, local)
+        torch.get_device_module(device).set_device(device)
     control = None
     if world > 1:
         if not torch.distributed.is_initialized():
-            torch.distributed.init_process_group("nccl" if kind == "cuda" else "gloo")
+            torch.distributed.init_process_group({"cpu": "gloo", "cuda": "nccl", "tpu": "tpu_dist"}[kind])
         control = torch.distributed.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
     return Device(kind, device, why, rank, world, control=control)
