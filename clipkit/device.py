@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -28,7 +28,8 @@ from torch.utils.checkpoint import checkpoint
 from clipkit.choices import Precision
 from clipkit.errors import UserError
 from clipkit.hardware import find_chip
-from clipkit.jobs.worker import answer, cores, result_of
+from clipkit.jobs.ranks import Ranks
+from clipkit.jobs.worker import cores
 
 GOOGLE_PCI_VENDOR = "0x1ae0"
 # The others wait so long at most while the first rank saves.
@@ -36,11 +37,9 @@ CONTROL_TIMEOUT = timedelta(hours=12)
 # glibc's names for what mallopt(3) sets.
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
-R = TypeVar("R")
-
 
 @dataclass(frozen=True)
-class Device:
+class Device(Ranks):
     """Where a run computes. `rank` and `world` are 0 and 1 unless `torchrun` started several processes, or there is one
     on each host of a TPU pod.
     """
@@ -56,11 +55,6 @@ class Device:
     """A group of the ranks over the CPU, for what isn't a tensor: waiting in it costs the chips nothing. None is the
     default group.
     """
-
-    @property
-    def is_first(self) -> bool:
-        """Whether this process writes checkpoints, metrics and messages."""
-        return self.rank == 0
 
     @property
     def shards(self) -> int:
@@ -269,47 +263,12 @@ class Device:
         count, *_ = torch_xla.debug.metrics.metric_data("CompileTime") or (0,)
         return int(count)
 
-    def barrier(self) -> None:
-        """Wait until every rank is here."""
-        if self.world > 1:
-            torch.distributed.barrier(group=self.control)
-
     def mean(self, value: torch.Tensor) -> torch.Tensor:
         """The mean over the ranks of a tensor on the device; on XLA all have the same one."""
         if self.gathers:
             torch.distributed.all_reduce(value)
             value /= self.world
         return value
-
-    def agree(self, *flags: bool) -> list[bool]:
-        """For each flag whether any rank raises it: all ranks must do the same, and clocks and signals differ."""
-        return [count > 0 for count in self.total(*flags)]
-
-    def total(self, *counts: int) -> list[int]:
-        """The sum of each count over the ranks."""
-        summed = torch.tensor(counts, dtype=torch.int64)
-        if self.world > 1:
-            torch.distributed.all_reduce(summed, group=self.control)
-        return [int(count) for count in summed.tolist()]
-
-    def gather(self, value: Any) -> list[Any]:
-        """What each rank gave, in their order."""
-        gathered: list[Any] = [value] * self.world
-        if self.world > 1:
-            torch.distributed.all_gather_object(gathered, value, group=self.control)
-        return gathered
-
-    def gather_results(self, work: Callable[[], R]) -> list[R]:
-        """What `work()` gives on each rank. What it raises on one is raised on all, so that none waits for another."""
-        if self.world == 1:
-            return [work()]
-        answers = self.gather(answer(lambda _: work(), None))
-        return [result_of(each, f"rank {rank}") for rank, each in enumerate(answers)]
-
-    def on_first(self, work: Callable[[], R]) -> R:
-        """What `work()` gives on the first rank, which alone does it. What it raises there is raised on all."""
-        found, *_ = self.gather_results(lambda: work() if self.is_first else None)
-        return cast(R, found)
 
     def loader_workers(self) -> int:
         """Loader workers for this process: half of its share of the cores where they compute too, else all but one."""
@@ -322,11 +281,6 @@ class Device:
             return torch.cuda.max_memory_allocated(self.torch_device)
         kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return kilobytes if sys.platform == "darwin" else kilobytes * 1024
-
-    def close(self) -> None:
-        """Leave the group of ranks."""
-        if self.world > 1 and torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
 
 
 def pick(name: str = "auto") -> Device:
