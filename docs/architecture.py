@@ -34,7 +34,16 @@ FLOORS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("", ("tfrecord_tools/pictures", "tfrecord_tools/tables", "tfrecord_tools")),
     (
         "train/ and eval/",
-        ("train/sweep", "train/bench", "train/plan", "train", "train/watch", "train/loader", "train/sources"),
+        (
+            "train/sweep",
+            "train/bench",
+            "train/plan",
+            "train",
+            "train/watch",
+            "train/loader",
+            "train/sources",
+            "train/teachers",
+        ),
     ),
     (
         "",

@@ -13,6 +13,7 @@
 - `stopping`: how a signal ends a run in good order.
 
 The rooms: `sources/` (training data from where people have them), `loader/` (records to batches), `watch/` (looking
-after a run), `bench/` (how fast the loader is on a machine), `plan/` (what a run costs and scores, before it),
+after a run), `teachers/` (embeddings of other models to learn from), `bench/` (how fast the loader is on a machine),
+`plan/` (what a run costs and scores, before it),
 `sweep/` (sizes, token lengths and budgets on one's own data, and the law that they follow).
 """

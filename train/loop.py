@@ -57,6 +57,7 @@ from clipkit.train.sources.open import CACHE_GB, open_source
 from clipkit.train.start import Start, find_start, refuse_different_starts
 from clipkit.train.step import train_step
 from clipkit.train.stopping import Stop, stop_on_signal, stop_with_launcher, until_stopped
+from clipkit.train.teachers.attach import attach_teachers, teacher_spaces
 from clipkit.train.watch.captions import FirstCaptions
 from clipkit.train.watch.diagnosis import (
     RollBackError,
@@ -91,6 +92,7 @@ def train(
     split: str = "train",
     log_to: Sequence[Tracker] = (),
     vocabulary: Path | None = None,
+    reinforced: Path | None = None,
 ) -> Summary:
     """Train `recipe` on `data`, into the run's folder. `data`, `split`, `cache` and `cache_gb` are as in `open_source`.
 
@@ -98,13 +100,15 @@ def train(
     stages differ then. `init` takes the weights of another checkpoint to begin with, at the start of the stage
     `from_stage`; with `branch` it gives the rest of its state too, and the run goes on from there. `task` is evaluated
     at the recipe's cadence and at the end of each stage; where that fails, the run says so and goes on. The metrics
-    also go where `log_to` says. `vocabulary` is the file of the model's tokenizer, as in `open_tokenizer`. The signals
-    of `stopping` save a checkpoint and return. Raises UserError for whatever stands in the way before the first step,
-    and when the loss goes wrong (`watch.diagnosis`).
+    also go where `log_to` says. `vocabulary` is the file of the model's tokenizer, as in `open_tokenizer`;
+    `reinforced` is the folder of the teachers' embeddings, where it isn't the usual one. The signals of `stopping` save
+    a checkpoint and return. Raises UserError for whatever stands in the way before the first step, and when the loss
+    goes wrong (`watch.diagnosis`).
     """
     stop_with_launcher()
     # ---- Check what can be checked before any work ------------------------------------------------------------------
     found = open_source(data, cache=cache, cache_gb=cache_gb, block_size=recipe.block_size, split=split)
+    found = attach_teachers(found, recipe, reinforced)
     device = pick(device_name)
     for note in found.notes if device.is_first else ():
         print(note, file=sys.stderr)
@@ -223,7 +227,7 @@ def run_stage(
         bad_reasons=run.bad_reasons,
         tokenizer=run.tokenizer,
     )
-    loss, window, stuck = math.nan, Window(), StuckLoss(recipe, stage)
+    teachers, loss, window, stuck = teacher_spaces(run.data, recipe), math.nan, Window(), StuckLoss(recipe, stage)
     run.saved_at = time.monotonic()
     watch, shapes = Stopwatch(run.samples_seen), StaticShapes(device)
     start = run.samples_seen - stage_start
@@ -247,7 +251,7 @@ def run_stage(
                 device.set_learning_rate(optimizer, learning_rate)
                 tensors = tensors_of(run, model, batch, before)
                 with shapes.step(before):
-                    step = train_step(wrapped, optimizer, tensors, recipe, device)
+                    step = train_step(wrapped, optimizer, tensors, recipe, device, teachers)
                 if run.normalisers:
                     run.normalisers.keep(tensors)
                 window.take(before, learning_rate, step)

@@ -82,6 +82,16 @@ class GlobalContrastive:
 
 
 @dataclass(frozen=True)
+class Distill:
+    """Learning from teachers whose embeddings `clipkit reinforce` stored (`clipkit.model.distill`)."""
+
+    weight: float = 0.0
+    """The share of the distillation in the loss; the contrastive loss has the rest. 0: no teachers."""
+    scale: float | None = None
+    """What teachers' cosines are multiplied by before a softmax, in place of each teacher's own logit scale."""
+
+
+@dataclass(frozen=True)
 class Cadence:
     """How often a run logs, saves and evaluates. It may be changed when a run is resumed."""
 
@@ -109,6 +119,7 @@ class Recipe:
     global_contrastive: GlobalContrastive = field(default_factory=GlobalContrastive)
     same_caption: Literal["negative", "ignore", "positive"] = "ignore"
     """What a pair is whose caption equals another's in the batch: CLIP and CLIPA count it as a negative."""
+    distill: Distill = field(default_factory=Distill)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     ema_decay: float | None = None
     """What the averages of the weights keep of themselves at each step, such as 0.9999; None keeps no averages."""
@@ -192,6 +203,7 @@ RANGES: dict[type, dict[str, Range]] = {
         "grad_clip": POSITIVE,  # 0 would learn nothing, and a negative norm climbs the loss
     },
     GlobalContrastive: {"gamma": Range(0, 1, open=True), "gamma_samples": COUNT, "eps": POSITIVE, "rho": NOT_NEGATIVE},
+    Distill: {"weight": SHARE, "scale": POSITIVE},
     Cadence: {
         "log_samples": COUNT,
         "checkpoint_samples": COUNT,

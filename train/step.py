@@ -4,13 +4,14 @@ Nothing here reads a value from the device, so a step can be queued before the o
 """
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 
 from clipkit.device import Device
+from clipkit.model.distill import TeacherSpace, distillation
 from clipkit.model.global_loss import global_contrastive
 from clipkit.model.loss import info_nce, sigmoid_loss
 from clipkit.model.text_tower import length_buckets
@@ -36,11 +37,17 @@ class Step(NamedTuple):
 
 
 def train_step(
-    model: torch.nn.Module, optimizer: torch.optim.Optimizer, batch: Tensors, recipe: Recipe, device: Device
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batch: Tensors,
+    recipe: Recipe,
+    device: Device,
+    teachers: Sequence[TeacherSpace] = (),
 ) -> Step:
     """Train on one batch (`image_BHWC` uint8, `ids_BT`, `caption_B`, perhaps `keep_BK`) on the device.
 
-    With the lengths of the captions, `length_B`, on the host, the text tower leaves their padding out.
+    With the lengths of the captions, `length_B`, on the host, the text tower leaves their padding out. Where there are
+    `teachers`, their embeddings are in the batch as `teacher_B2E`.
     """
 
     def features_of(part: Tensors) -> Features:
@@ -51,7 +58,12 @@ def train_step(
         return features
 
     def loss_of(features: Features) -> torch.Tensor:
-        return contrastive_loss(features, batch, recipe, device)
+        loss = contrastive_loss(features, batch, recipe, device)
+        if not teachers:
+            return loss
+        with device.loss_products():
+            taught = distillation(*features[:3], batch["teacher_B2E"], teachers, gather=device.gathers)
+        return torch.lerp(loss, taught, recipe.distill.weight)
 
     if recipe.micro_batch is None or recipe.micro_batch * device.shards_of_tensor >= len(batch["ids_BT"]):
         features = features_of(batch)

@@ -51,7 +51,7 @@ def main() -> None:
 for _command in (
     *(download.download, data.build_tfds, data.build_imagenet, data.verify, data.inspect, data.purge),
     *(evaluate.zeroshot, evaluate.compare, evaluate.report, evaluate.export),
-    *(search.embed, search.score, search.classify, search.search, plan.plan, sweep.sweep),
+    *(search.embed, search.score, search.reinforce, search.classify, search.search, plan.plan, sweep.sweep),
 ):
     main.add_command(_command)
 
@@ -83,6 +83,7 @@ for _command in (
     metavar="SAMPLES",
     help="Only check that the recipe can learn so many samples, say 128, by heart.",
 )
+@click.option("--reinforced", type=Folder, help="The teachers' embeddings (distill). [default: DATA.reinforced]")
 @data_split
 @loader_workers
 @cache_folder

@@ -2,11 +2,23 @@
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from clipkit.cli.options import AnyPath, Count, as_json, device, print_json, print_summary
+from clipkit.cli.options import (
+    AnyPath,
+    Count,
+    Folder,
+    as_json,
+    assignments,
+    cache_folder,
+    cache_gigabytes,
+    data_split,
+    device,
+    print_json,
+    print_summary,
+)
 from clipkit.errors import UserError
 
 if TYPE_CHECKING:
@@ -95,6 +107,46 @@ def score(
         ema=ema,
     )
     print_summary(summary, as_json)
+
+
+@click.command()
+@click.argument("data")
+@click.option(
+    "--teacher", "teachers", required=True, multiple=True, metavar="MODEL", help="A model, as zeroshot takes it."
+)
+@click.option("--views", type=click.IntRange(1, 1000), default=10, help="Augmented views of each image.")
+@click.option("--recipe", "recipe_name", default="clipa-b16-dr", help="The recipe whose augmentation makes the views.")
+@assignments
+@click.option("--out", type=Folder, help="Where to store them. [default: DATA.reinforced, where train looks]")
+@click.option("--seed", type=int, default=0, help="Of the views.")
+@data_split
+@cache_folder
+@cache_gigabytes
+@click.option("--ema", is_flag=True, help="Take the averages of the teachers' weights that their runs kept.")
+@click.option("--precision", type=click.Choice(["auto", "float32", "bfloat16"]), help="As zeroshot's --precision.")
+@batch_size
+@device
+@as_json
+def reinforce(
+    data: str,
+    teachers: tuple[str, ...],
+    recipe_name: str,
+    assignments: tuple[str, ...],
+    out: Path | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Store what teachers say of each image and caption of DATA, for training with distill.weight (as MobileCLIP).
+
+    DATA is what `train` takes, and stays as it is. The same command goes on after a kill; under torchrun the ranks
+    share the work.
+    """
+    from clipkit.config import set_values
+    from clipkit.train.catalogue import find_recipe
+    from clipkit.train.teachers.reinforce import reinforce as stage
+
+    recipe = set_values(find_recipe(recipe_name), assignments)
+    print_summary(stage(data, out, teachers, recipe, **options), as_json)
 
 
 @click.command()

@@ -5,5 +5,5 @@
 - `image_tower`, `text_tower`: the two encoders; `timm_tower`: image models of timm's that are no vision transformers
 - `flops`: what a sample costs, in tokens and operations
 - `loss`: InfoNCE and SigLIP's sigmoid loss, tile by tile, on one device or several; `global_loss`: FastCLIP's, with
-  its running normalisers; `exchange`: what processes tell each other for them
+  its running normalisers; `distill`: the affinities of teachers; `exchange`: what processes tell each other for them
 """

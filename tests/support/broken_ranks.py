@@ -17,10 +17,10 @@ def train_with_a_broken_batch(data: Path, run: Path, policy: str) -> None:
         place[:] = [before]
         return skipped(run, before)
 
-    def step(model, optimizer, batch, recipe, device):
+    def step(model, optimizer, batch, recipe, device, teachers):
         if place == [80] and device.rank == 1:
             batch["image_BHWC"] = batch["image_BHWC"].float() * math.nan
-        return real(model, optimizer, batch, recipe, device)
+        return real(model, optimizer, batch, recipe, device, teachers)
 
     loop.is_skipped, loop.train_step = is_skipped, step
     settings = ["cadence.log_samples=48", f"on_bad_loss={policy}"]

@@ -63,6 +63,8 @@ class Batch:
     bad: int = 0
     """Records that couldn't be used and were replaced."""
     keys: list[str] | None = None
+    teacher_B2E: np.ndarray | None = None
+    """int8: the teachers' embeddings of each sample's view and caption, of any length; None without teachers."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Processor seconds by phase: read, image, colour, text."""
     wordless: list[int] = field(default_factory=list)
@@ -79,6 +81,8 @@ class Batch:
         arrays = {image: self.image_BHWC, "ids_BT": self.ids_BT, "caption_B": self.caption_B}
         if self.keep_BK is not None:
             arrays["keep_BK"] = self.keep_BK
+        if self.teacher_B2E is not None:
+            arrays["teacher_B2E"] = self.teacher_B2E
         return arrays
 
 
@@ -224,6 +228,7 @@ class Loader:
         ids = [row for part in results for row in part.ids]
         priorities = [row for part in results for row in part.priorities or []] or None
         records_B = np.concatenate([part.records_B for part in results])
+        teachers = [part.teacher_B2E for part in results if part.teacher_B2E is not None]
         seconds: dict[str, float] = {}
         wordless: list[int] = []
         first = 0
@@ -250,6 +255,7 @@ class Loader:
             records_B,
             sum(len(part.bad) for part in results),
             [self.source.key(record) for record in records_B.tolist()] if self.keys else None,
+            np.concatenate(teachers) if teachers else None,
             seconds,
             wordless,
         )

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import cv2
 import numpy as np
+import numpy.typing as npt
 
 from clipkit.counter_rng import UInt64Array, sample_keys, uniform
 from clipkit.errors import UserError
@@ -20,6 +21,7 @@ from clipkit.text.tokenizer import WordTokenizer
 from clipkit.train.loader.augment import Augmentation, cut, geometry_draws, recolour, warpable
 from clipkit.train.order import Int64Array
 from clipkit.train.sources.source import Pair, Source
+from clipkit.train.teachers.stored import Int8Array, ReinforcedSource
 
 if TYPE_CHECKING:
     from clipkit.text.tokens import ImageMethod, TextMethod
@@ -88,6 +90,8 @@ class ChunkResult:
     """Processor seconds of this thread by phase: read, image, colour, text."""
     wordless: list[int] = field(default_factory=list)
     """The rows whose caption has no letter or digit."""
+    teacher_B2E: Int8Array | None = None
+    """The teachers' embeddings of each sample's view and caption, where the source has them."""
 
 
 class Text(NamedTuple):
@@ -96,7 +100,9 @@ class Text(NamedTuple):
     caption: str
     ids: list[int] | None = None
     priorities: list[int] | None = None
-    captions: tuple[str, ...] = ()
+    number: int = 0
+    """The caption's place among those of the record."""
+    choices: "tuple[Text, ...]" = ()
     """All of them, where there are several: one is drawn for each sample."""
 
 
@@ -123,6 +129,7 @@ class SampleMaker:
     ) -> None:
         self.source, self.config = source, config
         self.tokenizer = tokenizer
+        self.stored = source.stored if isinstance(source, ReinforcedSource) else None
         self.decoded = decoded if config.augmentation.is_affine else None
         self.tag: Priorities | None = None
         if config.text_reduction == "syntax":
@@ -138,8 +145,9 @@ class SampleMaker:
         clock = Clock()
         image_BHWC = chunk.image_BHWC
         keys_B = sample_keys(self.config.seed, chunk.positions_B)
-        draws = geometry_draws(keys_B).tolist()
         used_B = chunk.records_B.copy()
+        views_B = np.zeros(len(keys_B), np.int64) if self.stored is None else self.stored.manifest.draw(keys_B)
+        draws = geometry_draws(self.view_keys(keys_B, used_B, views_B)).tolist()
         # The images aren't held until the chunk is made: a hundred large ones fill the memory.
         texts: list[Text] = []
         bad: list[tuple[str, str]] = []
@@ -150,13 +158,13 @@ class SampleMaker:
                 clock.lap("read")
                 for index, sample in group:
                     used_B[index], text = self.write_pixels(
-                        records[index], sample, draws[index], image_BHWC[index], bad
+                        records[index], sample, draws[index], image_BHWC[index], bad, int(views_B[index])
                     )
                     texts.append(draw_caption(text, keys_B[index]))
                 group.clear()
                 clock.lap("image")
         if not self.source.feature_width:
-            recolour(image_BHWC, self.config.augmentation, keys_B)
+            recolour(image_BHWC, self.config.augmentation, self.view_keys(keys_B, used_B, views_B))
         clock.lap("colour")
         ids = self.ids(texts)
         priorities = self.priorities(texts, ids)
@@ -164,7 +172,15 @@ class SampleMaker:
         caption_B = np.array([caption_hash(text.caption.lower()) for text in texts], np.int64)
         wordless = [row for row, text in enumerate(texts) if not any(map(str.isalnum, text.caption))]
         clock.lap("text")
-        return ChunkResult(used_B, ids, priorities, caption_B, bad, clock.seconds, wordless)
+        teacher_B2E = None
+        if self.stored is not None:
+            teacher_B2E = self.stored.rows(used_B, views_B, np.array([text.number for text in texts]))
+            clock.lap("read")
+        return ChunkResult(used_B, ids, priorities, caption_B, bad, clock.seconds, wordless, teacher_B2E)
+
+    def view_keys(self, keys_B: UInt64Array, records_B: npt.ArrayLike, views_B: npt.ArrayLike) -> UInt64Array:
+        """What each sample's augmentation is drawn from: its own key, or that of a stored view of its record."""
+        return keys_B if self.stored is None else self.stored.manifest.view_keys(records_B, views_B)
 
     def write_pixels(
         self,
@@ -173,10 +189,12 @@ class SampleMaker:
         draws: Sequence[float],
         image_HWC: np.ndarray,
         bad: list[tuple[str, str]],
+        view: int,
     ) -> tuple[int, Text]:
         """Write the pixels of a record or of the first one that can stand in for it, colours unchanged; says which.
 
-        Adds what can't be used to `bad`. Raises UserError when nothing can.
+        Stored embeddings are of a record's own `view`, so a stand-in is cut as its own is. Adds what can't be used to
+        `bad`. Raises UserError when nothing can.
         """
         for candidate, sample in self.candidates(record, found):
             if isinstance(sample, UserError):
@@ -185,6 +203,8 @@ class SampleMaker:
                 if self.source.feature_width:
                     image_HWC[:] = np.frombuffer(sample.image, f"<f{len(sample.image) // len(image_HWC)}")
                     return candidate, sample.text
+                if self.stored is not None and candidate != record:
+                    draws = geometry_draws(self.stored.manifest.view_keys([candidate], [view]))[0].tolist()
                 try:
                     cut(sample.image, self.config.image_size, self.config.augmentation, draws, image_HWC)
                 except (ImageError, cv2.error) as error:
@@ -229,9 +249,10 @@ class SampleMaker:
             caption = self.tokenizer.clean(pair.caption)
             text = Text(caption, pair.ids, pair.priorities)
         else:
-            captions = tuple(filter(None, map(self.tokenizer.clean, pair.caption)))
-            caption = captions[0] if captions else ""
-            text = Text(caption, captions=captions)
+            cleaned = enumerate(map(self.tokenizer.clean, pair.caption))
+            choices = tuple(Text(caption, number=number) for number, caption in cleaned if caption)
+            caption = choices[0].caption if choices else ""
+            text = Text(caption, choices=choices)
         return Sample(pair.image, text) if caption else ImageError("the caption is empty")
 
     def keep_decoded(self, record: int, sample: Sample | UserError) -> Sample | UserError:
@@ -274,9 +295,9 @@ def take_group(coming: Iterator[tuple[int, Sample | UserError]]) -> list[tuple[i
 
 def draw_caption(text: Text, key: np.uint64) -> Text:
     """One of several captions, by the sample's key."""
-    if len(text.captions) < 2:
+    if not text.choices:
         return text
-    return Text(text.captions[int(uniform(key, 1, DRAWN_CAPTION)[0, 0] * len(text.captions))])
+    return text.choices[int(uniform(key, 1, DRAWN_CAPTION)[0, 0] * len(text.choices))]
 
 
 def caption_hash(cleaned: str) -> int:

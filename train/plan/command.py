@@ -89,7 +89,7 @@ def columns_of(recipe: Recipe, dataset: str, pairs: float | None) -> dict[str, A
         "image_px": float(bulk.image_size), "final_px": float(last.image_size), "text_tokens": float(text.tokens),
         "text_width": float(text.width), "text_depth": float(text.depth), "embed_dim": float(recipe.model.embed_dim),
         "samples_seen": float(recipe.samples), "global_batch": float(bulk.batch_size),
-        "loss": LOSSES[recipe.loss], "dataset": dataset,
+        "loss": LOSSES[recipe.loss] + ("+distillation" if recipe.distill.weight else ""), "dataset": dataset,
     }  # fmt: skip
     if rest or bulk.image_size < 224:
         columns |= {"reduced_samples": float(first), "full_samples": float(rest)}

@@ -14,6 +14,8 @@ from clipkit.train.recipes import Recipe, Stage, model_at
 LOADER_US, LOADER_US_PER_PIXEL = 177.0, 0.48
 PAIR_BYTES = 35_000  # an image of 256 px at quality 95, its caption and its columns: docs/scaling.md
 COMPACT_BYTES = 9_000  # of 128 px at quality 90
+# Stored teachers: two ViT-L/14 at 224 px, a byte a number, forward passes.
+TEACHER_VIEWS, TEACHER_WIDTH, TEACHER_IMAGE_FLOPS, TEACHER_TEXT_FLOPS = 10, 2 * 768, 2 * 162e9, 2 * 13e9
 
 
 class Fleet(NamedTuple):
@@ -139,6 +141,16 @@ def checkpoint_bytes(recipe: Recipe, stages: Sequence[StageCost]) -> float:
     """What a run's checkpoints take at the end: the newest ones and the last of each stage."""
     each = max((4 + (4 if recipe.ema_decay else 0)) * cost.step.weights + 8 * cost.step.trained for cost in stages)
     return float(each) * (recipe.cadence.keep_checkpoints + len(stages) - 1)
+
+
+def teachers_cost(fleet: Fleet, pairs: Pairs, calibration: Calibration) -> tuple[float, float] | None:
+    """Bytes and seconds of `clipkit reinforce` with MobileCLIP's two teachers; None for an unknown number of pairs."""
+    if not pairs.total:
+        return None
+    numbers = pairs.total * (TEACHER_VIEWS + 1) * TEACHER_WIDTH
+    operations = pairs.total * (TEACHER_VIEWS * TEACHER_IMAGE_FLOPS + TEACHER_TEXT_FLOPS)
+    rate = fleet.number * fleet.chip.tflops * 1e12 * calibration.matrix
+    return numbers, operations / rate * (1 + calibration.overhead)
 
 
 def advice(recipe: Recipe, stages: Sequence[StageCost]) -> list[str]:

@@ -10,7 +10,7 @@ from rich.table import Table
 from clipkit.formatting import counted, duration, share, short, size_text
 from clipkit.train.plan import step as model_of_step
 from clipkit.train.plan.accuracy import Prediction
-from clipkit.train.plan.cost import COMPACT_BYTES, Fleet, Pairs, StageCost, advice, checkpoint_bytes
+from clipkit.train.plan.cost import COMPACT_BYTES, Fleet, Pairs, StageCost, advice, checkpoint_bytes, teachers_cost
 from clipkit.train.plan.step import Calibration
 from clipkit.train.recipes import Recipe
 
@@ -40,6 +40,11 @@ class Plan:
         """Of all devices."""
         return self.hours * self.fleet.number * self.fleet.price
 
+    @property
+    def teachers(self) -> tuple[float, float] | None:
+        """Bytes and seconds of `clipkit reinforce` before the run, where the recipe learns from teachers."""
+        return teachers_cost(self.fleet, self.pairs, self.calibration) if self.recipe.distill.weight else None
+
     def to_json(self) -> dict[str, Any]:
         """As JSON values; the stages have the keys of the whole."""
         seconds, count = self.hours * 3600, self.fleet.number
@@ -65,6 +70,7 @@ class Plan:
                 "network_mbit_per_s": max(stage.data_mb_per_s for stage in self.stages) * 8,
             },
             "checkpoint_bytes": checkpoint_bytes(self.recipe, self.stages),
+            "teachers": self.teachers and dict(zip(("disk_bytes", "seconds"), self.teachers, strict=True)),
             "changes": advice(self.recipe, self.stages),
             "assumptions": self.assumptions(),
         }
@@ -156,6 +162,13 @@ def print_plan(plan: Plan, console: Console) -> None:
         highlight=False,
         soft_wrap=True,
     )
+    if plan.teachers:
+        size, seconds = plan.teachers
+        console.print(
+            f"teachers: clipkit reinforce of 10 views by two ViT-L/14 takes {duration(seconds)} and {size_text(size)}",
+            highlight=False,
+            soft_wrap=True,
+        )
     sections = (("change", advice(plan.recipe, plan.stages)), ("note", accuracy.notes), ("assumed", plan.assumptions()))
     for name, lines in sections:
         for line in lines:

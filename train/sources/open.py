@@ -38,6 +38,7 @@ from clipkit.train.sources.source import (
     class_captions,
 )
 from clipkit.train.sources.tars import TarSource, open_tars
+from clipkit.train.teachers.stored import ReinforcedSource, Stored
 
 CACHE_GB = 10.0
 KINDS = "a dataset directory, tars, parquet files with images, or images with a table of captions"
@@ -73,12 +74,14 @@ class Data:
 
     parts: tuple[OpenedSource, ...]
     weights: tuple[Fraction, ...]
+    stored: Stored | None = None
+    """The teachers' embeddings that go with each sample."""
 
     def source(self, precomputed: bool = False) -> Source:
         """What the loader reads from; `precomputed`: with the token ids and word classes that a dataset holds."""
         sources = [part.make(precomputed) for part in self.parts]
         if len(sources) == 1:
-            return sources[0]
+            return sources[0] if self.stored is None else ReinforcedSource(sources[0], self.stored)
         labels = [part.path.name for part in self.parts]
         if len(set(labels)) < len(labels):
             labels = [str(part.path) for part in self.parts]
@@ -101,7 +104,8 @@ class Data:
     def identity(self) -> dict[str, Any]:
         """What decides the order of the data, beside the seed, as JSON values."""
         if len(self.parts) == 1:
-            return self.parts[0].identity
+            teachers = {} if self.stored is None else {"reinforced": self.stored.manifest.digest()}
+            return {**self.parts[0].identity, **teachers}
         shares = [weight / sum(self.weights) for weight in self.weights]
         members = zip(self.parts, shares, strict=True)
         return {"mixture": [{**part.identity, "weight": str(share)} for part, share in members]}

@@ -30,13 +30,15 @@ OPTIONS = {
     "plan": "--recipe --set --run --against --budget --page --devices --price --data --dataset --measure --json",
     "purge": "path --list --by --quoting --dry-run --workers --engine --json",
     "recipes": "name --set --json",
+    "reinforce": "data --teacher --views --recipe --set --out --seed --split --cache --cache-gb --ema "
+    "--precision --batch-size --device --json",
     "report": "runs --out",
     "score": "data --ckpt --out --split --ema --precision --batch-size --device --json",
     "search": "data query --image --ckpt --top --split --label --batch-size --device --page --json",
     "sweep": "path --out --dry-run --devices --price --measure --engine --device --workers --json",
     "train": "--data --recipe --out --device --set --tokenizer --resume --allow-changes --init --from-stage --cooldown "
-    "--log-to --overfit --split --workers --cache --cache-gb --eval-data --eval-task --eval-train-data --eval-images "
-    "--eval-label --eval-templates --eval-classes --eval-split --json",
+    "--log-to --overfit --reinforced --split --workers --cache --cache-gb --eval-data --eval-task --eval-train-data "
+    "--eval-images --eval-label --eval-templates --eval-classes --eval-split --json",
     "verify": "path --decode --workers --engine --json",
     "zeroshot": "--ckpt --ema --tokenizer --data --suite --task --templates --label --classes --pooling --train-data "
     "--shots --images --split --allow-empty-classes --name --batch-size --precision --device --cache --cache-gb "

@@ -38,7 +38,7 @@ def test_it_answers_within_a_second_of_work_without_torch():
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.0
 
 
-@pytest.mark.parametrize("name", [name for name in recipes() if name not in ("debug", "emoji-demo")])
+@pytest.mark.parametrize("name", [name for name in recipes() if name not in ("debug", "emoji-demo", "emoji-dr")])
 def test_every_recipe_has_a_plan(name):
     devices = "512xA100-80GB" if "h14" in name else "8xA100-80GB"
     values = planned("--recipe", name, "--devices", devices)
@@ -50,6 +50,14 @@ def test_every_recipe_has_a_plan(name):
     assert values["device_hours"] == pytest.approx(values["hours"] * int(devices.split("x")[0]))
     assert set(values["stages"][0]["flops"]) == {"image", "text", "loss", "optimizer", "recomputation"}
     assert len(values["assumptions"]) >= 6
+
+
+def test_a_recipe_with_teachers_says_what_they_cost_before():
+    values = planned("--recipe", "clipa-b16-dr")
+    assert values["teachers"]["disk_bytes"] == 12_800_000 * 11 * 1536
+    assert 5 < values["teachers"]["seconds"] / 3600 < 9
+    assert "teachers: clipkit reinforce of 10 views by two ViT-L/14 takes" in plan("--recipe", "clipa-b16-dr")
+    assert planned("--recipe", "clipa-b16-i50-t16")["teachers"] is None
 
 
 def test_the_text_has_what_the_json_has():
