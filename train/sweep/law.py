@@ -126,8 +126,7 @@ def fit_law(rows: Sequence[Row]) -> Law | None:
 
 def solve(x_NP: FloatArray, y_N: FloatArray) -> FloatArray:
     """Least squares; of directions that a draw doesn't have, nothing."""
-    found: FloatArray = np.linalg.lstsq(x_NP, y_N, rcond=1e-9)[0]
-    return found
+    return np.asarray(np.linalg.lstsq(x_NP, y_N, rcond=1e-9)[0], np.float64)
 
 
 def predict(law: Law, row: Row) -> dict[str, float]:

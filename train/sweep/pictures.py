@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from clipkit.formatting import duration, share, short
+from clipkit.formatting import duration, short
 from clipkit.page.charts import Line, line_chart
 from clipkit.page.render import render
 from clipkit.storage.files import write_beside
@@ -108,6 +108,15 @@ def study_charts(rows: Sequence[Row]) -> list[str]:
     return charts
 
 
+def seconds_of(rows: Sequence[Row]) -> float:
+    """What all trunks, as far as their last forks, and all branches took."""
+    trunks: dict[tuple[str, int], float] = {}
+    for row in rows:
+        place = row["configuration"], row["seed"]
+        trunks[place] = max(trunks.get(place, 0.0), row["trunk_seconds"])
+    return sum(trunks.values()) + sum(row["seconds"] for row in rows)
+
+
 def write_page(result: Mapping[str, Any], path: Path) -> None:
     """The page of a finished sweep. Raises UserError where jinja2 isn't installed."""
     rows: Sequence[Row] = result["rows"]
@@ -122,8 +131,7 @@ def write_page(result: Mapping[str, Any], path: Path) -> None:
         "studies": study_charts(rows),
         "table": sorted(table, key=lambda row: -row[3]),
         "seeds": len({row["seed"] for row in rows}),
-        "time": duration(sum(row["seconds"] for row in rows)),
-        "share": share,
+        "time": duration(seconds_of(rows)),
     }
     with write_beside(path) as beside:
         beside.write_text(render("clipkit.train.sweep", "sweep.html.j2", contents), encoding="utf-8")

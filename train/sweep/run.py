@@ -25,7 +25,7 @@ from clipkit.train.checks import loader_config, stage_cost
 from clipkit.train.loader.loader import check_loader
 from clipkit.train.loop import train
 from clipkit.train.recipes import Recipe, check_ranges
-from clipkit.train.run import named
+from clipkit.train.run import Summary, named
 from clipkit.train.sources.open import open_source
 from clipkit.train.sweep.branches import Branch, branch_of, trunk_to
 from clipkit.train.sweep.grid import Configuration, Sweep
@@ -88,17 +88,9 @@ def train_branch(
         )
     options: dict[str, Any] = {"device_name": how.device, "resume": True, "workers": how.workers}
     data = training_data(sweep, how.folder)
-    seconds = 0.0
-    for part, part_folder, extra in (
-        (trunk_to(recipe, branch.fork), trunk, {}),
-        (branch_of(recipe, branch), run, {"task": task, "branch": True}),
-    ):
-        if extra:
-            extra["init"] = checkpoint.latest(trunk)
-        summary = train(keep_newest(part), data, part_folder, **options, **extra)
-        if not summary.finished:
-            raise SystemExit(128 + (summary.signal or signal.SIGTERM))
-        seconds = summary.seconds if part_folder is trunk else seconds + summary.seconds
+    start = finished(train(keep_newest(trunk_to(recipe, branch.fork)), data, trunk, **options))
+    options |= {"task": task, "branch": True, "init": checkpoint.latest(trunk)}
+    end = finished(train(keep_newest(branch_of(recipe, branch)), data, run, **options))
     last = [line for line in read_metrics(run) if line["samples_seen"] == branch.samples]
     name = next((found for line in last if (found := named(sweep.metric, line))), None)
     if name is None:
@@ -118,9 +110,17 @@ def train_branch(
         "flops": stage_cost(recipe, stage).flops * branch.samples,
         "accuracy": next(line[name] for line in last if name in line),
         "measured_on": len(task),
-        "seconds": summary.seconds,
+        "trunk_seconds": start,
+        "seconds": end - start,  # a branch's own count goes on from the trunk's
         "made_of": made_of(sweep, configuration, branch),
     }
+
+
+def finished(summary: Summary) -> float:
+    """The seconds of a training that came to its end. Raises SystemExit where a signal ended it."""
+    if not summary.finished:
+        raise SystemExit(128 + (summary.signal or signal.SIGTERM))
+    return summary.seconds
 
 
 def made_of(sweep: Sweep, configuration: Configuration, branch: Branch) -> dict[str, Any]:
