@@ -13,16 +13,17 @@ import logging
 import os
 import resource
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.distributed
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
 
 from clipkit.choices import Precision
@@ -95,7 +96,14 @@ class Device(Ranks):
         tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
         if self.kind == "cuda":
             pinned = {name: tensor.pin_memory() for name, tensor in tensors.items()}
-            return {name: tensor.to(self.torch_device, non_blocking=True) for name, tensor in pinned.items()}
+            # On a stream of its own: the copy runs beside the step that was queued before it.
+            step, copy = torch.cuda.current_stream(self.torch_device), copy_stream(self.torch_device)
+            with torch.cuda.stream(copy):
+                copied = {name: tensor.to(self.torch_device, non_blocking=True) for name, tensor in pinned.items()}
+            step.wait_stream(copy)
+            for tensor in copied.values():
+                tensor.record_stream(step)
+            return copied
         if self.kind == "xla":
             return {name: self.send(tensor) for name, tensor in tensors.items()}
         return tensors
@@ -202,6 +210,38 @@ class Device(Ranks):
         else:
             yield
 
+    def arithmetic_choices(self, precision: Precision) -> Sequence[Literal["float32", "bfloat16"]]:
+        """What `precision` may mean here, where `auto` can't be known without trying: on a processor that multiplies
+        in bfloat16, which pays for some shapes only.
+        """
+        if self.kind == "cpu" and precision == "auto" and has_fast_bfloat16():
+            return ("float32", "bfloat16")
+        return (self.arithmetic(precision),)
+
+    def alone(self) -> "Device":
+        """This device without the other ranks."""
+        return replace(self, rank=0, world=1, control=None)
+
+    @property
+    def survives_want_of_memory(self) -> bool:
+        """Whether a step that finds no memory left is an error that the process outlives."""
+        return self.kind == "cuda"
+
+    def has_memory_for(self, work: Callable[[], object]) -> bool:
+        """Whether `work()` finds the memory that it needs, with a twelfth of the device's to spare."""
+        cuda = self.kind == "cuda"
+        if cuda:
+            torch.cuda.set_per_process_memory_fraction(1 - 1 / 12, self.torch_device)
+        try:
+            work()
+        except torch.OutOfMemoryError:
+            return False
+        finally:
+            if cuda:
+                torch.cuda.set_per_process_memory_fraction(1.0, self.torch_device)
+                torch.cuda.empty_cache()
+        return True
+
     def hardware(self) -> str:
         """The kind of chip behind the device, as its runtime calls it."""
         if self.kind == "cuda":
@@ -238,9 +278,40 @@ class Device(Ranks):
             else:
                 group["lr"] = learning_rate
 
+    def is_sharding(self, asked: bool | Literal["auto"], weights: int) -> bool:
+        """Whether each rank holds only a part of so many weights, of their gradients and of the optimizer's state.
+        `auto`: on GPUs, where all of it (16 bytes a weight) would take more than an eighth of the memory.
+        """
+        if self.world == 1 or asked != "auto":
+            return self.world > 1 and asked is True
+        if self.kind != "cuda":
+            return False
+        return 8 * 16 * weights > torch.cuda.get_device_properties(self.torch_device).total_memory
+
+    def shard(self, model: torch.nn.Module, blocks: Sequence[torch.nn.Module], precision: Precision) -> None:
+        """Leave each rank its part of the model's weights (FSDP2), gathered block by block in the arithmetic of
+        `precision`. Scalars stay whole: `gradient_norms` of `train` averages their gradients.
+        """
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+        mesh = torch.distributed.init_device_mesh(self.torch_device.type, (self.world,))
+        lower = torch.bfloat16 if self.arithmetic(precision) == "bfloat16" else None
+        for block in blocks:
+            # As autocast does it: what passes from block to block stays in float32.
+            policy = MixedPrecisionPolicy(lower, torch.float32, cast_forward_inputs=False)
+            fully_shard(block, mesh=mesh, mp_policy=policy)
+        scalars = {parameter for parameter in model.parameters() if parameter.ndim == 0}
+        fully_shard(model, mesh=mesh, ignored_params=scalars)
+
+    def compiles(self, asked: bool | Literal["auto"]) -> bool:
+        """Whether the towers are compiled: `auto` where a kernel's launch and its memory traffic are what costs, and
+        Triton is there to compile for.
+        """
+        return self.kind == "cuda" and importlib.util.find_spec("triton") is not None if asked == "auto" else asked
+
     def wrap(self, model: torch.nn.Module) -> torch.nn.Module:
         """The model as the step calls it: gradients averaged over the ranks where there are several."""
-        if not self.gathers:
+        if not self.gathers or isinstance(model, FSDPModule):
             return model
         ids = [self.torch_device.index] if self.kind == "cuda" else None
         return torch.nn.parallel.DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
@@ -306,6 +377,17 @@ def pick(name: str = "auto") -> Device:
 def gpus() -> int:
     """How many GPUs this process sees."""
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def has_fast_bfloat16() -> bool:
+    """Whether this processor multiplies in bfloat16: AVX512-BF16 or AMX."""
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+@cache
+def copy_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream on which batches are copied to a GPU."""
+    return torch.cuda.Stream(device)
 
 
 def has_tpu() -> bool:

@@ -39,6 +39,7 @@ FLOORS: tuple[tuple[str, tuple[str, ...]], ...] = (
             "train/bench",
             "train/plan",
             "train",
+            "train/fit",
             "train/watch",
             "train/loader",
             "train/sources",

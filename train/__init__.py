@@ -12,8 +12,8 @@
 - `optimizer`: the optimizer of a recipe, the averages of the weights, and the learning rate of each step.
 - `stopping`: how a signal ends a run in good order.
 
-The rooms: `sources/` (training data from where people have them), `loader/` (records to batches), `watch/` (looking
-after a run), `teachers/` (embeddings of other models to learn from), `bench/` (how fast the loader is on a machine),
-`plan/` (what a run costs and scores, before it),
-`sweep/` (sizes, token lengths and budgets on one's own data, and the law that they follow).
+The rooms: `sources/` (training data from where people have them), `loader/` (records to batches), `fit/` (how a machine
+runs a recipe), `watch/` (looking after a run), `teachers/` (embeddings of other models to learn from), `bench/` (how
+fast the loader is on a machine), `plan/` (what a run costs and scores, before it), `sweep/` (sizes, token lengths and
+budgets on one's own data, and the law that they follow).
 """

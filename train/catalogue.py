@@ -98,7 +98,6 @@ def clipa(
         model=replace(model, image=replace(model.image, position="sincos")),
         stages=(reduced, full),
         same_caption="negative",
-        checkpoint_activations=True,
         cadence=Cadence(
             log_samples=20 * reduced.batch_size, checkpoint_minutes=30.0, evaluate_samples=4_000 * reduced.batch_size
         ),
@@ -177,7 +176,6 @@ def clipa_v2(name: str, model: ModelConfig) -> Recipe:
         stages=(reduced, full, large),
         same_caption="negative",
         optimizer=OptimizerConfig(eps=1e-8, decay="layers"),
-        checkpoint_activations=True,
         mean=(0.485, 0.456, 0.406),
         std=(0.229, 0.224, 0.225),
         interpolation="bilinear",

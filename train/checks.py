@@ -20,6 +20,7 @@ from clipkit.model.timm_tower import TimmTower
 from clipkit.pixels.images import Preprocess
 from clipkit.text.tokenizer import WordTokenizer
 from clipkit.train.augmentation import Augmentation
+from clipkit.train.fit.setup import check_setup
 from clipkit.train.loader.loader import check_loader
 from clipkit.train.loader.samples import LoaderConfig
 from clipkit.train.recipes import GlobalContrastive, OptimizerConfig, Recipe, Stage, check_ranges, model_at
@@ -76,13 +77,15 @@ def check_recipe(recipe: Recipe, source: Source | Examples, device: Device) -> N
         if (stage.image_keep is None) != (stage.image_reduction is None):
             raise UserError(f"{where}: image_keep and image_reduction go together: set both or neither")
         share = stage.batch_size // shards
-        if recipe.micro_batch is not None and share % recipe.micro_batch:
+        micro_batch = recipe.micro_batch
+        if isinstance(micro_batch, int) and share % micro_batch:
             raise UserError(
-                f"{where}: micro_batch {recipe.micro_batch} doesn't divide a device's share of {share}: set a divisor"
+                f"{where}: micro_batch {micro_batch} doesn't divide a device's share of {share}: set a divisor"
             )
         try:
             check_memory(recipe, stage, device.world)
             check_sizes(recipe, stage)
+            check_setup(recipe, stage, device)
             check_loader(source, loader_config(recipe, stage), 0, stage.samples, device.world)
         except UserError as error:
             raise UserError(f"{where}: {error}") from error

@@ -34,8 +34,10 @@ from clipkit.train.checks import (
     stage_cost,
     takes_precomputed,
 )
+from clipkit.train.fit.setup import set_up
+from clipkit.train.fit.stages import fit_stages
 from clipkit.train.loader.loader import Batch, batches
-from clipkit.train.optimizer import average_weights, learning_rate_at, make_optimizer
+from clipkit.train.optimizer import copy_for_average, keep_average, learning_rate_at, make_optimizer
 from clipkit.train.recipes import Recipe, Stage, model_at
 from clipkit.train.run import (
     Run,
@@ -133,11 +135,12 @@ def train(
         start = begin(resume=resume, allow_changes=allow_changes)
         check_features(recipe, found, start.tensors)
         refuse_different_starts(start, recipe, found, folder, device)
+        fits = fit_stages(recipe, start.samples_seen, device, start.own.state.get("fits", {}) if start.own else {})
 
         # ---- Open the run's files ----------------------------------------------------------------------------------
         if device.is_first:
-            if start.note:
-                print(start.note, file=sys.stderr)
+            for note in filter(None, (start.note, *(fit.note for fit in fits.values()))):
+                print(note, file=sys.stderr)
             for change in start.changes:
                 print(f"going on from {start.samples_seen:,} samples with {change}", file=sys.stderr)
             write_json(folder / "config.json", describe_run(folder, recipe, found, device, start, init))
@@ -146,7 +149,7 @@ def train(
         stop = Stop(only_process=device.world == 1)
         captions, saver = FirstCaptions(found.source()), stack.enter_context(CheckpointWriter(device))
         seen = start.samples_seen
-        run = Run(recipe, folder, found, tokenizer, device, writer, task, workers, stop, captions, saver, seen)
+        run = Run(recipe, fits, folder, found, tokenizer, device, writer, task, workers, stop, captions, saver, seen)
         stack.enter_context(stop_on_signal(stop))
         if start.own:
             state = start.own.state
@@ -190,14 +193,16 @@ def run_stages(run: Run, start: Start) -> float:
             if tensors is not None:
                 load_state(model, tensors)
             model.freeze()
-            model.to(device.torch_device)
-            model.recompute_activations(device.recompute() if recipe.checkpoint_activations else None)
+            average = copy_for_average(model) if recipe.ema_decay is not None else None
+            if average and averages_before:
+                load_state(average, averages_before)
+            for each in (model, average) if average else (model,):
+                set_up(each, run.fits[stage.name].apply(recipe), stage, device)
             optimizer = make_optimizer(model, recipe.optimizer, stage.learning_rate, device)
             if start.own and run.samples_seen > stage_start:
                 checkpoint.restore_optimizer(model, optimizer, start.own.optimizer, start.own.path)
-            average = average_weights(model, optimizer, recipe.ema_decay)
-            if average and averages_before:
-                load_state(average, averages_before)
+            if average and recipe.ema_decay is not None:
+                keep_average(average, model, optimizer, recipe.ema_decay)
             expect_checkpoints(run, stage, model, average, optimizer)
             loss = run_stage(run, stage, stage_start, model, optimizer, average)
             tensors, averages_before = on_cpu(model), on_cpu(average) if average else {}
@@ -211,7 +216,7 @@ def run_stage(
     """Take a stage's steps from `run.samples_seen` to its end, or until a stop is asked for; returns the last loss.
     `average` follows the model, and is evaluated and saved with it.
     """
-    recipe, device, cadence = run.recipe, run.device, run.recipe.cadence
+    recipe, device, cadence = run.fits[stage.name].apply(run.recipe), run.device, run.recipe.cadence
     stage_end, wrapped = stage_start + stage.samples, device.wrap(model)
     model.train()
     flops, peak = stage_cost(recipe, stage, run.data.has_images).flops, device.peak_flops()

@@ -1,11 +1,15 @@
-"""The optimizer of a recipe, the average of the weights that follows it, and the learning rate of each step."""
+"""The optimizer of a recipe, the average of the weights that follows it, norms and clipping of gradients, and the
+learning rate of each step.
+"""
 
 import copy
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from timm.optim import Lion
+from torch.distributed.tensor import DTensor
 
 from clipkit.device import Device
 from clipkit.errors import UserError
@@ -30,13 +34,15 @@ def make_optimizer(
     by_muon = [config.name == "muon" and parameter.ndim == 2 and "blocks." in name for name, parameter in trained]
 
     def groups(muon: bool) -> list[dict[str, Any]]:
-        decayed: list[torch.nn.Parameter] = []
-        free: list[torch.nn.Parameter] = []
+        # What is sharded and what is whole can't be updated in one call.
+        kinds = [(decays, is_part) for decays in (True, False) for is_part in (True, False)]
+        found: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {kind: [] for kind in kinds}
         for (name, parameter), is_muon in zip(trained, by_muon, strict=True):
             if is_muon == muon:
-                (decayed if is_decayed(name, parameter, config.decay) else free).append(parameter)
-        found = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": free, "weight_decay": 0.0}]
-        return [group for group in found if group["params"]]
+                decays = is_decayed(name, parameter, config.decay)
+                found[decays, isinstance(parameter, DTensor)].append(parameter)
+        decay = {True: config.weight_decay, False: 0.0}
+        return [{"params": params, "weight_decay": decay[kind[0]]} for kind, params in found.items() if params]
 
     betas = (config.beta1, config.beta2)
     try:
@@ -120,26 +126,68 @@ def is_decayed(name: str, parameter: torch.nn.Parameter, decay: Decay) -> bool:
     return is_matrix and (decay == "matrices" or not any(part in name for part in ("token_embedding", "pos_embed")))
 
 
-def average_weights(model: CLIP, optimizer: torch.optim.Optimizer, decay: float | None) -> CLIP | None:
-    """A copy of the model whose weights become, after each step, `decay` times themselves plus `1 - decay` times the
-    model's; what is frozen is shared with it. None for no decay.
-    """
-    if decay is None:
-        return None
+def copy_for_average(model: CLIP) -> CLIP:
+    """A copy of a model that isn't sharded yet, for `keep_average`; what is frozen is shared with it."""
     # torch's AveragedModel reads its count from the device at each step, and copies what is frozen.
     frozen = {id(each): each for each in model.parameters() if not each.requires_grad}
-    average = copy.deepcopy(model, frozen).requires_grad_(False).eval()
+    return copy.deepcopy(model, frozen).requires_grad_(False).eval()
+
+
+def keep_average(average: CLIP, model: CLIP, optimizer: torch.optim.Optimizer, decay: float) -> None:
+    """Have the average's weights become, after each step, `decay` times themselves plus `1 - decay` times the model's.
+    Both are sharded, or neither is.
+    """
     pairs = [pair for pair in zip(average.parameters(), model.parameters(), strict=True) if pair[1].requires_grad]
-    averages, trained = zip(*pairs, strict=True)
 
     @torch.no_grad()
     def follow(*_: Any) -> None:
+        averages, trained = zip(*((local_of(ours), local_of(theirs)) for ours, theirs in pairs), strict=True)
         torch._foreach_lerp_(averages, trained, 1 - decay)
         for ours, theirs in zip(average.buffers(), model.buffers(), strict=True):
             ours.copy_(theirs)  # what batch norms have seen
 
     optimizer.register_step_post_hook(follow)
-    return average
+
+
+# ---- Norms, of tensors of which each rank may have a part ------------------------------------------------------------
+
+
+def gradient_norms(parameters: list[torch.nn.Parameter], device: Device) -> torch.Tensor:
+    """float32[P], the norm of the gradient of each parameter, the mean over the ranks; 0 where it has none.
+
+    Where the weights are sharded, so are their gradients, and averaged already; those of scalars are averaged here.
+    """
+    gradients = [torch.zeros_like(each) if each.grad is None else each.grad for each in parameters]
+    if any(isinstance(each, DTensor) for each in gradients):
+        for gradient in gradients:
+            if not isinstance(gradient, DTensor):
+                device.mean(gradient)
+    return tensor_norms(gradients, device)
+
+
+def tensor_norms(tensors: Sequence[torch.Tensor], device: Device) -> torch.Tensor:
+    """float32[P], the norm of each tensor, over all ranks' parts of it."""
+    is_part = [isinstance(each, DTensor) for each in tensors]
+    norms_P = torch.stack(torch._foreach_norm([local_of(each) for each in tensors]))
+    if not any(is_part):
+        return norms_P
+    # A whole tensor is on every rank, and counts once.
+    shares_P = torch.tensor([device.world if part else 1.0 for part in is_part], device=norms_P.device)
+    return device.mean(norms_P.square() * shares_P).sqrt()
+
+
+def clip(parameters: list[torch.nn.Parameter], largest: float, norm: torch.Tensor) -> None:
+    """Scale all gradients so that their norm together, which is `norm` (a scalar), is at most `largest`."""
+    gradients = [local_of(each.grad) for each in parameters if each.grad is not None]
+    torch._foreach_mul_(gradients, (largest / (norm + 1e-6)).clamp(max=1.0))
+
+
+def local_of(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a tensor, in the same memory; all of one that isn't sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+# ---- The learning rate -----------------------------------------------------------------------------------------------
 
 
 def learning_rate_at(

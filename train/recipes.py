@@ -123,10 +123,17 @@ class Recipe:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     ema_decay: float | None = None
     """What the averages of the weights keep of themselves at each step, such as 0.9999; None keeps no averages."""
-    micro_batch: int | None = None
-    """Pairs that go through the towers at once on one device; None takes the whole batch."""
-    checkpoint_activations: bool = False
-    """Compute activations again in the backward pass: about a third more time for a fraction of the memory."""
+    micro_batch: int | Literal["auto"] | None = "auto"
+    """Pairs that go through the towers at once on one device; None takes the whole batch, and `auto` on a GPU as many
+    as fit (`train/fit`)."""
+    checkpoint_activations: bool | Literal["auto"] = "auto"
+    """Compute activations again in the backward pass: about a third more time for a fraction of the memory. `auto`
+    does so where the whole batch fits no other way."""
+    shard_weights: bool | Literal["auto"] = "auto"
+    """Whether each rank holds only its part of the weights and of the optimizer's state (FSDP2); `auto` on GPUs for
+    models that would fill much of one."""
+    compile: bool | Literal["auto"] = "auto"
+    """Whether `torch.compile` makes one graph of a stage's towers; `auto` does so on GPUs."""
     precision: Precision = "auto"
     mean: tuple[float, float, float] = CLIP_MEAN
     std: tuple[float, float, float] = CLIP_STD
@@ -244,7 +251,7 @@ def check_ranges(config: Any, where: str, prefix: str = "") -> None:
     for name, allowed in RANGES[type(config)].items():
         value = getattr(config, name)
         for number in value if isinstance(value, tuple) else [value]:
-            remedy = None if number is None else allowed.problem(number)
+            remedy = None if number in (None, "auto") else allowed.problem(number)
             if remedy:
                 is_optional = type(None) in get_args(get_type_hints(type(config))[name])
                 off = f", or none{' for off' if name == 'grad_clip' else ''}" if is_optional else ""

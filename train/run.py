@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from clipkit import __version__, checkpoint
+from clipkit.choices import Precision
 from clipkit.config import to_json
 from clipkit.device import Device
 from clipkit.embedding.encoder import Compute, clip_encoder
@@ -22,13 +24,15 @@ from clipkit.errors import UserError, one_line
 from clipkit.eval.evaluation import EvaluationTask, evaluate
 from clipkit.eval.results import RANKS
 from clipkit.log import Progress, Writer, read_metrics, warn_on_stderr
-from clipkit.model.clip import CLIP
+from clipkit.model.clip import CLIP, allocate, load_state
 from clipkit.model.global_loss import Normalisers
 from clipkit.pixels.images import Preprocess
 from clipkit.storage.files import read_json
 from clipkit.text.tokenizer import WordTokenizer
 from clipkit.text.vocabulary import vocabulary_hash
 from clipkit.train.checks import preprocess_at
+from clipkit.train.fit.stages import Fit
+from clipkit.train.fit.stages import to_json as fits_to_json
 from clipkit.train.optimizer import SLOTS
 from clipkit.train.recipes import Recipe, Stage, model_at
 from clipkit.train.saving import CheckpointWriter, Parts, bytes_of, require_space
@@ -47,6 +51,8 @@ class Run:
     """What the parts of the loop share, and where the run stands. `seconds` counts all its resumes together."""
 
     recipe: Recipe
+    fits: dict[str, Fit]
+    """How this machine runs each stage, those aside that were over before the run began here."""
     folder: Path
     data: Data
     tokenizer: WordTokenizer
@@ -145,7 +151,8 @@ def evaluate_now(run: Run, stage: str, model: CLIP, preprocess: Preprocess, aver
         with run.stop.while_evaluating():
             for prefix, each in (("", model), ("ema/", average)):
                 if each is not None:
-                    encoder = clip_encoder(each, run.tokenizer, preprocess, precision=run.recipe.precision)
+                    whole = whole_model(each, run.device)
+                    encoder = clip_encoder(whole, run.tokenizer, preprocess, precision=arithmetic(run, stage))
                     pairs = evaluate(encoder, run.task, compute)
                     found |= {prefix + name: value for name, value in pairs}
         run.writer.write({**place, **found})
@@ -173,9 +180,23 @@ def open_normalisers(run: Run, start: Start) -> Normalisers | None:
     return found
 
 
+def arithmetic(run: Run, stage: str) -> Precision:
+    """That of a stage's training."""
+    return run.fits[stage].precision if stage in run.fits else run.recipe.precision
+
+
 def on_cpu(model: CLIP) -> dict[str, torch.Tensor]:
     """The model's weights by their names, on the CPU."""
     return {name: checkpoint.whole(tensor.detach()).cpu() for name, tensor in model.state_dict().items()}
+
+
+def whole_model(model: CLIP, device: Device) -> CLIP:
+    """The model itself, or a whole copy of one that is sharded, on each rank: embedding then needs no other rank."""
+    if not any(isinstance(each, DTensor) for each in model.parameters()):
+        return model
+    copied = allocate(model.config)
+    load_state(copied, on_cpu(model))
+    return copied.to(device.torch_device)
 
 
 def evaluate_at_start(run: Run, start: checkpoint.Checkpoint) -> None:
@@ -224,6 +245,7 @@ def save(run: Run, stage: Stage, model: CLIP, average: CLIP | None, optimizer: t
             "seconds": run.seconds,
             "bad_samples": run.bad_samples,
             "skipped": list(run.skipped),
+            "fits": fits_to_json(run.fits),
             "dataset": run.data.identity(),
         },
     )

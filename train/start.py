@@ -25,7 +25,16 @@ from clipkit.train.recipes import Recipe, model_at
 from clipkit.train.sources.open import Data
 
 # Settings of a recipe that don't change what is learned.
-FREE = ("cadence", "checkpoint_activations", "max_bad", "micro_batch", "on_bad_loss", "on_stuck_loss")
+FREE = (
+    "cadence",
+    "checkpoint_activations",
+    "max_bad",
+    "compile",
+    "micro_batch",
+    "shard_weights",
+    "on_bad_loss",
+    "on_stuck_loss",
+)
 HASHED_BYTES = 4096
 
 

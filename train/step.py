@@ -4,11 +4,12 @@ Nothing here reads a value from the device, so a step can be queued before the o
 """
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
+from torch.distributed.fsdp import FSDPModule
 
 from clipkit.device import Device
 from clipkit.model.distill import TeacherSpace, distillation
@@ -16,6 +17,7 @@ from clipkit.model.global_loss import global_contrastive
 from clipkit.model.loss import info_nce, sigmoid_loss
 from clipkit.model.text_tower import length_buckets
 from clipkit.pixels.images import normalise
+from clipkit.train.optimizer import clip, gradient_norms
 from clipkit.train.recipes import Recipe
 
 Tensors = dict[str, torch.Tensor]
@@ -65,18 +67,18 @@ def train_step(
             taught = distillation(*features[:3], batch["teacher_B2E"], teachers, gather=device.gathers)
         return torch.lerp(loss, taught, recipe.distill.weight)
 
-    if recipe.micro_batch is None or recipe.micro_batch * device.shards_of_tensor >= len(batch["ids_BT"]):
+    micro_batch = recipe.micro_batch
+    if not isinstance(micro_batch, int) or micro_batch * device.shards_of_tensor >= len(batch["ids_BT"]):
         features = features_of(batch)
         loss = loss_of(features)
         loss.backward()
     else:
-        loss, features = backward_in_micro_batches(model, features_of, loss_of, batch, recipe.micro_batch, device)
+        loss, features = backward_in_micro_batches(model, features_of, loss_of, batch, micro_batch, device)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    gradients = [torch.zeros_like(each) if each.grad is None else each.grad for each in trained]
-    norms_P = torch.stack(torch._foreach_norm(gradients))
+    norms_P = gradient_norms(trained, device)
     norm = torch.linalg.vector_norm(norms_P)
     if recipe.optimizer.grad_clip is not None:
-        torch.nn.utils.clip_grads_with_norm_(trained, recipe.optimizer.grad_clip, norm)
+        clip(trained, recipe.optimizer.grad_clip, norm)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     device.end_step()
@@ -127,7 +129,7 @@ def backward_in_micro_batches(
     grad_parts = cut({"image_BE": gradients[0], "text_BE": gradients[1]}, micro_batch, device)
     for number, (part, grad_part) in enumerate(zip(parts, grad_parts, strict=True)):
         is_last = number == len(parts) - 1
-        with contextlib.nullcontext() if is_last else without_averaging(model):
+        with without_averaging(model, is_last):
             image_features, text_features, *scalars = features_of(part)
             # The scale and the bias have one gradient for the whole batch: the last part carries it.
             outputs = [image_features, text_features, *scalars]
@@ -158,8 +160,14 @@ def join(parts: list[torch.Tensor], device: Device) -> torch.Tensor:
     return device.spread(torch.cat([part.unflatten(0, (devices, -1)) for part in parts], dim=1).flatten(0, 1))
 
 
-def without_averaging(model: torch.nn.Module) -> contextlib.AbstractContextManager[Any]:
+@contextlib.contextmanager
+def without_averaging(model: torch.nn.Module, is_last: bool) -> Iterator[None]:
     """Let gradients add up on each rank; the ranks average them once, with the last micro-batch."""
-    if isinstance(model, torch.nn.parallel.DistributedDataParallel):
-        return model.no_sync()
-    return contextlib.nullcontext()
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(is_last)
+        yield
+    elif isinstance(model, torch.nn.parallel.DistributedDataParallel) and not is_last:
+        with model.no_sync():
+            yield
+    else:
+        yield

@@ -97,6 +97,24 @@ class CLIP(nn.Module):
             return self.logit_scale.exp()
         return self.logit_scale.clamp(max=LOG_SCALE_MAX).exp()
 
+    def blocks(self) -> list[nn.Module]:
+        """The transformer blocks of both towers."""
+        image = [] if isinstance(self.image, TimmTower) else list(self.image.trunk.blocks)
+        return [*image, *self.text.blocks]
+
+    def compile_step(self, *, by_block: bool = False, backend: str = "inductor") -> None:
+        """Make one graph of the training step's forward pass, and one of its backward pass, or those `by_block`. Where
+        the text tower leaves padding out, whose shapes differ from batch to batch, of the image tower's only.
+        """
+        options: dict[str, Any] = {"fullgraph": True, "dynamic": False, "backend": backend}
+        if by_block:
+            for block in self.blocks():
+                block.compile(**options | {"dynamic": None})
+        elif self.text.skips_padding:
+            self.image.compile(**options)
+        else:
+            self.compile(**options)
+
     def recompute_activations(self, recompute: Recompute | None) -> None:
         """Trade time for memory in training: keep only each block's input, compute the rest again in the backward pass.
 

@@ -229,6 +229,6 @@ def run_blocks(
     computed again in the backward pass instead of being kept (Chen et al., 2016). Of frozen blocks, which are in
     evaluation mode, nothing is kept."""
     for block in blocks:
-        # XLA's way of it wants a bound method, to find the weights behind it.
-        x_BND = recompute(block.forward, x_BND, *extra) if recompute and block.training else block(x_BND, *extra)
+        # XLA's way of it wants a bound method, to find the weights behind it; hooks gather those that are sharded.
+        x_BND = recompute(block.__call__, x_BND, *extra) if recompute and block.training else block(x_BND, *extra)
     return x_BND

@@ -83,11 +83,13 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "train": (
         *_core("embedding", "interop", "model", "pixels", "storage", "text"),
         "eval",
+        "train/fit",
         "train/loader",
         "train/sources",
         "train/teachers",
         "train/watch",
     ),
+    "train/fit": (*_core("model"), "train"),
     "train/sources": (*_core("formats", "jobs", "pixels", "storage"), "eval/classification", "train", "train/teachers"),
     "train/loader": (*_core("pixels", "text"), "train", "train/sources", "train/teachers"),
     "train/teachers": (
@@ -99,7 +101,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "train/watch": (*_core("model", "pixels", "storage", "text"), "train", "train/loader", "train/sources"),
     "train/plan": (*_core("formats", "jobs", "model", "page", "storage"), "train", "train/bench"),
     "train/sweep": (*_core("jobs", "page", "storage"), "eval", "train", "train/loader", "train/plan", "train/sources"),
-    "train/bench": (*_core("jobs", "model", "pixels", "text"), "train", "train/loader", "train/sources"),
+    "train/bench": (*_core("jobs", "model", "pixels", "text"), "train", "train/fit", "train/loader", "train/sources"),
     "eval": (
         *_core("embedding", "formats", "interop", "jobs", "pixels", "storage"),
         *("eval/choice", "eval/classification", "eval/probe", "eval/retrieval"),

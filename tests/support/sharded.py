@@ -1,55 +1,83 @@
-"""Towers of which each rank has a part (FSDP2), trained and saved on any number of ranks, for `ranks.run_ranks`."""
+"""Training on any number of ranks, of which each has the whole model (DDP) or a part of it (FSDP2), for
+`ranks.run_ranks`.
+"""
 
-import os
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from clipkit import checkpoint
+from clipkit.config import set_values
 from clipkit.device import pick
-from clipkit.model.clip import build, load_state
-from clipkit.model.config import ImageConfig, ModelConfig, TextConfig
-from clipkit.train.run import parts
-from clipkit.train.saving import CheckpointWriter
+from clipkit.model.clip import build
+from clipkit.train import run
+from clipkit.train.catalogue import debug
+from clipkit.train.fit.setup import set_up
+from clipkit.train.fit.trial import made_up_batch
+from clipkit.train.loop import train
+from clipkit.train.optimizer import make_optimizer
+from clipkit.train.recipes import Recipe, model_at
+from clipkit.train.step import train_step
 
-MODEL = ModelConfig(
-    embed_dim=8,
-    image=ImageConfig("vit_tiny_patch16_224", image_size=16, patch_size=8, width=16, depth=1, heads=2),
-    text=TextConfig(context_length=8, width=16, depth=1, heads=2, vocab_size=50),
-)
+WAYS = {
+    "ddp": ["shard_weights=false"],
+    "fsdp": ["shard_weights=true"],
+    "fsdp in parts": ["shard_weights=true", "micro_batch=2", "checkpoint_activations=true"],
+}
+STEPS = 20
 
 
-def train_sharded(folder: Path, stop: int) -> None:
-    """Go on from the newest checkpoint in `folder`, if there is one, to step `stop`, and save there."""
+def take_steps(folder: Path) -> None:
+    """Twenty steps of a batch of 16 in each of WAYS; writes their losses, gradient norms and first gradients."""
     device = pick("cpu")
-    newest = checkpoint.latest(folder)
-    start = checkpoint.load(newest, with_optimizer=True) if newest else None
-    model = build(MODEL, seed=1)
-    if start:
-        load_state(model, start.tensors)
-    if device.world > 1:
-        mesh = torch.distributed.init_device_mesh("cpu", (device.world,))
-        for tower in (model.image, model.text):
-            fully_shard(tower, mesh=mesh)
-        assert any(isinstance(each, DTensor) for each in model.parameters())
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-3, foreach=False)
-    if start:
-        checkpoint.restore_optimizer(model, optimizer, start.optimizer, start.path)
-    with CheckpointWriter(device) as checkpoints:
-        checkpoints.follow(optimizer, lambda: parts(model, None, optimizer))
-        for step in range(start.samples_seen if start else 0, stop):
-            torch.manual_seed(step)  # all ranks see the same, so gradients are those of one process
-            image_BCHW, ids_BT = torch.rand(4, 3, 16, 16), torch.randint(1, 50, (4, 8))
-            image_BE, text_BE, scale = model(image_BCHW, ids_BT)
-            (scale * (image_BE - text_BE).square().sum()).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        config = checkpoint.describe(MODEL, None, None) | {"recipe": {}}
-        state = {"samples_seen": stop}
-        checkpoints.save(
-            checkpoint.folder_of(folder, stop), parts(model, None, optimizer), list, config=config, state=state
-        )
-    device.barrier()
-    assert os.environ["WORLD_SIZE"] == str(device.world)
+    for way, settings in WAYS.items():
+        small = ["model.text.vocab_size=99", "model.text.depth=1", "model.image.depth=1"]
+        recipe = set_values(debug(), ["optimizer.grad_clip=1", *small, *settings])
+        stage = recipe.stages[0]
+        model = build(model_at(recipe, stage), seed=1)
+        set_up(model, recipe, stage, device)
+        is_sharded = any(isinstance(each, DTensor) for each in model.parameters())
+        assert is_sharded == (device.world > 1 and recipe.shard_weights is True)
+        optimizer, wrapped = make_optimizer(model, recipe.optimizer, 1e-4, device), device.wrap(model.train())
+        gradients: dict[str, torch.Tensor] = {}
+
+        def note(*_: object) -> None:
+            for name, parameter in model.named_parameters():  # noqa: B023 - called within the turn
+                gradients[name] = checkpoint.whole(parameter.grad)  # noqa: B023
+
+        handle = optimizer.register_step_pre_hook(note)
+        losses, norms = [], []
+        for number in range(STEPS):
+            torch.manual_seed(number)
+            batch = made_up_batch(recipe, stage, 16, device.torch_device)
+            rows = slice(device.rank * 16 // device.world, (device.rank + 1) * 16 // device.world)
+            step = train_step(wrapped, optimizer, {name: all_B[rows] for name, all_B in batch.items()}, recipe, device)
+            losses.append(device.mean(step.loss).item())
+            norms.append(step.grad_norm.item())
+            handle.remove()
+        if device.is_first:
+            torch.save({"losses": losses, "norms": norms, "gradients": gradients}, folder / f"{device.world} {way}")
+    device.close()
+
+
+def sharded_recipe(*settings: str) -> Recipe:
+    """A stage of six steps with all that is sharded: weights, moments, averages."""
+    # Keys have no bias that matters: with a small eps, AdamW would learn it from the noise in its gradient.
+    settings = ("stages.0.samples=96", "ema_decay=0.5", "optimizer.grad_clip=1", "optimizer.eps=0.001", *settings)
+    recipe = set_values(debug(), ["shard_weights=true", "cadence.checkpoint_samples=32", *settings])
+    return replace(recipe, stages=recipe.stages[:1], cadence=replace(recipe.cadence, keep_checkpoints=9))
+
+
+def train_sharded(data: Path, folder: Path, *settings: str) -> None:
+    """Begin a run of `sharded_recipe`, or go on with it. An evaluation is what the model makes of one grey image."""
+
+    def grey(encoder, _, compute):  # type: ignore[no-untyped-def]
+        size = encoder.preprocess.size
+        yield "grey/feature", encoder.model.encode_image(torch.ones(1, 3, size, size))[0, 0].item()
+        yield "grey/ranks", len(set(compute.device.gather(encoder.weights)))
+
+    run.evaluate = grey
+    options = {"device_name": "cpu", "workers": 0, "resume": True, "task": object()}
+    assert train(sharded_recipe(*settings), data, folder, **options).finished

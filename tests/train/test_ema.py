@@ -20,7 +20,7 @@ from clipkit.model.clip import build
 from clipkit.train import loop
 from clipkit.train.catalogue import debug
 from clipkit.train.loop import train
-from clipkit.train.optimizer import average_weights, make_optimizer
+from clipkit.train.optimizer import copy_for_average, keep_average, make_optimizer
 from clipkit.train.recipes import OptimizerConfig, model_at
 
 CPU = {"device_name": "cpu", "workers": 1}
@@ -57,7 +57,8 @@ def test_averages_follow_each_step_and_share_what_is_frozen(name):
     model = build(TINY)
     model.text.requires_grad_(False)
     optimizer = make_optimizer(model, OptimizerConfig(name=name), 1e-2, pick("cpu"))
-    average = average_weights(model, optimizer, 0.9)
+    average = copy_for_average(model)
+    keep_average(average, model, optimizer, 0.9)
     expected = {name: each.detach().double() for name, each in model.named_parameters()}
     for _ in range(20):
         for parameter in model.parameters():

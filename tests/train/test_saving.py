@@ -3,7 +3,6 @@
 import errno
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -15,9 +14,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from ranks import run_ranks
 from safetensors.torch import load_file
-from sharded import train_sharded
 
 from clipkit import checkpoint
 from clipkit.config import set_values
@@ -183,19 +180,6 @@ def test_too_little_space_is_said_before_it_is_needed(pairs_dataset, tmp_path, m
 
 
 # ---- Several ranks ---------------------------------------------------------------------------------------------------
-
-
-def test_sharded_towers_go_on_with_another_number_of_ranks(tmp_path):
-    run_ranks(train_sharded, tmp_path / "plain", 4, ranks=1)
-    run_ranks(train_sharded, tmp_path / "two", 2, ranks=2)
-    for ranks in (1, 4):
-        run = shutil.copytree(tmp_path / "two", tmp_path / str(ranks))
-        run_ranks(train_sharded, run, 4, ranks=ranks)
-        ours, theirs = (checkpoint.load(folder, with_optimizer=True) for folder in (run, tmp_path / "plain"))
-        for one, other in ((ours.tensors, theirs.tensors), (ours.optimizer, theirs.optimizer)):
-            assert one.keys() == other.keys()
-            for name, tensor in other.items():
-                torch.testing.assert_close(one[name], tensor, rtol=0, atol=1e-6, msg=name)
 
 
 def test_waiting_for_data_is_that_of_all_ranks():

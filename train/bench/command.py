@@ -22,6 +22,7 @@ from clipkit.text.tokenizer import WordTokenizer
 from clipkit.text.vocabulary import open_tokenizer
 from clipkit.train.bench.findings import COMPACT_QUALITY, PUBLISHED, Compact, Findings, Need, Reading
 from clipkit.train.checks import loader_config, takes_precomputed
+from clipkit.train.fit.setup import set_up
 from clipkit.train.loader.augment import Augmentation, cut, geometry_draws
 from clipkit.train.loader.crop import COMPILED, shrink
 from clipkit.train.loader.loader import batches
@@ -211,8 +212,8 @@ def step_times(recipe: Recipe, stage: Stage, size: int, device: Device, seconds:
     """The seconds of each optimizer step on one batch of `size` pairs that stays, after three to warm up."""
     from clipkit.model.clip import build
 
-    model = build(model_at(recipe, stage), seed=recipe.seed).to(device.torch_device)
-    model.recompute_activations(device.recompute() if recipe.checkpoint_activations else None)
+    model = build(model_at(recipe, stage), seed=recipe.seed)
+    set_up(model, recipe, stage, device)
     optimizer = make_optimizer(model, recipe.optimizer, stage.learning_rate, device)
     rng = np.random.default_rng(0)
     arrays = {

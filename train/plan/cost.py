@@ -103,10 +103,13 @@ def stage_plan(recipe: Recipe, stage: Stage, fleet: Fleet, pairs: Pairs, calibra
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
     is_float32 = recipe.precision == "float32" or (recipe.precision == "auto" and is_cpu)
+    asked = None if recipe.micro_batch == "auto" else recipe.micro_batch
     step = Step(
         towers, model.embed_dim, stage.image_size, fleet.chip, fleet.number, stage.batch_size,
-        recipe.checkpoint_activations, is_float32, calibration, recipe.micro_batch,
+        recipe.checkpoint_activations is True, is_float32, calibration, asked,
     )  # fmt: skip
+    if recipe.checkpoint_activations == "auto":
+        step = with_activations(step)
     fits = step.micro_batch()
     if not fits:
         raise UserError(
@@ -123,13 +126,35 @@ def stage_plan(recipe: Recipe, stage: Stage, fleet: Fleet, pairs: Pairs, calibra
         stage.name,
         stage.samples,
         step,
-        min(fits, recipe.micro_batch or fits),
+        min(fits, asked or fits),
         Parts(*(part * steps for part in step.operations())),
         Parts(*(part * steps for part in step.seconds())),
         moving * step.share * steps * (1 + calibration.overhead),
         LOADER_US + LOADER_US_PER_PIXEL * stage.image_size,
         pairs.bytes_each,
     )
+
+
+def with_activations(step: Step) -> Step:
+    """The step with its activations kept, or computed again where that lets more of a share go at once: as training
+    decides it (`train/fit`).
+    """
+    kept, again = step, replace(step, recompute=True)
+    needed = min(step.micro_asked or step.share, step.share)
+    is_better = again.micro_batch() >= needed > kept.micro_batch() or not kept.micro_batch()
+    return again if is_better else kept
+
+
+def found_by_training(recipe: Recipe, stages: Sequence[StageCost]) -> list[str]:
+    """What the recipe leaves to the machine, and what the plan takes it to find."""
+    if "auto" not in (recipe.micro_batch, recipe.checkpoint_activations):
+        return []
+    return [
+        f"stage {cost.name}: training finds that {cost.micro_batch:,} of a device's {cost.step.share:,} pairs go at "
+        f"once, activations {'computed again' if cost.step.recompute else 'kept'} (yours: --set micro_batch, "
+        "checkpoint_activations)"
+        for cost in stages
+    ]
 
 
 def recipe_plan(recipe: Recipe, fleet: Fleet, pairs: Pairs, calibration: Calibration) -> tuple[StageCost, ...]:
@@ -159,13 +184,14 @@ def advice(recipe: Recipe, stages: Sequence[StageCost]) -> list[str]:
     for cost in stages:
         step, name = cost.step, f"stage {cost.name}"
         fits = step.micro_batch()
-        if fits < step.share and not recipe.micro_batch:
+        if fits < step.share and not step.micro_asked:
             more = step.chips * 2 ** math.ceil(math.log2(step.share / fits))
+            by = "micro_batch=auto" if recipe.micro_batch == "auto" else f"set micro_batch={fits}, which"
             lines.append(
-                f"{name}: a device's {step.share:,} pairs don't fit at once: set micro_batch={fits}, which costs one "
-                f"forward pass more, or take {more} devices"
+                f"{name}: a device's {step.share:,} pairs don't fit at once: {by} costs one forward pass more, or take "
+                f"{more} devices"
             )
-        elif recipe.micro_batch and fits < recipe.micro_batch:
+        elif step.micro_asked and fits < step.micro_asked:
             lines.append(f"{name}: micro_batch={recipe.micro_batch} doesn't fit: set micro_batch={fits}")
         kept = replace(step, recompute=False)
         if step.recompute and kept.micro_batch() >= step.share:

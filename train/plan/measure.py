@@ -45,8 +45,8 @@ def step_of(recipe: Recipe, device: Device, chip: Chip, calibration: Calibration
     stage, is_float32 = recipe.stages[0], device.arithmetic(recipe.precision) == "float32"
     towers = towers_of(model_at(recipe, stage), stage.image_keep)
     return Step(
-        towers, recipe.model.embed_dim, stage.image_size, chip, 1, stage.batch_size, recipe.checkpoint_activations,
-        is_float32, calibration,
+        towers, recipe.model.embed_dim, stage.image_size, chip, 1, stage.batch_size,
+        recipe.checkpoint_activations is True, is_float32, calibration,
     )  # fmt: skip
 
 

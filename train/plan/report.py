@@ -10,7 +10,16 @@ from rich.table import Table
 from clipkit.formatting import counted, duration, share, short, size_text
 from clipkit.train.plan import step as model_of_step
 from clipkit.train.plan.accuracy import Prediction
-from clipkit.train.plan.cost import COMPACT_BYTES, Fleet, Pairs, StageCost, advice, checkpoint_bytes, teachers_cost
+from clipkit.train.plan.cost import (
+    COMPACT_BYTES,
+    Fleet,
+    Pairs,
+    StageCost,
+    advice,
+    checkpoint_bytes,
+    found_by_training,
+    teachers_cost,
+)
 from clipkit.train.plan.step import Calibration
 from clipkit.train.recipes import Recipe
 
@@ -115,6 +124,7 @@ class Plan:
             "nothing is sent while something is computed",
             f"the loss in float32 at {model_of_step.FLOAT32_SHARE:.3g} of the peak; {model_of_step.WEIGHT_BYTES} bytes "
             f"held of each trained weight; {model_of_step.RESERVED:.0%} of the memory kept free",
+            *found_by_training(self.recipe, self.stages),
             f"data: {self.pairs.where}, {size_text(self.pairs.bytes_each)} a pair",
             f"accuracy: {data}; ImageNet-1K zero-shot with the usual prompts, an 80% interval",
         ]

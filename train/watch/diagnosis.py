@@ -28,7 +28,7 @@ from clipkit.text.tokenizer import WordTokenizer
 from clipkit.train.checks import loader_config
 from clipkit.train.loader.loader import Batch, batches
 from clipkit.train.recipes import Recipe, Stage
-from clipkit.train.run import EVALUATION_ERRORS, Run
+from clipkit.train.run import EVALUATION_ERRORS, Run, whole_model
 from clipkit.train.sources.source import Pair, Source
 from clipkit.train.step import Step
 
@@ -201,6 +201,7 @@ def diagnose(
     """
     bad = readings[number]
     path = run.folder / f"diagnosis-{bad.before + stage.batch_size:012d}.json"
+    model = whole_model(model, run.device)
     if run.device.is_first or run.device.shares_batches:
         norms = [window.grad_norms_P[each].tolist() for each in (max(0, number - 1), number)]
         trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
@@ -222,7 +223,8 @@ def diagnose(
             shown = first_samples(source, run.tokenizer, run.recipe, stage, bad.before)
             report |= describe_batch(source, run.recipe, stage, bad.before, shown)
             if run.data.has_images:
-                report["features"] = describe_features(model, run.recipe, run.device, shown)
+                recipe = run.fits[stage.name].apply(run.recipe)
+                report["features"] = describe_features(model, recipe, run.device, shown)
                 if run.device.is_first:
                     Image.fromarray(contact_sheet(shown.image_BHWC)).save(path.with_suffix(".png"))
         except EVALUATION_ERRORS as error:

@@ -9,6 +9,7 @@ from clipkit.device import Device
 from clipkit.model.clip import CLIP
 from clipkit.model.exchange import first_row, gather_features
 from clipkit.model.loss import SameCaption
+from clipkit.train.optimizer import tensor_norms
 from clipkit.train.recipes import Recipe
 from clipkit.train.step import Step
 
@@ -33,7 +34,7 @@ def model_metrics(model: CLIP, step: Step, caption_B: torch.Tensor, recipe: Reci
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     gradient_norm = dict(zip(trained, step.grad_norms_P.unbind(), strict=True))
     names, weights = zip(*model.named_parameters(), strict=True)
-    weight_norm = dict(zip(names, torch._foreach_norm(weights), strict=True))
+    weight_norm = dict(zip(names, tensor_norms(weights, device).unbind(), strict=True))
     for kind, norms in (("grad", gradient_norm), ("weight", weight_norm)):
         for group in sorted({group_of(name) for name in norms}):
             of_group = torch.stack([norm for name, norm in norms.items() if group_of(name) == group])

@@ -18,7 +18,7 @@ from clipkit.model.config import ImageConfig, ModelConfig, TextConfig
 from clipkit.model.flops import sample_cost
 from clipkit.train.catalogue import debug
 from clipkit.train.loop import train
-from clipkit.train.optimizer import average_weights
+from clipkit.train.optimizer import copy_for_average, keep_average
 
 TINY = ModelConfig(
     embed_dim=16,
@@ -128,7 +128,8 @@ def test_recipes_that_do_not_fit_are_refused(pairs_dataset, tmp_path, settings, 
 def test_an_average_of_weights_follows_batch_norms() -> None:
     model = build(with_image(name="test_resnet")).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    average = average_weights(model, optimizer, 0.9)
+    average = copy_for_average(model)
+    keep_average(average, model, optimizer, 0.9)
     model.encode_image(images(4, 64)).sum().backward()
     optimizer.step()
     name = "image.trunk.conv1.1.running_mean"

@@ -2,10 +2,12 @@
 
 import pytest
 
+from clipkit.config import set_values
 from clipkit.errors import UserError
 from clipkit.hardware import CHIPS, parse_devices
 from clipkit.model.flops import sample_cost, weight_count
 from clipkit.train.catalogue import recipes
+from clipkit.train.plan.cost import Fleet, Pairs, found_by_training, stage_plan
 from clipkit.train.plan.published_times import published_times
 from clipkit.train.plan.step import Calibration, Step, forward_operations, towers_of
 from clipkit.train.recipes import model_at
@@ -68,3 +70,23 @@ def test_unknown_devices_are_refused_with_the_nearest(text, said):
         parse_devices(text, cores=4)
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "micro_batch", "recompute", "said"),
+    [
+        ([], 4096, True, True),
+        (["checkpoint_activations=false"], 2048, False, True),
+        (["micro_batch=1024"], 1024, False, True),
+        (["micro_batch=none", "checkpoint_activations=true"], 4096, True, False),
+    ],
+)
+def test_what_a_recipe_leaves_open_is_what_training_finds_and_is_said(settings, micro_batch, recompute, said):
+    recipe = set_values(recipes()["clipa-l16-i17-t16"](), settings)
+    count, chip = parse_devices("8xA100-80GB", cores=4)
+    cost = stage_plan(recipe, recipe.stages[0], Fleet(count, chip, 1.0), Pairs(None, 1.0, ""), Calibration())
+    assert (cost.micro_batch, cost.step.recompute) == (micro_batch, recompute)
+    way = "computed again" if recompute else "kept"
+    lines = [f"{micro_batch:,} of a device's 4,096 pairs go at once, activations {way}"] if said else []
+    found = found_by_training(recipe, [cost])
+    assert [line.partition("finds that ")[2].partition(" (yours")[0] for line in found] == lines

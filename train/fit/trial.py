@@ -1,0 +1,51 @@
+"""Steps of a stage on pairs that are made up on the device: no data, but the shapes and the memory of the real ones."""
+
+from collections.abc import Callable
+
+import torch
+
+from clipkit.device import Device
+from clipkit.model.clip import build
+from clipkit.train.fit.setup import set_up
+from clipkit.train.optimizer import copy_for_average, keep_average, make_optimizer
+from clipkit.train.recipes import Recipe, Stage, model_at
+from clipkit.train.step import train_step
+
+
+def trial_step(recipe: Recipe, stage: Stage, pairs: int, device: Device) -> Callable[[Recipe], None]:
+    """A function that takes two steps of the stage on so many pairs of this device, as a recipe says that differs from
+    `recipe` in the arithmetic only, and waits for them. The second step has the optimizer's state.
+    """
+    model = build(model_at(recipe, stage), seed=recipe.seed)
+    model.freeze()
+    average = None if recipe.ema_decay is None else copy_for_average(model)
+    for each in (model, average) if average else (model,):
+        set_up(each, recipe, stage, device)
+    wrapped = device.wrap(model)
+    optimizer = make_optimizer(model, recipe.optimizer, stage.learning_rate, device)
+    if average and recipe.ema_decay is not None:
+        keep_average(average, model, optimizer, recipe.ema_decay)
+    model.train()
+    batch = made_up_batch(recipe, stage, pairs, device.torch_device)
+
+    def step(tried: Recipe) -> None:
+        for _ in range(2):
+            loss = train_step(wrapped, optimizer, batch, tried, device).loss
+        loss.item()
+
+    return step
+
+
+def made_up_batch(recipe: Recipe, stage: Stage, pairs: int, where: torch.device) -> dict[str, torch.Tensor]:
+    """Pairs of random pixels and ids in a stage's shapes, made on the device, for `train_step`."""
+    size, length, vocabulary = stage.image_size, stage.context_length, recipe.model.text.vocab_size
+    ids_BT = torch.randint(1, vocabulary - 1, (pairs, length), device=where)
+    ids_BT[:, -1] = vocabulary - 1  # the end token of clip-bpe is the largest id
+    batch = {
+        "image_BHWC": torch.randint(0, 256, (pairs, size, size, 3), dtype=torch.uint8, device=where),
+        "ids_BT": ids_BT,
+        "caption_B": torch.arange(pairs, device=where),
+    }
+    if stage.image_keep is not None:
+        batch["keep_BK"] = torch.arange(stage.image_keep, device=where).expand(pairs, -1)
+    return batch
