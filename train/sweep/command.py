@@ -145,7 +145,7 @@ def train_all(
     from clipkit.device import gpus
     from clipkit.train.sweep.run import train_configuration
 
-    workers = None if engine == "ray" else max(1, gpus())
+    workers = None if engine == "ray" else max(1, gpus() if how.device in ("auto", "gpu") else 0)
     found: dict[int, list[dict[str, Any]]] = {}
     jobs = run_jobs(
         partial(train_configuration, sweep, how),

@@ -7,6 +7,7 @@ kill left it. A result is written when its branch has been measured, and is neve
 import contextlib
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -119,6 +120,7 @@ def train_branch(
 def finished(summary: Summary) -> float:
     """The seconds of a training that came to its end. Raises SystemExit where a signal ended it."""
     if not summary.finished:
+        print(f"{summary.run} stopped at {summary.samples_seen:,} samples: the same command goes on", file=sys.stderr)
         raise SystemExit(128 + (summary.signal or signal.SIGTERM))
     return summary.seconds
 

@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from clipkit.errors import UserError
 from clipkit.storage.files import lock
 from clipkit.train.catalogue import debug
 from clipkit.train.loop import train
+from clipkit.train.run import Summary
 from clipkit.train.sweep import command, run
 from clipkit.train.sweep.branches import branch_of, branches_of, samples_trained
 from clipkit.train.sweep.grid import read_sweep
@@ -419,6 +421,13 @@ def test_a_length_that_a_way_can_not_reach_is_refused_before_any_training(write,
     error = sweep_command(path, "--out", tmp_path, "--device", "cpu", code=2).stderr
     assert "base-i9-grid-t16: can't keep 9 patches of 4 x 4 by grid: choose 1, 4, 16" in error
     assert not list(tmp_path.glob("base*"))
+
+
+def test_a_signal_ends_the_sweep_and_says_how_to_go_on(whole, tmp_path, monkeypatch):
+    stopped = Summary(tmp_path, None, 32, 1.0, 2.0, False, True, signal.SIGINT)
+    monkeypatch.setattr(run, "train", lambda *_, **__: stopped)
+    done = sweep_command(whole[0], "--out", tmp_path, "--device", "cpu", code=130)
+    assert "stopped at 32 samples: the same command goes on" in done.stderr
 
 
 def test_each_configuration_has_a_gpu_of_its_own(tmp_path, monkeypatch):
