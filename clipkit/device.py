@@ -7,7 +7,6 @@ the trainer runs SPMD: one process a host, one mesh over the chips of all hosts,
 """
 
 import contextlib
-import ctypes
 import importlib.util
 import logging
 import os
@@ -29,14 +28,12 @@ from torch.utils.checkpoint import checkpoint
 from clipkit.choices import Precision
 from clipkit.errors import UserError
 from clipkit.hardware import find_chip
-from clipkit.jobs.ranks import Ranks
+from clipkit.jobs.ranks import Ranks, keep_freed_memory
 from clipkit.jobs.worker import cores
 
 GOOGLE_PCI_VENDOR = "0x1ae0"
 # The others wait so long at most while the first rank saves.
 CONTROL_TIMEOUT = timedelta(hours=12)
-# glibc's names for what mallopt(3) sets.
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
 
 @dataclass(frozen=True)
@@ -184,31 +181,24 @@ class Device(Ranks):
 
         A TPU's default of bfloat16 isn't enough for logits of 100: three passes make it about 14 bits.
         """
+        change: Callable[[Any], object]
         if self.kind == "cuda":
-            before = torch.backends.cuda.matmul.fp32_precision
-            torch.backends.cuda.matmul.fp32_precision = "tf32"
-            try:
-                yield
-            finally:
-                torch.backends.cuda.matmul.fp32_precision = before
+            matmul = torch.backends.cuda.matmul
+            before, wanted, change = matmul.fp32_precision, "tf32", partial(setattr, matmul, "fp32_precision")
         elif self.kind == "xla":
             from torch_xla.backends import get_mat_mul_precision, set_mat_mul_precision
 
-            before = get_mat_mul_precision()
-            set_mat_mul_precision("high")
-            try:
-                yield
-            finally:
-                set_mat_mul_precision(before)
+            before, wanted, change = get_mat_mul_precision(), "high", set_mat_mul_precision
         elif self.kind == "tpu":
-            allowed = torch.get_float32_matmul_precision()
-            torch.set_float32_matmul_precision("high")
-            try:
-                yield
-            finally:
-                torch.set_float32_matmul_precision(allowed)
+            before, wanted, change = torch.get_float32_matmul_precision(), "high", torch.set_float32_matmul_precision
         else:
             yield
+            return
+        change(wanted)
+        try:
+            yield
+        finally:
+            change(before)
 
     def arithmetic_choices(self, precision: Precision) -> Sequence[Literal["float32", "bfloat16"]]:
         """What `precision` may mean here, where `auto` can't be known without trying: on a processor that multiplies
@@ -282,8 +272,8 @@ class Device(Ranks):
         """Whether each rank holds only a part of so many weights, of their gradients and of the optimizer's state.
         `auto`: on GPUs, where all of it (16 bytes a weight) would take more than an eighth of the memory.
         """
-        if self.world == 1 or asked != "auto":
-            return self.world > 1 and asked is True
+        if self.shards == 1 or asked != "auto":
+            return self.shards > 1 and asked is True
         if self.kind != "cuda":
             return False
         return 8 * 16 * weights > torch.cuda.get_device_properties(self.torch_device).total_memory
@@ -291,7 +281,16 @@ class Device(Ranks):
     def shard(self, model: torch.nn.Module, blocks: Sequence[torch.nn.Module], precision: Precision) -> None:
         """Leave each rank its part of the model's weights (FSDP2), gathered block by block in the arithmetic of
         `precision`. Scalars stay whole: `gradient_norms` of `train` averages their gradients.
+
+        On XLA matrices are divided over the mesh, and the compiler sees where to gather them, as what passes from block
+        to block is divided by rows.
         """
+        if self.kind == "xla":
+            for parameter in model.parameters():
+                self.divide(parameter)
+            for block in blocks:
+                block.register_forward_hook(lambda _, inputs, output: self.spread(output))
+            return
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
         mesh = torch.distributed.init_device_mesh(self.torch_device.type, (self.world,))
@@ -302,6 +301,37 @@ class Device(Ranks):
             fully_shard(block, mesh=mesh, mp_policy=policy)
         scalars = {parameter for parameter in model.parameters() if parameter.ndim == 0}
         fully_shard(model, mesh=mesh, ignored_params=scalars)
+
+    def divide(self, tensor: torch.Tensor) -> None:
+        """Divide a matrix over the mesh, along the longest of its axes that have equal parts for all devices."""
+        import torch_xla.distributed.spmd as xs
+
+        longest = max((size for size in tensor.shape if size % self.shards == 0), default=0)
+        if tensor.dim() > 1 and longest:
+            axis = tensor.shape.index(longest)
+            xs.mark_sharding(tensor, self.mesh, tuple("data" if each == axis else None for each in range(tensor.dim())))
+
+    def whole(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor that may be divided over a mesh, whole and on the host. All ranks that share batches call this."""
+        if self.kind == "xla":
+            import torch_xla
+            import torch_xla.distributed.spmd as xs
+
+            if "devices=" in torch_xla._XLAC._get_xla_sharding_spec(tensor):  # `cpu` would compile each time
+                tensor = tensor.mul(1)  # a new one, without a mark
+                xs.mark_sharding(tensor, self.mesh, (None,) * tensor.dim())
+                self.end_step()
+        return tensor.cpu()
+
+    def divide_state(self, optimizer: torch.optim.Optimizer) -> None:
+        """Divide an optimizer's state that was read from a checkpoint as the weights are that it belongs to."""
+        if self.kind == "xla":
+            import torch_xla
+
+            for parameter, state in optimizer.state.items():
+                if "devices=" in torch_xla._XLAC._get_xla_sharding_spec(parameter):
+                    for tensor in state.values():
+                        self.divide(tensor)
 
     def compiles(self, asked: bool | Literal["auto"]) -> bool:
         """Whether the towers are compiled: `auto` where a kernel's launch and its memory traffic are what costs, and
@@ -445,18 +475,6 @@ def pick_xla(why: str) -> Device:
     # The numbers of a host's chips needn't follow each other.
     numbers = device.gather([int(name.rpartition(":")[2]) for name in torch_xla._XLAC._xla_get_runtime_devices()])
     return replace(device, mesh=xs.Mesh(np.concatenate(numbers), (count,), ("data",)))
-
-
-def keep_freed_memory() -> None:
-    """Have glibc keep what one step frees for the next one, where there is glibc.
-
-    By default it gives blocks of megabytes back to the system at once, and gets them again page by page, zeroed: a
-    seventh of a small step on two cores. CUDA's allocator keeps memory in the same way.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(M_MMAP_MAX, 0)
-        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def join_ranks(kind: Literal["cpu", "cuda", "tpu"], why: str) -> Device:

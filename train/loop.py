@@ -201,6 +201,7 @@ def run_stages(run: Run, start: Start) -> float:
             optimizer = make_optimizer(model, recipe.optimizer, stage.learning_rate, device)
             if start.own and run.samples_seen > stage_start:
                 checkpoint.restore_optimizer(model, optimizer, start.own.optimizer, start.own.path)
+                device.divide_state(optimizer)
             if average and recipe.ema_decay is not None:
                 keep_average(average, model, optimizer, recipe.ema_decay)
             expect_checkpoints(run, stage, model, average, optimizer)

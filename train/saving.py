@@ -89,7 +89,7 @@ class CheckpointWriter:
             for name, tensor in tensors.items():
                 whole = checkpoint.whole(tensor)
                 if self.device.is_lazy:
-                    whole = whole.cpu()  # on all hosts of a TPU pod: where weights are sharded, each has a part
+                    whole = self.device.whole(whole)
                 if not self.device.is_first:
                     continue
                 memory[part][name] = self.place(part, name, tensor)

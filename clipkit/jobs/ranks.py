@@ -1,5 +1,6 @@
 """The processes of a run, and what they tell each other that isn't a tensor on a device."""
 
+import ctypes
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
@@ -7,6 +8,9 @@ import torch
 import torch.distributed
 
 from clipkit.jobs.worker import answer, result_of
+
+# glibc's names for what mallopt(3) sets.
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
 R = TypeVar("R")
 
@@ -62,3 +66,15 @@ class Ranks:
         """Leave the group of ranks."""
         if self.world > 1 and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep what one step frees for the next one, where there is glibc.
+
+    By default it gives blocks of megabytes back to the system at once, and gets them again page by page, zeroed: a
+    seventh of a small step on two cores. CUDA's allocator keeps memory in the same way.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)

@@ -14,7 +14,9 @@ import pytest
 from pod_side import HOSTS, pod_recipe
 from xla_side import emoji_task
 
+from clipkit.checkpoint import folder_of
 from clipkit.log import read_metrics
+from clipkit.storage.files import remove
 from clipkit.train.catalogue import debug
 from clipkit.train.checks import loader_config
 from clipkit.train.loader.loader import batches
@@ -55,7 +57,8 @@ def environment(devices: int) -> dict[str, str]:
 # torch's own way of computing activations again doesn't know XLA. Micro-batches are compiled by themselves: the cut,
 # the features, the loss, and the first, the middle and the last one's gradients.
 @pytest.mark.parametrize(
-    ("devices", "settings", "most"), [(1, ["checkpoint_activations=true", "micro_batch=4"], 32), (4, [], 12)]
+    ("devices", "settings", "most"),
+    [(1, ["checkpoint_activations=true", "micro_batch=4"], 32), (4, ["shard_weights=true"], 80)],
 )
 def test_training_on_xla_equals_training_on_the_cpu(
     xla_python, pairs_dataset, cpu_losses, tmp_path, devices, settings, most
@@ -77,20 +80,35 @@ def test_training_on_xla_equals_training_on_the_cpu(
     compilations = int(done.stdout.split("compilations")[-1])
     assert compilations <= most, f"{compilations} compilations for 20 steps: a graph changes from step to step"
 
+    if devices == 4:  # the checkpoint of sharded weights is whole: one device goes on from it
+        remove(folder_of(tmp_path, 320))
+        done = subprocess.run([*command, "--resume"], capture_output=True, text=True, env=environment(1))
+        assert done.returncode == 0 and "going on" in done.stderr, done.stderr
+        assert [line["loss"] for line in read_metrics(tmp_path)] == pytest.approx(cpu_losses, rel=1e-6)
+
 
 @pytest.fixture(scope="module")
 def seen_inside(xla_python, pairs_dataset, tmp_path_factory):
-    """What `xla_side` finds on four devices."""
+    """What `xla_side` finds on four devices, and the losses of the run that it makes there."""
     script, out = Path(__file__).parents[1] / "support" / "xla_side.py", tmp_path_factory.mktemp("inside")
     command = [xla_python, str(script), str(pairs_dataset), str(out)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment(4))
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    losses = [line["loss"] for line in read_metrics(out / "smaller")]
+    return json.loads(done.stdout.splitlines()[-1]) | {"losses": losses}
 
 
 def test_a_step_whose_shapes_change_after_the_first_ones_stops_the_run(seen_inside):
-    assert "the training step was compiled again at 80 samples" in seen_inside["smaller_batches"]
+    assert "the training step was compiled again at 304 samples" in seen_inside["smaller_batches"]
     assert "PT_XLA_DEBUG_LEVEL=2" in seen_inside["smaller_batches"]
+
+
+def test_whole_weights_on_several_devices_learn_what_the_cpu_learns(seen_inside, cpu_losses):
+    assert seen_inside["losses"] == pytest.approx(cpu_losses[:19], rel=1e-6)
+
+
+def test_all_matrices_and_their_moments_are_sharded(seen_inside):
+    assert seen_inside["sharded_shares"] == [1.0, 1.0, 1.0]
 
 
 def test_gradients_of_micro_batches_on_several_devices_are_those_of_the_whole_batch(seen_inside):

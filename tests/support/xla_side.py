@@ -25,18 +25,19 @@ from clipkit.text.tokenizer import Tokenizer
 from clipkit.train.catalogue import debug
 from clipkit.train.checks import preprocess_at
 from clipkit.train.loop import train
+from clipkit.train.optimizer import make_optimizer
 from clipkit.train.recipes import model_at
 from clipkit.train.step import train_step
 
 
 def train_on_smaller_batches(data: Path, out: Path) -> str:
-    """The error of a run whose batches shrink from the sixth on."""
+    """The error of a run whose last batch is smaller."""
     place, batches = Device.batch, 0
 
     def shrink(self: Device, arrays: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
         nonlocal batches
         batches += 1
-        return place(self, {name: array[: 8 if batches > 5 else None] for name, array in arrays.items()})
+        return place(self, {name: array[: 8 if batches > 19 else None] for name, array in arrays.items()})
 
     try:
         with patch.object(Device, "batch", shrink):
@@ -51,19 +52,39 @@ def small_model() -> CLIP:
     return build(model_at(debug(), debug().stages[-1]), seed=1)
 
 
-def gradients(device: Device, micro_batch: int | None) -> torch.Tensor:
-    """float32[N], all gradients of one step after each other."""
-    model, found, random = small_model().to(device.torch_device).train(), [], np.random.default_rng(0)
-    arrays = {
+def made_up_batch() -> dict[str, np.ndarray]:
+    """Sixteen pairs."""
+    random = np.random.default_rng(0)
+    return {
         "image_BHWC": random.integers(0, 256, (16, 48, 48, 3), dtype=np.uint8),
         "ids_BT": random.integers(1, 49408, (16, 16), dtype=np.int32),
         "caption_B": np.arange(16) // 2,
     }
+
+
+def gradients(device: Device, micro_batch: int | None) -> torch.Tensor:
+    """float32[N], all gradients of one step after each other."""
+    model, found = small_model().to(device.torch_device).train(), []
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     optimizer.register_step_pre_hook(lambda *_: found.extend(each.grad.flatten() for each in model.parameters()))
     recipe = replace(debug(), micro_batch=micro_batch, optimizer=replace(debug().optimizer, grad_clip=None))
-    train_step(model, optimizer, device.batch(arrays), recipe, device)
+    train_step(model, optimizer, device.batch(made_up_batch()), recipe, device)
     return torch.cat(found).cpu()
+
+
+def sharded_shares(device: Device) -> list[float]:
+    """Of the matrices of a model that is sharded, and of each of AdamW's moments after two steps, the part that is."""
+    import torch_xla
+
+    model, (stage,) = small_model().to(device.torch_device).train(), debug().stages[-1:]
+    device.shard(model, model.blocks(), "float32")
+    optimizer = make_optimizer(model, debug().optimizer, stage.learning_rate, device)
+    for _ in range(2):
+        train_step(model, optimizer, device.batch(made_up_batch()), replace(debug(), micro_batch=None), device)
+    matrices = [each for each in model.parameters() if each.dim() > 1]
+    kept = [[optimizer.state[each][name] for each in matrices] for name in ("exp_avg", "exp_avg_sq")]
+    specs = [[torch_xla._XLAC._get_xla_sharding_spec(each) for each in tensors] for tensors in (matrices, *kept)]
+    return [sum("devices=" in spec for spec in each) / len(each) for each in specs]
 
 
 def emoji_task(folder: Path) -> Classification:
@@ -89,6 +110,7 @@ if __name__ == "__main__":
                 "smaller_batches": train_on_smaller_batches(data, out / "smaller"),
                 "largest_gradient": float(whole.abs().max()),
                 "micro_batch_error": float((gradients(device, 2) - whole).abs().max()),
+                "sharded_shares": sharded_shares(device),
                 "counts": counts(device, out),
                 "counts_on_cpu": counts(cpu, out),
             }

@@ -38,9 +38,8 @@ def is_compiling(recipe: Recipe, stage: Stage, device: Device) -> bool:
 
 def check_setup(recipe: Recipe, stage: Stage, device: Device) -> None:
     """Raise UserError for what was asked for and can't be here."""
-    if device.mesh is not None and (recipe.shard_weights is True or recipe.compile is True):
-        name = "shard_weights" if recipe.shard_weights is True else "compile"
-        raise UserError(f"{name} isn't for TPUs, where XLA compiles each step: set {name}=auto")
+    if device.mesh is not None and recipe.compile is True:
+        raise UserError("compile isn't for TPUs, where XLA compiles each step: set compile=auto")
     if recipe.shard_weights is True:
         if recipe.optimizer.name != "adamw":
             raise UserError(
