@@ -64,7 +64,8 @@ def train_step(
         if not teachers:
             return loss
         with device.loss_products():
-            taught = distillation(*features[:3], batch["teacher_B2E"], teachers, gather=device.gathers)
+            image_BE, text_BE, logit_scale, *_ = features
+            taught = distillation(image_BE, text_BE, logit_scale, batch["teacher_B2E"], teachers, gather=device.gathers)
         return torch.lerp(loss, taught, recipe.distill.weight)
 
     micro_batch = recipe.micro_batch

@@ -84,7 +84,7 @@ class Manifest:
     def view_keys(self, records_B: npt.ArrayLike, views_B: npt.ArrayLike) -> UInt64Array:
         """The keys from which views of records take their random numbers, uint64[B]."""
         keys_BV = bits(sample_keys(mix_int(self.seed + _VIEWS), records_B), self.views, VIEW)
-        return keys_BV[np.arange(len(keys_BV)), views_B]
+        return keys_BV[np.arange(len(keys_BV)), np.asarray(views_B)]
 
     def draw(self, keys_B: UInt64Array) -> Int64Array:
         """The view that each sample takes, by the sample's key."""
@@ -193,7 +193,7 @@ class Stored:
             part = self.part(number)
             found_B2E[of_part, 0] = part["image"][rows_B[of_part], views_B[of_part]]
             found_B2E[of_part, 1] = part["text"][rows_B[of_part], captions_B[of_part]]
-        absent_B = ~found_B2E.any(axis=2).all(axis=1)
+        absent_B = (found_B2E == 0).all(axis=2).any(axis=1)
         if absent_B.any():
             raise UserError(
                 f"{self.folder} has no embeddings of record {records_B[absent_B][0]}, which couldn't be read then: "
