@@ -27,11 +27,6 @@ def emoji_groups() -> Path:
     return folder("emoji") / "emoji-groups.json"
 
 
-def clip_merges() -> Path:
-    """The gzipped byte-pair merges of CLIP's tokenizer (49,408 ids)."""
-    return folder("clip") / "bpe_simple_vocab_16e6.txt.gz"
-
-
 def bert_vocabulary() -> Path:
     """The `vocab.txt` of bert-base-uncased (30,522 ids), which CLIPA-v2's models have."""
     return folder("clip") / "bert-uncased-vocab.txt"

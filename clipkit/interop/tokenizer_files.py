@@ -16,12 +16,11 @@ import tokenizers
 from numpy.typing import NDArray
 from tokenizers import normalizers
 
-from clipkit.embedded import clip_merges
 from clipkit.embedding.encoder import TextTokenizer
 from clipkit.errors import UserError, one_line
 from clipkit.storage.files import read_json, read_text
 from clipkit.text.sentence_piece import SentencePiece
-from clipkit.text.tokenizer import MERGES, SPECIAL, Tokenizer
+from clipkit.text.tokenizer import MERGES, MERGES_FILE, SPECIAL, Tokenizer
 
 BEGIN, END = "<|startoftext|>", "<|endoftext|>"
 
@@ -127,7 +126,7 @@ def is_clips(folder: Path) -> bool:
 @cache
 def clip_files() -> tuple[dict[str, int], list[str]]:
     """The `vocab.json` and the lines of the `merges.txt` that transformers has for CLIP's tokenizer."""
-    merges = gzip.decompress(clip_merges().read_bytes()).decode("utf-8").split("\n")[1 : MERGES + 1]
+    merges = gzip.decompress(MERGES_FILE.read_bytes()).decode("utf-8").split("\n")[1 : MERGES + 1]
     pieces = Tokenizer().pieces
     words = [*pieces[: -len(SPECIAL)], BEGIN, END]
     return {word: number for number, word in enumerate(words)}, merges

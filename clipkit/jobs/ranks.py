@@ -1,4 +1,4 @@
-"""The processes of a run, and what they tell each other that isn't a tensor on a device."""
+"""A process of a run: what it tells the others that isn't a tensor on a device, and the memory that it keeps."""
 
 import ctypes
 from collections.abc import Callable

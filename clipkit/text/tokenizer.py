@@ -20,13 +20,15 @@ import numpy.typing as npt
 import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers
 
-from clipkit.embedded import clip_merges
+from clipkit.embedded import folder
 from clipkit.errors import UserError
 
 SOT = 49406
 EOT = 49407
 VOCAB_SIZE = 49408
 MERGES = 49152 - 256 - 2
+# The gzipped byte-pair merges, as CLIP was published with them.
+MERGES_FILE = folder("clip") / "bpe_simple_vocab_16e6.txt.gz"
 
 # How many words of captions are kept with their ids, and how long one may be: a few dozen megabytes. A full cache is
 # emptied, and fills again with the frequent ones.
@@ -168,7 +170,7 @@ class Tokenizer(WordTokenizer):
     clean = staticmethod(clean)
 
     def __init__(self, merges_path: Path | None = None) -> None:
-        path = merges_path or clip_merges()
+        path = merges_path or MERGES_FILE
         try:
             lines = gzip.decompress(path.read_bytes()).decode("utf-8").split("\n")[1 : MERGES + 1]
         except (OSError, EOFError, UnicodeDecodeError) as error:

@@ -61,7 +61,7 @@ def test_the_wheel_works_outside_the_checkout(wheel, tmp_path):
     code = (
         "import clipkit.train.loop, clipkit.eval.report.page, clipkit.tfrecord_tools.build.command\n"
         "import clipkit.embedded as e\n"
-        "assert e.emoji_parquet('train').is_file() and e.clip_merges().is_file()\n"
+        "assert e.emoji_parquet('train').is_file() and e.bert_vocabulary().is_file()\n"
         "import clipkit.train.loader.crop\n"
         "assert clipkit.train.loader.crop.COMPILED\n"
         "print(clipkit.train.loop.__file__)"

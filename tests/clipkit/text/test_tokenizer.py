@@ -12,10 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from nasty_captions import varied_captions
 
-from clipkit.embedded import clip_merges
 from clipkit.errors import UserError
 from clipkit.text import tokenizer as tokenizer_module
-from clipkit.text.tokenizer import EOT, SOT, STRAIGHT, UNTOUCHED, VOCAB_SIZE, Tokenizer, clean
+from clipkit.text.tokenizer import EOT, MERGES_FILE, SOT, STRAIGHT, UNTOUCHED, VOCAB_SIZE, Tokenizer, clean
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +117,6 @@ def test_vocabulary(tokenizer: Tokenizer) -> None:
 
 def test_foreign_merges_are_refused(tmp_path) -> None:
     broken = tmp_path / "merges.txt.gz"
-    broken.write_bytes(clip_merges().read_bytes()[:1000])
+    broken.write_bytes(MERGES_FILE.read_bytes()[:1000])
     with pytest.raises(UserError, match=r"merges\.txt\.gz"):
         Tokenizer(broken)
