@@ -83,7 +83,7 @@ def test_training_on_xla_equals_training_on_the_cpu(
     if devices == 4:  # the checkpoint of sharded weights is whole: one device goes on from it
         remove(folder_of(tmp_path, 320))
         done = subprocess.run([*command, "--resume"], capture_output=True, text=True, env=environment(1))
-        assert done.returncode == 0 and "going on" in done.stderr, done.stderr
+        assert done.returncode == 0, done.stderr
         assert [line["loss"] for line in read_metrics(tmp_path)] == pytest.approx(cpu_losses, rel=1e-6)
 
 
