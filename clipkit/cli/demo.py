@@ -231,12 +231,12 @@ def summary_text(run: Path, costs: Sequence[Cost]) -> str:
     for result in newest_results(run):
         interval = f"{result['low']:.1%} to {result['high']:.1%}"
         name = f"{result['task']} {result['metric']}"
-        lines.append(f"  {name:42}{result['value']:6.1%}   (95%: {interval}; chance {result['chance']:.2%})")
+        lines.append(f"  {name:46}{result['value']:6.1%}   (95%: {interval}; chance {result['chance']:.2%})")
     lines.append("What it took:")
-    lines += [f"  {c.name:42}{duration(c.seconds):>6}   {c.peak_memory_bytes / 1e9:.1f} GB" for c in costs]
+    lines += [f"  {c.name:46}{duration(c.seconds):>6}   {c.peak_memory_bytes / 1e9:.1f} GB" for c in costs]
     total = sum(cost.seconds for cost in costs)
     lines += [
-        f"  {'all':42}{duration(total):>6}   {max(cost.peak_memory_bytes for cost in costs) / 1e9:.1f} GB at the most",
+        f"  {'all':46}{duration(total):>6}   {max(cost.peak_memory_bytes for cost in costs) / 1e9:.1f} GB at the most",
         f"The report: {run / 'report.html'}",
         "Now your own data, for example LAION-400M's parquet files in the folder laion:",
         "  clipkit download laion data --preset laion400m --probe 500",
