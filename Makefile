@@ -77,7 +77,7 @@ types: $(VENV)/.dev
 	$(BIN)/mypy
 
 bench: $(VENV)/.dev $(CLIP_BENCHMARK)/.peer
-	@for each in benchmarks/[a-z]*.py; do echo "== $$each"; $(BIN)/python $$each || exit 1; done
+	@for each in benchmarks/[a-z]*.py benchmarks/training/[a-z]*.py; do echo "== $$each"; $(BIN)/python $$each || exit 1; done
 
 docs: $(VENV)/.dev
 	$(BIN)/python docs/architecture.py
