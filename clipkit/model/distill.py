@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from clipkit.model.exchange import first_row, gather_features, sum_rows, total_logsumexp
-from clipkit.model.loss import ABSENT, Block, scaled_gradients
+from clipkit.model.exchange import sum_rows, total_logsumexp
+from clipkit.model.loss import ABSENT, block_against_all, scaled_gradients
 
 
 class TeacherSpace(NamedTuple):
@@ -54,9 +54,8 @@ class Affinity:
     """A block of logits with the log of its softmax along the rows and along the columns."""
 
     def __init__(self, image_BE: Tensor, text_BE: Tensor, scale: Tensor, gather: bool) -> None:
-        text_NE = gather_features(text_BE) if gather else text_BE
-        self.start = first_row(len(image_BE), gather)
-        self.block = Block(image_BE, text_NE, scale, None, None, "negative", self.start)
+        self.block = block_against_all(image_BE, text_BE, scale, None, "negative", gather)
+        self.start = self.block.start
         self.tiles = list(self.block.tiles())
         self.row_B, columns = scale.new_full((len(image_BE),), ABSENT), []
         for tile in self.tiles:

@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 from clipkit.device import Device
-from clipkit.model.exchange import first_row, gather_features, sum_rows, total_logsumexp
-from clipkit.model.loss import ABSENT, Block, SameCaption, check_captions, scaled_gradients
+from clipkit.model.exchange import gather_features, sum_rows, total_logsumexp
+from clipkit.model.loss import ABSENT, SameCaption, block_against_all, check_captions, scaled_gradients
 
 # Bytes of the table for each record.
 RECORD_BYTES = 8
@@ -81,12 +81,9 @@ class GlobalContrastive(torch.autograd.Function):
         same_caption: SameCaption,
         gather: bool,
     ) -> Tensor:
-        B, start, scale = len(image_BE), first_row(len(image_BE), gather), logit_scale.float()
-        text_NE, caption_N = text_BE.detach(), caption_B
-        if gather:
-            text_NE = gather_features(text_NE)
-            caption_N = None if caption_B is None else gather_features(caption_B)
-        block = Block(image_BE.detach().float(), text_NE, scale, caption_B, caption_N, same_caption, start)
+        B, scale = len(image_BE), logit_scale.float()
+        block = block_against_all(image_BE, text_BE, scale, caption_B, same_caption, gather)
+        text_NE, start = block.text_NE, block.start
         tiles = list(block.tiles())
 
         def negatives(tile: slice) -> Tensor:

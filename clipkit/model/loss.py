@@ -118,6 +118,23 @@ class Block:
         return values_BC.diagonal(self.start - tile.start)
 
 
+def block_against_all(
+    image_BE: Tensor,
+    text_BE: Tensor,
+    scale: Tensor,
+    caption_B: Tensor | None,
+    same_caption: SameCaption,
+    gather: bool,
+) -> Block:
+    """This process's images against the texts of all processes."""
+    text_NE, caption_N = text_BE.detach(), caption_B
+    if gather:
+        text_NE = gather_features(text_NE)
+        caption_N = None if caption_B is None else gather_features(caption_B)
+    start = first_row(len(image_BE), gather)
+    return Block(image_BE.detach().float(), text_NE, scale, caption_B, caption_N, same_caption, start)
+
+
 class InfoNCE(torch.autograd.Function):
     """The loss with its gradients in two passes over the tiles: first the denominators, then the softmax by them."""
 
@@ -131,12 +148,9 @@ class InfoNCE(torch.autograd.Function):
         same_caption: SameCaption,
         gather: bool,
     ) -> Tensor:
-        B, start, scale = len(image_BE), first_row(len(image_BE), gather), logit_scale.float()
-        text_NE, caption_N = text_BE.detach(), caption_B
-        if gather:
-            text_NE = gather_features(text_NE)
-            caption_N = None if caption_B is None else gather_features(caption_B)
-        block = Block(image_BE.detach().float(), text_NE, scale, caption_B, caption_N, same_caption, start)
+        B, scale = len(image_BE), logit_scale.float()
+        block = block_against_all(image_BE, text_BE, scale, caption_B, same_caption, gather)
+        text_NE, start = block.text_NE, block.start
         tiles = list(block.tiles())
 
         # ---- The denominators of the rows and of the columns, and the targets --------------------------------------
