@@ -71,7 +71,7 @@ class EmbedSummary:
         return {**vars(self), "path": str(self.path)}
 
     def text(self) -> str:
-        lost = f", {self.unreadable:,} that can't be read" if self.unreadable else ""
+        lost = f", {self.unreadable:,} unreadable" if self.unreadable else ""
         texts = f" and of {self.captions:,} captions" if self.captions else ""
         return f"{self.path}: vectors of {self.records:,} images{lost}{texts}, {self.dimensions} numbers each"
 

@@ -8,13 +8,11 @@ import os
 import subprocess
 from pathlib import Path
 
-import pytest
-
 PYTHON = os.environ.get("CLIPKIT_TORCH_TPU_PYTHON", "")
 
 
-@pytest.mark.skipif(not Path(PYTHON).is_file(), reason="no environment of torch_tpu: run `make test`")
 def test_torch_tpu_registers_its_device_and_backend_and_is_picked_for_tpus():
+    assert Path(PYTHON).is_file(), "CLIPKIT_TORCH_TPU_PYTHON must name torch_tpu's Python: run `make test`"
     script = Path(__file__).parents[1] / "support" / "torch_tpu_side.py"
     done = subprocess.run([PYTHON, str(script)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -2,8 +2,11 @@
 `ranks.run_ranks`.
 """
 
+from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -11,7 +14,8 @@ from torch.distributed.tensor import DTensor
 from clipkit import checkpoint
 from clipkit.config import set_values
 from clipkit.device import pick
-from clipkit.model.clip import build
+from clipkit.embedding.encoder import Compute, Encoder
+from clipkit.model.clip import CLIP, build
 from clipkit.train import run
 from clipkit.train.catalogue import debug
 from clipkit.train.fit.setup import set_up
@@ -43,11 +47,7 @@ def take_steps(folder: Path) -> None:
         optimizer, wrapped = make_optimizer(model, recipe.optimizer, 1e-4, device), device.wrap(model.train())
         gradients: dict[str, torch.Tensor] = {}
 
-        def note(*_: object) -> None:
-            for name, parameter in model.named_parameters():  # noqa: B023 - called within the turn
-                gradients[name] = checkpoint.whole(parameter.grad)  # noqa: B023
-
-        handle = optimizer.register_step_pre_hook(note)
+        handle = optimizer.register_step_pre_hook(partial(note_gradients, model, gradients))
         losses, norms = [], []
         for number in range(STEPS):
             torch.manual_seed(number)
@@ -62,6 +62,12 @@ def take_steps(folder: Path) -> None:
     device.close()
 
 
+def note_gradients(model: CLIP, gradients: dict[str, torch.Tensor], *_: object) -> None:
+    """Keep the whole gradients by name."""
+    for name, parameter in model.named_parameters():
+        gradients[name] = checkpoint.whole(parameter.grad)
+
+
 def sharded_recipe(*settings: str) -> Recipe:
     """A stage of six steps with all that is sharded: weights, moments, averages."""
     # Keys have no bias that matters: with a small eps, AdamW would learn it from the noise in its gradient.
@@ -73,7 +79,7 @@ def sharded_recipe(*settings: str) -> Recipe:
 def train_sharded(data: Path, folder: Path, *settings: str) -> None:
     """Begin a run of `sharded_recipe`, or go on with it. An evaluation is what the model makes of one grey image."""
 
-    def grey(encoder, _, compute):  # type: ignore[no-untyped-def]
+    def grey(encoder: Encoder, _: object, compute: Compute) -> Iterator[tuple[str, Any]]:
         size = encoder.preprocess.size
         yield "grey/feature", encoder.model.encode_image(torch.ones(1, 3, size, size))[0, 0].item()
         yield "grey/ranks", len(set(compute.device.gather(encoder.weights)))

@@ -13,7 +13,7 @@ from clipkit.errors import UserError
 
 
 def refusal() -> str:
-    """The error where there is no chip."""
+    """The message of the error on a machine without a TPU."""
     try:
         return str(pick("tpu"))
     except UserError as error:

@@ -112,7 +112,7 @@ def find_precision(recipe: Recipe, stage: Stage, device: Device) -> tuple[Arithm
     ratio = device.on_first(partial(time_bfloat16, recipe, stage, device.alone()))
     if ratio <= FASTER:
         return "bfloat16", f"bfloat16, {1 / ratio:.2f} times as fast as float32 here"
-    return "float32", "float32, as bfloat16 is no faster here"
+    return "float32", "float32: bfloat16 isn't faster here"
 
 
 def time_bfloat16(recipe: Recipe, stage: Stage, device: Device) -> float:

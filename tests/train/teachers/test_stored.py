@@ -1,4 +1,4 @@
-"""What is stored of a record, against teachers asked anew about what the loader hands to the trainer."""
+"""Stored embeddings equal those that the teachers compute from the pixels and captions the trainer gets."""
 
 import pickle
 from dataclasses import replace
