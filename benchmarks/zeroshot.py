@@ -53,8 +53,8 @@ def write_data(folder: Path, images: int, classes: int) -> None:
     for shard in range(SHARDS):
         with tarfile.open(folder / "test" / f"{shard}.tar", "w") as tar:
             for number in range(shard, images, SHARDS):
-                picture = np.roll(pictures[number % unique], 8 * (number // unique), axis=1)
-                jpeg = simplejpeg.encode_jpeg(np.ascontiguousarray(picture), QUALITY, colorsubsampling="420")
+                rolled = np.roll(pictures[number % unique], 8 * (number // unique), axis=1)
+                jpeg = simplejpeg.encode_jpeg(np.ascontiguousarray(rolled), QUALITY, colorsubsampling="420")
                 for suffix, data in (("jpg", jpeg), ("cls", str(number % classes).encode())):
                     member = tarfile.TarInfo(f"{number:06d}.{suffix}")
                     member.size = len(data)
@@ -79,12 +79,16 @@ def run_sides(folder: Path, name: str, workers: int) -> dict[str, tuple[float, f
     peer += ["--num_workers", str(workers), "--output", str(folder / name / "peer.json")]
     own = [sys.executable, "-m", "clipkit", "zeroshot", "--ckpt", f"open_clip:{MODEL}:{weights}", "--data", str(data)]
     own += ["--device", "cpu", "--precision", "float32", "--cache", str(cache)]
-    (folder / name).mkdir()
-    found = {
-        "clip_benchmark": timed(peer),
-        "clipkit, cold": timed([*own, "--out", str(folder / name / "cold")]),
-        "clipkit, cached": timed([*own, "--out", str(folder / name / "warm")]),
+    commands = {
+        "clipkit, cold": [*own, "--out", str(folder / name / "cold")],
+        "clipkit, cached": [*own, "--out", str(folder / name / "warm")],
+        "clip_benchmark": peer,
     }
+    (folder / name).mkdir()
+    found = {}
+    for side, command in commands.items():
+        found[side] = timed(command)
+        print(f"{name}, {side}: {found[side][0]:.1f} s by wall clock", file=sys.stderr, flush=True)
     theirs = json.loads((folder / name / "peer.json").read_text())["metrics"]["acc1"]
     for run in ("cold", "warm"):
         lines = map(json.loads, (folder / name / run / "results.jsonl").read_text().splitlines())
