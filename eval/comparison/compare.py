@@ -3,22 +3,14 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-import numpy as np
 
 from clipkit.errors import UserError
-from clipkit.eval import results
+from clipkit.eval.comparison.paired import paired
 from clipkit.eval.comparison.published import Published, Relative, published, robustness
-from clipkit.eval.comparison.significance import Difference, paired_accuracy, paired_recall, unpaired
-from clipkit.eval.metrics import mean_per_class_recall
+from clipkit.eval.comparison.significance import Difference, unpaired
 from clipkit.eval.results import Result, read_results
 
-if TYPE_CHECKING:
-    import pyarrow as pa
-
 EXPECTED = "preprocessing"  # each model has its own
-GUESSED = ("key", "label", "correct", "guesses", "problem", "direction", "rank", "right")
 WORDS = {
     "classes": "other class names",
     "templates": "other templates",
@@ -212,68 +204,7 @@ def pair_of(task: str, metric: str, entries: tuple[Entry, Entry], chosen: tuple[
     difference = None
     if not reasons:
         first, second = chosen
-        difference = paired(entries, chosen) or unpaired(
+        difference = paired((entries[0].run, entries[1].run), chosen) or unpaired(
             (first.value, first.low, first.high), (second.value, second.low, second.high)
         )
     return Pair(task, metric, *entries, chosen, reasons, notes, difference)
-
-
-# ---- The guesses -----------------------------------------------------------------------------------------------------
-
-
-def paired(entries: tuple[Entry, Entry], chosen: tuple[Result, Result]) -> Difference | None:
-    """The difference by the guesses for each image; None where those aren't at hand or don't make the two numbers."""
-    first, second = (guesses(entry.run, result) for entry, result in zip(entries, chosen, strict=True))
-    if first is None or second is None or first["key"] != second["key"]:
-        return None
-    hits = [hits_of(table, result) for table, result in zip((first, second), chosen, strict=True)]
-    if hits[0] is None or hits[1] is None:
-        return None
-    if chosen[0].metric == "mean_per_class_recall":
-        return paired_recall(hits[0], hits[1], class_numbers(first))
-    return paired_accuracy(hits[0], hits[1])
-
-
-def guesses(run: Path, result: Result) -> "pa.Table | None":
-    """The readable rows of a task's guesses, if the file is of this result's model."""
-    import pyarrow.compute as pc
-
-    path = results.predictions_path(run, result.task)
-    if not path.is_file():
-        return None
-    table, about = results.read_guesses(path, GUESSED)
-    is_others = about.get("weights", result.weights) != result.weights
-    if (
-        is_others
-        or about.get("samples_seen") != result.samples_seen
-        or not {"key", "correct"} <= set(table.column_names)
-    ):
-        return None
-    return table.filter(pc.is_null(table["problem"])) if "problem" in table.column_names else table
-
-
-def class_numbers(table: "pa.Table") -> "np.typing.NDArray[np.int64]":
-    """The true class of each row as a number."""
-    numbers = table["label"].combine_chunks().dictionary_encode().indices
-    return np.asarray(numbers.to_numpy(zero_copy_only=False), dtype=np.int64)
-
-
-def hits_of(table: "pa.Table", result: Result) -> "np.typing.NDArray[np.bool_] | None":
-    """For each row whether it counts as right in a result's metric; None unless these make exactly the number."""
-    hits = np.asarray(table["correct"].to_numpy(), dtype=bool)
-    if result.metric == "top5":
-        pairs = zip(table["label"].to_pylist(), table["guesses"].to_pylist(), strict=True)
-        hits = np.array([label in five[:5] for label, five in pairs], dtype=bool)
-    elif result.kind == "choice":
-        hits = np.array([result.metric in right for right in table["right"].to_pylist()], dtype=bool)
-    elif result.metric.startswith("text_retrieval_recall@"):
-        # Only from images: the captions of one image aren't independent queries, as the test takes them.
-        ranks = zip(table["direction"].to_pylist(), table["rank"].to_pylist(), strict=True)
-        most = int(result.metric.partition("@")[2])
-        hits = np.array([rank <= most for direction, rank in ranks if direction == "image to text"], dtype=bool)
-    if len(hits) != result.n:
-        return None
-    value = float(hits.mean())
-    if result.metric == "mean_per_class_recall":
-        value = mean_per_class_recall(hits, class_numbers(table))[0]
-    return hits if abs(value - result.value) < 1e-9 else None

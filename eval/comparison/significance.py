@@ -5,6 +5,7 @@ by side don't: most images are right or wrong for both. Where no guesses are at 
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,7 +24,7 @@ class Difference:
     test: str
     p: float | None = None
     only_first: int = 0
-    """Images that only the first has right."""
+    """Images or captions that only the first has right."""
     only_second: int = 0
     n: int = 0
 
@@ -62,6 +63,43 @@ def paired_recall(first_N: NDArray[np.bool_], second_N: NDArray[np.bool_], class
     return Difference(value, low, high, "paired bootstrap", p, only_first, only_second, len(first_N))
 
 
+def paired_queries(
+    directions: Sequence[tuple[NDArray[np.bool_], NDArray[np.bool_], NDArray[np.int64]]],
+) -> Difference:
+    """The difference of two recalls whose queries are of images: a bootstrap's interval and p-value over the images.
+
+    A direction is whether each of Q queries succeeds with the first model and with the second, and the number of the
+    image that it is of, 0 to N - 1; of two directions it is the mean. The captions of one image succeed and fail
+    together, so a resample draws images, each with all its queries.
+    """
+    images = max(int(image_Q.max()) for _, _, image_Q in directions) + 1
+    gain_DN = np.stack(
+        [
+            np.bincount(image_Q, second_Q.astype(float) - first_Q.astype(float), minlength=images)
+            for first_Q, second_Q, image_Q in directions
+        ]
+    )
+    queries_DN = np.stack([np.bincount(image_Q, minlength=images) for _, _, image_Q in directions])
+    # Images of equal gains and numbers of queries are exchangeable, as in `_bootstrap`.
+    kind_DK, count_K = np.unique(np.concatenate([gain_DN, queries_DN]), axis=1, return_counts=True)
+    gain_DK, queries_DK = np.split(kind_DK, 2)
+
+    def difference(count_RK: NDArray[np.int64]) -> NDArray[np.float64]:
+        found: NDArray[np.float64] = (count_RK @ gain_DK.T / np.maximum(count_RK @ queries_DK.T, 1)).mean(axis=1)
+        return found
+
+    random = np.random.default_rng(SEED)
+    low, high, p = _interval(difference(random.multinomial(images, count_K / images, size=RESAMPLES)))
+    only_first, only_second, n = (
+        sum(int(each) for each in counts)
+        for counts in zip(
+            *((np.sum(one & ~two), np.sum(two & ~one), len(one)) for one, two, _ in directions), strict=True
+        )
+    )
+    value = float(difference(count_K[None])[0])
+    return Difference(value, low, high, "paired bootstrap over images", p, only_first, only_second, n)
+
+
 def _bootstrap(
     first_N: NDArray[np.bool_], second_N: NDArray[np.bool_], class_N: NDArray[np.int64]
 ) -> tuple[float, float, float, float]:
@@ -86,10 +124,14 @@ def _bootstrap(
         difference(random.multinomial(len(class_N), count_K / len(class_N), size=min(some, RESAMPLES - done)))
         for done in range(0, RESAMPLES, some)
     ]
-    found_R = np.concatenate(drawn)
+    return float(difference(count_K[None])[0]), *_interval(np.concatenate(drawn))
+
+
+def _interval(found_R: NDArray[np.float64]) -> tuple[float, float, float]:
+    """The 95% percentile interval of resampled differences and their two-sided p-value."""
     low, high = np.quantile(found_R, (0.025, 0.975))
     p = min(1.0, 2 * min(float((found_R <= 0).mean()), float((found_R >= 0).mean())))
-    return float(difference(count_K[None])[0]), float(low), float(high), max(p, 1 / RESAMPLES)
+    return float(low), float(high), max(p, 1 / RESAMPLES)
 
 
 def unpaired(first: tuple[float, float, float], second: tuple[float, float, float]) -> Difference:

@@ -15,7 +15,9 @@ from clipkit.errors import UserError
 from clipkit.eval import results
 from clipkit.eval.classification.task import GUESSES
 from clipkit.eval.comparison import published
-from clipkit.eval.comparison.compare import compare, hits_of
+from clipkit.eval.comparison.compare import compare
+from clipkit.eval.comparison.paired import hits_of, paired_retrieval
+from clipkit.eval.comparison.significance import Difference
 from clipkit.eval.metrics import measure
 from clipkit.eval.results import Result
 from clipkit.eval.tables import results_text
@@ -275,7 +277,7 @@ def test_the_robustness_line_is_that_of_the_published_models(tmp_path):
     assert published.robustness(values[1:]) == [], "without ImageNet there is no line"
 
 
-def test_choices_and_images_that_look_for_captions_are_paired() -> None:
+def test_choices_are_paired() -> None:
     def result_of(metric: str, kind: str, hits: list[bool]) -> Result:
         value = sum(hits) / len(hits)
         return Result(metric, value, 0, 1, len(hits), 0.5, 0, "t", "d", 1, "c", kind=kind)
@@ -284,8 +286,28 @@ def test_choices_and_images_that_look_for_captions_are_paired() -> None:
     hits = hits_of(choices, result_of("text_score", "choice", [True, True, False]))
     assert hits is not None and hits.tolist() == [True, True, False]
     assert hits_of(choices, result_of("text_score", "choice", [True, False, False])) is None
-    directions = ["image to text"] * 2 + ["text to image"] * 2
-    found = pa.table({"correct": [False] * 4, "direction": directions, "rank": [4, 6, 1, 9], "right": [None] * 4})
-    hits = hits_of(found, result_of("text_retrieval_recall@5", "retrieval", [True, False]))
-    assert hits is not None and hits.tolist() == [True, False]
-    assert hits_of(found, result_of("image_retrieval_recall@5", "retrieval", [True, False])) is None
+
+
+def test_recalls_are_paired_by_image() -> None:
+    """Two images, of which the second has three captions; the second model finds one caption more of it."""
+    keys = ["a.jpg", "b#.jpg", "a.jpg#0", "b#.jpg#0", "b#.jpg#1", "b#.jpg#2"]
+    directions = ["image to text"] * 2 + ["text to image"] * 4
+    first, second = (
+        pa.table({"key": keys, "direction": directions, "rank": ranks})
+        for ranks in ([4, 6, 1, 9, 9, 1], [4, 5, 1, 9, 2, 1])
+    )
+
+    def found(metric: str, values: tuple[float, float], n: int = 4) -> Difference | None:
+        one, two = (Result(metric, value, 0, 1, n, 0.5, 0, "t", "d", 1, "c", kind="retrieval") for value in values)
+        return paired_retrieval((first, second), (one, two))
+
+    captions = found("image_retrieval_recall@5", (0.5, 0.75))
+    assert captions is not None
+    assert (captions.value, captions.only_first, captions.only_second, captions.n) == (0.25, 0, 1, 4)
+    # One image drawn twice: the first has no gain, the second one of three captions.
+    assert (captions.low, captions.high) == pytest.approx((0, 1 / 3))
+    images = found("text_retrieval_recall@5", (0.5, 1.0))
+    assert images is not None and (images.value, images.n) == (0.5, 2)
+    mean = found("mean_recall@5", (0.5, 0.875))
+    assert mean is not None and (mean.value, mean.n) == (0.375, 6)
+    assert found("image_retrieval_recall@5", (0.5, 0.5)) is None, "these guesses don't make that number"

@@ -1,24 +1,29 @@
 """McNemar's p-values are scipy's; the bootstrap agrees with drawing images; intervals contain what they should."""
 
+import math
+from fractions import Fraction
+
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from scipy import stats
 
-from clipkit.eval.comparison.significance import mcnemar, paired_accuracy, paired_recall, unpaired
+from clipkit.eval.comparison.significance import mcnemar, paired_accuracy, paired_queries, paired_recall, unpaired
 from clipkit.eval.metrics import mean_per_class_recall
 from clipkit.intervals import wilson
 
 
 @given(st.integers(0, 3000), st.integers(0, 3000))
+@example(11, 1064)
 def test_mcnemar_is_the_binomial_test(first, second):
     exact, mid = mcnemar(first, second)
     if first + second:
         least = min(first, second)
         assert exact == pytest.approx(stats.binomtest(first, first + second, 0.5).pvalue, rel=1e-6)
-        tail = stats.binom.cdf(least - 1, first + second, 0.5) + stats.binom.pmf(least, first + second, 0.5) / 2
-        assert mid == pytest.approx(2 * tail, rel=1e-6, abs=1e-300)
+        # In whole numbers: scipy's cdf is 0 where it should be 1e-300.
+        ways = 2 * sum(math.comb(first + second, k) for k in range(least)) + math.comb(first + second, least)
+        assert mid == pytest.approx(float(Fraction(ways, 2 ** (first + second))), rel=1e-6, abs=1e-300)
     else:
         assert (exact, mid) == (1.0, 1.0)
 
@@ -38,6 +43,25 @@ def test_the_bootstrap_is_that_of_drawing_images():
     assert found.value == pytest.approx(difference(np.arange(600)))
     assert (found.low, found.high) == pytest.approx(np.quantile(drawn, (0.025, 0.975)), abs=0.008)
     assert paired_recall(first_N, second_N, class_N) == found  # seeded
+
+
+def test_captions_of_one_image_are_drawn_together():
+    random = np.random.default_rng(4)
+    image_Q = np.repeat(np.arange(150), random.integers(1, 7, 150))
+    of_image = np.stack([random.random(150) < 0.4, random.random(150) < 0.5])  # all captions of an image as one
+    first_Q, second_Q = of_image[:, image_Q]
+    found = paired_queries([(first_Q, second_Q, image_Q)])
+
+    def difference(images):
+        rows = np.concatenate([np.flatnonzero(image_Q == image) for image in images])
+        return second_Q[rows].mean() - first_Q[rows].mean()
+
+    drawn = [difference(random.integers(0, 150, 150)) for _ in range(1500)]
+    assert found.value == pytest.approx(second_Q.mean() - first_Q.mean())
+    assert (found.low, found.high) == pytest.approx(np.quantile(drawn, (0.025, 0.975)), abs=0.012)
+    alone = paired_accuracy(first_Q, second_Q)
+    assert found.high - found.low > 1.5 * (alone.high - alone.low), "captions aren't independent queries"
+    assert paired_queries([(first_Q, first_Q, image_Q)]).p == 1
 
 
 def test_a_paired_test_sees_what_two_intervals_do_not():
