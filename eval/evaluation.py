@@ -15,6 +15,7 @@ from clipkit.device import Device, Precision, pick
 from clipkit.embedding.encoder import Compute, Encoder
 from clipkit.eval import results
 from clipkit.eval.metrics import Measure
+from clipkit.eval.per_class import count_classes, per_class_path, write_per_class
 from clipkit.eval.results import Result
 from clipkit.formats.folders import printable
 from clipkit.interop.load import load
@@ -93,9 +94,9 @@ def zeroshot(
     """Evaluate a model on a task; write numbers and guesses into the run, and return the numbers. `options` are those
     of `measure`.
 
-    In the run, `results.jsonl` gets a line for each metric and `predictions-<task>.parquet` the guesses; outside of a
-    run nothing is written. Of several ranks, which share the work, the first one writes. Raises UserError for whatever
-    is wrong with the input.
+    In the run, `results.jsonl` gets a line for each metric and `predictions-<task>.parquet` the guesses, which
+    `per-class-<task>.csv` counts by class where each image has one; outside of a run nothing is written. Of several
+    ranks, which share the work, the first one writes. Raises UserError for whatever is wrong with the input.
     """
     where = pick(device) if isinstance(device, str) else device
     return where.on_first(partial(keep, measure(source, task, where, **options)))
@@ -179,6 +180,9 @@ def keep(measured: Measured) -> list[Result]:
         names = ("task", "kind", "samples_seen", "weights", "classes", "data", "templates")
         about = {name: getattr(first, name) for name in names}
         results.write_predictions(results.predictions_path(run, first.task), outcome.guesses, about=about)
+        if any(each.metric == "top1" for each in found):
+            labels, guesses = (outcome.guesses[name].to_pylist() for name in ("label", "guesses"))
+            write_per_class(per_class_path(run, first.task), count_classes(labels, guesses))
     return found
 
 

@@ -15,6 +15,7 @@ from clipkit.cli.options import (
     as_json,
     cache_gigabytes,
     device,
+    ema,
     is_unicode,
     print_json,
 )
@@ -47,7 +48,7 @@ table_format = click.option(
     help="A checkpoint or run; a file or folder of OpenCLIP's or transformers'; open_clip:NAME:FILE, hf:OWNER/NAME. "
     "May be repeated.",
 )
-@click.option("--ema", is_flag=True, help="Take the averages of the weights that the run kept.")
+@ema
 @click.option("--tokenizer", type=AnyPath, help="The tokenizer's vocabulary, where the model comes without.")
 @click.option(
     "--data",
@@ -279,7 +280,7 @@ def echo(text: str) -> None:
     required=True,
     help="Format: OpenCLIP, transformers, timm (the image tower), or ONNX graphs.",
 )
-@click.option("--ema", is_flag=True, help="Take the averages of the weights that the run kept.")
+@ema
 @as_json
 def export(ckpt: Path, out: Path, target: Literal["open_clip", "hf", "timm", "onnx"], ema: bool, as_json: bool) -> None:
     """Write the model of CKPT, a checkpoint or a run (its newest), to the folder OUT in another project's format.

@@ -135,3 +135,4 @@ vocabulary = click.option(
     "--tokenizer", "vocabulary", type=AnyPath, help="Vocabulary file of the model's tokenizer, where it isn't clip-bpe."
 )
 as_json = click.option("--json", "as_json", is_flag=True, help="Print the summary as one line of JSON.")
+ema = click.option("--ema", is_flag=True, help="Take the averages of the weights that the run kept.")

@@ -16,6 +16,7 @@ from clipkit.cli.options import (
     cache_gigabytes,
     data_split,
     device,
+    ema,
     print_json,
     print_summary,
 )
@@ -35,7 +36,7 @@ page = click.option("--page", type=AnyPath, metavar="PAGE.html", help="Write a p
 @checkpoint
 @click.option("--split", help="Split of the data. [default: train; of labelled images as zeroshot]")
 @click.option("--label", help="Column with the label: take images with labels, not with captions.")
-@click.option("--ema", is_flag=True, help="Take the averages of the weights that the run kept.")
+@ema
 @click.option("--dtype", type=click.Choice(["float16", "float32"]), default="float16", help="How numbers are stored.")
 @click.option("--precision", type=click.Choice(["auto", "float32", "bfloat16"]), help="As zeroshot's --precision.")
 @batch_size
@@ -74,7 +75,7 @@ def embed(
     "--out", type=AnyPath, metavar="OUT.parquet", help="The table. [default: DATA/clipkit/scores-SPLIT.parquet]"
 )
 @click.option("--split", default="train", help="Split of the data.")
-@click.option("--ema", is_flag=True, help="Take the averages of the weights that the run kept.")
+@ema
 @click.option("--precision", type=click.Choice(["auto", "float32", "bfloat16"]), help="As zeroshot's --precision.")
 @batch_size
 @device
@@ -122,7 +123,7 @@ def score(
 @data_split
 @cache_folder
 @cache_gigabytes
-@click.option("--ema", is_flag=True, help="Take the averages of the teachers' weights that their runs kept.")
+@ema
 @click.option("--precision", type=click.Choice(["auto", "float32", "bfloat16"]), help="As zeroshot's --precision.")
 @batch_size
 @device
@@ -153,6 +154,7 @@ def reinforce(
 @click.argument("images", nargs=-1, required=True, type=AnyPath, metavar="IMAGE...")
 @click.option("--labels", required=True, help="What to choose from: 'a cat, a dog'.")
 @checkpoint
+@ema
 @click.option("--templates", "templates_name", default="openai-80", help="As zeroshot's --templates.")
 @device
 @page
@@ -161,6 +163,7 @@ def classify(
     images: tuple[Path, ...],
     labels: str,
     ckpt: str,
+    ema: bool,
     templates_name: str,
     device: str,
     page: Path | None,
@@ -173,7 +176,7 @@ def classify(
     from clipkit.eval.search.page import classified_tiles, write_page
 
     names = split_labels(labels)
-    found = stage(clipkit.load(ckpt, device=device), images, names, templates_name)
+    found = stage(clipkit.load(ckpt, ema=ema, device=device), images, names, templates_name)
     for each in found:
         if as_json:
             print_json({"image": str(each.image), "probabilities": each.probabilities})
@@ -190,6 +193,7 @@ def classify(
 @click.argument("query", required=False)
 @click.option("--image", type=AnyPath, help="Search by this image instead of a text.")
 @click.option("--ckpt", metavar="MODEL", help="The model, as zeroshot takes it. [default: that of the vectors]")
+@ema
 @click.option("--top", type=Count, default=12, help="How many images to find.")
 @click.option("--split", help="Split of the data, as of embed.")
 @click.option("--label", help="Column with the label, as of embed.")
@@ -202,6 +206,7 @@ def search(
     query: str | None,
     image: Path | None,
     ckpt: str | None,
+    ema: bool,
     top: int,
     split: str | None,
     label: str | None,
@@ -223,7 +228,9 @@ def search(
     if file is None and ckpt is None:
         raise UserError("--ckpt is needed: name the model (only a file of vectors knows its own)")
     if file is None or ckpt is not None:
-        model = clipkit.load(ckpt or "", device=device)
+        model = clipkit.load(ckpt or "", ema=ema, device=device)
+    elif ema:
+        raise UserError(f"--ema needs --ckpt: {data} says itself which weights made it")
     else:
         model = clipkit.load(file.about["model"], ema=file.about["ema"], device=device)
     if file is not None:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from clipkit.embedding.encoder import Encoder
 from clipkit.errors import UserError
 from clipkit.export.parity import Peer
-from clipkit.interop.transformers import exact_ratio
 from clipkit.model.clip import CLIP
+from clipkit.model.config import exact_ratio
 from clipkit.model.image_tower import ConvStem
 from clipkit.model.timm_tower import TimmTower
 

@@ -15,9 +15,8 @@ from clipkit.embedding.encoder import Encoder
 from clipkit.errors import UserError
 from clipkit.export.parity import Peer
 from clipkit.interop.openclip import BLOCK_RENAMES
-from clipkit.interop.transformers import exact_ratio
 from clipkit.model.clip import CLIP
-from clipkit.model.config import ImageConfig, ModelConfig, TextConfig
+from clipkit.model.config import ImageConfig, ModelConfig, TextConfig, exact_ratio
 from clipkit.model.timm_tower import TimmTower
 
 # Our parts and theirs.

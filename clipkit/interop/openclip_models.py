@@ -23,7 +23,7 @@ from clipkit.interop.openclip_adapter import adapted
 from clipkit.interop.openclip_config import NotNativeError, native_config, pads_with_zero, preprocess_of, tokenizer_name
 from clipkit.interop.tokenizer_files import FolderTokenizer
 from clipkit.model.clip import CLIP, allocate, load_state
-from clipkit.model.config import ModelConfig
+from clipkit.model.config import ModelConfig, exact_ratio
 from clipkit.storage.files import read_json
 from clipkit.text.sentence_piece import SentencePiece, canonicalize
 from clipkit.text.tokenizer import WordTokenizer, clean, tidy
@@ -179,8 +179,7 @@ def infer(path: Path, tensors: Mapping[str, Tensor]) -> Description:
         "width": width,
         "layers": blocks(state, "visual.transformer"),
         "head_width": HEAD_WIDTHS[width],
-        # The half keeps the product, which is cut to an integer, from falling below.
-        "mlp_ratio": (len(state["visual.transformer.resblocks.0.mlp.c_fc.weight"]) + 0.5) / width,
+        "mlp_ratio": exact_ratio(len(state["visual.transformer.resblocks.0.mlp.c_fc.weight"]), width),
         "ls_init_value": 1.0 if "visual.transformer.resblocks.0.ls_1.gamma" in state else None,
     }
     text_cfg = {

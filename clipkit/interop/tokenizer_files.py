@@ -23,6 +23,7 @@ from clipkit.text.sentence_piece import SentencePiece
 from clipkit.text.tokenizer import MERGES, MERGES_FILE, SPECIAL, Tokenizer
 
 BEGIN, END = "<|startoftext|>", "<|endoftext|>"
+CLIP_FILES = ("vocab.json", "merges.txt")
 
 
 class FolderTokenizer:
@@ -95,8 +96,12 @@ def read_tokenizer(folder: Path, kind: str, vocab_size: int) -> tuple[TextTokeni
             )
         if kind == "clip" and found.after[-1:] != [vocab_size - 1]:
             raise UserError(f"{folder}/tokenizer.json doesn't end texts with the id {vocab_size - 1}: copy it again")
+    elif kind == "clip" and all((folder / name).is_file() for name in CLIP_FILES):
+        raise UserError(f"vocab.json and merges.txt in {folder} aren't CLIP's own: copy its tokenizer.json too")
     else:
-        wanted = "tokenizer.json, or vocab.json and merges.txt" if kind == "clip" else "spiece.model or tokenizer.json"
+        wanted = (
+            f"tokenizer.json, or {' and '.join(CLIP_FILES)}" if kind == "clip" else "spiece.model or tokenizer.json"
+        )
         raise UserError(f"{folder} has no tokenizer: copy its {wanted} too")
     if found.vocab_size > vocab_size:
         raise UserError(
@@ -107,7 +112,7 @@ def read_tokenizer(folder: Path, kind: str, vocab_size: int) -> tuple[TextTokeni
 
 def is_clips(folder: Path) -> bool:
     """Whether the folder's vocabulary and merges are those of CLIP's own tokenizer."""
-    if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+    if all((folder / name).is_file() for name in CLIP_FILES):
         vocabulary = read_json(folder / "vocab.json")
         merges: list[Any] = read_text(folder / "merges.txt", "merges").split("\n")
     elif (folder / "tokenizer.json").is_file():

@@ -18,7 +18,7 @@ from clipkit.errors import UserError, one_line
 from clipkit.interop.files import read_weights
 from clipkit.interop.tokenizer_files import read_tokenizer
 from clipkit.model.clip import CLIP, allocate, load_state
-from clipkit.model.config import Activation, ImageConfig, ModelConfig, TextConfig
+from clipkit.model.config import Activation, ImageConfig, ModelConfig, TextConfig, exact_ratio
 from clipkit.pixels.images import CLIP_MEAN, CLIP_STD, Interpolation, Preprocess, ResizeMode
 from clipkit.storage.files import read_json
 
@@ -182,11 +182,6 @@ def sizes(tower: Mapping[str, Any]) -> dict[str, Any]:
         "act": ACTIVATIONS[tower["hidden_act"]],
         "norm_eps": tower["layer_norm_eps"],
     }
-
-
-def exact_ratio(hidden: int, width: int) -> float:
-    """What gives `hidden` when `width` is multiplied by it and rounded down, as towers do."""
-    return hidden / width if int(width * (hidden / width)) == hidden else (hidden + 0.5) / width
 
 
 def their_config(model: CLIP, kind: Kind) -> dict[str, Any]:

@@ -201,3 +201,8 @@ def _clipa_v2(config: ModelConfig) -> ModelConfig:
         norm_eps=1e-6,
     )
     return dataclasses.replace(config, image=image, text=text)
+
+
+def exact_ratio(hidden: int, width: int) -> float:
+    """The `mlp_ratio` that gives `hidden` when `width` is multiplied by it and rounded down, as towers do."""
+    return hidden / width if int(width * (hidden / width)) == hidden else (hidden + 0.5) / width

@@ -2,7 +2,7 @@
 
 import base64
 import random
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +12,7 @@ import numpy as np
 
 from clipkit.eval import results
 from clipkit.eval.metrics import BINS, confidence_bins
+from clipkit.eval.per_class import ClassCount, count_classes
 from clipkit.formatting import share
 from clipkit.intervals import wilson
 from clipkit.page.charts import Bin, calibration_chart, histogram, interval_strip
@@ -77,7 +78,7 @@ def classification_section(rows: Rows, classes: int) -> dict[str, Any]:
         "n": len(readable),
         "classes": classes,
         "confused": confused(readable),
-        "per_class": class_bars(readable, 1 / classes),
+        "per_class": class_bars(class_counts(readable), 1 / classes),
         "calibration": calibration(readable),
         "problems": [row for row in rows if row["problem"]][:5],
         "unreadable": sum(bool(row["problem"]) for row in rows),
@@ -106,34 +107,35 @@ def confused(readable: Rows, most: int = 10) -> list[tuple[str, str, int, int]]:
     return [(label, guess, -times, images[label]) for times, label, guess in repeated[:most]]
 
 
-def class_bars(readable: Rows, chance: float) -> list[tuple[str, list[ClassBar]]]:
+def class_counts(rows: Rows) -> list[ClassCount]:
+    """The classes of some rows."""
+    return count_classes((row["label"] for row in rows), (row["guesses"] for row in rows))
+
+
+def class_bars(classes: Sequence[ClassCount], chance: float) -> list[tuple[str, list[ClassBar]]]:
     """The accuracy of each class with its interval, under a heading each: all from the worst to the best, or of many
     the worst and the best. [] where no class has two images.
 
     The worst are those that are surely bad, by the upper end of the interval, and the best those that are surely good:
     a class with few images doesn't come first by luck.
     """
-    counts: dict[str, list[int]] = defaultdict(lambda: [0, 0])
-    for row in readable:
-        counts[row["label"]][0] += row["correct"]
-        counts[row["label"]][1] += 1
-    if max((n for _, n in counts.values()), default=0) < 2:
+    if max((each.n for each in classes), default=0) < 2:
         return []
-    ends = {name: wilson(right / n, n) for name, (right, n) in counts.items()}
 
-    def bar(name: str) -> ClassBar:
-        right, n = counts[name]
-        return ClassBar(name, right, n, interval_strip(right / n, *ends[name], chance, 1.0))
+    def bars(some: Sequence[ClassCount]) -> list[ClassBar]:
+        return [
+            ClassBar(each.name, each.right, each.n, interval_strip(each.recall, each.low, each.high, chance, 1.0))
+            for each in some
+        ]
 
-    worst = sorted(counts, key=lambda name: (ends[name][1], name))
-    best = sorted(counts, key=lambda name: (-ends[name][0], name))
-    if len(counts) <= 2 * SHOWN_CLASSES:
-        by_accuracy = sorted(counts, key=lambda name: (counts[name][0] / counts[name][1], name))
-        half = -(-len(counts) // 2)
-        return [("", [bar(name) for name in part]) for part in (by_accuracy[:half], by_accuracy[half:]) if part]
+    if len(classes) <= 2 * SHOWN_CLASSES:
+        half = -(-len(classes) // 2)
+        return [("", bars(part)) for part in (classes[:half], classes[half:]) if part]
+    worst = sorted(classes, key=lambda each: (each.high, each.name))[:SHOWN_CLASSES]
+    best = sorted(classes, key=lambda each: (-each.low, each.name))[:SHOWN_CLASSES]
     return [
-        (f"the {SHOWN_CLASSES} worst of {len(counts):,}", [bar(name) for name in worst[:SHOWN_CLASSES]]),
-        (f"the {SHOWN_CLASSES} best of {len(counts):,}", [bar(name) for name in best[:SHOWN_CLASSES]]),
+        (f"the {SHOWN_CLASSES} worst of {len(classes):,}", bars(worst)),
+        (f"the {SHOWN_CLASSES} best of {len(classes):,}", bars(best)),
     ]
 
 

@@ -362,6 +362,8 @@ def test_numbers_and_guesses_are_written_into_the_run(
     assert np.mean([row["correct"] for row in rows]) == pytest.approx(found[0].value)
     assert all(row["correct"] == (row["guesses"][0] == row["label"]) for row in rows)
     assert Image.open(io.BytesIO(rows[0]["image"])).format == "WEBP"
+    counted = (run / "per-class-emoji.csv").read_text().splitlines()
+    assert len(counted) == 1 + len({row["label"] for row in rows})
     assert "were cut" not in capsys.readouterr().err
 
 

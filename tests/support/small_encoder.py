@@ -23,6 +23,7 @@ class NoRecipe:
     """What a checkpoint must name."""
 
     name: str = "none"
+    ema_decay: float | None = None
 
 
 def small_encoder(seed: int = 1) -> Encoder:
@@ -30,13 +31,14 @@ def small_encoder(seed: int = 1) -> Encoder:
     return clip_encoder(build(SMALL, seed=seed).eval(), Tokenizer(), PREPROCESS)
 
 
-def small_run(folder: Path, seed: int = 1) -> Path:
-    """A run with a checkpoint of it."""
+def small_run(folder: Path, seed: int = 1, averages: int | None = None) -> Path:
+    """A run with a checkpoint of it; `averages` is the seed of the weights that stand for the averages."""
     state = {"samples_seen": 64, "stage": "full", "seconds": 1.0, "bad_samples": 0}
     checkpoint.save(
         checkpoint.folder_of(folder, 64),
         tensors=build(SMALL, seed=seed).state_dict(),
-        config=checkpoint.describe(SMALL, PREPROCESS, NoRecipe()),
+        ema=None if averages is None else build(SMALL, seed=averages).state_dict(),
+        config=checkpoint.describe(SMALL, PREPROCESS, NoRecipe(ema_decay=None if averages is None else 0.9)),
         state=state,
     )
     return folder

@@ -16,7 +16,7 @@ OPTIONS = {
     "build-tfds": "shards out --name --image-column --caption-column --captions --quoting --where --dedup --keep-best "
     "--by --balance --limit --seed --split --resize --quality --precompute --shuffle --shard-megabytes --in-place "
     "--workers --engine --json",
-    "classify": "images --labels --ckpt --templates --device --page --json",
+    "classify": "images --labels --ckpt --ema --templates --device --page --json",
     "compare": "runs --format --json",
     "demo": "--out",
     "doctor": "--json",
@@ -34,7 +34,7 @@ OPTIONS = {
     "--precision --batch-size --device --json",
     "report": "runs --out",
     "score": "data --ckpt --out --split --ema --precision --batch-size --device --json",
-    "search": "data query --image --ckpt --top --split --label --batch-size --device --page --json",
+    "search": "data query --image --ckpt --ema --top --split --label --batch-size --device --page --json",
     "sweep": "path --out --dry-run --devices --price --measure --engine --device --workers --json",
     "train": "--data --recipe --out --device --set --tokenizer --resume --allow-changes --init --from-stage --cooldown "
     "--log-to --overfit --reinforced --split --workers --cache --cache-gb --eval-data --eval-task --eval-train-data "

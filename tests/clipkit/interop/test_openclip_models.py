@@ -235,6 +235,13 @@ def test_a_name_for_a_file(named, quick_twin, tmp_path) -> None:
     assert encoder.notes == ()
 
 
+def test_a_file_is_one_model_with_and_without_its_name(named, twin, tmp_path) -> None:
+    """Else what was kept for one isn't found for the other."""
+    path = save(tmp_path / "weights.safetensors", twin)
+    by_shapes, by_name = load(path), load(f"open_clip:tiny:{path}")
+    assert (by_shapes.weights, by_shapes.architecture) == (by_name.weights, by_name.architecture)
+
+
 def test_a_tag_is_fetched_or_told_how(named, quick_twin, tmp_path, monkeypatch) -> None:
     path = save(tmp_path / "weights.safetensors", quick_twin)
     with pytest.raises(UserError) as raised:

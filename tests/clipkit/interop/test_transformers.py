@@ -186,6 +186,7 @@ def processor(**values: Any) -> Any:
     [
         (without("preprocessor_config.json"), "has no preprocessor_config.json, so nobody knows its mean and size"),
         (without("vocab.json"), "has no tokenizer: copy its tokenizer.json, or vocab.json and merges.txt too"),
+        (lambda folder: change(folder / "vocab.json", more=1), "aren't CLIP's own: copy its tokenizer.json too"),
         (without("model.safetensors"), "has a config.json and no model.safetensors: copy the whole folder"),
         (lambda folder: change(folder / "config.json", model_type="siglip2"), "is a NaFlex model of SigLIP 2"),
         (lambda folder: change(folder / "config.json", model_type="bert"), "is transformers' 'bert', not a model"),

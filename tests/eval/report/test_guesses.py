@@ -13,7 +13,7 @@ from written_run import write_run
 
 from clipkit.eval import results
 from clipkit.eval.choice.task import GUESSES as CHOICES
-from clipkit.eval.report.guesses import SHOWN_CLASSES, calibration, class_bars, reliability, task_sections
+from clipkit.eval.report.guesses import SHOWN_CLASSES, calibration, class_bars, class_counts, reliability, task_sections
 from clipkit.eval.report.page import report
 from clipkit.eval.retrieval.task import GUESSES
 from clipkit.intervals import wilson
@@ -65,7 +65,7 @@ def test_the_calibration_error_is_the_one_by_hand() -> None:
 
 def test_few_classes_are_all_shown_from_the_worst() -> None:
     rows = [answer("a", "a"), answer("a", "a"), answer("b", "a"), answer("b", "b"), answer("c", "a")]
-    bars = [bar for _, part in class_bars(rows, 1 / 3) for bar in part]
+    bars = [bar for _, part in class_bars(class_counts(rows), 1 / 3) for bar in part]
     assert [(bar.name, bar.right, bar.n) for bar in bars] == [("c", 0, 1), ("b", 1, 2), ("a", 2, 2)]
     assert "chance 33.3%" in bars[0].strip
 
@@ -74,14 +74,14 @@ def test_of_many_classes_the_surely_worst_and_best_are_shown() -> None:
     """One image, right or wrong, doesn't make a class the best or the worst."""
     rows = [answer(f"single {n}", f"single {n}" if n % 2 else "x") for n in range(40)]
     rows += [answer("bad", "x")] * 20 + [answer("good", "good")] * 20
-    (first, worst), (second, best) = class_bars(rows, 0.1)
+    (first, worst), (second, best) = class_bars(class_counts(rows), 0.1)
     assert (worst[0].name, best[0].name) == ("bad", "good")
     assert (len(worst), len(best)) == (SHOWN_CLASSES, SHOWN_CLASSES)
     assert (first, second) == ("the 12 worst of 42", "the 12 best of 42")
 
 
 def test_classes_with_an_image_each_have_no_bars() -> None:
-    assert class_bars([answer("a", "a"), answer("b", "a")], 0.5) == []
+    assert class_bars(class_counts([answer("a", "a"), answer("b", "a")]), 0.5) == []
 
 
 def test_mistakes_come_in_order_of_confidence(tmp_path: Path) -> None:

@@ -57,6 +57,13 @@ def test_probabilities_are_those_of_the_similarities(model, images, tmp_path):
     assert text.count("%") == 4 and text.startswith(f"{images[0]}: a ")
 
 
+def test_the_averages_classify(model, images, tmp_path):
+    averaged = small_run(tmp_path / "run", seed=4, averages=3)  # the averages are `model`'s weights
+    asked = [images[0], "--labels", "a cat,a dog", "--device", "cpu", "--json"]
+    last, averages = (run(*asked, "--ckpt", averaged, *more).stdout for more in ([], ["--ema"]))
+    assert averages == run(*asked, "--ckpt", model).stdout != last
+
+
 @pytest.mark.parametrize(
     ("labels", "words"),
     [

@@ -222,6 +222,9 @@ def test_the_command_finds_and_shows(model, pairs, tmp_path):
     assert html.count('<img src="data:image/webp;base64,') == 3 and rows[0]["said"][0] in html
     live = run("search", pairs, "picture 3 of ", "--ckpt", model, "--top", 3, "--batch-size", 9, "--device", "cpu")
     assert [line.split()[1] for line in live.stdout.splitlines()] == [row["key"].split()[0] for row in rows]
+    averaged = small_run(tmp_path / "run", seed=9, averages=3)
+    asked = ["search", pairs, "picture 3 of ", "--ckpt", averaged, "--top", 3, "--device", "cpu"]
+    assert run(*asked, "--ema").stdout == live.stdout != run(*asked).stdout
     image = write(tmp_path / "7.png", png(7))
     found = run("search", out, "--image", image, "--top", 1, "--ckpt", model, "--device", "cpu").stdout
     assert found.startswith("1.000  ") and "picture 7 of" in found
@@ -233,6 +236,7 @@ def test_what_cannot_be_searched_is_one_line(model, pairs, tmp_path):
     for arguments, words in (
         ([out, "a cat", "--ckpt", other], "has vectors of other weights"),
         ([pairs, "a cat"], "--ckpt is needed"),
+        ([out, "a cat", "--ema"], "--ema needs --ckpt"),
         ([out], "search by one thing"),
         ([out, "a cat", "--image", "x.png"], "search by one thing"),
         ([out, " "], "the query is blank"),
