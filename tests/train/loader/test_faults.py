@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from loader_workers import workers_of
 from small_dataset import write_pairs
 
 from clipkit import checkpoint
@@ -151,19 +152,6 @@ def test_a_shard_that_vanishes_while_it_is_read(dataset: Dataset, how: str) -> N
 
 
 # ---- Workers ---------------------------------------------------------------------------------------------------------
-
-
-def workers_of(process: int) -> list[int]:
-    """Process ids of the loader workers of a process."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            status, command = (folder / "status").read_text(), (folder / "cmdline").read_bytes()
-        except OSError:
-            continue
-        if f"PPid:\t{process}\n" in status and b"clipkit.train.loader.workers" in command:
-            found.append(int(folder.name))
-    return found
 
 
 def test_workers_that_are_killed_are_named_and_their_work_is_done_again(dataset: Dataset) -> None:

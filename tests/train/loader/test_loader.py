@@ -15,6 +15,7 @@ import cv2
 import numpy as np
 import pytest
 from image_shards import picture
+from loader_workers import workers_of
 
 from clipkit.errors import UserError
 from clipkit.formats.dataset import Dataset, open_dataset
@@ -289,23 +290,10 @@ def test_a_worker_that_is_killed_has_its_work_done_again(source: RecordSource, p
     told: list[str] = []
     loader = batches(source, CONFIG, 0, 144, workers=1, processes=True, prefetch=1, keys=True, warn=told.append)
     found = [digest(next(loader))]
-    os.kill(children()[0], signal.SIGKILL)
+    os.kill(workers_of(os.getpid())[0], signal.SIGKILL)
     found += digests(loader)
     assert found == plain
     assert len([line for line in told if "died (exit -9)" in line]) == 1
-
-
-def children() -> list[int]:
-    """Process ids of this process's loader workers."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            status, command = (folder / "status").read_text(), (folder / "cmdline").read_bytes()
-        except OSError:
-            continue
-        if f"PPid:\t{os.getpid()}\n" in status and b"clipkit.train.loader.workers" in command:
-            found.append(int(folder.name))
-    return found
 
 
 @pytest.mark.parametrize("processes", [False, True])
@@ -320,7 +308,7 @@ def test_closing_leaves_nothing_behind(dataset: Dataset, source: RecordSource, p
     loader.close()
     assert threading.active_count() == threads
     assert cv2.getNumThreads() == cv2_threads
-    assert children() == []
+    assert workers_of(os.getpid()) == []
     assert len(list(Path("/proc/self/fd").iterdir())) <= files + len(dataset.shards)
 
 
@@ -340,11 +328,7 @@ sys.stdin.read()
     with subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as trainer:
         assert trainer.stdout is not None
         assert trainer.stdout.readline() == b"ready\n"
-        workers = [
-            int(folder.name)
-            for folder in Path("/proc").glob("[0-9]*")
-            if f"PPid:\t{trainer.pid}\n" in (folder / "status").read_text()
-        ]
+        workers = workers_of(trainer.pid)
         assert workers
         # The worker's stdout is a pipe to the trainer; we watch the worker itself through a descriptor of its process.
         watched = [os.pidfd_open(pid) for pid in workers]
