@@ -109,7 +109,7 @@ def measure(
     *,
     encoder: Encoder | None = None,
     batch_size: int = 256,
-    precision: Precision | None = None,
+    precision: Precision = "float32",
     out: Path | None = None,
     ema: bool = False,
     vocabulary: Path | None = None,
@@ -149,7 +149,7 @@ def measure(
         "weights": encoder.weights,
         "model": encoder.name,
         "notes": (*encoder.notes, *outcome.notes),
-        "precision": where.arithmetic(precision or encoder.precision),
+        "precision": where.arithmetic(precision),
     }
     return Measured(run, [Result(**dataclasses.asdict(each), **common) for each in outcome.measures], outcome)
 

@@ -127,7 +127,7 @@ def evaluate_suite(
     device: str | Device = "auto",
     out: Path | None = None,
     ema: bool = False,
-    precision: Precision | None = None,
+    precision: Precision = "float32",
     **options: Any,
 ) -> Iterator[Result]:
     """The main number of each dataset of a suite below `root`, computed or as the run has it, and then their average,
@@ -154,12 +154,12 @@ def measure_entry(
     where: Device,
     *,
     out: Path | None = None,
-    precision: Precision | None = None,
+    precision: Precision = "float32",
     **options: Any,
 ) -> Measured:
     """What a dataset says about a model, of which `encoder` is loaded already; computed or as the run has it."""
     task, run = open_data(entry.kind, entry.data, **entry.options), out or run_of(encoder)
-    arithmetic = where.arithmetic(precision or encoder.precision)
+    arithmetic = where.arithmetic(precision)
     # Only the first rank looks, since the others may see what it writes.
     done = where.on_first(partial(done_before, task, encoder, arithmetic, run))
     if done:

@@ -17,6 +17,7 @@ from clipkit.cli.options import (
     device,
     ema,
     is_unicode,
+    precision,
     print_json,
 )
 from clipkit.errors import UserError
@@ -24,7 +25,7 @@ from clipkit.errors import UserError
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from clipkit.device import Device
+    from clipkit.device import Device, Precision
     from clipkit.eval.open import TaskKind
     from clipkit.eval.results import Result
     from clipkit.eval.tables import TableFormat
@@ -80,11 +81,7 @@ table_format = click.option(
 )
 @click.option("--name", help="Name of the task in the results. [default: from the data]")
 @click.option("--batch-size", type=Count, default=256, help="Images at once.")
-@click.option(
-    "--precision",
-    type=click.Choice(["auto", "float32", "bfloat16"]),
-    help="Arithmetic of the towers; float32 is the reference. [default: that of the model's recipe]",
-)
+@precision
 @device
 @click.option(
     "--cache", type=Folder, help="Folder in which embeddings are kept. [default: clipkit in the user's cache folder]"
@@ -110,7 +107,7 @@ def zeroshot(
     suite: str | None,
     kind: "TaskKind | None",
     batch_size: int,
-    precision: Literal["auto", "float32", "bfloat16"] | None,
+    precision: "Precision",
     device: str,
     cache: Path | None,
     cache_gb: float,

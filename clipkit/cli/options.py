@@ -135,4 +135,11 @@ vocabulary = click.option(
     "--tokenizer", "vocabulary", type=AnyPath, help="Vocabulary file of the model's tokenizer, where it isn't clip-bpe."
 )
 as_json = click.option("--json", "as_json", is_flag=True, help="Print the summary as one line of JSON.")
+precision = click.option(
+    "--precision",
+    type=click.Choice(["float32", "bfloat16", "auto"]),
+    default="float32",
+    help="Arithmetic of the towers: float32 is the reference; bfloat16 is faster on GPUs and changes single answers; "
+    "auto: bfloat16 where the device has it.",
+)
 ema = click.option("--ema", is_flag=True, help="Take the averages of the weights that the run kept.")

@@ -17,12 +17,14 @@ from clipkit.cli.options import (
     data_split,
     device,
     ema,
+    precision,
     print_json,
     print_summary,
 )
 from clipkit.errors import UserError
 
 if TYPE_CHECKING:
+    from clipkit.device import Precision
     from clipkit.eval.search.pictures import Pictures
 
 checkpoint = click.option("--ckpt", required=True, metavar="MODEL", help="The model, as zeroshot takes it.")
@@ -38,7 +40,7 @@ page = click.option("--page", type=AnyPath, metavar="PAGE.html", help="Write a p
 @click.option("--label", help="Column with the label: take images with labels, not with captions.")
 @ema
 @click.option("--dtype", type=click.Choice(["float16", "float32"]), default="float16", help="How numbers are stored.")
-@click.option("--precision", type=click.Choice(["auto", "float32", "bfloat16"]), help="As zeroshot's --precision.")
+@precision
 @batch_size
 @device
 @as_json
@@ -50,7 +52,7 @@ def embed(
     label: str | None,
     ema: bool,
     dtype: Literal["float16", "float32"],
-    precision: Literal["auto", "float32", "bfloat16"] | None,
+    precision: "Precision",
     batch_size: int,
     device: str,
     as_json: bool,
@@ -76,7 +78,7 @@ def embed(
 )
 @click.option("--split", default="train", help="Split of the data.")
 @ema
-@click.option("--precision", type=click.Choice(["auto", "float32", "bfloat16"]), help="As zeroshot's --precision.")
+@precision
 @batch_size
 @device
 @as_json
@@ -86,7 +88,7 @@ def score(
     out: Path | None,
     split: str,
     ema: bool,
-    precision: Literal["auto", "float32", "bfloat16"] | None,
+    precision: "Precision",
     batch_size: int,
     device: str,
     as_json: bool,
@@ -124,7 +126,7 @@ def score(
 @cache_folder
 @cache_gigabytes
 @ema
-@click.option("--precision", type=click.Choice(["auto", "float32", "bfloat16"]), help="As zeroshot's --precision.")
+@precision
 @batch_size
 @device
 @as_json

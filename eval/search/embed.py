@@ -82,7 +82,7 @@ def embed(
     source: str | Path,
     *,
     dtype: StoredType = "float16",
-    precision: Precision | None = None,
+    precision: Precision = "float32",
     batch_size: int = 256,
     device: str = "auto",
     ema: bool = False,
@@ -119,7 +119,7 @@ def write_file(
     if not pictures.total:
         raise UserError(f"{pictures.path} has no images to embed: check --split")
     encoder = load(source, ema=ema).to(compute.device.torch_device)
-    about = description(encoder, pictures, compute.precision) | {"ema": ema, "kind": form.kind, **more}
+    about = description(encoder, pictures, compute) | {"ema": ema, "kind": form.kind, **more}
     if Path(source).exists():
         about["model"] = str((encoder.path or Path(source)).absolute())
     parts = out.with_name(f".{out.name}.parts")
@@ -139,7 +139,7 @@ def write_file(
     return found
 
 
-def description(encoder: Encoder, pictures: Pictures, precision: Precision | None) -> dict[str, Any]:
+def description(encoder: Encoder, pictures: Pictures, compute: Compute) -> dict[str, Any]:
     """What vectors are made by, as JSON values."""
     return {
         "model": encoder.name,
@@ -147,7 +147,7 @@ def description(encoder: Encoder, pictures: Pictures, precision: Precision | Non
         "image_weights": image_weights(encoder.model.state_dict()),
         "preprocessing": to_json(encoder.preprocess),
         "context_length": encoder.context_length,
-        "precision": precision or encoder.precision,
+        "precision": compute.device.arithmetic(compute.precision or encoder.precision),
         "scale": float(encoder.scale),
         "data": str(pictures.path.absolute()),
         "identity": pictures.identity,

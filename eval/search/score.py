@@ -51,7 +51,7 @@ def score(
     source: str | Path,
     *,
     split: str = "train",
-    precision: Precision | None = None,
+    precision: Precision = "float32",
     batch_size: int = 256,
     device: str = "auto",
     ema: bool = False,

@@ -84,6 +84,7 @@ def run(tmp_path: Path, model: CLIP) -> Path:
     @dataclasses.dataclass(frozen=True)
     class NoRecipe:
         name: str = "none"
+        precision: str = "bfloat16"  # of the training: nothing is evaluated in it unasked
 
     config = checkpoint.describe(SMALL, PREPROCESS, NoRecipe())
     state = {"samples_seen": 64, "stage": "full", "seconds": 1.0, "bad_samples": 0}
@@ -354,6 +355,7 @@ def test_numbers_and_guesses_are_written_into_the_run(
     assert [dataclasses.replace(each, model=again[0].model) for each in found] == again
     assert [each.metric for each in found] == ["top1", "top5", "mean_per_class_recall", "calibration_error"]
     assert {each.checkpoint for each in found} == {"checkpoints/000000000064"}
+    assert {each.precision for each in found} == {"float32"}
     assert found[0].samples_seen == 64
     assert found[0].chance == pytest.approx(1 / found[0].classes)
     rows, about = results.read_predictions(run / "predictions-emoji.parquet")

@@ -85,7 +85,7 @@ def reinforce(
     cache: Path | None = None,
     cache_gb: float = CACHE_GB,
     ema: bool = False,
-    precision: Precision | None = None,
+    precision: Precision = "float32",
     batch_size: int = 256,
     device: str = "auto",
     part_records: int = PART_RECORDS,
@@ -146,7 +146,7 @@ def augmentation_of(recipe: Recipe) -> Augmentation:
 def describe(encoder: Encoder, compute: Compute) -> Teacher:
     """A teacher as the manifest names it."""
     width = text_matrix(encoder, ["a"], compute).shape[1]
-    precision = compute.precision or encoder.precision
+    precision = compute.device.arithmetic(compute.precision or encoder.precision)
     scale, preprocessing = float(encoder.scale), to_json(encoder.preprocess)
     return Teacher(encoder.name, encoder.weights, width, scale, preprocessing, encoder.context_length, precision)
 

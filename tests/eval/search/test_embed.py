@@ -78,7 +78,7 @@ def test_rows_are_what_the_model_gives(model, pairs, tmp_path, dtype, tolerance)
     assert len(set(table["key"].to_pylist())) == 40 and table["problem"].null_count == 40
     found = open_vectors(out)
     assert (found.rows, found.about["weights"], found.about["dtype"]) == (40, loaded.encoder.weights, dtype)
-    assert found.about["precision"] == "auto" and open_vectors(pairs) is None
+    assert found.about["precision"] == "float32" and open_vectors(pairs) is None
 
 
 def embed_until_killed(model: str, pairs: str, out: str) -> None:
