@@ -196,8 +196,27 @@ def peers(
     return dict(zip(jobs, json.loads((folder / "found.json").read_text()), strict=True))
 
 
-@pytest.mark.parametrize("kind", ["webdataset", "folders"])
-@pytest.mark.parametrize("name", ["random", "trained"])
+# What is compared, by data and model: docs/evaluation.md lists exactly these.
+MODELS = ("random", "trained")
+COUNTED = {
+    "webdataset": (400, "top-1, top-5, mean per-class recall, the five best guesses in their order"),
+    "folders": (200, "top-1, top-5, mean per-class recall, the five best guesses in their order"),
+}
+QUERIES = {"text": 400, "image": 1200}
+
+
+def test_the_docs_list_what_is_compared() -> None:
+    rows = [
+        f"| {kind} | {name} | {n} images | {numbers} | 0 |" for kind, (n, numbers) in COUNTED.items() for name in MODELS
+    ]
+    queries = f"{QUERIES['text']} images, {QUERIES['image']:,} captions"
+    rows += [f"| captions | {name} | {queries} | recall@1, @5, @10 both ways | 0 |" for name in MODELS]
+    page = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    assert "\n".join(rows) in page
+
+
+@pytest.mark.parametrize("kind", COUNTED)
+@pytest.mark.parametrize("name", MODELS)
 def test_counts_equal_clip_benchmarks(name, kind, webdataset, folders, encoders, peers) -> None:
     theirs = peers[name, kind]
     task = open_task({"webdataset": webdataset, "folders": folders}[kind])
@@ -206,7 +225,7 @@ def test_counts_equal_clip_benchmarks(name, kind, webdataset, folders, encoders,
     labels_N = task.labels_N[guesses.index_N]
     mine = {each.metric: each for each in measure(guesses.top_NK, labels_N, len(task.classes))}
     n = mine["top1"].n
-    assert n == len(theirs["logits"]) == {"webdataset": 400, "folders": 200}[kind]
+    assert n == len(theirs["logits"]) == COUNTED[kind][0]
     assert [names[0] for names in task.classes.names] == theirs["classes"]
     for ours, key in (("top1", "acc1"), ("top5", "acc5")):
         assert round(mine[ours].value * n) == round(theirs[key] * n)
@@ -216,7 +235,7 @@ def test_counts_equal_clip_benchmarks(name, kind, webdataset, folders, encoders,
         assert theirs["acc1"] > 0.25  # of ten classes
 
 
-@pytest.mark.parametrize("name", ["random", "trained"])
+@pytest.mark.parametrize("name", MODELS)
 def test_recall_equals_clip_benchmarks(name, captioned, encoders, peers) -> None:
     theirs = peers[name, "retrieval"]
     found = {
@@ -225,7 +244,7 @@ def test_recall_equals_clip_benchmarks(name, captioned, encoders, peers) -> None
     }
     assert set(theirs) == {f"{way}_retrieval_recall@{k}" for way in ("text", "image") for k in (1, 5, 10)}
     for metric, value in theirs.items():
-        n = 400 if metric.startswith("text") else 1200
+        n = QUERIES[metric.partition("_")[0]]
         assert found[metric].n == n
         assert round(found[metric].value * n) == round(value * n), metric
     assert name == "random" or theirs["text_retrieval_recall@10"] > 0.05
