@@ -12,7 +12,7 @@ import numpy as np
 
 from clipkit.embedded import folder
 from clipkit.train.catalogue import find_recipe
-from clipkit.train.plan.accuracy import Z80, Fit, evidence, groupings, known_runs, read_fit, validate
+from clipkit.train.plan.accuracy import Z80, Array, Fit, evidence, groupings, known_runs, read_fit, validate
 from clipkit.train.plan.command import fleet_of, plan_columns, plan_recipe
 from clipkit.train.plan.published_times import published_times
 from clipkit.train.plan.report import accuracy_text
@@ -84,7 +84,11 @@ def widened(fit: Fit) -> Fit:
 
 def held(name: str, fit: Fit) -> float:
     """The share of runs that their 80% intervals hold."""
-    means, deviations = validate({name: groupings()[name]}, fit)[name]
+    return share_held(*validate({name: groupings()[name]}, fit)[name], fit)
+
+
+def share_held(means: Array, deviations: Array, fit: Fit) -> float:
+    """The share of the published runs that the 80% intervals of these predictions hold."""
     return float(np.mean(np.abs(evidence().logits - means) <= Z80 * fit.widening * deviations))
 
 
@@ -93,18 +97,20 @@ def held(name: str, fit: Fit) -> float:
 
 def accuracy_table(fit: Fit) -> str:
     """How well left-out groups are told."""
-    known = evidence()
     lines = ["| left out at once | groups | median error, points | above 20% | 90% within | 80% interval holds |"]
     lines += ["|---|---|---|---|---|---|"]
-    for name, groups in groupings().items():
-        means, _ = validate({name: groups}, fit)[name]
-        points = 100 * np.abs(1 / (1 + np.exp(-means)) - known.top1)
-        high = points[known.top1 > 0.2]
-        lines.append(
-            f"| a {name} | {len(set(groups))} | {np.median(points):.2f} | {np.median(high):.2f} | "
-            f"{np.quantile(points, 0.9):.1f} | {held(name, fit):.0%} |"
-        )
-    return "\n".join(lines)
+    found = validate(groupings(), fit)
+    return "\n".join([*lines, *(accuracy_row(name, *found[name], fit) for name in found)])
+
+
+def accuracy_row(name: str, means: Array, deviations: Array, fit: Fit) -> str:
+    """One way of leaving out."""
+    top1 = evidence().top1
+    points = 100 * np.abs(1 / (1 + np.exp(-means)) - top1)
+    return (
+        f"| a {name} | {len(set(groupings()[name]))} | {np.median(points):.2f} | {np.median(points[top1 > 0.2]):.2f} | "
+        f"{np.quantile(points, 0.9):.1f} | {share_held(means, deviations, fit):.0%} |"
+    )
 
 
 def times_table() -> str:

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from docs_scripts import load_script
 
 from clipkit.errors import UserError
 from clipkit.train.plan.accuracy import Z80, evidence, groupings, known_runs, predict, predict_all, read_fit, validate
@@ -26,6 +27,20 @@ def test_groups_that_were_left_out_are_told_within_two_points_and_the_intervals_
     assert np.median(points) <= 2
     assert np.median(points[known.top1 > 0.2]) <= 2
     assert 0.75 <= holds.mean() <= 0.90
+
+
+def test_the_fit_and_the_docs_are_of_these_runs(left_out):
+    """A run added or changed must be followed by `python docs/plan.py --fit`, or without `--fit` at least."""
+    plan, fit = load_script("plan"), read_fit()
+    page = plan.PAGE.read_text(encoding="utf-8")
+    for table in (plan.times_table(), plan.headline_table()):
+        assert table in page
+    for name, found in left_out.items():
+        assert plan.accuracy_row(name, *found, fit) in page
+    means, deviations = left_out["model size"]
+    pulls = np.abs(evidence().logits - means) / deviations
+    assert np.quantile(pulls, 0.8) / Z80 == pytest.approx(fit.widening, abs=5e-5)
+    assert set(fit.doubt) <= set(evidence().ids)
 
 
 def test_leaving_out_in_closed_form_is_leaving_out(left_out):
