@@ -1,6 +1,6 @@
 """Many encoded images to unit vectors: decoded on all cores a little ahead of the model, counted and hashed.
 
-Unreadable images are recorded and reported. If more than 1% of the images are unreadable, the work stops.
+Unreadable images are recorded and reported. If they are too many (`may_be_unreadable`), the work stops.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ from clipkit.errors import UserError
 from clipkit.pixels.images import ImageError, Preprocess, UInt8Array, decode, eval_transform
 
 KEEP_PIXELS_BYTES = 1 << 30
-UNREADABLE_SHARE = 0.01
+UNREADABLE_SHARE, UNREADABLE_FEW = 0.01, 10
 
 Number = TypeVar("Number", bound=np.generic)
 Decoding = Future[UInt8Array | ImageError]
@@ -89,14 +89,19 @@ class ImageSet:
         return self._kept[2]
 
     def note_unreadable(self, place: int, reason: str) -> None:
-        """Record an unreadable image. Raises UserError if they are more than 1% of all."""
+        """Record an unreadable image. Raises UserError if they are too many."""
         self.unreadable[place] = reason
         count, total = len(self.unreadable), len(self)
-        if count > UNREADABLE_SHARE * total:
+        if count > may_be_unreadable(total):
             raise UserError(
                 f"{self.path}: {count:,} of {total:,} images can't be read, the last one "
                 f"{self.keys[place]} ({reason}): repair or remove them"
             )
+
+
+def may_be_unreadable(total: int) -> int:
+    """How many of so many images may be left out of a number: 1%, or of a small set ten, but always less than half."""
+    return max(int(UNREADABLE_SHARE * total), min(UNREADABLE_FEW, (total - 1) // 2))
 
 
 def digest_image(data: bytes | ImageError) -> bytes:
@@ -133,7 +138,7 @@ def embed_images(
     ranks share the work; `also` is shown each place and encoded image on every rank.
 
     While the model works on a batch, the next one is decoded. Batches that `compute.cache` has are neither decoded nor
-    embedded. Unreadable images are recorded in `images.unreadable`. Raises UserError if they are more than 1% of all.
+    embedded. Unreadable images are recorded in `images.unreadable`. Raises UserError if they are too many.
     """
     device, cache, size = compute.device, compute.own_cache, compute.batch_size
     images.unreadable.clear()

@@ -112,7 +112,7 @@ def write_file(
 
     `source` is what `clipkit.interop.load` takes. Given again after a kill it goes on, and once more it finds the file
     made. Raises UserError where the file, or the parts of an unfinished one, are of another model or other data, when
-    more than 1% of a part's images can't be read, and for a model that gives NaN.
+    too many of a part's images can't be read (`may_be_unreadable`), and for a model that gives NaN.
     """
     if out.suffix != ".parquet":
         raise UserError(f"{out}: call the output NAME.parquet, which is what it will be")

@@ -494,9 +494,9 @@ def test_an_image_that_is_none_is_told_and_left_out(
     assert "1 images can't be read" in capsys.readouterr().err
     rows, _ = results.read_predictions(run / "predictions-d.parquet")
     assert [row["key"] for row in rows if row["problem"]] == ["17"]
-    images[18] = images[19] = b""
+    images[18:28] = [b""] * 10
     broken = write_parquet(tmp_path / "e.parquet", image=images, label=["a", "b"] * 100)
-    with pytest.raises(UserError, match=r"e.parquet: 3 of 200 images can't be read, the last one 19"):
+    with pytest.raises(UserError, match=r"e.parquet: 11 of 200 images can't be read, the last one 27"):
         zeroshot(run, open_task(broken, templates_name="plain"), device="cpu")
     assert {each.task for each in results.read_results(run)} == {"d"}
 

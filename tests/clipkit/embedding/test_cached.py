@@ -134,12 +134,21 @@ def test_a_damaged_piece_is_made_again(pictures: list[bytes], encoder: Encoder, 
     assert fresh.made == 1
 
 
+@pytest.mark.parametrize(("total", "most"), [(1, 0), (2, 0), (3, 1), (20, 9), (21, 10), (1000, 10), (50_000, 500)])
+def test_a_corrupted_image_ends_no_small_evaluation_and_half_of_them_end_any(total: int, most: int) -> None:
+    images = ImageSet(Path("set"), [str(place) for place in range(total)], lambda: iter(()))
+    for place in range(most):
+        images.note_unreadable(place, "cut off")
+    with pytest.raises(UserError, match=f"{most + 1:,} of {total:,} images can't be read"):
+        images.note_unreadable(most, "cut off")
+
+
 def test_too_many_broken_images_are_refused_out_of_the_cache_too(
     pictures: list[bytes], encoder: Encoder, cache: CountedCache
 ) -> None:
-    broken = [b"<html>" if place < 2 else data for place, data in enumerate(pictures)]
+    broken = [b"<html>" if place < 11 else data for place, data in enumerate(pictures)]
     for _ in range(2):
-        with pytest.raises(UserError, match="2 of 120 images can't be read, the last one 1 "):
+        with pytest.raises(UserError, match="11 of 120 images can't be read, the last one 10 "):
             image_matrix(encoder, image_set(broken), compute(cache))
 
 
