@@ -147,7 +147,9 @@ def is_skipped(run: Run, before: int) -> bool:
 
 
 class StuckLoss:
-    """Watches for a loss that stays at what guessing gives, which is ln(batch) for InfoNCE."""
+    """Watches for a loss that stays at what guessing gives, which is ln(batch) for InfoNCE; where that isn't known, for
+    nothing.
+    """
 
     def __init__(self, recipe: Recipe, stage: Stage) -> None:
         B = stage.batch_size
@@ -156,6 +158,8 @@ class StuckLoss:
         # The normalisers of equal features are 1; divided by the scale that is learned, their loss is at no level.
         by_normalisers = 0.0 if recipe.global_contrastive.rho is None else math.nan
         self.chance = {"sigmoid": by_sigmoid, "global_contrastive": by_normalisers}.get(recipe.loss, math.log(B))
+        if recipe.distill.weight:  # what teachers make of equal features depends on how sure they are
+            self.chance = math.nan
         self.margin = STUCK_MARGIN * (self.chance or math.log(B))
         self.warmup = stage.warmup_samples
         self.steps = self.lines = 0

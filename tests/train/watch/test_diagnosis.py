@@ -213,6 +213,9 @@ def test_chance_is_that_of_equal_features():
     for kind, loss in (("info_nce", math.log(256)), ("sigmoid", math.log(256) + 1)):
         found = StuckLoss(set_values(emoji_demo(), [f"loss={kind}"]), emoji_demo().stages[0])
         assert found.chance == pytest.approx(loss, abs=0.003)
+    taught = StuckLoss(set_values(emoji_demo(), ["distill.weight=0.75"]), emoji_demo().stages[0])
+    seen = range(0, 10_000_000, 25_600)
+    assert not any(taught.look(math.log(256), 100, each) for each in seen), "a mixture that happens to be ln(batch)"
 
 
 @pytest.mark.parametrize("falls_at", [900, 1500])
