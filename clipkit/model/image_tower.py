@@ -11,6 +11,7 @@ from typing import Any, TypeGuard, cast
 import timm
 import torch
 from timm.layers import LayerNorm2d, PatchEmbed
+from timm.models import get_deprecated_models, is_model_in_modules
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
@@ -131,11 +132,11 @@ class ImageTower(nn.Module):
 
 def make_image_tower(config: ImageConfig) -> ImageTower | TimmTower:
     """The tower of that name, its weights not yet set. UserError for what timm doesn't have or can't build."""
-    known = timm.list_models()
-    if config.name not in known:
-        near = difflib.get_close_matches(config.name, known, n=3) or timm.list_models("vit_*")[:3]
+    # timm itself also takes a name with a tag of its weights, and names that it has given up.
+    if not timm.is_model(config.name) or "." in config.name or config.name in get_deprecated_models():
+        near = difflib.get_close_matches(config.name, timm.list_models(), n=3) or timm.list_models("vit_*")[:3]
         raise UserError(f"timm has no model {config.name!r} for model.image.name: did you mean {', '.join(near)}?")
-    return (ImageTower if config.name in timm.list_models(module="vision_transformer") else TimmTower)(config)
+    return (ImageTower if is_model_in_modules(config.name, "vision_transformer") else TimmTower)(config)
 
 
 def is_plain(trunk: nn.Module) -> TypeGuard[VisionTransformer]:

@@ -11,7 +11,7 @@ import html
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 import ftfy
@@ -161,8 +161,27 @@ class WordTokenizer(ABC):
         return ids_BT
 
 
+@cache
+def read_merges(path: Path) -> tuple[models.BPE, dict[str, list[int]]]:
+    """The encoding by a list of merges, and the words that it gives one id each. A tenth of a second, but once only."""
+    try:
+        lines = gzip.decompress(path.read_bytes()).decode("utf-8").split("\n")[1 : MERGES + 1]
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise UserError(f"can't read the tokenizer's merges {path} ({error}): install clipkit again") from error
+    merges = [(first, second) for first, second in (line.split() for line in lines)]
+    characters = byte_characters()
+    words = [*characters, *(c + "</w>" for c in characters), *(a + b for a, b in merges)]
+    vocabulary = {word: index for index, word in enumerate([*words, *SPECIAL])}
+    if len(vocabulary) != VOCAB_SIZE:
+        raise UserError(f"{path} gives {len(vocabulary)} ids, not {VOCAB_SIZE}: it isn't CLIP's list of merges")
+    # A whole word of the vocabulary has one id: most words are known from the start.
+    ends = (word.removesuffix("</w>") for word in words if word.endswith("</w>"))
+    whole = {word: [vocabulary[f"{word}</w>"]] for word in ends if LETTERS.fullmatch(word)}
+    return models.BPE(vocab=vocabulary, merges=merges, end_of_word_suffix="</w>"), whole
+
+
 class Tokenizer(WordTokenizer):
-    """CLIP's byte-pair encoding. Building one takes a third of a second."""
+    """CLIP's byte-pair encoding."""
 
     name = "clip-bpe"
     vocab_size = VOCAB_SIZE
@@ -170,25 +189,11 @@ class Tokenizer(WordTokenizer):
     clean = staticmethod(clean)
 
     def __init__(self, merges_path: Path | None = None) -> None:
-        path = merges_path or MERGES_FILE
-        try:
-            lines = gzip.decompress(path.read_bytes()).decode("utf-8").split("\n")[1 : MERGES + 1]
-        except (OSError, EOFError, UnicodeDecodeError) as error:
-            raise UserError(f"can't read the tokenizer's merges {path} ({error}): install clipkit again") from error
-        merges = [(first, second) for first, second in (line.split() for line in lines)]
-        characters = byte_characters()
-        words = [*characters, *(c + "</w>" for c in characters), *(a + b for a, b in merges)]
-        vocabulary = {word: index for index, word in enumerate([*words, *SPECIAL])}
-        if len(vocabulary) != VOCAB_SIZE:
-            raise UserError(f"{path} gives {len(vocabulary)} ids, not {VOCAB_SIZE}: it isn't CLIP's list of merges")
-        self.model = models.BPE(vocab=vocabulary, merges=merges, end_of_word_suffix="</w>")
+        self.model, self.whole = read_merges(merges_path or MERGES_FILE)
         self.split = pre_tokenizers.Split(Regex(PATTERN), behavior="removed", invert=True)
         self.to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         self.fast = tokenizers.Tokenizer(self.model)
         self.fast.pre_tokenizer = pre_tokenizers.Sequence([self.split, self.to_bytes])
-        # A whole word of the vocabulary has one id: most words are known from the start.
-        ends = (word.removesuffix("</w>") for word in words if word.endswith("</w>"))
-        self.whole = {word: [vocabulary[f"{word}</w>"]] for word in ends if LETTERS.fullmatch(word)}
         self.cache = dict(self.whole)
 
     @cached_property
