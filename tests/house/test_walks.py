@@ -1,11 +1,11 @@
 """The ways of a URL row, of a record and of a checkpoint are short, and docs/architecture.md tells them as they are."""
 
 import json
-import subprocess
-import sys
 
 import pytest
+from ranks import run_ranks
 from rooms import ROOT
+from walks import main
 
 # What stands here may only fall. Of a checkpoint 12 were aimed at, when it was of one origin and for one task; what
 # every model and every task shares (`clipkit/embedding/`, `eval/evaluation.py`) is four more.
@@ -14,8 +14,9 @@ MOST = {"row": 25, "record": 15, "checkpoint": 18}
 
 @pytest.fixture(scope="module")
 def walks() -> dict[str, list[str]]:
-    command = [sys.executable, ROOT / "tests" / "support" / "walks.py"]
-    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    """Measured in a process that has imported everything but has called nothing yet."""
+    (printed,) = run_ranks(main, ranks=1)
+    return json.loads(printed)
 
 
 @pytest.mark.parametrize("name", MOST)

@@ -39,11 +39,17 @@ def count_call(frame: FrameType, event: str, argument: Any) -> None:
 
 @contextlib.contextmanager
 def counted() -> Iterator[Counter[str]]:
-    """The calls of the block."""
+    """The calls of the block, and of the threads that it starts."""
     CALLS.clear()
     found: Counter[str] = Counter()
-    with contextlib.redirect_stderr(io.StringIO()):
-        yield found
+    threading.setprofile(count_call)
+    sys.setprofile(count_call)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield found
+    finally:
+        sys.setprofile(None)
+        threading.setprofile(None)
     found.update(CALLS)
 
 
@@ -142,9 +148,8 @@ class NamedRecipe:
     name: str = "none"
 
 
-if __name__ == "__main__":
-    threading.setprofile(count_call)
-    sys.setprofile(count_call)
+def main() -> None:
+    """Print the walks."""
     walks = {"row": walk_of_a_row, "record": walk_of_a_record, "checkpoint": walk_of_a_checkpoint}
     with tempfile.TemporaryDirectory() as scratch:
         answer = {}
@@ -152,3 +157,7 @@ if __name__ == "__main__":
             (Path(scratch) / name).mkdir()
             answer[name] = walk(Path(scratch) / name)
     print(json.dumps(answer))
+
+
+if __name__ == "__main__":
+    main()
