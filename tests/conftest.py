@@ -48,6 +48,14 @@ def cache_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def unflushed() -> Iterator[None]:
+    """No disk is waited for: no test cuts the power, and a kill loses nothing of what the kernel holds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
+
+
 @pytest.fixture(scope="session")
 def pairs_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A dataset directory of 96 pairs in three shards, made by clipkit itself."""
