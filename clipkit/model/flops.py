@@ -29,35 +29,42 @@ def sample_cost(config: ModelConfig, image_keep: int | None = None, images: bool
     """What one sample costs in training a model at its sizes, of whose patches `image_keep` (or all) are kept;
     without `images` the image tower isn't run, for its vectors are stored.
 
-    Operations: 2 for each multiply-add, three times the forward pass; what is computed again to save memory isn't
-    counted twice. The logits aren't counted: at CLIPA's batch of 65,536 they add under 1%.
+    Operations: 2 for each multiply-add, three times the forward pass, or once where a part is frozen; what is computed
+    again to save memory isn't counted twice. The logits aren't counted: at CLIPA's batch of 65,536 they add under 1%.
     """
     with torch.device("meta"):
         clip = CLIP(config)
+    clip.freeze()
     trunk = clip.image.trunk
     text_tokens, image_tokens = config.text.context_length, 0
     towers = [(text_tokens, clip.text.blocks, config.text.width)]
-    if not images:
-        forward = 2.0 * (matrix_weights(clip.text.blocks) * text_tokens + matrix_weights(clip.text_projection))
-        forward += 4.0 * text_tokens**2 * config.text.width * len(clip.text.blocks)
-        return SampleCost(0, text_tokens, 3 * forward)
-    counted = trunk
-    if not isinstance(clip.image, TimmTower):
-        image_tokens = (image_keep or int(trunk.patch_embed.num_patches)) + clip.image.prefix
-        towers.append((image_tokens, trunk.blocks, clip.image.width))
-        counted = trunk.patch_embed  # a stem's convolutions are of several sizes
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        counted.eval()(torch.empty(1, 3, config.image.image_size, config.image.image_size, device="meta"))
-    forward = float(counter.get_total_flops())
-    forward += 2.0 * (matrix_weights(clip.image_projection) + matrix_weights(clip.text_projection))
+    flops = passes(clip.text_projection) * 2.0 * matrix_weights(clip.text_projection)
+    if images:
+        counted = trunk
+        if not isinstance(clip.image, TimmTower):
+            image_tokens = (image_keep or int(trunk.patch_embed.num_patches)) + clip.image.prefix
+            towers.append((image_tokens, trunk.blocks, clip.image.width))
+            counted = trunk.patch_embed  # a stem's convolutions are of several sizes
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            counted.eval()(torch.empty(1, 3, config.image.image_size, config.image.image_size, device="meta"))
+        flops += passes(counted) * float(counter.get_total_flops())
+        flops += passes(clip.image_projection) * 2.0 * matrix_weights(clip.image_projection)
+        if config.image.pooling == "attention" and not isinstance(clip.image, TimmTower):  # one query to all patches
+            pool: Any = trunk.attn_pool
+            seen = image_tokens - clip.image.prefix
+            once = 2.0 * (seen * matrix_weights(pool.kv) + sum(map(matrix_weights, (pool.q, pool.proj, pool.mlp))))
+            flops += passes(pool) * (once + 4.0 * seen * clip.image.width)
     for tokens, blocks, width in towers:
-        forward += 2.0 * matrix_weights(blocks) * tokens + 4.0 * tokens**2 * width * len(blocks)
-    if config.image.pooling == "attention" and not isinstance(clip.image, TimmTower):  # one query to all patches
-        pool: Any = trunk.attn_pool
-        seen = image_tokens - clip.image.prefix
-        forward += 2.0 * (seen * matrix_weights(pool.kv) + sum(map(matrix_weights, (pool.q, pool.proj, pool.mlp))))
-        forward += 4.0 * seen * clip.image.width
-    return SampleCost(image_tokens, text_tokens, 3 * forward)
+        for block in blocks:
+            flops += passes(block) * (2.0 * matrix_weights(block) * tokens + 4.0 * tokens**2 * width)
+    return SampleCost(image_tokens, text_tokens, flops)
+
+
+def passes(part: torch.nn.Module) -> int:
+    """How many times a part's forward operations a training step takes: the gradients of input and weights cost as
+    much each, and of a frozen part neither is computed.
+    """
+    return 3 if any(parameter.requires_grad for parameter in part.parameters()) else 1
 
 
 def weight_count(config: ModelConfig) -> int:

@@ -68,6 +68,21 @@ def test_a_step_computes_no_token_that_was_left_out(settings):
     assert said < 0.99 * stage_cost(whole_recipe, whole_recipe.stages[0]).flops
 
 
+@pytest.mark.parametrize("frozen", ["image.frozen=true", "image.frozen=4", "text.frozen=true", "text.frozen=2"])
+def test_frozen_parts_cost_their_forward_pass_alone(frozen):
+    sizes = ["image.patch_size=4", "image.width=256", "image.depth=6", "text.width=256", "text.depth=4"]
+    stage = ["image_size=56", "image_reduction=none", "image_keep=none", "context_length=16"]
+    settings = [*(f"model.{each}" for each in (*sizes, frozen)), *(f"stages.0.{each}" for each in stage)]
+    recipe, device = set_values(debug(), settings), pick("cpu")
+    model = build(model_at(recipe, recipe.stages[0])).train()
+    model.freeze()
+    optimizer = make_optimizer(model, recipe.optimizer, 1e-3, device)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        train_step(model, optimizer, batch_of(recipe), recipe, device)
+    said = stage_cost(recipe, recipe.stages[0]).flops
+    assert counter.get_total_flops() / ROWS == pytest.approx(said, rel=0.01)
+
+
 @pytest.mark.parametrize(("size", "patches", "dropped"), [(224, 256, 0.3), (336, 576, 0.4)])
 def test_patch_dropout_of_h14_costs_what_is_kept(size, patches, dropped):
     """CLIPA's fine-tuning of H/14, in sizes only."""
