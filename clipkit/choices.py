@@ -9,7 +9,7 @@ Precision = Literal["auto", "float32", "bfloat16"]
 ImageMethod = Literal["random", "grid", "block"]
 Interpolation = Literal["bicubic", "bilinear"]
 ResizeMode = Literal["shortest", "squash"]
-TextMethod = Literal["truncate", "random", "block", "syntax"]
+TextMethod = Literal["truncate", "random", "block", "sentence", "syntax"]
 
 # Of the pixels that CLIP was trained with.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)

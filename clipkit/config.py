@@ -47,7 +47,13 @@ def _set(config: Any, path: list[str], text: str, key: str) -> Any:
     hints = typing.get_type_hints(type(config))
     if head not in hints:
         raise UserError(f"--set {key}: unknown key {head!r}; {did_you_mean(head, hints)}")
-    value = _set(getattr(config, head), rest, text, key) if rest else parse(text, hints[head], key)
+    value = getattr(config, head)
+    if rest and typing.get_origin(hints[head]) is Mapping:
+        if len(rest) > 1:
+            raise UserError(f"--set {key}: {rest[0]!r} goes too deep; it is a plain value")
+        value = {**value, rest[0]: parse(text, typing.get_args(hints[head])[1], key)}
+    else:
+        value = _set(value, rest, text, key) if rest else parse(text, hints[head], key)
     return dataclasses.replace(config, **{head: value})
 
 

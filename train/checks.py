@@ -2,6 +2,7 @@
 stage asks of the loader and of evaluation.
 """
 
+import math
 import os
 from collections.abc import Mapping
 
@@ -11,6 +12,7 @@ from clipkit.config import differences, to_json
 from clipkit.device import Device
 from clipkit.embedding.encoder import image_weights
 from clipkit.errors import UserError
+from clipkit.formats.captions import ORIGINAL
 from clipkit.formatting import counted, size_text
 from clipkit.model.clip import CLIP
 from clipkit.model.flops import SampleCost, sample_cost
@@ -39,6 +41,7 @@ def check_recipe(recipe: Recipe, source: Source | Examples, device: Device) -> N
     if recipe.optimizer.name != "adamw" and device.mesh is not None:
         raise UserError(f"optimizer.name={recipe.optimizer.name} isn't for TPUs yet: set optimizer.name=adamw")
     check_ranges(recipe, f"recipe {recipe.name}")
+    check_captions(recipe)
     if recipe.loss == "global_contrastive":
         check_normalisers(recipe, source.num_records, device)
     elif recipe.global_contrastive != GlobalContrastive():
@@ -104,6 +107,26 @@ def check_tokenizer(recipe: Recipe, tokenizer: WordTokenizer) -> None:
             f"recipe {recipe.name}: model.text.pooling=end needs the end token of clip-bpe: set "
             f"model.text.pooling=last for {text.tokenizer}"
         )
+
+
+def check_captions(recipe: Recipe) -> None:
+    """Raise UserError for weights of captions by which none can be drawn."""
+    for source, weight in recipe.captions.items():
+        if not (weight >= 0 and math.isfinite(weight)):
+            raise UserError(f"recipe {recipe.name}: captions.{source} is {weight}: set 0 or a positive number")
+    if recipe.captions and not any(recipe.captions.values()):
+        raise UserError(f"recipe {recipe.name}: all weights of captions are 0: give a source a positive one")
+
+
+def captions_left_out(recipe: Recipe, source: Source) -> list[str]:
+    """A line on captions that the data have and the recipe says nothing of; [] where it does."""
+    there = source.caption_sources
+    others = [name for name in there if name not in (recipe.captions or (ORIGINAL,))]
+    if not others:
+        return []
+    taken = [name for name in there if name not in others]
+    weights = " ".join(f"--set captions.{name}={1 / len(there):.2g}" for name in there)
+    return [f"the data have captions of {', '.join(there)}, and the recipe takes {', '.join(taken)}: {weights}"]
 
 
 def check_normalisers(recipe: Recipe, records: int, device: Device) -> None:
@@ -223,4 +246,5 @@ def loader_config(recipe: Recipe, stage: Stage) -> LoaderConfig:
         seed=recipe.seed,
         block_size=recipe.block_size,
         max_bad=recipe.max_bad,
+        captions=recipe.captions,
     )

@@ -26,6 +26,7 @@ from clipkit.model.clip import CLIP, build, load_state
 from clipkit.storage.files import clear_leftovers, lock, write_json
 from clipkit.text.vocabulary import open_tokenizer
 from clipkit.train.checks import (
+    captions_left_out,
     check_features,
     check_recipe,
     check_tokenizer,
@@ -112,7 +113,7 @@ def train(
     found = open_source(data, cache=cache, cache_gb=cache_gb, block_size=recipe.block_size, split=split)
     found = attach_teachers(found, recipe, reinforced)
     device = pick(device_name)
-    for note in found.notes if device.is_first else ():
+    for note in (*found.notes, *captions_left_out(recipe, found.source())) if device.is_first else ():
         print(note, file=sys.stderr)
     check_recipe(recipe, found.source(), device)
     tokenizer = open_tokenizer(recipe.model.text.tokenizer, vocabulary)

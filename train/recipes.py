@@ -5,6 +5,7 @@ Nothing here imports torch, so that a recipe can be planned in a moment.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple, get_args, get_type_hints
 
@@ -119,6 +120,9 @@ class Recipe:
     global_contrastive: GlobalContrastive = field(default_factory=GlobalContrastive)
     same_caption: Literal["negative", "ignore", "positive"] = "ignore"
     """What a pair is whose caption equals another's in the batch: CLIP and CLIPA count it as a negative."""
+    captions: Mapping[str, float] = field(default_factory=dict)
+    """Which captions are trained on: the weight of each source, such as `original` and `synthetic`, of which one is
+    drawn for each sample. A record that lacks a source draws among the others. Without any, the original ones alone."""
     distill: Distill = field(default_factory=Distill)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     ema_decay: float | None = None

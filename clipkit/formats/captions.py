@@ -3,10 +3,14 @@
 Bytes are text in UTF-8. A list holds several captions of one image: training draws one of them each time, and what
 stores one caption a record asks which (`CaptionChoice`). A struct is refused with the names of its fields, for one of
 them may be the caption and another its language.
+
+What an image came with is its captions of the source `original`, in the column `txt`. Those of other sources (alt text,
+a captioner's) have a column each, `clipkit_captions_SOURCE`, a list of texts; a record without any lacks the key.
 """
 
 import hashlib
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal, get_args
 
 import pyarrow as pa
@@ -17,6 +21,8 @@ from clipkit.formats.kinds import OWN
 CaptionChoice = Literal["first", "random", "each"]
 CAPTION_CHOICES: tuple[CaptionChoice, ...] = get_args(CaptionChoice)
 REPEATED = "caption"  # the column in which img2dataset writes `txt` again
+ORIGINAL = "original"
+OF_SOURCE = OWN + "captions_"
 
 
 def check_caption_type(kind: pa.DataType, column: str, table: object) -> None:
@@ -81,6 +87,20 @@ def merge_captions(text: str | None, columns: dict[str, Any]) -> Any:
     if text is None or text in (str(value), str([value])):
         return columns.pop(REPEATED)
     return text
+
+
+def check_source(source: str) -> str:
+    """`source` itself. Raises UserError for what can't be the name of captions that are added."""
+    if source == ORIGINAL:
+        raise UserError(f"--source {ORIGINAL} is what the records came with: choose another name, such as synthetic")
+    if not re.fullmatch(r"[a-zA-Z]\w*", source, re.ASCII):
+        raise UserError(f"--source {source!r}: give a letter, then letters, digits and _ only, such as synthetic")
+    return source
+
+
+def source_columns(names: Iterable[str]) -> dict[str, str]:
+    """The columns, among `names`, with captions of other sources than `original`, by source, sorted."""
+    return {name.removeprefix(OF_SOURCE): name for name in sorted(names) if name.startswith(OF_SOURCE)}
 
 
 def _is_list(kind: pa.DataType) -> bool:

@@ -2,7 +2,8 @@
 
 Images: `resize` to fewer pixels (the loader does, as it decodes), or keep `random` patches, one of each window of a
 `grid`, or one `block`.
-Texts: `truncate`, keep `random` tokens, a `block` of consecutive tokens, or nouns first (`syntax`).
+Texts: `truncate`, keep `random` tokens, a `block` of consecutive tokens, or nouns first (`syntax`). A ninth way,
+`sentence`, is that of CLIPS (Liu et al., 2024) for long captions: the loader draws a sentence, which is then truncated.
 All choices are pure functions of one 64-bit key a sample (`clipkit.counter_rng`), whatever batch the sample is in; all
 shapes depend only on the arguments.
 
@@ -17,6 +18,7 @@ that every patch is seen in the long run and neighbours stay about two patches a
 
 import math
 from collections.abc import Sequence
+from typing import get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -140,6 +142,8 @@ def reduce_text(
     if room < 1:
         least = context_length - room + 1
         raise UserError(f"{context_length} text tokens leave no room between start and end: take {least} or more")
+    if method in ("truncate", "sentence"):  # of long captions, all that follows would be sorted for nothing
+        ids = [row[:room] for row in ids]
     keys = np.atleast_1d(np.asarray(keys_B, np.uint64))
     length_B = np.fromiter(map(len, ids), np.int64, len(ids))
     ids_BL = pad(ids, length_B)
@@ -147,7 +151,7 @@ def reduce_text(
     position_L = np.arange(L)
     rank_BL: npt.NDArray[np.number]
     match method:
-        case "truncate":
+        case "truncate" | "sentence":  # the loader has drawn the sentence, for ids don't show where one ends
             rank_BL = np.broadcast_to(position_L, (B, L))
         case "random":
             rank_BL = counter_rng.uniform(keys, L, RANDOM_TOKENS)
@@ -160,7 +164,7 @@ def reduce_text(
                 raise ValueError("syntax needs one priority for each id")
             rank_BL = pad(priorities, length_B) * L + position_L
         case _:
-            raise UserError(f"unknown text token method {method!r}: choose truncate, random, block or syntax")
+            raise UserError(f"unknown text token method {method!r}: choose from {', '.join(get_args(TextMethod))}")
     # Padding ranks last, so that it is kept only when nothing else is left.
     rank_BL = np.where(position_L < length_B[:, None], rank_BL, np.inf)
     kept_BR = np.sort(rank_BL.argsort(axis=1, kind="stable")[:, :room], axis=1)

@@ -1,3 +1,4 @@
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -24,6 +25,7 @@ class Outer:
     word: str = ""
     inner: Inner = field(default_factory=Inner)
     parts: tuple[Inner, ...] = (Inner(), Inner())
+    weights: Mapping[str, float] = field(default_factory=lambda: {"a": 1.0})
 
 
 @pytest.mark.parametrize(
@@ -41,6 +43,7 @@ class Outer:
         ("inner.rate=1e-3", lambda c: c.inner.rate, 1e-3),
         ("inner.kind=b", lambda c: c.inner.kind, "b"),
         ("inner.span=0.4, 1", lambda c: c.inner.span, (0.4, 1.0)),
+        ("weights.b=2", lambda c: dict(c.weights), {"a": 1.0, "b": 2.0}),
         ("parts.1.rate=2", lambda c: (c.parts[0].rate, c.parts[1].rate), (0.5, 2.0)),
     ],
 )
@@ -66,6 +69,9 @@ def test_a_value_is_parsed_by_the_type_of_its_field(assignment, read, value):
         ("parts.2.rate=3", "0 to 1"),
         ("parts.x.rate=3", "isn't an index"),
         ("inner.rate=fast", "a number"),
+        ("weights.b=fast", "a number"),
+        ("weights.b.c=1", "goes too deep"),
+        ("weights=1", "weights.FIELD"),
     ],
 )
 def test_a_wrong_setting_says_in_one_line_what_would_do(assignment, says):

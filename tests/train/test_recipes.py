@@ -65,6 +65,10 @@ def test_every_recipe_passes_its_own_check_and_survives_json(name):
         ("cadence.log_samples=0", "log_samples is 0: set a positive number"),
         ("cadence.keep_checkpoints=-1", "keep_checkpoints is -1: set a positive number"),
         ("block_size=0", "block_size is 0"),
+        ("captions.original=0", "all weights of captions are 0: give a source a positive one"),
+        ("captions.synthetic=-1", "captions.synthetic is -1.0: set 0 or a positive number"),
+        ("captions.synthetic=nan", "captions.synthetic is nan"),
+        ("captions.synthetic=1", "captions.synthetic: .* has only captions of original: name one of these"),
     ],
 )
 def test_what_would_fail_later_is_refused_now(setting, says):
@@ -78,6 +82,8 @@ def leaves(config, path=""):
     hints = typing.get_type_hints(type(config))
     for field in fields(config):
         value, where = getattr(config, field.name), f"{path}{field.name}"
+        if isinstance(value, dict):
+            continue
         kinds = [kind for kind in (typing.get_args(hints[field.name]) or (hints[field.name],)) if kind in (int, float)]
         if is_dataclass(value):
             yield from leaves(value, f"{where}.")
@@ -288,7 +294,8 @@ def test_flops_are_those_that_pytorch_counts(name):
 def test_a_recipe_from_a_file_changes_its_base(tmp_path):
     path = tmp_path / "mine.toml"
     path.write_text(
-        'base = "debug"\nseed = 7\nmax_bad = 0.5\n[optimizer]\neps = 1e-7\ngrad_clip = "none"\n'
+        'base = "debug"\nseed = 7\nmax_bad = 0.5\ncaptions = {original = 0.5, synthetic = 2}\n'
+        '[optimizer]\neps = 1e-7\ngrad_clip = "none"\n'
         "[stages.0]\nsamples = 160\n[stages.1.augmentation]\ncrop_area = [0.5, 1.0]\nexact = true\n"
     )
     recipe = find_recipe(str(path))
@@ -296,6 +303,8 @@ def test_a_recipe_from_a_file_changes_its_base(tmp_path):
     assert (recipe.optimizer.eps, recipe.optimizer.grad_clip) == (1e-7, None)
     assert recipe.stages[1].augmentation.crop_area == (0.5, 1.0)
     assert recipe.stages[1].augmentation.exact
+    assert recipe.captions == {"original": 0.5, "synthetic": 2.0}
+    assert from_json(Recipe, to_json(recipe)) == recipe
     assert recipe.model == find_recipe("debug").model
 
 

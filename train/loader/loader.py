@@ -20,6 +20,7 @@ import numpy as np
 
 from clipkit.counter_rng import UInt64Array, sample_keys
 from clipkit.errors import UserError
+from clipkit.formats.captions import ORIGINAL
 from clipkit.log import warn_on_stderr
 from clipkit.pixels.images import UInt8Array
 from clipkit.text.tokenizer import Tokenizer, WordTokenizer
@@ -320,6 +321,12 @@ def check_loader(dataset: Source | Examples, config: LoaderConfig, start: int, s
         raise UserError(f"{stop - start:,} samples aren't a whole number of batches of {config.batch_size}: round them")
     if config.block_size < 1:
         raise UserError(f"block_size is {config.block_size}: choose 1 (a full shuffle) or more")
+    there = dataset.caption_sources if isinstance(dataset, Source) else (ORIGINAL,)
+    for source in config.captions:
+        if source not in there:
+            raise UserError(
+                f"captions.{source}: {dataset!r} has only captions of {', '.join(there)}: name one of these"
+            )
     if config.image_keep is not None and (config.image_reduction is None or config.grid is None):
         raise UserError("image_keep needs image_reduction (random, grid or block)")
     one = np.zeros(1, np.uint64)

@@ -6,7 +6,7 @@ gigabyte. Everything that is made of a sample follows from its position, so it d
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -14,11 +14,20 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from clipkit.counter_rng import UInt64Array, sample_keys, uniform
+from clipkit.counter_rng import UInt64Array, sample_keys
 from clipkit.errors import UserError
 from clipkit.pixels.images import ImageError, UInt8Array
 from clipkit.text.tokenizer import WordTokenizer
 from clipkit.train.loader.augment import Augmentation, cut, geometry_draws, recolour, warpable
+from clipkit.train.loader.captions import (
+    Text,
+    caption_draws,
+    draw_caption,
+    draw_sentence,
+    sentence_draws,
+    text_of,
+    used_weights,
+)
 from clipkit.train.order import Int64Array
 from clipkit.train.sources.source import Pair, Source
 from clipkit.train.teachers.stored import Int8Array, ReinforcedSource
@@ -33,8 +42,6 @@ MAX_TRIES = 16
 READ_TOGETHER, READ_TOGETHER_BYTES = 32, 32_000_000
 # A dataset whose images, decoded, fit into so many bytes is decoded once; one that doesn't is never kept in part.
 DECODED_BYTES = 400_000_000
-
-DRAWN_CAPTION = 905  # the stream of the choice among several captions
 
 Priorities = Callable[[Sequence[Sequence[int]]], list[list[int]]]
 
@@ -58,6 +65,8 @@ class LoaderConfig:
     """Records that the shuffle keeps together on disk (`clipkit.train.order`)."""
     max_bad: float = 0.01
     """Share of the records that may be broken before the run stops."""
+    captions: Mapping[str, float] = field(default_factory=dict)
+    """How often captions of each source are taken, by weight; without any, the original ones alone."""
 
 
 @dataclass(frozen=True)
@@ -94,18 +103,6 @@ class ChunkResult:
     """The teachers' embeddings of each sample's view and caption, where the source has them."""
 
 
-class Text(NamedTuple):
-    """A cleaned caption, and its token ids and their priorities where the record holds them."""
-
-    caption: str
-    ids: list[int] | None = None
-    priorities: list[int] | None = None
-    number: int = 0
-    """The caption's place among those of the record."""
-    choices: "tuple[Text, ...]" = ()
-    """All of them, where there are several: one is drawn for each sample."""
-
-
 class Sample(NamedTuple):
     """A pair that can be used: its image encoded, or decoded for `warp`."""
 
@@ -131,6 +128,7 @@ class SampleMaker:
         self.tokenizer = tokenizer
         self.stored = source.stored if isinstance(source, ReinforcedSource) else None
         self.decoded = decoded if config.augmentation.is_affine else None
+        self.weights = used_weights(config.captions)
         self.tag: Priorities | None = None
         if config.text_reduction == "syntax":
             from clipkit.text.syntax import Syntax
@@ -148,6 +146,7 @@ class SampleMaker:
         used_B = chunk.records_B.copy()
         views_B = np.zeros(len(keys_B), np.int64) if self.stored is None else self.stored.manifest.draw(keys_B)
         draws = geometry_draws(self.view_keys(keys_B, used_B, views_B)).tolist()
+        by_caption, clean = caption_draws(keys_B).tolist(), self.tokenizer.clean
         # The images aren't held until the chunk is made: a hundred large ones fill the memory.
         texts: list[Text] = []
         bad: list[tuple[str, str]] = []
@@ -160,13 +159,13 @@ class SampleMaker:
                     used_B[index], text = self.write_pixels(
                         records[index], sample, draws[index], image_BHWC[index], bad, int(views_B[index])
                     )
-                    texts.append(draw_caption(text, keys_B[index]))
+                    texts.append(draw_caption(text, by_caption[index], clean))
                 group.clear()
                 clock.lap("image")
         if not self.source.feature_width:
             recolour(image_BHWC, self.config.augmentation, self.view_keys(keys_B, used_B, views_B))
         clock.lap("colour")
-        ids = self.ids(texts)
+        ids = self.ids(texts, keys_B)
         priorities = self.priorities(texts, ids)
         # Not every tokenizer's `clean` takes the case away, but all of their ids are without it.
         caption_B = np.array([caption_hash(text.caption.lower()) for text in texts], np.int64)
@@ -245,15 +244,11 @@ class SampleMaker:
         """A pair with its caption cleaned, or why it can't be used."""
         if isinstance(pair, UserError):
             return pair
-        if isinstance(pair.caption, str):
-            caption = self.tokenizer.clean(pair.caption)
-            text = Text(caption, pair.ids, pair.priorities)
-        else:
-            cleaned = enumerate(map(self.tokenizer.clean, pair.caption))
-            choices = tuple(Text(caption, number=number) for number, caption in cleaned if caption)
-            caption = choices[0].caption if choices else ""
-            text = Text(caption, choices=choices)
-        return Sample(pair.image, text) if caption else ImageError("the caption is empty")
+        text = text_of(pair, self.weights, self.tokenizer.clean)
+        if text is None:
+            sources = " or ".join(sorted(self.config.captions and self.weights))
+            return ImageError(f"it has no caption of the source {sources}" if sources else "the caption is empty")
+        return Sample(pair.image, text)
 
     def keep_decoded(self, record: int, sample: Sample | UserError) -> Sample | UserError:
         """The sample, its image decoded and kept where all of the dataset's would fit."""
@@ -269,10 +264,18 @@ class SampleMaker:
         self.decoded[record] = Sample(image, sample.text)
         return self.decoded[record]
 
-    def ids(self, texts: Sequence[Text]) -> list[list[int]]:
-        """Token ids of the captions."""
+    def ids(self, texts: Sequence[Text], keys_B: UInt64Array) -> list[list[int]]:
+        """Token ids of the captions, or of a sentence of those that don't fit, where that is wanted."""
         encoded = iter(self.tokenizer.encode_cleaned([text.caption for text in texts if text.ids is None]))
-        return [next(encoded) if text.ids is None else text.ids for text in texts]
+        ids = [next(encoded) if text.ids is None else text.ids for text in texts]
+        if self.config.text_reduction == "sentence":
+            room = self.config.context_length - self.tokenizer.specials
+            long = [row for row, found in enumerate(ids) if len(found) > room]
+            draws, clean = sentence_draws(keys_B).tolist(), self.tokenizer.clean
+            sentences = [draw_sentence(texts[row].raw, draws[row], clean) for row in long]
+            for row, shorter in zip(long, self.tokenizer.encode_cleaned(sentences), strict=True):
+                ids[row] = shorter
+        return ids
 
     def priorities(self, texts: Sequence[Text], ids: Sequence[list[int]]) -> list[list[int]] | None:
         """The class of each id's word, where they are wanted."""
@@ -291,13 +294,6 @@ def take_group(coming: Iterator[tuple[int, Sample | UserError]]) -> list[tuple[i
         if size >= READ_TOGETHER_BYTES:
             break
     return group
-
-
-def draw_caption(text: Text, key: np.uint64) -> Text:
-    """One of several captions, by the sample's key."""
-    if not text.choices:
-        return text
-    return text.choices[int(uniform(key, 1, DRAWN_CAPTION)[0, 0] * len(text.choices))]
 
 
 def caption_hash(cleaned: str) -> int:

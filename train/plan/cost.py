@@ -168,12 +168,16 @@ def checkpoint_bytes(recipe: Recipe, stages: Sequence[StageCost]) -> float:
     return float(each) * (recipe.cadence.keep_checkpoints + len(stages) - 1)
 
 
-def teachers_cost(fleet: Fleet, pairs: Pairs, calibration: Calibration) -> tuple[float, float] | None:
-    """Bytes and seconds of `clipkit reinforce` with MobileCLIP's two teachers; None for an unknown number of pairs."""
+def teachers_cost(recipe: Recipe, fleet: Fleet, pairs: Pairs, calibration: Calibration) -> tuple[float, float] | None:
+    """Bytes and seconds of `clipkit reinforce` with MobileCLIP's two teachers; None for an unknown number of pairs.
+
+    Each source of captions is taken to have one of each image.
+    """
     if not pairs.total:
         return None
-    numbers = pairs.total * (TEACHER_VIEWS + 1) * TEACHER_WIDTH
-    operations = pairs.total * (TEACHER_VIEWS * TEACHER_IMAGE_FLOPS + TEACHER_TEXT_FLOPS)
+    captions = max(1, sum(weight > 0 for weight in recipe.captions.values()))
+    numbers = pairs.total * (TEACHER_VIEWS + captions) * TEACHER_WIDTH
+    operations = pairs.total * (TEACHER_VIEWS * TEACHER_IMAGE_FLOPS + captions * TEACHER_TEXT_FLOPS)
     rate = fleet.number * fleet.chip.tflops * 1e12 * calibration.matrix
     return numbers, operations / rate * (1 + calibration.overhead)
 

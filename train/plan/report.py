@@ -52,7 +52,15 @@ class Plan:
     @property
     def teachers(self) -> tuple[float, float] | None:
         """Bytes and seconds of `clipkit reinforce` before the run, where the recipe learns from teachers."""
-        return teachers_cost(self.fleet, self.pairs, self.calibration) if self.recipe.distill.weight else None
+        if not self.recipe.distill.weight:
+            return None
+        return teachers_cost(self.recipe, self.fleet, self.pairs, self.calibration)
+
+    @property
+    def captions(self) -> dict[str, float]:
+        """How often the captions of each source are drawn, where the recipe says."""
+        total = sum(self.recipe.captions.values())
+        return {source: weight / total for source, weight in self.recipe.captions.items() if weight} if total else {}
 
     def to_json(self) -> dict[str, Any]:
         """As JSON values; the stages have the keys of the whole."""
@@ -80,6 +88,7 @@ class Plan:
             },
             "checkpoint_bytes": checkpoint_bytes(self.recipe, self.stages),
             "teachers": self.teachers and dict(zip(("disk_bytes", "seconds"), self.teachers, strict=True)),
+            "captions": self.captions,
             "changes": advice(self.recipe, self.stages),
             "assumptions": self.assumptions(),
         }
@@ -172,6 +181,9 @@ def print_plan(plan: Plan, console: Console) -> None:
         highlight=False,
         soft_wrap=True,
     )
+    if plan.captions:
+        drawn = ", ".join(f"{share(value)} {source}" for source, value in plan.captions.items())
+        console.print(f"captions: {drawn}, of records that have all of them", highlight=False, soft_wrap=True)
     if plan.teachers:
         size, seconds = plan.teachers
         console.print(

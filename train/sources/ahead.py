@@ -71,6 +71,10 @@ class AheadSource(Reopenable, Source):
     def feature_width(self) -> int | None:
         return self.source.feature_width
 
+    @property
+    def caption_sources(self) -> tuple[str, ...]:
+        return self.source.caption_sources
+
     def key(self, record: int) -> str:
         return self.source.key(record)
 

@@ -63,6 +63,10 @@ class Mixture(Source):
     def feature_width(self) -> int | None:
         return self.members[0].source.feature_width
 
+    @property
+    def caption_sources(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(name for member in self.members for name in member.source.caption_sources))
+
     def key(self, record: int) -> str:
         number = self.member_of(record)
         member = self.members[number]

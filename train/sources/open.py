@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from clipkit.errors import UserError
+from clipkit.formats.captions import source_columns
 from clipkit.formats.dataset import below, open_dataset, refuse_unfinished_download, unfinished
 from clipkit.formats.manifest import precomputed_columns
 from clipkit.formats.shards import ALL_SPLITS, SHARD_SUFFIXES, ShardListing, describe_files, list_shards
@@ -230,9 +231,10 @@ class _Opener:
         ahead = partial(read_ahead, cached=dataset, block_records=self.block_size)
         if IMAGE_FIELD in dataset.features and TEXT_FIELD in dataset.features:
             columns = precomputed_columns(dataset.options, dataset.features)
+            added = source_columns(dataset.features)
             return OpenedSource(
                 dataset.path,
-                lambda computed: ahead(RecordSource(dataset, precomputed=columns if computed else None)),
+                lambda computed: ahead(RecordSource(dataset, precomputed=columns if computed else None, added=added)),
                 identity,
             )
         if LABELLED_IMAGE in dataset.features and LABEL_FIELD in dataset.features:

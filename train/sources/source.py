@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, Protocol
 from clipkit.counter_rng import UInt64Array
 from clipkit.errors import UserError
 from clipkit.eval.classification.labels import fill, name_classes, number_names
+from clipkit.formats.captions import ORIGINAL
 from clipkit.formats.dataset import Dataset
 from clipkit.formats.manifest import SYNTAX, TOKENS
 from clipkit.formats.records import RecordError, decode_example
@@ -36,6 +37,14 @@ class Pair(NamedTuple):
     """The caption's token ids where they were computed before: whole, without start and end."""
     priorities: list[int] | None = None
     """The class of each id's word (`clipkit.text.syntax`), where it was computed before."""
+    added: Mapping[str, Sequence[str]] | None = None
+    """Captions of other sources than `original`, by source, in the order of the sources' names."""
+
+    @property
+    def captions(self) -> tuple[str, ...]:
+        """All captions, those of `caption` first: their numbers are the ones of stored embeddings."""
+        first = (self.caption,) if isinstance(self.caption, str) else tuple(self.caption)
+        return first + tuple(text for texts in (self.added or {}).values() for text in texts)
 
 
 class Source(ABC):
@@ -50,6 +59,11 @@ class Source(ABC):
     def feature_width(self) -> int | None:
         """The numbers of a vector, where `Pair.image` is one (`features`) and no encoded image."""
         return None
+
+    @property
+    def caption_sources(self) -> tuple[str, ...]:
+        """The sources of the captions that its records may have."""
+        return (ORIGINAL,)
 
     @abstractmethod
     def pairs(self, records: Sequence[int]) -> Iterator[Pair | UserError]:
@@ -87,7 +101,8 @@ class Examples(Protocol):
 class RecordSource(Source):
     """The records of a dataset directory, or others of its kind.
 
-    `precomputed` are the columns of token ids and word classes by their names in `clipkit.formats.manifest`.
+    `precomputed` are the columns of token ids and word classes by their names in `clipkit.formats.manifest`; `added`
+    those of further captions by their source.
     """
 
     def __init__(
@@ -96,13 +111,15 @@ class RecordSource(Source):
         image_field: str = IMAGE_FIELD,
         text_field: str = TEXT_FIELD,
         precomputed: Mapping[str, str] | None = None,
+        added: Mapping[str, str] | None = None,
     ) -> None:
         self.examples = examples
         self.image_field, self.text_field = image_field, text_field
         precomputed = precomputed or {}
         self.tokens, self.syntax = precomputed.get(TOKENS, ""), precomputed.get(SYNTAX, "")
+        self.added = dict(added or {})
         # Of a record's dozen columns only these are unpacked.
-        self.columns = (image_field, text_field, *filter(None, (self.tokens, self.syntax)))
+        self.columns = (image_field, text_field, *filter(None, (self.tokens, self.syntax)), *self.added.values())
 
     def __repr__(self) -> str:
         return repr(self.examples)
@@ -110,6 +127,10 @@ class RecordSource(Source):
     @property
     def num_records(self) -> int:
         return self.examples.num_records
+
+    @property
+    def caption_sources(self) -> tuple[str, ...]:
+        return (ORIGINAL, *self.added)
 
     def key(self, record: int) -> str:
         return self.examples.key(record)
@@ -136,11 +157,16 @@ class RecordSource(Source):
 
     def caption_image(self, image: bytes, columns: Mapping[str, list[Any]]) -> Pair | UserError:
         """The image with the caption that its record gives it."""
-        text = columns.get(self.text_field)
-        found = [item.decode("utf-8", errors="replace") for item in text or () if isinstance(item, bytes)]
+        found = texts(columns.get(self.text_field))
         caption = found if len(found) > 1 else "".join(found)
         ids, priorities = columns.get(self.tokens), columns.get(self.syntax)
-        return Pair(image, caption, ids, priorities if ids else None)
+        added = {source: texts(columns[name]) for source, name in self.added.items() if name in columns}
+        return Pair(image, caption, ids, priorities if ids else None, added or None)
+
+
+def texts(values: Sequence[Any] | None) -> list[str]:
+    """The texts in a record's values of a column."""
+    return [item.decode("utf-8", errors="replace") for item in values or () if isinstance(item, bytes)]
 
 
 # ---- Labelled images: the class's name in a sentence is the caption --------------------------------------------------

@@ -230,7 +230,6 @@ def view(manifest: Manifest, sizes: Sequence[int], record: int, pair: Pair | Use
         return Views(0, (), {})
     keys_V = manifest.view_keys(np.full(manifest.views, record), np.arange(manifest.views))
     image_VHWC = {size: np.empty((manifest.views, size, size, 3), np.uint8) for size in sizes}
-    captions = (pair.caption,) if isinstance(pair.caption, str) else tuple(pair.caption)
     try:
         for size, out_VHWC in image_VHWC.items():
             for draws, out_HWC in zip(geometry_draws(keys_V).tolist(), out_VHWC, strict=True):
@@ -238,4 +237,4 @@ def view(manifest: Manifest, sizes: Sequence[int], record: int, pair: Pair | Use
             recolour(out_VHWC, manifest.augmentation, keys_V)
     except (ImageError, cv2.error):
         return Views(checksum(pair), (), {})
-    return Views(checksum(pair), captions, image_VHWC)
+    return Views(checksum(pair), pair.captions, image_VHWC)

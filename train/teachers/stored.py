@@ -115,8 +115,7 @@ def part_path(folder: Path, part: int) -> Path:
 
 def checksum(pair: Pair) -> int:
     """Of a record's image and captions."""
-    captions = pair.caption if isinstance(pair.caption, str) else "\0".join(pair.caption)
-    return zlib.crc32(captions.encode(), zlib.crc32(pair.image))
+    return zlib.crc32("\0".join(pair.captions).encode(), zlib.crc32(pair.image))
 
 
 def quantise(vector_NE: npt.NDArray[np.float32]) -> Int8Array:
@@ -214,6 +213,10 @@ class ReinforcedSource(Source):
     @property
     def num_records(self) -> int:
         return self.source.num_records
+
+    @property
+    def caption_sources(self) -> tuple[str, ...]:
+        return self.source.caption_sources
 
     def key(self, record: int) -> str:
         return self.source.key(record)

@@ -15,7 +15,6 @@ from clipkit.errors import UserError
 from clipkit.formats.dataset import open_dataset
 from clipkit.formats.records import RecordWriter, encode_example
 from clipkit.tfrecord_tools.build.command import build_tfds
-from clipkit.train.loader.samples import Text, draw_caption
 from clipkit.train.sources.open import open_source
 
 IMAGES = pa.array([{"bytes": picture(i), "path": None} for i in range(3)])
@@ -77,14 +76,6 @@ def test_training_draws_one_of_several_captions(kind, tmp_path):
     assert list(found[0]) == ["a cat", "two cats"]
     assert found[1] == "a dog"
     assert [caption for caption in found[2] if caption.strip()] == ["a bird", "birds"]
-
-
-def test_the_draw_is_a_function_of_the_samples_key():
-    text = Text("a", choices=tuple(Text(caption, number=number) for number, caption in enumerate("abc")))
-    drawn = [draw_caption(text, key).caption for key in range(300)]
-    assert drawn == [draw_caption(text, key).caption for key in range(300)]
-    assert all(60 < drawn.count(caption) < 140 for caption in "abc")
-    assert draw_caption(Text("a", [1], [2]), 7) == Text("a", [1], [2])
 
 
 @pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary(), pa.binary_view()])

@@ -60,6 +60,15 @@ def test_a_recipe_with_teachers_says_what_they_cost_before():
     assert planned("--recipe", "clipa-b16-i50-t16")["teachers"] is None
 
 
+def test_captions_of_several_sources_are_told_and_counted_with_the_teachers():
+    weights = ("--set", "captions.original=1", "--set", "captions.synthetic=3", "--set", "captions.alt=0")
+    values = planned("--recipe", "clipa-b16-dr", *weights)
+    assert values["captions"] == {"original": 0.25, "synthetic": 0.75}
+    assert values["teachers"]["disk_bytes"] == 12_800_000 * 12 * 1536
+    assert "captions: 25% original, 75% synthetic" in plan("--recipe", "clipa-b16-dr", *weights)
+    assert planned("--recipe", "clipa-b16-dr")["captions"] == {}
+
+
 def test_the_text_has_what_the_json_has():
     text = plan("--recipe", "clipa-l16-i17-t16", "--price", 2)
     for said in (

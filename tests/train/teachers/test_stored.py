@@ -40,7 +40,10 @@ TOKENIZER = Tokenizer()
 
 
 class Squares(Source):
-    """Pairs in memory. Some have several captions, the first of them blank; record 7 can't be decoded."""
+    """Pairs in memory. Some have several captions, the first of them blank, and every other one of another source too;
+    record 7 can't be decoded."""
+
+    caption_sources = ("original", "synthetic")
 
     def __init__(self, changed=None):
         self.changed = changed
@@ -57,7 +60,8 @@ class Squares(Source):
             text = f"a {name} square {record}"
             captions = [" ", text, f"{text} again", f"{text} once more"][: 1 + record % 4]
             caption = captions if record % 4 else text
-            yield Pair(image, "another" if record == self.changed else caption)
+            added = {"synthetic": [f"{text}, says a model", " "]} if record % 2 else None
+            yield Pair(image, "another" if record == self.changed else caption, added=added)
 
 
 @pytest.fixture(scope="module", params=[AUGMENTATION, WARP], ids=["crop", "warp"])
@@ -75,9 +79,10 @@ def stored(request, tmp_path_factory):
     return Stored(folder, manifest), encoders, compute
 
 
-def loaded(stored, start=0, stop=96, source=None, **how):
+def loaded(stored, start=0, stop=96, source=None, captions=None, **how):
     source = ReinforcedSource(source or Squares(), stored)
     config = LoaderConfig(32, 16, 24, augmentation=stored.manifest.augmentation, seed=3, block_size=8, max_bad=1.0)
+    config = replace(config, captions=captions or {})
     return list(batches(source, config, start, stop, warn=lambda line: None, tokenizer=TOKENIZER, **how))
 
 
@@ -86,10 +91,13 @@ def unit(vector_BE):
     return vector_BE / np.linalg.norm(vector_BE, axis=-1, keepdims=True)
 
 
-def test_the_trainer_gets_what_the_teachers_say_of_its_very_pixels_and_captions(stored):
+@pytest.mark.parametrize("weights", [{}, {"original": 1.0, "synthetic": 2.0}], ids=["plain", "sources"])
+def test_the_trainer_gets_what_the_teachers_say_of_its_very_pixels_and_captions(stored, weights):
     """The crop is decoded again, and the teacher, asked about it, says what was stored: so it is the same crop."""
     opened, encoders, compute = stored
-    found = loaded(opened, workers=0)
+    found = loaded(opened, workers=0, captions=weights)
+    said = [caption_of(*each) for batch in found for each in zip(batch.records_B, batch.caption_B, strict=True)]
+    assert 20 < sum("says a model" in each for each in said) < 50 if weights else "says a model" not in "".join(said)
     for batch in found:
         images = compute.device.batch({"image": batch.image_BHWC})["image"]
         captions = [caption_of(record, hashed) for record, hashed in zip(batch.records_B, batch.caption_B, strict=True)]
@@ -107,8 +115,7 @@ def test_the_trainer_gets_what_the_teachers_say_of_its_very_pixels_and_captions(
 def caption_of(record, hashed):
     """The caption of a record that has this hash."""
     (pair,) = Squares().pairs([int(record)])
-    captions = [pair.caption] if isinstance(pair.caption, str) else pair.caption
-    (found,) = {each for each in captions if caption_hash(TOKENIZER.clean(each).lower()) == hashed}
+    (found,) = {each for each in pair.captions if caption_hash(TOKENIZER.clean(each).lower()) == hashed}
     return found
 
 
