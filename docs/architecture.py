@@ -24,7 +24,7 @@ FLOORS: tuple[tuple[str, tuple[str, ...]], ...] = (
         "tfrecord_tools/: a room for each command; they never import each other",
         tuple(
             f"tfrecord_tools/{name}"
-            for name in ("download", "build", "in_place", "labelled", "purge", "verify", "inspection")
+            for name in ("download", "build", "in_place", "labelled", "purge", "captions", "verify", "inspection")
         ),
     ),
     (

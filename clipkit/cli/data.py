@@ -190,6 +190,26 @@ def purge(path: Path, removals: Path, as_json: bool, **options: Any) -> None:
     print_summary(stage(path, removals, **options), as_json)
 
 
+@click.command("add-captions")
+@dataset_folder
+@click.argument("table", type=PathOrUrl)
+@click.option("--by", type=click.Choice(["key", "url"]), help="What says which record. [default: the one TABLE has]")
+@click.option("--source", default="synthetic", help="Name of these captions, for the recipe's weights.")
+@click.option("--column", default="caption", help="Column of TABLE with the captions: text, or lists of several.")
+@workers
+@engine
+@as_json
+def add_captions(path: Path, table: Path, as_json: bool, **options: Any) -> None:
+    """Add captions of another source (a captioner's, alt text) from TABLE to the records of the dataset in DIR.
+
+    Keys and URLs must match exactly; of each image one row. The other bytes of the records stay. The same command goes
+    on where it was stopped, and until then nothing opens the dataset. Training draws by --set captions.SOURCE=WEIGHT.
+    """
+    from clipkit.tfrecord_tools.captions.command import add_captions as stage
+
+    print_summary(stage(path, table, **options), as_json)
+
+
 @click.command()
 @dataset_folder
 @click.option("--split", help="Which split. [default: the only one, or train]")

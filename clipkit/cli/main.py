@@ -49,7 +49,8 @@ def main() -> None:
 
 
 for _command in (
-    *(download.download, data.build_tfds, data.build_imagenet, data.verify, data.inspect, data.purge),
+    *(download.download, data.build_tfds, data.build_imagenet, data.add_captions),
+    *(data.verify, data.inspect, data.purge),
     *(evaluate.zeroshot, evaluate.compare, evaluate.report, evaluate.export),
     *(search.embed, search.score, search.reinforce, search.classify, search.search, plan.plan, sweep.sweep),
 ):

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -26,6 +26,9 @@ from clipkit.storage.cache import BlockCache, CachedRanges
 from clipkit.storage.files import as_path, is_remote, local_copy, read_json
 from clipkit.storage.ranges import RangeReader, Reopenable, read_whole
 from clipkit.storage.stores import StoredFile, list_folder, reading
+
+Rewrite = Literal["purge", "add-captions"]
+REWRITES: dict[Rewrite, str] = {"purge": "a purge", "add-captions": "adding captions"}
 
 VERSION = "1.0.0"  # of every dataset: the folder below its name
 
@@ -296,8 +299,8 @@ def open_dataset(
     folder, lengths = layout.folder, layout.lengths
     if split not in lengths:
         raise UserError(f"{folder} has no split {split!r}: choose one of {', '.join(sorted(lengths)) or 'none'}")
-    if journal_path(folder).exists():
-        raise UserError(f"{folder}: a purge isn't finished, run the same clipkit purge command again")
+    if (begun := unfinished_rewrite(folder)) is not None:
+        raise UserError(begun)
     if layout.differs(split):
         raise UserError(f"{folder}: dataset_info.json and clipkit/manifest.json differ: build the dataset again")
     manifest = layout.manifest.get(split)
@@ -313,9 +316,18 @@ def open_dataset(
     return Dataset(folder, layout.name, split, layout.features, shards, cache, block_records, options)
 
 
-def journal_path(folder: Path) -> Path:
-    """Where `clipkit purge` keeps what it has begun: while the file is there, shards and metadata may not agree."""
-    return folder / CLIPKIT_FOLDER / "purge.json"
+def journal_path(folder: Path, command: Rewrite) -> Path:
+    """Where a command that writes shards again keeps what it has begun: while the file is there, shards and metadata
+    may not agree."""
+    return folder / CLIPKIT_FOLDER / f"{command}.json"
+
+
+def unfinished_rewrite(folder: Path) -> str | None:
+    """One line on a command that has begun to write the shards in `folder` again, and how to go on; or None."""
+    for command, what in REWRITES.items():
+        if journal_path(folder, command).exists():
+            return f"{folder}: {what} isn't finished, run the same clipkit {command} command again"
+    return None
 
 
 def _find(path: Path) -> Path:

@@ -37,6 +37,7 @@ _BUFFER_BYTES = 1 << 20
 
 # The fields of the message `Feature`, as its wire format tags them.
 _BYTES_LIST, _FLOAT_LIST, _INT64_LIST = b"\n", b"\x12", b"\x1a"
+_FIRST = 10  # the tag of a message's first field, where that has a length
 _FLOAT = struct.Struct("<f")
 _ONE_BYTE = [bytes((number,)) for number in range(0x80)]
 _INT_END = 1 << 63
@@ -241,6 +242,66 @@ def encode_example(columns: Mapping[str, Value]) -> bytes:
     if length:
         parts[0] = b"\n" + _varint(length)
     return b"".join(parts)
+
+
+def encode_column(name: str, value: Value) -> bytes:
+    """The bytes of one column in a serialised Example, for `with_column`."""
+    record = encode_example({name: value})
+    return record[_varint_at(record, 1)[1] :]
+
+
+def with_column(record: bytes, name: str, column: bytes) -> bytes:
+    """A serialised Example with one column more, as `encode_column` gives it; all bytes of the others stay.
+
+    Columns that are in the order of `encode_example` stay so. Raises ValueError where the record has the column
+    already, or isn't an Example.
+    """
+    try:
+        start, place = _place_for(record, name.encode())
+    except (_OddError, IndexError):  # of two messages one behind the other, protobuf makes one
+        if name in decode_example(record):
+            raise ValueError(f"it has a column {name!r} already") from None
+        return record + b"\n" + _varint(len(column)) + column
+    head = b"\n" + _varint(len(record) - start + len(column))
+    return b"".join((head, record[start:place], column, record[place:]))
+
+
+class _OddError(Exception):
+    """A record in a form that no library writes by itself."""
+
+
+def _place_for(record: bytes, name: bytes) -> tuple[int, int]:
+    """Where a record's columns begin, and where the column `name` belongs among them."""
+    if not record:
+        return 0, 0
+    length, start = _varint_at(record, 1)
+    position, place, key = start, len(record), name + b"\xff"
+    if record[0] != _FIRST or start + length != place:
+        raise _OddError
+    while position < len(record):
+        size, entry = _varint_at(record, position + 1)
+        length, first = _varint_at(record, entry + 1)
+        found = record[first : first + length]
+        if record[position] != _FIRST or record[entry] != _FIRST or entry + size > len(record):
+            raise _OddError
+        if found == name:
+            raise ValueError(f"it has a column {name.decode()!r} already")
+        if found + b"\xff" > key:
+            place = min(place, position)
+        position = entry + size
+    return start, place
+
+
+def _varint_at(data: bytes, position: int) -> tuple[int, int]:
+    """The number that `_varint` wrote at a position, and where it ends."""
+    number = shift = 0
+    while True:
+        byte = data[position]
+        position += 1
+        number |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return number, position
+        shift += 7
 
 
 @lru_cache(maxsize=1 << 10)

@@ -27,7 +27,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         *_core("embedding", "export", "jobs", "storage"),
         *("eval", "eval/classification", "eval/comparison", "eval/report", "eval/search", "tfrecord_tools"),
         *("train", "train/bench", "train/plan", "train/sources", "train/sweep", "train/teachers", "train/watch"),
-        *_tools("build", "download", "in_place", "inspection", "labelled", "pictures", "purge", "verify", "web"),
+        *_tools("build", "captions", "download", "in_place", "inspection", "labelled", "pictures", "purge"),
+        *_tools("verify", "web"),
     ),
     "clipkit/formats": _core("storage"),
     "clipkit/embedding": _core("model", "pixels", "storage"),
@@ -69,10 +70,11 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "tfrecord_tools",
         *_tools("account", "pictures", "writing"),
     ),
+    "tfrecord_tools/captions": (*_core("formats", "jobs", "storage"), *_tools("account", "tables", "writing")),
     "tfrecord_tools/purge": (
         *_core("formats", "jobs", "storage"),
         "tfrecord_tools",
-        *_tools("account", "pictures", "writing"),
+        *_tools("account", "pictures", "tables", "writing"),
     ),
     "tfrecord_tools/verify": (
         *_core("formats", "jobs", "pixels", "storage"),
@@ -81,7 +83,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     ),
     # Training, which may use evaluation.
     "train": (
-        *_core("embedding", "interop", "model", "pixels", "storage", "text"),
+        *_core("embedding", "formats", "interop", "model", "pixels", "storage", "text"),
         "eval",
         "train/fit",
         "train/loader",
@@ -91,7 +93,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     ),
     "train/fit": (*_core("model"), "train"),
     "train/sources": (*_core("formats", "jobs", "pixels", "storage"), "eval/classification", "train", "train/teachers"),
-    "train/loader": (*_core("pixels", "text"), "train", "train/sources", "train/teachers"),
+    "train/loader": (*_core("formats", "pixels", "text"), "train", "train/sources", "train/teachers"),
     "train/teachers": (
         *_core("embedding", "interop", "jobs", "model", "pixels", "storage"),
         "train",

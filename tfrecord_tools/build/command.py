@@ -34,7 +34,7 @@ from clipkit.formatting import size_text
 from clipkit.jobs.passes import PassProgress, Runner
 from clipkit.jobs.run import Engine
 from clipkit.storage.files import as_path, clear_leftovers, is_remote, load_array, lock, read_json, remove
-from clipkit.tfrecord_tools.account.purged import refuse_unfinished_purge
+from clipkit.tfrecord_tools.account.purged import refuse_unfinished_rewrite
 from clipkit.tfrecord_tools.build.choose import check_balance, check_best
 from clipkit.tfrecord_tools.build.concepts import ConceptList, read_concepts
 from clipkit.tfrecord_tools.build.passes import choose_pass, gather_pass, hash_pass, write_pass
@@ -117,7 +117,7 @@ def build_tfds(
     work = folder / CLIPKIT_FOLDER / f"build-{'-'.join(options.splits)}"
     runner = Runner(workers, engine, progress)
     with lock(folder / CLIPKIT_FOLDER):
-        refuse_unfinished_purge(folder)
+        refuse_unfinished_rewrite(folder)
         splits = read_manifest(folder)
         whole = _whole_splits(folder)
         splits = {part: manifest for part, manifest in splits.items() if part in whole}

@@ -23,7 +23,8 @@ from clipkit.formats.text_file import Quoting
 from clipkit.jobs.run import Engine
 from clipkit.jobs.worker import cores
 from clipkit.storage.files import as_path, disk_errors, lock, remove, require_writable
-from clipkit.tfrecord_tools.account.purged import refuse_unfinished_purge
+from clipkit.tfrecord_tools.account.captions import refuse_added_captions
+from clipkit.tfrecord_tools.account.purged import refuse_unfinished_rewrite
 from clipkit.tfrecord_tools.account.shard_state import FORMATS, DownloadLayout, Format
 from clipkit.tfrecord_tools.download.finish import DownloadSummary
 from clipkit.tfrecord_tools.download.plan import JobSettings, Output, make_plan
@@ -123,7 +124,8 @@ def download(
     require_writable(root)
     with lock(root / "clipkit"), disk_errors(root):
         check_output(root)
-        refuse_unfinished_purge(root)
+        refuse_unfinished_rewrite(root)
+        refuse_added_captions(root)
         plan = make_plan(urls, tables, output, where, root / "clipkit", check)
         output = plan.output
         kept = output.columns.kept

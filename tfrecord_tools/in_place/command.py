@@ -33,7 +33,7 @@ from clipkit.storage.files import (
     write_json,
     write_json_lines,
 )
-from clipkit.tfrecord_tools.account.purged import refuse_unfinished_purge
+from clipkit.tfrecord_tools.account.purged import refuse_unfinished_rewrite
 from clipkit.tfrecord_tools.in_place.columns import check_columns, features_of, misfits, unify_forms
 from clipkit.tfrecord_tools.in_place.shard import InPlaceJob, ShardScan, read_scan, rewrite, scan_shard
 from clipkit.tfrecord_tools.writing.finish import finish_dataset
@@ -91,7 +91,7 @@ def build_in_place(
     folder = require_dir(folder, "folder").absolute()
     work = folder / CLIPKIT_FOLDER / f"build-{split}"
     with lock(folder / CLIPKIT_FOLDER):
-        refuse_unfinished_purge(folder)
+        refuse_unfinished_rewrite(folder)
         clear_leftovers(folder, folder / CLIPKIT_FOLDER, work)
         if (folder / "dataset_info.json").exists():
             manifest = _finished(folder, name, split)

@@ -20,7 +20,8 @@ from clipkit.text.tokens import TextMethod, reduce_text
 from clipkit.tfrecord_tools.inspection.histogram import Histogram, histogram_of
 
 CONTEXTS = (8, 16, 32)
-METHODS: tuple[TextMethod, ...] = get_args(TextMethod)
+# Which sentence is drawn isn't seen from ids: `sentence` would look like `truncate` here.
+METHODS: tuple[TextMethod, ...] = tuple(method for method in get_args(TextMethod) if method != "sentence")
 REDUCED = 2000
 FREQUENT = 10
 EXAMPLES = 3
@@ -68,6 +69,26 @@ class CaptionFacts:
     reductions: tuple[Reduction, ...]
     note: str
     examples: tuple[Example, ...]
+
+
+@dataclass(frozen=True)
+class SourceFacts:
+    """The captions of one source: `captions` in all, of `records` that have any."""
+
+    source: str
+    records: int
+    captions: int
+    tokens: Histogram | None
+    examples: tuple[str, ...]
+
+
+def source_facts(source: str, captions: Sequence[Sequence[str]]) -> SourceFacts:
+    """Look at the captions that a source has for the records of a sample."""
+    found = [text for texts in captions for text in texts]
+    tokens = [len(each) + 2 for each in Tokenizer().encode(found)]
+    return SourceFacts(
+        source, sum(map(bool, captions)), len(found), histogram_of(tokens, whole=True), tuple(found[:EXAMPLES])
+    )
 
 
 def caption_facts(column: str, captions: Sequence[str], places: Sequence[int]) -> CaptionFacts:

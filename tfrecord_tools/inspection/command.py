@@ -10,7 +10,7 @@ from typing import Any
 from clipkit.formats.dataset import Dataset, open_dataset, read_layout
 from clipkit.formats.features import find_caption, find_image
 from clipkit.formats.manifest import CLIPKIT_FOLDER
-from clipkit.formatting import size_text
+from clipkit.formatting import share, size_text
 from clipkit.page.charts import histogram
 from clipkit.page.render import render
 from clipkit.pixels.images import thumbnail
@@ -51,6 +51,10 @@ class InspectSummary:
         if seen.captions and seen.captions.tokens:
             tokens = seen.captions.tokens
             lines.append(f"captions: mean {tokens.mean:.1f} tokens, {seen.captions.repeated:,} repeated")
+        for each in seen.sources:
+            mean = f", mean {each.tokens.mean:.1f} tokens" if each.tokens else ""
+            records = share(each.records / max(1, seen.sampled - seen.damaged))
+            lines.append(f"captions of {each.source}: in {records} of the records{mean}")
         if seen.pictures and seen.pictures.shorter_side:
             side = seen.pictures.shorter_side
             lines.append(f"pictures: median shorter side {side.median:.0f} px, {seen.pictures.repeated:,} repeated")

@@ -15,13 +15,14 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from clipkit.errors import UserError
+from clipkit.formats.captions import ORIGINAL, captions_of, source_columns
 from clipkit.formats.dataset import Dataset, DatasetLayout, open_dataset, read_layout
 from clipkit.formats.features import Feature, find_caption, find_image
 from clipkit.formats.manifest import CLIPKIT_FOLDER, read_manifest
 from clipkit.formats.records import RecordError
 from clipkit.log import Progress
 from clipkit.storage.files import as_path, local_copy
-from clipkit.tfrecord_tools.inspection.captions import CaptionFacts, caption_facts
+from clipkit.tfrecord_tools.inspection.captions import CaptionFacts, SourceFacts, caption_facts, source_facts
 from clipkit.tfrecord_tools.inspection.histogram import Histogram, histogram_of
 from clipkit.tfrecord_tools.inspection.pictures import PictureFacts, Pictures
 
@@ -45,7 +46,8 @@ class Inspection:
 
     `places` are the numbers of the sampled records. `values` counts those of columns with few (NSFW, labels), `scores`
     are the columns that judge a pair. `failed` and `skipped` count rows and samples that didn't become records;
-    `choice` is what `build-tfds --keep-best` and `--balance` did, as the manifest has it.
+    `choice` is what `build-tfds --keep-best` and `--balance` did, as the manifest has it. `sources` are those of the
+    captions, where there are others than `original`.
     """
 
     path: Path
@@ -65,6 +67,7 @@ class Inspection:
     failed: dict[str, int]
     skipped: dict[str, int]
     choice: dict[str, Any]
+    sources: tuple[SourceFacts, ...]
     places: tuple[int, ...] = field(repr=False)
 
     def to_json(self) -> dict[str, Any]:
@@ -111,6 +114,7 @@ def inspect(path: Path, *, split: str | None = None, sample: int = SAMPLE) -> In
         failed=_failed(layout.folder),
         skipped=manifest.skipped if manifest else {},
         choice=manifest.choice if manifest else {},
+        sources=seen.source_facts(),
         places=tuple(places),
     )
 
@@ -136,6 +140,7 @@ class _Seen:
         self.pictures = Pictures(image) if image else None
         self.captions: list[str] = []
         self.places: list[int] = []
+        self.added = {source: (name, list[list[str]]()) for source, name in source_columns(features).items()}
         self.present: Counter[str] = Counter()
         self.scores: dict[str, list[float]] = {name: [] for name in features if _is_score(name, features[name])}
         self.values: dict[str, Counter[str]] = {name: Counter() for name in features if _is_kind(name, features[name])}
@@ -152,6 +157,8 @@ class _Seen:
         if self.caption:
             self.captions.append(example[self.caption] or "")
             self.places.append(place)
+        for name, texts in self.added.values():
+            texts.append(captions_of(example[name], name))
         if self.pictures and isinstance(example[self.pictures.column], bytes):
             self.pictures.add(place, example[self.pictures.column])
         for name, numbers in self.scores.items():
@@ -170,6 +177,13 @@ class _Seen:
     def caption_facts(self) -> CaptionFacts | None:
         """The captions, where there are any."""
         return caption_facts(self.caption, self.captions, self.places) if self.caption and self.captions else None
+
+    def source_facts(self) -> tuple[SourceFacts, ...]:
+        """The captions of each source, where there are several."""
+        if not self.added:
+            return ()
+        original = source_facts(ORIGINAL, [[text] if text.strip() else [] for text in self.captions])
+        return original, *(source_facts(source, texts) for source, (_, texts) in self.added.items())
 
     def score_histograms(self) -> dict[str, Histogram]:
         """The distribution of each score that any record has."""

@@ -25,7 +25,7 @@ from clipkit.formatting import counted, size_text
 from clipkit.jobs.passes import Runner
 from clipkit.jobs.run import Engine
 from clipkit.storage.files import clear_leftovers, is_remote, load_array, lock, read_json, remove
-from clipkit.tfrecord_tools.account.purged import refuse_unfinished_purge
+from clipkit.tfrecord_tools.account.purged import refuse_unfinished_rewrite
 from clipkit.tfrecord_tools.labelled.labels import label_images
 from clipkit.tfrecord_tools.labelled.listing import Image, SplitSource, find_splits, list_part
 from clipkit.tfrecord_tools.labelled.shard import LabelledJob
@@ -141,7 +141,7 @@ def build_imagenet(
     class_names = _class_names(imagenet, classes, listed, empty)
     notes += _check(target, listed, class_names)
     with lock(folder / CLIPKIT_FOLDER):
-        refuse_unfinished_purge(folder)
+        refuse_unfinished_rewrite(folder)
         clear_leftovers(folder, folder / CLIPKIT_FOLDER)
         splits = _splits_there(target, class_names)
         there = set(splits)

@@ -34,8 +34,9 @@ from clipkit.storage.files import as_path, clear_leftovers, lock, read_json, rem
 from clipkit.tfrecord_tools.purge.finish import finish, purged_before, was_recorded
 from clipkit.tfrecord_tools.purge.ledger import purge_ledgers
 from clipkit.tfrecord_tools.purge.plan import PlannedShard, PurgePlan, read_plan, shard_jobs, work_folder, write_plan
-from clipkit.tfrecord_tools.purge.removals import RemovalList, UInt64Array, empty_list, open_list, wanted_entries
+from clipkit.tfrecord_tools.purge.removals import RemovalList, empty_list, open_list, wanted_entries
 from clipkit.tfrecord_tools.purge.shard import SearchJob, ValueReader, find_records, purge_shard
+from clipkit.tfrecord_tools.tables.digests import UInt64Array
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import datetime
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import accumulate, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +28,11 @@ from clipkit.storage.files import local_copy, read_json, remove, write_beside, w
 from clipkit.tfrecord_tools.account.purged import PURGED_TABLE, purged_path
 from clipkit.tfrecord_tools.purge.ledger import with_failures
 from clipkit.tfrecord_tools.purge.plan import PurgePlan, work_folder
-from clipkit.tfrecord_tools.purge.removals import LINES, RemovalList, UInt64Array, find, read_values
+from clipkit.tfrecord_tools.purge.removals import LINES, RemovalList, read_values
 from clipkit.tfrecord_tools.purge.shard import RewrittenShard, without
 from clipkit.tfrecord_tools.reasons import PURGED
-from clipkit.tfrecord_tools.writing.finish import write_index
+from clipkit.tfrecord_tools.tables.digests import UInt64Array, find
+from clipkit.tfrecord_tools.writing.finish import rewrite_index
 
 
 def finish(
@@ -69,7 +70,7 @@ def finish(
     if manifest:
         write_manifest(folder, manifest)
     _write_info(layout, plan, splits, manifest)
-    remove(journal_path(folder))
+    remove(journal_path(folder, "purge"))
     remove(work_folder(folder))
 
 
@@ -172,15 +173,10 @@ def _write_index(layout: DatasetLayout, plan: PurgePlan, split: str, changed: Ma
     lengths = plan.lengths[split]
     after = sum(lengths) - sum(state.removed for state in changed.values())
     with local_copy(path) as local:
-        before = np.load(local, mmap_mode="r" if after else None)
-        if len(before) == after:
+        if len(np.load(local, mmap_mode="r" if after else None)) == after:
             return
-        firsts = accumulate(lengths, initial=0)
-        offsets = (
-            changed[file].offsets() if file in changed else before[first : first + length]
-            for file, first, length in zip(layout.files[split], firsts, lengths, strict=False)
-        )
-        write_index(layout.folder, split, offsets, after)
+    offsets = {file: state.offsets for file, state in changed.items()}
+    rewrite_index(layout.folder, split, layout.files[split], lengths, offsets, after)
 
 
 def _purged_manifest(manifest: SplitManifest, changed: Mapping[str, RewrittenShard]) -> SplitManifest:

@@ -30,9 +30,10 @@ from clipkit.tfrecord_tools.account.shard_state import (
 )
 from clipkit.tfrecord_tools.outcome import RowOutcome
 from clipkit.tfrecord_tools.purge.plan import PurgePlan, work_folder
-from clipkit.tfrecord_tools.purge.removals import RemovalList, UInt64Array, find
+from clipkit.tfrecord_tools.purge.removals import RemovalList
 from clipkit.tfrecord_tools.purge.shard import RewrittenShard
 from clipkit.tfrecord_tools.reasons import PURGED
+from clipkit.tfrecord_tools.tables.digests import UInt64Array, find
 
 # Columns of a ledger by which a row that gave no image can be meant.
 KNOWN = ("url", "key")

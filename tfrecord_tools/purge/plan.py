@@ -61,12 +61,12 @@ def write_plan(folder: Path, plan: PurgePlan, numbers: Int64Array, places: Int64
     array.
     """
     save_array(work_folder(folder) / "doomed.npy", np.stack([numbers, places]))
-    write_json(journal_path(folder), {"format": FORMAT, **asdict(plan)})
+    write_json(journal_path(folder, "purge"), {"format": FORMAT, **asdict(plan)})
 
 
 def read_plan(folder: Path) -> PurgePlan | None:
     """The plan of a purge that isn't finished, None when there is none. Raises UserError for one of another version."""
-    path = journal_path(folder)
+    path = journal_path(folder, "purge")
     if not path.exists():
         return None
     values = read_json(path)

@@ -1,13 +1,5 @@
-"""The list of what is to be removed: its file, its column, and a form of it that takes 16 bytes an entry.
+"""The list of what is to be removed: its file, its column, and its form of 16 bytes an entry (`tables.digests`)."""
 
-Millions of URLs as Python strings would fill the memory of each worker. So an entry is kept as a BLAKE2b hash of 128
-bits, all entries in one sorted array, which the workers map from the disk and share. No comparison with the entries
-themselves follows: that some two of N different values agree in 128 bits has a chance of N² / 2^129, which is 4 in
-10^20 for the five billion records of the largest sets, far below that of a memory error. Nobody gains by searching for
-a collision either: it would take 2^64 hashes, to have a record of one's own removed.
-"""
-
-import hashlib
 import re
 import sys
 from array import array
@@ -17,23 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from clipkit.errors import UserError
 from clipkit.formats.features import Feature
 from clipkit.formats.shards import note_beside_tables
 from clipkit.formats.tables import KEY_NAME, URL_NAME, find_tables, read_columns, read_schema
 from clipkit.formats.text_file import Quoting, open_bytes
-from clipkit.storage.files import disk_errors, local_copy, require_file
+from clipkit.storage.files import local_copy, require_file
+from clipkit.tfrecord_tools.tables.digests import READ_BYTES, UInt64Array, digests, sha256_of
 
 # Hashes in hexadecimal: which of these a column is, its name says. All can be computed from the stored image.
 HASHES = {"sha256": 64, "md5": 32, "sha1": 40, "sha512": 128}
 # What says which record is meant; other columns take part only when --by names them.
 IDENTITIES = (URL_NAME, KEY_NAME, *HASHES)
 LINES = 10_000
-READ_BYTES = 1 << 20
-
-UInt64Array = npt.NDArray[np.uint64]
 
 
 @dataclass(frozen=True)
@@ -73,7 +62,7 @@ def open_list(path: Path, by: str | None, features: Mapping[str, Feature], quoti
         raise UserError(f"the dataset has no column {by!r}: choose one of {', '.join(sorted(features))} by --by")
     if found is not None and (features[found].is_list or features[found].kind not in ("text", "int", "label")):
         raise UserError(f"column {found!r} of the dataset is {features[found].kind}: choose a text column by --by")
-    return RemovalList(path, files, found or by.lower(), column, _sha256(files), quoting)
+    return RemovalList(path, files, found or by.lower(), column, sha256_of(files), quoting)
 
 
 def _choose_column(path: Path, by: str | None, names: list[str], features: Mapping[str, Feature]) -> str:
@@ -143,27 +132,6 @@ def _bytes(value: Any) -> bytes:
     return value.hex().encode() if isinstance(value, bytes) else str(value).encode("utf-8", "replace")
 
 
-def _sha256(files: tuple[Path, ...]) -> str:
-    """The hash of the list's bytes, of all its files one after the other."""
-    digest = hashlib.sha256()
-    for path in files:
-        with disk_errors(path), path.open("rb") as file:
-            while data := file.read(READ_BYTES):
-                digest.update(data)
-    return digest.hexdigest()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The sorted array
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def digests(values: list[bytes]) -> UInt64Array:
-    """128 bits of each value: uint64[2, n]."""
-    joined = b"".join(hashlib.blake2b(value, digest_size=16).digest() for value in values)
-    return np.ascontiguousarray(np.frombuffer(joined, "<u8").reshape(-1, 2).T)
-
-
 def wanted_entries(removals: RemovalList) -> tuple[UInt64Array, int]:
     """The list's distinct values as `digests`, sorted, uint64[2, n], and the number of rows that hold none."""
     words = array("Q")
@@ -177,19 +145,3 @@ def wanted_entries(removals: RemovalList) -> tuple[UInt64Array, int]:
     new = np.ones(len(ordered), bool)
     new[1:] = (ordered[1:] != ordered[:-1]).any(axis=1)
     return np.ascontiguousarray(ordered[new].T), empty
-
-
-def find(wanted: UInt64Array, values: list[bytes]) -> npt.NDArray[np.int64]:
-    """Where each value stands in `wanted`, -1 where it doesn't: int64[len(values)]."""
-    count = wanted.shape[1]
-    if not count:
-        return np.full(len(values), -1)
-    asked = digests(values)
-    place = np.searchsorted(wanted[0], asked[0])
-    while True:
-        inside = np.minimum(place, count - 1)
-        same_first = (place < count) & (wanted[0][inside] == asked[0])
-        behind = same_first & (wanted[1][inside] < asked[1])
-        if not behind.any():  # two entries share their first 64 bits once in a lifetime
-            return np.where(same_first & (wanted[1][inside] == asked[1]), place, -1)
-        place = place + behind

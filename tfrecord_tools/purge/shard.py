@@ -22,8 +22,9 @@ from clipkit.formats.manifest import ShardEntry, SourceEntry
 from clipkit.formats.records import RecordWriter, decode_example, read_records
 from clipkit.storage.files import load_array, local_copy, read_json, save_array, write_beside, write_json
 from clipkit.tfrecord_tools.pictures.sniff import image_format
-from clipkit.tfrecord_tools.purge.removals import HASHES, find
+from clipkit.tfrecord_tools.purge.removals import HASHES
 from clipkit.tfrecord_tools.reasons import PURGED
+from clipkit.tfrecord_tools.tables.digests import find
 
 BATCH = 4096
 

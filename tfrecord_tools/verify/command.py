@@ -21,7 +21,7 @@ from clipkit.formatting import counted, duration, size_text
 from clipkit.jobs.passes import Runner
 from clipkit.jobs.run import Engine
 from clipkit.storage.files import WRITTEN_BESIDE, as_path
-from clipkit.tfrecord_tools.verify.metadata import index_fits, leftovers, metadata_problems, unfinished_purge
+from clipkit.tfrecord_tools.verify.metadata import index_fits, leftovers, metadata_problems, unfinished_rewrites
 from clipkit.tfrecord_tools.verify.problems import FINISH, Problem, ShardReport, remedy
 from clipkit.tfrecord_tools.verify.shard import ShardCheck, check_shard
 from clipkit.tfrecord_tools.verify.tar import TarCheck, check_tar
@@ -93,7 +93,7 @@ def verify(
         return _verify_tars(path, decode, runner, started)
     layout = read_layout(path)
     reports: list[ShardReport] = []
-    problems = unfinished_purge(layout)
+    problems = unfinished_rewrites(layout)
     if not problems:
         checks = list(_shard_checks(layout, decode))
         reports, found = _reports(check_shard, checks, runner)

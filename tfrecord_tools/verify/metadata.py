@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from clipkit.formats.dataset import DatasetLayout, journal_path
+from clipkit.formats.dataset import REWRITES, DatasetLayout, journal_path
 from clipkit.formats.manifest import CLIPKIT_FOLDER, index_path
 from clipkit.storage.files import WRITTEN_BESIDE, disk_errors, read_json
 from clipkit.tfrecord_tools.verify.problems import FINISH, INDEX, REBUILD, Problem
@@ -32,15 +32,17 @@ def _index_length(path: Path) -> int | None:
     return int(shape[0]) if len(shape) == 1 and dtype == np.uint64 and size == shape[0] * 8 else None
 
 
-def unfinished_purge(layout: DatasetLayout) -> list[Problem]:
-    """The one problem of a dataset that is being purged, [] of any other.
+def unfinished_rewrites(layout: DatasetLayout) -> list[Problem]:
+    """The one problem of a dataset whose shards are being written again, [] of any other.
 
-    Its shards and metadata don't agree, and any advice but to end the purge would bring removed records back.
+    Its shards and metadata don't agree, and any advice but to end a purge would bring removed records back.
     """
-    journal = journal_path(layout.folder)
-    if not journal.exists():
-        return []
-    return [Problem(f"{CLIPKIT_FOLDER}/{journal.name}", "a purge isn't finished", 1, "", FINISH)]
+    journals = [(what, journal_path(layout.folder, command)) for command, what in REWRITES.items()]
+    return [
+        Problem(f"{CLIPKIT_FOLDER}/{journal.name}", f"{what} isn't finished", 1, "", FINISH)
+        for what, journal in journals
+        if journal.exists()
+    ]
 
 
 def metadata_problems(layout: DatasetLayout) -> Iterator[Problem]:
@@ -92,7 +94,7 @@ def leftovers(layout: DatasetLayout) -> list[str]:
         clipkit = layout.folder / CLIPKIT_FOLDER
         for path in sorted(clipkit.iterdir(), key=lambda each: each.name) if clipkit.exists() else []:
             work = path.name.startswith("build-") and path.name.removeprefix("build-") in layout.lengths
-            purge = path.name == "purge" and not journal_path(layout.folder).exists()
-            if WRITTEN_BESIDE.fullmatch(path.name) or work or purge:
+            rewrite = path.name in REWRITES and not clipkit.joinpath(f"{path.name}.json").exists()
+            if WRITTEN_BESIDE.fullmatch(path.name) or work or rewrite:
                 left.append(f"{CLIPKIT_FOLDER}/{path.name}")
     return left

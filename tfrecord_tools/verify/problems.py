@@ -2,8 +2,9 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
-from clipkit.formats.dataset import DatasetLayout
+from clipkit.formats.dataset import REWRITES, DatasetLayout
 from clipkit.formats.manifest import CLIPKIT_FOLDER
 
 # What to do about a problem; `remedy` words it for the file.
@@ -57,8 +58,9 @@ def remedy(layout: DatasetLayout, file: str, problems: Sequence[Problem]) -> str
     """What to do about a file: the gravest of its problems decides."""
     todo = {problem.todo for problem in problems}
     if FINISH in todo:
-        if file.endswith("purge.json"):
-            return "run the same clipkit purge command again, and verify after it: nothing else was checked"
+        command = Path(file).stem
+        if command in REWRITES:
+            return f"run the same clipkit {command} command again, and verify after it: nothing else was checked"
         return "run the same clipkit build-tfds command again"
     if FETCH in todo or REBUILD in todo:
         sources = _sources(layout, file)

@@ -84,13 +84,14 @@ def features_json(features: Mapping[str, Feature]) -> dict[str, Any]:
     """The contents of `features.json`: TFDS's Feature message of a FeaturesDict as JSON."""
     return {
         "pythonClassName": f"{_PACKAGE}.features_dict.FeaturesDict",
-        "featuresDict": {"features": {name: _feature(feature) for name, feature in sorted(features.items())}},
+        "featuresDict": {"features": {name: feature_json(feature) for name, feature in sorted(features.items())}},
     }
 
 
-def _feature(feature: Feature) -> dict[str, Any]:
+def feature_json(feature: Feature) -> dict[str, Any]:
+    """One column as TFDS's Feature message has it."""
     if feature.is_list:
-        item = _feature(Feature(feature.kind))
+        item = feature_json(Feature(feature.kind))
         return {
             "pythonClassName": f"{_PACKAGE}.sequence_feature.Sequence",
             "sequence": {"feature": item, "length": "-1"},

@@ -9,6 +9,7 @@ from clipkit import __version__
 from clipkit.cli.main import main
 
 OPTIONS = {
+    "add-captions": "path table --by --source --column --workers --engine --json",
     "bench-data": "data --image-size --recipe --set --tokenizer --split --cache --cache-gb --workers --seconds "
     "--need --json",
     "build-imagenet": "source out --name --split --labels --classes --subset --max-bad --allow-empty-classes --workers "

@@ -16,11 +16,13 @@ from clipkit.formats.records import (
     RecordError,
     RecordWriter,
     decode_example,
+    encode_column,
     encode_example,
     index_records,
     masked_crc32c,
     read_records,
     unframe,
+    with_column,
 )
 
 # TensorFlow on both sides, in a process of its own, where our message classes live beside TensorFlow's.
@@ -212,3 +214,29 @@ def test_large_and_small_records_share_a_file(tmp_path):
     records = [b"x" * 3_000_000, b"", b"y" * 10, io.BytesIO(b"z" * 1_100_000).read()]
     write(tmp_path / "f", records)
     assert list(read_records(tmp_path / "f")) == records
+
+
+@given(COLUMNS, st.text(max_size=5), st.lists(st.text(), min_size=1))
+def test_a_column_more_leaves_all_other_bytes_as_they_are(columns, name, texts):
+    record, column = encode_example(columns), encode_column(name, texts)
+    if decode_example(record, [name]):
+        with pytest.raises(ValueError, match="already"):
+            with_column(record, name, column)
+    else:
+        assert with_column(record, name, column) == encode_example({**columns, name: texts})
+
+
+def test_columns_in_another_order_and_in_odd_messages():
+    parts = [encode_column(name, name) for name in ("z", "a", "m")]
+    record = b"\n" + bytes([sum(map(len, parts))]) + b"".join(parts)
+    longer = with_column(record, "k", encode_column("k", [1, 2]))
+    assert decode_example(longer) == {"z": [b"z"], "a": [b"a"], "m": [b"m"], "k": [1, 2]}
+    assert b"".join(parts) in longer.replace(encode_column("k", [1, 2]), b"")
+    # Two messages one behind the other are one that has the columns of both.
+    both = encode_example({"a": 1}) + encode_example({"b": 2})
+    assert decode_example(with_column(both, "c", encode_column("c", 3))) == {"a": [1], "b": [2], "c": [3]}
+    with pytest.raises(ValueError, match="already"):
+        with_column(both, "b", encode_column("b", 3))
+    for broken in (record[:-1], b"\xff\xff no example", b"\n\xff"):
+        with pytest.raises(ValueError, match=r"tf\.train\.Example"):
+            with_column(broken, "k", encode_column("k", 1))

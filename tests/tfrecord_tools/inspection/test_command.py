@@ -103,6 +103,22 @@ def test_captions(seen):
     assert (captions.tokens.low, captions.tokens.n) == (2, 40)
 
 
+def test_captions_of_several_sources(tmp_path):
+    added = {3: ["a tree"], 4: ["a tall tree", "and a bush"]}
+    records = [pair_columns(n, clipkit_captions_synthetic=added.get(n)) for n in range(8)]
+    features = PAIR_FEATURES | {"clipkit_captions_synthetic": Feature("text", is_list=True)}
+    summary = inspect_dataset(write_dataset(tmp_path / "data", {"train": [records]}, features))
+    original, synthetic = summary.inspection.sources
+    assert (original.source, original.records, original.captions) == ("original", 8, 8)
+    assert (synthetic.source, synthetic.records, synthetic.captions) == ("synthetic", 2, 3)
+    assert synthetic.tokens.mean == pytest.approx((4 + 5 + 5) / 3)
+    assert "captions of synthetic: in 25% of the records, mean 4.7 tokens" in summary.text()
+    page = summary.page.read_text()
+    assert "By source" in page and "a tree" in page
+    assert json.loads(summary.numbers.read_text())["sources"][1]["records"] == 2
+    assert inspect(tmp_path / "data").captions.read == 8
+
+
 def test_what_each_way_keeps(seen):
     rows = {(each.method, each.context_length): each for each in seen.captions.reductions}
     assert len(rows) == 4 * 3

@@ -38,7 +38,8 @@ from clipkit.tfrecord_tools.download.command import download
 from clipkit.tfrecord_tools.purge import removals as purge_list
 from clipkit.tfrecord_tools.purge import shard as purge_shard
 from clipkit.tfrecord_tools.purge.command import purge
-from clipkit.tfrecord_tools.purge.removals import find, open_list, read_values, wanted_entries
+from clipkit.tfrecord_tools.purge.removals import open_list, read_values, wanted_entries
+from clipkit.tfrecord_tools.tables.digests import find
 from clipkit.tfrecord_tools.verify.command import verify
 from clipkit.tfrecord_tools.web.settings import FetchSettings
 
