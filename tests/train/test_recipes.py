@@ -56,7 +56,7 @@ def test_every_recipe_passes_its_own_check_and_survives_json(name):
         ("stages.0.image_reduction=none", "image_keep and image_reduction go together"),
         ("stages.1.image_reduction=grid", "stage full: image_keep and image_reduction go together"),
         ("stages.1.augmentation.flip=2", "stage full: .*flip"),
-        ("micro_batch=3", "micro_batch 3"),
+        ("micro_batch=3", "stage reduced: micro_batch 3 doesn't divide a device's share of 16: set a divisor"),
         ("loss=sigmoid", "go together"),
         ("model.logit_bias_init=-10", "go together"),
         ("model.image.heads=0", "stage reduced: model.image.heads is 0"),
@@ -185,9 +185,12 @@ def test_a_field_that_the_optimizer_does_not_have_is_refused():
     check(set_values(recipes()["debug"](), ["optimizer.name=muon", "optimizer.eps=1e-8", "optimizer.momentum=0.9"]))
 
 
-def test_a_batch_must_divide_over_the_devices():
-    with pytest.raises(UserError, match="can't be divided over 3 devices"):
-        check(recipes()["debug"](), device=replace(pick("cpu"), world=3))
+@pytest.mark.parametrize("ranks", [3, 32])
+def test_a_batch_must_divide_over_the_devices(ranks):
+    """Where there are more of them than samples, too."""
+    says = f"stage reduced: batch_size 16 can't be divided over {ranks} devices: set a multiple of {ranks}$"
+    with pytest.raises(UserError, match=says):
+        check(recipes()["debug"](), device=replace(pick("cpu"), world=ranks))
 
 
 def test_an_empty_dataset_is_refused():
