@@ -155,8 +155,8 @@ def clipa_v2(name: str, model: ModelConfig) -> Recipe:
     """12.8 billion samples at 84 px and 8 text tokens, then half a billion at 224 px and fewer at 336 px, where a part
     of the patches is dropped (Li, Wang & Xie, "CLIPA-v2", 2023).
 
-    After the public JAX configurations: Adam with optax's eps, and weight decay on the layers' matrices only. Not
-    taken over: they keep the first moment in bfloat16, and resize training crops by a bilinear filter.
+    After the public JAX configurations: Adam with optax's eps and the first moment in bfloat16, and weight decay on
+    the layers' matrices only. Not taken over: they resize training crops by a bilinear filter.
     """
     reduced = Stage(
         name="reduced", samples=10_000 * 1_281_167 // 65_536 * 65_536, batch_size=65_536, learning_rate=2.048e-3,
@@ -175,7 +175,7 @@ def clipa_v2(name: str, model: ModelConfig) -> Recipe:
         model=model,
         stages=(reduced, full, large),
         same_caption="negative",
-        optimizer=OptimizerConfig(eps=1e-8, decay="layers"),
+        optimizer=OptimizerConfig(eps=1e-8, mu_dtype="bfloat16", decay="layers"),
         mean=(0.485, 0.456, 0.406),
         std=(0.229, 0.224, 0.225),
         interpolation="bilinear",

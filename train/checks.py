@@ -30,7 +30,12 @@ from clipkit.train.sources.open import Data
 from clipkit.train.sources.source import Examples, Source
 
 # Fields of an OptimizerConfig that these optimizers don't have.
-UNUSED = {"adamw": ["momentum"], "stable_adamw": ["momentum"], "lion": ["eps", "momentum"], "muon": []}
+UNUSED = {
+    "adamw": ["momentum"],
+    "stable_adamw": ["momentum", "mu_dtype"],
+    "lion": ["eps", "momentum", "mu_dtype"],
+    "muon": ["mu_dtype"],
+}
 
 
 def check_recipe(recipe: Recipe, source: Source | Examples, device: Device) -> None:

@@ -16,8 +16,7 @@ from clipkit.errors import UserError
 from clipkit.model.clip import CLIP
 from clipkit.train.recipes import Decay, OptimizerConfig, Schedule
 
-# How many values each optimizer keeps for a weight, at least (Muon keeps one for a matrix, two for the rest).
-SLOTS = {"adamw": 2, "stable_adamw": 2, "lion": 1, "muon": 1}
+MOMENTS = ("exp_avg", "exp_avg_sq")  # as torch.optim.AdamW calls them
 
 
 def make_optimizer(
@@ -50,7 +49,10 @@ def make_optimizer(
             return Lion(groups(False), lr=learning_rate, betas=betas)
         if config.name == "stable_adamw":
             return StableAdamW(groups(False), lr=learning_rate, betas=betas, eps=config.eps)
-        adamw = torch.optim.AdamW(groups(False), betas=betas, eps=config.eps, **device.optimizer_options(learning_rate))
+        options = {"betas": betas, "eps": config.eps, **device.optimizer_options(learning_rate)}
+        if config.mu_dtype == "bfloat16":
+            return RoundedAdamW(groups(False), **options)
+        adamw = torch.optim.AdamW(groups(False), **options)
         if config.name == "adamw":
             return adamw
         return Together(
@@ -93,13 +95,13 @@ class StableAdamW(torch.optim.Optimizer):
             parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
             for parameter in parameters:
                 if not self.state[parameter]:
-                    moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+                    moments = {name: torch.zeros_like(parameter) for name in MOMENTS}
                     self.state[parameter] = {"step": torch.zeros(()), **moments}  # counted on the CPU
                 self.state[parameter]["step"] += 1
             if not parameters:
                 continue
             gradients = [parameter.grad for parameter in parameters]
-            first, second = ([self.state[each][name] for each in parameters] for name in ("exp_avg", "exp_avg_sq"))
+            first, second = ([self.state[each][name] for each in parameters] for name in MOMENTS)
             step = self.state[parameters[0]]["step"].item()
             # The paper's debiased betas: the moments are means of the gradients so far from the first step on.
             beta1, beta2 = (beta * (1 - beta ** (step - 1)) / (1 - beta**step) for beta in group["betas"])
@@ -118,6 +120,60 @@ class StableAdamW(torch.optim.Optimizer):
             torch._foreach_add_(updates, parameters, alpha=group["weight_decay"])
             torch._foreach_mul_(updates, rates)
             torch._foreach_add_(parameters, updates)
+
+
+class RoundedAdamW(torch.optim.Optimizer):
+    """AdamW that keeps its first moment in bfloat16, as CLIPA-v2 was trained (`mu_dtype` of optax).
+
+    A step computes in float32, with the new moment as it is; what is kept of it for the next step is rounded to the
+    nearest. PyTorch's own kernels want both moments to be of the weights' type. Steps are counted on the device, where
+    a lazy one's graph would have a number as a constant.
+    """
+
+    def __init__(
+        self,
+        groups: list[dict[str, Any]],
+        lr: float | torch.Tensor,
+        betas: tuple[float, float],
+        eps: float,
+        **_: Any,
+    ) -> None:
+        super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "capturable": True})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """One step of all parameters that have a gradient."""
+        for group in self.param_groups:
+            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+            for parameter in parameters:
+                if not self.state[parameter]:
+                    self.state[parameter] = {
+                        "step": torch.zeros((), device=parameter.device),
+                        "exp_avg": torch.zeros_like(parameter, dtype=torch.bfloat16),
+                        "exp_avg_sq": torch.zeros_like(parameter),
+                    }
+            if not parameters:
+                continue
+            steps = [self.state[each]["step"] for each in parameters]
+            torch._foreach_add_(steps, 1)
+            step, rate, (beta1, beta2) = steps[0], group["lr"], group["betas"]
+            weights, gradients = [local_of(each) for each in parameters], [local_of(each.grad) for each in parameters]
+            first, second = ([local_of(self.state[each][name]) for each in parameters] for name in MOMENTS)
+
+            updates = [torch.empty_like(each) for each in gradients]
+            torch._foreach_copy_(updates, first)
+            torch._foreach_lerp_(updates, gradients, 1 - beta1)
+            torch._foreach_copy_(first, updates)
+            torch._foreach_mul_(second, beta2)
+            torch._foreach_addcmul_(second, gradients, gradients, 1 - beta2)
+
+            roots = torch._foreach_sqrt(second)
+            torch._foreach_div_(roots, (1 - beta2**step) ** 0.5)
+            torch._foreach_add_(roots, group["eps"])
+            torch._foreach_div_(updates, roots)
+            torch._foreach_mul_(updates, -rate / (1 - beta1**step))
+            torch._foreach_mul_(weights, 1 - rate * group["weight_decay"])
+            torch._foreach_add_(weights, updates)
 
 
 def is_decayed(name: str, parameter: torch.nn.Parameter, decay: Decay) -> bool:

@@ -58,6 +58,8 @@ class OptimizerConfig:
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-6
+    mu_dtype: Literal["float32", "bfloat16"] = "float32"
+    """How `adamw` keeps the first moment between steps, as optax's `mu_dtype`: bfloat16 saves 2 bytes a weight."""
     momentum: float = 0.95
     """Muon's."""
     weight_decay: float = 0.2
@@ -66,6 +68,12 @@ class OptimizerConfig:
     included, as in OpenCLIP and CLIPA; `layers` leaves embeddings out."""
     grad_clip: float | None = None
     """The largest norm of all gradients together; None is off."""
+
+    @property
+    def state_bytes(self) -> int:
+        """What is kept of each trained weight, at least: Muon has one number of a matrix, two of the rest."""
+        numbers = {"adamw": 2, "stable_adamw": 2, "lion": 1, "muon": 1}[self.name]
+        return 4 * numbers - (2 if self.mu_dtype == "bfloat16" else 0)
 
 
 @dataclass(frozen=True)

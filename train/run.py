@@ -33,7 +33,6 @@ from clipkit.text.vocabulary import vocabulary_hash
 from clipkit.train.checks import preprocess_at
 from clipkit.train.fit.stages import Fit
 from clipkit.train.fit.stages import to_json as fits_to_json
-from clipkit.train.optimizer import SLOTS
 from clipkit.train.recipes import Recipe, Stage, model_at
 from clipkit.train.saving import CheckpointWriter, Parts, bytes_of, require_space
 from clipkit.train.sources.open import Data
@@ -212,9 +211,8 @@ def expect_checkpoints(
     """Get ready to save in a stage. Raises UserError where the disk has too little space for even one checkpoint."""
     now = bytes_of(parts(model, average, optimizer, run.normalisers))
     if not optimizer.state:  # which the first update makes
-        now += SLOTS[run.recipe.optimizer.name] * sum(
-            4 * each.numel() for each in model.parameters() if each.requires_grad
-        )
+        trained = sum(each.numel() for each in model.parameters() if each.requires_grad)
+        now += run.recipe.optimizer.state_bytes * trained
     if run.device.is_first:
         require_space(checkpoint.folder_of(run.folder, run.samples_seen), now)
     run.checkpoints.follow(optimizer, partial(parts, model, average, optimizer, run.normalisers))

@@ -132,8 +132,15 @@ def test_weights_of_another_architecture_are_named(tmp_path):
         checkpoint.build_model(checkpoint.load(path))
 
 
-@pytest.mark.parametrize("name", ["adamw", "stable_adamw", "lion", "muon"])
-def test_the_optimizer_goes_on_bit_for_bit(tmp_path, name):
+@pytest.mark.parametrize(
+    "config",
+    [
+        *(OptimizerConfig(name) for name in ("adamw", "stable_adamw", "lion", "muon")),
+        OptimizerConfig(mu_dtype="bfloat16"),
+    ],
+    ids=lambda config: f"{config.name} {config.mu_dtype}",
+)
+def test_the_optimizer_goes_on_bit_for_bit(tmp_path, config):
     def step(model, optimizer):
         model.encode_text(torch.tensor([[49406, 5, 49407]])).sum().backward()
         optimizer.step()
@@ -141,11 +148,11 @@ def test_the_optimizer_goes_on_bit_for_bit(tmp_path, name):
 
     device = pick("cpu")
     model = build(SMALL)
-    optimizer = make_optimizer(model.text, OptimizerConfig(name=name), 1e-2, device)
+    optimizer = make_optimizer(model.text, config, 1e-2, device)
     step(model, optimizer)
     again = build(SMALL)
     again.load_state_dict(model.state_dict())
-    other = make_optimizer(again.text, OptimizerConfig(name=name), 1e-2, device)
+    other = make_optimizer(again.text, config, 1e-2, device)
     save_file(checkpoint.optimizer_tensors(model.text, optimizer), tmp_path / "o.safetensors")
     checkpoint.restore_optimizer(again.text, other, checkpoint.read_tensors(tmp_path / "o.safetensors"), tmp_path)
     step(model, optimizer)

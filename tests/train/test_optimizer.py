@@ -2,11 +2,14 @@ import itertools
 import math
 import shutil
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from openclip_twin import TINY
 from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from clipkit import checkpoint
 from clipkit.config import set_values
@@ -15,7 +18,7 @@ from clipkit.errors import UserError
 from clipkit.model.clip import build
 from clipkit.train.catalogue import debug
 from clipkit.train.loop import train
-from clipkit.train.optimizer import is_decayed, learning_rate_at, make_optimizer
+from clipkit.train.optimizer import is_decayed, learning_rate_at, local_of, make_optimizer
 from clipkit.train.recipes import OptimizerConfig, model_at
 
 
@@ -105,6 +108,18 @@ def plain_stable_adamw(weight, gradients, rates, decay, config):
     return weight
 
 
+def plain_rounded_adamw(weight, gradients, rates, decay, config):
+    """Loshchilov and Hutter, 2019, with the first moment rounded from float32 between the steps."""
+    kept, second = torch.zeros_like(weight).bfloat16(), torch.zeros_like(weight)
+    for step, (gradient, rate) in enumerate(zip(gradients, rates, strict=True), 1):
+        first = torch.lerp(kept.float(), gradient.float(), 1 - config.beta1)
+        second = config.beta2 * second + (1 - config.beta2) * gradient**2
+        root = (second / (1 - config.beta2**step)).sqrt() + config.eps
+        weight = weight - rate * decay * weight - rate * first / (1 - config.beta1**step) / root
+        kept = first.bfloat16()
+    return weight
+
+
 def plain_lion(weight, gradients, rates, decay, config):
     """Algorithm 2 of Chen et al., 2023."""
     first = torch.zeros_like(weight)
@@ -136,9 +151,16 @@ def twenty_steps(config):
     return before, dict(model.named_parameters()), gradients, steps
 
 
-@pytest.mark.parametrize(("name", "plain"), [("stable_adamw", plain_stable_adamw), ("lion", plain_lion)])
-def test_twenty_steps_equal_the_papers_formula(name, plain):
-    config = OptimizerConfig(name=name, decay="layers")
+@pytest.mark.parametrize(
+    ("settings", "plain"),
+    [
+        ({"name": "stable_adamw"}, plain_stable_adamw),
+        ({"name": "lion"}, plain_lion),
+        ({"mu_dtype": "bfloat16"}, plain_rounded_adamw),
+    ],
+)
+def test_twenty_steps_equal_the_papers_formula(settings, plain):
+    config = OptimizerConfig(**settings, decay="layers")
     before, after, gradients, steps = twenty_steps(config)
     for parameter_name, parameter in after.items():
         expected = before[parameter_name].double()
@@ -147,6 +169,30 @@ def test_twenty_steps_equal_the_papers_formula(name, plain):
             double = [gradient.double() for gradient in gradients[parameter_name]]
             expected = plain(expected, double, steps, decay, config)
         torch.testing.assert_close(parameter.detach().double(), expected, atol=1e-6, rtol=0)
+
+
+def test_a_rounded_moment_of_a_part_is_that_of_the_whole():
+    """Of weights that are sharded over two ranks, here the first of them."""
+    torch.distributed.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    try:
+        mesh = torch.distributed.init_device_mesh("cpu", (2,))
+        part = partial(distribute_tensor, device_mesh=mesh, placements=[Shard(0)], src_data_rank=None)
+        whole = torch.nn.Parameter(torch.randn(5, 3))
+        weights = [whole, torch.nn.Parameter(part(whole.detach()))]
+        optimizers = [
+            make_optimizer(torch.nn.ParameterList([each]), OptimizerConfig(mu_dtype="bfloat16"), 1e-2, pick("cpu"))
+            for each in weights
+        ]
+        for _ in range(3):
+            gradient = torch.randn(5, 3)
+            for each, optimizer, found in zip(weights, optimizers, (gradient, part(gradient)), strict=True):
+                each.grad = found
+                optimizer.step()
+        assert torch.equal(local_of(weights[1]), whole[:3])
+        moment = optimizers[1].state[weights[1]]["exp_avg"]
+        assert isinstance(moment, DTensor) and moment.dtype == torch.bfloat16
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_muon_is_for_the_matrices_in_blocks_and_adamw_for_the_rest():
@@ -174,10 +220,10 @@ def test_muon_with_nothing_for_it_is_refused():
         make_optimizer(torch.nn.Linear(2, 2), OptimizerConfig(name="muon"), 1e-3, pick("cpu"))
 
 
-@pytest.mark.parametrize("name", ["stable_adamw", "lion", "muon"])
-def test_a_run_of_micro_batches_and_a_frozen_tower_resumes_bit_for_bit(pairs_dataset, tmp_path, name):
+@pytest.mark.parametrize("optimizer", ["name=stable_adamw", "name=lion", "name=muon", "mu_dtype=bfloat16"])
+def test_a_run_of_micro_batches_and_a_frozen_tower_resumes_bit_for_bit(pairs_dataset, tmp_path, optimizer):
     settings = [
-        f"optimizer.name={name}",
+        f"optimizer.{optimizer}",
         "optimizer.eps=1e-6",
         "micro_batch=8",
         "model.image.frozen=true",

@@ -182,6 +182,8 @@ def test_the_ends_of_a_range_are_in_it(setting):
 def test_a_field_that_the_optimizer_does_not_have_is_refused():
     with pytest.raises(UserError, match=r"optimizer\.eps is 1e-08, which lion doesn't use: set its default 1e-06"):
         check(set_values(recipes()["debug"](), ["optimizer.name=lion", "optimizer.eps=1e-8"]))
+    with pytest.raises(UserError, match=r"optimizer\.mu_dtype is bfloat16, which muon doesn't use: set its default"):
+        check(set_values(recipes()["debug"](), ["optimizer.name=muon", "optimizer.mu_dtype=bfloat16"]))
     check(set_values(recipes()["debug"](), ["optimizer.name=muon", "optimizer.eps=1e-8", "optimizer.momentum=0.9"]))
 
 
@@ -254,6 +256,7 @@ def test_clipa_v2_is_the_published_recipe(name):
     kept = [stage.image_keep for stage in recipe.stages]
     assert kept == [None, int(0.7 * 16**2), int(0.6 * 24**2)]
     assert (recipe.optimizer.beta1, recipe.optimizer.beta2, recipe.optimizer.weight_decay) == (0.9, 0.95, 0.2)
+    assert (recipe.optimizer.eps, recipe.optimizer.mu_dtype) == (1e-8, "bfloat16")
     text = recipe.model.text
     assert (text.tokenizer, text.vocab_size, text.pooling, text.causal) == ("wordpiece", 32_000, "last", False)
 

@@ -164,7 +164,8 @@ def recipe_plan(recipe: Recipe, fleet: Fleet, pairs: Pairs, calibration: Calibra
 
 def checkpoint_bytes(recipe: Recipe, stages: Sequence[StageCost]) -> float:
     """What a run's checkpoints take at the end: the newest ones and the last of each stage."""
-    each = max((4 + (4 if recipe.ema_decay else 0)) * cost.step.weights + 8 * cost.step.trained for cost in stages)
+    weight, state = 8 if recipe.ema_decay else 4, recipe.optimizer.state_bytes
+    each = max(weight * cost.step.weights + state * cost.step.trained for cost in stages)
     return float(each) * (recipe.cadence.keep_checkpoints + len(stages) - 1)
 
 
