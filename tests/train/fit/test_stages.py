@@ -1,9 +1,15 @@
+import contextlib
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.tensor import DTensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from clipkit import checkpoint
 from clipkit.config import set_values
 from clipkit.device import Device, pick
 from clipkit.errors import UserError
@@ -13,8 +19,9 @@ from clipkit.train.fit import stages, trial
 from clipkit.train.fit.stages import Fit, find_largest, fit_stages, to_json
 from clipkit.train.fit.trial import made_up_batch
 from clipkit.train.loop import train
-from clipkit.train.optimizer import make_optimizer
+from clipkit.train.optimizer import copy_for_average, keep_average, local_of, make_optimizer
 from clipkit.train.recipes import model_at
+from clipkit.train.run import parts
 from clipkit.train.step import train_step
 
 
@@ -148,6 +155,19 @@ def test_a_run_stores_what_was_found_and_resumes_with_it_bit_for_bit(pairs_datas
 CUDA = Device("cuda", torch.device("cuda", 0), "made up")
 
 
+def with_bfloat16(monkeypatch):
+    """Have torch believe that the GPU computes in bfloat16."""
+    monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+
+
+def put_on_gpu(model):
+    """Give a model of the meta device fake tensors of the GPU for weights."""
+    for module in model.modules():
+        for name, weight in module.named_parameters(recurse=False):
+            setattr(module, name, torch.nn.Parameter(torch.empty(weight.shape, device=CUDA.torch_device)))
+
+
 @pytest.mark.parametrize(
     "settings",
     [
@@ -165,12 +185,9 @@ def test_a_whole_step_stays_on_the_gpu(settings, monkeypatch):
     stage = recipe.stages[0]
     with torch.device("meta"):
         model = CLIP(model_at(recipe, stage)).train()
-    monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    with_bfloat16(monkeypatch)
     with FakeTensorMode():
-        for module in model.modules():
-            for name, weight in module.named_parameters(recurse=False):
-                setattr(module, name, torch.nn.Parameter(torch.empty(weight.shape, device=CUDA.torch_device)))
+        put_on_gpu(model)
         model.recompute_activations(CUDA.recompute() if recipe.checkpoint_activations is True else None)
         optimizer = make_optimizer(model, recipe.optimizer, 1e-3, CUDA)
         batch = made_up_batch(recipe, stage, 16, CUDA.torch_device)
@@ -189,6 +206,73 @@ def test_a_whole_step_stays_on_the_gpu(settings, monkeypatch):
         batch["caption_B"] = torch.arange(16)
         with pytest.raises(RuntimeError, match="device"):
             train_step(model, optimizer, batch, recipe, CUDA)
+
+
+class NoStream:
+    """A stream or an event where there is no GPU, and so nothing to wait for."""
+
+    def __init__(self, *_, **__):
+        pass
+
+    def record(self, *_):
+        return self
+
+    def wait_stream(self, *_):
+        pass
+
+    wait_event = record_event = wait = synchronize = wait_stream
+
+
+@pytest.fixture
+def two_gpus(monkeypatch):
+    """The first of two ranks, each with a GPU; the other one isn't there, nor are the GPUs."""
+    for name in ("Stream", "Event", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, NoStream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    torch.distributed.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    mesh = torch.distributed.init_device_mesh("cuda", (2,))
+    monkeypatch.setattr(torch.distributed, "init_device_mesh", lambda *_: mesh)  # it would read fake tensors
+    yield replace(CUDA, world=2)
+    torch.distributed.destroy_process_group()
+
+
+def test_sharded_weights_stay_on_the_gpu_and_checkpoints_gather_them(two_gpus, monkeypatch):
+    """FSDP2's wrapping, two updates and what a checkpoint copies, on fake tensors as above."""
+    recipe = set_values(debug(), ["precision=bfloat16", "shard_weights=true", "compile=false", "ema_decay=0.9"])
+    recipe = replace(recipe, optimizer=replace(recipe.optimizer, mu_dtype="bfloat16"))
+    stage = recipe.stages[0]
+    with torch.device("meta"):
+        model = CLIP(model_at(recipe, stage)).train()
+    average, whole = copy_for_average(model), {name: each.shape for name, each in model.named_parameters()}
+    with_bfloat16(monkeypatch)
+    with FakeTensorMode():
+        for each in (model, average):
+            put_on_gpu(each)
+            two_gpus.shard(each, each.blocks(), recipe.precision)
+        average.requires_grad_(False)
+        optimizer = make_optimizer(model, recipe.optimizer, 1e-3, two_gpus)
+        keep_average(average, model, optimizer, 0.9)
+        batch = made_up_batch(recipe, stage, 8, two_gpus.torch_device)
+
+        def backward(*_):
+            for parameter in model.parameters():
+                parameter.grad = torch.zeros_like(parameter)
+
+        monkeypatch.setattr(torch.Tensor, "backward", backward)
+        for _ in range(2):
+            step = train_step(two_gpus.wrap(model), optimizer, batch, recipe, two_gpus)
+        assert {each.device.type for each in step} == {"cuda"}
+        found = parts(model, average, optimizer)
+        matrices = [each for part in found.values() for each in part.values() if each.dim() > 1]
+        assert matrices and all(isinstance(each, DTensor) and each.device.type == "cuda" for each in matrices)
+        for part in ("tensors", "ema"):
+            gathered = {name: checkpoint.whole(each) for name, each in found[part].items()}
+            assert {each.device.type for each in gathered.values()} == {"cuda"}
+            assert {name: each.shape for name, each in gathered.items() if name in whole} == whole
+        moments = [each for name, each in found["optimizer"].items() if name.startswith("exp_avg/")]
+        assert {each.dtype for each in moments} == {torch.bfloat16}
+        assert sum(local_of(each).numel() for each in moments) < 0.6 * sum(each.numel() for each in moments)
 
 
 @pytest.mark.parametrize("name", ["debug", "clipa-b16-i50-t16"])
