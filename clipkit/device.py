@@ -27,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 
 from clipkit.choices import Precision
 from clipkit.errors import UserError
-from clipkit.hardware import find_chip
+from clipkit.hardware import Chip, find_chip
 from clipkit.jobs.ranks import Ranks, keep_freed_memory
 from clipkit.jobs.worker import cores
 
@@ -171,9 +171,7 @@ class Device(Ranks):
             return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
         if self.kind == "xla":
             return "bfloat16" if self.hardware() == "TPU" else "float32"
-        if self.kind == "tpu":
-            return "bfloat16"
-        return "float32"
+        return "bfloat16" if self.kind == "tpu" else "float32"
 
     @contextlib.contextmanager
     def loss_products(self) -> Iterator[None]:
@@ -246,9 +244,19 @@ class Device(Ranks):
 
     def peak_flops(self) -> float | None:
         """The published dense bfloat16 peak of all devices together, in operations a second; None where unknown."""
-        chip = os.environ.get("TPU_ACCELERATOR_TYPE", "") if self.kind in ("tpu", "xla") else self.hardware()
-        found = find_chip(chip)
-        return found.tflops * 1e12 * self.shards if found else None
+        chip = self.chip()
+        return chip.tflops * 1e12 * self.shards if chip else None
+
+    def chip(self) -> Chip | None:
+        """What is published of the chip, where it is known."""
+        return find_chip(os.environ.get("TPU_ACCELERATOR_TYPE", "") if self.static_shapes else self.hardware())
+
+    def memory(self) -> float | None:
+        """The bytes of one chip's memory, where that is known; None on a CPU."""
+        if self.kind == "cuda":
+            return torch.cuda.get_device_properties(self.torch_device).total_memory
+        chip = self.chip()
+        return chip.memory_gb * 1e9 if chip else None
 
     def optimizer_options(self, learning_rate: float) -> dict[str, Any]:
         """AdamW's options that suit the device.
@@ -270,13 +278,10 @@ class Device(Ranks):
 
     def is_sharding(self, asked: bool | Literal["auto"], weights: int) -> bool:
         """Whether each rank holds only a part of so many weights, of their gradients and of the optimizer's state.
-        `auto`: on GPUs, where all of it (16 bytes a weight) would take more than an eighth of the memory.
+        `auto`: where all of it (16 bytes a weight) would take more than an eighth of a chip's memory.
         """
-        if self.shards == 1 or asked != "auto":
-            return self.shards > 1 and asked is True
-        if self.kind != "cuda":
-            return False
-        return 8 * 16 * weights > torch.cuda.get_device_properties(self.torch_device).total_memory
+        is_large = asked == "auto" and 8 * 16 * weights > (self.memory() or float("inf"))
+        return self.shards > 1 and (asked is True or is_large)
 
     def shard(self, model: torch.nn.Module, blocks: Sequence[torch.nn.Module], precision: Precision) -> None:
         """Leave each rank its part of the model's weights (FSDP2), gathered block by block in the arithmetic of

@@ -142,8 +142,8 @@ class Recipe:
     """Compute activations again in the backward pass: about a third more time for a fraction of the memory. `auto`
     does so where the whole batch fits no other way."""
     shard_weights: bool | Literal["auto"] = "auto"
-    """Whether each rank holds only its part of the weights and of the optimizer's state (FSDP2); `auto` on GPUs for
-    models that would fill much of one."""
+    """Whether each rank holds only its part of the weights and of the optimizer's state (FSDP2); `auto` on GPUs
+    and TPUs for models that would fill much of one."""
     compile: bool | Literal["auto"] = "auto"
     """Whether `torch.compile` makes one graph of a stage's towers; `auto` does so on GPUs."""
     precision: Precision = "auto"

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from clipkit.device import pick
+from clipkit.device import Device, pick
 from clipkit.errors import UserError
 
 
@@ -35,6 +35,15 @@ def test_the_cpu_computes_in_float32_and_says_why_it_was_taken():
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
     with device.autocast("auto"):
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
+
+
+@pytest.mark.parametrize("kind", ["xla", "tpu"])
+def test_a_tpus_memory_and_peak_are_those_of_its_data_sheet(monkeypatch, kind):
+    device = Device(kind, torch.device("cpu"), "made up", world=8)
+    monkeypatch.setenv("TPU_ACCELERATOR_TYPE", "v5litepod-8")
+    assert (device.memory(), device.peak_flops()) == (16e9, 8 * 197e12)
+    monkeypatch.delenv("TPU_ACCELERATOR_TYPE")
+    assert (device.memory(), device.peak_flops(), pick("cpu").memory()) == (None, None, None)
 
 
 def test_a_host_batch_arrives_unchanged():

@@ -116,8 +116,9 @@ def test_whole_weights_on_several_devices_learn_what_the_cpu_learns(seen_inside,
     assert seen_inside["losses"] == pytest.approx(losses_on_cpu[()][:19], rel=1e-6)
 
 
-def test_all_matrices_and_their_moments_are_sharded(seen_inside):
+def test_all_matrices_and_their_moments_are_sharded_where_they_would_fill_a_chip(seen_inside):
     assert seen_inside["sharded_shares"] == [1.0, 1.0, 1.0]
+    assert seen_inside["shards_by_itself"] == [False, True, False]  # of memory that isn't known, small, and large
 
 
 def test_gradients_of_micro_batches_on_several_devices_are_those_of_the_whole_batch(seen_inside):

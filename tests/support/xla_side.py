@@ -24,6 +24,7 @@ from clipkit.model.clip import CLIP, build
 from clipkit.text.tokenizer import Tokenizer
 from clipkit.train.catalogue import debug
 from clipkit.train.checks import preprocess_at
+from clipkit.train.fit.setup import is_sharding, set_up
 from clipkit.train.loop import train
 from clipkit.train.optimizer import make_optimizer
 from clipkit.train.recipes import model_at
@@ -72,12 +73,21 @@ def gradients(device: Device, micro_batch: int | None) -> torch.Tensor:
     return torch.cat(found).cpu()
 
 
+def shards_by_itself(device: Device, memory: float | None) -> bool:
+    """Whether weights are sharded where nobody says so, on chips with so many bytes of memory."""
+    with patch.object(Device, "memory", lambda _: memory):
+        return is_sharding(debug(), debug().stages[-1], device)
+
+
 def sharded_shares(device: Device) -> list[float]:
-    """Of the matrices of a model that is sharded, and of each of AdamW's moments after two steps, the part that is."""
+    """Of the matrices of a model on chips that it would fill, and of each of AdamW's moments after two steps, the part
+    that is sharded.
+    """
     import torch_xla
 
-    model, (stage,) = small_model().to(device.torch_device).train(), debug().stages[-1:]
-    device.shard(model, model.blocks(), "float32")
+    model, (stage,) = small_model().train(), debug().stages[-1:]
+    with patch.object(Device, "memory", lambda _: 100e6):
+        set_up(model, debug(), stage, device)
     optimizer = make_optimizer(model, debug().optimizer, stage.learning_rate, device)
     for _ in range(2):
         train_step(model, optimizer, device.batch(made_up_batch()), replace(debug(), micro_batch=None), device)
@@ -111,6 +121,7 @@ if __name__ == "__main__":
                 "largest_gradient": float(whole.abs().max()),
                 "micro_batch_error": float((gradients(device, 2) - whole).abs().max()),
                 "sharded_shares": sharded_shares(device),
+                "shards_by_itself": [shards_by_itself(device, memory) for memory in (None, 100e6, 16e9)],
                 "counts": counts(device, out),
                 "counts_on_cpu": counts(cpu, out),
             }
