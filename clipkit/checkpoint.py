@@ -5,6 +5,7 @@
       ema.safetensors         averages of the weights, where the recipe has an ema_decay
       normalisers.safetensors what the global contrastive loss keeps of each record, where that is the recipe's
       optimizer.safetensors   absent in a checkpoint that is only to be evaluated
+      optimizer/              in its place where the weights were sharded: a file of each rank's part
       state.json              samples seen, stage, seconds of training so far
       config.json             architecture, tokenizer, preprocessing, recipe
       vocabulary              the tokenizer's file, where it has one
@@ -13,7 +14,8 @@ It is written beside and renamed, so a folder with a checkpoint's name is a whol
 """
 
 import re
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -25,9 +27,10 @@ from safetensors.torch import load_file, save_file
 from clipkit.config import from_json, to_json
 from clipkit.errors import UserError, one_line
 from clipkit.model.config import TokenizerName
-from clipkit.storage.files import read_json, remove, require_dir, require_file, write_beside, write_json
+from clipkit.storage.files import disk_errors, read_json, remove, require_dir, require_file, write_beside, write_json
 
 if TYPE_CHECKING:
+    from clipkit.jobs.ranks import Ranks
     from clipkit.model.clip import CLIP
     from clipkit.model.config import ModelConfig
     from clipkit.pixels.images import Preprocess
@@ -35,6 +38,7 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 VOCABULARY = "vocabulary"
+SHARDS = "optimizer"
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,7 @@ class Checkpoint:
     state: dict[str, Any]
     tensors: dict[str, torch.Tensor]
     optimizer: dict[str, torch.Tensor]
+    """{} where each rank wrote its part: `restore_optimizer` reads what it needs."""
     ema: dict[str, torch.Tensor]
     """The averages of the weights, read with the optimizer where the run keeps them; else {}."""
     normalisers: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -95,11 +100,14 @@ def save(
     config: Mapping[str, Any],
     state: Mapping[str, Any],
     optimizer: Mapping[str, torch.Tensor] | None = None,
+    shards: Callable[[Path], int] | None = None,
     ema: Mapping[str, torch.Tensor] | None = None,
     normalisers: Mapping[str, torch.Tensor] | None = None,
     vocabulary: bytes | None = None,
 ) -> Path:
-    """Write a checkpoint folder, whole or not at all; one that is there already is kept and returned."""
+    """Write a checkpoint folder, whole or not at all; one that is there already is kept and returned. `shards` writes
+    the optimizer's state of all ranks into a folder, and returns the number of its files.
+    """
     if folder.exists():
         return folder
     with write_beside(folder) as temporary:
@@ -108,6 +116,8 @@ def save(
         write_tensors(temporary / "model.safetensors", tensors)
         if optimizer is not None:
             write_tensors(temporary / "optimizer.safetensors", optimizer)
+        if shards is not None:
+            state = {**state, "optimizer_shards": shards(temporary / SHARDS)}
         if ema is not None:
             write_tensors(temporary / "ema.safetensors", ema)
         if normalisers is not None:
@@ -144,7 +154,8 @@ def load(path: Path, *, with_optimizer: bool = False, ema: bool = False) -> Chec
     if ema and not keeps_ema(config):
         raise UserError(f"checkpoint {folder} has no averages of its weights (its recipe has no ema_decay): omit --ema")
     weights = read_tensors(folder / ("ema.safetensors" if ema else "model.safetensors"))
-    optimizer = read_tensors(folder / "optimizer.safetensors") if with_optimizer else {}
+    is_whole = with_optimizer and not shard_files(folder, state)
+    optimizer = read_tensors(folder / "optimizer.safetensors") if is_whole else {}
     averages = read_tensors(folder / "ema.safetensors") if with_optimizer and keeps_ema(config) else {}
     has_normalisers = with_optimizer and keeps_normalisers(config)
     normalisers = read_tensors(folder / "normalisers.safetensors") if has_normalisers else {}
@@ -198,17 +209,18 @@ def set_damaged_aside(run: Path) -> list[str]:
 def damage(folder: Path) -> str | None:
     """What is wrong with the files of a checkpoint that a run is to go on from, None where nothing is."""
     try:
-        for name, key in (("config.json", "recipe"), ("state.json", "samples_seen")):
-            values = read_json(folder / name)
+        config, state = (read_json(folder / name) for name in ("config.json", "state.json"))
+        for name, values, key in (("config.json", config, "recipe"), ("state.json", state, "samples_seen")):
             if not isinstance(values, dict) or key not in values:
                 raise UserError(f"{folder / name} has no {key}")
-        config = read_json(folder / "config.json")
-        more = ["ema.safetensors"] if keeps_ema(config) else []
-        more += ["normalisers.safetensors"] if keeps_normalisers(config) else []
+        names = ["model.safetensors"]
+        names += ["ema.safetensors"] if keeps_ema(config) else []
+        names += ["normalisers.safetensors"] if keeps_normalisers(config) else []
         if config.get("vocabulary"):
             require_file(folder / VOCABULARY, "checkpoint file")
-        for name in ("model.safetensors", "optimizer.safetensors", *more):
-            with safe_open(require_file(folder / name, "checkpoint file"), "pt"):
+        optimizer = shard_files(folder, state) or [folder / "optimizer.safetensors"]
+        for path in (*(folder / name for name in names), *optimizer):
+            with safe_open(require_file(path, "checkpoint file"), "pt"):
                 pass  # it compares the length with the header's
     except (UserError, SafetensorError, OSError) as error:
         return f"checkpoint {folder} is damaged ({one_line(error)})"
@@ -311,6 +323,8 @@ def restore_optimizer(
 ) -> None:
     """The inverse of `optimizer_tensors`. Raises UserError when a trained parameter has no state in `tensors`."""
     slots_of: dict[str, dict[str, torch.Tensor]] = {}
+    if (where / SHARDS).is_dir():
+        tensors = read_shards(where / SHARDS, dict(model.named_parameters()))
     for key, value in tensors.items():
         slot, _, name = key.partition("/")
         slots_of.setdefault(name, {})[slot] = value
@@ -323,5 +337,67 @@ def restore_optimizer(
         on_device = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
         optimizer.state[parameter] = {
             slot: part_of(value.to(parameter.device if on_device or slot != "step" else "cpu", copy=True), parameter)
+            if not hasattr(value, "full_tensor")
+            else value  # this rank's part
             for slot, value in slots_of[name].items()
         }
+
+
+# ---- What each rank writes of the optimizer's state ------------------------------------------------------------------
+# The weights are gathered, since all that reads a checkpoint wants them whole. The state is twice as large, and only a
+# run that goes on wants it, each rank its own part.
+
+
+def write_shards(folder: Path | None, tensors: Mapping[str, torch.Tensor], ranks: "Ranks") -> int:
+    """Write this rank's part of the tensors into `folder`, which the first rank names; returns the number of files.
+
+    All ranks call this together, and what goes wrong on one is raised on all.
+    """
+    import torch.distributed.checkpoint as dcp
+
+    place, *_ = ranks.gather(folder)
+    writer = dcp.HuggingFaceStorageWriter(str(place), save_distributed=True)  # safetensors: no pickle is written
+    with disk_errors(place.parents[1]):
+        try:
+            dcp.save(dict(tensors), storage_writer=writer, process_group=ranks.control)
+        except dcp.CheckpointException as error:
+            (reason, _), *_ = error.failures.values()
+            raise reason from error
+    (files,) = ranks.total(len(list(place.glob(f"shard-{ranks.rank + 1:05d}-*"))))
+    return files
+
+
+def read_shards(folder: Path, parameters: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors that any number of ranks wrote: this rank's part, laid out as the parameter that a tensor belongs to,
+    where that is sharded; else whole and on the CPU.
+    """
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    reader, found = dcp.HuggingFaceStorageReader(str(folder)), {}
+    for key, stored in reader.read_metadata().state_dict_metadata.items():
+        assert isinstance(stored, TensorStorageMetadata)  # safetensors hold nothing else
+        parameter, dtype = parameters.get(key.partition("/")[2]), stored.properties.dtype
+        if parameter is not None and hasattr(parameter, "full_tensor") and parameter.shape == stored.size:
+            found[key] = torch.empty_like(parameter, dtype=dtype, requires_grad=False)
+        else:
+            found[key] = torch.empty(stored.size, dtype=dtype)
+    with warnings.catch_warnings():
+        # That no rank waits for another is what is wanted here.
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        dcp.load(found, storage_reader=reader, no_dist=True)
+    return found
+
+
+def shard_files(folder: Path, state: Mapping[str, Any]) -> list[Path]:
+    """The files of what each rank wrote of the optimizer's state in a checkpoint with this `state.json`, if they did.
+
+    Raises UserError when some are missing.
+    """
+    expected, found = int(state.get("optimizer_shards", 0)), sorted((folder / SHARDS).glob("*.safetensors"))
+    if len(found) != expected:
+        raise UserError(
+            f"checkpoint {folder} has {len(found)} of {expected} files of the optimizer's state: take another "
+            "checkpoint of the run"
+        )
+    return found

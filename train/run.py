@@ -215,6 +215,8 @@ def expect_checkpoints(
         now += run.recipe.optimizer.state_bytes * trained
     if run.device.is_first:
         require_space(checkpoint.folder_of(run.folder, run.samples_seen), now)
+    if any(isinstance(each, DTensor) for each in model.parameters()):
+        run.checkpoints.share(run.folder / "checkpoints")
     run.checkpoints.follow(optimizer, partial(parts, model, average, optimizer, run.normalisers))
 
 

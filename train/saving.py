@@ -4,22 +4,32 @@ Only an update changes what is large in a checkpoint. So a thread copies it into
 backward pass, that step's update waits for the copy, and the thread then writes the files. The memory is kept from one
 checkpoint to the next, since touching new pages takes several times as long as copying. What a reader finds is as ever:
 a folder that is whole, or the one before it, whenever the run is killed.
+
+The first rank writes all of it, but for the optimizer's state of sharded weights, of which each writes its part.
 """
 
+import secrets
 import shutil
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import torch
+import torch.distributed
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
 from clipkit import checkpoint
-from clipkit.device import Device
+from clipkit.device import CONTROL_TIMEOUT, Device
 from clipkit.errors import UserError
 from clipkit.formatting import size_text
 from clipkit.log import warn_on_stderr
+from clipkit.storage.files import make_folder, remove
+from clipkit.train.optimizer import local_of
 
 Parts = dict[str, dict[str, torch.Tensor]]
 # Elements up to which a tensor is copied at once: a forward pass changes the logit scale and what norms have seen.
@@ -35,6 +45,10 @@ class CheckpointWriter:
         self.memory: Parts = {}
         self.copied: Future[None] | None = None
         self.done: Future[None] | None = None
+        self.beside: Device | None = None
+        """The ranks as their threads talk to each other, where each writes its part."""
+        self.mesh: DeviceMesh | None = None
+        """Their hosts."""
 
     def __enter__(self) -> Self:
         return self
@@ -46,17 +60,23 @@ class CheckpointWriter:
         if kind is None:
             self.wait()
 
+    def share(self, folder: Path) -> None:
+        """Have each rank write its part of the optimizer's state into checkpoints in `folder`. All call this together.
+
+        Raises UserError, on all, where they don't share its disk.
+        """
+        require_common_disk(folder, self.device)
+        if self.beside is None:
+            group: Any = torch.distributed.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
+            self.beside, self.mesh = replace(self.device, control=group), DeviceMesh.from_group(group, "cpu")
+
     def follow(self, optimizer: torch.optim.Optimizer, parts: Callable[[], Parts]) -> None:
         """Have the updates of a stage wait for copies; after the first one, which makes its state, get memory ready."""
 
         def get_ready(*_: Any) -> None:
             handle.remove()
-            if self.device.is_first:
-                self.memory = {
-                    part: {name: self.place(part, name, tensor) for name, tensor in tensors.items()}
-                    for part, tensors in parts().items()
-                }
-                self.done = self.thread.submit(touch, self.memory)
+            self.memory = self.places(parts())
+            self.done = self.thread.submit(touch, self.memory)
 
         handle = optimizer.register_step_post_hook(get_ready)
         optimizer.register_step_pre_hook(self.before_update)
@@ -76,43 +96,65 @@ class CheckpointWriter:
     @torch.no_grad()
     def save(self, folder: Path, parts: Parts, then: Callable[[], None], **fields: Any) -> None:
         """Begin the checkpoint `folder` of now; `fields` are `checkpoint.save`'s others, and `then` is called when it
-        is written. All ranks call this together, as they gather what is sharded over them; the first one writes.
+        is written. All ranks call this together, as they gather the weights that are sharded over them.
 
         Waits for the checkpoint before. Raises UserError where the disk has too little space for this one.
         """
         self.wait()
         if self.device.is_first:
             require_space(folder, bytes_of(parts))
-        later = []
-        memory: Parts = {name: {} for name in parts}
+        self.memory, later = self.places(parts), []
         for part, tensors in parts.items():
             for name, tensor in tensors.items():
-                whole = checkpoint.whole(tensor)
-                if self.device.is_lazy:
-                    whole = self.device.whole(whole)
-                if not self.device.is_first:
-                    continue
-                memory[part][name] = self.place(part, name, tensor)
-                if whole is not tensor or whole.numel() <= SMALL:
-                    memory[part][name].copy_(whole)
+                place = self.memory.get(part, {}).get(name)
+                if isinstance(place, DTensor):
+                    found, stays = local_of(tensor), True
                 else:
-                    later.append((memory[part][name], whole))
-        if self.device.is_first:
-            self.memory = memory
+                    found = checkpoint.whole(tensor)
+                    if self.device.is_lazy:
+                        found = self.device.whole(found)
+                    stays = found is tensor
+                if place is not None and stays and found.numel() > SMALL:
+                    later.append((local_of(place), found))
+                elif place is not None:
+                    local_of(place).copy_(found)
+        if self.memory:
             self.copied = self.thread.submit(copy, later)
             self.done = self.thread.submit(self.write, self.copied, folder, then, fields)
 
+    def places(self, parts: Parts) -> Parts:
+        """Where the copies go of what this rank writes."""
+        return {
+            part: {name: self.place(part, name, tensor) for name, tensor in tensors.items()}
+            for part, tensors in parts.items()
+            if self.device.is_first or is_sharded(part, tensors)
+        }
+
     def place(self, part: str, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """Where a tensor's copy goes: the memory of the checkpoint before, if it is of the same kind."""
-        kept = self.memory.get(part, {}).get(name)
-        if kept is not None and (kept.shape, kept.dtype) == (tensor.shape, tensor.dtype):
+        kept, is_part = self.memory.get(part, {}).get(name), is_sharded(part, {name: tensor})
+        kind = (tensor.shape, tensor.dtype, is_part)
+        if kept is not None and (kept.shape, kept.dtype, isinstance(kept, DTensor)) == kind:
             return kept
-        return self.device.host_memory(tensor)
+        if not is_part:
+            return self.device.host_memory(tensor)
+        assert isinstance(tensor, DTensor)
+        mine, how = self.device.host_memory(local_of(tensor)), tensor.placements
+        return DTensor.from_local(mine, self.mesh, how, run_check=False, shape=tensor.shape, stride=tensor.stride())
 
     def write(self, copied: Future[None], folder: Path, then: Callable[[], None], fields: Mapping[str, Any]) -> None:
         """Write what was copied, and say so in time where the next checkpoint will find too little space."""
         copied.result()
         written: dict[str, Any] = {**self.memory, **fields}
+        if is_sharded("optimizer", self.memory.get("optimizer", {})):
+            assert self.beside is not None
+            shards = partial(checkpoint.write_shards, tensors=written.pop("optimizer"), ranks=self.beside)
+            is_there = self.beside.on_first(folder.exists)
+            if not self.device.is_first:
+                if not is_there:
+                    shards(None)
+                return
+            written["shards"] = shards
         checkpoint.save(folder, **written)
         then()
         try:
@@ -121,11 +163,16 @@ class CheckpointWriter:
             warn_on_stderr(str(error))
 
 
+def is_sharded(part: str, tensors: Mapping[str, torch.Tensor]) -> bool:
+    """Whether each rank writes its part of these tensors of a checkpoint: the weights and averages are gathered."""
+    return part == "optimizer" and any(isinstance(each, DTensor) for each in tensors.values())
+
+
 def touch(memory: Parts) -> None:
     """Have the system give all pages of the memory."""
     for tensors in memory.values():
         for tensor in tensors.values():
-            tensor.zero_()
+            local_of(tensor).zero_()
 
 
 @torch.no_grad()
@@ -148,4 +195,23 @@ def require_space(folder: Path, needed: int) -> None:
         raise UserError(
             f"too little space in {folder.parent}: the next checkpoint needs {size_text(needed)}, and "
             f"{size_text(free)} are free: free some space, and go on with --resume"
+        )
+
+
+def require_common_disk(folder: Path, device: Device) -> None:
+    """Raises UserError, on all ranks, where they don't see the first one's files in `folder`."""
+
+    def leave_mark() -> Path:
+        mark = make_folder(folder) / f".mark.{secrets.randbits(60)}"
+        mark.touch()
+        return mark
+
+    mark = device.on_first(leave_mark)
+    (is_missing,) = device.agree(not mark.exists())
+    if device.is_first:
+        remove(mark)
+    if is_missing:
+        raise UserError(
+            f"each rank writes its part of what is sharded, and some don't see rank 0's {folder}: give all ranks an "
+            "--out on a disk that they share, or set shard_weights=false"
         )

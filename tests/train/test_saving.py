@@ -24,7 +24,7 @@ from clipkit.log import read_metrics
 from clipkit.train import loop, saving
 from clipkit.train.catalogue import debug
 from clipkit.train.loop import train
-from clipkit.train.saving import CheckpointWriter
+from clipkit.train.saving import CheckpointWriter, require_common_disk
 from clipkit.train.watch.stopwatch import Stopwatch
 
 
@@ -188,6 +188,26 @@ def test_waiting_for_data_is_that_of_all_ranks():
             return [share, 0.5, 0.1]
 
     assert Stopwatch(0).waiting_shares(Ranks()) == {"data_wait": pytest.approx(0.2), "data_wait_max": 0.5}
+
+
+def test_ranks_that_write_parts_must_share_a_disk(tmp_path):
+    class Ranks:
+        is_first = True
+
+        def __init__(self, is_alone):
+            self.is_alone = is_alone
+
+        def on_first(self, work):
+            return work()
+
+        def agree(self, missing):
+            return [missing or self.is_alone]
+
+    require_common_disk(tmp_path / "checkpoints", Ranks(False))
+    says = "some don't see rank 0's .*/checkpoints: give all ranks an --out on a disk that they share, or set"
+    with pytest.raises(UserError, match=says):
+        require_common_disk(tmp_path / "checkpoints", Ranks(True))
+    assert not list((tmp_path / "checkpoints").iterdir())
 
 
 def test_a_killed_launcher_leaves_no_rank_behind(pairs_dataset, tmp_path):

@@ -38,19 +38,26 @@ def test_each_way_learns_on_any_number_of_ranks_what_one_process_learns(tmp_path
                 )
 
 
+def optimizer_of(folder):
+    """The whole of a checkpoint's optimizer state, whoever wrote it."""
+    found = checkpoint.load(folder, with_optimizer=True)
+    return found.optimizer or checkpoint.read_shards(found.path / checkpoint.SHARDS, {})
+
+
 def test_a_sharded_run_goes_on_with_another_number_of_ranks(pairs_dataset, tmp_path):
     run_ranks(train_sharded, pairs_dataset, tmp_path / "one", ranks=1)
     run_ranks(train_sharded, pairs_dataset, tmp_path / "two", ranks=2)
-    for ranks in (1, 2):
-        run = shutil.copytree(tmp_path / "two", tmp_path / str(ranks))
+    resumed = {"2 to 1": ("two", 1), "2 to 4": ("two", 4), "1 to 2": ("one", 2)}
+    for name, (begun, ranks) in resumed.items():
+        run = shutil.copytree(tmp_path / begun, tmp_path / name)
         for later in checkpoint.checkpoints(run)[1:]:
             shutil.rmtree(later)
         run_ranks(train_sharded, pairs_dataset, run, ranks=ranks)
     whole = checkpoint.load(tmp_path / "one", with_optimizer=True)
     (evaluated,) = [line for line in read_metrics(tmp_path / "one") if "grey/feature" in line]
-    for run in ("two", "1", "2"):
+    for run in ("two", *resumed):
         found = checkpoint.load(tmp_path / run, with_optimizer=True)
-        pairs = ((found.tensors, whole.tensors), (found.optimizer, whole.optimizer), (found.ema, whole.ema))
+        pairs = ((found.tensors, whole.tensors), (optimizer_of(found.path), whole.optimizer), (found.ema, whole.ema))
         for ours, theirs in pairs:
             assert ours.keys() == theirs.keys()
             for name, tensor in theirs.items():
@@ -60,8 +67,25 @@ def test_a_sharded_run_goes_on_with_another_number_of_ranks(pairs_dataset, tmp_p
             assert lines[-1][key] == pytest.approx(evaluated[key], abs=1e-5)
         assert lines[-1]["grey/ranks"] == lines[-1]["ema/grey/ranks"] == 1  # all ranks evaluate the same weights
         assert lines[-1].keys() == evaluated.keys()
-    two, again = (checkpoint.load(tmp_path / run).tensors for run in ("two", "2"))
-    assert all(torch.equal(two[name], again[name]) for name in two)
+
+    # Each rank wrote its part, and nothing that would be executed on reading.
+    newest = checkpoint.latest(tmp_path / "2 to 4")
+    sizes = [path.stat().st_size for path in (newest / checkpoint.SHARDS).iterdir()]
+    assert len(sizes) == 4 and max(sizes) < 1.1 * sum(sizes) / 4
+    assert {path.suffix for path in newest.rglob("*") if path.is_file()} == {".safetensors", ".json"}
+    assert not (newest / "optimizer.safetensors").exists()
+
+    # It goes on from no checkpoint of which a part is damaged or missing.
+    for folder in (newest, checkpoint.checkpoints(tmp_path / "2 to 4")[-2]):
+        assert checkpoint.damage(folder) is None
+        shard = min((folder / checkpoint.SHARDS).iterdir())
+        if folder == newest:
+            shard.unlink()
+        else:
+            shard.write_bytes(shard.read_bytes()[:-1])
+    with pytest.raises(UserError, match="has 3 of 4 files of the optimizer's state: take another"):
+        checkpoint.load(newest, with_optimizer=True)
+    assert len(checkpoint.set_damaged_aside(tmp_path / "2 to 4")) == 2
 
 
 def test_a_sharded_run_that_breaks_says_where(pairs_dataset, tmp_path):
