@@ -14,11 +14,20 @@ PLACES: dict[str, tuple[Any, str]] = {
     "step": (loop, "train_step"),
     "copy": (saving, "copy"),
     "write": (checkpoint, "write_tensors"),
+    "shards": (checkpoint, "write_shards"),
     "prune": (checkpoint, "prune"),
 }
 
 
-def train_until(data: Path, run: Path, place: str = "step", count: int = 0, rank: int = 0, number: int = 0) -> None:
+def train_until(
+    data: Path,
+    run: Path,
+    settings: tuple[str, ...],
+    place: str = "step",
+    count: int = 0,
+    rank: int = 0,
+    number: int = 0,
+) -> None:
     """Begin a run or go on with it. The `count`th time at `place`, `rank` sends the signal `number` to itself."""
     owner, name = PLACES[place]
     real, times = getattr(owner, name), itertools.count(1)
@@ -31,6 +40,6 @@ def train_until(data: Path, run: Path, place: str = "step", count: int = 0, rank
         return real(*arguments, **options)
 
     setattr(owner, name, call)
-    recipe = set_values(debug(), ["cadence.checkpoint_samples=32"])
+    recipe = set_values(debug(), ["cadence.checkpoint_samples=32", *settings])
     # What is killed and what goes on have different numbers of workers.
     loop.train(recipe, data, run, device_name="cpu", workers=2 if number else 1, resume=True)

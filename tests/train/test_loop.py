@@ -103,26 +103,32 @@ def test_a_killed_run_goes_on_to_the_same_weights_bit_for_bit(unbroken, pairs_da
     assert losses(tmp_path) == losses(unbroken)
 
 
-ON_ONE = [("write", signal.SIGKILL), ("copy", signal.SIGKILL), ("write", signal.SIGTERM), ("prune", signal.SIGKILL)]
-ON_TWO = [("write", signal.SIGKILL), ("step", signal.SIGTERM), ("step", signal.SIGKILL)]
+KILL, TERM = signal.SIGKILL, signal.SIGTERM
+ON_ONE = [("write", KILL), ("copy", KILL), ("write", TERM), ("prune", KILL)]
+ON_TWO = [("write", KILL), ("step", TERM), ("step", KILL)]
+ON_SHARDED = [("shards", KILL), ("step", TERM)]
 
 
-@pytest.mark.parametrize(("ranks", "signals"), [(1, ON_ONE), (2, ON_TWO)])
-def test_real_signals_lose_nothing(unbroken, pairs_dataset, tmp_path, ranks, signals):
+@pytest.mark.parametrize(
+    ("ranks", "signals", "settings"),
+    [(1, ON_ONE, ()), (2, ON_TWO, ()), (2, ON_SHARDED, ("shard_weights=true",))],
+    ids=["one rank", "two ranks", "two ranks, sharded"],
+)
+def test_real_signals_lose_nothing(unbroken, pairs_dataset, tmp_path, ranks, signals, settings):
     """The kernel kills a rank at a random step, or while a checkpoint is copied or written beside one."""
-    random = Random(ranks)
+    random = Random(ranks + len(settings))
     for place, number in signals:
-        rank = random.randrange(ranks) if place == "step" else 0
+        rank = random.randrange(ranks) if place in ("step", "shards") else 0
         count = random.randint(1, 3)
-        ended = end_ranks(train_until, pairs_dataset, tmp_path, place, count, rank, number, ranks=ranks)
+        ended = end_ranks(train_until, pairs_dataset, tmp_path, settings, place, count, rank, number, ranks=ranks)
         assert number == signal.SIGTERM or ended[rank].code == -number, ended
         newest = checkpoint.latest(tmp_path)
         assert newest is None or (checkpoint.damage(newest) is None and int(newest.name) < debug().samples)
-    run_ranks(train_until, pairs_dataset, tmp_path, ranks=ranks)
+    run_ranks(train_until, pairs_dataset, tmp_path, settings, ranks=ranks)
     assert losses(tmp_path) == (losses(unbroken) if ranks == 1 else pytest.approx(losses(unbroken), abs=2e-5))
     if ranks == 2:
         unbroken = tmp_path / "unbroken"
-        run_ranks(train_until, pairs_dataset, unbroken, ranks=ranks)
+        run_ranks(train_until, pairs_dataset, unbroken, settings, ranks=ranks)
     assert_same_weights(tmp_path, unbroken)
 
 
