@@ -88,6 +88,9 @@ class GlobalContrastive:
     """Is added to the normalisers: a larger one keeps pairs that are told apart well from being told apart further."""
     rho: float | None = None
     """FastCLIP-v3's, which learns the logit scale with the loss divided by it (6.5 to 16 in the paper); None is v0."""
+    reference: bool = False
+    """Count a pair by what it is worse at than with a reference model (DRRho; Wei et al., 2025), whose embeddings
+    `clipkit reinforce` stored."""
 
 
 @dataclass(frozen=True)
@@ -163,6 +166,11 @@ class Recipe:
     """What a loss does that stays at that of chance, for a thousand steps after the warm-up."""
     seed: int = 0
     cadence: Cadence = field(default_factory=Cadence)
+
+    @property
+    def has_teachers(self) -> bool:
+        """Whether it learns from stored embeddings of other models."""
+        return bool(self.distill.weight) or (self.loss == "global_contrastive" and self.global_contrastive.reference)
 
     @property
     def samples(self) -> int:

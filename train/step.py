@@ -12,7 +12,7 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 
 from clipkit.device import Device
-from clipkit.model.distill import TeacherSpace, distillation
+from clipkit.model.distill import TeacherSpace, distillation, less_reference
 from clipkit.model.global_loss import global_contrastive
 from clipkit.model.loss import info_nce, sigmoid_loss
 from clipkit.model.text_tower import length_buckets
@@ -60,8 +60,8 @@ def train_step(
         return features
 
     def loss_of(features: Features) -> torch.Tensor:
-        loss = contrastive_loss(features, batch, recipe, device)
-        if not teachers:
+        loss = contrastive_loss(features, batch, recipe, device, teachers)
+        if not recipe.distill.weight:
             return loss
         with device.loss_products():
             image_BE, text_BE, logit_scale, *_ = features
@@ -86,12 +86,16 @@ def train_step(
     return Step(loss.detach(), norm, norms_P, features[0].detach(), features[1].detach())
 
 
-def contrastive_loss(features: Features, batch: Tensors, recipe: Recipe, device: Device) -> torch.Tensor:
+def contrastive_loss(
+    features: Features, batch: Tensors, recipe: Recipe, device: Device, teachers: Sequence[TeacherSpace] = ()
+) -> torch.Tensor:
     """The recipe's loss of this process's rows against the global batch; `log_u_B2` as for `global_contrastive`."""
     image_BE, text_BE, logit_scale, *logit_bias = features
     if recipe.loss == "sigmoid":
         loss = partial(sigmoid_loss, image_BE, text_BE, logit_scale, *logit_bias)
     elif recipe.loss == "global_contrastive":
+        if recipe.global_contrastive.reference:
+            image_BE, text_BE = less_reference(image_BE, text_BE, batch["teacher_B2E"], teachers)
         loss = partial(global_contrastive, image_BE, text_BE, logit_scale)
         loss = partial(loss, log_u_B2=batch.get("log_u_B2"), gamma_B=batch.get("gamma_B"))
         loss = partial(loss, eps=recipe.global_contrastive.eps, rho=recipe.global_contrastive.rho)

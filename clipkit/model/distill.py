@@ -43,11 +43,31 @@ def distillation(
     arguments are as for `info_nce`.
     """
     with torch.autocast(image_BE.device.type, enabled=False):
-        parts = teacher_B2D.split([teacher.width for teacher in teachers], dim=2)
-        pairs = [F.normalize(part_B2E.float(), dim=2).unbind(1) for part_B2E in parts]
+        pairs = teacher_features(teacher_B2D, teachers)
         scales = [teacher.scale for teacher in teachers]
         loss: Tensor = Distillation.apply(image_BE, text_BE, logit_scale, pairs, scales, gather)
         return loss
+
+
+def teacher_features(teacher_B2D: Tensor, teachers: Sequence[TeacherSpace]) -> list[tuple[Tensor, Tensor]]:
+    """Each teacher's embeddings of the images and of the texts: float32 unit vectors."""
+    parts = teacher_B2D.split([teacher.width for teacher in teachers], dim=2)
+    pairs = [F.normalize(part_B2E.float(), dim=2).unbind(1) for part_B2E in parts]
+    return [(image_BE, text_BE) for image_BE, text_BE in pairs]
+
+
+def less_reference(
+    image_BE: Tensor, text_BE: Tensor, teacher_B2D: Tensor, teachers: Sequence[TeacherSpace]
+) -> tuple[Tensor, Tensor]:
+    """Wider features, the products of which are the cosines less those of the teachers (their mean): float32.
+
+    With them the global contrastive loss is DRRho's (Wei et al., 2025, arXiv 2505.06699), of scale * ((cos_ij - cos_ii)
+    - (reference's cos_ij - cos_ii)): a negative that the reference confuses with the partner, too, counts less.
+    """
+    share = len(teachers) ** -0.5
+    pairs = [(share * image_BD, -share * text_BD) for image_BD, text_BD in teacher_features(teacher_B2D, teachers)]
+    images, texts = zip((image_BE.float(), text_BE.float()), *pairs, strict=True)
+    return torch.cat(images, dim=1), torch.cat(texts, dim=1)
 
 
 class Affinity:

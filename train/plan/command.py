@@ -79,6 +79,12 @@ def pairs_in(data: Path) -> Pairs:
     return Pairs(records, size / records, str(data))
 
 
+def loss_name(recipe: Recipe) -> str:
+    """A recipe's loss as `published-runs.csv` calls it."""
+    name = "DRRho" if recipe.has_teachers and recipe.loss == "global_contrastive" else LOSSES[recipe.loss]
+    return name + ("+distillation" if recipe.distill.weight else "")
+
+
 def columns_of(recipe: Recipe, dataset: str, pairs: float | None) -> dict[str, Any]:
     """A recipe in the columns of `published-runs.csv`."""
     bulk, last = max(recipe.stages, key=lambda stage: stage.samples), recipe.stages[-1]
@@ -89,7 +95,7 @@ def columns_of(recipe: Recipe, dataset: str, pairs: float | None) -> dict[str, A
         "image_px": float(bulk.image_size), "final_px": float(last.image_size), "text_tokens": float(text.tokens),
         "text_width": float(text.width), "text_depth": float(text.depth), "embed_dim": float(recipe.model.embed_dim),
         "samples_seen": float(recipe.samples), "global_batch": float(bulk.batch_size),
-        "loss": LOSSES[recipe.loss] + ("+distillation" if recipe.distill.weight else ""), "dataset": dataset,
+        "loss": loss_name(recipe), "dataset": dataset,
     }  # fmt: skip
     if rest or bulk.image_size < 224:
         columns |= {"reduced_samples": float(first), "full_samples": float(rest)}

@@ -52,7 +52,7 @@ class Plan:
     @property
     def teachers(self) -> tuple[float, float] | None:
         """Bytes and seconds of `clipkit reinforce` before the run, where the recipe learns from teachers."""
-        if not self.recipe.distill.weight:
+        if not self.recipe.has_teachers:
             return None
         return teachers_cost(self.recipe, self.fleet, self.pairs, self.calibration)
 

@@ -15,18 +15,19 @@ def attach_teachers(data: Data, recipe: Recipe, folder: Path | None) -> Data:
     """The data with the teachers' embeddings that the recipe learns from, where it does: those in `folder`, or beside
     the dataset. Raises UserError where they are missing, or were made of other data or by another augmentation.
     """
-    if not recipe.distill.weight:
+    if not recipe.has_teachers:
         if folder is not None:
             raise UserError(
                 f"--reinforced {folder} is for recipes that distill: set distill.weight above 0, or omit it"
             )
         return data
-    if recipe.loss != "info_nce":
+    if recipe.distill.weight and recipe.loss != "info_nce":
         raise UserError(f"distill.weight goes with loss=info_nce, not with {recipe.loss}: set it to 0")
+    asked, off = ("distill.weight", "0") if recipe.distill.weight else ("global_contrastive.reference", "false")
     if len(data.parts) != 1:
-        raise UserError("distill.weight is for one --data, not for a mixture: set it to 0")
+        raise UserError(f"{asked} is for one --data, not for a mixture: set it to {off}")
     if data.source().feature_width:
-        raise UserError("distill.weight is for images, not for stored vectors of an image tower: set it to 0")
+        raise UserError(f"{asked} is for images, not for stored vectors of an image tower: set it to {off}")
     (part,) = data.parts
     folder = folder or default_folder(part.path)
     stored = Stored(folder, read_stored(folder))

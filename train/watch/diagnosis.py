@@ -158,7 +158,7 @@ class StuckLoss:
         # The normalisers of equal features are 1; divided by the scale that is learned, their loss is at no level.
         by_normalisers = 0.0 if recipe.global_contrastive.rho is None else math.nan
         self.chance = {"sigmoid": by_sigmoid, "global_contrastive": by_normalisers}.get(recipe.loss, math.log(B))
-        if recipe.distill.weight:  # what teachers make of equal features depends on how sure they are
+        if recipe.has_teachers:  # what those make of equal features depends on how sure they are
             self.chance = math.nan
         self.margin = STUCK_MARGIN * (self.chance or math.log(B))
         self.warmup = stage.warmup_samples

@@ -7,9 +7,11 @@ import pytest
 import torch
 from loss_of_ranks import CAPTION_B, features
 from torch import Tensor
+from torch.nn import functional as F
 
 from clipkit.device import pick
 from clipkit.model import loss as loss_module
+from clipkit.model.distill import TeacherSpace, less_reference
 from clipkit.model.global_loss import Normalisers, gamma_at, global_contrastive
 from clipkit.model.loss import ABSENT, info_nce
 
@@ -20,15 +22,28 @@ GAMMA_B = torch.tensor([0.3, 0.3, 1.0, 0.3, 0.3, 1.0, 0.3, 0.3])
 
 
 def written_out(
-    image_BE: Tensor, text_BE: Tensor, scale: Tensor, eps: float, rho: float | None, ignore: bool
+    image_BE: Tensor,
+    text_BE: Tensor,
+    scale: Tensor,
+    eps: float,
+    rho: float | None,
+    ignore: bool,
+    reference_BB: Tensor | None = None,
 ) -> tuple[Tensor, list[Tensor], Tensor]:
-    """The value, the gradients and the averages of algorithm 1 of the paper, with a loss for each batch's g."""
+    """The value, the gradients and the averages of algorithm 1 of the paper, with a loss for each batch's g.
+
+    `reference_BB` are DRRho's cosines of images and texts by the reference model.
+    """
+    theirs_BB = torch.zeros(len(image_BE), len(image_BE)) if reference_BB is None else reference_BB
     leaves, B = [image_BE, text_BE, scale], len(image_BE)
     value, surrogate, u_B2 = torch.zeros(()), torch.zeros(()), torch.zeros(B, 2)
     for side, (rows, columns) in enumerate(((image_BE, text_BE), (text_BE, image_BE))):
         for i in range(B):
             others = [j for j in range(B) if j != i and not (ignore and CAPTION_B[j] == CAPTION_B[i])]
-            g = torch.stack([(scale * (rows[i] @ columns[j] - rows[i] @ columns[i])).exp() for j in others]).mean()
+            excess = [rows[i] @ columns[j] - rows[i] @ columns[i] for j in others]
+            usual_BB = theirs_BB.T if side else theirs_BB
+            usual = [usual_BB[i, j] - usual_BB[i, i] for j in others]
+            g = (scale * (torch.stack(excess) - torch.stack(usual))).exp().mean()
             u_B2[i, side] = u = (1 - GAMMA_B[i]) * U_B2[i, side] + GAMMA_B[i] * g.detach()
             value = value + torch.log(eps + u) / (2 * B)
             surrogate = surrogate + g / (eps + u) / (2 * B)
@@ -52,6 +67,22 @@ def test_it_is_the_papers_estimator(tile: int, eps: float, rho: float | None, ig
         *leaves, log_u_B2=log_u_B2, gamma_B=GAMMA_B, eps=eps, rho=rho, caption_B=CAPTION_B, same_caption=same_caption
     )
     value, gradients, u_B2 = written_out(*features()[:3], eps, rho, ignore)
+    torch.testing.assert_close(found, value, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(list(torch.autograd.grad(found, leaves)), gradients, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(log_u_B2.exp(), u_B2, atol=1e-7, rtol=1e-5)
+
+
+@pytest.mark.parametrize("widths", [[5], [5, 3]])
+def test_with_a_reference_it_is_drrhos(widths: list[int]) -> None:
+    """Of several references the mean of their cosines counts."""
+    teacher_B2D = torch.randn(8, 2, sum(widths), generator=torch.Generator().manual_seed(3))
+    parts = [F.normalize(part_B2E, dim=2) for part_B2E in teacher_B2D.split(widths, dim=2)]
+    reference_BB = torch.stack([part_B2E[:, 0] @ part_B2E[:, 1].T for part_B2E in parts]).mean(dim=0)
+    image_BE, text_BE, scale = leaves = features()[:3]
+    wider = less_reference(image_BE, text_BE, teacher_B2D, [TeacherSpace(width, 1.0) for width in widths])
+    log_u_B2 = U_B2.log()
+    found = global_contrastive(*wider, scale, log_u_B2=log_u_B2, gamma_B=GAMMA_B, eps=1e-14, rho=6.5)
+    value, gradients, u_B2 = written_out(*features()[:3], 1e-14, 6.5, False, reference_BB)
     torch.testing.assert_close(found, value, atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(list(torch.autograd.grad(found, leaves)), gradients, atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(log_u_B2.exp(), u_B2, atol=1e-7, rtol=1e-5)

@@ -136,6 +136,20 @@ def test_weight_0_is_the_run_without_teachers_and_weight_1_has_another_loss(pair
     assert first["whole"] < first["plain"] / 2
 
 
+def test_a_reference_model_shifts_the_global_loss(pairs_dataset, stored, tmp_path):
+    """Also in micro-batches, and without a share of the distillation."""
+    stage = replace(RECIPE.stages[0], samples=16, warmup_samples=0)
+    plain = replace(RECIPE, distill=Distill(), loss="global_contrastive", stages=(stage,))
+    recipe = replace(plain, global_contrastive=replace(plain.global_contrastive, reference=True))
+    first = {}
+    for name, each in (("plain", plain), ("whole", recipe), ("micro", replace(recipe, micro_batch=4))):
+        where = {"reinforced": stored} if each.has_teachers else {}
+        train(each, pairs_dataset, tmp_path / name, device_name="cpu", workers=0, **where)
+        first[name] = read_metrics(tmp_path / name)[0]["loss"]
+    assert first["micro"] == pytest.approx(first["whole"], rel=1e-5)
+    assert abs(first["whole"] - first["plain"]) > 0.01
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
@@ -175,12 +189,15 @@ def failure(*arguments):
 def test_what_can_be_wrong_with_a_run_is_one_line(pairs_dataset, stored, teacher, tmp_path):
     run = ["train", "--data", pairs_dataset, "--recipe", "debug", "--out", tmp_path / "run", "--device", "cpu"]
     distil = ["--set", "distill.weight=0.5"]
+    reference = ["--set", "loss=global_contrastive", "--set", "global_contrastive.reference=true"]
     said = [
         (distil, "1.0.0.reinforced has no reinforced.json: make it with clipkit reinforce"),
         (["--reinforced", stored], "is for recipes that distill: set distill.weight above 0"),
         ([*distil, "--data", pairs_dataset], "is for one --data, not for a mixture"),
         ([*distil, "--reinforced", stored, "--set", "stages.1.augmentation.flip=0"], "stage full's (flip: 0.5 -> 0.0)"),
         ([*distil, "--set", "loss=sigmoid"], "goes with loss=info_nce"),
+        ([*reference, "--data", pairs_dataset], "global_contrastive.reference is for one --data, not for a mixture"),
+        (reference[2:], "loss=info_nce doesn't use global_contrastive"),
         (["--set", "distill.weight=2", "--reinforced", stored], "distill.weight is 2.0: set a number from 0 to 1"),
     ]
     for options, says in said:
