@@ -39,6 +39,7 @@ from clipkit.tfrecord_tools.purge import removals as purge_list
 from clipkit.tfrecord_tools.purge import shard as purge_shard
 from clipkit.tfrecord_tools.purge.command import purge
 from clipkit.tfrecord_tools.purge.removals import open_list, read_values, wanted_entries
+from clipkit.tfrecord_tools.tables import digests
 from clipkit.tfrecord_tools.tables.digests import find
 from clipkit.tfrecord_tools.verify.command import verify
 from clipkit.tfrecord_tools.web.settings import FetchSettings
@@ -323,7 +324,7 @@ def test_values_whose_first_half_is_the_same_are_told_apart(monkeypatch):
     def half(values):
         return np.array([[7] * len(values), [value[0] for value in values]], np.uint64)
 
-    monkeypatch.setattr(purge_list, "digests", half)
+    monkeypatch.setattr(digests, "digests", half)
     wanted = np.array([[5, 7, 7, 7, 9], [0, 10, 20, 30, 0]], np.uint64)
     assert find(wanted, [bytes([n]) for n in (5, 10, 15, 20, 30, 35)]).tolist() == [-1, 1, -1, 2, 3, -1]
 
