@@ -11,6 +11,7 @@ import pytest
 from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from image_shards import pair, write_tar
 from small_dataset import PAIR_FEATURES, pair_columns, write_dataset
 from tensorflow_process import with_tensorflow
 
@@ -344,3 +345,18 @@ def test_the_command_prints_the_counts_and_one_line_for_what_is_wrong(data, tabl
 def test_lists_are_declared_as_tfds_declares_them(data, table):
     add_captions(data, table)
     assert open_dataset(data).features[COLUMN] == Feature("text", is_list=True)
+
+
+def test_metadata_of_tars_may_hold_them_under_the_same_name(tmp_path):
+    """webdataset reads KEY.json as it is, and a build takes its lists along as columns."""
+    said_of = [{COLUMN: ["a cat", "a tabby"]}, {}, {COLUMN: ["a dog"]}]
+    write_tar(tmp_path / "in" / "0.tar", [pair(n, txt=f"photo {n}", json=json) for n, json in enumerate(said_of)])
+    copy = build_tfds(tmp_path / "in", tmp_path / "out", "copy", progress=lambda _: None).path
+    source = open_source(copy).source()
+    assert source.caption_sources == ("original", "synthetic")
+    assert [found.captions for found in source.pairs(range(3))] == [
+        ("photo 0", "a cat", "a tabby"), ("photo 1",), ("photo 2", "a dog"),
+    ]  # fmt: skip
+    config = LoaderConfig(32, 16, 3, captions={"synthetic": 1})
+    with pytest.raises(UserError, match=r"TarSource .* has only captions of original: name one of these"):
+        next(batches(open_source(tmp_path / "in").source(), config, workers=0))
