@@ -11,8 +11,9 @@ from clipkit.errors import UserError
 from clipkit.model.clip import allocate
 from clipkit.model.config import vit_b32, vit_l14
 from clipkit.train.catalogue import find_recipe, recipes
-from clipkit.train.checks import check_recipe, loader_config, patch_grid, preprocess_at, stage_cost
+from clipkit.train.checks import captions_left_out, check_recipe, loader_config, patch_grid, preprocess_at, stage_cost
 from clipkit.train.recipes import Recipe, model_at
+from clipkit.train.sources.source import RecordSource
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,20 @@ def test_what_would_fail_later_is_refused_now(setting, says):
     recipe = set_values(recipes()["debug"](), [setting])
     with pytest.raises(UserError, match=says):
         check(recipe)
+
+
+def test_the_loader_gets_the_weights_and_what_is_left_out_is_told():
+    source = RecordSource(Records(), added={"alt": "a", "synthetic": "b"})
+    recipe = set_values(recipes()["debug"](), ["captions.synthetic=2"])
+    assert loader_config(recipe, recipe.stages[0]).captions == {"synthetic": 2.0}
+    (told,) = captions_left_out(recipe, source)
+    assert told.startswith("the data have captions of original, alt, synthetic, and the recipe takes synthetic: ")
+    (told,) = captions_left_out(recipes()["debug"](), source)
+    assert told.endswith(
+        "takes original: --set captions.original=0.33 --set captions.alt=0.33 --set captions.synthetic=0.33"
+    )
+    assert captions_left_out(set_values(recipe, ["captions.original=1", "captions.alt=0"]), source) == []
+    assert captions_left_out(recipes()["debug"](), RecordSource(Records())) == []
 
 
 def leaves(config, path=""):

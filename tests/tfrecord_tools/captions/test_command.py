@@ -21,7 +21,7 @@ from clipkit.formats.dataset import open_dataset
 from clipkit.formats.features import Feature
 from clipkit.formats.manifest import read_manifest
 from clipkit.formats.records import encode_example, read_records
-from clipkit.storage.files import read_json
+from clipkit.storage.files import as_path, read_json
 from clipkit.tfrecord_tools.account.captions import refuse_added_captions
 from clipkit.tfrecord_tools.build.command import build_tfds
 from clipkit.tfrecord_tools.captions import command as adding
@@ -140,6 +140,17 @@ def test_engines_and_workers_change_nothing(data, table, tmp_path):
     add_captions(other, table, workers=2)
     one, two = contents(data), contents(other)
     assert {name: one[name] for name in one} == {name: two[name] for name in one}
+
+
+def test_a_dataset_in_a_store(data, table):
+    store = as_path("memory://test-captions/data")
+    for name, content in contents(data).items():
+        (store / name).parent.mkdir(parents=True, exist_ok=True)
+        (store / name).write_bytes(content)
+    add_captions(data, table)
+    assert add_captions(store, table).joined == 5
+    assert {name: (store / name).read_bytes() for name in contents(data)} == contents(data)
+    assert verify(store).leftovers == ()
 
 
 def refusal(data, table, **options):
