@@ -357,6 +357,8 @@ def write_shards(folder: Path | None, tensors: Mapping[str, torch.Tensor], ranks
 
     place, *_ = ranks.gather(folder)
     writer = dcp.HuggingFaceStorageWriter(str(place), save_distributed=True)  # safetensors: no pickle is written
+    # All is on the host already; else each rank's thread would take memory of the first GPU for streams to copy on.
+    writer.per_thread_copy_ahead = 0
     with disk_errors(place.parents[1]):
         try:
             dcp.save(dict(tensors), storage_writer=writer, process_group=ranks.control)

@@ -1,5 +1,8 @@
+import errno
 import json
+import os
 from dataclasses import dataclass
+from functools import partial
 
 import pytest
 import torch
@@ -70,6 +73,32 @@ def test_a_full_disk_is_one_line_and_leaves_no_checkpoint(tmp_path, monkeypatch)
     monkeypatch.setattr(checkpoint, "save_file", full)
     with pytest.raises(UserError, match=r"the disk is full while writing .*000000000032: free some space"):
         saved(tmp_path)
+    assert list((tmp_path / "checkpoints").iterdir()) == []
+
+
+def test_what_a_rank_writes_of_the_state_is_read_again_and_takes_no_gpu(tmp_path, monkeypatch):
+    """Here of a single one. Ranks are in the tests of `train.fit`."""
+    tensors = {"exp_avg/a": torch.randn(3, 2).bfloat16(), "exp_avg_sq/a": torch.randn(3, 2), "step/a": torch.ones(())}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # so that using it fails
+    shards = partial(checkpoint.write_shards, tensors=tensors, ranks=pick("cpu"))
+    with pytest.warns(UserWarning, match="in a single process"):
+        path = saved(tmp_path, optimizer=None, shards=shards)
+    found = checkpoint.load(path, with_optimizer=True)
+    assert (found.state["optimizer_shards"], found.optimizer) == (1, {})
+    again = checkpoint.read_shards(path / checkpoint.SHARDS, {})
+    assert again.keys() == tensors.keys()
+    assert all(torch.equal(again[name], tensor) for name, tensor in tensors.items())
+
+
+def test_a_full_disk_under_a_rank_is_one_line_and_leaves_no_checkpoint(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("torch.distributed.checkpoint.filesystem.FileSystem.create_stream", full)
+    shards = partial(checkpoint.write_shards, tensors={"step/a": torch.ones(())}, ranks=pick("cpu"))
+    says = r"the disk is full while writing .*/checkpoints: free some space"
+    with pytest.raises(UserError, match=says), pytest.warns(UserWarning, match="in a single process"):
+        saved(tmp_path, optimizer=None, shards=shards)
     assert list((tmp_path / "checkpoints").iterdir()) == []
 
 
