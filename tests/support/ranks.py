@@ -1,6 +1,6 @@
 """Several ranks as torchrun starts them, out of a process that has imported clipkit: five seconds less for each.
 
-What torchrun itself does is in the tests of `loop` and `loader/identity`, which start it for real.
+What torchrun itself does is in the tests of `loop` and `saving`, which start it for real.
 """
 
 import multiprocessing

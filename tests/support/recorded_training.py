@@ -1,8 +1,8 @@
 """Trains the `debug` recipe and writes down each sample that the trainer gets; killed by the kernel where it is asked.
 
-`python recorded_training.py DATA RUN LOG WORKERS [KILL_AT]`, also under torchrun. After KILL_AT batches of a new run
-the process that got the last one kills itself, once the newest checkpoint is on the disk (the kills while one is being
-written are those of `killed_runs`). LOG gets a file a rank and start, a line of JSON a sample.
+After `kill_at` batches of a new run the process that got the last one kills itself, once the newest checkpoint is on
+the disk (the kills while one is being written are those of `killed_runs`). `log` gets a file a rank and start, a line
+of JSON a sample.
 """
 
 import contextlib
@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import signal
-import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -67,6 +67,8 @@ def train_recorded(data: Path, run: Path, log: Path, workers: int, kill_at: int 
         loop.batches = batches
 
 
-if __name__ == "__main__":
-    (place, *folders), numbers = sys.argv[1:4], sys.argv[4:]
-    train_recorded(as_path(place), *map(Path, folders), *map(int, numbers))
+def train_as_rank(environment: dict[str, str], data: str, *arguments: Any) -> None:
+    """The same in a process of `ranks`, which began before the test set its environment."""
+    os.environ.update(environment)
+    tempfile.tempdir = None
+    train_recorded(as_path(data), *arguments)

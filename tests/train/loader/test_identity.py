@@ -8,8 +8,6 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,8 @@ import pytest
 import torch
 from object_store import s3 as s3
 from object_store import s3_server as s3_server
-from recorded_training import train_recorded
+from ranks import Ended, end_ranks
+from recorded_training import train_as_rank, train_recorded
 from safetensors.torch import load_file
 from source_kinds import upload
 
@@ -25,7 +24,6 @@ from clipkit import checkpoint
 
 BATCHES = 20
 SAMPLES = 16 * BATCHES
-DRIVER = Path(__file__).parents[2] / "support" / "recorded_training.py"
 
 Sample = dict[str, Any]
 
@@ -43,11 +41,10 @@ def assert_same(log: Path, expected: list[Sample]) -> list[int]:
     return [line["position"] for line in seen]
 
 
-def train_apart(ranks: int, *arguments: Any) -> subprocess.CompletedProcess:
+def train_apart(ranks: int, data: object, *arguments: Any) -> list[Ended]:
     """Train in processes of its own."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
-    command = [sys.executable, *launcher, str(DRIVER), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return end_ranks(train_as_rank, environment, str(data), *arguments, ranks=ranks)
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +74,7 @@ def test_any_number_of_workers_gives_the_same_samples(
     assert assert_same(tmp_path / "log", expected) == list(range(SAMPLES))
 
 
-def kill_somewhere(draw: random.Random, ranks: int, data: Path, run: Path, log: Path) -> subprocess.CompletedProcess:
+def kill_somewhere(draw: random.Random, ranks: int, data: Path, run: Path, log: Path) -> list[Ended]:
     """Start a run with any number of workers, and have the kernel kill it at any batch behind the first checkpoint.
 
     There is one every four batches, so that what comes after goes on and doesn't begin anew.
@@ -93,8 +90,8 @@ def test_killed_and_resumed_with_other_workers(
     pairs_dataset: Path, undisturbed: Path, expected: list[Sample], tmp_path: Path
 ) -> None:
     draw, run, log = random.Random(0), tmp_path / "run", tmp_path / "log"
-    killed = kill_somewhere(draw, 1, pairs_dataset, run, log)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    (killed,) = kill_somewhere(draw, 1, pairs_dataset, run, log)
+    assert killed.code == -signal.SIGKILL, killed.err
     newest = checkpoint.latest(run)
     assert newest is not None
     assert train_recorded(pairs_dataset, run, log, draw.choice([1, 2, 4])).finished
@@ -110,13 +107,14 @@ def test_two_ranks_killed_and_resumed_get_what_one_gets(
 ) -> None:
     draw, run, log = random.Random(1), tmp_path / "run", tmp_path / "log"
     killed = kill_somewhere(draw, 2, pairs_dataset, run, log)
-    assert "SIGKILL" in killed.stderr, killed.stderr
+    assert -signal.SIGKILL in [each.code for each in killed], killed
     done = train_apart(2, pairs_dataset, run, log, draw.choice([1, 2, 4]))
-    assert done.returncode == 0, done.stderr
+    assert [each.code for each in done] == [0, 0], done
+    said = "".join(each.err for each in done)
     # Both ranks read their part, and one of them speaks.
     assert {path.name for path in log.iterdir()} == {"000-0.jsonl", "000-1.jsonl", "001-0.jsonl", "001-1.jsonl"}
-    assert done.stderr.count("train full: 128/128 samples") == done.stderr.count("train full") == 1
-    assert "waits for data" in done.stderr
+    assert said.count("train full: 128/128 samples") == said.count("train full") == 1
+    assert "waits for data" in said
     assert len(assert_same(log, expected)) > SAMPLES
 
 
@@ -127,6 +125,6 @@ def test_two_ranks_and_their_workers_read_a_store_through_one_cache(
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     data = upload(pairs_dataset, f"{s3}/pairs")
     done = train_apart(2, data, tmp_path / "run", tmp_path / "log", 2)
-    assert done.returncode == 0, done.stderr
+    assert [each.code for each in done] == [0, 0], done
     assert sorted(assert_same(tmp_path / "log", expected)) == list(range(SAMPLES))
     assert not list(tmp_path.glob("clipkit-blocks-*"))
