@@ -8,30 +8,23 @@ import os
 import socket
 import subprocess
 from pathlib import Path
+from shutil import copytree
 
 import numpy as np
 import pytest
 from pod_side import HOSTS, pod_recipe
-from xla_side import emoji_task
+from xla_side import ROUNDED, emoji_task, last_stage, small
 
 from clipkit.checkpoint import folder_of
 from clipkit.config import set_values
 from clipkit.log import read_metrics
 from clipkit.storage.files import remove
-from clipkit.train.catalogue import debug
 from clipkit.train.checks import loader_config
 from clipkit.train.loader.loader import batches
 from clipkit.train.loop import train
 from clipkit.train.sources.open import open_source
 
-# Runs the command in this very process and says how often XLA compiled.
-COUNT_COMPILATIONS = """
-import sys
-from clipkit.cli.main import main
-main(sys.argv[1:], standalone_mode=False)
-import torch_xla.debug.metrics as metrics
-print("compilations", metrics.metric_data("CompileTime")[0])
-"""
+SUPPORT = Path(__file__).parents[1] / "support"
 
 
 @pytest.fixture(scope="module")
@@ -41,18 +34,13 @@ def xla_python() -> str:
     return path
 
 
-ROUNDED = "optimizer.mu_dtype=bfloat16"
+def losses_on_cpu(data, run, recipe):
+    train(recipe, data, run, device_name="cpu", workers=1)
+    return losses(run)
 
 
-@pytest.fixture(scope="module")
-def losses_on_cpu(pairs_dataset, tmp_path_factory):
-    """By the settings that change what is learned."""
-    found = {}
-    for settings in ((), (ROUNDED,)):
-        run = tmp_path_factory.mktemp("cpu")
-        train(set_values(debug(), settings), pairs_dataset, run, device_name="cpu", workers=1)
-        found[settings] = [line["loss"] for line in read_metrics(run)]
-    return found
+def losses(run):
+    return [line["loss"] for line in read_metrics(run)]
 
 
 def environment(devices: int) -> dict[str, str]:
@@ -62,71 +50,75 @@ def environment(devices: int) -> dict[str, str]:
     return os.environ | flags | {"PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": str(devices)}
 
 
-# torch's own way of computing activations again doesn't know XLA. Micro-batches are compiled by themselves: the cut,
-# the features, the loss, and the first, the middle and the last one's gradients.
-@pytest.mark.parametrize(
-    ("devices", "settings", "most"),
-    [(1, ["checkpoint_activations=true", "micro_batch=4"], 32), (4, ["shard_weights=true", ROUNDED], 80)],
-)
-def test_training_on_xla_equals_training_on_the_cpu(
-    xla_python, pairs_dataset, losses_on_cpu, tmp_path, devices, settings, most
-):
-    cpu_losses = losses_on_cpu[tuple({ROUNDED} & set(settings))]
-    command = [xla_python, "-c", COUNT_COMPILATIONS, "train", "--data", str(pairs_dataset), "--recipe", "debug"]
-    command += ["--device", "tpu", "--workers", "1", "--out", str(tmp_path)]
-    command += [f"--set={setting}" for setting in settings]
+def run_side(python, devices, *arguments):
+    """What `xla_side` prints."""
+    command = [python, str(SUPPORT / "xla_side.py"), *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment(devices))
     assert done.returncode == 0, done.stderr
-
-    losses = [line["loss"] for line in read_metrics(tmp_path)]
-    assert len(losses) == 20
-    assert losses == pytest.approx(cpu_losses, rel=1e-6)
-
-    device = json.loads((tmp_path / "config.json").read_text())["device"]
-    assert (device["kind"], device["devices"]) == ("xla", devices)
-    # Shapes are static and nothing that changes is a constant of the graph: after the first steps of each of the two
-    # stages (with and without gradients' buffers; the initial weights) nothing is compiled again.
-    compilations = int(done.stdout.split("compilations")[-1])
-    assert compilations <= most, f"{compilations} compilations for 20 steps: a graph changes from step to step"
-
-    if devices == 4:  # the checkpoint of sharded weights is whole: one device goes on from it
-        remove(folder_of(tmp_path, 320))
-        done = subprocess.run([*command, "--resume"], capture_output=True, text=True, env=environment(1))
-        assert done.returncode == 0, done.stderr
-        assert [line["loss"] for line in read_metrics(tmp_path)] == pytest.approx(cpu_losses, rel=1e-6)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 @pytest.fixture(scope="module")
-def seen_inside(xla_python, pairs_dataset, tmp_path_factory):
-    """What `xla_side` finds on four devices, and the losses of the run that it makes there."""
-    script, out = Path(__file__).parents[1] / "support" / "xla_side.py", tmp_path_factory.mktemp("inside")
-    command = [xla_python, str(script), str(pairs_dataset), str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment(4))
-    assert done.returncode == 0, done.stderr
-    losses = [line["loss"] for line in read_metrics(out / "smaller")]
-    return json.loads(done.stdout.splitlines()[-1]) | {"losses": losses}
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("xla")
 
 
-def test_a_step_whose_shapes_change_after_the_first_ones_stops_the_run(seen_inside):
-    assert "the training step was compiled again at 304 samples" in seen_inside["smaller_batches"]
-    assert "PT_XLA_DEBUG_LEVEL=2" in seen_inside["smaller_batches"]
+@pytest.fixture(scope="module")
+def on_four(xla_python, pairs_dataset, folder):
+    """What `xla_side` finds on four devices."""
+    return run_side(xla_python, 4, "four", pairs_dataset, folder)
 
 
-def test_whole_weights_on_several_devices_learn_what_the_cpu_learns(seen_inside, losses_on_cpu):
-    assert seen_inside["losses"] == pytest.approx(losses_on_cpu[()][:19], rel=1e-6)
+@pytest.fixture(scope="module")
+def on_one(xla_python, pairs_dataset, folder, on_four):
+    """And on one, which goes on with the run of four from its last checkpoint but one."""
+    (folder / "sharded").rename(folder / "whole")
+    copytree(folder / "whole", folder / "sharded")
+    remove(folder_of(folder / "sharded", 192))
+    return run_side(xla_python, 1, "one", pairs_dataset, folder)
 
 
-def test_all_matrices_and_their_moments_are_sharded_where_they_would_fill_a_chip(seen_inside):
-    assert seen_inside["sharded_shares"] == [1.0, 1.0, 1.0]
-    assert seen_inside["shards_by_itself"] == [False, True, False]  # of memory that isn't known, small, and large
+@pytest.mark.parametrize(("run", "devices", "settings", "most"), [("whole", 4, [ROUNDED], 72), ("parts", 1, [], 30)])
+def test_training_on_xla_equals_training_on_the_cpu(
+    on_four, on_one, folder, pairs_dataset, tmp_path, run, devices, settings, most
+):
+    expected = losses_on_cpu(pairs_dataset, tmp_path, set_values(small(), settings))
+    assert len(expected) == 12
+    assert losses(folder / run) == pytest.approx(expected, rel=1e-6)
+    device = json.loads((folder / run / "config.json").read_text())["device"]
+    assert (device["kind"], device["devices"]) == ("xla", devices)
+    # Shapes are static and nothing that changes is a constant of the graph: after the first steps of each of the two
+    # stages (with and without gradients' buffers; the initial weights) nothing is compiled again.
+    compilations = (on_four if devices == 4 else on_one)["compilations"]
+    assert compilations <= most, f"{compilations} compilations for 12 steps: a graph changes from step to step"
 
 
-def test_gradients_of_micro_batches_on_several_devices_are_those_of_the_whole_batch(seen_inside):
-    assert seen_inside["micro_batch_error"] < 1e-5 * seen_inside["largest_gradient"]
+def test_one_device_goes_on_from_a_checkpoint_of_sharded_weights(on_one, folder):
+    unbroken = losses(folder / "whole")
+    assert losses(folder / "sharded") == pytest.approx(unbroken, rel=1e-6) and len(unbroken) == 12
 
 
-def test_an_evaluation_on_several_devices_counts_what_the_cpu_counts(seen_inside):
-    (found, expected) = (dict(seen_inside[name]) for name in ("counts", "counts_on_cpu"))
+def test_a_step_whose_shapes_change_after_the_first_ones_stops_the_run(on_four):
+    assert "the training step was compiled again at 80 samples" in on_four["smaller_batches"]
+    assert "PT_XLA_DEBUG_LEVEL=2" in on_four["smaller_batches"]
+
+
+def test_whole_weights_on_several_devices_learn_what_the_cpu_learns(on_four, folder, pairs_dataset, tmp_path):
+    on_cpu = losses_on_cpu(pairs_dataset, tmp_path, last_stage())
+    assert losses(folder / "smaller") == pytest.approx(on_cpu[:5], rel=1e-6)
+
+
+def test_all_matrices_and_their_moments_are_sharded_where_they_would_fill_a_chip(on_four):
+    assert on_four["sharded_shares"] == [1.0, 1.0, 1.0]
+    assert on_four["shards_by_itself"] == [False, True, False]  # of memory that isn't known, small, and large
+
+
+def test_gradients_of_micro_batches_on_several_devices_are_those_of_the_whole_batch(on_four):
+    assert on_four["micro_batch_error"] < 1e-5 * on_four["largest_gradient"]
+
+
+def test_an_evaluation_on_several_devices_counts_what_the_cpu_counts(on_four):
+    (found, expected) = (dict(on_four[name]) for name in ("counts", "counts_on_cpu"))
     assert found == pytest.approx(expected, rel=1e-6) and 0 < expected["emoji/top5"] < 1
     assert [found[f"emoji/{name}"] for name in ("top1", "top5")] == [
         expected[f"emoji/{name}"] for name in ("top1", "top5")
@@ -138,11 +130,10 @@ def test_the_hosts_of_a_pod_train_and_evaluate_together_as_one_process_does(xla_
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    script = Path(__file__).parents[1] / "support" / "pod_side.py"
     (tmp_path / "shared").mkdir()
     hosts = [
         subprocess.Popen(
-            [xla_python, str(script), str(host), port, str(pairs_dataset), str(tmp_path / "shared")],
+            [xla_python, str(SUPPORT / "pod_side.py"), str(host), port, str(pairs_dataset), str(tmp_path / "shared")],
             stderr=subprocess.PIPE,
             text=True,
             env=environment(HOSTS),

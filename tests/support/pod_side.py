@@ -14,10 +14,9 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-from xla_side import emoji_task
+from xla_side import emoji_task, small
 
 from clipkit.device import Device
-from clipkit.train.catalogue import debug
 from clipkit.train.loop import train
 from clipkit.train.recipes import Recipe
 
@@ -27,7 +26,7 @@ CHIPS = ("CPU:1", "CPU:0")  # by host: not in the order of their numbers
 
 def pod_recipe() -> Recipe:
     """Three steps."""
-    return replace(debug(), stages=(replace(debug().stages[1], samples=48, warmup_samples=16),))
+    return replace(small(), stages=(replace(small().stages[1], samples=48, warmup_samples=16),))
 
 
 def main(host: int, port: str, data: Path, out: Path) -> None:

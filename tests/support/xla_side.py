@@ -1,6 +1,7 @@
-"""Runs in the environment of torch_xla, and prints one line of JSON: what the trainer does there on several devices.
+"""Runs in the environment of torch_xla, and prints one line of JSON: what the trainer does there.
 
-python xla_side.py DATA OUT
+`python xla_side.py four DATA OUT` on several devices, and then `python xla_side.py one DATA OUT` on one: each process
+takes seconds to begin, so it makes several runs.
 """
 
 import json
@@ -15,6 +16,8 @@ import pyarrow.parquet as pq
 import torch
 
 from clipkit import embedded
+from clipkit.cli.main import main
+from clipkit.config import set_values
 from clipkit.device import Device, pick
 from clipkit.embedding.encoder import Compute, clip_encoder
 from clipkit.errors import UserError
@@ -27,30 +30,52 @@ from clipkit.train.checks import preprocess_at
 from clipkit.train.fit.setup import is_sharding, set_up
 from clipkit.train.loop import train
 from clipkit.train.optimizer import make_optimizer
-from clipkit.train.recipes import model_at
+from clipkit.train.recipes import Recipe, model_at
 from clipkit.train.step import train_step
+
+ROUNDED = "optimizer.mu_dtype=bfloat16"
+SMALL = ("model.image.depth=1", "stages.0.samples=96", "stages.1.samples=96")
+SHARDED = ("--set=shard_weights=true", f"--set={ROUNDED}")
+
+
+def small() -> Recipe:
+    """The debug recipe with half as many blocks and steps: XLA takes a while to compile for a CPU, and to compute."""
+    return set_values(debug(), SMALL)
+
+
+def train_by_command(data: Path, out: Path, *options: str) -> int:
+    """`clipkit train` as it is typed; how often this process has compiled by its end."""
+    arguments = ["train", "--data", str(data), "--recipe", "debug", "--device", "tpu", "--workers", "1"]
+    arguments += [f"--set={setting}" for setting in SMALL]
+    main([*arguments, "--out", str(out), *options], standalone_mode=False)
+    return pick("tpu").compilations()
+
+
+def last_stage() -> Recipe:
+    """Its last stage, as all of a run."""
+    return replace(small(), stages=small().stages[-1:])
 
 
 def train_on_smaller_batches(data: Path, out: Path) -> str:
     """The error of a run whose last batch is smaller."""
-    place, batches = Device.batch, 0
+    place, batches, steps = Device.batch, 0, last_stage().samples // 16
 
     def shrink(self: Device, arrays: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
         nonlocal batches
         batches += 1
-        return place(self, {name: array[: 8 if batches > 19 else None] for name, array in arrays.items()})
+        return place(self, {name: array[: 8 if batches == steps else None] for name, array in arrays.items()})
 
     try:
         with patch.object(Device, "batch", shrink):
-            train(debug(), data, out, device_name="tpu", workers=0)
+            train(last_stage(), data, out, device_name="tpu", workers=0)
     except UserError as error:
         return str(error)
     return ""
 
 
 def small_model() -> CLIP:
-    """The debug recipe's at its last stage."""
-    return build(model_at(debug(), debug().stages[-1]), seed=1)
+    """The recipe's at its last stage."""
+    return build(model_at(small(), small().stages[-1]), seed=1)
 
 
 def made_up_batch() -> dict[str, np.ndarray]:
@@ -68,7 +93,7 @@ def gradients(device: Device, micro_batch: int | None) -> torch.Tensor:
     model, found = small_model().to(device.torch_device).train(), []
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     optimizer.register_step_pre_hook(lambda *_: found.extend(each.grad.flatten() for each in model.parameters()))
-    recipe = replace(debug(), micro_batch=micro_batch, optimizer=replace(debug().optimizer, grad_clip=None))
+    recipe = replace(small(), micro_batch=micro_batch, optimizer=replace(small().optimizer, grad_clip=None))
     train_step(model, optimizer, device.batch(made_up_batch()), recipe, device)
     return torch.cat(found).cpu()
 
@@ -76,7 +101,7 @@ def gradients(device: Device, micro_batch: int | None) -> torch.Tensor:
 def shards_by_itself(device: Device, memory: float | None) -> bool:
     """Whether weights are sharded where nobody says so, on chips with so many bytes of memory."""
     with patch.object(Device, "memory", lambda _: memory):
-        return is_sharding(debug(), debug().stages[-1], device)
+        return is_sharding(small(), small().stages[-1], device)
 
 
 def sharded_shares(device: Device) -> list[float]:
@@ -85,12 +110,12 @@ def sharded_shares(device: Device) -> list[float]:
     """
     import torch_xla
 
-    model, (stage,) = small_model().train(), debug().stages[-1:]
+    model, (stage,) = small_model().train(), small().stages[-1:]
     with patch.object(Device, "memory", lambda _: 100e6):
-        set_up(model, debug(), stage, device)
-    optimizer = make_optimizer(model, debug().optimizer, stage.learning_rate, device)
+        set_up(model, small(), stage, device)
+    optimizer = make_optimizer(model, small().optimizer, stage.learning_rate, device)
     for _ in range(2):
-        train_step(model, optimizer, device.batch(made_up_batch()), replace(debug(), micro_batch=None), device)
+        train_step(model, optimizer, device.batch(made_up_batch()), replace(small(), micro_batch=None), device)
     matrices = [each for each in model.parameters() if each.dim() > 1]
     kept = [[optimizer.state[each][name] for each in matrices] for name in ("exp_avg", "exp_avg_sq")]
     specs = [[torch_xla._XLAC._get_xla_sharding_spec(each) for each in tensors] for tensors in (matrices, *kept)]
@@ -106,24 +131,37 @@ def emoji_task(folder: Path) -> Classification:
 
 def counts(device: Device, out: Path) -> list[object]:
     """What an evaluation finds."""
-    encoder = clip_encoder(small_model(), Tokenizer(), preprocess_at(debug(), debug().stages[-1]))
+    encoder = clip_encoder(small_model(), Tokenizer(), preprocess_at(small(), small().stages[-1]))
     return list(evaluate(encoder.to(device.torch_device), emoji_task(out), Compute(device, batch_size=32)))
 
 
-if __name__ == "__main__":
-    data, out = map(Path, sys.argv[1:])
+def on_several_devices(data: Path, out: Path) -> dict[str, object]:
+    """A run with sharded weights, one with whole ones, and what else is done there."""
+    compilations = train_by_command(data, out / "sharded", *SHARDED)
     device, cpu = pick("tpu"), pick("cpu")
     whole = gradients(cpu, None)
-    print(
-        json.dumps(
-            {
-                "smaller_batches": train_on_smaller_batches(data, out / "smaller"),
-                "largest_gradient": float(whole.abs().max()),
-                "micro_batch_error": float((gradients(device, 2) - whole).abs().max()),
-                "sharded_shares": sharded_shares(device),
-                "shards_by_itself": [shards_by_itself(device, memory) for memory in (None, 100e6, 16e9)],
-                "counts": counts(device, out),
-                "counts_on_cpu": counts(cpu, out),
-            }
-        )
-    )
+    return {
+        "compilations": compilations,
+        "smaller_batches": train_on_smaller_batches(data, out / "smaller"),
+        "largest_gradient": float(whole.abs().max()),
+        "micro_batch_error": float((gradients(device, 2) - whole).abs().max()),
+        "sharded_shares": sharded_shares(device),
+        "shards_by_itself": [shards_by_itself(device, memory) for memory in (None, 100e6, 16e9)],
+        "counts": counts(device, out),
+        "counts_on_cpu": counts(cpu, out),
+    }
+
+
+def on_one_device(data: Path, out: Path) -> dict[str, object]:
+    """A run in micro-batches; and the sharded run, of which the end is missing by now."""
+    # torch's own way of computing activations again doesn't know XLA. Micro-batches are compiled by themselves: the
+    # cut, the features, the loss, and the first, the middle and the last one's gradients.
+    settings = ("--set", "checkpoint_activations=true", "--set", "micro_batch=4")
+    compilations = train_by_command(data, out / "parts", *settings)
+    train_by_command(data, out / "sharded", *SHARDED, "--resume")
+    return {"compilations": compilations}
+
+
+if __name__ == "__main__":
+    found = {"four": on_several_devices, "one": on_one_device}[sys.argv[1]](*map(Path, sys.argv[2:]))
+    print(json.dumps(found))
