@@ -93,6 +93,12 @@ def losses(run):
 def test_it_is_the_run_on_images_without_its_tower(runs, images, features, model):
     ours, theirs = weights(runs / "features"), weights(runs / "pairs")
     assert losses(runs / "features") == pytest.approx(losses(runs / "pairs"), abs=1e-5)
+    # The gradient of a key's bias is zero but for rounding, of which Adam makes whole steps.
+    keys = slice(SMALL.text.width, 2 * SMALL.text.width)
+    for each in (ours, theirs):
+        for name in ours:
+            if name.startswith("text.") and name.endswith("qkv.bias"):
+                each[name][keys] = 0
     assert {name for name in ours if abs(ours[name] - theirs[name]).max() > 1e-5} == set()
     first = weights(model)
     changed = {name.split(".")[0] for name in ours if not torch.equal(ours[name], first[name])}

@@ -94,14 +94,18 @@ def _named(file: Path, text: str, images: Sequence[Image]) -> list[str] | None:
     """
     names = _Names(images)
     tables = {delimiter: _rows(text, delimiter) for delimiter in DELIMITERS}
+    # Of a class `;` behind a tab, the semicolon leaves nothing: such a table names the images as well, and no class.
     scores = {
-        (delimiter, column): names.score([row[column] for row in rows if len(row) > column])
+        (delimiter, column): (
+            *names.score([row[column] for row in rows if len(row) > column]),
+            sum(any(field for at, field in enumerate(row) if at != column) for row in rows),
+        )
         for delimiter, rows in tables.items()
         for column in range(max(map(len, rows), default=0))
         if max(map(len, rows)) > 1
     }
     best = max(scores, key=lambda key: scores[key], default=None)
-    if best is None or scores[best] == (0, 0):
+    if best is None or scores[best][:2] == (0, 0):
         _refuse_unmatched(file, tables, images)
         return None
     rows, column = tables[best[0]], best[1]
@@ -164,7 +168,7 @@ class _Names:
 def _header(rows: list[list[str]], column: int, names: _Names) -> list[str] | None:
     """The names of the columns, when the first row has them: it names no image, and its class is no other row's."""
     first = [field.lower() for field in rows[0]] + [""] * (max(map(len, rows)) - len(rows[0]))
-    if column >= len(first) or names.find(rows[0][column]) is not None or is_image(first[column]):
+    if column >= len(rows[0]) or names.find(rows[0][column]) is not None or is_image(first[column]):
         return None
     values = {field for row in rows[1:] for field in row}
     known = find_name(first, (*FILE_NAMES, *CLASS_NAMES, KAGGLE_COLUMN)) is not None

@@ -5,7 +5,7 @@ import io
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from image_shards import picture
 from labelled_sources import write_heap
@@ -93,6 +93,11 @@ TEXTS = st.text(st.characters(exclude_categories=("Cs", "Cc")), min_size=1).filt
     st.booleans(),
     st.booleans(),
 )
+@example([";", ";"], "\t", csv.QUOTE_MINIMAL, False, True)
+@example([";", ";"], "\t", csv.QUOTE_MINIMAL, False, False)
+@example([";", ";"], "\t", csv.QUOTE_MINIMAL, True, True)
+@example([";", ";"], "\t", csv.QUOTE_MINIMAL, True, False)
+@example([",", ","], ";", csv.QUOTE_MINIMAL, True, False)
 def test_what_csv_writes_reads_back_equal(tmp_path_factory, names, delimiter, quoting, header, first) -> None:
     images = [Image("heap", f"picture {number}.jpg", -1, 1, "") for number in range(len(names))]
     written = io.StringIO()
