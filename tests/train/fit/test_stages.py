@@ -22,6 +22,7 @@ from clipkit.train.loop import train
 from clipkit.train.optimizer import copy_for_average, keep_average, local_of, make_optimizer
 from clipkit.train.recipes import model_at
 from clipkit.train.run import parts
+from clipkit.train.saving import bytes_of
 from clipkit.train.step import train_step
 
 
@@ -270,6 +271,7 @@ def test_sharded_weights_stay_on_the_gpu_and_checkpoints_gather_them(two_gpus, m
             gathered = {name: checkpoint.whole(each) for name, each in found[part].items()}
             assert {each.device.type for each in gathered.values()} == {"cuda"}
             assert {name: each.shape for name, each in gathered.items() if name in whole} == whole
+            assert bytes_of({part: found[part]}) == bytes_of({part: gathered})  # what the disk is asked for
         moments = [each for name, each in found["optimizer"].items() if name.startswith("exp_avg/")]
         assert {each.dtype for each in moments} == {torch.bfloat16}
         assert sum(local_of(each).numel() for each in moments) < 0.6 * sum(each.numel() for each in moments)
