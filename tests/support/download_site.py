@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pyarrow as pa
@@ -15,6 +16,8 @@ from PIL import Image
 
 from clipkit.cli.demo_server import Answer, serve
 from clipkit.formats.dataset import open_dataset
+from clipkit.jobs.local import run_here
+from clipkit.tfrecord_tools.download import work
 from clipkit.tfrecord_tools.download.command import download
 from clipkit.tfrecord_tools.download.finish import DownloadSummary
 from clipkit.tfrecord_tools.pictures.picture import PictureSettings
@@ -83,10 +86,19 @@ def port_of(urls: Path, column: str = "URL") -> int:
     return int(pq.read_table(urls)[column][0].as_py().split(":")[2].split("/")[0])
 
 
+def run_in_this_process(function: Any, items: Any, *, describe: Any, **_: Any) -> Any:
+    """Stands in for `run_jobs`: the workers' part here too."""
+    return run_here(function, items, describe)
+
+
 def fetch(urls: Path | str, out: Path | str, **options: Any) -> DownloadSummary:
-    """A download with small settings that reach loopback."""
-    settings = {"network": NETWORK, "pictures": PICTURES, "processes": 1, "samples_per_shard": 6}
-    return download(urls, out, **{**settings, **options})
+    """A download with small settings that reach loopback. Its worker is this process, which has everything imported,
+    unless `processes` says how many of their own there are."""
+    settings = {"network": NETWORK, "pictures": PICTURES, "samples_per_shard": 6, **options}
+    if "processes" in options:
+        return download(urls, out, **settings)
+    with patch.object(work, "run_jobs", run_in_this_process):
+        return download(urls, out, processes=1, **settings)
 
 
 def write_urls(path: Path, **columns: Any) -> Path:

@@ -19,15 +19,10 @@ from pathlib import Path
 import pandas, rich.console, rich.progress  # else each fork imports them for itself
 sys.path.insert(0, sys.argv[1])
 from download_site import NETWORK, PICTURES, fetch
-from clipkit.tfrecord_tools.download import work
-from clipkit.jobs.local import run_here
 from clipkit.tfrecord_tools.download.worker import fetch_batch
 from clipkit.tfrecord_tools.pictures.picture import PictureMaker
 
 PictureMaker(PICTURES)
-
-def run_in_this_process(function, items, *, describe, **options):
-    return run_here(function, items, describe)
 
 def die_at(count):
     # Renames are where one state becomes the next, and where a clock would hardly ever hit.
@@ -42,7 +37,6 @@ def die_at(count):
 def child(order):
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     os.dup2(os.open(order["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
-    work.run_jobs = run_in_this_process
     if order["renames"] is not None:
         die_at(order["renames"])
     fetch(order["urls"], order["out"], **order["options"])

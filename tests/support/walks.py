@@ -58,13 +58,6 @@ def walk_of_a_row(folder: Path) -> list[str]:
     from bad_server import bad_server
     from download_site import fetch, numbered, write_numbered
 
-    from clipkit.jobs.local import run_here
-    from clipkit.tfrecord_tools.download import work
-
-    def run_in_this_process(function: Any, items: Any, *, describe: Any, **_: Any) -> Any:
-        return run_here(function, items, describe)
-
-    work.run_jobs = run_in_this_process
     calls = []
     for count in (4, 4, 8):  # the first fills caches
         with bad_server(numbered(count)) as server:

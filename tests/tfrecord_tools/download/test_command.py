@@ -284,7 +284,7 @@ def test_summary_is_withdrawn_while_shards_are_missing(
     (out / "clipkit" / "shards" / "00001.json").unlink()
     monkeypatch.setattr(work, "run_jobs", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        fetch(urls, tmp_path, preset="laion400m")
+        fetch(urls, tmp_path, preset="laion400m", processes=1)
     assert not (out / "clipkit" / "download.json").exists() and not (out / "dataset_info.json").exists()
     with pytest.raises(UserError):
         open_dataset(out)
@@ -403,7 +403,7 @@ sys.path.insert(0, sys.argv[1])
 from download_site import fetch
 
 if __name__ == "__main__":
-    summary = fetch(sys.argv[2], sys.argv[3], format="webdataset")
+    summary = fetch(sys.argv[2], sys.argv[3], format="webdataset", processes=1)
     print(summary.downloaded, [name for name in ("img2dataset", "albumentations", "torch") if name in sys.modules])
 """
 

@@ -16,9 +16,7 @@ from object_store import s3_server as s3_server
 
 from clipkit.errors import UserError
 from clipkit.formats.dataset import open_dataset
-from clipkit.jobs.local import run_here
 from clipkit.storage.files import as_path, remove
-from clipkit.tfrecord_tools.download import work
 from clipkit.tfrecord_tools.reasons import DEFAULT_RETRY
 
 COUNT, SHARD = 12, 3
@@ -66,17 +64,9 @@ def test_on_a_cluster_started_for_it(urls: Path, whole: dict[str, bytes], tmp_pa
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The workers' part too: the memory file system is this process's own."""
-    monkeypatch.setattr(work, "run_jobs", lambda function, items, *, describe, **_: run_here(function, items, describe))
-
-
 @pytest.mark.parametrize("format", ["tfds", "webdataset", "parquet"])
-def test_from_and_to_memory(
-    urls: Path, server: BadServer, tmp_path: Path, format: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_from_and_to_memory(urls: Path, server: BadServer, tmp_path: Path, format: str) -> None:
     """Table and output in a store, with a condition; killed, gone on with, and retried there."""
-    in_this_process(monkeypatch)
     store = as_path(f"memory://{uuid.uuid4().hex}")
     (store / "in" / "urls.parquet").write_bytes(urls.read_bytes())
     options = {"format": format, "samples_per_shard": SHARD, "where": "number < 9", "keep_columns": ["number"]}

@@ -15,11 +15,21 @@ import pytest
 from bad_server import bad_server, only_loopback, refusing_port
 from click.testing import CliRunner
 from dns_server import NXDOMAIN, SILENT, dns_server, every
-from download_site import JPEG, NETWORK, encoded, examples, fetch, file_bytes, numbered, write_numbered, write_urls
+from download_site import (
+    JPEG,
+    NETWORK,
+    encoded,
+    examples,
+    fetch,
+    file_bytes,
+    numbered,
+    run_in_this_process,
+    write_numbered,
+    write_urls,
+)
 from PIL import Image
 
 from clipkit.cli.main import main
-from clipkit.jobs.local import run_here
 from clipkit.tfrecord_tools.account.ledger import read_ledger
 from clipkit.tfrecord_tools.download import work
 from clipkit.tfrecord_tools.download.worker import SHARDS_UNDER_WAY
@@ -29,7 +39,7 @@ from clipkit.tfrecord_tools.pictures.picture import PictureSettings
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The workers' part in this process, where the guard over the sockets stands."""
-    monkeypatch.setattr(work, "run_jobs", lambda function, items, *, describe, **_: run_here(function, items, describe))
+    monkeypatch.setattr(work, "run_jobs", run_in_this_process)
     with only_loopback():
         yield
 
@@ -147,7 +157,8 @@ def test_certificates_are_checked(tmp_path: Path, certificate: str, monkeypatch:
     with bad_server({"/a.jpg": JPEG}, certificate=certificate, folder=tmp_path) as server:
         monkeypatch.setenv("SSL_CERT_FILE", str(server.ca_file))
         urls = write_urls(tmp_path / "u.parquet", url=[server.url("/a.jpg")], caption=["a"])
-        summary = fetch(urls, tmp_path / "out", format="webdataset")
+        # In a process of its own: one that has opened connections keeps the certificates of the first.
+        summary = fetch(urls, tmp_path / "out", format="webdataset", processes=1)
     assert summary.failed == ({} if certificate == "good" else {"tls": 1})
 
 
