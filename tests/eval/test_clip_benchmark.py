@@ -40,15 +40,16 @@ from clipkit.text.tokenizer import Tokenizer
 
 SIDE = Path(__file__).parents[1] / "support" / "clip_benchmark_side.py"
 SIZE = 48
+WORDS = 24  # of 77 in CLIP: a third of the work on 32,000 prompts
 OURS = ModelConfig(
     embed_dim=64,
     image=ImageConfig("vit_tiny_patch16_224", image_size=SIZE, patch_size=8, width=64, depth=2, heads=2),
-    text=TextConfig(context_length=77, width=64, depth=2, heads=2),
+    text=TextConfig(context_length=WORDS, width=64, depth=2, heads=2),
 )
 THEIRS = {
     "embed_dim": 64,
     "vision_cfg": {"image_size": SIZE, "patch_size": 8, "width": 64, "layers": 2, "head_width": 32},
-    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 64, "layers": 2, "heads": 2},
+    "text_cfg": {"context_length": WORDS, "vocab_size": 49408, "width": 64, "layers": 2, "heads": 2},
 }
 TEMPLATES = ["a picture of {c}.", "{c}", "an icon of {c}, small"]
 
@@ -80,12 +81,17 @@ def trained() -> open_clip.CLIP:
     torch.manual_seed(0)
     model, tokenizer, rows = open_clip.CLIP(**THEIRS).eval(), Tokenizer(), heldout()
     groups = sorted({row["group"] for row in rows})
-    ids = torch.from_numpy(tokenizer.rows(tokenizer.encode([f"a picture of {group}." for group in groups]), 77)).long()
-    text_CE = model.encode_text(ids, normalize=True)
+
+    def embed(names: list[str]) -> torch.Tensor:
+        ids_BT = tokenizer.rows(tokenizer.encode([f"a picture of {name}" for name in names]), WORDS)
+        text_BE = model.encode_text(torch.from_numpy(ids_BT).long(), normalize=True)
+        return text_BE - text_BE.mean(0)
+
     pixels_NHWC = np.stack([eval_transform(np.asarray(pixels_of(row)), SIZE) for row in rows])
     model.visual.proj.copy_(torch.eye(64))
     feature_NE = model.encode_image(torch.from_numpy(pixels_NHWC).permute(0, 3, 1, 2).float() / 64 - 2)
-    wanted_NE = (text_CE - text_CE.mean(0))[[groups.index(row["group"]) for row in rows]]
+    of_group_NE = embed([f"{group}." for group in groups])[[groups.index(row["group"]) for row in rows]]
+    wanted_NE = 2 * of_group_NE + embed([row["label"] for row in rows])
     model.visual.proj.copy_(torch.linalg.lstsq(feature_NE, wanted_NE).solution)
     return model
 
