@@ -98,8 +98,9 @@ def write(engine: str, folder: Path) -> object:
     """What a stage does: what is finished stays, the rest is made."""
     lacking = [number for number in range(8) if not (folder / f"{number:05d}.bin").exists()]
     for index, _ in run(engine, functools.partial(job_functions.write_bytes, folder), lacking):
-        print(json.dumps(["finished", lacking[index]]), flush=True)
-    return [len(lacking), signal.getsignal(signal.SIGINT) is signal.default_int_handler]
+        own_signals = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        print(json.dumps(["finished", lacking[index], own_signals]), flush=True)
+    return len(lacking)
 
 
 @contextlib.contextmanager

@@ -20,11 +20,13 @@ from pathlib import Path
 from typing import IO, Any
 
 import pytest
+from click.testing import CliRunner
 from image_shards import picture
 from job_functions import alive, square, wait_until
-from ranks import command, run_ranks
+from ranks import run_ranks
 from small_encoder import small_run
 
+from clipkit.cli.main import main
 from clipkit.errors import UserError
 from clipkit.jobs import ray as jobs_ray
 from clipkit.jobs import spark as jobs_spark
@@ -224,7 +226,8 @@ def test_a_driver_that_was_killed_ends_in_the_same_bytes(
 ) -> None:
     environment = environment_of(engine, request)
     with driver(engine, tmp_path, ["write"], mark, environment) as (process, output):
-        assert [json.loads(output.readline())[0] for _ in range(4)] == ["finished"] * 4
+        finished = [json.loads(output.readline()) for _ in range(4)]
+        assert [(word, own_signals) for word, _, own_signals in finished] == [("finished", True)] * 4
         wait_until(lambda: started(tmp_path, 2))
         process.kill()
         process.wait()
@@ -232,8 +235,9 @@ def test_a_driver_that_was_killed_ends_in_the_same_bytes(
     (tmp_path / "go").touch()
     assert written(tmp_path) == {name: data for name, data in wanted_bytes().items() if name < "00004"}
     clear_leftovers(tmp_path)
-    with driver(engine, tmp_path, ["write"], mark, environment) as (_, output):
-        assert ["write", [4, True]] in [json.loads(line) for line in output]
+    # Files are all that the next run needs, on whatever engine.
+    with driver("local", tmp_path, ["write"], mark) as (_, output):
+        assert ["write", 4] in [json.loads(line) for line in output]
     assert written(tmp_path) == wanted_bytes()
     assert sorted(path.name for path in tmp_path.glob(".*")) == []
 
@@ -259,7 +263,7 @@ def test_the_items_of_a_lost_machine_are_done_by_others(ray_cluster: RayCluster,
         ray_cluster.tell("lose")
         wait_until(lambda: len([pid for pid in set(workers_of(tmp_path)) if alive(pid)]) == 1)
         (tmp_path / "go").touch()
-        assert ["write", [8, True]] in [json.loads(line) for line in output]
+        assert ["write", 8] in [json.loads(line) for line in output]
     ray_cluster.tell("add")
     runs = (tmp_path / "runs").read_text().split("\n")
     assert len(runs) - 1 == 9  # one item was begun twice
@@ -267,50 +271,62 @@ def test_the_items_of_a_lost_machine_are_done_by_others(ray_cluster: RayCluster,
     assert written(tmp_path) == wanted_bytes()
 
 
-def command_in(folder: Path, environment: dict[str, str], *arguments: str) -> None:
+FLEET = ["zeroshot", "--ckpt", "models/1", "--ckpt", "models/2", "--data", "sets/a", "--data", "sets/b", "--json"]
+FLEET += ["--templates", "plain", "--device", "cpu", "--no-cache"]
+SWEEP = ["sweep", "mine.toml", "--device", "cpu", "--workers", "0"]
+
+
+def commands_on_ray(folder: Path, environment: dict[str, str]) -> None:
+    """Both commands, in a process that has joined the cluster: then its workers import clipkit once."""
     os.chdir(folder)
     os.environ.update(environment)
-    command(*arguments)
+    import ray  # which reads the environment
+
+    ray.init(address=environment["RAY_ADDRESS"], log_to_driver=False, logging_level="CRITICAL")
+    for command in (FLEET, SWEEP):
+        main([*command, "--engine", "ray", "--out", f"{command[0]}-ray"], standalone_mode=False)
 
 
-def test_a_fleet_of_models_has_the_results_of_one_process(ray_cluster: RayCluster, tmp_path: Path, mark: str) -> None:
+@pytest.fixture(scope="module")
+def commanded(
+    ray_cluster: RayCluster, pairs_dataset: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Path, list[str], list[str]]]:
+    """Where both commands have left their files, and what they print: in this process, and on Ray."""
+    folder = tmp_path_factory.mktemp("commands")
     for seed in (1, 2):
-        small_run(tmp_path / "models" / str(seed), seed)
+        small_run(folder / "models" / str(seed), seed)
     for name in ("a", "b"):
         for number in range(4):
-            folder = tmp_path / "sets" / name / f"{name} class {number % 2}"
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / f"{number}.png").write_bytes(picture(number))
-    given = ["zeroshot", "--ckpt", "models/1", "--ckpt", "models/2", "--data", "sets/a", "--data", "sets/b", "--json"]
-    given += ["--templates", "plain", "--device", "cpu", "--no-cache"]
-    environment = {name: value for name, value in ray_cluster.environment.items() if name.startswith("RAY_")}
+            pictures = folder / "sets" / name / f"{name} class {number % 2}"
+            pictures.mkdir(parents=True, exist_ok=True)
+            (pictures / f"{number}.png").write_bytes(picture(number))
+    text = f'base = "debug"\ndata = {json.dumps(str(pairs_dataset))}\nbudgets = [64]\n[eval]\ndata = "sets/a"\n'
+    text += "[set]\nstages.0.warmup_samples = 16\n[image]\ntokens = [16, 4]\n[text]\ntokens = [16]\n"
+    (folder / "mine.toml").write_text(text)
     printed = []
-    for engine in ("local", "ray"):
-        arguments = [*given, "--engine", engine, "--out", f"out-{engine}"]
-        printed += run_ranks(command_in, tmp_path, {**environment, MARK: mark}, *arguments, ranks=1)
-    assert printed[0] == printed[1] and len(printed[0].splitlines()) == 12
-    one, other = (tmp_path / f"out-{engine}" for engine in ("local", "ray"))
+    with contextlib.chdir(folder):
+        for command in (FLEET, SWEEP):
+            done = CliRunner().invoke(main, [*command, "--out", f"{command[0]}-local"], catch_exceptions=False)
+            assert done.exit_code == 0, done.output
+            printed += done.stdout.splitlines()
+    environment = {name: value for name, value in ray_cluster.environment.items() if name.startswith("RAY_")}
+    for mark in a_mark():
+        (on_ray,) = run_ranks(commands_on_ray, folder, {**environment, MARK: mark}, ranks=1)
+        yield folder, printed, on_ray.splitlines()
+
+
+def test_a_fleet_of_models_has_the_results_of_one_process(commanded: tuple[Path, list[str], list[str]]) -> None:
+    folder, here, on_ray = commanded
+    assert here[:12] == on_ray[:12] and all(line.startswith("{") for line in here[:12])
+    one, other = (folder / f"zeroshot-{engine}" for engine in ("local", "ray"))
     names = sorted(path.relative_to(one) for path in one.rglob("*.*"))
     assert names == sorted(path.relative_to(other) for path in other.rglob("*.*")) and len(names) >= 6
     for name in names:
         assert (one / name).read_bytes() == (other / name).read_bytes(), name
 
 
-def test_a_sweep_has_the_table_of_one_process(
-    ray_cluster: RayCluster, tmp_path: Path, mark: str, pairs_dataset: Path
-) -> None:
-    for number in range(4):
-        folder = tmp_path / "shades" / ("dark" if number % 2 else "light")
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{number}.png").write_bytes(picture(number))
-    text = f'base = "debug"\ndata = {json.dumps(str(pairs_dataset))}\nbudgets = [64]\n[eval]\ndata = "shades"\n'
-    text += "[set]\nstages.0.warmup_samples = 16\n[image]\ntokens = [16, 4]\n[text]\ntokens = [16]\n"
-    (tmp_path / "mine.toml").write_text(text)
-    environment = {name: value for name, value in ray_cluster.environment.items() if name.startswith("RAY_")}
-    for engine in ("local", "ray"):
-        arguments = ["sweep", "mine.toml", "--out", engine, "--engine", engine, "--device", "cpu", "--workers", "0"]
-        run_ranks(command_in, tmp_path, {**environment, MARK: mark}, *arguments, ranks=1)
-    tables = [(tmp_path / engine / "table.csv").read_bytes() for engine in ("local", "ray")]
+def test_a_sweep_has_the_table_of_one_process(commanded: tuple[Path, list[str], list[str]]) -> None:
+    tables = [(commanded[0] / f"sweep-{engine}" / "table.csv").read_bytes() for engine in ("local", "ray")]
     assert tables[0] == tables[1] and tables[0].count(b"\n") == 3
 
 
