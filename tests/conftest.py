@@ -10,10 +10,12 @@ import pytest
 from colour_pairs import pairs, write_tar
 from hypothesis import HealthCheck, settings
 
+from clipkit.jobs.worker import cores
+
 if TYPE_CHECKING:
     from browser import Browser
 
-# Tests run side by side, one a core: more threads in each would only wait for each other. Child processes inherit it.
+# Tests run side by side, on all cores: more threads in each would only wait for each other. Child processes inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Where tests are started in the background, a shell has SIGINT ignored, and so would every process that they start;
 # nohup does so with SIGHUP.
@@ -23,6 +25,12 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 # A slow machine is no failure.
 settings.register_profile("clipkit", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("clipkit")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """One process more than there are cores: much of a run is waiting, for what starts, is killed or times out."""
+    return cores() + 1
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
