@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
+from download_site import fetch
 from hypothesis import given
 from hypothesis import strategies as st
 from image_shards import picture
@@ -34,7 +35,7 @@ from clipkit.formats.manifest import SourceEntry, read_manifest, write_manifest
 from clipkit.formats.records import read_records
 from clipkit.storage.files import WRITTEN_BESIDE, as_path, read_json, read_json_lines
 from clipkit.tfrecord_tools.account.purged import PURGED_TABLE, purged_path, purged_rows
-from clipkit.tfrecord_tools.download.command import download
+from clipkit.tfrecord_tools.pictures.picture import PictureSettings
 from clipkit.tfrecord_tools.purge import removals as purge_list
 from clipkit.tfrecord_tools.purge import shard as purge_shard
 from clipkit.tfrecord_tools.purge.command import purge
@@ -451,8 +452,8 @@ def downloaded(tmp_path):
     with serve(now) as base:
         table = {"url": [f"{base}/{n}.jpg" for n in range(12)], "caption": [f"picture number {n}" for n in range(12)]}
         pq.write_table(pa.table(table), tmp_path / "urls.parquet")
-        get = {"name": "pairs", "samples_per_shard": 4, "network": NETWORK, "processes": 1}
-        download(tmp_path / "urls.parquet", tmp_path / "out", **get)
+        get = {"name": "pairs", "samples_per_shard": 4, "network": NETWORK, "pictures": PictureSettings()}
+        fetch(tmp_path / "urls.parquet", tmp_path / "out", **get)
     return tmp_path / "out" / "pairs" / "1.0.0", table["url"], later, get
 
 
@@ -475,10 +476,10 @@ def test_purged_rows_stay_in_the_ledger_and_are_never_fetched_again(downloaded, 
     told = read_json(data / "clipkit" / "download.json")
     assert (told["downloaded"], told["failed"]) == (6, {"purged": 4, "http-4xx": 2})
     before = contents(data)
-    assert download(tmp_path / "urls.parquet", tmp_path / "out", **get).failed == told["failed"], "nothing is fetched"
+    assert fetch(tmp_path / "urls.parquet", tmp_path / "out", **get).failed == told["failed"], "nothing is fetched"
     assert contents(data) == before
     with serve(later, urlsplit(listed[0]).port):
-        again = download(tmp_path / "urls.parquet", tmp_path / "out", retry_failed="http-4xx", **get)
+        again = fetch(tmp_path / "urls.parquet", tmp_path / "out", retry_failed="http-4xx", **get)
     assert (again.downloaded, again.failed) == (8, {"purged": 4})
     assert set(pq.read_table(data / "clipkit" / "failures.parquet")["caption"].to_pylist()) == {None}
     dataset = open_dataset(data)
@@ -498,7 +499,7 @@ def test_a_lost_shard_is_fetched_without_what_was_purged(downloaded, tmp_path, l
     (data / lost).unlink()
     gone = dict.fromkeys(("/4.jpg", "/6.jpg", "/7.jpg"), NOTHING)
     with serve(later | gone, urlsplit(listed[0]).port):
-        again = download(tmp_path / "urls.parquet", tmp_path / "out", **get)
+        again = fetch(tmp_path / "urls.parquet", tmp_path / "out", **get)
     assert (again.downloaded, again.failed) == (5, {"purged": 4, "http-4xx": 3})
     after = pq.read_table(data / "clipkit" / "ledger" / "00001.parquet", columns=before.column_names)
     assert after.to_pylist() == before.to_pylist()
@@ -530,7 +531,7 @@ def test_a_list_of_rows_without_an_image_alone(downloaded, tmp_path):
     summary = purge(data, write_list(tmp_path / "list.txt", [listed[6]]))
     assert (summary.records, summary.unmatched) == (0, 1)
     assert read_manifest(data)["train"].skipped == {"http-4xx": 3, "purged": 1}
-    assert download(tmp_path / "urls.parquet", tmp_path / "out", **get).failed == {"http-4xx": 3, "purged": 1}
+    assert fetch(tmp_path / "urls.parquet", tmp_path / "out", **get).failed == {"http-4xx": 3, "purged": 1}
     before = contents(data)
     purge(data, tmp_path / "list.txt")
     assert contents(data) == before
@@ -543,9 +544,9 @@ def test_a_download_waits_for_a_purge_that_is_not_finished(downloaded, tmp_path,
         with pytest.raises(UserError, match="the disk is full"):
             purge(data, write_list(tmp_path / "list.txt", [listed[4], listed[8]]))
     with pytest.raises(UserError, match="a purge isn't finished"):
-        download(tmp_path / "urls.parquet", tmp_path / "out", **get)
+        fetch(tmp_path / "urls.parquet", tmp_path / "out", **get)
     assert purge(data, tmp_path / "list.txt").records == 2
-    assert download(tmp_path / "urls.parquet", tmp_path / "out", **get).downloaded == 6
+    assert fetch(tmp_path / "urls.parquet", tmp_path / "out", **get).downloaded == 6
 
 
 # ---------------------------------------------------------------------------------------------------------------------
