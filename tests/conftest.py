@@ -1,5 +1,6 @@
 """Small real inputs that several test modules share."""
 
+import gc
 import os
 import signal
 from collections.abc import Iterator
@@ -46,6 +47,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         "train/test_loop.py",
     )
     items.sort(key=lambda item: not item.path.as_posix().endswith(longest))
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now isn't looked through for garbage again and again."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    """Some packages complain of objects that are left at the end."""
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
