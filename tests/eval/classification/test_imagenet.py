@@ -107,10 +107,13 @@ def test_imagenets_real_labels_and_its_count(tmp_path: Path, encoder) -> None:
     folders(root, THOUSAND, "x.txt")
     for number in (1, 2, 3):  # the first has no ReaL label
         (root / THOUSAND[number] / f"ILSVRC2012_val_{number:08d}.JPEG").write_bytes(picture(number))
-    (root / THOUSAND[9] / "ILSVRC2012_val_00000009.JPEG").write_bytes(b"broken")
-    with pytest.raises(UserError, match="1 of 4 images can't be read"):
+    broken = [root / THOUSAND[number] / f"ILSVRC2012_val_{number:08d}.JPEG" for number in (7, 8, 9)]
+    for path in broken:
+        path.write_bytes(b"broken")
+    with pytest.raises(UserError, match="3 of 6 images can't be read"):
         open_task(root, allow_empty_classes=True, templates_name="{}").measure(encoder, COMPUTE)
-    (root / THOUSAND[9] / "ILSVRC2012_val_00000009.JPEG").unlink()
+    for path in broken:
+        path.unlink()
     task = open_task(root, allow_empty_classes=True, templates_name="{}")
     outcome = task.measure(encoder, COMPUTE)
     assert outcome.notes[0] == "ImageNet 1k has 50,000 images, but here are 3: the numbers aren't comparable"
