@@ -203,6 +203,11 @@ def shown(metric: str, value: float) -> str:
     return count(value) if metric in RANKS else percent(value)
 
 
+def chance_shown(result: Result) -> str:
+    """What guessing gives, as people read it; "" where guessing has no such number."""
+    return "" if result.metric == "calibration_error" else shown(result.metric, result.chance)
+
+
 def counted_on(results: Sequence[Result]) -> str:
     """What the results of one task were counted on."""
     one = results[0]
@@ -239,7 +244,7 @@ def table(results: Sequence[Result], dash: str = "–") -> "Table":
             metric_title(result.metric),
             shown(result.metric, result.value),
             f"{shown(result.metric, result.low)} {dash} {shown(result.metric, result.high)}",
-            shown(result.metric, result.chance),
+            chance_shown(result),
             remark,
         ]
         grid.add_row(*cells, style="yellow" if remark else None)

@@ -5,6 +5,7 @@ their mean. A dataset that the run has results of already, of the same weights, 
 again; its images are read for that, but neither decoded nor embedded.
 """
 
+import inspect
 import math
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,8 +21,8 @@ from clipkit.errors import UserError, one_line
 from clipkit.eval import results
 from clipkit.eval.datasets import PublishedDataset, name_published, published_datasets
 from clipkit.eval.evaluation import EvaluationTask, Measured, keep, measure, note, run_of
-from clipkit.eval.open import KINDS, TaskKind, open_data
-from clipkit.eval.results import Result, digest
+from clipkit.eval.open import KINDS, NAMES, TaskKind, open_data, opener_of
+from clipkit.eval.results import METRICS, Result, digest
 from clipkit.formats.folders import printable
 from clipkit.formatting import counted, percent
 from clipkit.interop.load import load
@@ -112,7 +113,16 @@ def entries_of_file(path: Path, root: Path) -> list[Entry]:
         if not isinstance(data, str) or kind not in KINDS:
             raise UserError(f'{path}, dataset {number}: it needs data = "FOLDER", and as its task {" or ".join(KINDS)}')
         metric = options.pop("metric", _MAIN_METRICS[kind])
+        if not isinstance(metric, str) or metric.partition(":")[0] not in METRICS:
+            raise UserError(f"{path}, dataset {number}: unknown metric {metric!r}: {nearest(str(metric), METRICS)}")
         options = {"templates_name" if name == "templates" else name: value for name, value in options.items()}
+        heeded = inspect.signature(opener_of(kind)).parameters.keys() - {"published"}
+        if wrong := min(options.keys() - heeded, default=None):
+            names = ["data", "task", "metric", *(NAMES.get(name, name) for name in heeded)]
+            raise UserError(
+                f"{path}, dataset {number}: a {kind} task has no use for {NAMES.get(wrong, wrong)!r}: "
+                f"{nearest(wrong, names)}"
+            )
         options |= {name: Path(options[name]) for name in ("classes", "images", "train_data") if name in options}
         options.setdefault("name", Path(data).name)
         entries.append(Entry(options["name"], root / data, kind, metric, options))

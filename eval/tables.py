@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from clipkit.config import to_json
-from clipkit.eval.results import METRICS, Result, verdict
+from clipkit.eval.results import METRICS, Result, chance_shown, verdict
 from clipkit.formatting import percent
 
 TableFormat = Literal["table", "csv", "md", "latex"]
@@ -67,7 +67,7 @@ def results_text(results: Sequence[Result], style: TableFormat) -> str:
     rows = [
         [
             *(each.task, METRICS.get(each.metric, each.metric), percent(each.value)),
-            *(f"{percent(each.low)} – {percent(each.high)}", percent(each.chance), f"{each.n:,}", verdict(each)),
+            *(f"{percent(each.low)} – {percent(each.high)}", chance_shown(each), f"{each.n:,}", verdict(each)),
         ]
         for each in results
     ]

@@ -40,7 +40,9 @@ def plan(
     Calibrated on published times and fitted to 519 published runs (docs/plan.md); every assumption is printed.
     """
     if sum(each is not None for each in (recipe_name, columns, against, budget)) != 1:
-        raise UserError("plan needs one of --recipe, --run, --against and --budget: clipkit recipes lists the recipes")
+        raise UserError(
+            "plan takes one of --recipe, --run, --against and --budget at a time: clipkit recipes lists the recipes"
+        )
     from rich.console import Console
 
     from clipkit.config import set_values

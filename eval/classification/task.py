@@ -317,7 +317,7 @@ def open_task(
     unsaid, the one that its folder is called after. Raises UserError when the labels are
     bare numbers and no file of names is given.
     """
-    sentences = templates(templates_name) if templates_name else None
+    sentences = None if templates_name is None else templates(templates_name)
     images = open_labelled(data, label=label, split=split, allow_empty_classes=allow_empty_classes)
     if published is None:
         published = find_published(images.path) if label == "label" and "train" not in images.path.name else None

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from clipkit.eval.report import run_data
-from clipkit.eval.results import RANKS, Result, counted_on, metric_title, shown, verdict
+from clipkit.eval.results import RANKS, Result, chance_shown, counted_on, metric_title, shown, verdict
 from clipkit.page.charts import Band, Line, interval_strip, line_chart
 
 # What stands for a task in a headline and in a curve, the first of these that it has; and what is drawn beside it.
@@ -90,6 +90,7 @@ def rows(block: Block) -> list[dict[str, Any]]:
         bounds = {name: getattr(result, name) for name in ("value", "low", "high", "chance")}
         strip = interval_strip(**bounds, top=top) if result.metric not in RANKS else ""
         words = {name: shown(result.metric, bound) for name, bound in bounds.items()}
+        words["chance"] = chance_shown(result)
         about = {"result": result, "metric": metric_title(result.metric), "note": verdict(result), "strip": strip}
         listed.append(about | words)
     return listed

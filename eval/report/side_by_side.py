@@ -7,12 +7,12 @@ from typing import Any
 
 from clipkit.errors import UserError
 from clipkit.eval import results
-from clipkit.eval.comparison.compare import Entry, Pair, pair_of
+from clipkit.eval.comparison.compare import Entry, Pair, choose, pair_of
 from clipkit.eval.comparison.text import points, verdict_of
 from clipkit.eval.report import run_data
 from clipkit.eval.report.evaluations import Block, blocks, headline, history
 from clipkit.eval.report.page import CURVES, costs, report, require_run, write_page
-from clipkit.eval.results import RANKS, Result, metric_title, shown
+from clipkit.eval.results import RANKS, Result, chance_shown, metric_title, shown
 from clipkit.page.charts import Line, line_chart
 
 STYLES = "abcdef"
@@ -101,18 +101,18 @@ def over_training(runs: Sequence[Run]) -> list[str]:
 def matrix(runs: Sequence[Run]) -> dict[str, Any]:
     """The newest results of all models, a row for each number and a column for each model. A cell compares its number
     with that of the first model that has one."""
-    found: dict[tuple[str, str], dict[str, Block]] = {}
+    found: dict[tuple[str, str], dict[str, list[Block]]] = {}
     models: dict[tuple[str, str], tuple[str, str]] = {}
     entries: dict[tuple[str, str], Entry] = {}
     for run in runs:
         for block in blocks(run.results):
             models[run.name, block.model] = (block.model, "") if block.model else (run.name, run.style)
             entries[run.name, block.model] = Entry(run.name, "", block.model, run.path, block.results)
-            found.setdefault((run.name, block.model), {}).setdefault(block.task, block)
+            found.setdefault((run.name, block.model), {}).setdefault(block.task, []).append(block)
     tasks: dict[str, list[dict[str, Any]]] = {}
     counted: dict[str, str] = {}
     for task in dict.fromkeys(task for by_task in found.values() for task in by_task):
-        there = [found[model].get(task) for model in models]
+        there = chosen_blocks([found[model].get(task, []) for model in models])
         counted[task] = next(block.counted for block in there if block)
         results_of = [{result.metric: result for result in block.results} if block else {} for block in there]
         # The categories of a task, behind a colon, may be many.
@@ -125,9 +125,24 @@ def matrix(runs: Sequence[Run]) -> dict[str, Any]:
                 if result is not None and entry is not first_entry:
                     pair = pair_of(task, metric, (first_entry, entry), (first, result))
                 cells.append(cell(result, pair))
-            row = {"metric": metric_title(metric), "chance": shown(metric, first.chance), "cells": cells}
+            row = {"metric": metric_title(metric), "chance": chance_shown(first), "cells": cells}
             tasks.setdefault(task, []).append(row)
     return {"models": list(models.values()), "tasks": tasks, "counted": counted}
+
+
+def chosen_blocks(candidates: Sequence[Sequence[Block]]) -> list[Block | None]:
+    """One block of each model on a task; of several, with other templates or images, the one that `compare` takes."""
+    there = [result.metric for blocks in candidates for block in blocks for result in block.results]
+    main = headline(dict.fromkeys(there))
+    numbers = [
+        [(result, block) for block in blocks for result in block.results if result.metric == main]
+        for blocks in candidates
+    ]
+    chosen = choose([[result for result, _ in each] for each in numbers])
+    return [
+        next((block for result, block in each if result is one), blocks[-1] if blocks else None)
+        for blocks, each, one in zip(candidates, numbers, chosen, strict=True)
+    ]
 
 
 def cell(result: Result | None, pair: Pair | None) -> Mapping[str, str]:

@@ -112,11 +112,14 @@ def test_a_suite_of_ones_own(run: Path, tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     assert "average of 1 dataset: " in done.stderr and "calibration error" in done.stdout
     for text, says in (
-        ('[[dataset]]\ndata = "cars"\nmetric = "top2"\n', "cars has no metric 'top2': did you mean top1"),
+        ('[[dataset]]\ndata = "cars"\nmetric = "aupr"\n', "cars has no metric 'aupr'"),
         ("[dataset]\n", "lists no dataset: write [[dataset]]"),
         ("[[dataset]]\ntask = 'x'\n", 'dataset 1: it needs data = "FOLDER"'),
         ("[[dataset", "isn't valid TOML"),
-        ('[[dataset]]\ndata = "cars"\ncolour = 1\n', "--colour can't be heeded"),
+        ('[[dataset]]\ndata = "cars"\ncolour = 1\n', "dataset 1: a classification task has no use for 'colour'"),
+        ('[[dataset]]\ndata = "cars"\nmetrik = "top1"\n', "no use for 'metrik': did you mean metric"),
+        ('[[dataset]]\ndata = "cars"\nmetric = "top-1"\n', "unknown metric 'top-1': did you mean top1"),
+        ('[[dataset]]\ndata = "cars"\ntask = "knn"\ntemplates = "plain"\n', "a knn task has no use for 'templates'"),
     ):
         suite.write_text(text)
         done = zeroshot(run, tmp_path / "sets", str(suite))

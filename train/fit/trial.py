@@ -6,6 +6,7 @@ import torch
 
 from clipkit.device import Device
 from clipkit.model.clip import build
+from clipkit.model.distill import TeacherSpace
 from clipkit.train.fit.setup import set_up
 from clipkit.train.optimizer import copy_for_average, keep_average, make_optimizer
 from clipkit.train.recipes import Recipe, Stage, model_at
@@ -27,13 +28,19 @@ def trial_step(recipe: Recipe, stage: Stage, pairs: int, device: Device) -> Call
         keep_average(average, model, optimizer, recipe.ema_decay)
     model.train()
     batch = made_up_batch(recipe, stage, pairs, device.torch_device)
+    teachers = made_up_teachers(recipe)
 
     def step(tried: Recipe) -> None:
         for _ in range(2):
-            loss = train_step(wrapped, optimizer, batch, tried, device).loss
+            loss = train_step(wrapped, optimizer, batch, tried, device, teachers).loss
         loss.item()
 
     return step
+
+
+def made_up_teachers(recipe: Recipe) -> tuple[TeacherSpace, ...]:
+    """One of the model's own width where the recipe has teachers: theirs is a small part of a step at any width."""
+    return (TeacherSpace(recipe.model.embed_dim, 100.0),) if recipe.has_teachers else ()
 
 
 def made_up_batch(recipe: Recipe, stage: Stage, pairs: int, where: torch.device) -> dict[str, torch.Tensor]:
@@ -46,6 +53,9 @@ def made_up_batch(recipe: Recipe, stage: Stage, pairs: int, where: torch.device)
         "ids_BT": ids_BT,
         "caption_B": torch.arange(pairs, device=where),
     }
+    if teachers := made_up_teachers(recipe):
+        widths = sum(teacher.width for teacher in teachers)
+        batch["teacher_B2E"] = torch.randint(-127, 128, (pairs, 2, widths), dtype=torch.int8, device=where)
     if stage.image_keep is not None:
         batch["keep_BK"] = torch.arange(stage.image_keep, device=where).expand(pairs, -1)
     return batch

@@ -324,9 +324,7 @@ def check_loader(dataset: Source | Examples, config: LoaderConfig, start: int, s
     there = dataset.caption_sources if isinstance(dataset, Source) else (ORIGINAL,)
     for source in config.captions:
         if source not in there:
-            raise UserError(
-                f"captions.{source}: {dataset!r} has only captions of {', '.join(there)}: name one of these"
-            )
+            raise UserError(f"captions.{source}: the data have only captions of {', '.join(there)}: name one of these")
     if config.image_keep is not None and (config.image_reduction is None or config.grid is None):
         raise UserError("image_keep needs image_reduction (random, grid or block)")
     one = np.zeros(1, np.uint64)

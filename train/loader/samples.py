@@ -247,7 +247,11 @@ class SampleMaker:
         text = text_of(pair, self.weights, self.tokenizer.clean)
         if text is None:
             sources = " or ".join(sorted(self.config.captions and self.weights))
-            return ImageError(f"it has no caption of the source {sources}" if sources else "the caption is empty")
+            return ImageError(
+                f"it has no caption of the source {sources}; name another one in captions"
+                if sources
+                else "the caption is empty"
+            )
         return Sample(pair.image, text)
 
     def keep_decoded(self, record: int, sample: Sample | UserError) -> Sample | UserError:

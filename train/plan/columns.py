@@ -86,6 +86,8 @@ def read_run(path: Path) -> dict[str, Any]:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(f"{path} doesn't exist: give a JSON file with the columns of published-runs.csv") from error
+    except IsADirectoryError as error:
+        raise UserError(f"{path} is a folder: --run takes a JSON file of columns, and --against a run") from error
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise UserError(f"{path} can't be read as JSON ({error}): mend it") from error
     if not isinstance(values, dict):

@@ -18,7 +18,7 @@ from clipkit.text.vocabulary import open_tokenizer
 from clipkit.train.checks import check_recipe, check_tokenizer, loader_config
 from clipkit.train.loader.loader import batches
 from clipkit.train.optimizer import learning_rate_at, make_optimizer
-from clipkit.train.recipes import Recipe, model_at
+from clipkit.train.recipes import Distill, Recipe, model_at
 from clipkit.train.sources.open import CACHE_GB, open_source
 from clipkit.train.step import train_step
 from clipkit.train.watch.metrics import batch_accuracy
@@ -29,7 +29,9 @@ LEARNED_ACCURACY, LEARNED_LOSS = 0.95, 0.1  # the loss as a share of the first o
 
 
 def overfit_recipe(recipe: Recipe, samples: int) -> Recipe:
-    """The first stage only, as one batch. Pairs of one caption, which nothing could tell apart, aren't negatives."""
+    """The first stage only, as one batch and without teachers. Pairs of one caption, which nothing could tell apart,
+    aren't negatives.
+    """
     stage = replace(
         recipe.stages[0],
         samples=samples,
@@ -37,6 +39,8 @@ def overfit_recipe(recipe: Recipe, samples: int) -> Recipe:
         learning_rate=min(recipe.stages[0].learning_rate, MOST_LEARNING_RATE),
         warmup_samples=0,
     )
+    alone = replace(recipe.global_contrastive, reference=False)
+    recipe = replace(recipe, distill=Distill(), global_contrastive=alone)
     return replace(recipe, stages=(stage,), same_caption="ignore", micro_batch=None)
 
 

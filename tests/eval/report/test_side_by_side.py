@@ -13,7 +13,8 @@ from written_run import write_run
 
 from clipkit.cli.main import main
 from clipkit.eval.comparison.compare import Entry, pair_of
-from clipkit.eval.report.side_by_side import cell
+from clipkit.eval.report.evaluations import Block
+from clipkit.eval.report.side_by_side import cell, chosen_blocks
 from clipkit.eval.results import Result
 
 
@@ -120,3 +121,15 @@ def test_a_cell_says_how_it_stands_to_the_first() -> None:
     share = dataclasses.replace(rank, metric="top1", value=0.5, low=0.4, high=0.6)
     found = told(dataclasses.replace(share, value=0.55, low=0.45, high=0.65), share)
     assert (found["difference"], "note" in found) == ("+5.0, not significant", False)
+
+
+def test_of_several_templates_those_are_shown_that_can_be_compared() -> None:
+    def block(templates: str) -> Block:
+        hashes = {"classes": "c", "templates": templates, "split": "s"}
+        result = Result("top1", 0.5, 0.4, 0.6, 100, 0.1, 10, "t", "d", 1, "checkpoints/1", hashes, templates)
+        return Block("t", "", (result,))
+
+    plain, seven, eighty = block("plain"), block("seven"), block("eighty")
+    assert chosen_blocks([[plain], [seven, plain], [plain, eighty], []]) == [plain, plain, plain, None]
+    assert chosen_blocks([[plain, seven], [seven]]) == [seven, seven]
+    assert chosen_blocks([[plain, seven], [eighty]]) == [seven, eighty], "the newest where none can be compared"

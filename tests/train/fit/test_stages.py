@@ -76,6 +76,18 @@ def test_the_whole_batch_comes_first_then_the_largest_part(pairs, micro_batch, r
         assert found.apply(recipe).micro_batch == micro_batch
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [["distill.weight=0.5"], ["loss=global_contrastive", "global_contrastive.reference=true"]],
+    ids=["distil", "reference"],
+)
+def test_a_recipe_with_teachers_is_tried_with_made_up_ones(settings, monkeypatch):
+    monkeypatch.setattr("clipkit.device.has_fast_bfloat16", lambda: True)
+    fits = fit_stages(set_values(debug(), ["precision=auto", *settings]), 0, pick("cpu"), {})
+    assert {fit.precision for fit in fits.values()} <= {"float32", "bfloat16"}
+    assert all("bfloat16" in fit.note for fit in fits.values())
+
+
 def test_a_device_too_small_for_one_pair_is_refused_before_the_first_step():
     with pytest.raises(UserError, match="stage reduced: not even one pair at a time fits into the memory of CPU"):
         fit_stages(debug(), 0, small_gpu(0), {})
@@ -122,9 +134,9 @@ def test_without_bfloat16_units_or_where_the_recipe_says_nothing_is_timed(monkey
 def test_the_trial_times_real_steps_of_both(monkeypatch):
     steps = []
 
-    def counted(model, optimizer, batch, recipe, device):
+    def counted(model, optimizer, batch, recipe, device, teachers):
         steps.append(recipe.precision)
-        return train_step(model, optimizer, batch, recipe, device)
+        return train_step(model, optimizer, batch, recipe, device, teachers)
 
     monkeypatch.setattr(trial, "train_step", counted)
     recipe = debug()

@@ -121,7 +121,7 @@ def test_token_ids_that_a_record_holds_go_with_its_own_caption_only():
 
 
 def test_a_source_that_is_not_there_is_refused_with_those_that_are():
-    with pytest.raises(UserError, match=r"captions.synth: .* has only captions of original, alt, synthetic"):
+    with pytest.raises(UserError, match=r"captions\.synth: the data have only captions of original, alt, synthetic"):
         loaded({"synth": 1})
 
 
@@ -129,7 +129,7 @@ def test_a_record_without_any_of_the_sources_is_named_and_replaced():
     told = []
     with pytest.raises(UserError, match=r"more than 1%.*it has no caption of the source alt or synthetic"):
         loaded({"synthetic": 1, "alt": 1, "original": 0}, 0, 480, warn=told.append)
-    assert told[0].endswith("it has no caption of the source alt or synthetic")
+    assert told[0].endswith("it has no caption of the source alt or synthetic; name another one in captions")
 
 
 @given(st.text(max_size=30))

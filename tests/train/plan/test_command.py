@@ -144,7 +144,10 @@ def test_a_run_beside_its_plan(tmp_path):
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
-    [(["--recipe", "clipa-b17"], "did you mean clip-b16"), ([], "plan needs one of"),
+    [(["--recipe", "clipa-b17"], "did you mean clip-b16"),
+        ([], "plan takes one of"),
+        (["--recipe", "debug", "--budget", "5"], "plan takes one of"),
+        (["--run", "."], ". is a folder: --run takes"),
      (["--recipe", "clip-b32", "--devices", "8xA101"], "unknown device 'A101': did you mean"),
      (["--recipe", "clip-b32", "--devices", "7xH200"], "can't be divided over 7 devices"),
      (["--recipe", "clip-b32", "--set", "model.text.depth=0"], "model.text.depth is 0"),
