@@ -230,6 +230,13 @@ def damage(folder: Path) -> str | None:
 def find(path: Path) -> Path:
     """The checkpoint folder that `path` means: itself, or the newest of a run. Raises UserError when there is none."""
     require_dir(path, "checkpoint")
+    if not (path / "state.json").exists() and (path / "config.json").is_file():
+        described = read_json(path / "config.json")
+        if isinstance(described, dict) and "model_type" in described:
+            raise UserError(
+                f"{path} is a model of transformers': zeroshot, embed and reinforce take it, but "
+                "here a checkpoint or a run of clipkit's is wanted"
+            )
     if (path / "model.safetensors").exists() or (path / "state.json").exists():
         return path
     newest = latest(path)

@@ -96,13 +96,12 @@ def data_rows(loaded: Checkpoint, run: Path | None) -> list[tuple[str, str]]:
 def results(run: Path | None, loaded: Checkpoint, ema: bool) -> str:
     """The checkpoint's own lines of the run's `results.jsonl`, with their hashes."""
     lines = read_json_lines(run / "results.jsonl") if run is not None and (run / "results.jsonl").is_file() else []
-    mine = [
-        line
-        for line in lines
-        if isinstance(line, dict)
-        and Path(str(line.get("checkpoint"))).name == loaded.path.name
-        and str(line.get("task")).startswith("ema/") == ema
+    own = [
+        line for line in lines if isinstance(line, dict) and Path(str(line.get("checkpoint"))).name == loaded.path.name
     ]
+    mine = [line for line in own if str(line.get("task")).startswith("ema/") == ema]
+    if not mine and own:
+        return f"None: those of the run are of {'the last weights' if ema else 'their averages (`export --ema`)'}."
     if not mine:
         return "None yet: `clipkit zeroshot` on the run writes them."
     rows = [

@@ -19,6 +19,11 @@ import job_functions
 from clipkit.jobs.run import Engine, run_jobs
 
 
+def tell(line: list[object]) -> None:
+    """A line on stdout in one piece: print writes its end by itself, and Ray's log of a lost worker came in between."""
+    os.write(1, (json.dumps(line) + "\n").encode())
+
+
 def run(engine: str, function: Callable[[int], Any], items: Sequence[int], workers: int | None = 2) -> Iterator[Any]:
     return run_jobs(function, items, workers=workers, engine=cast(Engine, engine), describe="shard {:05d}".format)
 
@@ -99,7 +104,7 @@ def write(engine: str, folder: Path) -> object:
     lacking = [number for number in range(8) if not (folder / f"{number:05d}.bin").exists()]
     for index, _ in run(engine, functools.partial(job_functions.write_bytes, folder), lacking):
         own_signals = signal.getsignal(signal.SIGINT) is signal.default_int_handler
-        print(json.dumps(["finished", lacking[index], own_signals]), flush=True)
+        tell(["finished", lacking[index], own_signals])
     return len(lacking)
 
 
@@ -137,8 +142,8 @@ def main() -> None:
                     outcome = scenario(engine, own)
                 except Exception as error:
                     outcome = [type(error).__name__, str(error), getattr(error, "__notes__", [])]
-                print(json.dumps([scenario.__name__, outcome]), flush=True)
-        print(json.dumps(["still runs", still_runs()]), flush=True)
+                tell([scenario.__name__, outcome])
+        tell(["still runs", still_runs()])
 
 
 if __name__ == "__main__":

@@ -180,7 +180,12 @@ def test_the_averages(trained, tmp_path) -> None:
     assert json.loads(done.stdout)["target"] == "hf"
     ours, back = load(trained).model.state_dict(), load(tmp_path / "out").model.state_dict()
     assert torch.equal(back["text.pos_embed"], ours["text.pos_embed"] * 0.5)
-    assert "averaged over training" in (tmp_path / "out" / "README.md").read_text()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "averaged over training" in card
+    assert "None: those of the run are of the last weights." in card
+    again = CliRunner().invoke(main, ["export", str(tmp_path / "out"), str(tmp_path / "timm"), "--to", "timm"])
+    assert again.exit_code == 2
+    assert "out is a model of transformers': zeroshot, embed and" in again.stderr
 
 
 # ---- What is refused -------------------------------------------------------------------------------------------------
