@@ -8,12 +8,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from clipkit.errors import UserError
 from clipkit.formats.captions import OF_SOURCE
-from clipkit.formats.dataset import DatasetLayout, journal_path
+from clipkit.formats.dataset import DatasetLayout, read_journal, write_journal
 from clipkit.formats.kinds import own_name
 from clipkit.formats.manifest import CLIPKIT_FOLDER
-from clipkit.storage.files import read_json, write_json
 from clipkit.tfrecord_tools.captions.shard import CaptionJob
 from clipkit.tfrecord_tools.captions.table import ROWS, TEXTS, CaptionTable, RowCounts
 
@@ -58,17 +56,14 @@ def work_folder(folder: Path) -> Path:
 
 
 def write_plan(folder: Path, plan: CaptionPlan) -> None:
-    write_json(journal_path(folder, "add-captions"), {"format": FORMAT, **asdict(plan)})
+    write_journal(folder, "add-captions", FORMAT, asdict(plan))
 
 
 def read_plan(folder: Path) -> CaptionPlan | None:
     """The plan of a run that isn't finished, None when there is none. Raises UserError for one of another version."""
-    path = journal_path(folder, "add-captions")
-    if not path.exists():
+    values = read_journal(folder, "add-captions", FORMAT)
+    if values is None:
         return None
-    values = read_json(path)
-    if values.pop("format", None) != FORMAT:
-        raise UserError(f"{path} is of another version of clipkit: finish it with the version that began it")
     shards = tuple(PlannedShard(**shard) for shard in values["shards"])
     return CaptionPlan(**{**values, "counts": RowCounts(**values["counts"]), "shards": shards})
 

@@ -43,7 +43,7 @@ class CaptionTable:
 
 @dataclass(frozen=True)
 class RowCounts:
-    """The rows of a table, and those of them that can't be joined: without a caption, or else without a key."""
+    """How many rows a table has, and how many can't be joined for want of a caption or, having one, of a key."""
 
     rows: int
     without_caption: int

@@ -10,10 +10,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from clipkit.errors import UserError
-from clipkit.formats.dataset import DatasetLayout, journal_path
+from clipkit.formats.dataset import DatasetLayout, read_journal, write_journal
 from clipkit.formats.manifest import CLIPKIT_FOLDER
-from clipkit.storage.files import load_array, read_json, save_array, write_json
+from clipkit.storage.files import load_array, save_array
 from clipkit.tfrecord_tools.purge.shard import PurgeJob, ValueReader
 
 FORMAT = 1
@@ -61,17 +60,14 @@ def write_plan(folder: Path, plan: PurgePlan, numbers: Int64Array, places: Int64
     array.
     """
     save_array(work_folder(folder) / "doomed.npy", np.stack([numbers, places]))
-    write_json(journal_path(folder, "purge"), {"format": FORMAT, **asdict(plan)})
+    write_journal(folder, "purge", FORMAT, asdict(plan))
 
 
 def read_plan(folder: Path) -> PurgePlan | None:
     """The plan of a purge that isn't finished, None when there is none. Raises UserError for one of another version."""
-    path = journal_path(folder, "purge")
-    if not path.exists():
+    values = read_journal(folder, "purge", FORMAT)
+    if values is None:
         return None
-    values = read_json(path)
-    if values.pop("format", None) != FORMAT:
-        raise UserError(f"{path} is of another version of clipkit: finish that purge with the version that began it")
     return PurgePlan(**{**values, "shards": tuple(PlannedShard(**shard) for shard in values["shards"])})
 
 
