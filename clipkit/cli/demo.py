@@ -29,6 +29,9 @@ FAULTY_SHARE = 0.03
 SEED = 0
 # Training captions are bare (`label: keywords`), and so are the prompts.
 TEMPLATES = "plain"
+# What the demo with a teacher trains on half of the samples, and how many views of each picture its teacher sees.
+STUDENT = "emoji-dr"
+VIEWS = 40
 
 
 @dataclass(frozen=True)
@@ -55,20 +58,30 @@ class Cost:
     peak_memory_bytes: int
 
 
-def run_demo(out: Path, *, recipe: str = "emoji-demo", limit: int | None = None, settings: Sequence[str] = ()) -> None:
+def run_demo(
+    out: Path,
+    *,
+    recipe: str = "emoji-demo",
+    student: str | None = None,
+    limit: int | None = None,
+    settings: Sequence[str] = (),
+) -> None:
     """Run download, build-tfds, train, zeroshot and report below `out`, print the results, and go on where a killed
     demo stopped.
 
-    `limit` takes only the first pairs; `settings` are `key=value` for the recipe. Raises UserError when a command
-    fails, or when `out` holds a demo of other pairs.
+    `student` is a recipe with a teacher: it is trained once without and once with the run as its teacher, and one page
+    shows the three. `limit` takes only the first pairs; `settings` are `key=value` for the recipes. Raises UserError
+    when a command fails, or when `out` holds a demo of other pairs.
     """
+    planned = stages(out, recipe, settings)
+    if student is not None:
+        planned += student_stages(out, student, settings)
     with lock(out):
-        run_stages(out, stages(out, recipe, settings), limit)
+        run_stages(out, planned, limit)
 
 
 def run_stages(out: Path, stages: Sequence[Stage], limit: int | None) -> None:
     """Run the stages that aren't done, and print the results of all at the end."""
-    run = out / "run"
     print(f"The demo works in {out}; stop it when you like, and run it again to go on.")
     before = {cost.name: cost for cost in read_costs(out / "demo.json")}
     known: dict[str, Cost] = {}
@@ -85,23 +98,21 @@ def run_stages(out: Path, stages: Sequence[Stage], limit: int | None) -> None:
         with serve_pictures(out, limit) if stage.name == "download" else contextlib.nullcontext():
             known[stage.name] = run_stage(stage)
         write_costs(out / "demo.json", known)
-        if run.exists():
-            write_costs(run / "demo.json", known)
-    print("\n" + summary_text(run, list(known.values())), flush=True)
+        if (out / "run").exists():
+            write_costs(out / "run" / "demo.json", known)
+    print("\n" + summary_text(out, list(known.values())), flush=True)
 
 
 def stages(out: Path, recipe: str, settings: Sequence[str]) -> list[Stage]:
     """The commands in order."""
-    shards, data, run, heldout = out / "shards", out / "data", out / "run", str(emoji_parquet("heldout"))
-    assignments = [word for setting in settings for word in ("--set", setting)]
+    shards, run, heldout = out / "shards", out / "run", str(emoji_parquet("heldout"))
     download = ("--preset", "laion400m", "--format", "webdataset", "--image-size", "96", "--samples-per-shard", "2200")
     # All pictures come from one server of our own, and some of its answers never come.
     server = ("--allow-private-hosts", "--per-host", "128", "--timeout", "2")
     evaluate = ("--eval-data", heldout, "--eval-templates", TEMPLATES)
-    averages = ("--ema",) if set_values(find_recipe(recipe), settings).ema_decay else ()
-    zeroshot = ("zeroshot", "--ckpt", str(run), "--data", heldout, "--templates", TEMPLATES, *averages)
     # A group holds unlike things, so each of its training captions is a prompt, and their probabilities are added.
     groups = ("--label", "group", "--classes", str(emoji_groups()), "--pooling", "sum")
+    zeroshot = zeroshot_of(run, recipe, settings)
     return [
         Stage(
             "download",
@@ -110,18 +121,66 @@ def stages(out: Path, recipe: str, settings: Sequence[str]) -> list[Stage]:
         ),
         Stage(
             "build-tfds",
-            ("build-tfds", str(shards), str(data), "--name", "emoji"),
-            data / "emoji" / "1.0.0" / "dataset_info.json",
+            ("build-tfds", str(shards), str(out / "data"), "--name", "emoji"),
+            out / "data" / "emoji" / "1.0.0" / "dataset_info.json",
         ),
-        Stage(
-            "train",
-            ("train", "--data", str(data), "--recipe", recipe, *assignments, *evaluate, "--out", str(run), "--resume"),
-            run / "config.json",
-        ),
+        Stage("train", train_of(out, run, recipe, settings, evaluate), run / "config.json"),
         Stage("zeroshot", zeroshot, run / "results.jsonl"),
         Stage("zeroshot of groups", (*zeroshot, *groups), run / "results.jsonl"),
         Stage("report", ("report", str(run)), run / "report.html"),
     ]
+
+
+def student_stages(out: Path, student: str, settings: Sequence[str]) -> list[Stage]:
+    """What follows with a teacher: the same recipe without and with it, and the page of the three runs."""
+    run, alone, taught = out / "run", out / "half", out / "half-taught"
+    stored, page = out / "teacher", out / "side-by-side.html"
+    data = out / "data" / "emoji" / "1.0.0"
+    untaught = (*settings, "distill.weight=0")
+    asked = ("--teacher", str(run), *averages_of(student, settings), "--recipe", student, "--views", str(VIEWS))
+    return [
+        Stage("train half", train_of(out, alone, student, untaught), alone / "config.json"),
+        Stage("zeroshot of half", zeroshot_of(alone, student, untaught), alone / "results.jsonl"),
+        Stage("reinforce", ("reinforce", str(data), *asked, "--out", str(stored)), stored / "reinforced.json"),
+        Stage(
+            "train half-taught",
+            train_of(out, taught, student, settings, ("--reinforced", str(stored))),
+            taught / "config.json",
+        ),
+        Stage("zeroshot of half-taught", zeroshot_of(taught, student, settings), taught / "results.jsonl"),
+        Stage("report of all", ("report", str(run), str(taught), str(alone), "--out", str(page)), page),
+    ]
+
+
+def train_of(
+    out: Path, run: Path, recipe: str, settings: Sequence[str], options: tuple[str, ...] = ()
+) -> tuple[str, ...]:
+    """The training of a recipe, which goes on where it was stopped."""
+    assignments = [word for setting in settings for word in ("--set", setting)]
+    return (
+        "train",
+        "--data",
+        str(out / "data"),
+        "--recipe",
+        recipe,
+        *assignments,
+        *options,
+        "--out",
+        str(run),
+        "--resume",
+    )
+
+
+def zeroshot_of(run: Path, recipe: str, settings: Sequence[str]) -> tuple[str, ...]:
+    """The measurement of a run on the held-out style."""
+    heldout = str(emoji_parquet("heldout"))
+    averages = averages_of(recipe, settings)
+    return ("zeroshot", "--ckpt", str(run), "--data", heldout, "--templates", TEMPLATES, *averages)
+
+
+def averages_of(recipe: str, settings: Sequence[str]) -> tuple[str, ...]:
+    """The option that takes the averages of the weights, where the recipe makes them."""
+    return ("--ema",) if set_values(find_recipe(recipe), settings).ema_decay else ()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -225,25 +284,37 @@ def read_costs(path: Path) -> list[Cost]:
     return [Cost(**stage) for stage in read_json(path)["stages"]] if path.exists() else []
 
 
-def summary_text(run: Path, costs: Sequence[Cost]) -> str:
-    """The text at the end: numbers, costs, where the report is, and how to go on."""
-    lines = ["Zero-shot, on drawings in a style that training never saw:"]
-    for result in newest_results(run):
-        interval = f"{result['low']:.1%} to {result['high']:.1%}"
-        name = f"{result['task']} {result['metric']}"
-        lines.append(f"  {name:46}{result['value']:6.1%}   (95%: {interval}; chance {result['chance']:.2%})")
+def summary_text(out: Path, costs: Sequence[Cost]) -> str:
+    """The text at the end: numbers, costs, where the reports are, and how to go on."""
+    run, page = out / "run", out / "side-by-side.html"
+    lines = ["Zero-shot, on drawings in a style that training never saw:", *result_lines(run)]
+    students = any(page.name in cost.command for cost in costs)
+    if students:
+        lines += ["With half of the samples, and that run as the teacher:", *result_lines(out / "half-taught")]
+        lines += ["With half of the samples, without a teacher:", *result_lines(out / "half")]
     lines.append("What it took:")
     lines += [f"  {c.name:46}{duration(c.seconds):>6}   {c.peak_memory_bytes / 1e9:.1f} GB" for c in costs]
     total = sum(cost.seconds for cost in costs)
     lines += [
         f"  {'all':46}{duration(total):>6}   {max(cost.peak_memory_bytes for cost in costs) / 1e9:.1f} GB at the most",
         f"The report: {run / 'report.html'}",
+        *([f"The three runs side by side: {page}"] if students else []),
         "Now your own data, for example LAION-400M's parquet files in the folder laion:",
         "  clipkit download laion data --preset laion400m --probe 500",
         "  clipkit train --data data --recipe clipa-b16-i50-t16 --out runs/b16",
         "  clipkit zeroshot --ckpt runs/b16 --data IMAGENET",
     ]
     return "\n".join(lines)
+
+
+def result_lines(run: Path) -> list[str]:
+    """A line for each number of a run."""
+    lines = []
+    for result in newest_results(run):
+        interval = f"{result['low']:.1%} to {result['high']:.1%}"
+        name = f"{result['task']} {result['metric']}"
+        lines.append(f"  {name:46}{result['value']:6.1%}   (95%: {interval}; chance {result['chance']:.2%})")
+    return lines
 
 
 def newest_results(run: Path) -> list[dict[str, Any]]:

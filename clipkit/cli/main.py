@@ -271,11 +271,14 @@ def recipes(name: str | None, assignments: tuple[str, ...], as_json: bool) -> No
 
 @main.command()
 @click.option("--out", type=Folder, default="demo-run", help="Folder for all results of the demo.")
-def demo(out: Path) -> None:
+@click.option(
+    "--teacher", is_flag=True, help="Then train on half of the samples, with the first run as teacher and without."
+)
+def demo(out: Path, teacher: bool) -> None:
     """Run the whole pipeline on embedded pictures: URLs, shards, dataset, CLIP, zero-shot numbers, report."""
-    from clipkit.cli.demo import run_demo
+    from clipkit.cli.demo import STUDENT, run_demo
 
-    run_demo(out)
+    run_demo(out, student=STUDENT if teacher else None)
 
 
 @main.command()

@@ -32,7 +32,7 @@ def ran(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     def fake(arguments: list[str]) -> tuple[int, int]:
         names.append(arguments[2])
-        for stage in demo.stages(tmp_path, "emoji-demo", []):
+        for stage in [*demo.stages(tmp_path, "emoji-demo", []), *demo.student_stages(tmp_path, "emoji-dr", [])]:
             if list(stage.arguments) == arguments[2:]:
                 stage.output.parent.mkdir(parents=True, exist_ok=True)
                 stage.output.touch()
@@ -46,7 +46,8 @@ ALL = ["download", "build-tfds", "train", "zeroshot", "zeroshot", "report"]
 
 
 def test_the_commands_are_those_of_the_command_line(tmp_path: Path) -> None:
-    for stage in demo.stages(tmp_path, "debug", ["seed=3", "cadence.log_samples=16"]):
+    settings = ["seed=3", "cadence.log_samples=16"]
+    for stage in [*demo.stages(tmp_path, "debug", settings), *demo.student_stages(tmp_path, "emoji-dr", settings)]:
         name, *arguments = stage.arguments
         command = main.commands[name]
         with command.make_context(name, arguments) as context:
@@ -74,6 +75,19 @@ def test_stages_run_once(tmp_path: Path, ran: list[str], capsys: pytest.CaptureF
     demo.run_demo(tmp_path, limit=40)
     assert ran == ALL
     assert capsys.readouterr().out.count("(done before") == 6
+
+
+STUDENTS = ["train", "zeroshot", "reinforce", "train", "zeroshot", "report"]
+
+
+def test_a_teacher_comes_after_the_demo(tmp_path: Path, ran: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    demo.run_demo(tmp_path, limit=40)
+    assert "side-by-side" not in capsys.readouterr().out
+    demo.run_demo(tmp_path, limit=40, student="emoji-dr")
+    assert ran == ALL + STUDENTS
+    text = capsys.readouterr().out
+    assert text.count("(done before") == 6
+    assert f"The three runs side by side: {tmp_path}/side-by-side.html" in text
 
 
 def test_what_follows_a_missing_output_runs_again(tmp_path: Path, ran: list[str]) -> None:
@@ -197,18 +211,21 @@ def heldout(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def unbroken(tmp_path: Path, heldout: Path) -> Path:
-    """A tiny demo that nobody disturbed. Its commands run in this process, which has everything imported."""
+    """A tiny demo with a teacher that nobody disturbed. Its commands run here, where everything is imported."""
 
     def run_here(arguments: list[str]) -> tuple[int, int]:
         done = CliRunner().invoke(main, arguments[2:])
         assert done.exit_code == 0, done.output
         return 0, 10**9
 
+    student = tmp_path / "student.toml"
+    student.write_text('base = "debug"\n[distill]\nweight = 1.0\nscale = 10.0\n')
     pictures = {"train": demo.emoji_parquet("train"), "heldout": heldout}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(demo, "emoji_parquet", pictures.__getitem__)
         patch.setattr(demo, "run_child", run_here)
-        demo.run_demo(tmp_path / "unbroken", **TINY)
+        patch.setattr(demo, "VIEWS", 2)
+        demo.run_demo(tmp_path / "unbroken", student=str(student), **TINY)
     return tmp_path / "unbroken"
 
 
@@ -263,3 +280,15 @@ def test_killed_in_each_stage_the_demo_ends_the_same(tmp_path: Path, heldout: Pa
     assert code == 0, text
     assert outcome(out) == outcome(unbroken)
     assert (out / "run" / "report.html").stat().st_size > 10_000
+
+
+def test_one_page_shows_what_the_teacher_brought(unbroken: Path) -> None:
+    """Two trainings that differ by the teacher alone, and the first run beside them."""
+    alone, taught = (read_json(unbroken / name / "config.json")["recipe"] for name in ("half", "half-taught"))
+    assert (alone["distill"].pop("weight"), taught["distill"].pop("weight")) == (0.0, 1.0)
+    assert alone == taught
+    page = (unbroken / "side-by-side.html").read_text(encoding="utf-8")
+    top = [read_json_lines(unbroken / name / "results.jsonl")[0] for name in ("run", "half-taught", "half")]
+    assert {line["metric"] for line in top} == {"top1"}
+    for line, name in zip(top, ("run", "half-taught", "half"), strict=True):
+        assert name in page and f"{100 * line['value']:.1f}%" in page

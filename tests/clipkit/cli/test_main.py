@@ -19,7 +19,7 @@ OPTIONS = {
     "--workers --engine --json",
     "classify": "images --labels --ckpt --ema --templates --device --page --json",
     "compare": "runs --format --json",
-    "demo": "--out",
+    "demo": "--out --teacher",
     "doctor": "--json",
     "download": "urls out --preset --url-column --caption-column --keep --split --quoting --where --hash-column "
     "--hash-kind --drop-changed --image-size --resize-mode --quality --min-image-size --connections --per-host "
