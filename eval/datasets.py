@@ -3,13 +3,21 @@
 The 38 datasets are those of DataComp's average (Gadre et al., 2023), by its names for them.
 """
 
+import os
 import re
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 from clipkit import embedded
-from clipkit.formats.folders import split_of
+from clipkit.errors import UserError
+from clipkit.formats.folders import holds_class_folders, printable, split_of
+from clipkit.formats.tables import is_hidden
+
+# Of tars that hold samples; archives that were unpacked have other names.
+_NUMBERED = re.compile(r"(.*[-_])?\d+")
+# What TFDS fetched lies beside the datasets that it made.
+_NOT_DATASETS = ("downloads",)
 
 # DataComp's names of the metrics, and ours.
 METRICS = {
@@ -100,3 +108,56 @@ def find_published(path: Path) -> PublishedDataset | None:
         if found is not None and (name.startswith("wds_") or found.group.startswith("ImageNet")):
             return found
     return None
+
+
+def refuse_several(data: Path) -> None:
+    """Raise UserError for a folder that holds a folder for each of several datasets: one of them isn't all of them.
+
+    Folders of class folders may be groups of classes, too. They count beside a dataset of another kind, and where their
+    names are those of published datasets.
+    """
+    if not data.is_dir():
+        return
+    files, folders = _look(data)
+    if any(map(_is_shard, files)) or any(map(split_of, folders)):
+        return
+    inner = [data / name for name in folders if name not in _NOT_DATASETS]
+    certain = [each for each in inner if _is_certain(each)]
+    others = [each for each in inner if each not in certain and holds_class_folders(each)]
+    found = sorted([*certain, *others]) if certain else [each for each in others if name_published(each.name)]
+    if len(found) > 1:
+        names = ", ".join(printable(each.name) for each in found[:5]) + (", …" if len(found) > 5 else "")
+        raise UserError(
+            f"{data} holds several datasets ({names}): give one of them, or measure them all with zeroshot --suite "
+            "NAME or FILE.toml"
+        )
+
+
+def _is_certain(folder: Path) -> bool:
+    """Whether a folder is a dataset for certain: it, or a folder in it, has shards, or it has folders of splits."""
+    files, folders = _look(folder)
+    if any(map(_is_shard, files)):
+        return True
+    return any(
+        any(map(_is_shard, _look(folder / name)[0])) or (split_of(name) and holds_class_folders(folder / name))
+        for name in folders
+    )
+
+
+def _is_shard(name: str) -> bool:
+    """Whether a file of this name is parquet, a tar of samples, or a TFDS directory's."""
+    stem, _, suffix = name.rpartition(".")
+    return name == "dataset_info.json" or suffix == "parquet" or (suffix == "tar" and bool(_NUMBERED.fullmatch(stem)))
+
+
+def _look(folder: Path) -> tuple[list[str], list[str]]:
+    """The names of the files and of the folders in a folder, sorted. The kinds are the listing's own: a folder of a
+    million images is looked through as well.
+    """
+    files: list[str] = []
+    folders: list[str] = []
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if not is_hidden(entry.name):
+                (folders if entry.is_dir() else files).append(entry.name)
+    return sorted(files), sorted(folders)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from clipkit.errors import UserError
+from clipkit.eval.datasets import refuse_several
 from clipkit.eval.evaluation import EvaluationTask
 
 TaskKind = Literal["classification", "retrieval", "choice", "linear-probe", "few-shot", "knn"]
@@ -18,13 +19,14 @@ NAMES = {"templates_name": "templates"}
 def open_data(kind: TaskKind, data: Path, **options: Any) -> EvaluationTask:
     """The task of a kind on some data; options that are None weren't given.
 
-    Raises UserError for one that the kind can't heed, and for data that it can't read.
+    Raises UserError for one that the kind can't heed, for data that it can't read, and for a folder of datasets.
     """
     opener = opener_of(kind)
     given = {name: value for name, value in options.items() if value is not None}
     for name in given.keys() - inspect.signature(opener).parameters.keys():
         option = f"--{NAMES.get(name, name).replace('_', '-')}"
         raise UserError(f"{option} can't be heeded: a {kind} task has no use for it: leave it out, or choose --task")
+    refuse_several(data)
     return opener(data, **given)
 
 

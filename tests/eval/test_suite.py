@@ -4,17 +4,19 @@ import json
 import shutil
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
 from image_shards import picture
-from labelled_sources import tar_of
+from labelled_sources import tar_of, write_class_folders
 from small_encoder import small_run
 
 from clipkit.cli.evaluate import evaluate_on_ray
 from clipkit.cli.main import main
 from clipkit.errors import UserError
 from clipkit.eval.datasets import published_datasets
-from clipkit.eval.open import KINDS
+from clipkit.eval.open import KINDS, open_data
 from clipkit.eval.results import read_results
 from clipkit.eval.suite import belongs, entries_of
 
@@ -137,6 +139,58 @@ def test_what_is_refused(run: Path, tmp_path: Path) -> None:
         entries_of("imagenet", tmp_path)
     done = zeroshot(run, tmp_path, "vtab", "--templates", "{}")
     assert (done.exit_code, "--templates can't be heeded: a suite has its own" in done.stderr) == (2, True)
+
+
+def parquet(root: Path) -> Path:
+    root.mkdir(parents=True)
+    pq.write_table(pa.table({"image": [picture(0)], "label": ["ant"], "caption": ["an ant"]}), root / "0.parquet")
+    return root
+
+
+def class_folders(root: Path) -> Path:
+    return write_class_folders(root, {name: {"0.jpg": picture(0)} for name in ("ant", "bee")})
+
+
+def by_splits(root: Path) -> Path:
+    class_folders(root / "train")
+    return class_folders(root / "val").parent
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [(webdataset, class_folders), (parquet, webdataset), (by_splits, by_splits), (parquet, by_splits)],
+)
+@pytest.mark.parametrize("task", ["classification", "retrieval"])
+def test_a_folder_of_datasets_is_not_one_of_them(run: Path, tmp_path: Path, first, second, task: str) -> None:
+    """What one of them says isn't what was asked for."""
+    first(tmp_path / "sets" / "cars")
+    second(tmp_path / "sets" / "pets")
+    command = ["zeroshot", "--ckpt", str(run), "--data", str(tmp_path / "sets"), "--task", task, "--no-cache"]
+    done = CliRunner().invoke(main, command)
+    said = (
+        f"Error: {tmp_path / 'sets'} holds several datasets (cars, pets): give one of them, or measure them all with "
+    )
+    assert (done.exit_code, done.stderr) == (2, said + "zeroshot --suite NAME or FILE.toml\n")
+
+
+def test_class_folders_of_published_names_are_datasets(tmp_path: Path) -> None:
+    for name in ("imagenet-a", "imagenet-r"):
+        class_folders(tmp_path / name)
+    with pytest.raises(UserError, match=r"several datasets \(imagenet-a, imagenet-r\)"):
+        open_data("classification", tmp_path)
+
+
+def test_what_lies_beside_a_dataset_is_none(tmp_path: Path) -> None:
+    """Archives that class folders were unpacked from, what TFDS downloaded, folders of pictures."""
+    by_splits(tmp_path / "a" / "pets")
+    (tmp_path / "a" / "archives").mkdir()
+    (tmp_path / "a" / "archives" / "images.tar").write_bytes(tar_of({"ant/0.jpg": picture(0)}))
+    parquet(tmp_path / "a" / "downloads")
+    assert open_data("classification", tmp_path / "a").name == "a-val"
+    parquet(tmp_path / "b" / "data")
+    (tmp_path / "b" / "assets").mkdir()
+    (tmp_path / "b" / "assets" / "page.jpg").write_bytes(picture(0))
+    assert open_data("classification", tmp_path / "b").name == "b"
 
 
 def test_the_published_suites() -> None:
