@@ -80,7 +80,7 @@ def read_questions(data: Path, images: Path | None) -> list[Question]:
         if {"Question ID", "Statement"} <= rows[0][1].keys():
             found += _pairs(rows, file, places, prefix)
         else:
-            found += [_question(row, f"{file} {key}", places, prefix + key, category) for key, row in rows]
+            found += [_question(row, f"{file} row {key}", places, prefix + key, category) for key, row in rows]
     if len({0 if question.associated else len(question.pictures) for question in found}) > 1:
         raise UserError(f"{data} mixes questions of several kinds: evaluate them one by one")
     return found
@@ -137,7 +137,7 @@ def _rows(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
                 rows = iter(enumerate(open_parquet(file).read().to_pylist()))
     for key, row in rows:
         if not isinstance(row, dict):
-            raise UserError(f"{file} {key} isn't an object with an image and captions: give {KINDS}")
+            raise UserError(f"{file} row {key} isn't an object with an image and captions: give {KINDS}")
         yield str(row.get("id", key)), row
 
 

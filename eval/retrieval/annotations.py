@@ -39,6 +39,8 @@ _LINE = re.compile(
     r"(?:\s*\|\s*\d+\s*\|?|,|\t)\s*(?P<caption>.*)",
     re.IGNORECASE,
 )
+# A line of columns' names has a name such as `image_name` or `comment`.
+_HEADING = re.compile(r"(?:.*[|,\t])?\s*\w*(?:image|file|path|caption|comment|text)\w*\s*(?:[|,\t].*)?", re.IGNORECASE)
 
 
 class Annotation(NamedTuple):
@@ -198,7 +200,7 @@ def _from_table(path: Path) -> Iterator[Annotation]:
 def _from_lines(path: Path) -> Iterator[Annotation]:
     for number, line in enumerate(read_text(path, "captions").split("\n"), 1):
         found = _LINE.fullmatch(line.strip("\r"))
-        if found is None and line.strip() and number > 1:  # the first may name the columns
+        if found is None and line.strip() and not (number == 1 and _HEADING.fullmatch(line.strip())):
             raise UserError(f"{path} line {number} isn't an image's name and a caption: {line[:60]!r}")
         if found is not None:
             caption = found["caption"].strip()

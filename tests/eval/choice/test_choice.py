@@ -301,21 +301,24 @@ GOOD = {"image": "0.png", "caption": "a", "negative_caption": "b"}
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        ([{**GOOD, "image": "1.png"}], r"a\.json 0: its image 1\.png isn't in"),
-        ([{**GOOD, "image": None}], "has captions without an image"),
+        ([{**GOOD, "image": "1.png"}], r"a\.json row 0: its image 1\.png isn't in"),
+        ([{**GOOD, "image": None}], r"a\.json row 0 has captions without an image"),
         ([{**GOOD, "caption": " "}], "has an empty caption"),
         ([{**GOOD, "negative_caption": None}], "has 1 captions to choose from"),
         ([{"image": "0.png"}], "has 0 captions to choose from"),
         ([{"caption": "a", "negative_caption": "b"}], r"isn't a question \(caption, negative_caption\)"),
         ([], "has no questions"),
-        (["x"], "isn't an object with an image and captions"),
+        (["x"], r"a\.json row 0 isn't an object with an image and captions"),
         (
             [GOOD, {"image_0": "0.png", "image_1": "0.png", "caption_0": "a", "caption_1": "b"}],
             "mixes questions of several kinds",
         ),
         ([{"cue": "x", "candidates": ["0", "1"], "associations": ["2"]}], "each association must be one of its cand"),
         ([{"cue": "x", "candidates": "0, 1", "associations": ["0"]}], r"0 candidates isn't a list of names: write"),
-        ([{"cue": "x", "candidates": ["0", "1"], "associations": ["0"]}], r"a\.json 0 1: its image 1\.png isn't in"),
+        (
+            [{"cue": "x", "candidates": ["0", "1"], "associations": ["0"]}],
+            r"json row 0 1: its image 1\.png isn't in",
+        ),
     ],
 )
 def test_bad_questions(tmp_path: Path, content: object, says: str) -> None:
@@ -331,6 +334,7 @@ def test_bad_questions(tmp_path: Path, content: object, says: str) -> None:
         ("a.csv", "Question ID,Type,Statement\n1,A,x\n", "each two are a pair"),
         ("a.csv", "Question ID,Type,Statement\n1,A,x\n2,B,y\n", "are of two types"),
         ("a.csv", "Question ID,Type,Statement\n1,A,x\n2,A,y\n", r"its image A/1\.jpg isn't in"),
+        ("a.csv", "image,caption,negative_caption\n0.png,x,y\n", r"a\.csv row 0: its image 0\.png isn't in"),
         ("a.jsonl", "{", "has a line that isn't JSON"),
         ("a.txt", "", "can't tell what"),
     ],

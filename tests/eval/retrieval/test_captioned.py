@@ -226,6 +226,26 @@ def test_images_that_are_missing_or_in_two_places(tmp_path: Path) -> None:
     refused(file, "--split can't be heeded: .* names no splits", split="test")
 
 
+@pytest.mark.parametrize("name", ["results.token", "results.csv", "test_karpathy.txt", "quoted.csv", "rows.jsonl"])
+@pytest.mark.parametrize("place", ["", "images"])
+@pytest.mark.parametrize("missing", [0, 40])
+def test_no_image_is_left_out(tmp_path: Path, name: str, place: str, missing: int) -> None:
+    """Fewer candidates make a better number. Folders are found by the first images, of which one may be missing."""
+    form = {
+        "results.token": "{0}#{1}\ta dog {1}",
+        "results.csv": "{0}| {1}| a dog",
+        "rows.jsonl": '{{"file_name": "{0}", "caption": "a dog {1}"}}',
+    }.get(name, "{0},a dog {1}")
+    head = {"results.csv": "image_name| comment_number| comment\n", "rows.jsonl": "", "results.token": ""}
+    lines = [form.format(f"{image}.jpg", number) for image in range(50) for number in range(2)]
+    (tmp_path / name).write_text(head.get(name, "image,caption\n") + "\n".join(lines))
+    write_images(tmp_path / place, [f"{image}.jpg" for image in range(50) if image != missing])
+    says = rf"names 1 of 50 images that aren't in .*, such as {missing}\.jpg: put them there"
+    refused(tmp_path / name, says)
+    refused(tmp_path, says)
+    refused(tmp_path / name, says, images=tmp_path / place)
+
+
 @pytest.mark.parametrize(
     ("content", "says"),
     [
@@ -259,6 +279,9 @@ def test_bad_json(tmp_path: Path, content: object, says: str) -> None:
     ("name", "text", "says"),
     [
         ("a.txt", "image,caption\na.jpg,x\nhello\n", "line 3 isn't an image's name and a caption: 'hello'"),
+        ("a.txt", "b.jpg#0 a cat\na.jpg#0\tx\n", "line 1 isn't an image's name and a caption: 'b.jpg#0 a cat'"),
+        ("a.token", "b#0\ta cat\na.jpg#0\tx\n", "line 1 isn't an image's name and a caption"),
+        ("a.txt", "b.svg,a cat\na.jpg,x\n", "line 1 isn't an image's name and a caption: 'b.svg,a cat'"),
         ("a.txt", "image,caption\na.jpg,\n", "line 2 has an empty caption"),
         ("a.csv", "image,text2\na.jpg,x\n", r"has no column with captions \(image, text2\)"),
         ("a.xml", "<a/>", "can't tell what .* is: give a TFDS directory"),
