@@ -9,16 +9,17 @@ import click
 
 from clipkit.cli.options import (
     AnyPath,
-    Count,
     Folder,
     TaskKinds,
     as_json,
+    batch_size,
     cache_gigabytes,
     device,
     ema,
     is_unicode,
     precision,
     print_json,
+    tokenizer,
 )
 from clipkit.errors import UserError
 
@@ -50,7 +51,7 @@ table_format = click.option(
     "May be repeated.",
 )
 @ema
-@click.option("--tokenizer", type=AnyPath, help="The tokenizer's vocabulary, where the model comes without.")
+@tokenizer
 @click.option(
     "--data",
     type=AnyPath,
@@ -80,7 +81,7 @@ table_format = click.option(
     "--allow-empty-classes", is_flag=True, default=None, help="Count class folders without images as classes."
 )
 @click.option("--name", help="Name of the task in the results. [default: from the data]")
-@click.option("--batch-size", type=Count, default=256, help="Images at once.")
+@batch_size
 @precision
 @device
 @click.option(

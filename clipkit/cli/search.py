@@ -12,6 +12,7 @@ from clipkit.cli.options import (
     Folder,
     as_json,
     assignments,
+    batch_size,
     cache_folder,
     cache_gigabytes,
     data_split,
@@ -20,6 +21,7 @@ from clipkit.cli.options import (
     precision,
     print_json,
     print_summary,
+    tokenizer,
 )
 from clipkit.errors import UserError
 
@@ -28,7 +30,6 @@ if TYPE_CHECKING:
     from clipkit.eval.search.pictures import Pictures
 
 checkpoint = click.option("--ckpt", required=True, metavar="MODEL", help="The model, as zeroshot takes it.")
-batch_size = click.option("--batch-size", type=Count, default=256, help="Images at once.")
 page = click.option("--page", type=AnyPath, metavar="PAGE.html", help="Write a page with the pictures, too.")
 
 
@@ -39,6 +40,7 @@ page = click.option("--page", type=AnyPath, metavar="PAGE.html", help="Write a p
 @click.option("--split", help="Split of the data. [default: train; of labelled images as zeroshot]")
 @click.option("--label", help="Column with the label: take images with labels, not with captions.")
 @ema
+@tokenizer
 @click.option("--dtype", type=click.Choice(["float16", "float32"]), default="float16", help="How numbers are stored.")
 @precision
 @batch_size
@@ -51,6 +53,7 @@ def embed(
     split: str | None,
     label: str | None,
     ema: bool,
+    tokenizer: Path | None,
     dtype: Literal["float16", "float32"],
     precision: "Precision",
     batch_size: int,
@@ -65,7 +68,15 @@ def embed(
 
     pictures = open_pictures(data, split, label)
     summary = stage(
-        pictures, out, ckpt, dtype=dtype, precision=precision, batch_size=batch_size, device=device, ema=ema
+        pictures,
+        out,
+        ckpt,
+        dtype=dtype,
+        precision=precision,
+        batch_size=batch_size,
+        device=device,
+        ema=ema,
+        vocabulary=tokenizer,
     )
     print_summary(summary, as_json)
 
@@ -78,6 +89,7 @@ def embed(
 )
 @click.option("--split", default="train", help="Split of the data.")
 @ema
+@tokenizer
 @precision
 @batch_size
 @device
@@ -88,6 +100,7 @@ def score(
     out: Path | None,
     split: str,
     ema: bool,
+    tokenizer: Path | None,
     precision: "Precision",
     batch_size: int,
     device: str,
@@ -108,6 +121,7 @@ def score(
         batch_size=batch_size,
         device=device,
         ema=ema,
+        vocabulary=tokenizer,
     )
     print_summary(summary, as_json)
 
@@ -157,6 +171,7 @@ def reinforce(
 @click.option("--labels", required=True, help="What to choose from: 'a cat, a dog'.")
 @checkpoint
 @ema
+@tokenizer
 @click.option("--templates", "templates_name", default="openai-80", help="As zeroshot's --templates.")
 @device
 @page
@@ -166,6 +181,7 @@ def classify(
     labels: str,
     ckpt: str,
     ema: bool,
+    tokenizer: Path | None,
     templates_name: str,
     device: str,
     page: Path | None,
@@ -178,7 +194,7 @@ def classify(
     from clipkit.eval.search.page import classified_tiles, write_page
 
     names = split_labels(labels)
-    found = stage(clipkit.load(ckpt, ema=ema, device=device), images, names, templates_name)
+    found = stage(clipkit.load(ckpt, ema=ema, tokenizer=tokenizer, device=device), images, names, templates_name)
     for each in found:
         if as_json:
             print_json({"image": str(each.image), "probabilities": each.probabilities})
@@ -196,6 +212,7 @@ def classify(
 @click.option("--image", type=AnyPath, help="Search by this image instead of a text.")
 @click.option("--ckpt", metavar="MODEL", help="The model, as zeroshot takes it. [default: that of the vectors]")
 @ema
+@tokenizer
 @click.option("--top", type=Count, default=12, help="How many images to find.")
 @click.option("--split", help="Split of the data, as of embed.")
 @click.option("--label", help="Column with the label, as of embed.")
@@ -209,6 +226,7 @@ def search(
     image: Path | None,
     ckpt: str | None,
     ema: bool,
+    tokenizer: Path | None,
     top: int,
     split: str | None,
     label: str | None,
@@ -230,11 +248,13 @@ def search(
     if file is None and ckpt is None:
         raise UserError("--ckpt is needed: name the model (only a file of vectors knows its own)")
     if file is None or ckpt is not None:
-        model = clipkit.load(ckpt or "", ema=ema, device=device)
+        model = clipkit.load(ckpt or "", ema=ema, tokenizer=tokenizer, device=device)
     elif ema:
         raise UserError(f"--ema needs --ckpt: {data} says itself which weights made it")
     else:
-        model = clipkit.load(file.about["model"], ema=file.about["ema"], device=device)
+        known = file.about.get("tokenizer")  # absent in older files
+        vocabulary = tokenizer or (Path(known) if known else None)
+        model = clipkit.load(file.about["model"], ema=file.about["ema"], tokenizer=vocabulary, device=device)
     if file is not None:
         file.require_model(model.encoder)
     query_E = query_vector(model, query, image)

@@ -5,6 +5,7 @@ output, so that a run that was killed goes on behind its last whole part. A part
 holds doesn't depend on where a run began, and the file is the same to the byte.
 """
 
+import hashlib
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -86,6 +87,7 @@ def embed(
     batch_size: int = 256,
     device: str = "auto",
     ema: bool = False,
+    vocabulary: Path | None = None,
     part_rows: int = PART_ROWS,
 ) -> EmbedSummary:
     """Write the vectors of all images, and of their captions, into the file `out` (`clipkit.eval.search.vectors`).
@@ -94,7 +96,8 @@ def embed(
     """
     form = Form(KIND, "embed", lambda dimensions: vector_schema(dimensions, dtype, pictures.captioned), vector_table)
     compute = Compute(pick(device), precision, batch_size)
-    return summary_of(write_file(pictures, out, source, form, compute, {"dtype": dtype}, ema=ema, part_rows=part_rows))
+    more = {"dtype": dtype}
+    return summary_of(write_file(pictures, out, source, form, compute, more, ema, vocabulary, part_rows))
 
 
 def write_file(
@@ -104,22 +107,25 @@ def write_file(
     form: Form,
     compute: Compute,
     more: Mapping[str, Any],
-    *,
     ema: bool,
+    vocabulary: Path | None,
     part_rows: int,
 ) -> VectorFile:
     """Write what a model makes of all images and their captions into the file `out`; `more` tells of it.
 
-    `source` is what `clipkit.interop.load` takes. Given again after a kill it goes on, and once more it finds the file
-    made. Raises UserError where the file, or the parts of an unfinished one, are of another model or other data, when
-    too many of a part's images can't be read (`may_be_unreadable`), and for a model that gives NaN.
+    `source`, `ema` and `vocabulary` are what `clipkit.interop.load` takes. Given again after a kill it goes on, and
+    once more it finds the file made. Raises UserError where the file, or the parts of an unfinished one, are of another
+    model or other data, when too many of a part's images can't be read (`may_be_unreadable`), and for a model that
+    gives NaN.
     """
     if out.suffix != ".parquet":
         raise UserError(f"{out}: call the output NAME.parquet, which is what it will be")
     if not pictures.total:
         raise UserError(f"{pictures.path} has no images to embed: check --split")
-    encoder = load(source, ema=ema).to(compute.device.torch_device)
+    encoder = load(source, ema=ema, vocabulary=vocabulary).to(compute.device.torch_device)
     about = description(encoder, pictures, compute) | {"ema": ema, "kind": form.kind, **more}
+    if vocabulary is not None:
+        about |= {"tokenizer": str(vocabulary.absolute()), "vocabulary": hash_of(vocabulary)}
     if Path(source).exists():
         about["model"] = str((encoder.path or Path(source)).absolute())
     parts = out.with_name(f".{out.name}.parts")
@@ -156,13 +162,18 @@ def description(encoder: Encoder, pictures: Pictures, compute: Compute) -> dict[
     }
 
 
+def hash_of(vocabulary: Path) -> str:
+    """A hash of a tokenizer's file."""
+    return hashlib.blake2b(vocabulary.read_bytes(), digest_size=8).hexdigest()
+
+
 def differing(found: Mapping[str, Any], about: Mapping[str, Any]) -> str:
     """What the vectors of two descriptions differ in, in words; "" where they are the same."""
     if found.get("weights") != about["weights"]:
         return "another model"
     if any(found.get(name) != about[name] for name in ("identity", "records", "captioned")):
         return "other data"
-    names = ("kind", "image_weights", "preprocessing", "context_length", "precision", "dtype", "parts")
+    names = ("kind", "image_weights", "preprocessing", "context_length", "precision", "dtype", "vocabulary", "parts")
     return ", ".join(f"another {name}" for name in names if name in about and found.get(name) != about[name])
 
 

@@ -55,6 +55,7 @@ def score(
     batch_size: int = 256,
     device: str = "auto",
     ema: bool = False,
+    vocabulary: Path | None = None,
     part_rows: int = PART_ROWS,
 ) -> ScoreSummary:
     """Write the similarities of all images and their captions into `out`, else beside the dataset's own files.
@@ -70,7 +71,7 @@ def score(
     out = out or (folder or Path()) / CLIPKIT_FOLDER / f"scores-{split}.parquet"
     compute = Compute(pick(device), precision, batch_size)
     form = Form(KIND, "score", lambda dimensions: SCHEMA, score_table)
-    found = write_file(pictures, out, source, form, compute, {}, ema=ema, part_rows=part_rows)
+    found = write_file(pictures, out, source, form, compute, {}, ema, vocabulary, part_rows)
     scored, total = 0, 0.0
     for _, table in found.groups(["similarity"]):
         there = table["similarity"].drop_null()

@@ -17,7 +17,7 @@ OPTIONS = {
     "build-tfds": "shards out --name --image-column --caption-column --captions --quoting --where --dedup --keep-best "
     "--by --balance --limit --seed --split --resize --quality --precompute --shuffle --shard-megabytes --in-place "
     "--workers --engine --json",
-    "classify": "images --labels --ckpt --ema --templates --device --page --json",
+    "classify": "images --labels --ckpt --ema --tokenizer --templates --device --page --json",
     "compare": "runs --format --json",
     "demo": "--out --teacher",
     "doctor": "--json",
@@ -25,7 +25,7 @@ OPTIONS = {
     "--hash-kind --drop-changed --image-size --resize-mode --quality --min-image-size --connections --per-host "
     "--timeout --deadline --max-megabytes --retries --resolver --allow-private-hosts --contact --robots-txt "
     "--format --name --samples-per-shard --probe --probe-floor --retry-failed --processes --engine --json",
-    "embed": "data out --ckpt --split --label --ema --dtype --precision --batch-size --device --json",
+    "embed": "data out --ckpt --split --label --ema --tokenizer --dtype --precision --batch-size --device --json",
     "export": "ckpt out --to --ema --json",
     "inspect": "path --split --sample --out --json",
     "plan": "--recipe --set --run --against --budget --page --devices --price --data --dataset --measure --json",
@@ -34,8 +34,8 @@ OPTIONS = {
     "reinforce": "data --teacher --views --recipe --set --out --seed --split --cache --cache-gb --ema "
     "--precision --batch-size --device --json",
     "report": "runs --out",
-    "score": "data --ckpt --out --split --ema --precision --batch-size --device --json",
-    "search": "data query --image --ckpt --ema --top --split --label --batch-size --device --page --json",
+    "score": "data --ckpt --out --split --ema --tokenizer --precision --batch-size --device --json",
+    "search": "data query --image --ckpt --ema --tokenizer --top --split --label --batch-size --device --page --json",
     "sweep": "path --out --dry-run --devices --price --measure --engine --device --workers --json",
     "train": "--data --recipe --out --device --set --tokenizer --resume --allow-changes --init --from-stage --cooldown "
     "--log-to --overfit --reinforced --split --workers --cache --cache-gb --eval-data --eval-task --eval-train-data "

@@ -9,11 +9,13 @@ from typing import Any
 
 import numpy as np
 import open_clip
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import timm
 import tokenizers
 import torch
+import vocabularies
 from click.testing import CliRunner, Result
 from docs_scripts import load_script
 from open_clip.transform import image_transform
@@ -429,18 +431,20 @@ def zeroshot(data: Path, *arguments: object) -> Result:
     return CliRunner().invoke(main, [str(each) for each in ("zeroshot", *task, *arguments)])
 
 
-def test_zeroshot_says_what_it_measures_and_warns_of_chance(tmp_path, twin) -> None:
+def save_without_vocabulary(folder: Path, twin) -> Path:
     siglip = {
         "hf_tokenizer_name": "timm/ViT-B-16-SigLIP2",
         "tokenizer_kwargs": {"clean": "canonicalize"},
         "pool_type": "last",
         "no_causal_mask": True,
     }
-    save(
-        tmp_path / "hub" / "open_clip_model.safetensors",
-        twin,
-        model_cfg={**TOWERS, "text_cfg": {**TOWERS["text_cfg"], **siglip}},
-    )
+    config = {**TOWERS, "text_cfg": {**TOWERS["text_cfg"], **siglip}}
+    save(folder / "open_clip_model.safetensors", twin, model_cfg=config)
+    return folder
+
+
+def test_zeroshot_says_what_it_measures_and_warns_of_chance(tmp_path, twin) -> None:
+    save_without_vocabulary(tmp_path / "hub", twin)
     data = tmp_path / "emoji.parquet"
     pq.write_table(pq.read_table(embedded.emoji_parquet("heldout")).slice(0, 64), data)
     result = zeroshot(data, "--ckpt", tmp_path / "hub")
@@ -456,6 +460,34 @@ def test_zeroshot_says_what_it_measures_and_warns_of_chance(tmp_path, twin) -> N
     ema = zeroshot(data, "--ckpt", tmp_path / "hub", "--tokenizer", vocabulary, "--ema")
     assert ema.exit_code == 2
     assert "has no averages of its weights" in ema.stderr
+
+
+def test_all_commands_take_the_tokenizer_of_a_model_without(tmp_path, twin, monkeypatch) -> None:
+    hub, vocabulary = save_without_vocabulary(tmp_path / "hub", twin), write_sentencepiece(tmp_path / "spiece.model")
+    rows = pq.read_table(embedded.emoji_parquet("heldout")).slice(0, 3)
+    image = tmp_path / "a.png"
+    image.write_bytes(rows["image"][0].as_py())
+    data, vectors, scores = tmp_path / "emoji.parquet", tmp_path / "vectors.parquet", tmp_path / "scores.parquet"
+    pq.write_table(pa.table({"image": rows["image"], "caption": ["a cat", "a dog", "a sun"]}), data)
+
+    def run(*arguments: object) -> Result:
+        return CliRunner().invoke(main, [*map(str, arguments), "--device", "cpu"])
+
+    for command in (
+        ("classify", image, "--labels", "a cat,a dog"),
+        ("embed", data, vectors),
+        ("score", data, "--out", scores),
+        ("search", data, "a cat"),
+    ):
+        without = run(*command, "--ckpt", hub)
+        assert (without.exit_code, "give its file with --tokenizer" in without.stderr) == (2, True), command
+        done = run(*command, "--ckpt", hub, "--tokenizer", vocabulary)
+        assert done.exit_code == 0, done.output
+    file = run("search", vectors, "a cat")
+    assert (file.exit_code, file.stdout) == (0, done.stdout), "the file of vectors knows it"
+    monkeypatch.setattr(vocabularies, "CAPTIONS", [*vocabularies.CAPTIONS, "another sentence of other words"])
+    other = run("embed", data, vectors, "--ckpt", hub, "--tokenizer", write_sentencepiece(tmp_path / "other.model"))
+    assert (other.exit_code, "has vectors of another vocabulary: remove it" in other.stderr) == (2, True)
 
 
 def test_a_checkpoint_of_clipkits_has_its_tokenizer(tmp_path) -> None:

@@ -90,7 +90,7 @@ def embed_until_killed(model: str, pairs: str, out: str) -> None:
     encoder, pictures = load(model), open_pictures(pairs, None, None)
 
     def build_file():
-        with patch("clipkit.eval.search.embed.load", lambda source, ema: encoder):
+        with patch("clipkit.eval.search.embed.load", lambda *_, **__: encoder):
             return embed(pictures, Path(out) / "out.parquet", model, device="cpu", batch_size=4, part_rows=15).to_json()
 
     kill_at_each_rename(build_file, Path(out), least=4)
