@@ -27,8 +27,11 @@ class Entry:
     """One model of a comparison, with the newest result of each of its measurements."""
 
     label: str
+    """As short as tells it from the others."""
     place: str
-    """What tells it from another of the same label."""
+    """What tells it from another of the same parts."""
+    parts: tuple[str, ...]
+    """What labels are made of: the last ones of the run's path with the samples seen, or of the model's name."""
     model: str
     """As `--ckpt` named it."""
     run: Path
@@ -75,8 +78,7 @@ def compare(paths: Sequence[Path]) -> Comparison:
         if resolved[place] in resolved[:place]:
             raise UserError(f"{path} is given twice: name each run once")
     found = [entry for path in paths for entry in read_entries(path)]
-    labels = [entry.label for entry in found]
-    entries = [replace(each, label=each.place) if labels.count(each.label) > 1 else each for each in found]
+    entries = distinguish(found)
     measured = [by_measurement(entry, entries[0]) for entry in entries]
     rows, pairs = [], []
     for task, metric in dict.fromkeys(key for each in measured for key in each):
@@ -117,18 +119,28 @@ def read_entries(path: Path) -> list[Entry]:
         for each in of_model:
             last[each.task, each.metric] = max(last[each.task, each.metric], each.samples_seen)
         newest = tuple(each for each in of_model if each.samples_seen == last[each.task, each.metric])
-        label = short_name(name) if name else folder.resolve().name if run == path else path.name
         place = f"{path}: {name}" if name else str(path)
-        entries.append(Entry(label, place, newest[-1].model or name, folder, newest))
+        full = Path(name) if name else folder.resolve() if run == path else path.resolve()
+        # Of a checkpoint the run is named, too: all runs have checkpoints of some samples.
+        is_checkpoint = full.parent.name == "checkpoints"
+        parts = (*full.parts[:-2], full.name) if is_checkpoint else full.parts
+        label = "/".join(parts[-2:] if is_checkpoint else parts[-1:])
+        entries.append(Entry(label, place, parts, newest[-1].model or name, folder, newest))
     return entries
 
 
-def short_name(checkpoint: str) -> str:
-    """A checkpoint's name for a column: of a path its last parts, of a run's the run and the samples seen."""
-    parts = Path(checkpoint).parts
-    return (
-        "/".join(part for part in parts[-3:] if part != "checkpoints") if "checkpoints" in parts[-2:-1] else parts[-1]
-    )
+def distinguish(entries: Sequence[Entry]) -> list[Entry]:
+    """The entries, those of one label with as many more parts of their paths as tell them apart, all equally many."""
+    found = list(entries)
+    for label in {entry.label for entry in entries}:
+        same = [number for number, entry in enumerate(entries) if entry.label == label]
+        ways = ([entries[number].parts[-length:] for number in same] for length in range(1, 100))
+        apart = next((way for way in ways if len(set(way)) == len(same)), None) if len(same) > 1 else None
+        for place, number in enumerate(same):
+            if len(same) > 1:
+                name = "/".join(apart[place]) if apart else entries[number].place
+                found[number] = replace(entries[number], label=name)
+    return found
 
 
 def by_measurement(entry: Entry, first: Entry) -> dict[tuple[str, str], list[Result]]:

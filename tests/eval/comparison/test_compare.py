@@ -157,9 +157,16 @@ def test_a_file_of_several_models_a_checkpoint_and_equal_names(tmp_path):
             checkpoint.parents[1], [result(), result(0.7, samples_seen=50, checkpoint="checkpoints/50")]
         )
     runs = [tmp_path / name / "run" for name in ("one", "two")]
-    assert [entry.label for entry in compare(runs).entries] == [str(each) for each in runs]
+    assert [entry.label for entry in compare(runs).entries] == ["one/run", "two/run"]
     (entry,) = compare([runs[0] / "checkpoints" / "100"]).entries
-    assert (entry.label, entry.results[0].value) == ("100", 0.5)
+    assert (entry.label, entry.results[0].value) == ("run/100", 0.5)
+    both = [each / "checkpoints" / "100" for each in runs]
+    assert [entry.label for entry in compare([*both, tmp_path / "out"]).entries[:2]] == ["one/run/100", "two/run/100"]
+    results.write_results(tmp_path / "again", [result(checkpoint=models[0], model=models[0])])
+    twice = compare([tmp_path / "out", tmp_path / "again"]).entries
+    assert [entry.label for entry in twice if entry.model == models[0]] == [
+        f"{tmp_path / each}: {models[0]}" for each in ("out", "again")
+    ]
 
 
 def test_formats(tmp_path):
