@@ -75,7 +75,7 @@ def model_card(loaded: Checkpoint, target: str, parity: Parity, ema: bool) -> st
 
 def stage_words(stage: dict[str, Any]) -> str:
     """The sizes and the length of one stage of the recipe."""
-    names = ("samples", "image_size", "image_keep", "text_tokens", "batch_size", "lr")
+    names = ("samples", "image_size", "image_keep", "context_length", "batch_size", "learning_rate")
     return ", ".join(f"{name} {stage[name]}" for name in names if stage.get(name) is not None)
 
 
@@ -87,10 +87,17 @@ def data_rows(loaded: Checkpoint, run: Path | None) -> list[tuple[str, str]]:
     if settings.get("init"):
         rows.append(("began with", str(settings["init"])))
     if isinstance(settings.get("device"), dict):
-        rows.append(("computed on", ", ".join(str(value) for value in settings["device"].values())))
+        rows.append(("trained on", device_words(settings["device"])))
     if loaded.state.get("seconds"):
         rows.append(("hours", f"{loaded.state['seconds'] / 3600:.2f}"))
     return rows
+
+
+def device_words(device: dict[str, Any]) -> str:
+    """What a run's `config.json` says of its device: `8 × NVIDIA H100, in bfloat16`."""
+    hardware, devices = device.get("hardware") or device.get("kind") or "unknown", device.get("devices", 1)
+    words = f"{devices} × {hardware}" if devices > 1 else str(hardware)
+    return f"{words}, in {device['arithmetic']}" if device.get("arithmetic") else words
 
 
 def results(run: Path | None, loaded: Checkpoint, ema: bool) -> str:

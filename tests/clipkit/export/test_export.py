@@ -21,6 +21,7 @@ from clipkit.embedding.encoder import Encoder
 from clipkit.errors import InternalError
 from clipkit.export import command, openclip
 from clipkit.export.command import FORMATS, export
+from clipkit.export.model_card import device_words
 from clipkit.export.parity import BOUND, Peer, our_ids, our_pixels, real_samples
 from clipkit.interop.load import load
 from clipkit.interop.openclip import load_openclip
@@ -43,7 +44,7 @@ SQUASH = Preprocess(32, (0.5,) * 3, (0.5,) * 3, "bicubic", "squash")
 
 def save(run: Path, model: CLIP, preprocess: Preprocess, vocabulary: Path | None = None) -> Path:
     tokenizer = open_tokenizer(model.config.text.tokenizer, vocabulary)
-    recipe = {"name": "tiny", "ema_decay": 0.9, "stages": [{"name": "full", "samples": 100, "lr": 0.001}]}
+    recipe = {"name": "tiny", "ema_decay": 0.9, "stages": [{"name": "full", "samples": 100, "learning_rate": 0.001}]}
     state = {"samples_seen": 100, "stage": "full", "seconds": 36.0, "dataset": {"name": "emoji", "records": 100}}
     tensors = model.state_dict()
     return checkpoint.save(
@@ -87,6 +88,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     line = {"task": "emoji", "metric": "top1", "value": 0.5, "low": 0.4, "high": 0.6, "n": 100}
     line |= {"checkpoint": "checkpoints/000000000100", "hashes": {"classes": "4345f06a3add9d3f"}}
     (run / "results.jsonl").write_text(json.dumps(line) + "\n")
+    device = {"kind": "cuda", "hardware": "NVIDIA H100", "devices": 8, "arithmetic": "bfloat16"}
+    (run / "config.json").write_text(json.dumps({"device": device}))
     return run
 
 
@@ -120,11 +123,23 @@ def test_accuracy_is_the_same_in_the_formats_own_package(trained, tmp_path, targ
         "| recipe | tiny |",
         "| samples seen | 100 |",
         "name emoji, records 100",
+        "| trained on | 8 × NVIDIA H100, in bfloat16 |",
         "| emoji top1 | 50.0% (40.0%",
     ):
         assert part in card
-    for part in ("classes 4345f06a3add9d3f", "FLOPs of a sample", "## Licence", "stage full | samples 100, lr 0.001"):
+    for part in (
+        "classes 4345f06a3add9d3f",
+        "FLOPs of a sample",
+        "## Licence",
+        "stage full | samples 100, learning_rate 0.001",
+    ):
         assert part in card
+
+
+def test_the_device_of_a_card_in_words() -> None:
+    one = {"kind": "cpu", "hardware": "CPU, 2 threads", "devices": 1, "arithmetic": "float32"}
+    assert device_words(one) == "CPU, 2 threads, in float32"
+    assert device_words({"kind": "cpu"}) == "cpu", "of an older run"
 
 
 # ---- And back again --------------------------------------------------------------------------------------------------
