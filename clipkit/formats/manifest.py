@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from clipkit.errors import UserError
+from clipkit.formats.records import RecordWriter
 from clipkit.storage.files import read_json, write_json
 
 CLIPKIT_FOLDER = "clipkit"
@@ -43,6 +44,19 @@ class ShardEntry:
     formats: dict[str, int] = field(default_factory=dict)
     converted: dict[str, int] = field(default_factory=dict)
     status: str = "done"
+
+    @classmethod
+    def of(
+        cls,
+        file: str,
+        writer: RecordWriter,
+        sources: tuple[SourceEntry, ...],
+        formats: Mapping[str, int],
+        converted: Mapping[str, int],
+    ) -> Self:
+        """The entry of what a writer has written, which gets the name `file`."""
+        counts = dict(sorted(formats.items())), dict(sorted(converted.items()))
+        return cls(file, writer.records, writer.bytes, writer.crc32c, sources, *counts)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:

@@ -15,7 +15,6 @@ import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import google_crc32c
@@ -66,7 +65,7 @@ class RecordWriter:
     """Writes a TFRecord file from its beginning; use it as a context manager.
 
     `records`, `bytes` and `checksum` (CRC32C of the whole file, what cloud stores keep for an object too) are right
-    after each write.
+    after each write; `crc32c` is the checksum as a manifest has it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -87,6 +86,10 @@ class RecordWriter:
         self.bytes += HEADER_BYTES + len(record) + FOOTER_BYTES
         return offset
 
+    @property
+    def crc32c(self) -> str:
+        return f"{self.checksum:08x}"
+
     def flush(self) -> None:
         """Hand what was written to the operating system, for a reader that follows the file."""
         self._file.flush()
@@ -97,9 +100,7 @@ class RecordWriter:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 

@@ -108,8 +108,7 @@ def _build_shard(job: BuildJob, task: Task, kinds: dict[str, str]) -> BuildState
                 writer.put(pair.image, pair.caption, pair.columns, pair.kind)
                 if task.gathered:
                     notes.append((split, FORMATS.index(pair.kind)))
-    written = writer.written()
-    save_array(job.beside(".npy"), written.offsets)
+    save_array(job.beside(".npy"), np.array(writer.offsets, np.uint64))
     if task.gathered:
         save_array(job.beside(".notes.npy"), np.array(notes, np.uint8).reshape(-1, 2))
     for (name, _), lines in zip(task.shares, account.skipped, strict=True):
@@ -117,9 +116,8 @@ def _build_shard(job: BuildJob, task: Task, kinds: dict[str, str]) -> BuildState
             temporary.write_text("".join(lines), encoding="utf-8")
     accounts = {name: account.sources(number) for number, (name, _) in enumerate(task.shares)}
     sources = () if task.gathered else accounts[task.shares[0][0]]
-    state = BuildState(
-        written.shard(job.path.name, sources), written.kinds, written.present, accounts, task.made_of(job.parts)
-    )
+    shard = ShardEntry.of(job.path.name, writer, sources, writer.formats, writer.converted)
+    state = BuildState(shard, writer.kinds, writer.present, accounts, task.made_of(job.parts))
     write_json(job.beside(".json"), asdict(state))
     return state
 

@@ -147,15 +147,7 @@ def gather(job: GatherJob) -> ShardEntry:
     finally:
         files.close()
     save_array(job.beside(".npy"), np.array(offsets, np.uint64))
-    shard = ShardEntry(
-        job.path.name,
-        writer.records,
-        writer.bytes,
-        f"{writer.checksum:08x}",
-        (),
-        dict(sorted(formats.items())),
-        dict(sorted(converted.items())),
-    )
+    shard = ShardEntry.of(job.path.name, writer, (), formats, converted)
     write_json(job.beside(".json"), {"made_of": job.made_of, "shard": asdict(shard)})
     return shard
 

@@ -129,8 +129,8 @@ def write_records(
                     if outcomes[i].reason is None:
                         writer.put(image(i), row.pop(caption), row)
                         offsets[i] = writer.offsets[-1]
-            written = writer.written()
-            return DataFacts(f"{written.checksum:08x}", written.kinds, written.present, offsets)
+            kinds, present = dict(sorted(writer.kinds.items())), dict(sorted(writer.present.items()))
+            return DataFacts(writer.crc32c, kinds, present, offsets)
         except KindWidenedError as widened:
             kinds = widened.kinds
 

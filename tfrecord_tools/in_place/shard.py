@@ -102,9 +102,7 @@ def rewrite(job: InPlaceJob, kinds: Mapping[str, str]) -> ShardEntry:
             for offset, framed in _framed_records(job.source):
                 values = convert(decode_example(unframe(framed, offset, job.source)), kinds)
                 offsets.append(writer.write(encode_example(values)))
-        shard = ShardEntry(
-            before.file, writer.records, writer.bytes, f"{writer.checksum:08x}", before.sources, before.formats
-        )
+        shard = ShardEntry.of(before.file, writer, before.sources, before.formats, {})
         save_array(job.offsets, np.array(offsets, np.uint64))
         write_json(job.rewritten, asdict(shard))
         with disk_errors(job.source):

@@ -97,15 +97,7 @@ def build_labelled_shard(job: LabelledJob) -> LabelledState:
     save_array(job.offsets, np.array(offsets, dtype=np.uint64))
     reasons = Counter(reason for _, reason in skipped)
     source = SourceEntry(job.source, job.size, len(job.images), writer.records, dict(sorted(reasons.items())))
-    shard = ShardEntry(
-        job.path.name,
-        writer.records,
-        writer.bytes,
-        f"{writer.checksum:08x}",
-        (source,),
-        dict(sorted(formats.items())),
-        dict(sorted(converted.items())),
-    )
+    shard = ShardEntry.of(job.path.name, writer, (source,), formats, converted)
     state = LabelledState(shard, job.digest(), tuple(skipped))
     write_json(job.state, asdict(state))
     return state

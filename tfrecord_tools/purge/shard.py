@@ -227,7 +227,7 @@ def _rewrite(job: PurgeJob) -> RewrittenShard:
                 entry,
                 records=writer.records,
                 bytes=writer.bytes,
-                crc32c=f"{writer.checksum:08x}",
+                crc32c=writer.crc32c,
                 formats={name: count for name, count in left.items() if count > 0},
                 sources=sources.left(),
             )

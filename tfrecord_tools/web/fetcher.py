@@ -10,7 +10,6 @@ import dataclasses
 import random
 from collections import deque
 from functools import partial
-from types import TracebackType
 from typing import Self
 
 from clipkit.storage.files import allow_many_files
@@ -62,9 +61,7 @@ class Fetcher:
         self.handlers = HandlerThreads(settings.handler_threads, self.handled)
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         if self.alarm is not None:
             self.alarm.cancel()
         if self.robots is not None:

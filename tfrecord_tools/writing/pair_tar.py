@@ -8,7 +8,6 @@ owner and mode that webdataset writes and a time of 0: when it was fetched is no
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 from clipkit.errors import InternalError
@@ -54,9 +53,7 @@ class PairTar:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 

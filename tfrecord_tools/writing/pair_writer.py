@@ -7,17 +7,11 @@ caller to write the shard from the start again, with the wider kinds.
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
-
-import numpy as np
-import numpy.typing as npt
+from typing import Any
 
 from clipkit.errors import UserError
 from clipkit.formats.kinds import fit
-from clipkit.formats.manifest import ShardEntry, SourceEntry
 from clipkit.formats.records import RecordWriter, encode_example
 from clipkit.tfrecord_tools.pictures.sniff import image_format, is_truncated
 from clipkit.tfrecord_tools.reasons import NO_IMAGE, NOT_AN_IMAGE, TRUNCATED
@@ -35,83 +29,33 @@ def stored_name(name: str) -> str:
     return OTHERS.get(name, name)
 
 
-@dataclass(frozen=True)
-class Written:
-    """What a finished PairWriter knows. `present` counts each column's values; `offsets` are bytes, uint64[records]."""
-
-    records: int
-    bytes: int
-    checksum: int
-    offsets: npt.NDArray[np.uint64]
-    kinds: dict[str, str]
-    present: dict[str, int]
-    formats: dict[str, int]
-    converted: dict[str, int]
-
-    def shard(self, file: str, sources: tuple[SourceEntry, ...]) -> ShardEntry:
-        """The manifest's entry for the shard, once it has its name."""
-        return ShardEntry(file, self.records, self.bytes, f"{self.checksum:08x}", sources, self.formats, self.converted)
-
-
-class PairWriter:
+class PairWriter(RecordWriter):
     """Writes one TFRecord file of pairs; use it as a context manager, inside `write_beside`.
 
-    `kinds` are the columns' kinds to begin with (see `schema`); new columns join them.
+    `kinds` are the columns' kinds (see `formats.kinds`), new columns among them; `present` counts each column's values,
+    `formats` and `converted` the images by the format that they have and had; `offsets` are the records', in bytes.
     """
 
     def __init__(self, path: Path, kinds: Mapping[str, str]) -> None:
-        self.writer = RecordWriter(path)
+        """`kinds` are those to begin with."""
+        super().__init__(path)
         self.kinds = dict(kinds)
         self.present: dict[str, int] = {}
         self.formats: Counter[str] = Counter()
         self.converted: Counter[str] = Counter()
         self.offsets: list[int] = []
 
-    @property
-    def records(self) -> int:
-        return self.writer.records
-
-    def add(self, sample: Sample) -> str | None:
-        """Write a sample, or return the reason not to take it (one of those in `sample`).
+    def put(self, image: bytes, caption: str, columns: Mapping[str, Any], kind: str | None = None) -> None:
+        """Write a pair that was looked at already. `kind` is the format that its image had; None: it isn't counted.
 
         Raises KindWidenedError when a value doesn't fit its column; the shard must then be written again.
         """
-        kind, reason = judge(sample)
-        image = None if reason else stored_image(sample, kind)
-        if image is None:
-            return reason or NOT_AN_IMAGE
-        self.put(image, sample.caption or "", sample.columns, kind)
-        return None
-
-    def put(self, image: bytes, caption: str, columns: Mapping[str, Any], kind: str | None = None) -> None:
-        """Write a pair that was looked at already. `kind` is the format that its image had; None: it isn't counted."""
         columns = {stored_name(name): v for name, v in columns.items() if name != "txt" or v != caption}
         values = fit(columns, self.kinds, self.present)
         values["jpg"], values["txt"] = image, caption
-        self.offsets.append(self.writer.write(encode_columns(values)))
+        self.offsets.append(self.write(encode_columns(values)))
         if kind is not None:
             count_format(kind, self.formats, self.converted)
-
-    def written(self) -> Written:
-        """What was written so far."""
-        return Written(
-            self.writer.records,
-            self.writer.bytes,
-            self.writer.checksum,
-            np.array(self.offsets, dtype=np.uint64),
-            dict(sorted(self.kinds.items())),
-            dict(sorted(self.present.items())),
-            dict(sorted(self.formats.items())),
-            dict(sorted(self.converted.items())),
-        )
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.writer.close()
 
 
 def judge(sample: Sample) -> tuple[str, str | None]:
