@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 
 from clipkit.storage.files import save_array
-from clipkit.tfrecord_tools.build.choose import SURVEYED, Balance, SurveyJob, choose, count_concepts
+from clipkit.tfrecord_tools.build.choose import SURVEYED, Balance, choose, count_concepts, survey_path
 from clipkit.tfrecord_tools.build.concepts import Matcher, hashes
+from clipkit.tfrecord_tools.build.prepare import Stretch
 
 WORDS = 300_000
 STRETCH = 20_000  # captions
@@ -58,7 +59,7 @@ def main() -> None:
     setup = time.process_time() - began
     balance = Balance("made up", len(concepts), "", options.limit, 0)
     with tempfile.TemporaryDirectory() as folder:
-        jobs: list[SurveyJob] = []
+        jobs: list[Stretch] = []
         matching, captions, matches = 0.0, 0, 0
         while matching < options.seconds:
             texts = phrases(rng, rng.integers(3, 25, STRETCH))
@@ -67,9 +68,11 @@ def main() -> None:
             rows = np.empty(STRETCH, SURVEYED)
             rows["number"], rows["concepts"] = np.arange(STRETCH), [len(each) for each in found]
             rows["key"] = np.array(hashes(str(captions + number) for number in range(STRETCH)), np.uint64)
-            job = SurveyJob(len(jobs), Path(folder), (), 0)
-            save_array(job.path(".npy"), rows)
-            save_array(job.path("-concepts.npy"), np.array([number for each in found for number in each], np.uint32))
+            job = Stretch(len(jobs), Path(), Path(folder), (), 0)
+            save_array(survey_path(job, ".npy"), rows)
+            save_array(
+                survey_path(job, "-concepts.npy"), np.array([number for each in found for number in each], np.uint32)
+            )
             matching += time.process_time() - began
             captions, matches = captions + STRETCH, matches + sum(map(len, found))
             jobs.append(job)

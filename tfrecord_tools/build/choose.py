@@ -30,14 +30,15 @@ import pyarrow as pa
 from clipkit.counter_rng import sample_keys, uniform
 from clipkit.errors import UserError
 from clipkit.formats.tables import KEY_NAME, is_table, read_columns, read_schema
-from clipkit.storage.files import as_path, load_array, read_json, require_file, save_array, write_json
+from clipkit.storage.files import as_path, load_array, require_file, save_array
 from clipkit.storage.stores import reading
 from clipkit.tfrecord_tools.build.concepts import ConceptList, hashes, load_matcher
 from clipkit.tfrecord_tools.build.dedup import DecideJob, duplicates_in
-from clipkit.tfrecord_tools.build.prepare import Part, Preparation, judged, parts_id
+from clipkit.tfrecord_tools.build.prepare import Preparation, Stretch, judged
 from clipkit.tfrecord_tools.reasons import NO_CONCEPT, NO_SCORE, NOT_BEST, THINNED_OUT
 from clipkit.tfrecord_tools.sample import Sample
 
+SURVEY = "survey"
 LIMIT = 20_000
 SCORE_COLUMN = "similarity"
 DRAWS = 32  # the stream of random numbers
@@ -83,21 +84,9 @@ class Cut:
     key: int
 
 
-@dataclass(frozen=True)
-class SurveyJob:
-    """A stretch of the image shards by its number, of about `size` bytes."""
-
-    number: int
-    folder: Path
-    parts: tuple[Part, ...]
-    size: int
-
-    def path(self, what: str) -> Path:
-        return survey_path(self.folder, self.number, what)
-
-
-def survey_path(folder: Path, number: int, what: str) -> Path:
-    return folder / f"survey-{number:05d}{what}"
+def survey_path(job: Stretch, suffix: str) -> Path:
+    """A file that the survey of a stretch leaves."""
+    return job.beside(suffix, SURVEY)
 
 
 def check_best(share: float | None, by: str | None) -> Best | None:
@@ -134,7 +123,7 @@ def check_balance(concepts: ConceptList | None, limit: int | None, seed: int | N
 
 
 def survey(
-    job: SurveyJob,
+    job: Stretch,
     preparation: Preparation,
     duplicates: tuple[DecideJob, ...],
     by: str | None,
@@ -166,20 +155,12 @@ def survey(
             found += matches
     rows = np.empty(len(keys), SURVEYED)
     rows["number"], rows["concepts"], rows["key"] = numbers, lengths, np.array(hashes(keys), np.uint64)
-    save_array(job.path(".npy"), rows)
-    save_array(job.path("-concepts.npy"), np.array(found, np.uint32))
+    save_array(survey_path(job, ".npy"), rows)
+    save_array(survey_path(job, "-concepts.npy"), np.array(found, np.uint32))
     if by is not None:
-        save_array(job.path("-scores.npy"), np.array(scores, np.float64))
-    write_json(job.path(".json"), {"parts": parts_id(job.parts), "samples": len(rows)})
+        save_array(survey_path(job, "-scores.npy"), np.array(scores, np.float64))
+    job.write_count(SURVEY, len(rows))
     return len(rows)
-
-
-def read_survey(job: SurveyJob) -> int | None:
-    """The number of samples of a finished job, or None."""
-    if not job.path(".json").exists():
-        return None
-    state = read_json(job.path(".json"))
-    return int(state["samples"]) if state["parts"] == parts_id(job.parts) else None
 
 
 def score_of(sample: Sample, by: str) -> float:
@@ -194,13 +175,13 @@ def score_of(sample: Sample, by: str) -> float:
     return float(value)
 
 
-def join_scores(jobs: Sequence[SurveyJob], best: Best) -> None:
+def join_scores(jobs: Sequence[Stretch], best: Best) -> None:
     """Write the scores that a table has for the samples of all stretches; NaN where it has none."""
     keys, scores = read_scores(as_path(best.table), best.by)
     for job in jobs:
-        wanted = load_array(job.path(".npy"))["key"]
+        wanted = load_array(survey_path(job, ".npy"))["key"]
         place = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
-        save_array(job.path("-scores.npy"), np.where(keys[place] == wanted, scores[place], np.nan))
+        save_array(survey_path(job, "-scores.npy"), np.where(keys[place] == wanted, scores[place], np.nan))
 
 
 def read_scores(path: Path, column: str) -> tuple[UInt64Array, Float64Array]:
@@ -234,11 +215,11 @@ def read_scores(path: Path, column: str) -> tuple[UInt64Array, Float64Array]:
 # ---- The cut and the counts ------------------------------------------------------------------------------------------
 
 
-def find_cut(jobs: Sequence[SurveyJob], best: Best) -> tuple[Cut, dict[str, Any]]:
+def find_cut(jobs: Sequence[Stretch], best: Best) -> tuple[Cut, dict[str, Any]]:
     """The last sample that is kept, and the account. Raises UserError where more than 1% have no score, or all."""
     total = without = 0
     for job in jobs:
-        missing = np.isnan(load_array(job.path("-scores.npy")))
+        missing = np.isnan(load_array(survey_path(job, "-scores.npy")))
         total, without = total + len(missing), without + int(missing.sum())
     if without > MOST_WITHOUT_SCORE * total:
         where = best.table or f"column {best.by!r}"
@@ -250,9 +231,9 @@ def find_cut(jobs: Sequence[SurveyJob], best: Best) -> tuple[Cut, dict[str, Any]
 
     def scored() -> Iterator[tuple[UInt64Array, UInt64Array]]:
         for job in jobs:
-            scores = load_array(job.path("-scores.npy"))
+            scores = load_array(survey_path(job, "-scores.npy"))
             there = ~np.isnan(scores)
-            yield sortable(scores[there]), load_array(job.path(".npy"))["key"][there]
+            yield sortable(scores[there]), load_array(survey_path(job, ".npy"))["key"][there]
 
     cut = select(scored, kept) if kept else Cut(0, 0)
     return cut, {**asdict(best), "samples": total, "without_score": without, "score": unsorted_score(cut.score)}
@@ -292,22 +273,22 @@ def select(scored: Callable[[], Iterator[tuple[UInt64Array, UInt64Array]]], kept
     return Cut(*found)
 
 
-def count_concepts(jobs: Sequence[SurveyJob], cut: Cut | None, concepts: Sequence[str]) -> Rows:
+def count_concepts(jobs: Sequence[Stretch], cut: Cut | None, concepts: Sequence[str]) -> Rows:
     """How many of the samples that are kept by their score have each concept, with the concepts' hashes."""
     made = np.zeros(len(concepts), CONCEPT)
     made["key"] = np.array(hashes(concepts), np.uint64)
     for job in jobs:
-        rows, found = load_array(job.path(".npy")), load_array(job.path("-concepts.npy"))
+        rows, found = load_array(survey_path(job, ".npy")), load_array(survey_path(job, "-concepts.npy"))
         stays = np.repeat(kept_by_score(job, rows, cut)[0], rows["concepts"])
         made["count"] += np.bincount(found[stays], minlength=len(made)).astype(np.uint64)
     return made
 
 
-def kept_by_score(job: SurveyJob, rows: Rows, cut: Cut | None) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
+def kept_by_score(job: Stretch, rows: Rows, cut: Cut | None) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
     """bool[n] each: which samples of a stretch the score keeps, and which have none."""
     if cut is None:
         return np.ones(len(rows), np.bool_), np.zeros(len(rows), np.bool_)
-    scores = load_array(job.path("-scores.npy"))
+    scores = load_array(survey_path(job, "-scores.npy"))
     missing = np.isnan(scores)
     values, score = sortable(np.where(missing, 0, scores)), np.uint64(cut.score)
     better = (values > score) | (values == score) & (rows["key"] >= np.uint64(cut.key))
@@ -317,17 +298,17 @@ def kept_by_score(job: SurveyJob, rows: Rows, cut: Cut | None) -> tuple[npt.NDAr
 # ---- Choose ----------------------------------------------------------------------------------------------------------
 
 
-def choose(job: SurveyJob, cut: Cut | None, balance: Balance | None, counts: Path | None) -> Counter[str]:
+def choose(job: Stretch, cut: Cut | None, balance: Balance | None, counts: Path | None) -> Counter[str]:
     """Write which samples of a stretch go, and why. What it returns is added up to the account.
 
     `counts` is the file of what `count_concepts` found.
     """
-    rows = load_array(job.path(".npy"))
+    rows = load_array(survey_path(job, ".npy"))
     stays, missing = kept_by_score(job, rows, cut)
     reason = np.where(missing, REASONS.index(NO_SCORE), np.where(stays, 0, REASONS.index(NOT_BEST)))
     told = Counter({"kept by score": int(stays.sum())})
     if balance is not None and counts is not None:
-        concepts, found = load_array(counts), load_array(job.path("-concepts.npy"))
+        concepts, found = load_array(counts), load_array(survey_path(job, "-concepts.npy"))
         owners = np.repeat(np.arange(len(rows)), rows["concepts"])
         chances = balance.limit / np.maximum(concepts["count"][found], balance.limit)
         keys = sample_keys(balance.seed, rows["key"])[owners] ^ concepts["key"][found]
@@ -345,7 +326,7 @@ def choose(job: SurveyJob, cut: Cut | None, balance: Balance | None, counts: Pat
     told["kept"] = int((reason == 0).sum())
     going = np.empty(int((reason > 0).sum()), GOING)
     going["number"], going["reason"] = rows["number"][reason > 0], reason[reason > 0]
-    save_array(job.path("-going.npy"), going)
+    save_array(survey_path(job, "-going.npy"), going)
     return told
 
 
@@ -355,9 +336,9 @@ def most_frequent(concepts: Rows) -> list[int]:
     return [place for place in order.tolist() if concepts["count"][place]]
 
 
-def going(folder: Path, stretch: int) -> dict[int, str]:
+def going(job: Stretch) -> dict[int, str]:
     """The numbers of the samples of a stretch that don't stay, each with the reason."""
-    found = load_array(survey_path(folder, stretch, "-going.npy"))
+    found = load_array(survey_path(job, "-going.npy"))
     return {number: REASONS[reason] for number, reason in found.tolist()}
 
 

@@ -39,8 +39,8 @@ from clipkit.tfrecord_tools.build.choose import check_balance, check_best
 from clipkit.tfrecord_tools.build.concepts import ConceptList, read_concepts
 from clipkit.tfrecord_tools.build.passes import choose_pass, gather_pass, hash_pass, write_pass
 from clipkit.tfrecord_tools.build.plan import BuildOptions, first_samples, make_options, plan
-from clipkit.tfrecord_tools.build.prepare import Condition, Part, Preparation, kinds_of_samples, part_left
-from clipkit.tfrecord_tools.build.shard import BuildJob, BuildState, Task
+from clipkit.tfrecord_tools.build.prepare import Condition, Part, Preparation, Stretch, kinds_of_samples, part_left
+from clipkit.tfrecord_tools.build.shard import BuildState, Task
 from clipkit.tfrecord_tools.build.shuffle import stretch_path
 from clipkit.tfrecord_tools.readers.shards import InputShard, columns_left_out, find_shards, open_shard, read_shard
 from clipkit.tfrecord_tools.reasons import (
@@ -242,11 +242,11 @@ def _jobs(
     options: BuildOptions,
     sources: list[InputShard],
     stretches: Sequence[tuple[Part, ...]],
-) -> list[BuildJob]:
+) -> list[Stretch]:
     count = len(stretches)
     size = sum(source.size for source in sources)
     return [
-        BuildJob(
+        Stretch(
             number,
             stretch_path(work, number)
             if options.gathered

@@ -23,15 +23,15 @@ import numpy.typing as npt
 from clipkit.errors import UserError
 from clipkit.pixels.images import ImageError
 from clipkit.pixels.phash import perceptual_hash_of
-from clipkit.storage.files import read_json, write_json
 from clipkit.text.tokenizer import clean
-from clipkit.tfrecord_tools.build.prepare import Part, Preparation, judged, parts_id
+from clipkit.tfrecord_tools.build.prepare import Preparation, Stretch, judged
 from clipkit.tfrecord_tools.build.sorted_rows import BUCKETS, KEY_END, read_sorted, write_sorted
 from clipkit.tfrecord_tools.sample import Sample
 
 Method = Literal["sha256", "caption", "phash"]
 METHODS = ("sha256", "caption", "phash")
 
+HASHES = "hashes"  # what the first pass leaves of a stretch
 NEAR_BITS = 3
 RUNS = 4  # of 16 bits each: one more than the bits that may differ
 FLAT = (0, 1 << 63)  # the perceptual hashes of pictures of one colour
@@ -44,22 +44,8 @@ _NUMBER_BITS = 32
 UInt64Array = npt.NDArray[np.uint64]
 
 
-@dataclass(frozen=True)
-class HashJob:
-    """A stretch of the image shards by its number, of about `size` bytes, whose hashes go to `folder`."""
-
-    number: int
-    folder: Path
-    parts: tuple[Part, ...]
-    size: int
-
-    @property
-    def state(self) -> Path:
-        return self.folder / f"hashes-{self.number:05d}.json"
-
-
 def hashes_path(folder: Path, number: int, run: int) -> Path:
-    return folder / f"hashes-{number:05d}-{run}.rows"
+    return folder / f"{HASHES}-{number:05d}-{run}.rows"
 
 
 def runs_of(method: Method) -> int:
@@ -70,7 +56,7 @@ def runs_of(method: Method) -> int:
 # ---- First pass ------------------------------------------------------------------------------------------------------
 
 
-def hash_samples(job: HashJob, preparation: Preparation, method: Method) -> int:
+def hash_samples(job: Stretch, preparation: Preparation, method: Method) -> int:
     """Write the hashes of the samples that may be taken; the number of them."""
     keys: list[int] = []
     rests: list[int] = []
@@ -89,16 +75,8 @@ def hash_samples(job: HashJob, preparation: Preparation, method: Method) -> int:
     for run in range(runs_of(method)):
         rows["key"] = rotated(np.array(keys, np.uint64), 16 * run)
         write_sorted(hashes_path(job.folder, job.number, run), rows[np.argsort(rows["key"], kind="stable")])
-    write_json(job.state, {"parts": parts_id(job.parts), "hashes": len(keys)})
+    job.write_count(HASHES, len(keys))
     return len(keys)
-
-
-def read_hashed(job: HashJob) -> int | None:
-    """The number of hashes of a finished job, or None."""
-    if not job.state.exists():
-        return None
-    state = read_json(job.state)
-    return int(state["hashes"]) if state["parts"] == parts_id(job.parts) else None
 
 
 def hash_of(sample: Sample, method: Method) -> tuple[int, int] | None:

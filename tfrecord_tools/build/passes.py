@@ -26,32 +26,30 @@ from clipkit.formats.manifest import ShardEntry
 from clipkit.jobs.passes import Runner
 from clipkit.storage.files import save_array, write_json
 from clipkit.tfrecord_tools.build.choose import (
-    SurveyJob,
+    SURVEY,
     balance_account,
     choice_id,
     choose,
     count_concepts,
     find_cut,
     join_scores,
-    read_survey,
     survey,
 )
 from clipkit.tfrecord_tools.build.concepts import ConceptList
 from clipkit.tfrecord_tools.build.dedup import (
+    HASHES,
     DecideJob,
-    HashJob,
     Method,
     decide,
     decide_jobs,
     hash_samples,
-    read_hashed,
 )
 from clipkit.tfrecord_tools.build.plan import BuildOptions
-from clipkit.tfrecord_tools.build.prepare import Preparation
-from clipkit.tfrecord_tools.build.shard import BuildJob, BuildState, Task, build_shard, read_state
+from clipkit.tfrecord_tools.build.prepare import Preparation, Stretch
+from clipkit.tfrecord_tools.build.shard import BuildState, Task, build_shard, read_state
 from clipkit.tfrecord_tools.build.shuffle import (
     GatherJob,
-    Stretch,
+    StretchFile,
     gather,
     index_jobs,
     index_records,
@@ -61,16 +59,16 @@ from clipkit.tfrecord_tools.writing.finish import kinds_with_values
 
 
 def hash_pass(
-    jobs: Sequence[BuildJob], folder: Path, preparation: Preparation, method: Method, runner: Runner
+    jobs: Sequence[Stretch], folder: Path, preparation: Preparation, method: Method, runner: Runner
 ) -> tuple[DecideJob, ...]:
     """Find the duplicates; what is decided lies in files of `folder` (see `dedup`)."""
     hashed = runner.run(
         "build-tfds, hashing",
         partial(hash_samples, preparation=preparation, method=method),
-        [HashJob(job.number, folder, job.parts, job.size) for job in jobs],
+        jobs,
         describe=lambda job: f"hashes of stretch {job.number}",
         size=lambda job: job.size,
-        finished=read_hashed,
+        finished=lambda job: job.read_count(HASHES),
         counts=lambda count: {"records": count},
     )
     decisions = decide_jobs(folder, len(jobs), sum(hashed), method)
@@ -87,7 +85,7 @@ def hash_pass(
 
 
 def choose_pass(
-    jobs: Sequence[BuildJob],
+    jobs: Sequence[Stretch],
     preparation: Preparation,
     duplicates: tuple[DecideJob, ...],
     options: BuildOptions,
@@ -102,7 +100,6 @@ def choose_pass(
     texts_path, counts_path = folder / "concepts.json", folder / "concepts.npy"
     if balance is not None:
         write_json(texts_path, list(texts))
-    surveys = [SurveyJob(job.number, folder, job.parts, job.size) for job in jobs]
     runner.run(
         "build-tfds, surveying",
         partial(
@@ -112,27 +109,27 @@ def choose_pass(
             by=best.by if best and not best.table else None,
             concepts=(texts_path, balance.sha256) if balance else None,
         ),
-        surveys,
+        jobs,
         describe=lambda job: f"survey of stretch {job.number}",
         size=lambda job: job.size,
-        finished=read_survey,
+        finished=lambda job: job.read_count(SURVEY),
         counts=lambda count: {"records": count},
     )
     cut, account = None, {}
     if best is not None:
         if best.table:
-            join_scores(surveys, best)
-        cut, account["keep_best"] = find_cut(surveys, best)
+            join_scores(jobs, best)
+        cut, account["keep_best"] = find_cut(jobs, best)
     concepts = None
     if balance is not None:
-        concepts = count_concepts(surveys, cut, texts)
+        concepts = count_concepts(jobs, cut, texts)
         save_array(counts_path, concepts)
     told: Counter[str] = Counter()
     # What was chosen by other counts isn't trusted: the pass takes seconds, and no image is read in it.
     for counts in runner.run(
         "build-tfds, choosing",
         partial(choose, cut=cut, balance=balance, counts=counts_path),
-        surveys,
+        jobs,
         describe=lambda job: f"choice of stretch {job.number}",
         counts=lambda counts: {"records": counts["kept"]},
     ):
@@ -145,7 +142,7 @@ def choose_pass(
 
 
 def write_pass(
-    jobs: Sequence[BuildJob], task: Task, known: dict[str, str], runner: Runner
+    jobs: Sequence[Stretch], task: Task, known: dict[str, str], runner: Runner
 ) -> tuple[list[BuildState], dict[str, str]]:
     """The states of all stretches, and the kinds that all of them are written with. `known` are other splits' kinds."""
     states = _write(jobs, task, known, None, runner)
@@ -162,11 +159,11 @@ def write_pass(
 
 
 def _write(
-    jobs: Sequence[BuildJob], task: Task, kinds: dict[str, str], needed: dict[str, str] | None, runner: Runner
+    jobs: Sequence[Stretch], task: Task, kinds: dict[str, str], needed: dict[str, str] | None, runner: Runner
 ) -> list[BuildState]:
     """Write the files that have no state yet, or one of narrower kinds than those `needed`."""
 
-    def finished(job: BuildJob) -> BuildState | None:
+    def finished(job: Stretch) -> BuildState | None:
         state = read_state(job, task)
         return None if state is None or (needed and _is_narrower(state, needed)) else state
 
@@ -187,7 +184,7 @@ def _is_narrower(state: BuildState, kinds: dict[str, str]) -> bool:
 
 
 def gather_pass(
-    jobs: Sequence[BuildJob],
+    jobs: Sequence[Stretch],
     states: Sequence[BuildState],
     task: Task,
     out: tuple[Path, str],
@@ -201,7 +198,7 @@ def gather_pass(
     """
     firsts = [0, *accumulate(state.shard.records for state in states)]
     stretches = [
-        Stretch(job.beside(".npy"), job.beside(".notes.npy"), state.shard.bytes, state.shard.records, first)
+        StretchFile(job.beside(".npy"), job.beside(".notes.npy"), state.shard.bytes, state.shard.records, first)
         for job, state, first in zip(jobs, states, firsts, strict=False)
     ]
     folder = jobs[0].folder

@@ -17,6 +17,7 @@ each token: what `Syntax.priorities` gives for them (0 noun, 1 adjective, 2 verb
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -26,6 +27,7 @@ from clipkit.errors import UserError
 from clipkit.formats.kinds import KindWidenedError, arrow_type, fit, kind_of, own_name, unify
 from clipkit.formats.manifest import PRECOMPUTED_COLUMNS, SYNTAX, TOKENS
 from clipkit.pixels.images import ImageError
+from clipkit.storage.files import read_json, write_json
 from clipkit.text.tokenizer import Tokenizer
 from clipkit.tfrecord_tools.pictures.compact import compact
 from clipkit.tfrecord_tools.readers.shards import InputShard, read_shard
@@ -68,6 +70,38 @@ class Preparation:
     resize: int | None = None
     quality: int = 90
     precompute: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """What lies between two cuts, of about `size` bytes: what a worker is given in every pass.
+
+    `path` is the file that becomes of it; in `folder` the passes leave for each other what they found.
+    """
+
+    number: int
+    path: Path
+    folder: Path
+    parts: tuple[Part, ...]
+    size: int
+
+    def beside(self, suffix: str, what: str = "shard") -> Path:
+        """A file of `what` a pass has left of the stretch."""
+        return self.folder / f"{what}-{self.number:05d}{suffix}"
+
+    def skipped(self, split: str) -> Path:
+        """The list of the samples of a split that were left out, a JSON line each."""
+        return self.beside(f".skipped-{split}.jsonl")
+
+    def write_count(self, what: str, count: int) -> None:
+        """Say that all of `what` is written, and how many there are."""
+        write_json(self.beside(".json", what), {"parts": parts_id(self.parts), what: count})
+
+    def read_count(self, what: str) -> int | None:
+        """The number that an earlier run wrote; None where it didn't, or where a source or a cut was another."""
+        path = self.beside(".json", what)
+        state: dict[str, Any] = read_json(path) if path.exists() else {}
+        return state.get(what) if state.get("parts") == parts_id(self.parts) else None
 
 
 class Judged(NamedTuple):

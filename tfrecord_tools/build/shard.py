@@ -10,7 +10,6 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,7 @@ from clipkit.formats.manifest import ShardEntry, SourceEntry
 from clipkit.storage.files import read_json, save_array, write_beside, write_json
 from clipkit.tfrecord_tools.build.choose import going
 from clipkit.tfrecord_tools.build.dedup import DecideJob, duplicates_in
-from clipkit.tfrecord_tools.build.prepare import Part, Preparation, Prepared, parts_id, prepared
+from clipkit.tfrecord_tools.build.prepare import Part, Preparation, Prepared, Stretch, parts_id, prepared
 from clipkit.tfrecord_tools.pictures.sniff import FORMATS
 from clipkit.tfrecord_tools.reasons import DUPLICATE, UNWANTED
 from clipkit.tfrecord_tools.writing.pair_writer import PairWriter
@@ -46,28 +45,6 @@ class Task:
 
 
 @dataclass(frozen=True)
-class BuildJob:
-    """What one worker is to make: `path` from `parts`, about `size` bytes of image shards.
-
-    `number` counts the jobs; `folder` holds their states.
-    """
-
-    number: int
-    path: Path
-    folder: Path
-    parts: tuple[Part, ...]
-    size: int
-
-    def beside(self, suffix: str) -> Path:
-        """A file of the job in the folder of states."""
-        return self.folder / f"shard-{self.number:05d}{suffix}"
-
-    def skipped(self, split: str) -> Path:
-        """The list of the samples of a split that were left out, a JSON line each."""
-        return self.beside(f".skipped-{split}.jsonl")
-
-
-@dataclass(frozen=True)
 class BuildState:
     """What is known of a finished file. `present` counts each column's values; `accounts` are the sources by split."""
 
@@ -82,7 +59,7 @@ class BuildState:
         return sum(source.samples for sources in self.accounts.values() for source in sources)
 
 
-def build_shard(job: BuildJob, task: Task, kinds: Mapping[str, str]) -> BuildState:
+def build_shard(job: Stretch, task: Task, kinds: Mapping[str, str]) -> BuildState:
     """Write the file, its record offsets and its state. `kinds` are the columns' kinds to begin with.
 
     A value that doesn't fit widens its column's kind and the file is written again, so that all of it has one kind.
@@ -94,11 +71,11 @@ def build_shard(job: BuildJob, task: Task, kinds: Mapping[str, str]) -> BuildSta
             kinds = widened.kinds
 
 
-def _build_shard(job: BuildJob, task: Task, kinds: dict[str, str]) -> BuildState:
+def _build_shard(job: Stretch, task: Task, kinds: dict[str, str]) -> BuildState:
     account = _Account(job, task)
     left_out = dict.fromkeys(duplicates_in(task.duplicates, job.number).tolist(), DUPLICATE)
     if task.choice:
-        left_out |= going(job.folder, job.number)
+        left_out |= going(job)
     notes: list[tuple[int, int]] = []
     with write_beside(job.path) as temporary, PairWriter(temporary, kinds) as writer:
         for pair in prepared(job.parts, task.preparation, left_out):
@@ -125,7 +102,7 @@ def _build_shard(job: BuildJob, task: Task, kinds: dict[str, str]) -> BuildState
 class _Account:
     """Counts what becomes of the samples of each part, split by split, and names those that are skipped."""
 
-    def __init__(self, job: BuildJob, task: Task) -> None:
+    def __init__(self, job: Stretch, task: Task) -> None:
         self.parts = job.parts
         splits = range(len(task.shares))
         self.records = [[0] * len(job.parts) for _ in splits]
@@ -164,7 +141,7 @@ def split_of(key: str, shares: tuple[tuple[str, float], ...]) -> int:
     return len(shares) - 1
 
 
-def read_state(job: BuildJob, task: Task) -> BuildState | None:
+def read_state(job: Stretch, task: Task) -> BuildState | None:
     """The state of a finished file, or None when it must be written (again), its sources having changed for one."""
     path = job.beside(".json")
     if not path.exists() or not job.path.exists():

@@ -36,7 +36,7 @@ def stretch_path(folder: Path, number: int) -> Path:
 
 
 @dataclass(frozen=True)
-class Stretch:
+class StretchFile:
     """An intermediate file: where its offsets and notes lie, and `first`, the number of its first record among all."""
 
     offsets: Path
@@ -53,7 +53,7 @@ class IndexJob:
     number: int
     folder: Path
     start: int
-    stretches: tuple[Stretch, ...]
+    stretches: tuple[StretchFile, ...]
     splits: tuple[str, ...]
     total: int
     seed: int | None
@@ -67,11 +67,11 @@ def index_path(folder: Path, number: int, split: str) -> Path:
 
 
 def index_jobs(
-    folder: Path, stretches: Sequence[Stretch], splits: tuple[str, ...], total: int, seed: int | None
+    folder: Path, stretches: Sequence[StretchFile], splits: tuple[str, ...], total: int, seed: int | None
 ) -> list[IndexJob]:
     """As few jobs as may hold INDEX_RECORDS each."""
     jobs: list[IndexJob] = []
-    group: list[Stretch] = []
+    group: list[StretchFile] = []
     start = 0
     for i, stretch in enumerate(stretches):
         group.append(stretch)
