@@ -1,5 +1,7 @@
 """How numbers, sizes, shares and times are written for people, in messages, progress lines and pages alike."""
 
+from collections.abc import Mapping
+
 
 def duration(seconds: float) -> str:
     """Seconds as a person says them: `42s`, `3m 05s`, `2h 10m`, `3d 4h`."""
@@ -24,6 +26,11 @@ def size_text(count: float) -> str:
 def counted(number: int, one: str, many: str = "") -> str:
     """A number with its noun: `1 shard`, `1,024 shards`; `many` where the plural isn't `one` with an s."""
     return f"{number:,} {one if number == 1 else many or f'{one}s'}"
+
+
+def counts_text(counts: Mapping[str, int]) -> str:
+    """What was counted by name: `dns 1,024, timeout 12`."""
+    return ", ".join(f"{name} {number:,}" for name, number in counts.items())
 
 
 def short(value: float) -> str:

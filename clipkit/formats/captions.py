@@ -27,7 +27,7 @@ OF_SOURCE = OWN + "captions_"
 
 def check_caption_type(kind: pa.DataType, column: str, table: object) -> None:
     """Raise UserError for a column of a table whose type no caption has."""
-    item = _item(kind) if _is_list(kind) else kind
+    item = kind.value_type if _is_list(kind) else kind
     if pa.types.is_struct(item):
         raise _structs(column, table, [item.field(i).name for i in range(item.num_fields)])
     if pa.types.is_nested(item):
@@ -105,10 +105,6 @@ def source_columns(names: Iterable[str]) -> dict[str, str]:
 
 def _is_list(kind: pa.DataType) -> bool:
     return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
-
-
-def _item(kind: Any) -> pa.DataType:
-    return kind.value_type
 
 
 def _structs(column: str, table: object, fields: Sequence[str]) -> UserError:

@@ -374,11 +374,12 @@ def find_dataset(path: Path) -> Path | None:
 
 def refuse_unfinished_download(folder: Path) -> None:
     """Raise UserError for a folder that `clipkit download` hasn't finished: the rest would be lost without a word."""
-    if _is_unfinished_download(folder):
+    if is_unfinished_download(folder):
         raise UserError(_finish_download(folder))
 
 
-def _is_unfinished_download(folder: Path) -> bool:
+def is_unfinished_download(folder: Path) -> bool:
+    """Whether `clipkit download` has begun to write into a folder and hasn't come to its end."""
     return (folder / CLIPKIT_FOLDER / "plan.json").exists() and not (folder / CLIPKIT_FOLDER / "download.json").exists()
 
 
@@ -392,7 +393,7 @@ def unfinished(path: Path) -> str | None:
         folder, works = memory.parent, sorted(memory.glob("build-*"))
         if (folder / "dataset_info.json").exists():
             continue
-        if _is_unfinished_download(folder):
+        if is_unfinished_download(folder):
             return _finish_download(folder)
         if works:
             plan = works[0] / "plan.json"  # what is in it tells the command

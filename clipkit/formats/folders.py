@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from clipkit.errors import UserError
 from clipkit.formats.tables import is_hidden, is_image
-from clipkit.formatting import counted
+from clipkit.formatting import counted, counts_text
 
 # The words that Hugging Face's datasets go by, and the abbreviations of other exporters.
 SPLIT_WORDS = {
@@ -148,7 +148,7 @@ def kind_of_file(name: str) -> str:
 
 def aside_text(aside: Mapping[str, int]) -> str:
     """`.txt 3, broken link 1`."""
-    return ", ".join(f"{kind} {count:,}" for kind, count in sorted(aside.items()))
+    return counts_text(dict(sorted(aside.items())))
 
 
 def _entries(folder: Path) -> "list[os.DirEntry[str]]":

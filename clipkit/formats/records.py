@@ -123,11 +123,11 @@ def read_range(path: Path, start: int = 0, stop: int | None = None, check: bool 
         end = size if stop is None else min(stop, size)
         offset = 0
         while offset < min(start, end):
-            length = _record_length(os.pread(file.fileno(), HEADER_BYTES, offset), offset, size, path)
+            length = record_length(os.pread(file.fileno(), HEADER_BYTES, offset), offset, size, path)
             offset += HEADER_BYTES + length + FOOTER_BYTES
         file.seek(offset)
         while offset < end:
-            length = _record_length(file.read(HEADER_BYTES), offset, size, path)
+            length = record_length(file.read(HEADER_BYTES), offset, size, path)
             framed = file.read(length + FOOTER_BYTES)
             if len(framed) < length + FOOTER_BYTES:
                 raise RecordError(path, offset, "the file ends inside a record")
@@ -137,7 +137,7 @@ def read_range(path: Path, start: int = 0, stop: int | None = None, check: bool 
 
 def unframe(framed: bytes, offset: int, path: Path | str) -> bytes:
     """The contents of exactly one framed record that was read from byte `offset` of `path`, CRC checked."""
-    length = _record_length(framed[:HEADER_BYTES], offset, offset + len(framed), path)
+    length = record_length(framed[:HEADER_BYTES], offset, offset + len(framed), path)
     return _checked(framed[HEADER_BYTES : HEADER_BYTES + length], framed[-FOOTER_BYTES:], offset, path)
 
 
@@ -148,13 +148,14 @@ def index_records(path: Path) -> np.ndarray:
         size = os.fstat(file.fileno()).st_size
         descriptor, offset = file.fileno(), 0
         while offset < size:
-            length = _record_length(os.pread(descriptor, HEADER_BYTES, offset), offset, size, path)
+            length = record_length(os.pread(descriptor, HEADER_BYTES, offset), offset, size, path)
             offsets.append(offset)
             offset += HEADER_BYTES + length + FOOTER_BYTES
     return np.array(offsets, dtype=np.uint64)
 
 
-def _record_length(header: bytes, offset: int, size: int, path: Path | str) -> int:
+def record_length(header: bytes, offset: int, size: int, path: Path | str) -> int:
+    """The bytes of the record whose header stands at byte `offset` of a file of `size` bytes. Raises RecordError."""
     if len(header) < HEADER_BYTES:
         raise RecordError(path, offset, "the file ends inside a record's header")
     length, crc = _HEADER.unpack(header)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
@@ -34,6 +34,7 @@ INDEX_DTYPE = np.dtype(
 )
 
 Read = Callable[[int, int], bytes]
+Content = TypeVar("Content")
 
 
 class TarError(UserError):
@@ -151,6 +152,46 @@ class SampleNames:
             )
 
 
+def group_samples(
+    members: Iterable[tuple[int, str, Content]], names: SampleNames, stop: int | None = None
+) -> Iterator[tuple[str, int, dict[str, Content]]]:
+    """Key, first byte and members by suffix of each sample that begins before byte `stop`; None is the tar's end.
+
+    `members` are the first byte, the name and the contents (or their place) of each. Those of one key must follow each
+    other, as webdataset has it, or UserError is raised; those of another kind than `names` knows are left out.
+    """
+    split = names.split
+    key: str | None = None
+    first = 0
+    found: dict[str, Content] = {}
+    for offset, name, content in members:
+        if name.count(".") != 1:
+            split = names.rule_for(name)
+        parts = split(name)
+        if parts is None:
+            continue
+        stem, suffix = parts
+        if stem != key or suffix in found:
+            if key is not None:
+                names.end(key, found)
+                yield key, first, found
+            if stop is not None and offset >= stop:
+                return
+            key, first, found = stem, offset, {}
+        found[suffix] = content
+    if key is not None:
+        names.end(key, found)
+        yield key, first, found
+
+
+def _whole_members(read: Read, path: Path | str, size: int) -> Iterator[Member]:
+    """The regular files of a tar of `size` bytes. Raises TarError for one that goes on behind the end."""
+    for member in read_headers(read, path):
+        if member.start + member.size > size:
+            raise TarError(path, member.first, "it ends inside a member")
+        yield member
+
+
 def list_samples(path: Path) -> dict[str, dict[str, Member]]:
     """The members of each sample of a local tar by suffix, in the order of their first. Raises TarError."""
     samples: dict[str, dict[str, Member]] = {}
@@ -159,11 +200,8 @@ def list_samples(path: Path) -> dict[str, dict[str, Member]]:
         def read(offset: int, length: int) -> bytes:
             return os.pread(file.fileno(), length, offset)
 
-        size = path.stat().st_size
         split = SampleNames(path, lambda: (member.name for member in read_headers(read, path)))
-        for member in read_headers(read, path):
-            if member.start + member.size > size:
-                raise TarError(path, member.first, "it ends inside a member")
+        for member in _whole_members(read, path, path.stat().st_size):
             if parts := split(member.name):
                 samples.setdefault(parts[0], {})[parts[1]] = member
     return samples
@@ -215,37 +253,20 @@ def _complete(names: Iterable[str], split: Callable[[str], tuple[str, str] | Non
 def index_tar(read: Read, path: Path | str, size: int) -> np.ndarray:
     """One row of INDEX_DTYPE for each sample of a tar of `size` bytes. Raises TarError where it is damaged.
 
-    Members of one key must follow each other, as webdataset has it, or UserError is raised. Those that are neither
-    image, txt nor json are left out. A sample's bytes end where the next one begins, at the latest.
+    The members of a sample are those of `group_samples`; of these image, txt and json are kept. A sample's bytes end
+    where the next one begins, at the latest.
     """
     rows: list[tuple[int, ...]] = []
-    key: str | None = None
-    first = 0
-    members: dict[str, tuple[int, int]] = {}
-
-    def end() -> None:
-        if key is None:
-            return
-        names.end(key, members)
-        image = next((members[suffix] for suffix in members if suffix in IMAGE_SUFFIXES), (0, 0))
-        places = (image, members.get("txt", (0, 0)), members.get("json", (0, 0)))
-        if max(max(place) for place in places) >= 1 << 32:
-            raise TarError(path, first, "a sample takes more than 4 GiB")
-        rows.append((first, *(number for place in places for number in place)))
-
     names = SampleNames(path, lambda: (member.name for member in read_headers(read, path)))
-    for member in read_headers(read, path):
-        if member.start + member.size > size:
-            raise TarError(path, member.first, "it ends inside a member")
-        parts = names(member.name)
-        if parts is None:
-            continue
-        stem, suffix = parts
-        if stem != key or suffix in members:
-            end()
-            key, first, members = stem, member.first, {}
-        members[suffix] = (member.start - first, member.size)
-    end()
+    members = ((each.first, each.name, (each.start, each.size)) for each in _whole_members(read, path, size))
+    for _, first, found in group_samples(members, names):
+        absent = (first, 0)
+        image = next((place for suffix, place in found.items() if suffix in IMAGE_SUFFIXES), absent)
+        places = (image, found.get("txt", absent), found.get("json", absent))
+        row = [number for start, length in places for number in (start - first, length)]
+        if max(row) >= 1 << 32:
+            raise TarError(path, first, "a sample takes more than 4 GiB")
+        rows.append((first, *row))
     return np.array(rows, INDEX_DTYPE)
 
 

@@ -10,7 +10,6 @@ import pyarrow as pa
 from clipkit.errors import UserError
 
 Quoting = Literal["auto", "csv", "backslash", "none"]
-QUOTINGS: tuple[Quoting, ...] = ("auto", "csv", "backslash", "none")
 # Separators that files have instead of the one that their suffix says: Excel's outside of America, for one.
 DELIMITERS = (b",", b";", b"\t", b"|")
 

@@ -117,23 +117,25 @@ class Scan:
         """Look at the file to its end; whether its quotes are legal. Stops where they aren't."""
         if self.table.quoting == "backslash":
             return False
+        is_legal = self._run()
+        if not is_legal:
+            self.escaped_quotes = self._has_escaped_quotes()
+        return is_legal
+
+    def _run(self) -> bool:
         rest = b""
         for block in self.table.blocks():
             data = rest + block
             cut = self._add(data)
             if cut is None:
-                self.escaped_quotes = self._has_escaped_quotes()
                 return False
             rest = data[cut:]
             if len(rest) > TEXT_BLOCK_BYTES + PIECE_BYTES:
-                self.escaped_quotes = self._has_escaped_quotes()
                 return False
         if rest:
             end = b"\r\n" if "CRLF" in self.line_ends else self.table.newline
             end = b"" if rest.endswith(self.table.newline) else end
-            if self._add(rest + end) != len(rest + end):
-                self.escaped_quotes = self._has_escaped_quotes()
-                return False
+            return self._add(rest + end) == len(rest + end)
         return True
 
     def _has_escaped_quotes(self) -> bool:

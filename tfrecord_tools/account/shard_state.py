@@ -122,6 +122,11 @@ class DownloadState:
     present: dict[str, int] = field(default_factory=dict)
 
     @property
+    def row_counts(self) -> dict[str, int]:
+        """The rows by what became of them: images under `ok`, failures by reason."""
+        return {"ok": self.successes, **self.failed}
+
+    @property
     def kinds_met(self) -> dict[str, str]:
         """The kinds of the columns that have a value in the shard."""
         return {column: self.kinds[column] for column in self.present}

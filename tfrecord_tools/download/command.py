@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from clipkit.errors import UserError
-from clipkit.formats.dataset import VERSION
+from clipkit.formats.dataset import VERSION, check_name
 from clipkit.formats.shards import note_beside_tables, select_split
 from clipkit.formats.tables import find_tables, read_schema, table_suffix
 from clipkit.formats.text_file import Quoting
@@ -171,9 +171,7 @@ def dataset_name(name: str | None, preset: str | None, urls: Path) -> str:
         stem = urls.name.removesuffix(table_suffix(urls, "URL table")) if not urls.is_dir() else urls.resolve().name
         name = re.sub(r"\W+", "_", preset or stem, flags=re.ASCII).strip("_").lower()
         name = name if name[:1].isalpha() else f"urls_{name}".rstrip("_")
-    if not re.fullmatch(r"[a-zA-Z]\w*", name, re.ASCII):
-        raise UserError(f"--name {name!r}: TFDS wants a letter, then only letters, digits and _; choose such a name")
-    return name
+    return check_name(name, "--name")
 
 
 def check_output(root: Path) -> None:

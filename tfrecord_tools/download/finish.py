@@ -7,6 +7,7 @@ from typing import Any
 
 from clipkit.formats.kinds import unify
 from clipkit.formats.manifest import ShardEntry, SourceEntry, SplitManifest, read_manifest
+from clipkit.formatting import counts_text
 from clipkit.tfrecord_tools.account.ledger import FAILURES_FILE, read_offsets
 from clipkit.tfrecord_tools.account.shard_state import SPLIT, DownloadLayout, DownloadState, add_states
 from clipkit.tfrecord_tools.download.plan import DownloadPlan
@@ -53,16 +54,14 @@ class DownloadSummary:
         if self.left_out:
             lines.append(f"left out by --where: {self.left_out:,} of {self.rows:,} rows")
         if self.failed:
-            reasons = ", ".join(f"{reason} {number:,}" for reason, number in self.failed.items())
-            lines.append(f"failed: {reasons}; each row in {self.out / 'clipkit' / FAILURES_FILE}")
+            lines.append(f"failed: {counts_text(self.failed)}; each row in {self.out / 'clipkit' / FAILURES_FILE}")
             passing = sum(number for reason, number in self.failed.items() if reason in PASSING)
             if passing:
                 lines.append(f"--retry-failed fetches {passing:,} of them again, whose failures may be temporary")
         if self.empty_captions and self.format != "tfds":
             lines.append(f"rows without a caption: {self.empty_captions:,}; build-tfds leaves them out")
         if self.hash_check:
-            checked = ", ".join(f"{result} {number:,}" for result, number in self.hash_check.items())
-            lines.append(f"against the table's hash: {checked}")
+            lines.append(f"against the table's hash: {counts_text(self.hash_check)}")
         return "\n".join(lines)
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from clipkit.errors import InternalError, UserError
 from clipkit.formats.kinds import unify
+from clipkit.formatting import counts_text
 from clipkit.jobs.run import Engine, run_jobs
 from clipkit.jobs.worker import cores
 from clipkit.storage.files import clear_leftovers, disk_errors, is_remote, read_json, remove, write_json
@@ -179,9 +180,8 @@ class Download:
             )
         if layout.format == "tfds":
             if not summary.downloaded:
-                why = ", ".join(f"{reason} {number:,}" for reason, number in summary.failed.items())
                 raise UserError(
-                    f"not one of {self.plan.rows:,} rows gave an image ({why}; each is in "
+                    f"not one of {self.plan.rows:,} rows gave an image ({counts_text(summary.failed)}; each is in "
                     f"{layout.own / FAILURES_FILE}): {remedy_after_download(next(iter(summary.failed)))}"
                 )
             write_dataset(layout, self.plan, states)
@@ -204,7 +204,7 @@ def counts_before(jobs: Sequence[DownloadJob], states: Sequence[DownloadState | 
     counts: Counter[str] = Counter()
     for state in states:
         if state is not None:
-            counts.update({"ok": state.successes, **state.failed})
+            counts.update(state.row_counts)
     for job in jobs:
         state = states[job.shard.number]
         if state is not None and job.retry is not None:

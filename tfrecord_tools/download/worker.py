@@ -55,7 +55,7 @@ def fetch_batch(batch: tuple[DownloadJob, ...], settings: JobSettings) -> Counte
         for future in done:
             shard = under_way.pop(future)
             future.result()
-            total.update(row_counts(shard.publish()))
+            total.update(shard.publish().row_counts)
 
     under_way: dict[Future[None], OpenShard] = {}
     try:
@@ -63,7 +63,7 @@ def fetch_batch(batch: tuple[DownloadJob, ...], settings: JobSettings) -> Counte
             for job in batch:
                 state = state_of_done(settings, job)
                 if state is not None:
-                    total.update(row_counts(state))
+                    total.update(state.row_counts)
                     continue
                 while len(under_way) >= SHARDS_UNDER_WAY:
                     publish_finished()
@@ -89,11 +89,6 @@ def state_of_done(settings: JobSettings, job: DownloadJob) -> DownloadState | No
         return state
     done = state.round >= settings.round if job.retry else not state.is_narrower(settings.kinds)
     return state if done else None
-
-
-def row_counts(state: DownloadState) -> dict[str, int]:
-    """The rows of a shard by what became of them: images under `ok`, failures by reason."""
-    return {"ok": state.successes, **state.failed}
 
 
 class ShardReader(ExitStack):

@@ -17,7 +17,7 @@ from clipkit.errors import UserError
 from clipkit.formats.dataset import check_name, open_dataset, shard_name
 from clipkit.formats.manifest import CLIPKIT_FOLDER, ShardEntry, SplitManifest, add_counts, read_manifest
 from clipkit.formats.tables import is_hidden
-from clipkit.formatting import counted
+from clipkit.formatting import counted, counts_text
 from clipkit.jobs.passes import Runner
 from clipkit.jobs.run import Engine
 from clipkit.storage.files import (
@@ -59,10 +59,9 @@ class InPlaceSummary(BuildSummary):
                 f"what img2dataset writes for a null: {first} ({why}){' …' if len(self.rewritten) > 1 else ''}"
             )
         if self.problems:
-            reasons = ", ".join(f"{reason} {count:,}" for reason, count in self.problems.items())
             listed = self.path / CLIPKIT_FOLDER / f"problems-{self.split}.jsonl"
             lines.append(
-                f"bad pairs, which can't be left out in place: {reasons}; each in {listed} "
+                f"bad pairs, which can't be left out in place: {counts_text(self.problems)}; each in {listed} "
                 "(clipkit build-tfds without --in-place leaves them out)"
             )
         return "\n".join(lines)

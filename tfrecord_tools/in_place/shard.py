@@ -1,6 +1,6 @@
-"""One TFRecord shard that becomes part of a dataset where it lies: scan at from end to end, and rewritten if it must.
+"""One TFRecord shard that becomes part of a dataset where it lies: scanned from end to end, and rewritten if it must.
 
-To form changes nothing on the disk but the shard's state, so a damaged shard is found before any is renamed.
+A scan changes nothing on the disk but the shard's state, so a damaged shard is found before any is renamed.
 """
 
 import os
@@ -21,7 +21,7 @@ from clipkit.formats.records import (
     RecordWriter,
     decode_example,
     encode_example,
-    masked_crc32c,
+    record_length,
     unframe,
 )
 from clipkit.storage.files import disk_errors, read_json, save_array, sync_file, write_beside, write_json
@@ -112,7 +112,7 @@ def rewrite(job: InPlaceJob, kinds: Mapping[str, str]) -> ShardEntry:
 
 
 def read_scan(job: InPlaceJob) -> ShardScan | None:
-    """What an earlier run found, or None when the shard must be scan at (again), having changed for one."""
+    """What an earlier run found, or None when the shard must be scanned (again), having changed for one."""
     if not (job.state.exists() and job.offsets.exists()):
         return None
     values: dict[str, Any] = read_json(job.state)
@@ -169,16 +169,8 @@ def _framed_records(path: Path) -> Iterator[tuple[int, bytes]]:
                 yield offset + position, chunk[position : position + total]
                 position += total
             if not position:  # a record that is larger than a chunk, or none
-                position = _whole_record(chunk, offset, size, path)
+                position = HEADER_BYTES + record_length(chunk[:HEADER_BYTES], offset, size, path) + FOOTER_BYTES
                 yield offset, os.pread(descriptor, position, offset)
             offset += position
     finally:
         os.close(descriptor)
-
-
-def _whole_record(chunk: bytes, offset: int, size: int, path: Path) -> int:
-    """The length of the framed record that begins a chunk. Raises RecordError for a damaged or cut off header."""
-    total = HEADER_BYTES + int.from_bytes(chunk[:8], "little") + FOOTER_BYTES
-    if offset + total > size or masked_crc32c(chunk[:8]) != int.from_bytes(chunk[8:HEADER_BYTES], "little"):
-        unframe(chunk, offset, path)
-    return total

@@ -21,7 +21,7 @@ from clipkit.formats.dataset import VERSION, check_name
 from clipkit.formats.features import Feature, parse_features
 from clipkit.formats.folders import aside_text, empty_classes_text, printable
 from clipkit.formats.manifest import CLIPKIT_FOLDER, SplitManifest, read_manifest
-from clipkit.formatting import counted, size_text
+from clipkit.formatting import counted, counts_text, size_text
 from clipkit.jobs.passes import Runner
 from clipkit.jobs.run import Engine
 from clipkit.storage.files import clear_leftovers, is_remote, load_array, lock, read_json, remove
@@ -71,12 +71,10 @@ class LabelledSummary:
                 f"{counted(split.shards, 'shard')}{there}"
             )
             if split.skipped:
-                reasons = ", ".join(f"{reason} {count:,}" for reason, count in split.skipped.items())
                 listed = self.path / CLIPKIT_FOLDER / f"skipped-{split.split}.jsonl"
-                lines.append(f"{split.split}: left out as broken: {reasons}; each in {listed}")
+                lines.append(f"{split.split}: left out as broken: {counts_text(split.skipped)}; each in {listed}")
             if split.converted:
-                formats = ", ".join(f"{name} {count:,}" for name, count in split.converted.items())
-                lines.append(f"{split.split}: stored as RGB JPEG, as TFDS does: {formats}")
+                lines.append(f"{split.split}: stored as RGB JPEG, as TFDS does: {counts_text(split.converted)}")
         return "\n".join([*lines, *self.notes])
 
 

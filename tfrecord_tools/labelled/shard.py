@@ -136,16 +136,21 @@ def stored_as(data: bytes, jpeg_only: bool) -> tuple[bytes | None, str]:
 
 def jpeg_components(data: bytes) -> int:
     """How many colour components the frame header of a JPEG names (ITU-T T.81, B.2.2); 0 when there is none."""
-    position = 2
-    while position + 10 <= len(data) and data[position] == 0xFF:
-        marker = data[position + 1]
-        if marker == 0xFF:  # a fill byte
-            position += 1
-        elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            return data[position + 9]
-        else:
-            position += 2 + int.from_bytes(data[position + 2 : position + 4], "big")
+    for marker, start in _segments(data):
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            return data[start + 5] if start + 5 < len(data) else 0
     return 0
+
+
+def _segments(data: bytes) -> Iterator[tuple[int, int]]:
+    """Marker and place of the contents of each segment of a JPEG before the picture begins (B.1.1.4)."""
+    position = 2
+    while position + 4 <= len(data) and data[position] == 0xFF and data[position + 1] != 0xDA:
+        if data[position + 1] == 0xFF:  # a fill byte
+            position += 1
+            continue
+        yield data[position + 1], position + 4
+        position += 2 + int.from_bytes(data[position + 2 : position + 4], "big")
 
 
 def cmyk_to_rgb(data: bytes) -> bytes:
@@ -157,20 +162,10 @@ def cmyk_to_rgb(data: bytes) -> bytes:
 
     # TensorFlow decodes with the fast DCT unless told otherwise.
     ink_HW4 = simplejpeg.decode_jpeg(data, colorspace="CMYK", fastdct=True, fastupsample=False).astype(np.int32)
-    if not _has_adobe_marker(data):  # with it, the values are stored inverted
+    # With a segment APP14 of Adobe's, the values are stored inverted.
+    if not any(marker == 0xEE and data.startswith(b"Adobe", start) for marker, start in _segments(data)):
         ink_HW4 = 255 - ink_HW4
     return encode_as_tfds((ink_HW4[..., 3:] * ink_HW4[..., :3] // 255).astype(np.uint8))
-
-
-def _has_adobe_marker(data: bytes) -> bool:
-    """APP14 with "Adobe", before the picture begins."""
-    position = 2
-    while position + 4 <= len(data) and data[position] == 0xFF and data[position + 1] != 0xDA:
-        if data[position + 1] == 0xEE and data[position + 4 : position + 9] == b"Adobe":
-            return True
-        step = int.from_bytes(data[position + 2 : position + 4], "big") + 2 if data[position + 1] != 0xFF else 1
-        position += step
-    return False
 
 
 def to_jpeg(data: bytes) -> bytes:

@@ -15,7 +15,7 @@ from clipkit.errors import UserError
 from clipkit.formats.captions import CaptionChoice, merge_captions
 from clipkit.formats.kinds import own_name
 from clipkit.formats.tables import IMAGE_SUFFIXES, with_writable_names
-from clipkit.formats.tar import BLOCK, SampleNames, TarError, read_headers
+from clipkit.formats.tar import BLOCK, SampleNames, TarError, group_samples, read_headers
 from clipkit.tfrecord_tools.reasons import BAD_METADATA, BAD_TEXT, NO_IMAGE
 from clipkit.tfrecord_tools.sample import Sample, drop_account, samples_of
 
@@ -33,28 +33,7 @@ def read_tar(
     cut off or damaged; what lies beyond the range is not looked at, and of what lies before it only the headers.
     """
     names = SampleNames(path, lambda: (name for _, name, _ in read_members(path, _NOTHING)))
-    split = names.split
-    key: str | None = None
-    first = 0
-    members: dict[str, bytes] = {}
-    for offset, name, data in read_members(path, start):
-        if name.count(".") != 1:
-            split = names.rule_for(name)
-        parts = split(name)
-        if parts is None:
-            continue
-        stem, suffix = parts
-        if stem != key or suffix in members:
-            if key is not None:
-                names.end(key, members)
-                if first >= start:
-                    yield from _samples(key, members, captions, path)
-            if stop is not None and offset >= stop:
-                return
-            key, first, members = stem, offset, {}
-        members[suffix] = data
-    if key is not None:
-        names.end(key, members)
+    for key, first, members in group_samples(read_members(path, start), names, stop):
         if first >= start:
             yield from _samples(key, members, captions, path)
 

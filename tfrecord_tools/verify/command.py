@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from clipkit.formats.dataset import DatasetLayout, read_layout
+from clipkit.formats.dataset import DatasetLayout, is_unfinished_download, read_layout
 from clipkit.formats.manifest import CLIPKIT_FOLDER, ShardEntry, index_path
 from clipkit.formats.tables import is_hidden
 from clipkit.formatting import counted, duration, size_text
@@ -188,7 +188,7 @@ def _verify_tars(folder: Path, decode: int | None, runner: Runner, started: floa
     each = None if decode is None else -(-decode // len(files))
     checks = [TarCheck(file, file.stat().st_size, number, each) for number, file in enumerate(files)]
     reports, problems = _reports(check_tar, checks, runner)
-    if (folder / CLIPKIT_FOLDER / "plan.json").exists() and not (folder / CLIPKIT_FOLDER / "download.json").exists():
+    if is_unfinished_download(folder):
         what = "the download isn't finished"
         problems.append(Problem(f"{CLIPKIT_FOLDER}/plan.json", what, 1, "", FINISH))
     again = "run the same clipkit download again"

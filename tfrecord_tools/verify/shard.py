@@ -5,7 +5,6 @@ record would begin. Equal problems of a shard are told once, with their number a
 """
 
 import io
-import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +16,11 @@ import numpy.typing as npt
 
 from clipkit.errors import UserError
 from clipkit.formats.features import Feature
-from clipkit.formats.records import FOOTER_BYTES, HEADER_BYTES, RecordError, decode_example, masked_crc32c, unframe
+from clipkit.formats.records import FOOTER_BYTES, HEADER_BYTES, RecordError, decode_example, record_length, unframe
 from clipkit.storage.files import local_copy
 from clipkit.tfrecord_tools.verify.problems import FETCH, INDEX, PURGE, REBUILD, ProblemList, ShardReport
 
 _BUFFER_BYTES = 1 << 20
-_LENGTH = struct.Struct("<Q")
 _TYPES: dict[str, type] = {"image": bytes, "text": bytes, "int": int, "bool": int, "label": int, "float": float}
 
 
@@ -101,15 +99,10 @@ def read_frames(file: BinaryIO, size: int) -> Iterator[tuple[int, bytes, str]]:
     offset = 0
     while offset < size:
         header = file.read(HEADER_BYTES)
-        if len(header) < HEADER_BYTES:
-            yield offset, header, "the file ends inside a record's header"
-            return
-        if masked_crc32c(header[:8]) != int.from_bytes(header[8:], "little"):
-            yield offset, header + file.read(), "the checksum of a record's length doesn't match"
-            return
-        rest = _LENGTH.unpack(header[:8])[0] + FOOTER_BYTES
-        if offset + HEADER_BYTES + rest > size:
-            yield offset, header + file.read(), "the file ends inside a record"
+        try:
+            rest = record_length(header, offset, size, file.name) + FOOTER_BYTES
+        except RecordError as error:
+            yield offset, header + file.read(), error.reason
             return
         yield offset, header + file.read(rest), ""
         offset += HEADER_BYTES + rest

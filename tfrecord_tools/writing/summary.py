@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from clipkit.formats.manifest import CLIPKIT_FOLDER, SplitManifest
-from clipkit.formatting import counted, size_text
+from clipkit.formatting import counted, counts_text, size_text
 
 
 @dataclass(frozen=True)
@@ -41,16 +41,15 @@ class BuildSummary:
             f"{counted(self.shards, 'shard')}: split {self.split} of {self.path}{there}"
         ]
         if self.by_split:
-            lines.append(", ".join(f"{split} {records:,}" for split, records in self.by_split.items()))
+            lines.append(counts_text(self.by_split))
         if self.skipped:
-            reasons = ", ".join(f"{reason} {count:,}" for reason, count in self.skipped.items())
             files = " and ".join(f"skipped-{split}.jsonl" for split in self.split.split(","))
             lines.append(
-                f"skipped: {reasons}; each sample, but for what wasn't wanted, in {self.path / CLIPKIT_FOLDER / files}"
+                f"skipped: {counts_text(self.skipped)}; each sample, but for what wasn't wanted, in "
+                f"{self.path / CLIPKIT_FOLDER / files}"
             )
         if self.converted:
-            formats = ", ".join(f"{name} {count:,}" for name, count in self.converted.items())
-            lines.append(f"stored as JPEG, since TFDS can't decode them: {formats}")
+            lines.append(f"stored as JPEG, since TFDS can't decode them: {counts_text(self.converted)}")
         return "\n".join(lines)
 
 

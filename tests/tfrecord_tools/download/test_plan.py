@@ -64,7 +64,7 @@ def test_columns_that_cannot_be_kept(tmp_path: Path) -> None:
         ({"retry_failed": ","}, "no reason is named"),
         ({"hash_column": "h"}, "by --hash-column and --hash-kind together"),
         ({"hash_column": "h", "hash_kind": "crc"}, "unknown hash kind 'crc'"),
-        ({"name": "two words"}, "--name 'two words': TFDS wants a letter"),
+        ({"name": "two words"}, "--name 'two words': TFDS allows a letter"),
         ({"where": "similarity >"}, "isn't SQL that can be read"),
         ({"where": "similarity > 0.3"}, "names column 'similarity'; the table has url, caption"),
         ({"where": "caption = 'b'"}, "leaves none of the 1 rows"),
