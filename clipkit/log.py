@@ -82,7 +82,7 @@ class Progress:
         elapsed = max(time.monotonic() - self.started, 1e-9)
         count = f"{self.done:,}" if self.total is None else f"{self.done:,}/{self.total:,}"
         note = f" · {self.note}" if self.note else ""
-        rate = f" · {(self.done - self.first) / elapsed:,.0f}/s" if self.rate else ""
+        rate = f" · {(self.done - self.first) / elapsed:,.0f} {self.unit}/s" if self.rate else ""
         return f"{count} {self.unit}{rate}{note}"
 
     def remaining(self, now: float) -> str:

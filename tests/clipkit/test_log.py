@@ -27,7 +27,7 @@ def test_progress_ends_with_one_plain_line_off_a_terminal(capsys):
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith("train: 100/100 samples · ")
-    assert err.endswith("/s · loss 1.0\n")
+    assert err.endswith(" samples/s · loss 1.0\n")
 
 
 def test_the_last_plain_line_comes_once(capsys, monkeypatch):
