@@ -2,11 +2,11 @@
 what a run is planned with (`train.plan`). Nothing here is measured.
 """
 
+import difflib
 import os
 import re
 from typing import NamedTuple
 
-from clipkit.config import nearest
 from clipkit.errors import UserError
 
 
@@ -89,7 +89,11 @@ def parse_devices(text: str, cores: int) -> tuple[int, Chip]:
     alike = [chip.name for plain, chip in known.items() if plain.startswith(_plain(name))]
     if len(alike) == 1:
         return count, known[_plain(alike[0])]
-    remedy = f"did you mean {' or '.join(alike)}?" if alike else nearest(name, [chip.name for chip in known.values()])
+    if alike:
+        raise UserError(f"--devices {text}: unknown device {name!r}: did you mean {' or '.join(alike)}?")
+    likely = difflib.get_close_matches(_plain(name), known, n=3, cutoff=0.5)
+    names = [known[plain].name for plain in likely or difflib.get_close_matches(_plain(name), known, n=3, cutoff=0.0)]
+    remedy = f"did you mean {' or '.join(names)}?" if likely else f"the nearest that plan knows are {', '.join(names)}"
     raise UserError(f"--devices {text}: unknown device {name!r}: {remedy}")
 
 
