@@ -186,4 +186,11 @@ def differences(ours: Any, theirs: Any, path: str = "") -> list[str]:
         for place, (one, other) in enumerate(zip(ours, theirs, strict=True)):
             lines += differences(one, other, f"{path}.{place}")
         return lines
-    return [] if ours == theirs else [f"{path}: {ours} -> {theirs}"]
+    return [] if ours == theirs else [f"{path}: {_in_words(ours)} -> {_in_words(theirs)}"]
+
+
+def _in_words(value: Any) -> str:
+    """A value for a line; of a table that the other side hasn't, its name and its number of samples say enough."""
+    if isinstance(value, dict) and "name" in value:
+        return f"{value['name']}, {value['samples']:,} samples" if "samples" in value else str(value["name"])
+    return str(value)
