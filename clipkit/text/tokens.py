@@ -18,17 +18,18 @@ that every patch is seen in the long run and neighbours stay about two patches a
 
 import math
 from collections.abc import Sequence
-from typing import get_args
+from typing import TYPE_CHECKING, get_args
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
 
 from clipkit import counter_rng
 from clipkit.choices import ImageMethod, TextMethod
 from clipkit.errors import UserError
 from clipkit.text.tokenizer import EOT, SOT
+
+if TYPE_CHECKING:  # a sweep is priced without torch
+    from torch import Tensor
 
 # Streams of random numbers, each for one use (see counter_rng).
 RANDOM_PATCHES, GRID_PATCHES, BLOCK_PATCHES, RANDOM_TOKENS, BLOCK_TOKENS = range(900, 905)
@@ -187,6 +188,6 @@ def pad(rows: Sequence[Sequence[int]], length_B: Int64Array) -> Int64Array:
     return out_BL
 
 
-def gather_tokens(x_BND: Tensor, keep_BK: Tensor) -> Tensor:
+def gather_tokens(x_BND: "Tensor", keep_BK: "Tensor") -> "Tensor":
     """The kept tokens of each sample: [B, N, D] and int64[B, K] -> [B, K, D]."""
-    return torch.gather(x_BND, 1, keep_BK[:, :, None].expand(-1, -1, x_BND.shape[2]))
+    return x_BND.gather(1, keep_BK[:, :, None].expand(-1, -1, x_BND.shape[2]))

@@ -102,7 +102,14 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     ),
     "train/watch": (*_core("model", "pixels", "storage", "text"), "train", "train/loader", "train/sources"),
     "train/plan": (*_core("formats", "jobs", "model", "page", "storage"), "train", "train/bench"),
-    "train/sweep": (*_core("jobs", "page", "storage"), "eval", "train", "train/loader", "train/plan", "train/sources"),
+    "train/sweep": (
+        *_core("jobs", "page", "storage", "text"),
+        "eval",
+        "train",
+        "train/loader",
+        "train/plan",
+        "train/sources",
+    ),
     "train/bench": (*_core("jobs", "model", "pixels", "text"), "train", "train/fit", "train/loader", "train/sources"),
     "eval": (
         *_core("embedding", "formats", "interop", "jobs", "pixels", "storage"),

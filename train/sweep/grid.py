@@ -12,9 +12,12 @@ from math import isqrt
 from pathlib import Path
 from typing import Any, cast, get_args
 
+import numpy as np
+
 from clipkit.choices import ImageMethod, TextMethod
 from clipkit.config import did_you_mean, parse, set_values
 from clipkit.errors import UserError
+from clipkit.text.tokens import image_keep_indices
 from clipkit.train.catalogue import assignments, find_recipe
 from clipkit.train.plan.step import towers_of
 from clipkit.train.recipes import Recipe, Stage, model_at
@@ -154,12 +157,13 @@ def configurations_of(values: Mapping[str, Any]) -> Iterator[Configuration]:
         recipe = set_values(base, assignments(changes))
         is_studied = studies is None or size in studies
         for image, text in lengths_of(values, is_studied):
-            stage = at_lengths(recipe, image, text)
+            name = f"{size}-i{image}-t{text}"
+            stage = at_lengths(recipe, image, text, name)
             branches = branches_of(stage, budgets, cooldown)
             stage = replace(stage, schedule="constant", samples=branches[-1].samples)
             for seed in seeds:
                 made = replace(
-                    recipe, name=f"{size}-i{image}-t{text}", stages=(stage,), seed=seed, ema_decay=None,
+                    recipe, name=name, stages=(stage,), seed=seed, ema_decay=None,
                     on_stuck_loss="warn",
                 )  # fmt: skip
                 yield Configuration(size, image, text, seed, made, branches)
@@ -185,8 +189,9 @@ def lengths_of(values: Mapping[str, Any], is_studied: bool) -> Iterator[tuple[Le
     yield from ((longest["image"], each) for each in reduced["text"])
 
 
-def at_lengths(recipe: Recipe, image: Length, text: Length) -> Stage:
-    """The recipe's first stage with so many tokens. Raises UserError where patches can't make that many.
+def at_lengths(recipe: Recipe, image: Length, text: Length, name: str) -> Stage:
+    """The recipe's first stage with so many tokens. Raises UserError where patches can't make that many, with the name
+    of the configuration where the way can't.
 
     Resizing changes the side of the image; other ways keep some patches of the stage's own side.
     """
@@ -204,4 +209,9 @@ def at_lengths(recipe: Recipe, image: Length, text: Length) -> Stage:
                 f"set {' or '.join(map(str, near))}"
             )
         return replace(stage, image_size=side * (stage.image_size // isqrt(own - extra)))
-    return replace(stage, image_reduction=cast(ImageMethod, image.way), image_keep=patches)
+    way, side = cast(ImageMethod, image.way), isqrt(own - extra)
+    try:
+        image_keep_indices(way, (side, side), patches, np.zeros(1, np.uint64))
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from error
+    return replace(stage, image_reduction=way, image_keep=patches)

@@ -421,6 +421,7 @@ def test_a_length_that_a_way_can_not_reach_is_refused_before_any_training(write,
     error = sweep_command(path, "--out", tmp_path, "--device", "cpu", code=2).stderr
     assert "base-i9-grid-t16: can't keep 9 patches of 4 x 4 by grid: choose 1, 4, 16" in error
     assert not list(tmp_path.glob("base*"))
+    assert sweep_command(path, "--dry-run", code=2).stderr == error
 
 
 def test_a_signal_ends_the_sweep_and_says_how_to_go_on(whole, tmp_path, monkeypatch):
