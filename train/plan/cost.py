@@ -107,6 +107,7 @@ def stage_plan(recipe: Recipe, stage: Stage, fleet: Fleet, pairs: Pairs, calibra
     step = Step(
         towers, model.embed_dim, stage.image_size, fleet.chip, fleet.number, stage.batch_size,
         recipe.checkpoint_activations is True, is_float32, calibration, asked,
+        recipe.optimizer.state_bytes,
     )  # fmt: skip
     if recipe.checkpoint_activations == "auto":
         step = with_activations(step)

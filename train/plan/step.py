@@ -27,7 +27,7 @@ STORED_BYTES = 50  # kept of a block for its backward pass, per token and width,
 FLOAT32_SHARE = 1 / 16  # of the bfloat16 peak, in which the loss is computed: A100 1/16, H100 1/15
 OPTIMIZER_BYTES = 44  # read and written of each weight in a step: gradients, moments, norms
 OPTIMIZER_FLOPS = 16  # of each weight in a step
-WEIGHT_BYTES = 20  # held of each weight: itself, gradient, buckets, two moments
+WEIGHT_BYTES = 12  # held of each weight beside the optimizer's state: itself, gradient, buckets
 RESERVED = 0.08  # of the memory, for the allocator and the runtime
 
 
@@ -165,6 +165,8 @@ class Step:
     is_float32: bool
     calibration: Calibration
     micro_asked: int | None = None
+    state_bytes: int = 8
+    """What the optimizer keeps of each trained weight: two moments in float32."""
 
     @property
     def share(self) -> int:
@@ -183,7 +185,7 @@ class Step:
 
     def fixed_bytes(self) -> float:
         """Held by a chip whatever the micro-batch: weights, optimizer, the batch's images, features and logits."""
-        state = WEIGHT_BYTES * self.trained + 4 * (self.weights - self.trained)
+        state = (WEIGHT_BYTES + self.state_bytes) * self.trained + 4 * (self.weights - self.trained)
         logits = 3 * 4.0 * self.share * self.batch
         return state + logits + self.share * (3 * self.image_size**2 + 16 * self.embed_dim)
 

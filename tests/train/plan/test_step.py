@@ -34,6 +34,18 @@ def test_published_times_are_told_within_a_quarter_by_one_calibration():
     assert {row.name: row.ratio for row in rows if not 0.8 <= row.ratio <= 1.25} == {}
 
 
+@pytest.mark.parametrize(
+    ("setting", "saved"), [("optimizer.mu_dtype=bfloat16", 2), ("optimizer.name=lion", 4), ("seed=1", 0)]
+)
+def test_the_optimizers_own_state_is_counted(setting, saved):
+    plain, other = (
+        stage_plan(recipe, recipe.stages[0], Fleet(8, CHIPS[0], 1.0), Pairs(None, 1.0, "unknown"), Calibration()).step
+        for base in [recipes()["clipa-b16-i50-t16"]()]
+        for recipe in (base, set_values(base, [setting]))
+    )
+    assert plain.fixed_bytes() - other.fixed_bytes() == saved * plain.trained
+
+
 def test_smaller_memory_gives_smaller_micro_batches_and_costs_a_forward_pass():
     recipe = recipes()["clipa-l16-i17-t16"]()
     stage = recipe.stages[0]
@@ -64,7 +76,7 @@ def test_devices_are_read_as_people_write_them(text, count, name):
 @pytest.mark.parametrize(
     ("text", "said"),
     [("8xA100", "A100-80GB or A100-40GB"), ("B300", "did you mean B200"), ("0xH200", "NUMBERxNAME"),
-     ("", "NUMBERxNAME"), ("8xfoo", "unknown device 'foo'")],
+     ("", "NUMBERxNAME"), ("8xfoo", "unknown device 'foo': the nearest that plan knows are ")],
 )  # fmt: skip
 def test_unknown_devices_are_refused_with_the_nearest(text, said):
     with pytest.raises(UserError, match=r"--devices") as caught:
