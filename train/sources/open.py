@@ -17,12 +17,13 @@ from typing import Any
 from clipkit.errors import UserError
 from clipkit.formats.captions import source_columns
 from clipkit.formats.dataset import below, open_dataset, refuse_unfinished_download, unfinished
+from clipkit.formats.folders import holds_class_folders
 from clipkit.formats.manifest import precomputed_columns
 from clipkit.formats.shards import ALL_SPLITS, SHARD_SUFFIXES, ShardListing, describe_files, list_shards
-from clipkit.formats.tables import is_table
+from clipkit.formats.tables import is_image, is_table
 from clipkit.storage.cache import BlockCache, scratch_cache
 from clipkit.storage.files import as_path, is_remote
-from clipkit.storage.stores import list_folder, reading
+from clipkit.storage.stores import list_folder, list_subfolders, reading
 from clipkit.train.sources.ahead import read_ahead
 from clipkit.train.sources.features import describe_features, open_features
 from clipkit.train.sources.folder import FolderSource, open_folder
@@ -199,7 +200,7 @@ class _Opener:
             found = _one_file(path) if path.is_file() else list_shards(path, self.split, has_images)
             if found is None or found.kind == "tfrecords":
                 there = describe_files(path) if path.is_dir() else ""
-                lacking = f"{path} isn't a dataset, and holds nothing else to train on{there}: clipkit reads {KINDS}"
+                lacking = f"{path} isn't a dataset, and holds nothing else to train on{there}: {remedy(path)}"
                 raise UserError(unfinished(path) or lacking)
             return self.open_files(path, found)
 
@@ -257,6 +258,23 @@ class _Opener:
         }
         ahead = read_ahead(source, source, block_records)
         return OpenedSource(path, lambda _: ahead, identity, found.notes)
+
+
+def remedy(path: Path) -> str:
+    """What to do with a path that holds nothing to train on."""
+    if not path.is_dir():
+        return f"clipkit reads {KINDS}"
+    names = [file.name for file in list_folder(path)]
+    if not names and not list_subfolders(path):
+        return "it is empty: check the path, or make a dataset there with clipkit build-tfds"
+    if any(map(is_image, names)):
+        return "put a table beside the images, metadata.csv with the columns file_name and caption"
+    if not is_remote(path) and holds_class_folders(path):
+        return (
+            "where its folders are classes, make a dataset of them with clipkit build-imagenet; where they are only "
+            "folders of images, put a table into it, metadata.csv with the columns file_name and caption"
+        )
+    return f"clipkit reads {KINDS}"
 
 
 def _one_file(path: Path) -> ShardListing | None:

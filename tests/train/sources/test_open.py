@@ -278,3 +278,19 @@ def test_the_command_hands_over_what_it_was_told(monkeypatch: pytest.MonkeyPatch
     result = CliRunner().invoke(main, [*arguments, "--cache", str(tmp_path / "c"), "--cache-gb", "2.5"])
     assert result.exit_code == 0, result.output
     assert (told["data"], told["cache"], told["cache_gb"]) == (("a=0.7", "s3://b/c=0.3"), tmp_path / "c", 2.5)
+
+
+def test_what_to_do_with_a_folder_that_holds_nothing_to_train_on(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for name in ("flat/a.jpg", "classes/cat/a.jpg", "classes/dog/a.jpg", "other/a.mp4"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    for name, says in {
+        "empty": "to train on: it is empty: check the path, or make a dataset there with clipkit build-tfds",
+        "flat": "(.jpg 1): put a table beside the images, metadata.csv with the columns file_name and caption",
+        "classes": "(2 folders: cat, dog): where its folders are classes, make a dataset of them with clipkit build-im",
+        "other": "(.mp4 1): clipkit reads a dataset directory",
+    }.items():
+        with pytest.raises(UserError) as caught:
+            open_source(tmp_path / name)
+        assert says in str(caught.value) and "\n" not in str(caught.value)
