@@ -96,6 +96,15 @@ def draw_caption(text: Text, draws: Sequence[float], clean: Clean) -> Text:
     return Text(clean(raw), text.ids, text.priorities, raw=raw)
 
 
+def drawn_captions(
+    pairs: Sequence[Pair | None], keys_B: UInt64Array, weights: Mapping[str, float], clean: Clean
+) -> list[str]:
+    """The caption that each sample got of its record's, as it was found; "" where there is none."""
+    texts = [text_of(pair, weights, clean) if pair is not None else None for pair in pairs]
+    draws = caption_draws(keys_B).tolist()
+    return [draw_caption(text, draw, clean).raw if text else "" for text, draw in zip(texts, draws, strict=True)]
+
+
 def sentence_draws(keys_B: UInt64Array) -> Float64Array:
     """float64[B] in [0, 1): what each sample draws a sentence by."""
     return uniform(keys_B, 1, DRAWN_SENTENCE)[:, 0]

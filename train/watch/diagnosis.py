@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 
 from clipkit import checkpoint
+from clipkit.counter_rng import sample_keys
 from clipkit.device import Device
 from clipkit.errors import UserError, one_line
 from clipkit.log import warn_on_stderr
@@ -26,6 +27,7 @@ from clipkit.pixels.images import UInt8Array, normalise
 from clipkit.storage.files import read_json, write_json
 from clipkit.text.tokenizer import WordTokenizer
 from clipkit.train.checks import loader_config
+from clipkit.train.loader.captions import draw_sentence, drawn_captions, sentence_draws, used_weights
 from clipkit.train.loader.loader import Batch, batches
 from clipkit.train.recipes import Recipe, Stage
 from clipkit.train.run import EVALUATION_ERRORS, Run, whole_model
@@ -225,7 +227,7 @@ def diagnose(
         try:
             source = run.data.source()
             shown = first_samples(source, run.tokenizer, run.recipe, stage, bad.before)
-            report |= describe_batch(source, run.recipe, stage, bad.before, shown)
+            report |= describe_batch(source, run.recipe, stage, bad.before, shown, run.tokenizer)
             if run.data.has_images:
                 recipe = run.fits[stage.name].apply(run.recipe)
                 report["features"] = describe_features(model, recipe, run.device, shown)
@@ -247,16 +249,27 @@ def first_samples(source: Source, tokenizer: WordTokenizer, recipe: Recipe, stag
     return next(batches(source, config, before, stop, workers=0, warn=lambda line: None, tokenizer=tokenizer))
 
 
-def describe_batch(source: Source, recipe: Recipe, stage: Stage, before: int, shown: Batch) -> dict[str, Any]:
-    """The keys of all samples of the step, and key and caption of each that is shown."""
+def describe_batch(
+    source: Source, recipe: Recipe, stage: Stage, before: int, shown: Batch, tokenizer: WordTokenizer
+) -> dict[str, Any]:
+    """The keys of all samples of the step, and of each that is shown the key and the caption that was drawn, or the
+    sentence of it.
+    """
     positions_B = np.arange(before, before + stage.batch_size, dtype=np.uint64)
     records = source.records_at(positions_B, recipe.seed, recipe.block_size).tolist()
     used = shown.records_B.tolist()
-    captions = [pair.caption if isinstance(pair, Pair) else str(pair) for pair in source.pairs(used)]
+    keys_B = sample_keys(recipe.seed, positions_B[: len(used)])
+    pairs = [pair if isinstance(pair, Pair) else None for pair in source.pairs(used)]
+    captions = drawn_captions(pairs, keys_B, used_weights(recipe.captions), tokenizer.clean)
+    if stage.text_reduction == "sentence":
+        room = stage.context_length - tokenizer.specials
+        captions = [
+            draw_sentence(caption, draw, tokenizer.clean) if len(tokenizer.encode([caption])[0]) > room else caption
+            for caption, draw in zip(captions, sentence_draws(keys_B).tolist(), strict=True)
+        ]
     return {
         "shown": [
-            {"key": source.key(record), "caption": caption if isinstance(caption, str) else list(caption)}
-            for record, caption in zip(used, captions, strict=True)
+            {"key": source.key(record), "caption": caption} for record, caption in zip(used, captions, strict=True)
         ],
         "keys": [source.key(record) for record in records],
     }

@@ -3,7 +3,10 @@
 import json
 import math
 import re
+from dataclasses import replace
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from broken_ranks import train_with_a_broken_batch
@@ -13,13 +16,19 @@ from safetensors.torch import load_file
 
 from clipkit import checkpoint
 from clipkit.config import set_values
+from clipkit.counter_rng import sample_keys
 from clipkit.errors import UserError
 from clipkit.log import read_metrics
+from clipkit.text.tokenizer import Tokenizer
 from clipkit.train import loop
 from clipkit.train.catalogue import debug, emoji_demo
+from clipkit.train.checks import loader_config
+from clipkit.train.loader.captions import caption_draws, draw_caption, text_of
+from clipkit.train.loader.samples import SampleMaker
 from clipkit.train.loop import train
+from clipkit.train.sources.source import Pair, Source
 from clipkit.train.watch import diagnosis
-from clipkit.train.watch.diagnosis import StuckLoss
+from clipkit.train.watch.diagnosis import StuckLoss, describe_batch
 
 CPU = {"device_name": "cpu", "workers": 1}
 SKIP = ["on_bad_loss=skip", "cadence.log_samples=48"]
@@ -101,6 +110,42 @@ def test_a_run_that_stops_says_what_broke_it(pairs_dataset, tmp_path, monkeypatc
     assert found["features"]["image"]["norm_mean"] == "nan"
     with Image.open(path.with_suffix(".png")) as sheet:
         assert sheet.size == (8 * 34, 2 * 34)
+
+
+class Told(Source):
+    """Records with two captions each and an added one of two long sentences."""
+
+    @property
+    def num_records(self):
+        return 64
+
+    def key(self, record):
+        return str(record)
+
+    def pairs(self, records):
+        long = "The {0} dog runs fast over the green field. The {0} cat sleeps all day on the warm red roof."
+        for record in records:
+            yield Pair(b"", [f"first {record}", f"second {record}"], added={"synthetic": [long.format(record)]})
+
+
+@pytest.mark.parametrize("reduction", ["truncate", "sentence"])
+def test_a_diagnosis_has_the_captions_that_were_drawn(reduction):
+    """The ids that the loader makes at this place are those of the captions that are shown."""
+    stage = replace(debug().stages[0], text_reduction=reduction, batch_size=32, context_length=16)
+    asked = set_values(debug(), ["captions.original=1", "captions.synthetic=1", "seed=3"])
+    tokenizer, source = Tokenizer(), Told()
+    positions_B = np.arange(64, 96, dtype=np.uint64)
+    records_B = source.records_at(positions_B, asked.seed, asked.block_size)
+    shown = SimpleNamespace(records_B=records_B)
+    captions = [each["caption"] for each in describe_batch(source, asked, stage, 64, shown, tokenizer)["shown"]]
+    maker, keys_B = SampleMaker(source, loader_config(asked, stage), tokenizer), sample_keys(asked.seed, positions_B)
+    texts = [
+        draw_caption(text_of(pair, maker.weights, tokenizer.clean), draw, tokenizer.clean)
+        for pair, draw in zip(source.pairs(records_B.tolist()), caption_draws(keys_B).tolist(), strict=True)
+    ]
+    assert maker.ids(texts, keys_B) == tokenizer.encode(captions)
+    assert {each.split()[0].lower() for each in captions} == {"first", "second", "the"}
+    assert any(each.count(".") == 2 for each in captions) == (reduction == "truncate")
 
 
 def test_a_run_that_goes_back_leaves_out_the_data_from_the_bad_step_to_the_log_line(rolled_back):
