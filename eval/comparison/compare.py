@@ -30,13 +30,13 @@ class Entry:
     """As short as tells it from the others."""
     place: str
     """What tells it from another of the same parts."""
-    parts: tuple[str, ...]
-    """What labels are made of: the last ones of the run's path with the samples seen, or of the model's name."""
     model: str
     """As `--ckpt` named it."""
     run: Path
     """The folder that has the guesses."""
     results: tuple[Result, ...]
+    parts: tuple[str, ...] = ()
+    """What labels are made of: the last ones of the run's path with the samples seen, or of the model's name."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def read_entries(path: Path) -> list[Entry]:
         is_checkpoint = full.parent.name == "checkpoints"
         parts = (*full.parts[:-2], full.name) if is_checkpoint else full.parts
         label = "/".join(parts[-2:] if is_checkpoint else parts[-1:])
-        entries.append(Entry(label, place, parts, newest[-1].model or name, folder, newest))
+        entries.append(Entry(label, place, newest[-1].model or name, folder, newest, parts))
     return entries
 
 
