@@ -3,7 +3,8 @@
 Both sides read, make batches and take steps as a run does, in float32: one decodes JPEGs of 256 px and runs the image
 tower, the other reads a file as `clipkit embed` writes it. Captions have some six words. The sides work in turn, round
 after round, each on its own number of steps. Figures are samples/s as median (smallest to largest); so is the ratio, of
-a round. What is trained is the text tower (B/16's, of 16 tokens), then only what follows its blocks.
+a round. What is trained is the text tower (B/16's, of 16 tokens), then only what follows its blocks, then a head (a
+gated linear unit) on each tower, both frozen: then the one side runs both towers, and the other reads both vectors.
 """
 
 import argparse
@@ -23,10 +24,10 @@ from clipkit.device import pick
 from clipkit.eval.search.pictures import Picture
 from clipkit.eval.search.vectors import KIND, open_writer, vector_schema, vector_table, write_rows
 from clipkit.model.clip import build
-from clipkit.model.config import ImageConfig, ModelConfig, TextConfig
+from clipkit.model.config import HeadKind, ImageConfig, ModelConfig, TextConfig
 from clipkit.train.augmentation import Augmentation
 from clipkit.train.catalogue import debug
-from clipkit.train.checks import loader_config
+from clipkit.train.checks import loader_config, take_texts
 from clipkit.train.loader.loader import batches
 from clipkit.train.optimizer import make_optimizer
 from clipkit.train.recipes import Recipe, model_at
@@ -54,11 +55,18 @@ WORDS = [
     "street",
 ]
 WIDTH = 512
+SIDES: tuple[tuple[str, int | bool, int], ...] = (
+    ("text tower", 0, 8),
+    ("what follows the text tower's blocks", 12, 24),
+    ("heads on both towers", True, 96),
+)
 
 
-def recipe_of(frozen_text: int, batch_size: int) -> Recipe:
-    """B/16 with a frozen image tower, and so many frozen blocks of the text tower."""
-    model = ModelConfig(WIDTH, ImageConfig(frozen=True), TextConfig(context_length=16, frozen=frozen_text))
+def recipe_of(frozen_text: int | bool, batch_size: int) -> Recipe:
+    """B/16 with a frozen image tower, and so many frozen blocks of the text tower; or with heads on both."""
+    head: HeadKind = "glu" if frozen_text is True else "none"
+    text = TextConfig(context_length=16, frozen=frozen_text, head=head)
+    model = ModelConfig(WIDTH, ImageConfig(frozen=True, head=head), text)
     stage = replace(
         debug().stages[1], image_size=224, context_length=16, batch_size=batch_size, position=None,
         augmentation=Augmentation(),
@@ -99,7 +107,8 @@ class Side:
         self.model = build(model_at(recipe, stage)).train()
         self.model.freeze()
         self.optimizer = make_optimizer(self.model, recipe.optimizer, 1e-4, self.device)
-        self.loader = batches(open_source(data).source(), loader_config(recipe, stage), workers=1)
+        source = take_texts(open_source(data), recipe).source()
+        self.loader = batches(source, loader_config(recipe, stage), workers=1)
         self.rates: list[float] = []
 
     def take(self, steps: int) -> float:
@@ -107,7 +116,8 @@ class Side:
         began = time.perf_counter()
         for batch in (next(self.loader) for _ in range(steps)):
             tensors = self.device.batch(batch.arrays())
-            tensors["length_B"] = torch.from_numpy(batch.length_B)
+            if "ids_BT" in tensors:
+                tensors["length_B"] = torch.from_numpy(batch.length_B)
             train_step(self.model, self.optimizer, tensors, self.recipe, self.device).loss.item()
         return steps * self.recipe.stages[0].batch_size / (time.perf_counter() - began)
 
@@ -125,8 +135,8 @@ def main() -> None:
     print(f"{torch.get_num_threads()} threads, {options.rounds} rounds, batches of {options.batch_size}")
     with tempfile.TemporaryDirectory() as name:
         pairs, features = write_data(Path(name), 4096)
-        for what, blocks, steps in (("text tower", 0, 8), ("what follows the text tower's blocks", 12, 24)):
-            recipe = recipe_of(blocks, options.batch_size)
+        for what, frozen, steps in SIDES:
+            recipe = recipe_of(frozen, options.batch_size)
             uncached, cached = Side(recipe, pairs), Side(recipe, features)
             for side in (uncached, cached):
                 side.take(1)

@@ -5,18 +5,22 @@ stage asks of the loader and of evaluation.
 import math
 import os
 from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import torch
 
 from clipkit.config import differences, to_json
 from clipkit.device import Device
-from clipkit.embedding.encoder import image_weights
+from clipkit.embedding.encoder import tower_weights
 from clipkit.errors import UserError
 from clipkit.formats.captions import ORIGINAL
 from clipkit.formatting import counted, size_text
 from clipkit.model.clip import CLIP
 from clipkit.model.flops import SampleCost, sample_cost
 from clipkit.model.global_loss import RECORD_BYTES
+from clipkit.model.heads import tower_dim
 from clipkit.model.image_tower import make_image_tower
 from clipkit.model.timm_tower import TimmTower
 from clipkit.pixels.images import Preprocess
@@ -36,6 +40,9 @@ UNUSED = {
     "lion": ["eps", "momentum", "mu_dtype"],
     "muon": ["mu_dtype"],
 }
+
+# What decides about a tower's vectors and isn't in its weights; more would be said in several ways.
+KINDS = ("act", "norm_eps", "pooling", "causal")
 
 
 def check_recipe(recipe: Recipe, source: Source | Examples, device: Device) -> None:
@@ -149,32 +156,98 @@ def check_normalisers(recipe: Recipe, records: int, device: Device) -> None:
         )
 
 
+def take_texts(data: Data, recipe: Recipe) -> Data:
+    """The data with stored vectors in the place of captions too, where the text tower is frozen and they have some."""
+    return replace(data, stored_texts=not data.has_images and recipe.model.text.frozen is True)
+
+
 def check_features(recipe: Recipe, data: Data, tensors: Mapping[str, torch.Tensor] | None) -> None:
-    """Raise UserError where a run with these weights can't take the stored vectors of `data` for its images."""
+    """Raise UserError where a run with these weights can't take the stored vectors of `data` for its images, or, of a
+    frozen text tower, for its captions.
+    """
     for path, about in ((part.path, part.features) for part in data.parts if part.features):
         if recipe.model.image.frozen is not True:
             raise UserError(f"{path} has the vectors of a frozen image tower: set model.image.frozen=true")
-        if about["width"] != recipe.model.embed_dim:
-            raise UserError(
-                f"{path} has vectors of {about['width']} numbers, model.embed_dim is {recipe.model.embed_dim}: take "
-                "the recipe of the model that made them"
-            )
+        check_tower(recipe, path, about, tensors or {}, "image")
+        if data.stored_texts:
+            check_tower(recipe, path, about, tensors or {}, "text")
         for stage in recipe.stages:
             where = f"recipe {recipe.name}, stage {stage.name}"
-            if stage.augmentation != Augmentation() or stage.image_keep is not None:
-                raise UserError(
-                    f"{where}: {path} has vectors of whole images: set image_keep and image_reduction to none, and "
-                    "leave out all of the augmentation"
-                )
-            other = differences(about["preprocessing"], to_json(preprocess_at(recipe, stage)))
-            if other:
-                raise UserError(f"{where}: {path} was made of images prepared otherwise ({other[0]}): set the same")
-        found = image_weights(tensors or {})
-        if found != about["image_weights"]:
-            raise UserError(
-                f"{path} was made by another image tower ({about['model']}, {about['image_weights']}) than the one "
-                f"that the run begins with ({found}): give that model with --init, or run clipkit embed with this one"
-            )
+            check_images(recipe, stage, path, about, where)
+            if data.stored_texts:
+                check_texts(recipe, stage, path, about, where)
+
+
+def check_tower(
+    recipe: Recipe, path: Path, about: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], tower: str
+) -> None:
+    """Raise UserError for vectors of another length than the recipe's, and for those of another tower."""
+    config = recipe.model.image if tower == "image" else recipe.model.text
+    width, dim = about["width"], tower_dim(config, recipe.model.embed_dim)
+    if width != dim and config.head == "none":
+        raise UserError(
+            f"{path} has vectors of {width} numbers, model.embed_dim is {dim}: take the recipe of the model that made "
+            f"them, or give the {tower} tower a head"
+        )
+    if width != dim:
+        raise UserError(
+            f"{path} has vectors of {width} numbers, model.{tower}.head_input is {dim}: set "
+            f"model.{tower}.head_input={width}"
+        )
+    made = about.get(f"{tower}_weights")
+    if made is None:
+        raise UserError(
+            f"{path} doesn't say which {tower} tower made it, as files of an older clipkit: run clipkit embed again"
+        )
+    found = tower_weights(tensors, tower, head=False)
+    if found != made:
+        raise UserError(
+            f"{path} was made by another {tower} tower ({about['model']}, {made}) than the one that the run begins "
+            f"with ({found}): give that model with --init, or run clipkit embed with this one"
+        )
+
+
+def check_images(recipe: Recipe, stage: Stage, path: Path, about: Mapping[str, Any], where: str) -> None:
+    """Raise UserError where a stage shows the image tower something else than the whole image of the file."""
+    if stage.augmentation != Augmentation() or stage.image_keep is not None:
+        raise UserError(
+            f"{where}: {path} has vectors of whole images: set image_keep and image_reduction to none, and "
+            "leave out all of the augmentation"
+        )
+    other = differences(about["preprocessing"], to_json(preprocess_at(recipe, stage)))
+    if other:
+        raise UserError(f"{where}: {path} was made of images prepared otherwise ({other[0]}): set the same")
+    check_kind(recipe, stage, path, about, where, "image")
+
+
+def check_texts(recipe: Recipe, stage: Stage, path: Path, about: Mapping[str, Any], where: str) -> None:
+    """Raise UserError where a stage gives the text tower something else than the caption of the file."""
+    if not about["has_texts"]:
+        raise UserError(f"{path} has no column texts: run clipkit embed again, or train the text tower")
+    if stage.text_reduction != "truncate":
+        raise UserError(
+            f"{where}: {path} has vectors of captions cut at their end: set text_reduction=truncate, or train the text "
+            "tower"
+        )
+    if stage.context_length != about["context_length"]:
+        raise UserError(
+            f"{where}: {path} has vectors of captions of up to {about['context_length']} tokens, not "
+            f"{stage.context_length}: set context_length={about['context_length']}"
+        )
+    name = recipe.model.text.tokenizer
+    if about.get("tokenizer", name) != name:
+        raise UserError(f"{where}: {path} was made with the tokenizer {about['tokenizer']}: set model.text.tokenizer")
+    check_kind(recipe, stage, path, about, where, "text")
+
+
+def check_kind(recipe: Recipe, stage: Stage, path: Path, about: Mapping[str, Any], where: str, tower: str) -> None:
+    """Raise UserError for a tower that computes otherwise with the same weights, say with another activation."""
+    if not about.get("towers"):
+        return  # of an older clipkit
+    made, asked = about["towers"][tower], to_json(getattr(model_at(recipe, stage), tower))
+    other = differences(*({name: kind[name] for name in KINDS if name in kind} for kind in (made, asked)))
+    if other:
+        raise UserError(f"{where}: {path} was made by another kind of {tower} tower ({other[0]}): set the same")
 
 
 def takes_precomputed(recipe: Recipe, stage: Stage) -> bool:
@@ -217,9 +290,9 @@ def preprocess_at(recipe: Recipe, stage: Stage) -> Preprocess:
     return Preprocess(stage.image_size, recipe.mean, recipe.std, recipe.interpolation, recipe.resize_mode)
 
 
-def stage_cost(recipe: Recipe, stage: Stage, images: bool = True) -> SampleCost:
-    """What one sample of a stage costs; `images` as in `sample_cost`."""
-    return sample_cost(model_at(recipe, stage), stage.image_keep, images)
+def stage_cost(recipe: Recipe, stage: Stage, images: bool = True, texts: bool = True) -> SampleCost:
+    """What one sample of a stage costs; `images` and `texts` as in `sample_cost`."""
+    return sample_cost(model_at(recipe, stage), stage.image_keep, images, texts)
 
 
 def patch_grid(recipe: Recipe, stage: Stage) -> tuple[int, int] | None:

@@ -33,6 +33,7 @@ from clipkit.train.checks import (
     loader_config,
     preprocess_at,
     stage_cost,
+    take_texts,
     takes_precomputed,
 )
 from clipkit.train.fit.setup import set_up
@@ -111,7 +112,7 @@ def train(
     stop_with_launcher()
     # ---- Check what can be checked before any work ------------------------------------------------------------------
     found = open_source(data, cache=cache, cache_gb=cache_gb, block_size=recipe.block_size, split=split)
-    found = attach_teachers(found, recipe, reinforced)
+    found = take_texts(attach_teachers(found, recipe, reinforced), recipe)
     device = pick(device_name)
     for note in (*found.notes, *captions_left_out(recipe, found.source())) if device.is_first else ():
         print(note, file=sys.stderr)
@@ -221,7 +222,7 @@ def run_stage(
     recipe, device, cadence = run.fits[stage.name].apply(run.recipe), run.device, run.recipe.cadence
     stage_end, wrapped = stage_start + stage.samples, device.wrap(model)
     model.train()
-    flops, peak = stage_cost(recipe, stage, run.data.has_images).flops, device.peak_flops()
+    flops, peak = stage_cost(recipe, stage, run.data.has_images, not run.data.stored_texts).flops, device.peak_flops()
     workers = device.loader_workers() if run.workers is None else run.workers
     loader = batches(
         run.data.source(takes_precomputed(recipe, stage)),
@@ -318,7 +319,7 @@ def tensors_of(run: Run, model: CLIP, batch: Batch, before: int) -> dict[str, to
     """A batch on the device, as `train_step` takes it."""
     kept = run.normalisers.rows(batch.records_B, before) if run.normalisers else {}
     tensors = run.device.batch(batch.arrays() | kept)
-    if model.text.skips_padding and not run.device.static_shapes:
+    if model.text.skips_padding and "ids_BT" in tensors and not run.device.static_shapes:
         tensors["length_B"] = torch.from_numpy(batch.length_B)
     return tensors
 

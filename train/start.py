@@ -17,7 +17,7 @@ from clipkit import __version__, checkpoint
 from clipkit.config import did_you_mean, differences, from_json, set_values, to_json
 from clipkit.device import Device
 from clipkit.errors import UserError
-from clipkit.interop.init import weights_from_file
+from clipkit.interop.init import weights_from_file, with_new_heads
 from clipkit.storage.files import read_json, require_file
 from clipkit.text.tokenizer import WordTokenizer
 from clipkit.text.vocabulary import vocabulary_hash
@@ -90,14 +90,14 @@ def find_start(
     if init is None:
         refuse_random_frozen(recipe, ())
         return Start(begin, vocabulary=known)
+    names = [stage.name for stage in recipe.stages]
+    config = model_at(recipe, recipe.stages[0 if from_stage is None else names.index(from_stage)])
     if init.is_dir():
         loaded = checkpoint.load(init)
         refuse_other_vocabulary(loaded, tokenizer)
-        return Start(begin, loaded.tensors, vocabulary=known)
+        return Start(begin, with_new_heads(loaded.tensors, config, recipe.seed), vocabulary=known)
     require_file(init, "checkpoint")
-    names = [stage.name for stage in recipe.stages]
-    stage = recipe.stages[0 if from_stage is None else names.index(from_stage)]
-    weights = weights_from_file(init, model_at(recipe, stage), recipe.seed)
+    weights = weights_from_file(init, config, recipe.seed)
     refuse_random_frozen(recipe, weights.towers)
     return Start(begin, weights.tensors, vocabulary=known, note=weights.note)
 

@@ -46,7 +46,8 @@ def train_step(
     device: Device,
     teachers: Sequence[TeacherSpace] = (),
 ) -> Step:
-    """Train on one batch (`image_BHWC` uint8, `ids_BT`, `caption_B`, perhaps `keep_BK`) on the device.
+    """Train on one batch (`image_BHWC` uint8, `ids_BT`, `caption_B`, perhaps `keep_BK`) on the device; stored vectors
+    are `image_BE` and `text_BE` in it.
 
     With the lengths of the captions, `length_B`, on the host, the text tower leaves their padding out. Where there are
     `teachers`, their embeddings are in the batch as `teacher_B2E`.
@@ -56,7 +57,8 @@ def train_step(
         image = part["image_BE"] if "image_BE" in part else normalise(part["image_BHWC"], recipe.mean, recipe.std)
         buckets = length_buckets(part["length_B"].numpy()) if "length_B" in part else None
         with device.autocast(recipe.precision):
-            features: Features = model(image, part["ids_BT"], part.get("keep_BK"), buckets)
+            text = part["text_BE"] if "text_BE" in part else part["ids_BT"]
+            features: Features = model(image, text, part.get("keep_BK"), buckets)
         return features
 
     def loss_of(features: Features) -> torch.Tensor:
@@ -69,7 +71,7 @@ def train_step(
         return torch.lerp(loss, taught, recipe.distill.weight)
 
     micro_batch = recipe.micro_batch
-    if not isinstance(micro_batch, int) or micro_batch * device.shards_of_tensor >= len(batch["ids_BT"]):
+    if not isinstance(micro_batch, int) or micro_batch * device.shards_of_tensor >= len(batch["caption_B"]):
         features = features_of(batch)
         loss = loss_of(features)
         loss.backward()

@@ -230,9 +230,12 @@ def weights_hash(tensors: Mapping[str, Tensor]) -> str:
     return content.hexdigest()
 
 
-def image_weights(tensors: Mapping[str, Tensor]) -> str | None:
-    """A hash of the weights that an image's vector depends on, out of those of a model of clipkit's; else None."""
-    found = {name: tensor for name, tensor in tensors.items() if name.startswith(("image.", "image_projection."))}
+def tower_weights(tensors: Mapping[str, Tensor], tower: str, head: bool = True) -> str | None:
+    """A hash of the weights that an image's vector depends on (`tower` image) or a text's (text), out of those of a
+    model of clipkit's, without a `head` those before it; None for other models.
+    """
+    parts = (f"{tower}.", f"{tower}_projection.", *([f"{tower}_head."] if head else []))
+    found = {name: tensor for name, tensor in tensors.items() if name.startswith(parts)}
     return weights_hash(found) if found else None
 
 

@@ -11,6 +11,7 @@ from clipkit.export import graphs, hub, image_tower, openclip
 from clipkit.export.model_card import model_card
 from clipkit.export.parity import Parity, measure
 from clipkit.model.clip import CLIP
+from clipkit.model.heads import Head
 from clipkit.storage.files import require_writable, write_beside, write_json
 
 Target = Literal["open_clip", "hf", "timm", "onnx"]
@@ -53,6 +54,8 @@ def export(source: Path, out: Path, target: Target, *, ema: bool = False) -> Par
 
 def refusal(target: str, model: CLIP) -> str:
     """Why a format can't express a model; "" where it can."""
+    if target != "onnx" and any(isinstance(each, Head) for each in (model.image_head, model.text_head)):
+        return f"{target} has no place for the heads of this model (model.image.head, model.text.head)"
     try:
         FORMATS[target].check(model)
     except UserError as error:

@@ -11,18 +11,18 @@ from torch.nn import functional as F
 
 from clipkit.embedding.encoder import Encoder
 from clipkit.export.parity import Peer
-from clipkit.model.clip import CLIP
+from clipkit.model.clip import CLIP, into_space
 
 
 class Tower(nn.Module):
-    """A tower and its projection: what a graph is made of."""
+    """A tower, its projection and its head: what a graph is made of."""
 
-    def __init__(self, tower: nn.Module, projection: nn.Module) -> None:
+    def __init__(self, tower: nn.Module, projection: nn.Module, head: nn.Module) -> None:
         super().__init__()
-        self.tower, self.projection = tower, projection
+        self.tower, self.projection, self.head = tower, projection, head
 
     def forward(self, x: Tensor) -> Tensor:
-        embedding_BE: Tensor = F.normalize(self.projection(self.tower(x)), dim=-1)
+        embedding_BE: Tensor = F.normalize(into_space(self.projection(self.tower(x)), self.head), dim=-1)
         return embedding_BE
 
 
@@ -31,8 +31,18 @@ def write(encoder: Encoder, model: CLIP, folder: Path) -> None:
     vectors; weights of more than 2 GB lie beside them."""
     size, length = encoder.preprocess.size, encoder.context_length
     towers: tuple[tuple[str, nn.Module, str, Tensor], ...] = (
-        ("image", Tower(model.image, model.image_projection), "pixels", torch.zeros(2, 3, size, size)),
-        ("text", Tower(model.text, model.text_projection), "ids", torch.ones(2, length, dtype=torch.int64)),
+        (
+            "image",
+            Tower(model.image, model.image_projection, model.image_head),
+            "pixels",
+            torch.zeros(2, 3, size, size),
+        ),
+        (
+            "text",
+            Tower(model.text, model.text_projection, model.text_head),
+            "ids",
+            torch.ones(2, length, dtype=torch.int64),
+        ),
     )
     for name, tower, given, example in towers:
         with warnings.catch_warnings():

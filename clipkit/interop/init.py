@@ -14,6 +14,7 @@ from clipkit.interop.files import read_weights
 from clipkit.interop.openclip import OPENAI, check_sincos, convert
 from clipkit.model.clip import build, load_state
 from clipkit.model.config import ModelConfig
+from clipkit.model.heads import PREFIXES as HEADS
 
 # What timm calls a classifier: the last layers, which a tower doesn't have.
 CLASSIFIERS = ("head.", "fc.", "classifier.", "head_dist.")
@@ -61,8 +62,28 @@ def weights_from_file(path: Path, config: ModelConfig, seed: int) -> Weights:
             "take a file of OpenCLIP, OpenAI or timm, of the architecture in the recipe's model"
         )
     bias = {"logit_bias": own["logit_bias"]} if "logit_bias" in own else {}
-    load_state(model, {**bias, **found}, remedy=f"set model to the architecture of {path}, or take another file")
+    load_state(
+        model,
+        with_new_heads({**bias, **found}, config, seed),
+        remedy=f"set model to the architecture of {path}, or take another file",
+    )
     return Weights(model.state_dict(), towers, note)
+
+
+def with_new_heads(tensors: Mapping[str, Tensor], config: ModelConfig, seed: int) -> dict[str, Tensor]:
+    """A model's tensors, with heads from the seed where it has none and `config` asks for some; then the logits' scale
+    and bias, which are of the space that the heads make, begin as `config` says too.
+    """
+    tensors = dict(tensors)
+    if config.image.head == config.text.head == "none":
+        return tensors
+    own = build(config, seed).state_dict()
+    fresh = [name for name in own if name.startswith(HEADS) and name not in tensors]
+    if not fresh:
+        return tensors
+    space = ("logit_scale", "logit_bias")
+    kept = {name: tensor for name, tensor in tensors.items() if name not in space}
+    return kept | {name: own[name] for name in own if name in (*fresh, *space)}
 
 
 def check_quick_gelu(path: Path, config: ModelConfig) -> None:

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from clipkit.errors import UserError
 from clipkit.model.config import ModelConfig, Projection, check_choices
+from clipkit.model.heads import Head, make_head, tower_dim
 from clipkit.model.image_tower import ConvStem, ImageTower, make_image_tower
 from clipkit.model.text_tower import Buckets, Prefixes, Recompute, TextTower
 from clipkit.model.timm_tower import TimmTower
@@ -25,7 +26,7 @@ LOG_SCALE_MAX = math.log(100.0)
 
 
 class CLIP(nn.Module):
-    """Two towers, their projections, and the logit scale.
+    """Two towers, their projections and perhaps heads, and the logit scale.
 
     Static shapes, no value read back from the device, nothing that depends on the values: the same code runs on CPU,
     CUDA and XLA. Under `torch.autocast` the towers run in its dtype; the projections, norms and everything that makes
@@ -38,8 +39,11 @@ class CLIP(nn.Module):
         self.config = config
         self.image = make_image_tower(config.image)
         self.text = TextTower(config.text)
-        self.image_projection = make_projection(config.image.projection, self.image.width, config.embed_dim)
-        self.text_projection = make_projection(config.text.projection, config.text.width, config.embed_dim)
+        self.image_head = make_head("image", config.image, config.embed_dim)
+        self.text_head = make_head("text", config.text, config.embed_dim)
+        image_dim, text_dim = (tower_dim(each, config.embed_dim) for each in (config.image, config.text))
+        self.image_projection = make_projection(config.image.projection, self.image.width, image_dim)
+        self.text_projection = make_projection(config.text.projection, config.text.width, text_dim)
         self.logit_scale = nn.Parameter(torch.empty(()))
         self.logit_bias = None if config.logit_bias_init is None else nn.Parameter(torch.empty(()))
         if not isinstance(self.image, TimmTower):
@@ -54,7 +58,7 @@ class CLIP(nn.Module):
             raise UserError(f"images of {got} px, the model takes {size}: set model.image.image_size to match")
         x_BD = self.image(image_BCHW, keep_BK)
         with float32_maths(x_BD.device):
-            x_BE: Tensor = self.image_projection(x_BD.float())
+            x_BE = into_space(self.image_projection(x_BD.float()), self.image_head)
             return F.normalize(x_BE, dim=-1) if normalize else x_BE
 
     def encode_text(self, ids_BT: Tensor, normalize: bool = True, buckets: Buckets | None = None) -> Tensor:
@@ -68,8 +72,13 @@ class CLIP(nn.Module):
     def project_text(self, x_BD: Tensor, normalize: bool) -> Tensor:
         """From the text tower's vectors to float32[B, E]."""
         with float32_maths(x_BD.device):
-            x_BE: Tensor = self.text_projection(x_BD.float())
+            x_BE = into_space(self.text_projection(x_BD.float()), self.text_head)
             return F.normalize(x_BE, dim=-1) if normalize else x_BE
+
+    def encode_vectors(self, vectors_BD: Tensor, head: nn.Module) -> Tensor:
+        """A tower's stored vectors, float32[B, D], through its head -> unit float32[B, E]."""
+        with float32_maths(vectors_BD.device):
+            return F.normalize(into_space(vectors_BD, head), dim=-1)
 
     def forward(
         self, image_BCHW: Tensor, ids_BT: Tensor, keep_BK: Tensor | None = None, buckets: Buckets | None = None
@@ -77,10 +86,17 @@ class CLIP(nn.Module):
         """Unit vectors float32[B, E] of the images and of the texts, the logit scale (a scalar of at most 100), and the
         logit bias where the model has one. All that a loss needs comes out of here, as data parallelism wants it.
 
-        In the place of pixels the image tower's vectors may come, float32[B, E].
+        In the place of pixels the image tower's vectors may come, float32[B, D], and so in the place of ids the text
+        tower's.
         """
-        text_BE = self.encode_text(ids_BT, buckets=buckets)
-        image_BE = self.encode_image(image_BCHW, keep_BK) if image_BCHW.ndim == 4 else F.normalize(image_BCHW, dim=-1)
+        if ids_BT.is_floating_point():
+            text_BE = self.encode_vectors(ids_BT, self.text_head)
+        else:
+            text_BE = self.encode_text(ids_BT, buckets=buckets)
+        if image_BCHW.ndim == 4:
+            image_BE = self.encode_image(image_BCHW, keep_BK)
+        else:
+            image_BE = self.encode_vectors(image_BCHW, self.image_head)
         features = image_BE, text_BE, self.clamped_logit_scale()
         return features if self.logit_bias is None else (*features, self.logit_bias * 1)
 
@@ -137,7 +153,10 @@ class CLIP(nn.Module):
                 parameter.requires_grad_(False)
         scalars = (self.logit_scale, self.logit_bias)
         if not any(each.requires_grad for each in self.parameters() if all(each is not scalar for scalar in scalars)):
-            raise UserError("model.image.frozen and model.text.frozen leave nothing to train: set one of them to false")
+            raise UserError(
+                "model.image.frozen and model.text.frozen leave nothing to train: set one of them to false, or give a "
+                "tower a head (model.image.head=glu)"
+            )
 
     def frozen_parts(self) -> list[nn.Module | nn.Parameter]:
         """The parts of both towers that the configuration calls frozen."""
@@ -212,6 +231,10 @@ class CLIP(nn.Module):
                 normal(layer.weight, layer.in_features**-0.5)
         if pool is not None:
             normal(pool.latent, self.image.width**-0.5)
+        for head in (self.image_head, self.text_head):
+            for layer in head.modules():
+                if isinstance(layer, nn.Linear):
+                    normal(layer.weight, layer.in_features**-0.5)
         self.logit_scale.fill_(math.log(self.config.logit_scale_init))
         if self.logit_bias is not None and self.config.logit_bias_init is not None:
             self.logit_bias.fill_(self.config.logit_bias_init)
@@ -227,13 +250,23 @@ def check_frozen(tower: str, frozen: int | bool, depth: int) -> None:
         raise UserError(f"model.{tower}.frozen {frozen!r}: take true, false, or a number of blocks from 1 to {depth}")
 
 
-def make_projection(kind: Projection, width: int, embed_dim: int) -> nn.Module:
-    """From a tower's vector to the shared space. Raises UserError where none is asked for and the sizes differ."""
+def into_space(x_BD: Tensor, head: nn.Module) -> Tensor:
+    """What a tower and its projection made of something, in the shared space: its unit vector through the head."""
+    if not isinstance(head, Head):
+        return x_BD
+    x_BE: Tensor = head(F.normalize(x_BD, dim=-1))
+    return x_BE
+
+
+def make_projection(kind: Projection, width: int, dim: int) -> nn.Module:
+    """From a tower's vector to the shared space, or to what a head reads. Raises UserError where none is asked for and
+    the sizes differ.
+    """
     if kind == "none":
-        if width != embed_dim:
-            raise UserError(f"projection=none needs a width of model.embed_dim, {embed_dim}, not {width}: set either")
+        if width != dim:
+            raise UserError(f"projection=none needs a width of model.embed_dim, {dim}, not {width}: set either")
         return nn.Identity()
-    return nn.Linear(width, embed_dim, bias=kind == "bias")
+    return nn.Linear(width, dim, bias=kind == "bias")
 
 
 def init_embeddings(tower: ImageTower, normal: Callable[[Tensor, float], None]) -> None:

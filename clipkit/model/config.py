@@ -17,6 +17,7 @@ TextPooling = Literal["end", "last"]
 Position = Literal["learnable", "sincos", "sincos_jax"]
 Stem = Literal["patch", "conv"]
 Projection = Literal["linear", "bias", "none"]
+HeadKind = Literal["none", "linear", "mlp", "glu"]
 TokenizerName = Literal["clip-bpe", "wordpiece", "sentencepiece"]
 
 
@@ -25,7 +26,7 @@ class ImageConfig:
     """The image tower: a timm vision transformer by name, and what differs from it (None keeps timm's own number).
 
     Any other model of timm's (ConvNeXt, ResNet, …) is taken as it is: it has its own size, pooling and activation, and
-    only `image_size`, `projection` and `frozen` (wholly or not) may be set.
+    only `image_size`, `projection`, `frozen` (wholly or not) and the head may be set.
     """
 
     name: str = "vit_base_patch16_224"
@@ -60,6 +61,13 @@ class ImageConfig:
     frozen: int | bool = False
     """What `CLIP.freeze` keeps from being trained. True: the tower and its projection (as in LiT). A number: the
     embeddings and that many blocks, the first ones."""
+    head: HeadKind = "none"
+    """What follows the unit vector of the tower and its projection, and is trained although they are frozen
+    (`model.heads`): a matrix, two with a GELU, or a gated linear unit as in SAIL."""
+    head_input: int | None = None
+    """The numbers of that unit vector, which the head reads. None: `embed_dim`."""
+    head_ratio: float = 4.0
+    """The hidden width of `mlp` and `glu` by that number."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +94,9 @@ class TextConfig:
     projection: Projection = "linear"
     frozen: int | bool = False
     """As for the image tower."""
+    head: HeadKind = "none"
+    head_input: int | None = None
+    head_ratio: float = 4.0
 
 
 @dataclasses.dataclass(frozen=True)

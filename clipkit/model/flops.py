@@ -25,9 +25,11 @@ class SampleCost(NamedTuple):
     flops: float
 
 
-def sample_cost(config: ModelConfig, image_keep: int | None = None, images: bool = True) -> SampleCost:
+def sample_cost(
+    config: ModelConfig, image_keep: int | None = None, images: bool = True, texts: bool = True
+) -> SampleCost:
     """What one sample costs in training a model at its sizes, of whose patches `image_keep` (or all) are kept;
-    without `images` the image tower isn't run, for its vectors are stored.
+    without `images` the image tower isn't run, for its vectors are stored, and likewise the text tower without `texts`.
 
     Operations: 2 for each multiply-add, three times the forward pass, or once where a part is frozen; what is computed
     again to save memory isn't counted twice. The logits aren't counted: at CLIPA's batch of 65,536 they add under 1%.
@@ -36,9 +38,12 @@ def sample_cost(config: ModelConfig, image_keep: int | None = None, images: bool
         clip = CLIP(config)
     clip.freeze()
     trunk = clip.image.trunk
-    text_tokens, image_tokens = config.text.context_length, 0
-    towers = [(text_tokens, clip.text.blocks, config.text.width)]
-    flops = passes(clip.text_projection) * 2.0 * matrix_weights(clip.text_projection)
+    text_tokens, image_tokens = config.text.context_length if texts else 0, 0
+    towers: list[tuple[int, Any, int]] = []
+    flops = sum(passes(head) * 2.0 * matrix_weights(head) for head in (clip.image_head, clip.text_head))
+    if texts:
+        towers.append((text_tokens, clip.text.blocks, config.text.width))
+        flops += passes(clip.text_projection) * 2.0 * matrix_weights(clip.text_projection)
     if images:
         counted = trunk
         if not isinstance(clip.image, TimmTower):

@@ -15,7 +15,7 @@ from clipkit.errors import UserError
 from clipkit.model.config import ImageConfig
 from clipkit.model.text_tower import Recompute
 
-APPLY = ("name", "image_size", "projection", "frozen")
+APPLY = ("name", "image_size", "projection", "frozen", "head", "head_input", "head_ratio")
 
 
 class TimmTower(nn.Module):

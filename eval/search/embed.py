@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from clipkit.config import to_json
 from clipkit.device import Precision, pick
-from clipkit.embedding.encoder import Compute, Encoder, image_weights
+from clipkit.embedding.encoder import Compute, Encoder, tower_weights
 from clipkit.embedding.images import ImageSet, image_matrix
 from clipkit.embedding.texts import text_matrix
 from clipkit.errors import UserError
@@ -37,6 +37,7 @@ from clipkit.eval.search.vectors import (
 )
 from clipkit.interop.load import load
 from clipkit.log import Progress
+from clipkit.model.config import ModelConfig
 from clipkit.pixels.images import ImageError
 from clipkit.storage.files import WRITTEN_BESIDE, clear_leftovers, read_json, remove, write_beside, write_json
 
@@ -150,7 +151,10 @@ def description(encoder: Encoder, pictures: Pictures, compute: Compute) -> dict[
     return {
         "model": encoder.name,
         "weights": encoder.weights,
-        "image_weights": image_weights(encoder.model.state_dict()),
+        "image_weights": tower_weights(encoder.model.state_dict(), "image"),
+        "text_weights": tower_weights(encoder.model.state_dict(), "text"),
+        "tokenizer": encoder.tokenizer.name,
+        "towers": towers_of(encoder),
         "preprocessing": to_json(encoder.preprocess),
         "context_length": encoder.context_length,
         "precision": compute.device.arithmetic(compute.precision or encoder.precision),
@@ -165,6 +169,12 @@ def description(encoder: Encoder, pictures: Pictures, compute: Compute) -> dict[
 def hash_of(vocabulary: Path) -> str:
     """A hash of a tokenizer's file."""
     return hashlib.blake2b(vocabulary.read_bytes(), digest_size=8).hexdigest()
+
+
+def towers_of(encoder: Encoder) -> dict[str, Any] | None:
+    """What the towers of a model of clipkit's are made of; None for others."""
+    config = getattr(encoder.model, "config", None)
+    return {"image": to_json(config.image), "text": to_json(config.text)} if isinstance(config, ModelConfig) else None
 
 
 def differing(found: Mapping[str, Any], about: Mapping[str, Any]) -> str:

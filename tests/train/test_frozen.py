@@ -1,49 +1,21 @@
 """Training from the vectors of a frozen image tower is the run on images; what doesn't fit together is refused."""
 
-import dataclasses
-import io
-import json
-
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from PIL import Image
-from safetensors.torch import load_file
+from frozen_runs import CPU, FROZEN, WHOLE, embedded, losses, png, rewritten, weights
 from small_encoder import PREPROCESS, SMALL, small_run
 
-from clipkit import checkpoint
-from clipkit.cli.search import open_pictures
 from clipkit.config import set_values
 from clipkit.errors import UserError
-from clipkit.eval.search.embed import embed
 from clipkit.interop.load import load
 from clipkit.log import read_metrics
 from clipkit.train import loop
-from clipkit.train.augmentation import Augmentation
-from clipkit.train.catalogue import debug
 from clipkit.train.checks import stage_cost
 from clipkit.train.loop import train
 from clipkit.train.sources.open import open_source
 from clipkit.train.watch.overfit import overfit
-
-CPU = {"device_name": "cpu", "workers": 1}
-WHOLE = dataclasses.replace(debug().stages[1], image_size=32, samples=96, position=None, augmentation=Augmentation())
-FROZEN = dataclasses.replace(
-    debug(),
-    model=dataclasses.replace(SMALL, image=dataclasses.replace(SMALL.image, frozen=True)),
-    stages=(WHOLE,),
-    mean=PREPROCESS.mean,
-    std=PREPROCESS.std,
-)
-
-
-def png(number):
-    buffer = io.BytesIO()
-    pixels_HWC = np.random.default_rng(number).integers(0, 256, (32, 32, 3), dtype=np.uint8)
-    Image.fromarray(pixels_HWC).save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 @pytest.fixture(scope="module")
@@ -62,12 +34,6 @@ def images(tmp_path_factory):
     return path
 
 
-def embedded(images, model, folder, **options):
-    out = folder / "features.parquet"
-    embed(open_pictures(str(images), None, None), out, str(model), device="cpu", part_rows=100, **options)
-    return out
-
-
 @pytest.fixture(scope="module")
 def features(images, model, tmp_path_factory):
     return embedded(images, model, tmp_path_factory.mktemp("features"), dtype="float32")
@@ -80,14 +46,6 @@ def runs(images, features, model, tmp_path_factory):
     for data in (images, features):
         assert train(FROZEN, data, folder / data.stem, init=model, **CPU).finished
     return folder
-
-
-def weights(run):
-    return load_file(checkpoint.find(run) / "model.safetensors")
-
-
-def losses(run):
-    return [line["loss"] for line in read_metrics(run) if "loss" in line]
 
 
 def test_it_is_the_run_on_images_without_its_tower(runs, images, features, model):
@@ -156,14 +114,6 @@ def test_a_recipe_that_does_not_fit(features, model, tmp_path, settings, problem
 def test_another_tower(features, tmp_path):
     with pytest.raises(UserError, match="made by another image tower"):
         train(FROZEN, features, tmp_path / "run", init=small_run(tmp_path / "other", seed=4), **CPU)
-
-
-def rewritten(features, path, **changes):
-    """A copy of a file whose description says something else."""
-    table = pq.read_table(features)
-    about = json.loads(table.schema.metadata[b"clipkit"]) | changes
-    pq.write_table(table.replace_schema_metadata({b"clipkit": json.dumps(about)}), path)
-    return path
 
 
 def test_data_that_can_not_be_trained_on(features, images, tmp_path):

@@ -52,7 +52,7 @@ class Batch:
     image_BHWC: np.ndarray
     """uint8; or float32[B, E], the images' stored vectors."""
     ids_BT: np.ndarray
-    """int32, start and end included, padded."""
+    """int32, start and end included, padded; or float32[B, E], the captions' stored vectors."""
     keep_BK: Int64Array | None
     """Patches that stay, ascending; None when all do."""
     caption_B: Int64Array
@@ -79,7 +79,8 @@ class Batch:
     def arrays(self) -> dict[str, np.ndarray]:
         """What goes to the device, by name."""
         image = "image_BHWC" if self.image_BHWC.ndim == 4 else "image_BE"
-        arrays = {image: self.image_BHWC, "ids_BT": self.ids_BT, "caption_B": self.caption_B}
+        text = "text_BE" if self.ids_BT.dtype == np.float32 else "ids_BT"
+        arrays = {image: self.image_BHWC, text: self.ids_BT, "caption_B": self.caption_B}
         if self.keep_BK is not None:
             arrays["keep_BK"] = self.keep_BK
         if self.teacher_B2E is not None:
@@ -226,8 +227,6 @@ class Loader:
         results = [self.wait(part, first) for part, first in zip(pending.parts, pending.firsts, strict=True)]
         self.count_bad([entry for part in results for entry in part.bad], len(pending.positions_B))
         keys_B = sample_keys(self.config.seed, pending.positions_B)
-        ids = [row for part in results for row in part.ids]
-        priorities = [row for part in results for row in part.priorities or []] or None
         records_B = np.concatenate([part.records_B for part in results])
         teachers = [part.teacher_B2E for part in results if part.teacher_B2E is not None]
         seconds: dict[str, float] = {}
@@ -240,16 +239,7 @@ class Loader:
                 seconds[phase] = seconds.get(phase, 0.0) + value
         return Batch(
             self.pixels(pending),
-            reduce_text(
-                self.config.text_reduction,
-                ids,
-                self.config.context_length,
-                keys_B,
-                priorities,
-                start=self.tokenizer.start,
-                end=self.tokenizer.end,
-                pad_id=self.tokenizer.pad,
-            ),
+            self.texts(results, keys_B),
             keep_indices(self.config, keys_B),
             np.concatenate([part.caption_B for part in results]),
             pending.positions_B,
@@ -259,6 +249,22 @@ class Loader:
             np.concatenate(teachers) if teachers else None,
             seconds,
             wordless,
+        )
+
+    def texts(self, results: Sequence[ChunkResult], keys_B: UInt64Array) -> np.ndarray:
+        """The captions' ids for the trainer, or their stored vectors."""
+        vectors = [part.text_BE for part in results if part.text_BE is not None]
+        if vectors:
+            return np.concatenate(vectors)
+        return reduce_text(
+            self.config.text_reduction,
+            [row for part in results for row in part.ids],
+            self.config.context_length,
+            keys_B,
+            [row for part in results for row in part.priorities or []] or None,
+            start=self.tokenizer.start,
+            end=self.tokenizer.end,
+            pad_id=self.tokenizer.pad,
         )
 
     def pixels(self, pending: PendingBatch) -> UInt8Array:

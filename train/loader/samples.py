@@ -101,6 +101,8 @@ class ChunkResult:
     """The rows whose caption has no letter or digit."""
     teacher_B2E: Int8Array | None = None
     """The teachers' embeddings of each sample's view and caption, where the source has them."""
+    text_BE: npt.NDArray[np.float32] | None = None
+    """The captions' stored vectors, where these stand in their place; there are no ids then."""
 
 
 class Sample(NamedTuple):
@@ -108,6 +110,8 @@ class Sample(NamedTuple):
 
     image: bytes | memoryview | UInt8Array
     text: Text
+    vectors: memoryview | None = None
+    """Those of its captions, where they stand in their place."""
 
 
 class SampleMaker:
@@ -147,6 +151,8 @@ class SampleMaker:
         views_B = np.zeros(len(keys_B), np.int64) if self.stored is None else self.stored.manifest.draw(keys_B)
         draws = geometry_draws(self.view_keys(keys_B, used_B, views_B)).tolist()
         by_caption, clean = caption_draws(keys_B).tolist(), self.tokenizer.clean
+        width = self.source.text_width or 0
+        text_BE = np.empty((len(keys_B), width), np.float32) if width else None
         # The images aren't held until the chunk is made: a hundred large ones fill the memory.
         texts: list[Text] = []
         bad: list[tuple[str, str]] = []
@@ -156,17 +162,21 @@ class SampleMaker:
             while group := take_group(coming):
                 clock.lap("read")
                 for index, sample in group:
-                    used_B[index], text = self.write_pixels(
+                    used_B[index], used = self.write_pixels(
                         records[index], sample, draws[index], image_BHWC[index], bad, int(views_B[index])
                     )
-                    texts.append(draw_caption(text, by_caption[index], clean))
+                    texts.append(draw_caption(used.text, by_caption[index], clean))
+                    if text_BE is not None and used.vectors is not None:
+                        size = len(used.image)  # of each vector, in bytes: all are of one kind
+                        start = texts[-1].number * size
+                        text_BE[index] = np.frombuffer(used.vectors[start : start + size], f"<f{size // width}")
                 group.clear()
                 clock.lap("image")
         if not self.source.feature_width:
             recolour(image_BHWC, self.config.augmentation, self.view_keys(keys_B, used_B, views_B))
         clock.lap("colour")
-        ids = self.ids(texts, keys_B)
-        priorities = self.priorities(texts, ids)
+        ids = self.ids(texts, keys_B) if text_BE is None else []
+        priorities = self.priorities(texts, ids) if text_BE is None else None
         # Not every tokenizer's `clean` takes the case away, but all of their ids are without it.
         caption_B = np.array([caption_hash(text.caption.lower()) for text in texts], np.int64)
         wordless = [row for row, text in enumerate(texts) if not any(map(str.isalnum, text.caption))]
@@ -175,7 +185,7 @@ class SampleMaker:
         if self.stored is not None:
             teacher_B2E = self.stored.rows(used_B, views_B, np.array([text.number for text in texts]))
             clock.lap("read")
-        return ChunkResult(used_B, ids, priorities, caption_B, bad, clock.seconds, wordless, teacher_B2E)
+        return ChunkResult(used_B, ids, priorities, caption_B, bad, clock.seconds, wordless, teacher_B2E, text_BE)
 
     def view_keys(self, keys_B: UInt64Array, records_B: npt.ArrayLike, views_B: npt.ArrayLike) -> UInt64Array:
         """What each sample's augmentation is drawn from: its own key, or that of a stored view of its record."""
@@ -189,7 +199,7 @@ class SampleMaker:
         image_HWC: np.ndarray,
         bad: list[tuple[str, str]],
         view: int,
-    ) -> tuple[int, Text]:
+    ) -> tuple[int, Sample]:
         """Write the pixels of a record or of the first one that can stand in for it, colours unchanged; says which.
 
         Stored embeddings are of a record's own `view`, so a stand-in is cut as its own is. Adds what can't be used to
@@ -201,7 +211,7 @@ class SampleMaker:
             else:
                 if self.source.feature_width:
                     image_HWC[:] = np.frombuffer(sample.image, f"<f{len(sample.image) // len(image_HWC)}")
-                    return candidate, sample.text
+                    return candidate, sample
                 if self.stored is not None and candidate != record:
                     draws = geometry_draws(self.stored.manifest.view_keys([candidate], [view]))[0].tolist()
                 try:
@@ -209,7 +219,7 @@ class SampleMaker:
                 except (ImageError, cv2.error) as error:
                     reason = error
                 else:
-                    return candidate, sample.text
+                    return candidate, sample
             bad.append((self.source.key(candidate), str(reason)))
         key, why = bad[-1]
         raise UserError(
@@ -252,7 +262,7 @@ class SampleMaker:
                 if sources
                 else "the caption is empty"
             )
-        return Sample(pair.image, text)
+        return Sample(pair.image, text, pair.vectors)
 
     def keep_decoded(self, record: int, sample: Sample | UserError) -> Sample | UserError:
         """The sample, its image decoded and kept where all of the dataset's would fit."""

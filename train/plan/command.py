@@ -100,7 +100,8 @@ def columns_of(recipe: Recipe, dataset: str, pairs: float | None) -> dict[str, A
     if rest or bulk.image_size < 224:
         columns |= {"reduced_samples": float(first), "full_samples": float(rest)}
     if image.frozen or text.frozen:
-        columns["init"] = f"frozen {'image' if image.frozen else 'text'} tower"
+        both, one = "image and text towers", f"{'image' if image.frozen else 'text'} tower"
+        columns["init"] = f"frozen {both if image.frozen and text.frozen else one}"
     return columns | ({"dataset_pairs": float(pairs)} if pairs else {})
 
 

@@ -134,9 +134,19 @@ class Plan:
             f"the loss in float32 at {model_of_step.FLOAT32_SHARE:.3g} of the peak; {model_of_step.WEIGHT_BYTES} bytes "
             f"held of each trained weight; {model_of_step.RESERVED:.0%} of the memory kept free",
             *found_by_training(self.recipe, self.stages),
+            *self.frozen_towers(),
             f"data: {self.pairs.where}, {size_text(self.pairs.bytes_each)} a pair",
             f"accuracy: {data}; ImageNet-1K zero-shot with the usual prompts, an 80% interval",
         ]
+
+    def frozen_towers(self) -> list[str]:
+        """A line on towers that are frozen, where the recipe has some."""
+        model = self.recipe.model
+        frozen = [name for name, tower in (("image", model.image), ("text", model.text)) if tower.frozen is True]
+        if not frozen:
+            return []
+        towers = f"the frozen {' and '.join(frozen)} tower{'s run' if len(frozen) > 1 else ' runs'}"
+        return [f"{towers} on every sample; from a file of clipkit embed's, what is stored there is not computed"]
 
 
 def print_plan(plan: Plan, console: Console) -> None:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from clipkit.errors import UserError
 from clipkit.hardware import Chip
-from clipkit.model.config import ImageConfig, ModelConfig
+from clipkit.model.config import ImageConfig, ModelConfig, TextConfig
 
 # Width, depth and MLP ratio of timm's vision transformers by the word in their names.
 VITS = {
@@ -57,6 +57,13 @@ class Tower(NamedTuple):
     """Forward operations of a sample outside the blocks: patches, projection, attention pooling."""
     weights: int
     frozen: bool
+    head: int = 0
+    """Weights of the head, which is trained where the rest is frozen too; they aren't among `weights`."""
+
+    @property
+    def trained(self) -> int:
+        """The weights that are trained."""
+        return self.head + (0 if self.frozen else self.weights)
 
 
 class Parts(NamedTuple):
@@ -90,16 +97,36 @@ def towers_of(config: ModelConfig, image_keep: int | None) -> tuple[Tower, Tower
         matrices = 4 * width**2 + 2 * width * hidden
         other += 4.0 * patches * width**2 + 2.0 * (matrices - 2 * width**2) + 4.0 * patches * width
         weights += matrices
-    projection = 0 if image.projection == "none" else width * config.embed_dim
+    projection = 0 if image.projection == "none" else width * own_dim(image, config)
     weights += projection + depth * (4 * width**2 + 2 * width * hidden) + grid**2 * width
-    picture = Tower(tokens, width, depth, hidden, other + 2.0 * projection, weights, image.frozen is True)
+    picture = Tower(
+        tokens,
+        width,
+        depth,
+        hidden,
+        other + 2.0 * projection,
+        weights,
+        image.frozen is True,
+        head_weights(image, config),
+    )
     hidden = int(text.width * text.mlp_ratio)
-    projection = 0 if text.projection == "none" else text.width * config.embed_dim
+    projection = 0 if text.projection == "none" else text.width * own_dim(text, config)
     weights = projection + text.depth * (4 * text.width**2 + 2 * text.width * hidden)
     weights += (text.vocab_size + text.context_length) * text.width
-    return picture, Tower(
-        text.context_length, text.width, text.depth, hidden, 2.0 * projection, weights, text.frozen is True
-    )
+    frozen, head = text.frozen is True, head_weights(text, config)
+    return picture, Tower(text.context_length, text.width, text.depth, hidden, 2.0 * projection, weights, frozen, head)
+
+
+def own_dim(tower: ImageConfig | TextConfig, config: ModelConfig) -> int:
+    """The numbers of a tower's own vector, which its head reads where it has one."""
+    return config.embed_dim if tower.head == "none" else tower.head_input or config.embed_dim
+
+
+def head_weights(tower: ImageConfig | TextConfig, config: ModelConfig) -> int:
+    """Those of a head's matrices."""
+    width, hidden = own_dim(tower, config), int(own_dim(tower, config) * tower.head_ratio)
+    matrices = {"none": 0, "linear": width * config.embed_dim, "mlp": hidden * (width + config.embed_dim)}
+    return matrices.get(tower.head, hidden * (2 * width + config.embed_dim))
 
 
 def stem_cost(image: ImageConfig, width: int, patch: int, grid: int) -> tuple[float, int]:
@@ -176,12 +203,12 @@ class Step:
     @property
     def weights(self) -> int:
         """Of both towers."""
-        return sum(tower.weights for tower in self.towers)
+        return sum(tower.weights + tower.head for tower in self.towers)
 
     @property
     def trained(self) -> int:
         """The weights that are trained."""
-        return sum(tower.weights for tower in self.towers if not tower.frozen)
+        return sum(tower.trained for tower in self.towers)
 
     def fixed_bytes(self) -> float:
         """Held by a chip whatever the micro-batch: weights, optimizer, the batch's images, features and logits."""
@@ -205,7 +232,10 @@ class Step:
 
     def operations(self) -> Parts:
         """Of one step over all chips; recomputation is what memory is saved by."""
-        forward = [self.batch * forward_operations(tower) * (1 if tower.frozen else 3) for tower in self.towers]
+        forward = [
+            self.batch * (forward_operations(tower) * (1 if tower.frozen else 3) + 3 * 2.0 * tower.head)
+            for tower in self.towers
+        ]
         logits = 2 * 2.0 * self.batch**2 * self.embed_dim
         again = self.batch * sum(
             forward_operations(tower) * self.extra_forwards() for tower in self.towers if not tower.frozen
@@ -221,7 +251,11 @@ class Step:
         """Of one step by part; the towers' parts are the forward and backward pass without recomputation."""
         chip, share = self.chip, self.share
         forward = [forward_seconds(tower, chip, self.calibration, self.is_float32) for tower in self.towers]
-        towers = [share * each * (1 if tower.frozen else 3) for each, tower in zip(forward, self.towers, strict=True)]
+        heads = [3 * 2.0 * tower.head / (0.5 * chip.tflops * 1e12 * self.calibration.matrix) for tower in self.towers]
+        towers = [
+            share * (each * (1 if tower.frozen else 3) + head)
+            for each, tower, head in zip(forward, self.towers, heads, strict=True)
+        ]
         again = [
             share * each * self.extra_forwards()
             for each, tower in zip(forward, self.towers, strict=True)

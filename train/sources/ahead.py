@@ -72,6 +72,10 @@ class AheadSource(Reopenable, Source):
         return self.source.feature_width
 
     @property
+    def text_width(self) -> int | None:
+        return self.source.text_width
+
+    @property
     def caption_sources(self) -> tuple[str, ...]:
         return self.source.caption_sources
 

@@ -64,6 +64,10 @@ class Mixture(Source):
         return self.members[0].source.feature_width
 
     @property
+    def text_width(self) -> int | None:
+        return self.members[0].source.text_width
+
+    @property
     def caption_sources(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(name for member in self.members for name in member.source.caption_sources))
 

@@ -68,6 +68,8 @@ class OpenedSource:
     """A line each on what is there and isn't read."""
     features: dict[str, Any] | None = None
     """What made the vectors that it has in the place of images."""
+    with_texts: Callable[[], Source] | None = None
+    """The same with vectors in the place of captions too, where it has some."""
 
 
 @dataclass(frozen=True)
@@ -78,10 +80,15 @@ class Data:
     weights: tuple[Fraction, ...]
     stored: Stored | None = None
     """The teachers' embeddings that go with each sample."""
+    stored_texts: bool = False
+    """Whether stored vectors stand in the place of captions, as they do in that of images."""
 
     def source(self, precomputed: bool = False) -> Source:
         """What the loader reads from; `precomputed`: with the token ids and word classes that a dataset holds."""
-        sources = [part.make(precomputed) for part in self.parts]
+        sources = [
+            part.with_texts() if self.stored_texts and part.with_texts else part.make(precomputed)
+            for part in self.parts
+        ]
         if len(sources) == 1:
             return sources[0] if self.stored is None else ReinforcedSource(sources[0], self.stored)
         labels = [part.path.name for part in self.parts]
@@ -219,10 +226,16 @@ class _Opener:
 
     def open_features(self, path: Path, about: dict[str, Any]) -> OpenedSource:
         file = next(file for file in list_folder(path.parent) if file.name == path.name)
-        source = open_features(path, file, about["width"], self.cache())
+        source, with_texts = (open_features(path, file, about["width"], self.cache(), each) for each in (False, True))
         found = ShardListing(path.parent, "parquet", (file,))
         opened = self.opened(path, "features", found, source, self.block_size)
-        return replace(opened, identity={**opened.identity, "image_weights": about["image_weights"]}, features=about)
+        ahead = read_ahead(with_texts, with_texts, self.block_size)
+        return replace(
+            opened,
+            identity={**opened.identity, "image_weights": about["image_weights"]},
+            features=about,
+            with_texts=lambda: ahead,
+        )
 
     def open_directory(self, path: Path) -> OpenedSource:
         if self.split == ALL_SPLITS:

@@ -10,7 +10,7 @@ import json
 import struct
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,9 @@ ROW_GROUPS = np.dtype([("group", "<u4"), ("rows", "<u4")])
 
 class ParquetSource(Reopenable, Source):
     """The rows of a folder's parquet files, in the order of the files' names. Made by `open_parquets`."""
+
+    packed = "parquet of captions"
+    """What is laid down in the cache: the beginning of its names there."""
 
     def __init__(self, folder: Path, shards: Sequence[StoredFile], index: FolderIndex, cache: BlockCache) -> None:
         self.folder, self.shards, self.index, self.cache = folder, tuple(shards), index, cache
@@ -83,6 +86,10 @@ class ParquetSource(Reopenable, Source):
         """Image and caption, and where img2dataset has written a list of captions as text, the list."""
         return _columns(schema, path)
 
+    def pack(self, batch: pa.RecordBatch, columns: Sequence[str]) -> bytes:
+        """The rows of a batch as bytes, as `_pair` reads them."""
+        return pack(batch, *columns)
+
     def fill(self, record: int) -> int:
         """Get the part of the row group that holds a record into the cache; returns the first record behind it."""
         place, row = self._locate(record)
@@ -113,13 +120,17 @@ class ParquetSource(Reopenable, Source):
             return ImageError("the decoded row is cut off")
         if middle == start:
             return ImageError("the row has no image")
-        return Pair(memoryview(data)[: middle - start], unpack_captions(data[middle - start :]))
+        return self.pair(memoryview(data)[: middle - start], unpack_captions(data[middle - start :]))
+
+    def pair(self, image: memoryview, caption: str | list[str]) -> Pair:
+        """The pair of a row's image and caption."""
+        return Pair(image, caption)
 
     def _key(self, place: int, part: int) -> str:
         file = int(self._files_of[place])
         shard = self.shards[file]
         path = self._reader.path(file)
-        return f"parquet of captions {path} {shard.bytes} {shard.version} {self._groups[place]} {part}"
+        return f"{self.packed} {path} {shard.bytes} {shard.version} {self._groups[place]} {part}"
 
     def _decode(self, place: int, wanted: int) -> bytes:
         """One part of a row group; the others are put into the cache on the way."""
@@ -136,7 +147,7 @@ class ParquetSource(Reopenable, Source):
                         PART_ROWS, row_groups=[int(self._groups[place])], columns=list(dict.fromkeys(columns))
                     )
                     for part, batch in enumerate(batches):
-                        data = pack(batch, *columns)
+                        data = self.pack(batch, columns)
                         if part == wanted:
                             found = data
                         else:
@@ -207,8 +218,7 @@ def _columns(schema: pa.Schema, path: Path) -> tuple[str, ...]:
 
 
 def pack(batch: pa.RecordBatch, image: str, caption: str, repeated: str | None = None) -> bytes:
-    """A batch's rows as bytes: where each image and each caption begins (2n + 1 uint64), then image, caption, …"""
-    parts: list[bytes] = []
+    """A batch's rows as bytes, as `join_rows` puts them together."""
     images = batch.column(batch.schema.names.index(image))
     if pa.types.is_struct(images.type):
         images = images.field(images.type.get_field_index("bytes"))
@@ -218,8 +228,14 @@ def pack(batch: pa.RecordBatch, image: str, caption: str, repeated: str | None =
     if repeated is not None:
         lists = batch.column(batch.schema.names.index(repeated)).to_pylist()
         captions = [merge_captions(text, {REPEATED: found}) for text, found in zip(captions, lists, strict=True)]
+    return join_rows((data.as_py() or b"" for data in images), captions)
+
+
+def join_rows(images: Iterable[bytes], captions: Iterable[Any]) -> bytes:
+    """Rows as bytes: where each image and each caption begins (2n + 1 uint64), then image, caption, …"""
+    parts: list[bytes] = []
     for data, found in zip(images, captions, strict=True):
-        parts += (data.as_py() or b"", pack_captions(found))
+        parts += (data, pack_captions(found))
     sizes = [8 * (len(parts) + 1), *map(len, parts)]
     return b"".join([np.cumsum(sizes, dtype=np.uint64).tobytes(), *parts])
 

@@ -39,6 +39,8 @@ class Pair(NamedTuple):
     """The class of each id's word (`clipkit.text.syntax`), where it was computed before."""
     added: Mapping[str, Sequence[str]] | None = None
     """Captions of other sources than `original`, by source, in the order of the sources' names."""
+    vectors: memoryview | None = None
+    """A stored vector for each caption, where they stand in its place (`Source.text_width`)."""
 
     @property
     def captions(self) -> tuple[str, ...]:
@@ -58,6 +60,11 @@ class Source(ABC):
     @property
     def feature_width(self) -> int | None:
         """The numbers of a vector, where `Pair.image` is one (`features`) and no encoded image."""
+        return None
+
+    @property
+    def text_width(self) -> int | None:
+        """The numbers of a vector, where each caption has one (`Pair.vectors`) that stands in its place."""
         return None
 
     @property

@@ -28,6 +28,23 @@ def test_operations_and_weights_are_those_that_torch_counts(recipe, number):
     assert sum(tower.weights for tower in towers) == pytest.approx(weight_count(config), rel=0.03)
 
 
+@pytest.mark.parametrize(("image", "text"), [("glu", "mlp"), ("linear", "none")])
+def test_heads_are_counted_as_torch_counts_them_and_only_they_are_trained(image, text):
+    settings = ["text.frozen=true", f"image.head={image}", f"text.head={text}", "image.head_input=768"]
+    config = set_values(recipes()["lit-b16"]().model, settings)
+    towers = towers_of(config, None)
+    chip = next(chip for chip in CHIPS if chip.name == "A100-80GB")
+    step = Step(towers, config.embed_dim, 224, chip, 1, 256, False, False, Calibration())
+    plain = Step(towers_of(set_values(config, ["image.head=none", "text.head=none", "image.head_input=none"]), None),
+                 config.embed_dim, 224, chip, 1, 256, False, False, Calibration())  # fmt: skip
+    operations = step.operations()
+    assert operations.image + operations.text == pytest.approx(256 * sample_cost(config).flops, rel=1e-9)
+    assert step.weights == pytest.approx(weight_count(config), rel=0.03)
+    heads = step.weights - plain.weights
+    assert (step.trained, plain.trained) == (heads, 0)
+    assert sum(step.seconds()) > sum(plain.seconds())
+
+
 def test_published_times_are_told_within_a_quarter_by_one_calibration():
     rows = published_times(Calibration())
     assert len(rows) == 11

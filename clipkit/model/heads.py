@@ -1,0 +1,56 @@
+"""Heads: small networks that bring the vectors of frozen towers into a shared space (Zhang et al., 2024, "SAIL").
+
+A head reads a tower's unit vector, which is what `clipkit embed` stores. Its layer norm gives the numbers of that
+vector a spread of 1, whatever the width.
+"""
+
+from typing import cast
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from clipkit.errors import UserError
+from clipkit.model.config import ImageConfig, TextConfig
+
+PREFIXES = ("image_head.", "text_head.")
+"""What the names of heads' weights begin with."""
+
+
+class Head(nn.Module):
+    """float32[B, D] -> float32[B, E]. `linear`: a matrix. `mlp`: two, with GELU between them. `glu`: what two matrices
+    make, one of them behind a ReLU, is multiplied number by number, and a third matrix follows.
+    """
+
+    def __init__(self, kind: str, width: int, hidden: int, embed_dim: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.gate = nn.Linear(width, hidden) if kind == "glu" else None
+        self.fc1 = nn.Linear(width, hidden) if kind != "linear" else None
+        self.out = nn.Linear(width if kind == "linear" else hidden, embed_dim)
+
+    def forward(self, x_BD: Tensor) -> Tensor:
+        x = self.norm(x_BD)
+        if self.fc1 is not None:
+            x = F.gelu(self.fc1(x)) if self.gate is None else F.relu(self.gate(x)) * self.fc1(x)
+        return cast(Tensor, self.out(x))
+
+
+def tower_dim(config: ImageConfig | TextConfig, embed_dim: int) -> int:
+    """The numbers of a tower's own vector: the shared space's, unless a head leads there from elsewhere."""
+    return embed_dim if config.head == "none" or config.head_input is None else config.head_input
+
+
+def make_head(tower: str, config: ImageConfig | TextConfig, embed_dim: int) -> nn.Module:
+    """The head of a tower, an identity where it has none. Raises UserError for sizes without a head, or below 1."""
+    if config.head == "none":
+        if config.head_input is not None:
+            raise UserError(f"model.{tower}.head_input={config.head_input} needs a head: set model.{tower}.head=glu")
+        return nn.Identity()
+    width = tower_dim(config, embed_dim)
+    hidden = int(width * config.head_ratio)
+    if width < 1 or hidden < 1:
+        raise UserError(
+            f"model.{tower}.head_input={config.head_input} and head_ratio={config.head_ratio} make a head of no width: "
+            "set larger ones"
+        )
+    return Head(config.head, width, hidden, embed_dim)
