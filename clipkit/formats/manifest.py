@@ -21,6 +21,13 @@ TOKENS, SYNTAX = "tokens", "syntax"
 PRECOMPUTED_COLUMNS = {TOKENS: "clipkit_tokens", SYNTAX: "clipkit_syntax"}
 
 
+def reinforced_folder(data: Path) -> Path:
+    """Where the embeddings of teachers are that `clipkit reinforce` stores of some data, unless they are said to be
+    elsewhere: beside these.
+    """
+    return data.with_name(f"{data.name}.reinforced")
+
+
 @dataclass(frozen=True)
 class SourceEntry:
     """One input file of a shard. `skipped` counts the samples left out by reason."""

@@ -95,7 +95,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "train/sources": (*_core("formats", "jobs", "pixels", "storage"), "eval/classification", "train", "train/teachers"),
     "train/loader": (*_core("formats", "pixels", "text"), "train", "train/sources", "train/teachers"),
     "train/teachers": (
-        *_core("embedding", "interop", "jobs", "model", "pixels", "storage"),
+        *_core("embedding", "formats", "interop", "jobs", "model", "pixels", "storage"),
         "train",
         "train/loader",
         "train/sources",

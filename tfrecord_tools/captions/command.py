@@ -19,11 +19,12 @@ from clipkit.errors import UserError
 from clipkit.formats.captions import OF_SOURCE, check_source, source_columns
 from clipkit.formats.dataset import DatasetLayout, open_dataset, read_layout
 from clipkit.formats.kinds import own_name
-from clipkit.formats.manifest import CLIPKIT_FOLDER
+from clipkit.formats.manifest import CLIPKIT_FOLDER, reinforced_folder
 from clipkit.formats.records import decode_example
 from clipkit.formatting import counted, size_text
 from clipkit.jobs.passes import Runner
 from clipkit.jobs.run import Engine
+from clipkit.log import warn_on_stderr
 from clipkit.storage.files import as_path, clear_leftovers, lock, read_json, remove
 from clipkit.tfrecord_tools.account.captions import read_added
 from clipkit.tfrecord_tools.captions.finish import finish, leave
@@ -117,6 +118,7 @@ def add_captions(
             if source in source_columns(layout.features):
                 return _there_already(folder, listed, source)
             plan = _begin(layout, listed, source)
+            _warn_of_teachers(folder)
         elif not plan.is_of(listed, source):
             raise UserError(
                 f"{folder}: adding captions of {plan.source!r} from {plan.table} isn't finished: run that command again"
@@ -165,6 +167,16 @@ def _begin(layout: DatasetLayout, table: CaptionTable, source: str) -> CaptionPl
     )
     write_plan(folder, plan)
     return plan
+
+
+def _warn_of_teachers(folder: Path) -> None:
+    """Say so where stored embeddings of teachers will be of captions that the records no longer have alone."""
+    stored = reinforced_folder(folder)
+    if stored.exists():
+        warn_on_stderr(
+            f"{stored} has teachers' embeddings of the captions so far, and training will refuse them for each record "
+            "that gets more: run clipkit reinforce again into another folder"
+        )
 
 
 def _summarise(folder: Path, plan: CaptionPlan, states: Sequence[CaptionedShard]) -> CaptionSummary:

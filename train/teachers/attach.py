@@ -5,10 +5,11 @@ from pathlib import Path
 
 from clipkit.config import differences, to_json
 from clipkit.errors import UserError
+from clipkit.formats.manifest import reinforced_folder
 from clipkit.model.distill import TeacherSpace
 from clipkit.train.recipes import Recipe
 from clipkit.train.sources.open import Data
-from clipkit.train.teachers.stored import Stored, default_folder, read_stored
+from clipkit.train.teachers.stored import Stored, read_stored
 
 
 def attach_teachers(data: Data, recipe: Recipe, folder: Path | None) -> Data:
@@ -29,7 +30,7 @@ def attach_teachers(data: Data, recipe: Recipe, folder: Path | None) -> Data:
     if data.source().feature_width:
         raise UserError(f"{asked} is for images, not for stored vectors of an image tower: set it to {off}")
     (part,) = data.parts
-    folder = folder or default_folder(part.path)
+    folder = folder or reinforced_folder(part.path)
     stored = Stored(folder, read_stored(folder))
     stored.check_data(part.identity)
     for stage in recipe.stages:

@@ -21,6 +21,7 @@ from clipkit.embedding.encoder import Compute, Encoder, check_finite
 from clipkit.embedding.images import pad_rows
 from clipkit.embedding.texts import text_matrix
 from clipkit.errors import UserError
+from clipkit.formats.manifest import reinforced_folder
 from clipkit.formatting import counted, size_text
 from clipkit.interop.load import load
 from clipkit.jobs.worker import cores
@@ -38,7 +39,6 @@ from clipkit.train.teachers.stored import (
     Manifest,
     Teacher,
     checksum,
-    default_folder,
     part_path,
     quantise,
 )
@@ -102,7 +102,7 @@ def reinforce(
     where = pick(device)
     if where.world > 1 and where.mesh is not None:
         raise UserError("clipkit reinforce works on the chips of one TPU host: start it on one host of the pod")
-    folder = require_writable(out or default_folder(part.path))
+    folder = require_writable(out or reinforced_folder(part.path))
     encoders = [load(source, ema=ema).to(where.torch_device) for source in sources]
     compute = Compute(replace(where, rank=0, world=1), precision, batch_size)
     described = tuple(describe(encoder, compute) for encoder in encoders)

@@ -103,11 +103,6 @@ class Manifest:
         return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
-def default_folder(data: Path) -> Path:
-    """Where the embeddings of a dataset are, unless they are said to be elsewhere: beside it."""
-    return data.with_name(f"{data.name}.reinforced")
-
-
 def part_path(folder: Path, part: int) -> Path:
     """Where a part is."""
     return folder / f"{part:06d}.npy"

@@ -134,6 +134,17 @@ def test_the_same_command_again_changes_nothing(data, table):
     assert "(there already)" in again.text()
 
 
+def test_a_line_says_that_stored_teachers_become_stale(data, table, capsys):
+    add_captions(data, table)
+    assert "teachers" not in capsys.readouterr().err
+    data.with_name("data.reinforced").mkdir()
+    add_captions(data, table)  # nothing changes
+    assert "teachers" not in capsys.readouterr().err
+    add_captions(data, table, source="again")
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "teachers" in line]
+    assert line.startswith(f"Warning: {data}.reinforced has teachers' embeddings of the captions so far, and training")
+
+
 def test_engines_and_workers_change_nothing(data, table, tmp_path):
     other = shutil.copytree(data, tmp_path / "other")
     add_captions(data, table)
