@@ -235,8 +235,9 @@ def check_texts(recipe: Recipe, stage: Stage, path: Path, about: Mapping[str, An
             f"{stage.context_length}: set context_length={about['context_length']}"
         )
     name = recipe.model.text.tokenizer
-    if about.get("tokenizer", name) != name:
-        raise UserError(f"{where}: {path} was made with the tokenizer {about['tokenizer']}: set model.text.tokenizer")
+    made = about.get("tokenizer_name", name)
+    if made != name:
+        raise UserError(f"{where}: {path} was made with the tokenizer {made}: set model.text.tokenizer={made}")
     check_kind(recipe, stage, path, about, where, "text")
 
 

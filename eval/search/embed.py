@@ -153,7 +153,7 @@ def description(encoder: Encoder, pictures: Pictures, compute: Compute) -> dict[
         "weights": encoder.weights,
         "image_weights": tower_weights(encoder.model.state_dict(), "image"),
         "text_weights": tower_weights(encoder.model.state_dict(), "text"),
-        "tokenizer": encoder.tokenizer.name,
+        "tokenizer_name": encoder.tokenizer.name,
         "towers": towers_of(encoder),
         "preprocessing": to_json(encoder.preprocess),
         "context_length": encoder.context_length,

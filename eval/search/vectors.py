@@ -11,7 +11,7 @@
 
 The metadata's `clipkit` is JSON: `model`, `ema`, `weights` (a hash), `image_weights` and `text_weights` (those of a
 tower, its projection and head, null where these can't be told), `towers` (their configurations, likewise),
-`preprocessing`, `tokenizer`, `context_length`, `precision`,
+`preprocessing`, `tokenizer_name`, `context_length`, `precision`,
 `scale` (of similarities before a softmax), `dtype`, `data`, `identity` (a hash of what the data is), `records`,
 `captioned`, `kind` (of such a file: vectors); where the model came without its tokenizer's vocabulary also `tokenizer`,
 the file that was given, and `vocabulary`, a hash of it.
