@@ -74,13 +74,12 @@ def with_new_heads(tensors: Mapping[str, Tensor], config: ModelConfig, seed: int
     """A model's tensors, with heads from the seed where it has none and `config` asks for some; then the logits' scale
     and bias, which are of the space that the heads make, begin as `config` says too.
     """
-    tensors = dict(tensors)
     if config.image.head == config.text.head == "none":
-        return tensors
+        return dict(tensors)
     own = build(config, seed).state_dict()
     fresh = [name for name in own if name.startswith(HEADS) and name not in tensors]
     if not fresh:
-        return tensors
+        return dict(tensors)
     space = ("logit_scale", "logit_bias")
     kept = {name: tensor for name, tensor in tensors.items() if name not in space}
     return kept | {name: own[name] for name in own if name in (*fresh, *space)}
