@@ -309,11 +309,11 @@ def emoji_demo() -> Recipe:
 
 
 def emoji_dr() -> Recipe:
-    """The demo's towers on half of its samples and at twice its rates, with stored embeddings of a model that
+    """The demo's towers on half of its samples in batches half as large, with stored embeddings of a model that
     `emoji-demo` trained (some 40 views). A low scale shows the student how alike all pairs are to the teacher.
     """
     demo = emoji_demo()
-    stages = [replace(each, samples=each.samples // 2, learning_rate=2 * each.learning_rate) for each in demo.stages]
+    stages = [replace(each, samples=each.samples // 2, batch_size=each.batch_size // 2) for each in demo.stages]
     return replace(demo, name="emoji-dr", stages=tuple(stages), distill=Distill(weight=1.0, scale=10.0))
 
 
