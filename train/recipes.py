@@ -250,6 +250,8 @@ RANGES: dict[type, dict[str, Range]] = {
         "mlp_ratio": POSITIVE,
         "layer_scale": POSITIVE,
         "norm_eps": POSITIVE,
+        "head_input": SIZE,
+        "head_ratio": POSITIVE,
     },
     TextConfig: {
         "context_length": SIZE,
@@ -259,6 +261,8 @@ RANGES: dict[type, dict[str, Range]] = {
         "heads": SIZE,
         "mlp_ratio": POSITIVE,
         "norm_eps": POSITIVE,
+        "head_input": SIZE,
+        "head_ratio": POSITIVE,
     },
 }
 
