@@ -18,9 +18,9 @@ from clipkit.errors import UserError
 from clipkit.formats.captions import ORIGINAL
 from clipkit.formatting import counted, size_text
 from clipkit.model.clip import CLIP
+from clipkit.model.config import tower_dim
 from clipkit.model.flops import SampleCost, sample_cost
 from clipkit.model.global_loss import RECORD_BYTES
-from clipkit.model.heads import tower_dim
 from clipkit.model.image_tower import make_image_tower
 from clipkit.model.timm_tower import TimmTower
 from clipkit.pixels.images import Preprocess
@@ -246,8 +246,7 @@ def check_kind(recipe: Recipe, stage: Stage, path: Path, about: Mapping[str, Any
     if not about.get("towers"):
         return  # of an older clipkit
     made, asked = about["towers"][tower], to_json(getattr(model_at(recipe, stage), tower))
-    ours, theirs = ({name: kind[name] for name in KINDS if name in kind} for kind in (made, asked))
-    other = differences(ours, theirs)
+    other = differences(*({name: kind[name] for name in KINDS if name in kind} for kind in (made, asked)))
     if other:
         raise UserError(f"{where}: {path} was made by another kind of {tower} tower ({other[0]}): set the same")
 

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clipkit.errors import UserError
-from clipkit.model.config import ModelConfig, Projection, check_choices
-from clipkit.model.heads import Head, make_head, tower_dim
+from clipkit.model.config import ImageConfig, ModelConfig, Projection, TextConfig, check_choices, tower_dim
+from clipkit.model.heads import Head, make_head
 from clipkit.model.image_tower import ConvStem, ImageTower, make_image_tower
 from clipkit.model.text_tower import Buckets, Prefixes, Recompute, TextTower
 from clipkit.model.timm_tower import TimmTower
@@ -39,8 +39,8 @@ class CLIP(nn.Module):
         self.config = config
         self.image = make_image_tower(config.image)
         self.text = TextTower(config.text)
-        self.image_head = make_head("image", config.image, config.embed_dim)
-        self.text_head = make_head("text", config.text, config.embed_dim)
+        self.image_head = head_of("image", config.image, config.embed_dim)
+        self.text_head = head_of("text", config.text, config.embed_dim)
         image_dim, text_dim = (tower_dim(each, config.embed_dim) for each in (config.image, config.text))
         self.image_projection = make_projection(config.image.projection, self.image.width, image_dim)
         self.text_projection = make_projection(config.text.projection, config.text.width, text_dim)
@@ -248,6 +248,15 @@ def check_frozen(tower: str, frozen: int | bool, depth: int) -> None:
     """UserError for what can't be frozen of a tower with `depth` blocks."""
     if not isinstance(frozen, int) or not 0 <= frozen <= (1 if isinstance(frozen, bool) else depth):
         raise UserError(f"model.{tower}.frozen {frozen!r}: take true, false, or a number of blocks from 1 to {depth}")
+
+
+def head_of(tower: str, config: ImageConfig | TextConfig, embed_dim: int) -> nn.Module:
+    """The head of a tower, an identity where it has none. Raises UserError for sizes without a head, or below 1."""
+    if config.head != "none":
+        return make_head(tower, config, embed_dim)
+    if config.head_input is not None:
+        raise UserError(f"model.{tower}.head_input={config.head_input} needs a head: set model.{tower}.head=glu")
+    return nn.Identity()
 
 
 def into_space(x_BD: Tensor, head: nn.Module) -> Tensor:

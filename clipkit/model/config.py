@@ -119,6 +119,11 @@ class ModelConfig:
         return config
 
 
+def tower_dim(config: ImageConfig | TextConfig, embed_dim: int) -> int:
+    """The numbers of a tower's own vector: the shared space's, unless a head leads there from elsewhere."""
+    return embed_dim if config.head == "none" or config.head_input is None else config.head_input
+
+
 def check_choices(config: Any, where: str) -> None:
     """UserError for a field whose value isn't among those its type lists, in `config` or in what it holds."""
     for name, hint in typing.get_type_hints(type(config)).items():

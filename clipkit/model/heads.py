@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clipkit.errors import UserError
-from clipkit.model.config import ImageConfig, TextConfig
+from clipkit.model.config import ImageConfig, TextConfig, tower_dim
 
 PREFIXES = ("image_head.", "text_head.")
 """What the names of heads' weights begin with."""
@@ -35,17 +35,8 @@ class Head(nn.Module):
         return cast(Tensor, self.out(x))
 
 
-def tower_dim(config: ImageConfig | TextConfig, embed_dim: int) -> int:
-    """The numbers of a tower's own vector: the shared space's, unless a head leads there from elsewhere."""
-    return embed_dim if config.head == "none" or config.head_input is None else config.head_input
-
-
-def make_head(tower: str, config: ImageConfig | TextConfig, embed_dim: int) -> nn.Module:
-    """The head of a tower, an identity where it has none. Raises UserError for sizes without a head, or below 1."""
-    if config.head == "none":
-        if config.head_input is not None:
-            raise UserError(f"model.{tower}.head_input={config.head_input} needs a head: set model.{tower}.head=glu")
-        return nn.Identity()
+def make_head(tower: str, config: ImageConfig | TextConfig, embed_dim: int) -> Head:
+    """The head of a tower that has one. Raises UserError for sizes below 1."""
     width = tower_dim(config, embed_dim)
     hidden = int(width * config.head_ratio)
     if width < 1 or hidden < 1:
