@@ -1,74 +1,96 @@
 """Draws docs/law.png and writes the tables of docs/law.md, from docs/law.csv and docs/law-prediction.json.
 
-Those are `table.csv` and `prediction.json` of `clipkit sweep sweeps/emoji-evening.toml --out runs/law`.
+Those are `table.csv` and `prediction.json` of `clipkit sweep sweeps/emoji.toml --out runs/law`.
 """
 
 import csv
 import json
+import math
 import re
+import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
 
 from clipkit.train.sweep.command import measured_points
-from clipkit.train.sweep.law import drops, fit_law
+from clipkit.train.sweep.law import TOWERS, drops, fit_law
 from clipkit.train.sweep.pictures import means, pareto, sizes_of
 
 HERE = Path(__file__).parent
 INK, GRID = "#1f2933", "#d5dae0"
-COLOURS, MARKERS = ("#2f6fb3", "#c2571a", "#2e8555"), ("o", "s", "^", "D")
+COLOURS, MARKERS = ("#2f6fb3", "#c2571a", "#2e8555", "#7a4fa3"), ("o", "s", "^", "D")
 NUMBERS = ("weights", "image_tokens", "text_tokens", "seed", "samples", "flops", "accuracy", "measured_on")
 
+Rows = list[dict[str, Any]]
 
-def read_rows() -> list[dict[str, Any]]:
-    """The results of the sweep."""
-    with (HERE / "law.csv").open(encoding="utf-8", newline="") as file:
+
+def read_rows(name: str) -> Rows:
+    """The results of a sweep."""
+    with (HERE / name).open(encoding="utf-8", newline="") as file:
         return [{**row, **{name: float(row[name]) for name in NUMBERS}} for row in csv.DictReader(file)]
 
 
-def draw(rows: list[dict[str, Any]]) -> None:
-    """Accuracy against compute with the front, and what fewer tokens cost."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+def draw(rows: Rows) -> None:
+    """Accuracy against compute with the front, and what fewer tokens cost: a line for each size."""
+    figure, (left, *right) = plt.subplots(1, 3, figsize=(11, 3.6), layout="constrained", width_ratios=(1.3, 1, 1))
+    whole_text = [row for row in rows if row["text_way"] == "all"]
     for size, colour in zip(sizes_of(rows), COLOURS, strict=False):
-        found = means([row for row in rows if row["size"] == size], "image_tokens", "flops")
+        found = means([row for row in whole_text if row["size"] == size], "image_tokens", "flops")
         for tokens, marker in zip(sorted({key[0] for key in found}, reverse=True), MARKERS, strict=False):
             points = sorted((flops, 100 * value) for (each, flops), value in found.items() if each == tokens)
-            left.plot(*zip(*points, strict=True), color=colour, marker=marker, label=f"{size}, {tokens:.0f} tokens")
-        lost = [row for row in drops(rows, "image") if row["size"] == size]
-        right.plot(
-            [row["tokens"] for row in lost], [100 * row["drop"] for row in lost], color=colour, marker="o", label=size
-        )
+            left.plot(*zip(*points, strict=True), color=colour, marker=marker, label=f"{size}, {tokens:.0f}")
     front = [(flops, 100 * value) for flops, value in pareto(rows)]
-    left.plot(*zip(*front, strict=True), color=INK, linestyle=":", linewidth=1, label="front")
-    left.set(xscale="log", ylim=(0, 13), xlabel="training FLOPs", ylabel="top-5, %")
-    right.set(xscale="log", xlabel="image tokens in training", ylabel="top-5 points lost")
-    right.set_xticks([16, 9, 4, 1], ["16", "9", "4", "1"])
-    right.minorticks_off()
-    left.set_title("Accuracy against compute", loc="left", color=INK)
-    right.set_title("Lost to fewer tokens, one seed", loc="left", color=INK)
-    for axes in (left, right):
+    left.plot(*zip(*front, strict=True), color=INK, linestyle=":", linewidth=1, label="front of all runs")
+    left.set(xscale="log", ylim=(0, 27), xlabel="training FLOPs", ylabel="top-5, %")
+    left.set_title("Accuracy by size and image tokens", loc="left", color=INK, fontsize=10)
+    left.legend(frameon=False, fontsize=6, ncols=3, loc="upper left")
+    for tower, axes in zip(TOWERS, right, strict=True):
+        lost = drops(rows, tower)
+        for size, colour in zip(sizes_of(rows), COLOURS, strict=False):
+            own = [row for row in lost if row["size"] == size]
+            axes.errorbar(
+                [row["tokens"] for row in own], [100 * row["drop"] for row in own],
+                yerr=[100 * (row["error"] or 0.0) for row in own], color=colour, marker="o", capsize=3, label=size,
+            )  # fmt: skip
+        ticks = sorted({row["tokens"] for row in lost})
+        axes.set(xscale="log", xlabel=f"{tower} tokens in training", ylabel="top-5 points lost")
+        axes.set_xticks(ticks, [f"{each:.0f}" for each in ticks])
+        axes.minorticks_off()
+        axes.axhline(0, color=INK, linewidth=0.8)
+        axes.set_title(f"Lost to fewer {tower} tokens", loc="left", color=INK, fontsize=10)
+        axes.legend(frameon=False, fontsize=7)
+    for axes in (left, *right):
         axes.grid(color=GRID, linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
-    left.legend(frameon=False, fontsize=7, ncols=3, loc="upper left")
-    right.legend(frameon=False, fontsize=7)
     figure.savefig(HERE / "law.png", dpi=130)
 
 
-def results(rows: list[dict[str, Any]]) -> str:
-    """Top-5 by size, tokens and budget."""
-    found, sizes = means(rows, "size", "samples", "image_tokens"), sizes_of(rows)
-    tokens = sorted({key[2] for key in found}, reverse=True)
-    lines = ["| size | samples | " + " | ".join(f"{each:.0f} tokens" for each in tokens) + " |"]
-    lines.append("|---|---" + "|---" * len(tokens) + "|")
-    for size in sizes:
-        for samples in sorted({key[1] for key in found}):
-            cells = " | ".join(f"{found[size, samples, each]:.1%}" for each in tokens)
-            lines.append(f"| {size} | {samples:,.0f} | {cells} |")
+def share(accuracies: Sequence[float]) -> str:
+    """The mean over seeds, and its standard error."""
+    mean = f"{100 * statistics.fmean(accuracies):.1f}"
+    if len(accuracies) < 2:
+        return mean
+    return f"{mean} ± {100 * statistics.stdev(accuracies) / math.sqrt(len(accuracies)):.1f}"
+
+
+def results(rows: Rows, tower: str) -> str:
+    """Top-5 in percent by size, samples and a tower's tokens."""
+    other = TOWERS[1 - TOWERS.index(tower)]
+    rows = [row for row in rows if row[f"{other}_way"] == "all"]
+    lengths = sorted({row[f"{tower}_tokens"] for row in rows}, reverse=True)
+    lines = ["| size | samples | " + " | ".join(f"{each:.0f} {tower} tokens" for each in lengths) + " |"]
+    lines.append("|---|---" + "|---" * len(lengths) + "|")
+    for size in sizes_of(rows):
+        for samples in sorted({row["samples"] for row in rows}):
+            own = [row for row in rows if row["size"] == size and row["samples"] == samples]
+            cells = [share([row["accuracy"] for row in own if row[f"{tower}_tokens"] == each]) for each in lengths]
+            lines.append(f"| {size} | {samples:,.0f} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def terms(rows: list[dict[str, Any]]) -> str:
+def terms(rows: Rows) -> str:
     """The fitted law."""
     law = fit_law(rows)
     assert law is not None
@@ -76,7 +98,7 @@ def terms(rows: list[dict[str, Any]]) -> str:
     return "\n".join([*lines, *(f"| {t.name} | {t.value:.2f} | {t.low:.2f} to {t.high:.2f} |" for t in law.terms)])
 
 
-def held_out(rows: list[dict[str, Any]]) -> str:
+def held_out(rows: Rows) -> str:
     """The prediction beside what was measured."""
     prediction = json.loads((HERE / "law-prediction.json").read_text(encoding="utf-8"))
     lines = ["| configuration | samples | predicted, 80% interval | measured |", "|---|---|---|---|"]
@@ -89,11 +111,16 @@ def held_out(rows: list[dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    found = read_rows()
+    found = read_rows("law.csv")
     draw(found)
     page = HERE / "law.md"
     text = page.read_text(encoding="utf-8")
-    for name, table in (("results", results(found)), ("terms", terms(found)), ("held out", held_out(found))):
+    tables = {
+        "results": results(found, "image") + "\n\n" + results(found, "text"),
+        "terms": terms(found),
+        "held out": held_out(found),
+    }
+    for name, table in tables.items():
         marked = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end of {name} -->)", re.DOTALL)
         text = marked.sub(lambda match, table=table: f"{match[1]}\n{table}\n\n{match[2]}", text)
     page.write_text(text, encoding="utf-8")

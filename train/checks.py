@@ -246,7 +246,8 @@ def check_kind(recipe: Recipe, stage: Stage, path: Path, about: Mapping[str, Any
     if not about.get("towers"):
         return  # of an older clipkit
     made, asked = about["towers"][tower], to_json(getattr(model_at(recipe, stage), tower))
-    other = differences(*({name: kind[name] for name in KINDS if name in kind} for kind in (made, asked)))
+    ours, theirs = ({name: kind[name] for name in KINDS if name in kind} for kind in (made, asked))
+    other = differences(ours, theirs)
     if other:
         raise UserError(f"{where}: {path} was made by another kind of {tower} tower ({other[0]}): set the same")
 
