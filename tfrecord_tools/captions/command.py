@@ -115,6 +115,7 @@ def add_captions(
         clear_leftovers(folder, folder / CLIPKIT_FOLDER)
         plan = read_plan(folder)
         if plan is None:
+            remove(work_folder(folder))  # of a run that was killed before its journal was there, or after it was gone
             if source in source_columns(layout.features):
                 return _there_already(folder, listed, source)
             plan = _begin(layout, listed, source)
@@ -145,7 +146,6 @@ def _begin(layout: DatasetLayout, table: CaptionTable, source: str) -> CaptionPl
     """Pack the table and put down the journal. Raises UserError when the dataset isn't whole."""
     folder = layout.folder
     opened = [(split, open_dataset(folder, split)) for split in layout.lengths]
-    remove(work_folder(folder))
     try:
         counts = pack_table(table, OF_SOURCE + source, work_folder(folder))
     except UserError:

@@ -27,6 +27,7 @@ from clipkit.tfrecord_tools.build.command import build_tfds
 from clipkit.tfrecord_tools.captions import command as adding
 from clipkit.tfrecord_tools.captions import shard as adding_shard
 from clipkit.tfrecord_tools.captions.command import add_captions
+from clipkit.tfrecord_tools.captions.plan import work_folder
 from clipkit.tfrecord_tools.purge.command import purge
 from clipkit.tfrecord_tools.verify.command import verify
 from clipkit.train.loader.loader import batches
@@ -132,6 +133,17 @@ def test_the_same_command_again_changes_nothing(data, table):
     assert not again.added
     assert {**again.to_json(), "added": True} == first.to_json()
     assert "(there already)" in again.text()
+
+
+def test_what_a_run_left_that_was_killed_at_its_very_end_is_removed(data, table):
+    """The journal goes before the folder of the work: a kill between the two leaves the folder to the next run."""
+    add_captions(data, table)
+    before = contents(data)
+    work = work_folder(data)
+    work.mkdir()
+    (work / "shard-00000.json").write_text("{}")
+    assert not add_captions(data, table).added
+    assert contents(data) == before and not work.exists()
 
 
 def test_a_line_says_that_stored_teachers_become_stale(data, table, capsys):
