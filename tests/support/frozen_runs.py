@@ -5,6 +5,7 @@ import io
 import json
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 from safetensors.torch import load_file
@@ -16,6 +17,7 @@ from clipkit.eval.search.embed import embed
 from clipkit.log import read_metrics
 from clipkit.train.augmentation import Augmentation
 from clipkit.train.catalogue import debug
+from clipkit.train.loop import train
 
 CPU = {"device_name": "cpu", "workers": 1}
 WHOLE = dataclasses.replace(debug().stages[1], image_size=32, samples=96, position=None, augmentation=Augmentation())
@@ -33,6 +35,21 @@ def png(number):
     pixels_HWC = np.random.default_rng(number).integers(0, 256, (32, 32, 3), dtype=np.uint8)
     Image.fromarray(pixels_HWC).save(buffer, "PNG")
     return buffer.getvalue()
+
+
+def write_images(folder, captions):
+    """Images of the model's own size with these captions; number 5 can't be read."""
+    data = [b"no image" if number == 5 else png(number) for number in range(len(captions))]
+    path = folder / "pairs.parquet"
+    pq.write_table(pa.table({"image": data, "caption": captions}), path, row_group_size=1)
+    return path
+
+
+def trained_on(folder, recipe, model, *data):
+    """The folder of a run on each of `data`, named after its file."""
+    for each in data:
+        assert train(recipe, each, folder / each.stem, init=model, **CPU).finished
+    return folder
 
 
 def embedded(images, model, folder, **options):

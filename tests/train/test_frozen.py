@@ -1,10 +1,8 @@
 """Training from the vectors of a frozen image tower is the run on images; what doesn't fit together is refused."""
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
-from frozen_runs import CPU, FROZEN, WHOLE, embedded, losses, png, rewritten, weights
+from frozen_runs import CPU, FROZEN, WHOLE, embedded, losses, rewritten, trained_on, weights, write_images
 from small_encoder import PREPROCESS, SMALL, small_run
 
 from clipkit.config import set_values
@@ -25,13 +23,10 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    """Images of the model's own size, two of them in no state to be read, one with an empty caption."""
-    path = tmp_path_factory.mktemp("images") / "pairs.parquet"
-    data = [png(number) for number in range(300)]
+    """Images of which one can't be read and one has an empty caption."""
     captions = [f"picture {number} of {'many ' * (number % 3)}" for number in range(300)]
-    data[5], captions[9] = b"no image", ""
-    pq.write_table(pa.table({"image": data, "caption": captions}), path, row_group_size=1)
-    return path
+    captions[9] = ""
+    return write_images(tmp_path_factory.mktemp("images"), captions)
 
 
 @pytest.fixture(scope="module")
@@ -42,10 +37,7 @@ def features(images, model, tmp_path_factory):
 @pytest.fixture(scope="module")
 def runs(images, features, model, tmp_path_factory):
     """A run on the images and one on their vectors."""
-    folder = tmp_path_factory.mktemp("runs")
-    for data in (images, features):
-        assert train(FROZEN, data, folder / data.stem, init=model, **CPU).finished
-    return folder
+    return trained_on(tmp_path_factory.mktemp("runs"), FROZEN, model, images, features)
 
 
 def test_it_is_the_run_on_images_without_its_tower(runs, images, features, model):

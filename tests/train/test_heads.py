@@ -6,11 +6,10 @@ import dataclasses
 import json
 from pathlib import Path
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from frozen_runs import CPU, FROZEN, WHOLE, embedded, losses, png, rewritten, weights
+from frozen_runs import CPU, FROZEN, WHOLE, embedded, losses, rewritten, trained_on, weights, write_images
 from safetensors.torch import load_file, save_file
 from small_encoder import PREPROCESS, small_run
 
@@ -46,15 +45,11 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    """Images of the model's own size, one of them in no state to be read, with one caption, several, or none."""
-    path = tmp_path_factory.mktemp("images") / "pairs.parquet"
-    data = [png(number) for number in range(300)]
+    """Images with one caption, several, or none."""
     captions = [[f"picture {number} of {word}" for word in ("one", "", "two")[: number % 4]] for number in range(300)]
-    data[5] = b"no image"
     captions = [found or ["a picture"] for found in captions]
     captions[9] = [""]
-    pq.write_table(pa.table({"image": data, "caption": captions}), path, row_group_size=1)
-    return path
+    return write_images(tmp_path_factory.mktemp("images"), captions)
 
 
 @pytest.fixture(scope="module")
@@ -65,10 +60,7 @@ def features(images, model, tmp_path_factory):
 @pytest.fixture(scope="module")
 def runs(images, features, model, tmp_path_factory):
     """A run through both frozen towers and one on their vectors."""
-    folder = tmp_path_factory.mktemp("runs")
-    for data in (images, features):
-        assert train(BOTH, data, folder / data.stem, init=model, **CPU).finished
-    return folder
+    return trained_on(tmp_path_factory.mktemp("runs"), BOTH, model, images, features)
 
 
 def test_it_is_the_run_through_both_towers(runs, images, features, model):

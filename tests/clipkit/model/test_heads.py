@@ -1,4 +1,4 @@
-"""Heads on towers: what they compute, what they are trained with, and configurations that can't be."""
+"""Heads on towers: what they compute, how they are trained, and which configurations are refused."""
 
 import dataclasses
 
