@@ -157,18 +157,8 @@ def train_of(
 ) -> tuple[str, ...]:
     """The training of a recipe, which goes on where it was stopped."""
     assignments = [word for setting in settings for word in ("--set", setting)]
-    return (
-        "train",
-        "--data",
-        str(out / "data"),
-        "--recipe",
-        recipe,
-        *assignments,
-        *options,
-        "--out",
-        str(run),
-        "--resume",
-    )
+    given = ("--data", str(out / "data"), "--recipe", recipe, *assignments, *options)
+    return ("train", *given, "--out", str(run), "--resume")
 
 
 def zeroshot_of(run: Path, recipe: str, settings: Sequence[str]) -> tuple[str, ...]:

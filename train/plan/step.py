@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from clipkit.errors import UserError
 from clipkit.hardware import Chip
-from clipkit.model.config import ImageConfig, ModelConfig, TextConfig
+from clipkit.model.config import ImageConfig, ModelConfig, TextConfig, tower_dim
 
 # Width, depth and MLP ratio of timm's vision transformers by the word in their names.
 VITS = {
@@ -97,7 +97,7 @@ def towers_of(config: ModelConfig, image_keep: int | None) -> tuple[Tower, Tower
         matrices = 4 * width**2 + 2 * width * hidden
         other += 4.0 * patches * width**2 + 2.0 * (matrices - 2 * width**2) + 4.0 * patches * width
         weights += matrices
-    projection = 0 if image.projection == "none" else width * own_dim(image, config)
+    projection = 0 if image.projection == "none" else width * tower_dim(image, config.embed_dim)
     weights += projection + depth * (4 * width**2 + 2 * width * hidden) + grid**2 * width
     picture = Tower(
         tokens,
@@ -110,21 +110,17 @@ def towers_of(config: ModelConfig, image_keep: int | None) -> tuple[Tower, Tower
         head_weights(image, config),
     )
     hidden = int(text.width * text.mlp_ratio)
-    projection = 0 if text.projection == "none" else text.width * own_dim(text, config)
+    projection = 0 if text.projection == "none" else text.width * tower_dim(text, config.embed_dim)
     weights = projection + text.depth * (4 * text.width**2 + 2 * text.width * hidden)
     weights += (text.vocab_size + text.context_length) * text.width
     frozen, head = text.frozen is True, head_weights(text, config)
     return picture, Tower(text.context_length, text.width, text.depth, hidden, 2.0 * projection, weights, frozen, head)
 
 
-def own_dim(tower: ImageConfig | TextConfig, config: ModelConfig) -> int:
-    """The numbers of a tower's own vector, which its head reads where it has one."""
-    return config.embed_dim if tower.head == "none" else tower.head_input or config.embed_dim
-
-
 def head_weights(tower: ImageConfig | TextConfig, config: ModelConfig) -> int:
     """Those of a head's matrices."""
-    width, hidden = own_dim(tower, config), int(own_dim(tower, config) * tower.head_ratio)
+    width = tower_dim(tower, config.embed_dim)
+    hidden = int(width * tower.head_ratio)
     matrices = {"none": 0, "linear": width * config.embed_dim, "mlp": hidden * (width + config.embed_dim)}
     return matrices.get(tower.head, hidden * (2 * width + config.embed_dim))
 
