@@ -94,7 +94,7 @@ def leaving(engine: str, folder: Path) -> object:
     job_functions.wait_until(lambda: len(list(folder.glob("*.pid"))) == 2)
     cast(Any, results).close()
     # Now, while the engine goes on: when it ends, its workers end too.
-    pids = [int(path.read_text()) for path in folder.glob("*.pid")]
+    pids = [int(path.stem) for path in folder.glob("*.pid")]
     job_functions.wait_until(lambda: not any(map(job_functions.alive, pids)), seconds=30)
     return len(pids)
 

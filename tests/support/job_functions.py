@@ -80,9 +80,12 @@ def wait_for_the_others(folder: Path, number: int) -> int:
 
 
 def note_and_wait(folder: Path, number: int) -> int:
-    """The first item answers at once, the others leave their process id and wait for ever."""
+    """The first item answers at once, the others leave their process id and wait for ever.
+
+    The id is the file's name: whoever sees the file can read it, which a file's contents don't promise.
+    """
     if number:
-        (folder / f"{number}.pid").write_text(str(os.getpid()))
+        (folder / f"{os.getpid()}.pid").touch()
         wait_until(lambda: False)
     return number
 
