@@ -29,8 +29,10 @@ FAULTY_SHARE = 0.03
 SEED = 0
 # Training captions are bare (`label: keywords`), and so are the prompts.
 TEMPLATES = "plain"
-# What the demo with a teacher trains on half of the samples, and how many views of each picture its teacher sees.
+# What the demo with a teacher trains on half of the samples; how many times the demo's samples its teacher is trained
+# on, and how many views of each picture it sees then.
 STUDENT = "emoji-dr"
+TEACHER_LENGTH = 3
 VIEWS = 40
 
 
@@ -69,13 +71,13 @@ def run_demo(
     """Run download, build-tfds, train, zeroshot and report below `out`, print the results, and go on where a killed
     demo stopped.
 
-    `student` is a recipe with a teacher: it is trained once without and once with the run as its teacher, and one page
-    shows the three. `limit` takes only the first pairs; `settings` are `key=value` for the recipes. Raises UserError
-    when a command fails, or when `out` holds a demo of other pairs.
+    `student` is a recipe with a teacher: it is trained once without, and once with a longer run of `recipe` as its
+    teacher, and one page shows the four. `limit` takes only the first pairs; `settings` are `key=value` for the
+    recipes. Raises UserError when a command fails, or when `out` holds a demo of other pairs.
     """
     planned = stages(out, recipe, settings)
     if student is not None:
-        planned += student_stages(out, student, settings)
+        planned += student_stages(out, recipe, student, settings)
     with lock(out):
         run_stages(out, planned, limit)
 
@@ -131,14 +133,23 @@ def stages(out: Path, recipe: str, settings: Sequence[str]) -> list[Stage]:
     ]
 
 
-def student_stages(out: Path, student: str, settings: Sequence[str]) -> list[Stage]:
-    """What follows with a teacher: the same recipe without and with it, and the page of the three runs."""
-    run, alone, taught = out / "run", out / "half", out / "half-taught"
-    stored, page = out / "teacher", out / "side-by-side.html"
+def student_stages(out: Path, recipe: str, student: str, settings: Sequence[str]) -> list[Stage]:
+    """What follows with a teacher: its training, the student's without and with it, and the page of the four runs."""
+    run, teacher, alone, taught = (out / name for name in ("run", "teacher", "half", "half-taught"))
+    stored, page = out / "reinforced", out / "side-by-side.html"
     data = out / "data" / "emoji" / "1.0.0"
+    longer = (
+        *settings,
+        *(
+            f"stages.{number}.samples={TEACHER_LENGTH * stage.samples}"
+            for number, stage in enumerate(set_values(find_recipe(recipe), settings).stages)
+        ),
+    )
     untaught = (*settings, "distill.weight=0")
-    asked = ("--teacher", str(run), *averages_of(student, settings), "--recipe", student, "--views", str(VIEWS))
+    asked = ("--teacher", str(teacher), *averages_of(recipe, settings), "--recipe", student, "--views", str(VIEWS))
     return [
+        Stage("train teacher", train_of(out, teacher, recipe, longer), teacher / "config.json"),
+        Stage("zeroshot of teacher", zeroshot_of(teacher, recipe, longer), teacher / "results.jsonl"),
         Stage("train half", train_of(out, alone, student, untaught), alone / "config.json"),
         Stage("zeroshot of half", zeroshot_of(alone, student, untaught), alone / "results.jsonl"),
         Stage("reinforce", ("reinforce", str(data), *asked, "--out", str(stored)), stored / "reinforced.json"),
@@ -148,7 +159,7 @@ def student_stages(out: Path, student: str, settings: Sequence[str]) -> list[Sta
             taught / "config.json",
         ),
         Stage("zeroshot of half-taught", zeroshot_of(taught, student, settings), taught / "results.jsonl"),
-        Stage("report of all", ("report", str(run), str(taught), str(alone), "--out", str(page)), page),
+        Stage("report of all", ("report", str(run), str(taught), str(alone), str(teacher), "--out", str(page)), page),
     ]
 
 
@@ -280,15 +291,16 @@ def summary_text(out: Path, costs: Sequence[Cost]) -> str:
     lines = ["Zero-shot, on drawings in a style that training never saw:", *result_lines(run)]
     students = any(page.name in cost.command for cost in costs)
     if students:
-        lines += ["With half of the samples, and that run as the teacher:", *result_lines(out / "half-taught")]
+        lines += ["With half of the samples and a teacher:", *result_lines(out / "half-taught")]
         lines += ["With half of the samples, without a teacher:", *result_lines(out / "half")]
+        lines += [f"The teacher, with {TEACHER_LENGTH} times the samples:", *result_lines(out / "teacher")]
     lines.append("What it took:")
     lines += [f"  {c.name:46}{duration(c.seconds):>6}   {c.peak_memory_bytes / 1e9:.1f} GB" for c in costs]
     total = sum(cost.seconds for cost in costs)
     lines += [
         f"  {'all':46}{duration(total):>6}   {max(cost.peak_memory_bytes for cost in costs) / 1e9:.1f} GB at the most",
         f"The report: {run / 'report.html'}",
-        *([f"The three runs side by side: {page}"] if students else []),
+        *([f"The four runs side by side: {page}"] if students else []),
         "Now your own data, for example LAION-400M's parquet files in the folder laion:",
         "  clipkit download laion data --preset laion400m --probe 500",
         "  clipkit train --data data --recipe clipa-b16-i50-t16 --out runs/b16",

@@ -32,7 +32,8 @@ def ran(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     def fake(arguments: list[str]) -> tuple[int, int]:
         names.append(arguments[2])
-        for stage in [*demo.stages(tmp_path, "emoji-demo", []), *demo.student_stages(tmp_path, "emoji-dr", [])]:
+        students = demo.student_stages(tmp_path, "emoji-demo", "emoji-dr", [])
+        for stage in [*demo.stages(tmp_path, "emoji-demo", []), *students]:
             if list(stage.arguments) == arguments[2:]:
                 stage.output.parent.mkdir(parents=True, exist_ok=True)
                 stage.output.touch()
@@ -47,7 +48,8 @@ ALL = ["download", "build-tfds", "train", "zeroshot", "zeroshot", "report"]
 
 def test_the_commands_are_those_of_the_command_line(tmp_path: Path) -> None:
     settings = ["seed=3", "cadence.log_samples=16"]
-    for stage in [*demo.stages(tmp_path, "debug", settings), *demo.student_stages(tmp_path, "emoji-dr", settings)]:
+    students = demo.student_stages(tmp_path, "debug", "emoji-dr", settings)
+    for stage in [*demo.stages(tmp_path, "debug", settings), *students]:
         name, *arguments = stage.arguments
         command = main.commands[name]
         with command.make_context(name, arguments) as context:
@@ -77,7 +79,7 @@ def test_stages_run_once(tmp_path: Path, ran: list[str], capsys: pytest.CaptureF
     assert capsys.readouterr().out.count("(done before") == 6
 
 
-STUDENTS = ["train", "zeroshot", "reinforce", "train", "zeroshot", "report"]
+STUDENTS = ["train", "zeroshot", "train", "zeroshot", "reinforce", "train", "zeroshot", "report"]
 
 
 def test_a_teacher_comes_after_the_demo(tmp_path: Path, ran: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -87,7 +89,7 @@ def test_a_teacher_comes_after_the_demo(tmp_path: Path, ran: list[str], capsys: 
     assert ran == ALL + STUDENTS
     text = capsys.readouterr().out
     assert text.count("(done before") == 6
-    assert f"The three runs side by side: {tmp_path}/side-by-side.html" in text
+    assert f"The four runs side by side: {tmp_path}/side-by-side.html" in text
 
 
 def test_what_follows_a_missing_output_runs_again(tmp_path: Path, ran: list[str]) -> None:
@@ -282,13 +284,21 @@ def test_killed_in_each_stage_the_demo_ends_the_same(tmp_path: Path, heldout: Pa
     assert (out / "run" / "report.html").stat().st_size > 10_000
 
 
+RUNS = ("run", "half-taught", "half", "teacher")
+
+
 def test_one_page_shows_what_the_teacher_brought(unbroken: Path) -> None:
-    """Two trainings that differ by the teacher alone, and the first run beside them."""
+    """Two trainings that differ by the teacher alone, the teacher, and the first run, of which it is a longer one."""
     alone, taught = (read_json(unbroken / name / "config.json")["recipe"] for name in ("half", "half-taught"))
     assert (alone["distill"].pop("weight"), taught["distill"].pop("weight")) == (0.0, 1.0)
     assert alone == taught
+    demo_samples, teacher_samples = (
+        [stage["samples"] for stage in read_json(unbroken / name / "config.json")["recipe"]["stages"]]
+        for name in ("run", "teacher")
+    )
+    assert teacher_samples == [3 * samples for samples in demo_samples]
     page = (unbroken / "side-by-side.html").read_text(encoding="utf-8")
-    top = [read_json_lines(unbroken / name / "results.jsonl")[0] for name in ("run", "half-taught", "half")]
+    top = [read_json_lines(unbroken / name / "results.jsonl")[0] for name in RUNS]
     assert {line["metric"] for line in top} == {"top1"}
-    for line, name in zip(top, ("run", "half-taught", "half"), strict=True):
+    for line, name in zip(top, RUNS, strict=True):
         assert name in page and f"{100 * line['value']:.1f}%" in page
