@@ -271,9 +271,7 @@ def recipes(name: str | None, assignments: tuple[str, ...], as_json: bool) -> No
 
 @main.command()
 @click.option("--out", type=Folder, default="demo-run", help="Folder for all results of the demo.")
-@click.option(
-    "--teacher", is_flag=True, help="Then train on half of the samples, with a teacher and without."
-)
+@click.option("--teacher", is_flag=True, help="Then train on half of the samples, with a teacher and without.")
 def demo(out: Path, teacher: bool) -> None:
     """Run the whole pipeline on embedded pictures: URLs, shards, dataset, CLIP, zero-shot numbers, report."""
     from clipkit.cli.demo import STUDENT, run_demo
