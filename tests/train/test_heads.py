@@ -183,6 +183,20 @@ def test_a_recipe_that_does_not_fit(features, model, tmp_path, settings, problem
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        (["model.text.heads=4"], r"another kind of text tower \(heads: 2 -> 4\): set the same"),
+        (["model.image.heads=4"], r"another kind of image tower \(heads: 2 -> 4\)"),
+    ],
+)
+def test_what_is_not_in_the_weights_must_be_the_same(features, model, tmp_path, settings, problem):
+    """Neither the vectors nor the weights would tell, but what embeds images afterwards is another model."""
+    weights_only = checkpoint.find(model) / "model.safetensors"
+    with pytest.raises(UserError, match=problem):
+        train(set_values(BOTH, settings), features, tmp_path, init=weights_only, **CPU)
+
+
 def test_another_text_tower(features, model, tmp_path):
     """The image tower is the same."""
     one, two = (checkpoint.find(small_run(tmp_path / str(seed), seed=seed)) for seed in (3, 4))
