@@ -18,9 +18,11 @@ from clipkit.config import did_you_mean, differences, from_json, set_values, to_
 from clipkit.device import Device
 from clipkit.errors import UserError
 from clipkit.interop.init import weights_from_file, with_new_heads
+from clipkit.model.config import ModelConfig
 from clipkit.storage.files import read_json, require_file
 from clipkit.text.tokenizer import WordTokenizer
 from clipkit.text.vocabulary import vocabulary_hash
+from clipkit.train.checks import other_kind
 from clipkit.train.recipes import Recipe, model_at
 from clipkit.train.sources.open import Data
 
@@ -51,7 +53,7 @@ class Start:
     vocabulary: str | None = None
     """The hash of the tokenizer's file, where it has one."""
     note: str = ""
-    """What was taken from another project's file, and what wasn't."""
+    """What was taken from another project's file, and what wasn't; how a checkpoint's towers will run otherwise."""
 
 
 def find_start(
@@ -95,7 +97,8 @@ def find_start(
     if init.is_dir():
         loaded = checkpoint.load(init)
         refuse_other_vocabulary(loaded, tokenizer)
-        return Start(begin, with_new_heads(loaded.tensors, config, recipe.seed), vocabulary=known)
+        note = compare_kinds(loaded, config)
+        return Start(begin, with_new_heads(loaded.tensors, config, recipe.seed), vocabulary=known, note=note)
     require_file(init, "checkpoint")
     weights = weights_from_file(init, config, recipe.seed)
     refuse_random_frozen(recipe, weights.towers)
@@ -110,6 +113,24 @@ def refuse_random_frozen(recipe: Recipe, loaded: tuple[str, ...]) -> None:
                 f"a frozen tower with random weights: give the {tower} tower's weights with --init, or set "
                 f"model.{tower}.frozen=false"
             )
+
+
+def compare_kinds(start: checkpoint.Checkpoint, config: ModelConfig) -> str:
+    """A line on towers that compute otherwise with the checkpoint's weights than they were trained to; "" for none.
+
+    Raises UserError where such a one is frozen.
+    """
+    found = []
+    for tower in ("image", "text"):
+        asked = getattr(config, tower)
+        other = other_kind(getattr(start.model_config, tower), asked)
+        if other and asked.frozen is True:
+            raise UserError(
+                f"{start.path} has another kind of {tower} tower ({other}): set the same, for a frozen one stays as it "
+                "was trained"
+            )
+        found += [f"{tower} tower, {other}"] if other else []
+    return f"{start.path} was trained with another kind of {'; '.join(found)}" if found else ""
 
 
 def refuse_other_vocabulary(start: checkpoint.Checkpoint, tokenizer: WordTokenizer) -> None:

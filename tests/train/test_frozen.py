@@ -9,10 +9,12 @@ from clipkit.config import set_values
 from clipkit.errors import UserError
 from clipkit.interop.load import load
 from clipkit.log import read_metrics
+from clipkit.text.tokenizer import Tokenizer
 from clipkit.train import loop
 from clipkit.train.checks import stage_cost
 from clipkit.train.loop import train
 from clipkit.train.sources.open import open_source
+from clipkit.train.start import find_start
 from clipkit.train.watch.overfit import overfit
 
 
@@ -120,3 +122,22 @@ def test_data_that_can_not_be_trained_on(features, images, tmp_path):
     assert open_source([features, rewritten(features, tmp_path / "two.parquet")]).source().feature_width == 32
     with pytest.raises(UserError, match="give the data that clipkit embed was given"):
         overfit(FROZEN, features, samples=16, device_name="cpu")
+
+
+@pytest.mark.parametrize(
+    ("tower", "setting", "problem"),
+    [
+        ("image", "image.act=quick_gelu", r"act: gelu -> quick_gelu"),
+        ("image", "image.heads=4", r"heads: 2 -> 4"),
+        ("image", "image.position=sincos", r"position: learnable -> sincos"),
+        ("text", "text.pooling=last", r"pooling: end -> last"),
+    ],
+)
+def test_a_frozen_tower_runs_as_it_was_trained(images, model, tmp_path, tower, setting, problem):
+    """A checkpoint of clipkit's says how, and the weights would fit all the same."""
+    recipe = set_values(FROZEN, [f"model.{setting}", "model.image.frozen=false", f"model.{tower}.frozen=true"])
+    with pytest.raises(UserError, match=rf"another kind of {tower} tower \({problem}\).*: set the same"):
+        train(recipe, images, tmp_path / "run", init=model, **CPU)
+    trained = set_values(recipe, [f"model.{tower}.frozen=false"])
+    assert problem in find_start(tmp_path, trained, open_source(images), Tokenizer(), init=model).note
+    assert find_start(tmp_path, FROZEN, open_source(images), Tokenizer(), init=model).note == ""
