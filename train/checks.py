@@ -13,12 +13,12 @@ import torch
 
 from clipkit.config import differences, from_json, to_json
 from clipkit.device import Device
-from clipkit.embedding.encoder import tower_weights
+from clipkit.embedding.encoder import other_kind, tower_weights
 from clipkit.errors import UserError
 from clipkit.formats.captions import ORIGINAL
 from clipkit.formatting import counted, size_text
 from clipkit.model.clip import CLIP
-from clipkit.model.config import ImageConfig, TextConfig, tower_dim
+from clipkit.model.config import tower_dim
 from clipkit.model.flops import SampleCost, sample_cost
 from clipkit.model.global_loss import RECORD_BYTES
 from clipkit.model.image_tower import make_image_tower
@@ -40,9 +40,6 @@ UNUSED = {
     "lion": ["eps", "momentum", "mu_dtype"],
     "muon": ["mu_dtype"],
 }
-
-# What decides about a tower's vectors and isn't in its weights, beside the number of heads and fixed positions.
-KINDS = ("act", "norm_eps", "pooling", "causal")
 
 
 def check_recipe(recipe: Recipe, source: Source | Examples, device: Device) -> None:
@@ -249,28 +246,6 @@ def check_kind(recipe: Recipe, stage: Stage, path: Path, about: Mapping[str, Any
     other = other_kind(from_json(type(asked), about["towers"][tower], f"{path}: {tower}"), asked)
     if other:
         raise UserError(f"{where}: {path} was made by another kind of {tower} tower ({other}): set the same")
-
-
-def other_kind(made: ImageConfig | TextConfig, asked: ImageConfig | TextConfig) -> str:
-    """In what a tower that is `asked` for computes otherwise with the weights of one that was `made`; "" for nothing.
-
-    Learned positions are among the weights.
-    """
-    ours, theirs = kind_of(made), kind_of(asked)
-    if theirs.get("position") == "learnable":
-        del ours["position"], theirs["position"]
-    return next(iter(differences(ours, theirs)), "")
-
-
-def kind_of(config: ImageConfig | TextConfig) -> dict[str, Any]:
-    """What decides about a tower's vectors and isn't in its weights."""
-    kind = {name: getattr(config, name) for name in KINDS if hasattr(config, name)}
-    if isinstance(config, TextConfig):
-        return kind | {"heads": config.heads}
-    with torch.device("meta"):
-        tower = make_image_tower(config)
-    heads = {} if isinstance(tower, TimmTower) else {"heads": tower.trunk.blocks[0].attn.num_heads}
-    return kind | heads | {"position": config.position}
 
 
 def takes_precomputed(recipe: Recipe, stage: Stage) -> bool:

@@ -16,13 +16,13 @@ import torch
 from clipkit import __version__, checkpoint
 from clipkit.config import did_you_mean, differences, from_json, set_values, to_json
 from clipkit.device import Device
+from clipkit.embedding.encoder import other_kind
 from clipkit.errors import UserError
 from clipkit.interop.init import weights_from_file, with_new_heads
 from clipkit.model.config import ModelConfig
 from clipkit.storage.files import read_json, require_file
 from clipkit.text.tokenizer import WordTokenizer
 from clipkit.text.vocabulary import vocabulary_hash
-from clipkit.train.checks import other_kind
 from clipkit.train.recipes import Recipe, model_at
 from clipkit.train.sources.open import Data
 

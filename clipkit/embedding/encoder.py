@@ -10,15 +10,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, Self, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from clipkit.config import differences, from_json, to_json
 from clipkit.device import Device, Precision
 from clipkit.errors import UserError
+from clipkit.model.config import ImageConfig, ModelConfig, TextConfig
 from clipkit.pixels.images import Preprocess, normalise
 
 if TYPE_CHECKING:
@@ -237,6 +239,55 @@ def tower_weights(tensors: Mapping[str, Tensor], tower: str, head: bool = True) 
     parts = (f"{tower}.", f"{tower}_projection.", *([f"{tower}_head."] if head else []))
     found = {name: tensor for name, tensor in tensors.items() if name.startswith(parts)}
     return weights_hash(found) if found else None
+
+
+# What decides about a tower's vectors and isn't in its weights, beside the number of heads and fixed positions.
+KINDS = ("act", "norm_eps", "pooling", "causal")
+
+
+def towers_of(encoder: Encoder) -> dict[str, Any] | None:
+    """What the towers of a model of clipkit's are made of; None for others."""
+    config = getattr(encoder.model, "config", None)
+    return {"image": to_json(config.image), "text": to_json(config.text)} if isinstance(config, ModelConfig) else None
+
+
+def other_towers(made: Mapping[str, Any] | None, asked: Mapping[str, Any] | None) -> str:
+    """In what a model differs from one of the same weights, by what `towers_of` says of both; "" for nothing, or where
+    it doesn't say.
+    """
+    if not made or not asked:
+        return ""
+    kinds: dict[str, type[ImageConfig | TextConfig]] = {"image": ImageConfig, "text": TextConfig}
+    for tower, kind in kinds.items():
+        other = other_kind(*(from_json(kind, each[tower], f"the {tower} tower") for each in (made, asked)))
+        if other:
+            return f"{tower} tower, {other}"
+    return ""
+
+
+def other_kind(made: ImageConfig | TextConfig, asked: ImageConfig | TextConfig) -> str:
+    """In what a tower that is `asked` for computes otherwise with the weights of one that was `made`; "" for nothing.
+
+    Learned positions are among the weights.
+    """
+    ours, theirs = kind_of(made), kind_of(asked)
+    if theirs.get("position") == "learnable":
+        del ours["position"], theirs["position"]
+    return next(iter(differences(ours, theirs)), "")
+
+
+def kind_of(config: ImageConfig | TextConfig) -> dict[str, Any]:
+    """What decides about a tower's vectors and isn't in its weights."""
+    from clipkit.model.image_tower import make_image_tower
+    from clipkit.model.timm_tower import TimmTower
+
+    kind = {name: getattr(config, name) for name in KINDS if hasattr(config, name)}
+    if isinstance(config, TextConfig):
+        return kind | {"heads": config.heads}
+    with torch.device("meta"):
+        tower = make_image_tower(config)
+    heads = {} if isinstance(tower, TimmTower) else {"heads": tower.trunk.blocks[0].attn.num_heads}
+    return kind | heads | {"position": config.position}
 
 
 def check_finite(vectors_NE: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from clipkit.config import to_json
 from clipkit.device import Precision, pick
-from clipkit.embedding.encoder import Compute, Encoder, tower_weights
+from clipkit.embedding.encoder import Compute, Encoder, other_towers, tower_weights, towers_of
 from clipkit.embedding.images import ImageSet, image_matrix
 from clipkit.embedding.texts import text_matrix
 from clipkit.errors import UserError
@@ -37,7 +37,6 @@ from clipkit.eval.search.vectors import (
 )
 from clipkit.interop.load import load
 from clipkit.log import Progress
-from clipkit.model.config import ModelConfig
 from clipkit.pixels.images import ImageError
 from clipkit.storage.files import WRITTEN_BESIDE, clear_leftovers, read_json, remove, write_beside, write_json
 
@@ -171,18 +170,14 @@ def hash_of(vocabulary: Path) -> str:
     return hashlib.blake2b(vocabulary.read_bytes(), digest_size=8).hexdigest()
 
 
-def towers_of(encoder: Encoder) -> dict[str, Any] | None:
-    """What the towers of a model of clipkit's are made of; None for others."""
-    config = getattr(encoder.model, "config", None)
-    return {"image": to_json(config.image), "text": to_json(config.text)} if isinstance(config, ModelConfig) else None
-
-
 def differing(found: Mapping[str, Any], about: Mapping[str, Any]) -> str:
     """What the vectors of two descriptions differ in, in words; "" where they are the same."""
     if found.get("weights") != about["weights"]:
         return "another model"
     if any(found.get(name) != about[name] for name in ("identity", "records", "captioned")):
         return "other data"
+    if other := other_towers(found.get("towers"), about["towers"]):
+        return f"another model ({other})"
     names = ("kind", "image_weights", "preprocessing", "context_length", "precision", "dtype", "vocabulary", "parts")
     return ", ".join(f"another {name}" for name in names if name in about and found.get(name) != about[name])
 

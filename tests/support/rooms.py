@@ -122,7 +122,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "eval/report": (*_core("formats", "model", "page", "storage", "text"), "eval", "eval/comparison"),
     "eval/retrieval": (*_core("embedding", "formats", "pixels", "storage"), "eval", "eval/classification"),
     "eval/search": (
-        *_core("embedding", "formats", "interop", "model", "page", "pixels", "storage"),
+        *_core("embedding", "formats", "interop", "page", "pixels", "storage"),
         *("eval", "eval/classification"),
     ),
 }

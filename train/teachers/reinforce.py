@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from clipkit.config import differences, to_json
 from clipkit.device import Precision, pick
-from clipkit.embedding.encoder import Compute, Encoder, check_finite
+from clipkit.embedding.encoder import Compute, Encoder, check_finite, other_towers, towers_of
 from clipkit.embedding.images import pad_rows
 from clipkit.embedding.texts import text_matrix
 from clipkit.errors import UserError
@@ -148,7 +148,8 @@ def describe(encoder: Encoder, compute: Compute) -> Teacher:
     width = text_matrix(encoder, ["a"], compute).shape[1]
     precision = compute.device.arithmetic(compute.precision or encoder.precision)
     scale, preprocessing = float(encoder.scale), to_json(encoder.preprocess)
-    return Teacher(encoder.name, encoder.weights, width, scale, preprocessing, encoder.context_length, precision)
+    length, towers = encoder.context_length, towers_of(encoder)
+    return Teacher(encoder.name, encoder.weights, width, scale, preprocessing, length, precision, towers)
 
 
 def begin(folder: Path, manifest: Manifest) -> None:
@@ -161,7 +162,11 @@ def begin(folder: Path, manifest: Manifest) -> None:
     for value in (there, wanted):
         for teacher in value["teachers"]:
             teacher.pop("name")
+    towers = [[teacher.pop("towers", None) for teacher in value["teachers"]] for value in (there, wanted)]
     other = differences(there, wanted)
+    if not other:
+        found = [other_towers(*both) for both in zip(*towers, strict=True)]
+        other = [f"teachers.{number}: {how}" for number, how in enumerate(found) if how]
     if other:
         raise UserError(f"{folder} has other embeddings ({other[0]}): choose another --out, or remove it")
 

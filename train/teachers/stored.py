@@ -53,6 +53,8 @@ class Teacher:
     preprocessing: Mapping[str, Any]
     context_length: int
     precision: str
+    towers: Mapping[str, Any] | None = None
+    """What they are made of, beside the weights; None where the model isn't of clipkit's kind, and in older folders."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,8 @@ class Manifest:
         value = to_json(self)
         for teacher in value["teachers"]:
             del teacher["name"]
+            if teacher["towers"] is None:  # as in folders of an older clipkit
+                del teacher["towers"]
         return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 

@@ -24,6 +24,7 @@ from clipkit.eval.search.find import find_in_file, find_in_pictures, query_vecto
 from clipkit.eval.search.pictures import Picture, Pictures
 from clipkit.eval.search.vectors import matrix_of, open_vectors
 from clipkit.interop.load import load
+from clipkit.model.clip import build
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +100,23 @@ def embed_until_killed(model: str, pairs: str, out: str) -> None:
 def test_a_run_that_was_killed_ends_with_the_same_file(model, pairs, tmp_path):
     (output,) = run_ranks(embed_until_killed, str(model), str(pairs), str(tmp_path / "out"), ranks=1)
     assert output.splitlines()[-1] == "the same"
+
+
+def test_the_same_weights_with_another_activation_are_another_model(model, pairs, tmp_path, monkeypatch):
+    """What a first try with the wrong one of two configurations made isn't kept, nor gone on with."""
+    pictures, out, real = open_pictures(str(pairs), None, None), tmp_path / "out.parquet", load
+
+    def quick(source, **options):
+        encoder = real(source, **options)
+        act = dataclasses.replace(SMALL, image=dataclasses.replace(SMALL.image, act="quick_gelu"))
+        other = build(act, seed=3).eval()
+        assert encoder.weights == dataclasses.replace(encoder, model=other).weights
+        return dataclasses.replace(encoder, model=other)
+
+    embed(pictures, out, model, device="cpu", batch_size=4, part_rows=12)
+    monkeypatch.setattr("clipkit.eval.search.embed.load", quick)
+    with pytest.raises(UserError, match=r"another model \(image tower, act: gelu -> quick_gelu\): remove it"):
+        embed(pictures, out, model, device="cpu", batch_size=4, part_rows=12)
 
 
 def test_parts_that_are_there_are_not_made_again(model, pairs, tmp_path):

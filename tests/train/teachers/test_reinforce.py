@@ -1,6 +1,7 @@
 """`clipkit reinforce` and a run that learns from what it stored: kills, ranks, and what can be wrong with them."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,18 +9,20 @@ import pytest
 from click.testing import CliRunner
 from ranks import command, run_ranks
 from safetensors.torch import load_file
-from small_encoder import small_run
+from small_encoder import SMALL, small_encoder, small_run
 
 import clipkit.train.teachers.reinforce as module
 from clipkit import checkpoint
 from clipkit.cli.main import main
 from clipkit.errors import UserError
 from clipkit.log import read_metrics
+from clipkit.model.clip import build
 from clipkit.train import loop
 from clipkit.train.catalogue import clipa_b16_i50_t16, debug, find_recipe
 from clipkit.train.loop import train
 from clipkit.train.recipes import Distill
 from clipkit.train.teachers.reinforce import reinforce
+from clipkit.train.teachers.stored import read_stored
 
 RECIPE = replace(debug(), distill=Distill(weight=0.75))
 
@@ -171,6 +174,23 @@ def test_a_folder_of_other_embeddings_is_refused(change, says, pairs_dataset, te
     assert len(str(raised.value).splitlines()) == 1
 
 
+def test_a_teacher_with_another_activation_does_not_go_on(pairs_dataset, teacher, stored, tmp_path, monkeypatch):
+    """Its weights are the same, and half of the parts would be of each."""
+    config = replace(SMALL, text=replace(SMALL.text, act="quick_gelu"))
+    monkeypatch.setattr(module, "load", lambda *_, **__: replace(small_encoder(), model=build(config, seed=1).eval()))
+    how = {"views": 3, "part_records": 40, "device": "cpu"}
+    with pytest.raises(UserError, match=r"has other embeddings \(teachers\.0: text tower, act: gelu -> quick_gelu\): "):
+        reinforce(pairs_dataset, stored, [str(teacher)], RECIPE, **how)
+    # A folder of an older clipkit doesn't say.
+    manifest = json.loads((stored / "reinforced.json").read_text())
+    for each in manifest["teachers"]:
+        del each["towers"]
+    old = shutil.copytree(stored, tmp_path / "old")
+    (old / "reinforced.json").write_text(json.dumps(manifest))
+    assert reinforce(pairs_dataset, old, [str(teacher)], RECIPE, **how).records == 96
+    assert read_stored(old).digest() != read_stored(stored).digest()
+
+
 REAL_DESCRIBE, REAL_OPEN = module.describe, module.open_source
 
 
@@ -231,8 +251,6 @@ def test_the_recipes_with_teachers():
 
 
 def test_it_is_found_beside_the_dataset(teacher, tmp_path, pairs_dataset):
-    import shutil
-
     data = Path(shutil.copytree(pairs_dataset, tmp_path / "data"))
     told = ["--teacher", str(teacher), "--recipe", "debug", "--views", "1", "--device", "cpu"]
     result = CliRunner().invoke(main, ["reinforce", str(data), *told])
