@@ -88,13 +88,12 @@ def with_own_keys(pictures: Pictures, split: str) -> tuple[Pictures, Path | None
     name = own_name(dataset.features, "key")
 
     def key(place: int) -> str:
-        shard, number = dataset.locate(place)
-        if name not in dataset.features:
-            return f"{dataset.shards[shard].file}-{dataset.offsets(shard)[number]}"
         try:
-            return str(dataset.example(place)[name])
+            own = dataset.example(place)[name] if name in dataset.features else None
         except RecordError:
             return dataset.key(place)
+        shard, number = dataset.locate(place)
+        return f"{dataset.shards[shard].file}-{dataset.offsets(shard)[number]}" if own is None else str(own)
 
     return replace(pictures, key=key), dataset.path
 

@@ -64,9 +64,11 @@ def read_dataset(
             if name in found and name not in left_out
         }
         data, text = values.pop(image, None), values.pop(caption, None)
-        key = values.setdefault(own_name(features, "key"), f"{path.name}-{offset}")
+        name = own_name(features, "key")
+        if values.get(name) is None:  # absent, or without a value
+            values[name] = f"{path.name}-{offset}"
         jpg = data if isinstance(data, bytes) and data else None
-        sample = Sample(str(key), jpg, text, values, None if jpg else NO_IMAGE)
+        sample = Sample(str(values[name]), jpg, text, values, None if jpg else NO_IMAGE)
         yield from samples_of(sample, columns.captions, path)
 
 

@@ -70,6 +70,19 @@ def test_records_without_keys_are_named_as_a_build_names_them(model, tmp_path):
     assert built.records == 15
 
 
+def test_single_records_without_a_key_have_one_too(model, tmp_path):
+    """As a build names them, and not all of them alike."""
+    named = records()
+    del named[3]["key"], named[8]["key"]
+    named[5]["key"] = named[9]["key"] = []
+    data = write_dataset(tmp_path / "pairs" / "1.0.0", {"train": [named]})
+    summary = score(open_pictures(str(data), "train", None), None, model, device="cpu")
+    build_tfds(data, tmp_path / "out", "best", keep_best=0.99, by=str(summary.path), progress=lambda _: None)
+    best = open_dataset(tmp_path / "out")
+    assert [best.example(place)["key"] for place in range(len(best))] == pq.read_table(summary.path)["key"].to_pylist()
+    assert len(best) == RECORDS
+
+
 def test_a_run_that_was_stopped_goes_on(model, data):
     pictures = open_pictures(str(data), "train", None)
     how = {"device": "cpu", "batch_size": 4, "part_rows": 8}
