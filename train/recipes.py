@@ -177,6 +177,11 @@ class Recipe:
         """The length of all stages together, in samples seen."""
         return sum(stage.samples for stage in self.stages)
 
+    @property
+    def gamma_samples(self) -> int:
+        """The length of the cosine by which the share of a batch in the running normalisers falls."""
+        return self.global_contrastive.gamma_samples or max(1, self.samples // 2)
+
 
 # ---- What a recipe's numbers may be ----------------------------------------------------------------------------------
 

@@ -173,7 +173,7 @@ def open_normalisers(run: Run, start: Start) -> Normalisers | None:
     if run.recipe.loss != "global_contrastive":
         return None
     config, records = run.recipe.global_contrastive, run.data.num_records
-    found = Normalisers(records, run.device, config.gamma, config.gamma_samples or max(1, run.recipe.samples // 2))
+    found = Normalisers(records, run.device, config.gamma, run.recipe.gamma_samples)
     if start.own:
         found.log_u_R2[:] = start.own.normalisers["log_u_R2"].numpy()
     return found

@@ -218,12 +218,12 @@ def changes_on_resume(start: checkpoint.Checkpoint, recipe: Recipe, data: Data, 
     """How the recipe differs from the checkpoint's, where it may. Raises UserError where it may not, and for other
     data: the schedule and the order would not hold.
     """
-    theirs = to_json(recipe_of(start.path))
+    theirs = to_json(with_own_gamma(recipe_of(start.path)))
     begun = first = 0
     for stage in theirs["stages"]:
         begun += first < start.samples_seen
         first += stage["samples"]
-    changed = differences(by_number(theirs), by_number(to_json(recipe)))
+    changed = differences(by_number(theirs), by_number(to_json(with_own_gamma(recipe))))
     later = [line for line in changed if is_later(line, begun)]
     kept = [line for line in changed if line not in later and not line.startswith(FREE)]
     refused = [line for line in kept if not is_extension(line, recipe, theirs, begun - 1, start.samples_seen)]
@@ -247,6 +247,13 @@ def changes_on_resume(start: checkpoint.Checkpoint, recipe: Recipe, data: Data, 
     return changed
 
 
+def with_own_gamma(recipe: Recipe) -> Recipe:
+    """The recipe with the length of its gamma's cosine said, which else follows from that of the run."""
+    if recipe.loss != "global_contrastive":
+        return recipe
+    return replace(recipe, global_contrastive=replace(recipe.global_contrastive, gamma_samples=recipe.gamma_samples))
+
+
 def by_number(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """A recipe's JSON with its stages by number, so that two of unequal length are compared stage by stage."""
     return {**recipe, "stages": {str(number): stage for number, stage in enumerate(recipe["stages"])}}
@@ -257,8 +264,6 @@ def is_extension(line: str, recipe: Recipe, theirs: Mapping[str, Any], number: i
 
     Only where the learning rate so far doesn't depend on the stage's end: neither on a cosine nor in a cool-down.
     """
-    if recipe.loss == "global_contrastive" and recipe.global_contrastive.gamma_samples is None:
-        return False  # its gamma falls by the length of the run
     if line.partition(":")[0] not in (f"stages.{number}.samples", f"stages.{number}.cooldown_samples"):
         return False
     stage, before = recipe.stages[number], theirs["stages"][number]

@@ -1,5 +1,7 @@
 """A run with the global contrastive loss: its normalisers go through kills, ranks and stages; bad settings."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from ranks import command, run_ranks
@@ -103,3 +105,10 @@ def test_a_schedule_by_the_length_of_the_run_holds_it(unbroken, pairs_dataset, t
     longer = set_values(debug(), [*constant, "stages.1.samples=48"])
     with pytest.raises(UserError, match="made by another recipe"):
         train(longer, pairs_dataset, tmp_path, **CPU, resume=True)
+    # Nor may a further stage be added, by which gamma would go up again.
+    recipe = set_values(debug(), constant)
+    more = replace(recipe, stages=(*recipe.stages, replace(recipe.stages[1], name="more")))
+    changed = {"resume": True, "allow_changes": True}
+    with pytest.raises(UserError, match=r"made by another recipe \(global_contrastive\.gamma_samples: 80 -> 96\)"):
+        train(more, pairs_dataset, tmp_path, **CPU, **changed)
+    assert train(set_values(more, ["global_contrastive.gamma_samples=80"]), pairs_dataset, tmp_path, **CPU, **changed)
