@@ -98,6 +98,8 @@ def reinforce(
     """
     found = open_source(data, cache=cache, cache_gb=cache_gb, split=split)
     (part,) = found.parts
+    if not found.has_images:
+        raise UserError(f"{part.path} has stored vectors and no images: give the data that clipkit embed was given")
     augmentation = augmentation_of(recipe)
     where = pick(device)
     if where.world > 1 and where.mesh is not None:

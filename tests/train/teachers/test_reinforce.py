@@ -14,7 +14,9 @@ from small_encoder import SMALL, small_encoder, small_run
 import clipkit.train.teachers.reinforce as module
 from clipkit import checkpoint
 from clipkit.cli.main import main
+from clipkit.cli.search import open_pictures
 from clipkit.errors import UserError
+from clipkit.eval.search.embed import embed
 from clipkit.log import read_metrics
 from clipkit.model.clip import build
 from clipkit.train import loop
@@ -232,6 +234,14 @@ def test_what_can_be_wrong_with_a_run_is_one_line(pairs_dataset, stored, teacher
     uneven = ["--recipe", "debug", "--set", "stages.1.augmentation.flip=0"]
     said = failure("reinforce", pairs_dataset, "--teacher", teacher, "--out", tmp_path / "x", *uneven)
     assert "stage full has another augmentation than reduced (flip: 0.5 -> 0.0)" in said
+
+
+def test_vectors_have_no_views(teacher, pairs_dataset, tmp_path):
+    vectors = tmp_path / "vectors.parquet"
+    embed(open_pictures(str(pairs_dataset), None, None), vectors, str(teacher), device="cpu")
+    said = failure("reinforce", vectors, "--teacher", teacher, "--recipe", "debug", "--out", tmp_path / "x")
+    assert "vectors.parquet has stored vectors and no images: give the data that clipkit embed was given" in said
+    assert not (tmp_path / "x").exists()
 
 
 def test_other_embeddings_are_not_resumed_with(unbroken, pairs_dataset, teacher, tmp_path):
