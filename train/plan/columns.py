@@ -2,7 +2,6 @@
 from what is there, from runs of the same model or data, or assumed, and every assumption is said.
 """
 
-import difflib
 import json
 import math
 import re
@@ -157,7 +156,9 @@ def facts_of(run: Mapping[str, Any], known: Sequence[Mapping[str, Any]]) -> RunF
             gmacs = OTHER_GMACS[min(OTHER_GMACS, key=lambda each: abs(each - text_width))]
             assumed.append(f"the image tower's size: {gmacs:.0f} GMACs, as is usual beside this text tower")
         weights, tokens = gmacs * 1e9 / 197, run.get("image_tokens") or 197.0
-    dataset = str(run.get("dataset", ""))
+    dataset = published_name(str(run.get("dataset", "")), known)
+    if split_words(dataset) != split_words(str(run.get("dataset", ""))):
+        assumed.append(f"that {run['dataset']} is {dataset}")
     pairs = run.get("dataset_pairs") or pairs_of(dataset, known)
     full, reduced = run.get("full_samples", 0.0), run.get("reduced_samples", 0.0)
     samples = run.get("samples_seen") or (reduced + full)
@@ -247,13 +248,26 @@ def dataset_words(dataset: str) -> frozenset[str]:
     return frozenset(word for word in split_words(name) if word not in STOP)
 
 
+def published_name(dataset: str, known: Sequence[Mapping[str, Any]]) -> str:
+    """The published data set that a name means, however spelled: LAION400M is LAION-400M, LAION-2B is LAION-2B-en.
+
+    The name itself where no published one begins with its words, or several do.
+    """
+    names = dict.fromkeys(run["dataset"] for run in known if "dataset" in run)
+    if dataset in names or not (words := split_words(dataset)):
+        return dataset
+    meant = [name for name in names if split_words(name) == words]
+    meant = meant or [name for name in names if split_words(name)[: len(words)] == words]
+    return meant[0] if len(meant) == 1 else dataset
+
+
 def pairs_of(dataset: str, known: Sequence[Mapping[str, Any]]) -> float | None:
-    """The size of a data set by its name, or by the number in it."""
-    sizes = {
-        run["dataset"].lower(): run["dataset_pairs"] for run in known if "dataset" in run and "dataset_pairs" in run
-    }
-    near = difflib.get_close_matches(dataset.lower(), sizes, n=1, cutoff=0.85)
-    if near:
-        return float(sizes[near[0]])
-    match = re.search(r"(\d+(?:\.\d+)?)\s*([bmk])\b", dataset.lower())
-    return float(match[1]) * {"b": 1e9, "m": 1e6, "k": 1e3}[match[2]] if match else None
+    """The size of a data set by its name, or by the numbers in it: CC3M+CC12M has 15 million."""
+    name = published_name(dataset, known)
+    sizes = {run["dataset"]: run["dataset_pairs"] for run in known if "dataset" in run and "dataset_pairs" in run}
+    if name in sizes:
+        return float(sizes[name])
+    parts = [re.findall(r"(\d+(?:\.\d+)?)\s*([bmk])(?![a-z0-9])", part) for part in re.split("[+&]", name.lower())]
+    if not all(len(found) == 1 for found in parts):
+        return None
+    return sum(float(number) * {"b": 1e9, "m": 1e6, "k": 1e3}[unit] for ((number, unit),) in parts)

@@ -8,7 +8,7 @@ from docs_scripts import load_script
 
 from clipkit.errors import UserError
 from clipkit.train.plan.accuracy import Z80, evidence, groupings, known_runs, predict, predict_all, read_fit, validate
-from clipkit.train.plan.columns import check_columns, read_run
+from clipkit.train.plan.columns import check_columns, pairs_of, read_run
 
 RUN = {"model": "ViT-B-16", "dataset": "DataComp-1.4B", "samples_seen": 1.28e9}
 
@@ -83,6 +83,29 @@ def test_repetition_and_less_data_cost_accuracy_and_are_said():
     assert found[0].value > found[1].value > found[2].value
     assert "seen 100 times" in " ".join(found[2].notes)
     assert "no published run is on my pairs" in " ".join(found[0].notes)
+
+
+@pytest.mark.parametrize(
+    ("spelled", "meant"),
+    [("LAION-2B", "LAION-2B-en"), ("laion2b_en", "LAION-2B-en"), ("LAION400M", "LAION-400M"), ("cc-12m", "CC12M"),
+     ("datacomp_1b", "DataComp-1B"), ("WIT", "WIT-400M (OpenAI)"), ("yfcc15m", "YFCC-15M")],
+)  # fmt: skip
+def test_a_data_set_is_known_however_it_is_spelled(spelled, meant):
+    found, same = predict_all([{**RUN, "dataset": name} for name in (spelled, meant)])
+    assert found[:3] == pytest.approx(same[:3])
+    assert "no published run" not in " ".join(found.notes)
+    is_longer = len(meant) > len(spelled) + 2
+    assert (f"assumed that {spelled} is {meant}" in found.notes) == is_longer
+
+
+@pytest.mark.parametrize(
+    ("dataset", "pairs"),
+    [("LAION-2B", 2.32e9), ("LAION-40M", 4e7), ("LAION-800M", 8e8), ("DataComp-14M", 1.4e7), ("CC3M+CC12M", 1.5e7),
+     ("DataComp-L", 1.4e8), ("gadgets_7m_clean", 7e6), ("LAION", None), ("YFCC", None), ("DataComp-XL", None),
+     ("2B of our 5B", None), ("CC12M + mine", None)],
+)  # fmt: skip
+def test_pairs_are_those_of_the_name_and_not_of_a_name_that_looks_alike(dataset, pairs):
+    assert pairs_of(dataset, known_runs()) == pairs
 
 
 def test_unfamiliar_data_widen_the_interval():
