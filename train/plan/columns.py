@@ -18,6 +18,7 @@ NUMBERS = (
     "text_tokens", "final_px", "dataset_pairs", "samples_seen", "reduced_samples", "full_samples", "global_batch",
     "gmacs_image", "gmacs_text", "gmacs_total", "hours", "device_count", "imagenet_top1",
 )  # fmt: skip
+FRACTIONS = ("gmacs_image", "gmacs_text", "gmacs_total", "hours", "imagenet_top1")  # may be below 1
 WORDS = ("id", "model", "dataset", "schedule", "loss", "device", "init", "notes", "source")
 # Width and depth of the image and the text tower by the letters in models' names.
 SIZES = {
@@ -111,18 +112,22 @@ def check_columns(values: Mapping[str, Any], where: str) -> dict[str, Any]:
             continue
         try:
             number = as_number(value) if isinstance(value, str) else float(value)
-            fits = not isinstance(value, bool) and math.isfinite(number) and number >= 0
-        except (TypeError, ValueError):
+            least = 0 if name in ("reduced_samples", "full_samples") else 1
+            is_enough = number > 0 if name in FRACTIONS else number >= least
+            fits = not isinstance(value, bool) and math.isfinite(number) and is_enough
+        except (TypeError, ValueError, OverflowError):
             fits = False
-        if not fits or (number == 0 and name not in ("reduced_samples", "full_samples")):
-            raise UserError(f"{where}: {name} is {json.dumps(value)}: give a positive number")
+        if not fits:
+            raise UserError(f"{where}: {name} is {json.dumps(value)[:40]}: give a positive number")
         checked[name] = number
     return checked
 
 
 def as_number(text: str) -> float:
-    """A number as people write it: 12.8B, 1,280,000. Raises ValueError for other text."""
-    plain = text.strip().replace(",", "")
+    """A number as people write it: 12.8B, 1,280,000. Raises ValueError for other text, 12,8B among it."""
+    plain = text.strip()
+    if re.fullmatch(r"[1-9]\d{0,2}(,\d{3})+", plain):
+        plain = plain.replace(",", "")
     scale = SUFFIXES.get(plain[-1].upper(), 1)
     return float(plain[:-1] if scale > 1 else plain) * scale
 

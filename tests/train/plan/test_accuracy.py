@@ -124,7 +124,10 @@ def test_outside_of_what_was_published_nothing_is_said(column, value):
     ("text", "said"),
     [('{"sampels_seen": 5}', "did you mean samples_seen"), ('{"samples_seen": "many"}', 'is "many": give a'),
      ('{"samples_seen": true}', "give a positive number"), ('{"patch": -16}', "give a positive number"),
-     ('{"patch": NaN}', "give a positive number"), ('{"model": 7}', "model is 7: give text"), ("[1]", "not a list"),
+     ('{"samples_seen": "12,8B"}', 'is "12,8B": give a'), ('{"samples_seen": ","}', 'is ",": give a'),
+     (f'{{"samples_seen": 1{"0" * 400}}}', "give a positive number"), ('{"image_tokens": 0.5}', "is 0.5: give a"),
+     ('{"text_tokens": "0.4"}', 'is "0.4": give a'), ('{"patch": NaN}', "give a positive number"),
+     ('{"model": 7}', "model is 7: give text"), ("[1]", "not a list"),
      ("{", "can't be read as JSON")],
 )  # fmt: skip
 def test_columns_that_mean_nothing_are_refused_in_a_line(text, said, tmp_path):
