@@ -247,6 +247,11 @@ def as_prediction(run: RunFacts, mean: float, deviation: float, fit: Fit) -> Pre
         for name, (low, high, get) in SPANS.items()
         if not low <= get(run) <= high
     ]
+    if not run.is_size_said:
+        outside.append(
+            "not enough is known: nothing tells the image tower's size: give image_width, image_depth and patch, or "
+            "gmacs_image"
+        )
     notes = [f"assumed {each}" for each in run.assumed]
     if run.epochs > 1.5:
         useful = useful_samples(run, fit.kernel["repeats"])

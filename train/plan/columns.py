@@ -26,8 +26,10 @@ SIZES = {
     "m": (512, 12, 512, 12), "b": (768, 12, 512, 12), "base": (768, 12, 512, 12), "l": (1024, 24, 768, 12),
     "large": (1024, 24, 768, 12), "so400m": (1152, 27, 1152, 27), "h": (1280, 32, 1024, 24),
     "huge": (1280, 32, 1024, 24),
-    "g": (1408, 40, 1024, 24), "gopt": (1536, 40, 1152, 27), "bigg": (1664, 48, 1280, 32),
+    "g": (1408, 40, 1024, 24), "giant": (1408, 40, 1024, 24), "gopt": (1536, 40, 1152, 27),
+    "bigg": (1664, 48, 1280, 32), "gigantic": (1664, 48, 1280, 32),
 }  # fmt: skip
+LETTERS = f"({'|'.join(sorted(SIZES, key=len, reverse=True))})"
 FAMILIES = ("convnext", "coatnet", "vitamin", "mobileclip", "eva", "siglip", "openvision")
 # Image GMACs of models whose towers aren't vision transformers, by their text width, where nothing better is known.
 OTHER_GMACS = {384: 5.0, 512: 6.0, 640: 21.0, 768: 60.0, 1024: 100.0, 1152: 125.0, 1280: 250.0}
@@ -58,6 +60,8 @@ class RunFacts:
     text_gmacs: float
     full_samples: float
     """Of a second stage at full length; 0 where there was one stage."""
+    is_size_said: bool
+    """Whether anything tells the size of the image tower."""
     is_length_said: bool
     is_staged: bool
     image_px: float
@@ -138,7 +142,9 @@ def facts_of(run: Mapping[str, Any], known: Sequence[Mapping[str, Any]]) -> RunF
     Raises UserError where neither the model's shape nor a name that gives it is there.
     """
     assumed: list[str] = []
-    model = str(run.get("model", ""))
+    model = re.sub(r"(?<![A-Za-z])G(?=[-_/ ]?\d)", "bigG", str(run.get("model", "")))
+    if model != run.get("model", ""):
+        assumed.append(f"that {run['model']} is the gigantic one, 1664 wide, and not {run['model'].replace('G', 'g')}")
     if not {"image_width", "image_depth", "patch", "text_width", "text_depth"} <= set(run) and "gmacs_image" not in run:
         run = {**same_model(model, run, known), **run}
     shape = shape_of(model)
@@ -146,20 +152,26 @@ def facts_of(run: Mapping[str, Any], known: Sequence[Mapping[str, Any]]) -> RunF
     text_width = run.get("text_width") or shape[2] or 512.0
     text_depth = run.get("text_depth") or shape[3] or 12.0
     patch = run.get("patch") or patch_of(model)
-    px = run.get("image_px") or run.get("final_px") or 224.0
+    px = run.get("image_px") or run.get("final_px") or px_of(model) or 224.0
     tokens = run.get("image_tokens") or ((px // patch) ** 2 + 1 if patch else None)
     is_vit = bool(width and depth and tokens and not is_resnet(model))
-    if not is_vit and not ({"gmacs_image", "gmacs_total"} & set(run)) and not model and not width:
-        raise UserError("the run names no model: give model, or image_width, image_depth and patch")
+    if not is_vit and not ({"gmacs_image", "gmacs_total"} & set(run)):
+        if width and depth and family_of(model) == "vit":
+            raise UserError("nothing tells the number of image tokens: give patch or image_tokens")
+        if not model:
+            raise UserError("the run names no model: give model, or image_width, image_depth and patch")
     text_tokens = run.get("text_tokens") or 77.0
     text_gmacs = run.get("gmacs_text") or text_tokens * 12 * text_width**2 * text_depth / 1e9
+    is_size_said = True
     if width and depth and tokens and not is_resnet(model):
         weights = 12 * width**2 * depth
     else:
         gmacs = run.get("gmacs_image") or max(0.0, run.get("gmacs_total", 0.0) - text_gmacs)
         if not gmacs:
             gmacs = OTHER_GMACS[min(OTHER_GMACS, key=lambda each: abs(each - text_width))]
-            assumed.append(f"the image tower's size: {gmacs:.0f} GMACs, as is usual beside this text tower")
+            is_size_said = family_of(model) != "vit" or "text_width" in run
+            if is_size_said:
+                assumed.append(f"the image tower's size: {gmacs:.0f} GMACs, as is usual beside this text tower")
         weights, tokens = gmacs * 1e9 / 197, run.get("image_tokens") or 197.0
     dataset = published_name(str(run.get("dataset", "")), known)
     if split_words(dataset) != split_words(str(run.get("dataset", ""))):
@@ -178,7 +190,7 @@ def facts_of(run: Mapping[str, Any], known: Sequence[Mapping[str, Any]]) -> RunF
     return RunFacts(
         samples=samples, pairs=pairs, image_weights=weights, image_tokens=tokens, text_tokens=text_tokens,
         text_gmacs=text_gmacs, full_samples=full if reduced else 0.0,
-        is_length_said=bool(run.get("samples_seen") or reduced + full),
+        is_size_said=is_size_said, is_length_said=bool(run.get("samples_seen") or reduced + full),
         is_staged=bool(reduced) and (full > 0 or tokens < 90), image_px=px, final_px=run.get("final_px") or px,
         batch=run.get("global_batch"), dataset=dataset, dataset_words=dataset_words(dataset),
         model_words=frozenset(split_words(model)), family=family_of(model), losses=losses_of(str(run.get("loss", ""))),
@@ -188,10 +200,10 @@ def facts_of(run: Mapping[str, Any], known: Sequence[Mapping[str, Any]]) -> RunF
 
 
 def same_model(model: str, run: Mapping[str, Any], known: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The shape of a published model of that very name, at the same resolution where GMACs are taken over."""
+    """The shape of a published model of that name, however spelled; at the same resolution where GMACs come with it."""
     names = ("image_width", "image_depth", "patch", "text_width", "text_depth")
     for other in known:
-        if other.get("model", "").lower() == model.lower() != "":
+        if model and split_words(other.get("model", "")) == split_words(model):
             same_px = run.get("image_px", other.get("image_px")) == other.get("image_px") and "image_tokens" not in run
             costs = ("gmacs_image", "gmacs_text", "gmacs_total") if same_px else ()
             if not is_resnet(model) and any(name in run for name in names[:3]):
@@ -203,20 +215,24 @@ def same_model(model: str, run: Mapping[str, Any], known: Sequence[Mapping[str, 
 
 
 def shape_of(model: str) -> tuple[float | None, float | None, float | None, float | None]:
-    """Width and depth of the towers by a name such as ViT-B-16 or CLIPA-H/14; Nones where it doesn't say."""
+    """Width and depth of the towers by a name such as ViT-B-16, CLIPA-H/14 or vit_base_patch16_224; Nones where it
+    doesn't say.
+    """
     if family_of(model) in ("convnext", "coatnet", "vitamin", "rn") or re.search(r"mobileclip2?-s\d", model.lower()):
         return (None, None, None, None)
-    match = re.search(
-        r"(?:^|[-_/ ])(so400m|bigg|gopt|tiny|small|base|large|huge|ti|[smblhg])(?=[-_/ ]*\d)", model.lower()
-    )
-    return SIZES[match[1]] if match else (None, None, None, None)
+    match = re.search(rf"(?:^|vit|[-_/ ]){LETTERS}(?=[-_/ ]*(?:patch)?\d)|vit[-_/ ]?{LETTERS}$", model.lower())
+    return SIZES[match[1] or match[2]] if match else (None, None, None, None)
 
 
 def patch_of(model: str) -> float | None:
     """The patch size in a name such as ViT-B-16."""
-    match = re.search(
-        r"(?:so400m|bigg|gopt|tiny|small|base|large|huge|ti|[smblhg])[-_/ ]*(8|14|16|32)\b", model.lower()
-    )
+    match = re.search(rf"{LETTERS}[-_/ ]*(?:patch)?(8|\d\d)(?![a-z0-9])", model.lower())
+    return float(match[2]) if match else None
+
+
+def px_of(model: str) -> float | None:
+    """The resolution in a name such as ViT-L/14@336px or ViT-B-16-SigLIP-384."""
+    match = None if is_resnet(model) else re.search(r"[-_@( ](\d{3})(?:px)?(?![a-z0-9])", model.lower())
     return float(match[1]) if match else None
 
 

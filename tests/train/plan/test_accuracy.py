@@ -8,7 +8,7 @@ from docs_scripts import load_script
 
 from clipkit.errors import UserError
 from clipkit.train.plan.accuracy import Z80, evidence, groupings, known_runs, predict, predict_all, read_fit, validate
-from clipkit.train.plan.columns import check_columns, pairs_of, read_run
+from clipkit.train.plan.columns import check_columns, facts_of, pairs_of, read_run
 
 RUN = {"model": "ViT-B-16", "dataset": "DataComp-1.4B", "samples_seen": 1.28e9}
 
@@ -65,6 +65,41 @@ def test_a_run_needs_only_a_name_a_length_and_data():
     assert predict(check_columns(full, "here")).value == pytest.approx(said.value, abs=0.002)
     unnamed = {"samples_seen": 1.28e9, "dataset": "DataComp-1.4B", **shape}
     assert predict(check_columns(unnamed, "here")).value == pytest.approx(said.value, abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("spelled", "meant"),
+    [("ViT-B/16", "ViT-B-16"), ("ViTB16", "ViT-B-16"), ("vit_base_patch16_224", "ViT-B-16"),
+     ("openai/clip-vit-base-patch16", "ViT-B-16"), ("ViT-G/14", "ViT-bigG-14"), ("ViT-g/14", "ViT-g-14"),
+     ("vit_giant_patch14_clip_224", "ViT-g-14"), ("vit_gigantic_patch14_clip_224", "ViT-bigG-14"),
+     ("convnext-base", "convnext_base")],
+)  # fmt: skip
+def test_a_models_size_is_known_however_its_name_is_spelled(spelled, meant):
+    found, same = (facts_of({**RUN, "model": name}, known_runs()) for name in (spelled, meant))
+    assert (found.image_weights, found.image_tokens, found.shape) == (same.image_weights, same.image_tokens, same.shape)
+    assert predict({**RUN, "model": spelled}).value == pytest.approx(predict({**RUN, "model": meant}).value, abs=0.01)
+
+
+def test_the_resolution_in_a_models_name_is_the_runs_where_it_says_no_other():
+    for name in ("ViT-L/14@336px", "ViT-L-14-336", "vit_large_patch14_clip_336", "ViT-L/14 (336)"):
+        facts = facts_of({**RUN, "model": name}, known_runs())
+        assert (facts.image_px, facts.final_px, facts.image_tokens) == (336, 336, 577)
+    said = facts_of({**RUN, "model": "ViT-L/14@336px", "image_px": 224.0, "final_px": 336.0}, known_runs())
+    assert (said.image_px, said.final_px, said.image_tokens) == (224, 336, 257)
+
+
+def test_a_size_that_nothing_tells_is_not_guessed():
+    found = predict({**RUN, "model": "DINOv2-L"})
+    assert found.value is None
+    assert "nothing tells the image tower's size: give image_width" in found.notes[0]
+    shape = {"image_width": 768.0, "image_depth": 12.0, "samples_seen": 1e9}
+    with pytest.raises(UserError, match="give patch or image_tokens"):
+        predict(shape)
+    with pytest.raises(UserError, match="give patch or image_tokens"):
+        predict({"model": "ViT-L", "samples_seen": 1e9})
+    assert predict({"model": "ViT-L", "patch": 14.0, "samples_seen": 1e9}).value == pytest.approx(
+        predict({"model": "ViT-L-14", "samples_seen": 1e9}).value, abs=0.01
+    )
 
 
 def test_missing_columns_move_predictions_little():
