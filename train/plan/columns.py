@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from clipkit.config import SUFFIXES, did_you_mean
 from clipkit.errors import UserError
+from clipkit.formatting import short
 
 NUMBERS = (
     "image_width", "image_depth", "patch", "text_width", "text_depth", "embed_dim", "image_px", "image_tokens",
@@ -152,7 +153,8 @@ def facts_of(run: Mapping[str, Any], known: Sequence[Mapping[str, Any]]) -> RunF
     text_width = run.get("text_width") or shape[2] or 512.0
     text_depth = run.get("text_depth") or shape[3] or 12.0
     patch = run.get("patch") or patch_of(model)
-    px = run.get("image_px") or run.get("final_px") or px_of(model) or 224.0
+    px = run.get("image_px") or run.get("final_px") or px_of(model)
+    px = px or max(224.0, math.isqrt(int(run.get("image_tokens", 1))) * (patch or 1.0))
     tokens = run.get("image_tokens") or ((px // patch) ** 2 + 1 if patch else None)
     is_vit = bool(width and depth and tokens and not is_resnet(model))
     if not is_vit and not ({"gmacs_image", "gmacs_total"} & set(run)):
@@ -177,9 +179,8 @@ def facts_of(run: Mapping[str, Any], known: Sequence[Mapping[str, Any]]) -> RunF
     if split_words(dataset) != split_words(str(run.get("dataset", ""))):
         assumed.append(f"that {run['dataset']} is {dataset}")
     pairs = run.get("dataset_pairs") or pairs_of(dataset, known)
-    full, reduced = run.get("full_samples", 0.0), run.get("reduced_samples", 0.0)
-    samples = run.get("samples_seen") or (reduced + full)
-    if not samples:
+    said, reduced, full = lengths_of(run)
+    if not (samples := said):
         samples = min(32 * (pairs or 4e8), 12.8e9)
         assumed.append(f"the length: {samples / 1e9:.3g} billion samples, 32 passes or 12.8 billion")
     if not pairs:
@@ -190,13 +191,33 @@ def facts_of(run: Mapping[str, Any], known: Sequence[Mapping[str, Any]]) -> RunF
     return RunFacts(
         samples=samples, pairs=pairs, image_weights=weights, image_tokens=tokens, text_tokens=text_tokens,
         text_gmacs=text_gmacs, full_samples=full if reduced else 0.0,
-        is_size_said=is_size_said, is_length_said=bool(run.get("samples_seen") or reduced + full),
+        is_size_said=is_size_said, is_length_said=bool(said),
         is_staged=bool(reduced) and (full > 0 or tokens < 90), image_px=px, final_px=run.get("final_px") or px,
         batch=run.get("global_batch"), dataset=dataset, dataset_words=dataset_words(dataset),
         model_words=frozenset(split_words(model)), family=family_of(model), losses=losses_of(str(run.get("loss", ""))),
         init=str(run.get("init", "scratch")), source=str(run.get("source", ""))[:40], assumed=tuple(assumed),
         shape=Shape(patch, width, depth, text_width, text_depth) if is_vit and patch and width and depth else None,
     )  # fmt: skip
+
+
+def lengths_of(run: Mapping[str, Any]) -> tuple[float, float, float]:
+    """Samples in all, at reduced and at full length: of two stages that of which the run doesn't say is the rest.
+
+    Raises UserError where they don't add up.
+    """
+    seen, reduced, full = (run.get(name, 0.0) for name in ("samples_seen", "reduced_samples", "full_samples"))
+    both = reduced + full
+    least = 0.9 * seen if {"reduced_samples", "full_samples"} <= set(run) else 0.0
+    if seen and not least <= both <= 1.1 * seen:
+        raise UserError(
+            f"samples_seen is {short(seen)}, but reduced_samples and full_samples make {short(both)}: mend one"
+        )
+    rest = max(0.0, seen - both) if both else 0.0
+    if "full_samples" not in run:
+        full = rest
+    elif "reduced_samples" not in run:
+        reduced = rest
+    return seen or both, reduced, full
 
 
 def same_model(model: str, run: Mapping[str, Any], known: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -153,6 +153,11 @@ def recipe_of(columns: Mapping[str, Any], devices: int) -> Recipe:
         )
 
     grid = (facts.image_px // shape.patch) ** 2
+    if facts.image_tokens > grid + 1:
+        raise UserError(
+            f"{facts.image_tokens:.0f} image tokens are more than {facts.image_px:.0f} px in patches of "
+            f"{shape.patch:.0f} make: mend one"
+        )
     masked = int(facts.image_tokens) - 1 if facts.image_tokens < 0.9 * grid else None
     one = max(1.0, facts.samples - facts.full_samples)
     stages = [stage("reduced" if facts.is_staged else "full", one, facts.image_px, masked, facts.text_tokens)]

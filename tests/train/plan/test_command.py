@@ -130,6 +130,44 @@ def test_any_run_by_its_columns(tmp_path):
     assert values["accuracy"]["value"] == pytest.approx(0.808, abs=0.02)
 
 
+def test_what_a_run_costs_is_of_the_tokens_that_it_says(tmp_path):
+    run = {"image_width": 1024, "image_depth": 24, "patch": 14, "text_width": 768, "text_depth": 12,
+           "dataset": "DataComp-1B", "samples_seen": "1.28B"}  # fmt: skip
+    path = tmp_path / "run.json"
+
+    def stages(**columns):
+        path.write_text(json.dumps({**run, **columns}))
+        return planned("--run", path)
+
+    by_tokens, by_px = stages(image_tokens=577), stages(image_px=336)
+    assert by_tokens["stages"][0]["image_tokens"] == 577
+    assert by_tokens["hours"] == pytest.approx(by_px["hours"])
+    assert stages(image_tokens=65)["stages"][0]["image_tokens"] == 65  # masked
+    both = stages(image_tokens=577, image_px=224)
+    assert both["hours"] is None
+    assert "577 image tokens are more than 224 px in patches of 14 make" in both["assumptions"][0]
+
+
+def test_the_stages_of_a_run_add_up_to_the_samples_that_it_says(tmp_path):
+    run = {"model": "ViT-L-14", "image_px": 84, "text_tokens": 8, "final_px": 224, "dataset": "DataComp-1B"}
+    path = tmp_path / "run.json"
+
+    def stages(**columns):
+        path.write_text(json.dumps({**run, **columns}))
+        return [(stage["samples"], stage["image_tokens"]) for stage in planned("--run", path)["stages"]]
+
+    whole = stages(samples_seen=13.312e9, reduced_samples=12.8e9, full_samples=512e6)
+    assert [tokens for _, tokens in whole] == [37, 257]
+    assert sum(samples for samples, _ in whole) == pytest.approx(13.312e9, rel=1e-4)
+    assert stages(samples_seen=13.312e9, reduced_samples=12.8e9) == whole
+    assert stages(samples_seen=13.312e9, full_samples=512e6) == whole
+    assert stages(reduced_samples=12.8e9, full_samples=512e6) == whole
+    for more in ({"full_samples": 16e9}, {"reduced_samples": 12.8e9, "full_samples": 5e9}, {"reduced_samples": 2e10}):
+        path.write_text(json.dumps({**run, "samples_seen": 13.312e9, **more}))
+        output = plan("--run", path, code=2)
+        assert "samples_seen is 13.3B" in output and len(output.strip().splitlines()) == 1
+
+
 def test_a_run_beside_its_plan(tmp_path):
     recipe = to_json(debug())
     device = {"kind": "cuda", "hardware": "NVIDIA A100-SXM4-80GB", "devices": 8, "arithmetic": "bfloat16"}
