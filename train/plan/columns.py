@@ -195,7 +195,7 @@ def facts_of(run: Mapping[str, Any], known: Sequence[Mapping[str, Any]]) -> RunF
         is_staged=bool(reduced) and (full > 0 or tokens < 90), image_px=px, final_px=run.get("final_px") or px,
         batch=run.get("global_batch"), dataset=dataset, dataset_words=dataset_words(dataset),
         model_words=frozenset(split_words(model)), family=family_of(model), losses=losses_of(str(run.get("loss", ""))),
-        init=str(run.get("init", "scratch")), source=str(run.get("source", ""))[:40], assumed=tuple(assumed),
+        init=init_of(str(run.get("init", ""))), source=str(run.get("source", ""))[:40], assumed=tuple(assumed),
         shape=Shape(patch, width, depth, text_width, text_depth) if is_vit and patch and width and depth else None,
     )  # fmt: skip
 
@@ -277,6 +277,11 @@ def losses_of(loss: str) -> frozenset[str]:
         "global": "fastclip|drrho|rgcl|sogclr",
     }  # fmt: skip
     return frozenset(name for name, pattern in parts.items() if re.search(pattern, loss.lower()))
+
+
+def init_of(init: str) -> str:
+    """What the towers begin as: `scratch`, or what is said of those that others have trained."""
+    return "scratch" if re.fullmatch(r"|(trained )?(from )?scratch|random( init\w*)?", init.lower()) else init
 
 
 def split_words(text: str) -> list[str]:

@@ -174,6 +174,13 @@ def test_columns_that_mean_nothing_are_refused_in_a_line(text, said, tmp_path):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("init", ["Scratch", "from scratch", "trained from scratch", "random", "random init"])
+def test_towers_from_scratch_are_so_however_it_is_said(init):
+    scratch = predict(RUN)
+    assert predict({**RUN, "init": init}) == scratch
+    assert predict({**RUN, "init": "image tower pretrained, text from scratch"}).value > scratch.value + 0.03
+
+
 def test_empty_columns_are_as_good_as_none(tmp_path):
     path = tmp_path / "run.json"
     path.write_text(
