@@ -20,6 +20,7 @@ from clipkit.train.sweep.pictures import means, pareto, sizes_of
 
 HERE = Path(__file__).parent
 INK, GRID = "#1f2933", "#d5dae0"
+WAYS = {"image": "resize", "text": "truncate"}  # of the law, as in sweeps/emoji.toml
 COLOURS, MARKERS = ("#2f6fb3", "#c2571a", "#2e8555", "#7a4fa3"), ("o", "s", "^", "D")
 NUMBERS = ("weights", "image_tokens", "text_tokens", "seed", "samples", "flops", "accuracy", "measured_on")
 
@@ -47,7 +48,7 @@ def draw(rows: Rows) -> None:
     left.set_title("Accuracy by size and image tokens", loc="left", color=INK, fontsize=10)
     left.legend(frameon=False, fontsize=6, ncols=3, loc="upper left")
     for tower, axes in zip(TOWERS, right, strict=True):
-        lost = drops(rows, tower)
+        lost = drops(rows, tower, WAYS)
         for size, colour in zip(sizes_of(rows), COLOURS, strict=False):
             own = [row for row in lost if row["size"] == size]
             axes.errorbar(
@@ -92,7 +93,7 @@ def results(rows: Rows, tower: str) -> str:
 
 def terms(rows: Rows) -> str:
     """The fitted law."""
-    law = fit_law(rows)
+    law = fit_law(rows, WAYS)
     assert law is not None
     lines = ["| term | logits | 95% interval |", "|---|---|---|"]
     return "\n".join([*lines, *(f"| {t.name} | {t.value:.2f} | {t.low:.2f} to {t.high:.2f} |" for t in law.terms)])

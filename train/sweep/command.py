@@ -180,7 +180,7 @@ def prediction_of(
         raise UserError(
             f"{configuration.name} was trained before it was predicted: hold out another one, or give another --out"
         )
-    law = fit_law(rows)
+    law = fit_law(rows, sweep.ways)
     if law is None:
         return None
     points = []
@@ -202,9 +202,10 @@ def finish(sweep: Sweep, rows: list[dict[str, Any]], prediction: dict[str, Any] 
         writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
         writer.writeheader()
         writer.writerows(rows)
-    law = fit_law(rows)
+    law = fit_law(rows, sweep.ways)
     result: dict[str, Any] = {
         "sweep": sweep.name,
+        "ways": dict(sweep.ways),
         "rows": rows,
         "law": law.to_json() if law else None,
         "held_out": {**prediction, "points": list(measured_points(prediction, rows))} if prediction else None,
@@ -215,13 +216,16 @@ def finish(sweep: Sweep, rows: list[dict[str, Any]], prediction: dict[str, Any] 
 
 
 def measured_points(prediction: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
-    """The points of a prediction with what was measured, in the mean over seeds."""
+    """The points of a prediction with what was measured, in the mean over seeds; without budgets that the sweep no
+    longer has.
+    """
     for point in prediction["points"]:
         own = [
             row["accuracy"] for row in rows
             if (row["configuration"], row["samples"]) == (prediction["configuration"], point["samples"])
         ]  # fmt: skip
-        yield {**point, "measured": sum(own) / len(own)}
+        if own:
+            yield {**point, "measured": sum(own) / len(own)}
 
 
 def print_result(result: Mapping[str, Any], console: Console) -> None:

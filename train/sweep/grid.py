@@ -78,6 +78,8 @@ class Sweep:
     configurations: tuple[Configuration, ...]
     held_out: str | None
     """The name of the configuration that is predicted before it is trained."""
+    ways: Mapping[str, str]
+    """The way to fewer tokens of each tower that the law is of: the first one named."""
 
     @property
     def metric(self) -> str:
@@ -113,7 +115,9 @@ def sweep_of(values: Mapping[str, Any], name: str) -> Sweep:
     held_out, names = values.get("held_out"), {each.name for each in configurations}
     if held_out is not None and held_out not in names:
         raise UserError(f"held_out {held_out!r} is none of its configurations: {did_you_mean(str(held_out), names)}")
-    return Sweep(name, tuple(data), {key: str(value) for key, value in evaluation.items()}, configurations, held_out)
+    ways = {tower: ways_of(values, tower)[0] for tower in WAYS}
+    evaluation = {key: str(value) for key, value in evaluation.items()}
+    return Sweep(name, tuple(data), evaluation, configurations, held_out, ways)
 
 
 def know(values: Mapping[str, Any], keys: Sequence[str], prefix: str = "") -> None:
@@ -169,18 +173,24 @@ def configurations_of(values: Mapping[str, Any]) -> Iterator[Configuration]:
                 yield Configuration(size, image, text, seed, made, branches)
 
 
+def ways_of(values: Mapping[str, Any], tower: str) -> Sequence[str]:
+    """The ways to fewer tokens of a tower, that of the law first. Raises UserError."""
+    known, ways = WAYS[tower], table(values, tower).get("ways", WAYS[tower][:1])
+    for way in ways:
+        if way not in known:
+            raise UserError(f"{tower}.ways: unknown way {way!r}; {did_you_mean(str(way), known)}")
+    return cast(Sequence[str], ways)
+
+
 def lengths_of(values: Mapping[str, Any], is_studied: bool) -> Iterator[tuple[Length, Length]]:
     """The pairs of lengths: all tokens, then fewer of the image, then fewer of the text. Raises UserError."""
     reduced: dict[str, list[Length]] = {}
     longest: dict[str, Length] = {}
-    for tower, known in WAYS.items():
+    for tower in WAYS:
         found = table(values, tower)
         know(found, LENGTH_KEYS, f"{tower}.")
         tokens = sorted(numbers(found, "tokens", f"{tower}.tokens"), reverse=True)
-        ways = found.get("ways", known[:1])
-        for way in ways:
-            if way not in known:
-                raise UserError(f"{tower}.ways: unknown way {way!r}; {did_you_mean(str(way), known)}")
+        ways = ways_of(values, tower)
         chosen = ways if is_studied else ways[:1]
         longest[tower] = Length(tokens[0])
         reduced[tower] = [Length(each, way) for each in tokens[1:] for way in chosen]

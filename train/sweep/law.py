@@ -80,13 +80,9 @@ def logit(row: Row) -> float:
     return math.log(share / (1 - share))
 
 
-def main_rows(rows: Sequence[Row]) -> list[Row]:
-    """The rows of the law: of each tower, the way that the most rows have, beside all tokens."""
-    chosen = {}
-    for tower in TOWERS:
-        ways = [row[f"{tower}_way"] for row in rows if row[f"{tower}_way"] != "all"]
-        chosen[tower] = {"all", *([max(dict.fromkeys(ways), key=ways.count)] if ways else [])}
-    return [row for row in rows if all(row[f"{tower}_way"] in chosen[tower] for tower in TOWERS)]
+def main_rows(rows: Sequence[Row], ways: Mapping[str, str]) -> list[Row]:
+    """The rows of the law: of each tower those of its way in `ways`, beside all tokens."""
+    return [row for row in rows if all(row[f"{tower}_way"] in ("all", ways[tower]) for tower in TOWERS)]
 
 
 def features(row: Row, origin: Mapping[str, float]) -> dict[str, float]:
@@ -99,9 +95,11 @@ def features(row: Row, origin: Mapping[str, float]) -> dict[str, float]:
     return found
 
 
-def fit_law(rows: Sequence[Row]) -> Law | None:
-    """The law of a sweep's rows; None where they are too few for it, or of one size, or of one length."""
-    rows = main_rows(rows)
+def fit_law(rows: Sequence[Row], ways: Mapping[str, str]) -> Law | None:
+    """The law of a sweep's rows, by its way to fewer tokens of each tower; None where they are too few for it, or of
+    one size, or of one length.
+    """
+    rows = main_rows(rows, ways)
     if not rows:
         return None
     origin = {name: float(np.mean([math.log2(row[name]) for row in rows])) for name in ("weights", "samples")}
@@ -143,10 +141,11 @@ def predict(law: Law, row: Row) -> dict[str, float]:
     return {name: 1 / (1 + math.exp(-value)) for name, value in values.items()}
 
 
-def drops(rows: Sequence[Row], tower: str) -> list[dict[str, Any]]:
-    """For each size and length of a tower at the longest budget: mean accuracy over seeds, and what it lost to all
-    tokens, with the standard error over seeds (None of one seed)."""
-    rows = main_rows(rows)
+def drops(rows: Sequence[Row], tower: str, ways: Mapping[str, str]) -> list[dict[str, Any]]:
+    """For each size and length of a tower, by its way in `ways`, at the longest budget: mean accuracy over seeds, and
+    what it lost to all tokens, with the standard error over seeds (None of one seed).
+    """
+    rows = main_rows(rows, ways)
     longest = max((row["samples"] for row in rows), default=0)
     other = TOWERS[1 - TOWERS.index(tower)]
     rows = [row for row in rows if row["samples"] == longest and row[f"{other}_way"] == "all"]

@@ -46,9 +46,9 @@ def line(name: str, points: Sequence[tuple[float, float]], style: str, base: flo
     return Line(name, [math.log(x, base) for x, _ in ordered], [y for _, y in ordered], style)
 
 
-def compute_charts(rows: Sequence[Row]) -> list[str]:
+def compute_charts(rows: Sequence[Row], ways: Mapping[str, str]) -> list[str]:
     """Accuracy against compute: a chart for each size with a line for each length, and the front of all of them."""
-    front, rows = pareto(rows), main_rows(rows)
+    front, rows = pareto(rows), main_rows(rows, ways)
     charts = []
     for size in sizes_of(rows):
         found = means([row for row in rows if row["size"] == size], "image_tokens", "text_tokens", "flops")
@@ -64,11 +64,11 @@ def compute_charts(rows: Sequence[Row]) -> list[str]:
     return charts
 
 
-def drop_charts(rows: Sequence[Row]) -> list[str]:
+def drop_charts(rows: Sequence[Row], ways: Mapping[str, str]) -> list[str]:
     """The inverse law: what fewer tokens cost, a line for each size."""
     charts = []
     for tower in TOWERS:
-        found = [each for each in drops(rows, tower) if each["drop"] is not None]
+        found = [each for each in drops(rows, tower, ways) if each["drop"] is not None]
         if len({each["tokens"] for each in found}) < 2:
             continue
         lines = [
@@ -126,8 +126,8 @@ def write_page(result: Mapping[str, Any], path: Path) -> None:
     ]
     contents = {
         **result,
-        "compute": compute_charts(rows),
-        "drops": drop_charts(rows),
+        "compute": compute_charts(rows, result["ways"]),
+        "drops": drop_charts(rows, result["ways"]),
         "studies": study_charts(rows),
         "table": sorted(table, key=lambda row: -row[3]),
         "seeds": len({row["seed"] for row in rows}),

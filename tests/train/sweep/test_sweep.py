@@ -257,11 +257,11 @@ def rows_of(sweep, inverse, noise):
     ("inverse", "verdict"), [(0.15, "yes"), (-0.15, "the opposite"), (0.0, "not told apart from chance")]
 )
 def test_the_fit_finds_the_law_that_made_the_rows(larger, inverse, verdict):
-    exact = fit_law(rows_of(larger, inverse, 0.0))
+    exact = fit_law(rows_of(larger, inverse, 0.0), larger.ways)
     values = {term.name: term.value for term in exact.terms}
     assert values["image halvings x size"] == pytest.approx(inverse, abs=1e-6)
     assert (values["size"], values["samples"]) == (pytest.approx(0.3, abs=1e-6), pytest.approx(0.2, abs=1e-6))
-    noisy = fit_law(rows_of(larger, inverse, 0.03))
+    noisy = fit_law(rows_of(larger, inverse, 0.03), larger.ways)
     (term,) = (term for term in noisy.terms if term.name == "image halvings x size")
     assert term.low < term.value < term.high and term.low < inverse < term.high
     assert noisy.to_json()["holds"] == {"image": verdict}
@@ -270,7 +270,7 @@ def test_the_fit_finds_the_law_that_made_the_rows(larger, inverse, verdict):
 def test_a_prediction_is_the_law_at_the_place_with_the_scatter_of_a_run(larger):
     rows = rows_of(larger, 0.1, 0.05)
     told = [row for row in rows if row["configuration"] == larger.held_out]
-    law = fit_law([row for row in rows if row["configuration"] != larger.held_out])
+    law = fit_law([row for row in rows if row["configuration"] != larger.held_out], larger.ways)
     for row in told:
         found = predict(law, row)
         assert found["low"] < found["value"] < found["high"]
@@ -285,11 +285,11 @@ def test_too_few_sizes_or_lengths_are_no_law(larger):
         [row for row in rows if row["size"] == "small"],
         [row for row in rows if row["image_tokens"] == 16],
     ):
-        assert fit_law(some) is None
+        assert fit_law(some, larger.ways) is None
 
 
 def test_what_is_lost_is_against_all_tokens_of_the_same_seed(larger):
-    found = drops(rows_of(larger, 0.1, 0.0), "image")
+    found = drops(rows_of(larger, 0.1, 0.0), "image", larger.ways)
     assert [(each["size"], each["tokens"]) for each in found] == [
         (s, t) for s in ("small", "large") for t in (16, 9, 4)
     ]
@@ -337,6 +337,34 @@ def test_the_held_out_point_is_predicted_before_it_is_trained_and_kept(larger, m
     (tmp_path / command.PREDICTION).unlink()
     with pytest.raises(UserError, match="was trained before it was predicted"):
         command.run_sweep(larger, tmp_path)
+
+
+def test_the_law_is_of_the_way_that_the_sweep_names_first(write, monkeypatch, tmp_path):
+    """Where all sizes have all ways too, and of the held-out size the first way isn't trained yet."""
+    all_sizes = LARGE.replace('studies = ["small"]', "")
+    ways = 'tokens = [16, 9, 4]\nways = ["resize", "random", "block"]'
+    sweep = read_sweep(write(("[eval]\n", all_sizes), ("tokens = [16, 4]", ways)))
+
+    def train_configuration(sweep, how, configuration):
+        (how.folder / configuration.name).mkdir(parents=True, exist_ok=True)
+        worse = 0.0 if configuration.image.way in ("all", "resize") else -1.0
+        return [row_of(configuration, branch, 0.1, worse) for branch in configuration.branches]
+
+    monkeypatch.setattr(run, "train_configuration", train_configuration)
+    result = command.run_sweep(sweep, tmp_path)
+    (halvings,) = (term["value"] for term in result["law"]["terms"] if term["name"] == "image halvings")
+    assert result["law"]["residual"] == pytest.approx(0, abs=1e-6)
+    size = np.mean([np.log2(row["weights"]) - 15 for row in result["rows"] if row["image_way"] in ("all", "resize")])
+    assert halvings == pytest.approx(0.1 * size - 0.5, abs=1e-6)
+    for point in result["held_out"]["points"]:
+        assert point["value"] == pytest.approx(point["measured"], abs=1e-3)
+
+
+def test_a_budget_that_is_left_out_later_is_left_out_of_the_prediction(write, made_up, tmp_path):
+    command.run_sweep(read_sweep(write(*LARGER)), tmp_path)
+    less = read_sweep(write(*LARGER, ('[80, "160"]', "[80]")))
+    (point,) = command.run_sweep(less, tmp_path)["held_out"]["points"]
+    assert point["samples"] == 80
 
 
 def test_the_page_has_the_figures_and_the_law(larger, made_up, tmp_path):
