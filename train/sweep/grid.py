@@ -5,6 +5,7 @@ below the longest may be reached in several ways; the first one named is that of
 Nothing here imports torch, so that a sweep can be priced in a moment.
 """
 
+import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -106,10 +107,10 @@ def sweep_of(values: Mapping[str, Any], name: str) -> Sweep:
     know(values, KEYS)
     evaluation = table(values, "eval")
     know(evaluation, EVAL_KEYS, "eval.")
-    if not evaluation.get("data"):
+    if not evaluation.get("data") or not isinstance(evaluation["data"], str):
         raise UserError("it measures nothing: set data under [eval], to what zeroshot --data takes")
     data = [values["data"]] if isinstance(values.get("data"), str) else values.get("data", [])
-    if not data or not all(isinstance(each, str) for each in data):
+    if not data or not isinstance(data, list) or not all(isinstance(each, str) for each in data):
         raise UserError("it has no data: set data to what train --data takes, one or a list")
     configurations = tuple(configurations_of(values))
     held_out, names = values.get("held_out"), {each.name for each in configurations}
@@ -127,11 +128,11 @@ def know(values: Mapping[str, Any], keys: Sequence[str], prefix: str = "") -> No
             raise UserError(f"unknown key {prefix}{key}; {did_you_mean(key, keys)}")
 
 
-def table(values: Mapping[str, Any], key: str) -> dict[str, Any]:
+def table(values: Mapping[str, Any], key: str, prefix: str = "") -> dict[str, Any]:
     """The table of that name, {} where there is none. Raises UserError for anything else."""
     found = values.get(key, {})
     if not isinstance(found, dict):
-        raise UserError(f"{key} is {found!r}: make it a table, [{key}]")
+        raise UserError(f"{prefix}{key} is {found!r}: make it a table, [{prefix}{key}]")
     return found
 
 
@@ -146,18 +147,33 @@ def numbers(values: Mapping[str, Any], key: str, where: str) -> list[int]:
     return parsed
 
 
+def names(values: Mapping[str, Any], key: str, where: str) -> list[str]:
+    """A list of names, each once. Raises UserError."""
+    found = values.get(key)
+    if not isinstance(found, list) or not found or not all(isinstance(each, str) for each in found):
+        raise UserError(f"{where} is {found!r}: set a list of names")
+    if len(set(found)) < len(found):
+        raise UserError(f"{where} names one twice: name each once")
+    return found
+
+
 def configurations_of(values: Mapping[str, Any]) -> Iterator[Configuration]:
     """All configurations, the seeds of each together. Raises UserError."""
     base = set_values(find_recipe(str(values.get("base", ""))), assignments(table(values, "set")))
     sizes, studies = table(values, "sizes") or {"base": {}}, values.get("studies")
+    if studies not in (None, []):
+        studies = names(values, "studies", "studies")
     budgets, cooldown = sorted(numbers(values, "budgets", "budgets")), values.get("cooldown", COOLDOWN)
     if not isinstance(cooldown, float) or not 0 < cooldown < 1:
         raise UserError(f"cooldown is {cooldown!r}: set the share of each budget that cools down, above 0 and below 1")
     for size in studies or ():
         if size not in sizes:
-            raise UserError(f"studies: unknown size {size!r}; {did_you_mean(str(size), sizes)}")
+            raise UserError(f"studies: unknown size {size!r}; {did_you_mean(size, sizes)}")
     seeds = numbers(values, "seeds", "seeds") if "seeds" in values else [base.seed]
-    for size, changes in sizes.items():
+    for size in sizes:
+        if not re.fullmatch(r"\w[\w.+-]*", size):
+            raise UserError(f"sizes: {size!r} is no name of a folder: use letters, numbers, dots and hyphens")
+        changes = table(sizes, size, "sizes.")
         recipe = set_values(base, assignments(changes))
         is_studied = studies is None or size in studies
         for image, text in lengths_of(values, is_studied):
@@ -175,11 +191,13 @@ def configurations_of(values: Mapping[str, Any]) -> Iterator[Configuration]:
 
 def ways_of(values: Mapping[str, Any], tower: str) -> Sequence[str]:
     """The ways to fewer tokens of a tower, that of the law first. Raises UserError."""
-    known, ways = WAYS[tower], table(values, tower).get("ways", WAYS[tower][:1])
-    for way in ways:
+    known, found = WAYS[tower], table(values, tower)
+    if "ways" not in found:
+        return known[:1]
+    for way in (ways := names(found, "ways", f"{tower}.ways")):
         if way not in known:
-            raise UserError(f"{tower}.ways: unknown way {way!r}; {did_you_mean(str(way), known)}")
-    return cast(Sequence[str], ways)
+            raise UserError(f"{tower}.ways: unknown way {way!r}; {did_you_mean(way, known)}")
+    return ways
 
 
 def lengths_of(values: Mapping[str, Any], is_studied: bool) -> Iterator[tuple[Length, Length]]:

@@ -148,6 +148,14 @@ def test_texts_are_varied_with_all_image_tokens(write):
         ("stages.0.warmup", "stages.0.warmpu", "did you mean .*warmup_samples"),
         ("[set]", "[set", "isn't TOML"),
         ("data = ", "datum = ", "unknown key"),
+        ("tokens = [16, 4]", "tokens = [16, 4]\nways = []", r"image.ways is \[\]: set a list of names"),
+        ("tokens = [16, 4]", 'tokens = [16, 4]\nways = ["grid", "grid"]', "image.ways names one twice"),
+        ("tokens = [16, 4]", "tokens = [16, 4]\nways = 3", "image.ways is 3: set a list of names"),
+        ("[image]", "[sizes]\nsmall = 3\n[image]", "sizes.small is 3: make it a table"),
+        ("[image]", '[sizes."../large"]\n[image]', "sizes: '../large' is no name of a folder"),
+        ('base = "debug"', 'base = "debug"\nstudies = 3', "studies is 3: set a list of names"),
+        ('base = "debug"\ndata = ', 'base = "debug"\ndata = {a = 1} # ', "it has no data"),
+        ("[eval]\ndata = ", "[eval]\ndata = 3 # ", "it measures nothing"),
     ],
 )
 def test_a_bad_file_is_one_line(write, old, new, said):
