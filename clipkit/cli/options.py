@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any, NoReturn
@@ -32,6 +33,17 @@ class _PathOrUrl(click.ParamType[Path]):
 
 
 PathOrUrl = _PathOrUrl()
+
+
+class FiniteRange(click.FloatRange):
+    """A range of numbers in which `nan` and `inf` aren't."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """As click's, but refuses what isn't finite."""
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value} isn't finite.", param, ctx)
+        return number
 
 
 class OneLineErrors(click.Group):

@@ -4,8 +4,16 @@ from pathlib import Path
 
 import click
 
-from clipkit.cli.options import AnyPath, Folder, Positive, as_json, assignments, print_json
+from clipkit.cli.options import AnyPath, FiniteRange, Folder, as_json, assignments, print_json
 from clipkit.errors import UserError
+
+# What goes with each way to say what is planned, beside --page and --measure.
+TAKES = {
+    "--recipe": ("--set", "--devices", "--price", "--data", "--dataset"),
+    "--run": ("--devices", "--price"),
+    "--against": (),
+    "--budget": ("--devices", "--price", "--dataset"),
+}
 
 
 @click.command()
@@ -13,10 +21,12 @@ from clipkit.errors import UserError
 @assignments
 @click.option("--run", "columns", type=AnyPath, help="JSON with columns of published-runs.csv, in place of a recipe.")
 @click.option("--against", type=Folder, help="A run of clipkit train: what it took beside what is planned for it.")
-@click.option("--budget", type=Positive, help="Money: what recipes and lengths give most for it.")
+@click.option(
+    "--budget", type=FiniteRange(min=0, min_open=True), help="Money: what recipes and lengths give most for it."
+)
 @click.option("--page", type=AnyPath, help="With --budget: an HTML page with the picture.")
-@click.option("--devices", default="8xA100-80GB", help="How many of what, such as 8xH100-SXM; cpu is this machine.")
-@click.option("--price", type=click.FloatRange(min=0), help="Of one device an hour. [default: a usual rent]")
+@click.option("--devices", help="How many of what, such as 8xH100-SXM; cpu is this machine. [default: 8xA100-80GB]")
+@click.option("--price", type=FiniteRange(min=0), help="Of one device an hour. [default: a usual rent]")
 @click.option("--data", type=Folder, help="The dataset, for its number of pairs and its size.")
 @click.option("--dataset", metavar="NAME", help="The published data set that the data are like, such as LAION-400M.")
 @click.option("--measure", is_flag=True, help="Calibrate on a few steps of this machine, whose --devices it must be.")
@@ -28,7 +38,7 @@ def plan(
     against: Path | None,
     budget: float | None,
     page: Path | None,
-    devices: str,
+    devices: str | None,
     price: float | None,
     data: Path | None,
     dataset: str | None,
@@ -39,7 +49,9 @@ def plan(
 
     Calibrated on published times and fitted to 519 published runs (docs/plan.md); every assumption is printed.
     """
-    if sum(each is not None for each in (recipe_name, columns, against, budget)) != 1:
+    ways = dict(zip(TAKES, (recipe_name, columns, against, budget), strict=True))
+    chosen = [name for name, value in ways.items() if value is not None]
+    if len(chosen) != 1:
         raise UserError(
             "plan takes one of --recipe, --run, --against and --budget at a time: clipkit recipes lists the recipes"
         )
@@ -55,7 +67,17 @@ def plan(
         raise UserError("--page draws what a budget buys: give --budget with it")
     if measure and recipe_name is None:
         raise UserError("--measure calibrates the plan of a recipe: give --recipe with it")
-    console = Console()
+    options = {
+        "--set": assignments or None,
+        "--devices": devices,
+        "--price": price,
+        "--data": data,
+        "--dataset": dataset,
+    }
+    for name, value in options.items():
+        if value is not None and name not in TAKES[chosen[0]]:
+            raise UserError(f"{name} doesn't go with {chosen[0]}: leave it out")
+    devices, console = "8xA100-80GB" if devices is None else devices, Console()
     if columns is not None:
         values = plan_columns(read_run(columns), fleet_of(devices, price))
         print_json(values) if as_json else print_columns(values, console)

@@ -5,7 +5,7 @@ from typing import Literal
 
 import click
 
-from clipkit.cli.options import AnyPath, Folder, as_json, device, loader_workers, print_json
+from clipkit.cli.options import AnyPath, FiniteRange, Folder, as_json, device, loader_workers, print_json
 from clipkit.errors import UserError
 
 
@@ -14,7 +14,7 @@ from clipkit.errors import UserError
 @click.option("--out", type=Folder, help="Folder of the sweep. Needed but for --dry-run.")
 @click.option("--dry-run", is_flag=True, help="Only say what the sweep is predicted to take.")
 @click.option("--devices", help="For --dry-run, as plan's: how many of what. [default: cpu, which is this machine]")
-@click.option("--price", type=click.FloatRange(min=0), help="Of one device an hour, for --dry-run.")
+@click.option("--price", type=FiniteRange(min=0), help="Of one device an hour, for --dry-run.")
 @click.option("--measure", is_flag=True, help="For --dry-run: calibrate on a few steps of this machine.")
 @click.option(
     "--engine",

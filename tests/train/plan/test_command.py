@@ -192,7 +192,14 @@ def test_a_run_beside_its_plan(tmp_path):
      (["--recipe", "clip-b32", "--set", "model.image.name=convnext_base"], "vision transformers only"),
      (["--recipe", "clip-b32", "--data", "nowhere"], "no dataset"), (["--against", "nowhere"], "no config.json"),
      (["--recipe", "clipa-h14-datacomp", "--devices", "2xRTX-4090"], "not one pair fits"),
-     (["--run", "nowhere.json"], "doesn't exist")],
+     (["--run", "nowhere.json"], "doesn't exist"),
+     (["--run", "run.json", "--dataset", "LAION-400M"], "--dataset doesn't go with --run"),
+     (["--run", "run.json", "--set", "seed=1"], "--set doesn't go with --run"),
+     (["--run", "run.json", "--data", "pairs"], "--data doesn't go with --run"),
+     (["--against", "run", "--price", "3"], "--price doesn't go with --against"),
+     (["--against", "run", "--devices", "8xH200"], "--devices doesn't go with --against"),
+     (["--budget", "5", "--data", "pairs"], "--data doesn't go with --budget"),
+     (["--budget", "5", "--set", "seed=1"], "--set doesn't go with --budget")],
 )  # fmt: skip
 def test_what_cannot_be_planned_is_one_line(arguments, said):
     output = plan(*arguments, code=2)
@@ -226,6 +233,12 @@ def test_a_budget_too_small_and_a_page_without_a_budget_are_one_line():
     assert len(output.strip().splitlines()) == 1
     assert "needs a price" in plan("--budget", 5, "--devices", "cpu", code=2)
     assert "give --budget" in plan("--recipe", "clip-b32", "--page", "x.html", code=2)
+
+
+@pytest.mark.parametrize("money", [["--recipe", "clip-b32", "--price"], ["--budget"]])
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_money_is_finite(money, value):
+    assert f"{value} isn't finite" in plan(*money, value, code=2)
 
 
 def test_what_a_budget_buys_as_text():
