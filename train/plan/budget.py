@@ -17,7 +17,7 @@ from clipkit.train.catalogue import DATASETS, find_recipe
 from clipkit.train.plan.accuracy import Prediction, known_runs, predict_all
 from clipkit.train.plan.columns import pairs_of
 from clipkit.train.plan.command import columns_of
-from clipkit.train.plan.cost import PAIR_BYTES, Fleet, Pairs, recipe_plan
+from clipkit.train.plan.cost import PAIR_BYTES, Fleet, Pairs, recipe_plan, teachers_cost
 from clipkit.train.plan.report import accuracy_text, grid
 from clipkit.train.plan.step import Calibration
 from clipkit.train.recipes import Recipe
@@ -28,7 +28,7 @@ MOST_LINES = 6
 
 @dataclass(frozen=True)
 class Choice:
-    """A recipe at a length."""
+    """A recipe at a length; its time and money are with those of `clipkit reinforce` where it has teachers."""
 
     recipe: str
     dataset: str
@@ -72,15 +72,22 @@ def choices(budget: float, fleet: Fleet, dataset: str | None) -> list[Choice]:
             stages = recipe_plan(scaled(recipe, 1.0, fleet.number), fleet, pairs, Calibration())
         except UserError:
             continue  # it doesn't fit into these devices
-        money = sum(stage.hours for stage in stages) * fleet.number * fleet.price
+        before = 0.0
+        if recipe.has_teachers:
+            if (teachers := teachers_cost(recipe, fleet, pairs, Calibration())) is None:
+                continue  # they see all pairs, and nobody says how many those are
+            before = teachers[1] / 3600
+        an_hour = fleet.number * fleet.price
+        money = sum(stage.hours for stage in stages) * an_hour
         if not money:
             raise UserError("--budget needs a price: give --price, or other --devices")
-        least = min(least or (money * SHORTEST, name), (money * SHORTEST, name))
-        scale = min(LONGEST, budget / money)
+        least_of_it = (before * an_hour + money * SHORTEST, name)
+        least = min(least or least_of_it, least_of_it)
+        scale = min(LONGEST, (budget - before * an_hour) / money)
         while scale >= SHORTEST:
             run = scaled(recipe, scale, fleet.number)
-            hours = sum(stage.hours for stage in recipe_plan(run, fleet, pairs, Calibration()))
-            found.append((run, like, hours, hours * fleet.number * fleet.price))
+            hours = before + sum(stage.hours for stage in recipe_plan(run, fleet, pairs, Calibration()))
+            found.append((run, like, hours, hours * an_hour))
             scale /= 2
     if not found:
         why = f"the least is {least[1]} at {SHORTEST:.1%} of its length, {least[0]:,.2f}" if least else "no recipe fits"
@@ -114,7 +121,7 @@ def print_choices(rows: Sequence[Choice], budget: float, fleet: Fleet, console: 
     console.print(grid(columns, cells))
     console.print(
         "* nothing as cheap is predicted to be better. Assumed: each recipe on the data of its published run "
-        "(--dataset for others), its stages in the same ratio",
+        "(--dataset for others), its stages in the same ratio; where it has teachers, clipkit reinforce is paid too",
         soft_wrap=True,
     )
 

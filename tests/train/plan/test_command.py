@@ -227,6 +227,24 @@ def test_what_a_budget_buys_comes_with_those_that_no_cheaper_one_beats(bought):
     assert "<polyline" in page
 
 
+def test_a_budget_pays_for_teachers_before_the_run():
+    """`clipkit reinforce` of DataCompDR-12M costs more than the recipe's own length."""
+    values = planned("--recipe", "clipa-b16-dr", "--devices", "8xH100-SXM")
+    price = values["money"] / values["hours"]
+    before = price * values["teachers"]["seconds"] / 3600
+    assert before > values["money"]
+    assert not [
+        row for row in planned("--budget", before, "--devices", "8xH100-SXM")["choices"] if "-dr" in row["recipe"]
+    ]
+    budget = before + values["money"]
+    rows = planned("--budget", budget, "--devices", "8xH100-SXM")["choices"]
+    longest = max((row for row in rows if "-dr" in row["recipe"]), key=lambda row: row["samples"])
+    assert longest["money"] == pytest.approx(budget, rel=0.01) == pytest.approx(price * longest["hours"], rel=0.01)
+    assert longest["samples"] == pytest.approx(sum(stage["samples"] for stage in values["stages"]), rel=0.01)
+    unknown = planned("--budget", budget, "--devices", "8xH100-SXM", "--dataset", "gadgets")["choices"]
+    assert unknown and not [row for row in unknown if "-dr" in row["recipe"]]
+
+
 def test_a_budget_too_small_and_a_page_without_a_budget_are_one_line():
     output = plan("--budget", 0.01, "--devices", "8xH100-SXM", code=2)
     assert "pays for no recipe on 8xH100-SXM: the least is" in output
