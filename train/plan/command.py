@@ -145,12 +145,14 @@ def recipe_of(columns: Mapping[str, Any], devices: int) -> Recipe:
     if facts.shape is None:
         raise UserError("its image tower isn't a vision transformer of a known shape")
     shape, batch = facts.shape, max(1, round((facts.batch or 32_768) / devices)) * devices
+    patch = int(shape.patch)
 
     def stage(name: str, samples: float, px: float, keep: int | None, text: float) -> Stage:
         steps = max(1, round(samples / batch))
         return Stage(
-            name, steps * batch, batch, 1e-3, 0, int(px), int(text), "truncate", "random" if keep else None, keep
-        )
+            name, steps * batch, batch, 1e-3, 0, int(px // patch) * patch, int(text), "truncate",
+            "random" if keep else None, keep,
+        )  # fmt: skip
 
     grid = (facts.image_px // shape.patch) ** 2
     if facts.image_tokens > grid + 1:
@@ -164,7 +166,7 @@ def recipe_of(columns: Mapping[str, Any], devices: int) -> Recipe:
     if facts.full_samples:
         stages.append(stage("full", facts.full_samples, facts.final_px, None, max(32.0, facts.text_tokens)))
     image = ImageConfig(
-        "vit_base_patch16_224", patch_size=int(shape.patch), width=int(shape.width), depth=int(shape.depth),
+        "vit_base_patch16_224", patch_size=patch, width=int(shape.width), depth=int(shape.depth),
         pooling="token" if facts.image_tokens != grid else "average", class_token=facts.image_tokens != grid,
     )  # fmt: skip
     text = TextConfig(width=int(shape.text_width), depth=int(shape.text_depth))

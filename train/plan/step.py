@@ -80,7 +80,8 @@ class Parts(NamedTuple):
 def towers_of(config: ModelConfig, image_keep: int | None) -> tuple[Tower, Tower]:
     """The image and the text tower at the configuration's sizes.
 
-    Raises UserError for an image tower that isn't one of timm's plain vision transformers.
+    Raises UserError for an image tower that isn't one of timm's plain vision transformers, and for patches that aren't
+    in the image.
     """
     image, text = config.image, config.text
     match = re.fullmatch(r"vit_(\w+?)_patch(\d+)(?:_clip|_siglip)?(?:_quickgelu)?_\d+", image.name)
@@ -89,8 +90,15 @@ def towers_of(config: ModelConfig, image_keep: int | None) -> tuple[Tower, Tower
     width, depth, ratio = VITS[match[1]]
     width, depth = image.width or width, image.depth or depth
     hidden, patch = int(width * (image.mlp_ratio or ratio)), image.patch_size or int(match[2])
-    grid = image.image_size // patch
+    grid, rest = divmod(image.image_size, patch)
+    # vit_so400m_patch14_siglip_384 is published with 384 px, of which it doesn't see the last six.
+    is_as_named = image.patch_size is None and image.name.endswith(f"_{image.image_size}")
+    if (rest and not is_as_named) or not grid:
+        near = " or ".join(str(each * patch) for each in (grid, grid + 1) if each)
+        raise UserError(f"image_size {image.image_size} isn't a multiple of the patch size {patch}: take {near}")
     patches = image_keep or grid**2
+    if patches > grid**2:
+        raise UserError(f"can't keep {patches} of {grid**2} patches: choose 1 to {grid**2}")
     tokens = patches + int(image.class_token)
     other, weights = stem_cost(image, width, patch, grid)
     if image.pooling == "attention":

@@ -168,6 +168,18 @@ def test_the_stages_of_a_run_add_up_to_the_samples_that_it_says(tmp_path):
         assert "samples_seen is 13.3B" in output and len(output.strip().splitlines()) == 1
 
 
+def test_a_run_with_a_rest_beside_its_patches_is_priced_without_it(tmp_path):
+    path = tmp_path / "run.json"
+    path.write_text(
+        json.dumps({"model": "ViT-SO400M-14-SigLIP-384", "dataset": "WebLI (English)", "samples_seen": 4e10})
+    )
+    (stage,) = planned("--run", path)["stages"]
+    assert stage["image_tokens"] in (729, 730)
+    own = [f"model.image.{each}" for each in ("name=vit_so400m_patch14_siglip_384", "patch_size=none", "width=none")]
+    settings = [part for each in (*own, "stages.0.image_size=384") for part in ("--set", each)]
+    assert planned("--recipe", "siglip-b16", *settings)["stages"][0]["image_tokens"] == 729
+
+
 def test_a_run_beside_its_plan(tmp_path):
     recipe = to_json(debug())
     device = {"kind": "cuda", "hardware": "NVIDIA A100-SXM4-80GB", "devices": 8, "arithmetic": "bfloat16"}
@@ -186,6 +198,10 @@ def test_a_run_beside_its_plan(tmp_path):
         ([], "plan takes one of"),
         (["--recipe", "debug", "--budget", "5"], "plan takes one of"),
         (["--run", "."], ". is a folder: --run takes"),
+     (["--recipe", "clip-b32", "--devices", ""], "write it as NUMBERxNAME"),
+     (["--recipe", "clip-b32", "--set", "stages.0.image_size=100"], "100 isn't a multiple of the patch size 32"),
+     (["--recipe", "clip-b32", "--set", "stages.0.image_size=8"], "take 32"),
+     (["--recipe", "clip-b32", "--set", "stages.0.image_keep=500"], "can't keep 500 of 49 patches"),
      (["--recipe", "clip-b32", "--devices", "8xA101"], "unknown device 'A101': did you mean"),
      (["--recipe", "clip-b32", "--devices", "7xH200"], "can't be divided over 7 devices"),
      (["--recipe", "clip-b32", "--set", "model.text.depth=0"], "model.text.depth is 0"),
