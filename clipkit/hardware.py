@@ -20,6 +20,8 @@ class Chip(NamedTuple):
     tflops: float
     """Dense bfloat16 peak, 10^12 operations a second, products summed in float32; NVIDIA's sheets mostly give twice as
     much, with sparsity."""
+    float32_tflops: float
+    """The same for factors of float32, not rounded to TF32; of a TPU, which has bfloat16 only, in three passes."""
     memory_gb: float
     bandwidth_gb: float
     """Of the memory, 10^9 bytes a second."""
@@ -34,29 +36,29 @@ AMPERE, ADA = "NVIDIA's data sheet; whitepaper on GA102", "NVIDIA's data sheet; 
 TPU = "docs.cloud.google.com/tpu/docs"
 # The first whose pattern is in the runtime's name counts.
 CHIPS = (
-    Chip("H100-PCIe", "H100 PCIe", 756, 80, 2000, 64, "NVIDIA's data sheet", 2.2),
-    Chip("H100-NVL", "H100 NVL", 835, 94, 3900, 300, "NVIDIA's data sheet", 2.4),
-    Chip("H100-SXM", "H100", 989, 80, 3350, 450, "NVIDIA's data sheet", 2.8),
-    Chip("H200-NVL", "H200 NVL", 835, 141, 4800, 450, "NVIDIA's data sheet", 3.0),
-    Chip("H200", "H200", 989, 141, 4800, 450, "NVIDIA's data sheet", 3.5),
-    Chip("GB200", "GB200", 2500, 186, 8000, 900, "NVIDIA's data sheet", 7.0),
-    Chip("B200", "B200", 2250, 180, 7700, 900, "NVIDIA's data sheet of DGX B200", 5.5),
-    Chip("A100-80GB", r"A100\b.*\b80GB", 312, 80, 2039, 300, "NVIDIA's data sheet (SXM)", 1.8),
-    Chip("A100-40GB", "A100", 312, 40, 1555, 300, "NVIDIA's data sheet (SXM)", 1.3),
-    Chip("A10G", "A10G", 70, 24, 600, 32, "NVIDIA's data sheet; AWS's page on G5", 1.0),
-    Chip("A10", "A10", 125, 24, 600, 32, "NVIDIA's data sheet", 0.75),
-    Chip("A40", "A40", 149.7, 48, 696, 32, "NVIDIA's data sheet", 0.45),
-    Chip("L40S", "L40S", 362, 48, 864, 32, "NVIDIA's data sheet", 0.9),
-    Chip("L40", "L40", 181, 48, 864, 32, "NVIDIA's data sheet", 0.8),
-    Chip("L4", "L4", 121, 24, 300, 32, "NVIDIA's data sheet", 0.7),
-    Chip("RTX-3090", "RTX 3090", 71, 24, 936, 32, AMPERE, 0.25),
-    Chip("RTX-4090", "RTX 4090", 165.2, 24, 1008, 32, ADA, 0.4),
-    Chip("RTX-5090", "RTX 5090", 209.5, 32, 1792, 64, "NVIDIA's whitepaper on RTX Blackwell", 0.7),
-    Chip("MI300X", "MI300X", 1307.4, 192, 5300, 448, "AMD's data sheet", 2.5),
-    Chip("TPU-v4", "v4", 275, 32, 1228, 300, TPU, 3.22),
-    Chip("TPU-v5e", "v5litepod", 197, 16, 819, 200, TPU, 1.2),
-    Chip("TPU-v5p", "v5p", 459, 95, 2765, 600, TPU, 4.2),
-    Chip("TPU-v6e", "v6e", 918, 32, 1640, 448, TPU, 2.7),
+    Chip("H100-PCIe", "H100 PCIe", 756, 51, 80, 2000, 64, "NVIDIA's data sheet", 2.2),
+    Chip("H100-NVL", "H100 NVL", 835, 60, 94, 3900, 300, "NVIDIA's data sheet", 2.4),
+    Chip("H100-SXM", "H100", 989, 67, 80, 3350, 450, "NVIDIA's data sheet", 2.8),
+    Chip("H200-NVL", "H200 NVL", 835, 60, 141, 4800, 450, "NVIDIA's data sheet", 3.0),
+    Chip("H200", "H200", 989, 67, 141, 4800, 450, "NVIDIA's data sheet", 3.5),
+    Chip("GB200", "GB200", 2500, 80, 186, 8000, 900, "NVIDIA's data sheet", 7.0),
+    Chip("B200", "B200", 2250, 75, 180, 7700, 900, "NVIDIA's data sheet of DGX B200", 5.5),
+    Chip("A100-80GB", r"A100\b.*\b80GB", 312, 19.5, 80, 2039, 300, "NVIDIA's data sheet (SXM)", 1.8),
+    Chip("A100-40GB", "A100", 312, 19.5, 40, 1555, 300, "NVIDIA's data sheet (SXM)", 1.3),
+    Chip("A10G", "A10G", 70, 31.5, 24, 600, 32, "NVIDIA's data sheet; AWS's page on G5", 1.0),
+    Chip("A10", "A10", 125, 31.2, 24, 600, 32, "NVIDIA's data sheet", 0.75),
+    Chip("A40", "A40", 149.7, 37.4, 48, 696, 32, "NVIDIA's data sheet", 0.45),
+    Chip("L40S", "L40S", 362, 91.6, 48, 864, 32, "NVIDIA's data sheet", 0.9),
+    Chip("L40", "L40", 181, 90.5, 48, 864, 32, "NVIDIA's data sheet", 0.8),
+    Chip("L4", "L4", 121, 30.3, 24, 300, 32, "NVIDIA's data sheet", 0.7),
+    Chip("RTX-3090", "RTX 3090", 71, 35.6, 24, 936, 32, AMPERE, 0.25),
+    Chip("RTX-4090", "RTX 4090", 165.2, 82.6, 24, 1008, 32, ADA, 0.4),
+    Chip("RTX-5090", "RTX 5090", 209.5, 104.8, 32, 1792, 64, "NVIDIA's whitepaper on RTX Blackwell", 0.7),
+    Chip("MI300X", "MI300X", 1307.4, 163.4, 192, 5300, 448, "AMD's data sheet", 2.5),
+    Chip("TPU-v4", "v4", 275, 91.7, 32, 1228, 300, TPU, 3.22),
+    Chip("TPU-v5e", "v5litepod", 197, 65.7, 16, 819, 200, TPU, 1.2),
+    Chip("TPU-v5p", "v5p", 459, 153, 95, 2765, 600, TPU, 4.2),
+    Chip("TPU-v6e", "v6e", 918, 306, 32, 1640, 448, TPU, 2.7),
 )
 
 
@@ -71,7 +73,17 @@ def find_chip(runtime_name: str) -> Chip | None:
 def this_cpu(cores: int) -> Chip:
     """This machine as a chip, by rule of thumb: 50 GFLOP/s of float32 a core, 10 GB/s of memory for each two cores."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return Chip("cpu", "CPU", 0.05 * cores, memory / 1e9, 5.0 * cores, 10, "rule of thumb: measure with --measure", 0.0)
+    return Chip(
+        "cpu",
+        "CPU",
+        0.05 * cores,
+        0.05 * cores,
+        memory / 1e9,
+        5.0 * cores,
+        10,
+        "rule of thumb: measure with --measure",
+        0.0,
+    )
 
 
 def parse_devices(text: str, cores: int) -> tuple[int, Chip]:

@@ -124,15 +124,16 @@ class Plan:
             f"data like {self.dataset}" if self.dataset else "data of middling quality (name its like with --dataset)"
         )
         return [
-            f"{chip.name}: {chip.tflops:g} TFLOP/s dense bfloat16, {chip.memory_gb:.0f} GB, "
+            f"{chip.name}: {chip.tflops:g} TFLOP/s dense bfloat16, {chip.float32_tflops:g} in float32, "
+            f"{chip.memory_gb:.0f} GB, "
             f"{chip.bandwidth_gb:g} GB/s, {chip.link_gb:g} GB/s to its neighbours ({chip.source})",
             f"{self.fleet.price:.2f} an hour for each device (yours: --price)",
             f"calibration of {self.calibrated_on}: large products reach {calibration.matrix:.0%} of the peak, "
             f"other work {calibration.memory:.0%} of the memory's bandwidth, and {calibration.overhead:.0%} on top",
             f"hosts of {model_of_step.HOST} devices; beyond one, {model_of_step.NETWORK_GB:g} GB/s for each host; "
             "nothing is sent while something is computed",
-            f"the loss in float32 at {model_of_step.FLOAT32_SHARE:.3g} of the peak; {model_of_step.WEIGHT_BYTES} bytes "
-            f"held of each trained weight; {model_of_step.RESERVED:.0%} of the memory kept free",
+            f"the loss in float32; {model_of_step.WEIGHT_BYTES} bytes held of each trained weight; "
+            f"{model_of_step.RESERVED:.0%} of the memory kept free",
             *found_by_training(self.recipe, self.stages),
             *self.frozen_towers(),
             f"data: {self.pairs.where}, {size_text(self.pairs.bytes_each)} a pair",

@@ -24,7 +24,6 @@ HOST = 8  # chips that share links; beyond them the network carries the gradient
 NETWORK_GB = 200.0  # of a host, 10^9 bytes a second: 200 Gbit/s for each chip
 BLOCK_BYTES, MLP_BYTES = 68, 8  # read and written by a block's forward pass for each token, per width and MLP width
 STORED_BYTES = 50  # kept of a block for its backward pass, per token and width, where nothing is computed again
-FLOAT32_SHARE = 1 / 16  # of the bfloat16 peak, in which the loss is computed: A100 1/16, H100 1/15
 OPTIMIZER_BYTES = 44  # read and written of each weight in a step: gradients, moments, norms
 OPTIMIZER_FLOPS = 16  # of each weight in a step
 WEIGHT_BYTES = 12  # held of each weight beside the optimizer's state: itself, gradient, buckets
@@ -162,7 +161,13 @@ def forward_operations(tower: Tower) -> float:
 
 def forward_seconds(tower: Tower, chip: Chip, calibration: Calibration, is_float32: bool) -> float:
     """One sample's forward pass: products by their shapes, and everything between them by its bytes."""
-    return product_seconds(tower, chip, calibration) + moving_seconds(tower, chip, calibration, is_float32)
+    peak = product_rate(chip, calibration, is_float32)
+    return product_seconds(tower, peak, calibration.half_width) + moving_seconds(tower, chip, calibration, is_float32)
+
+
+def product_rate(chip: Chip, calibration: Calibration, is_float32: bool) -> float:
+    """Operations a second of a large matrix product."""
+    return (chip.float32_tflops if is_float32 else chip.tflops) * 1e12 * calibration.matrix
 
 
 def moving_seconds(tower: Tower, chip: Chip, calibration: Calibration, is_float32: bool) -> float:
@@ -171,10 +176,9 @@ def moving_seconds(tower: Tower, chip: Chip, calibration: Calibration, is_float3
     return tower.depth * moved / (chip.bandwidth_gb * 1e9 * calibration.memory)
 
 
-def product_seconds(tower: Tower, chip: Chip, calibration: Calibration) -> float:
-    """What matrix products take of one sample's forward pass."""
-    peak, tokens, width, hidden = chip.tflops * 1e12 * calibration.matrix, tower.tokens, tower.width, tower.hidden
-    half = calibration.half_width
+def product_seconds(tower: Tower, peak: float, half: float) -> float:
+    """What matrix products take of one sample's forward pass; `half` as in `Calibration`."""
+    tokens, width, hidden = tower.tokens, tower.width, tower.hidden
     block = 4.0 * tokens**2 * width / (peak * tokens / (tokens + 256))  # attention's small products
     for inner, outer in ((width, 3 * width), (width, width), (width, hidden), (hidden, width)):
         block += 2.0 * tokens * (inner + half) * (outer + half) / peak
@@ -255,7 +259,8 @@ class Step:
         """Of one step by part; the towers' parts are the forward and backward pass without recomputation."""
         chip, share = self.chip, self.share
         forward = [forward_seconds(tower, chip, self.calibration, self.is_float32) for tower in self.towers]
-        heads = [3 * 2.0 * tower.head / (0.5 * chip.tflops * 1e12 * self.calibration.matrix) for tower in self.towers]
+        rate, float32 = (product_rate(chip, self.calibration, each) for each in (self.is_float32, True))
+        heads = [3 * 2.0 * tower.head / (0.5 * rate) for tower in self.towers]
         towers = [
             share * (each * (1 if tower.frozen else 3) + head)
             for each, tower, head in zip(forward, self.towers, heads, strict=True)
@@ -265,11 +270,7 @@ class Step:
             for each, tower in zip(forward, self.towers, strict=True)
             if not tower.frozen
         ]
-        bandwidth, float32 = (
-            chip.bandwidth_gb * 1e9 * self.calibration.memory,
-            chip.tflops * 1e12 * self.calibration.matrix,
-        )
-        float32 *= 1.0 if self.is_float32 else FLOAT32_SHARE
+        bandwidth = chip.bandwidth_gb * 1e9 * self.calibration.memory
         loss = 12.0 * share * self.batch * self.embed_dim / float32 + 2 * 6 * 4.0 * share * self.batch / bandwidth
         parts = [*towers, loss, OPTIMIZER_BYTES * self.trained / bandwidth, sum(again), self.collective_seconds()]
         return Parts(*(part * (1 + self.calibration.overhead) for part in parts))

@@ -63,6 +63,20 @@ def test_the_optimizers_own_state_is_counted(setting, saved):
     assert plain.fixed_bytes() - other.fixed_bytes() == saved * plain.trained
 
 
+def test_towers_in_float32_multiply_at_the_chips_float32_peak():
+    recipe, chip, pairs = recipes()["clipa-b16-i50-t16"](), CHIPS[2], Pairs(None, 1.0, "unknown")
+    products_only = Calibration(memory=1e9)
+    half, whole = (
+        stage_plan(
+            set_values(recipe, [f"precision={name}"]), recipe.stages[0], Fleet(8, chip, 1.0), pairs, products_only
+        )
+        for name in ("bfloat16", "float32")
+    )
+    times = [each.step.seconds() for each in (half, whole)]
+    assert times[1].image / times[0].image == pytest.approx(chip.tflops / chip.float32_tflops)
+    assert times[1].loss == times[0].loss
+
+
 def test_smaller_memory_gives_smaller_micro_batches_and_costs_a_forward_pass():
     recipe = recipes()["clipa-l16-i17-t16"]()
     stage = recipe.stages[0]
