@@ -17,7 +17,7 @@ ROOT = HERE.parent
 MAY_IMPORT = runpy.run_path(str(ROOT / "tests" / "support" / "rooms.py"))["MAY_IMPORT"]
 
 WIDTH, BOX_HEIGHT, MARGIN = 1180, 46, 16
-# From the top floor down: an arrow always leads downwards, or sideways within the training stage.
+# From the top floor down: an arrow leads downwards, or sideways on one floor.
 FLOORS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("clipkit/cli: one command for each stage", ("clipkit/cli",)),
     (
@@ -29,9 +29,9 @@ FLOORS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ),
     (
         "tfrecord_tools/: what the commands share",
-        tuple(f"tfrecord_tools/{name}" for name in ("web", "account", "writing", "readers")),
+        tuple(f"tfrecord_tools/{name}" for name in ("web", "account", "rewriting", "readers")),
     ),
-    ("", ("tfrecord_tools/pictures", "tfrecord_tools/tables", "tfrecord_tools")),
+    ("", ("tfrecord_tools/writing", "tfrecord_tools/pictures", "tfrecord_tools/tables", "tfrecord_tools")),
     (
         "train/ and eval/",
         (

@@ -23,7 +23,7 @@ from clipkit.formats.features import Feature, parse_features
 from clipkit.formats.manifest import CLIPKIT_FOLDER, SplitManifest, index_path, read_manifest
 from clipkit.formats.records import RecordError, decode_example, index_records, unframe
 from clipkit.storage.cache import BlockCache, CachedRanges
-from clipkit.storage.files import as_path, is_remote, local_copy, read_json, write_json
+from clipkit.storage.files import as_path, is_remote, local_copy, read_json
 from clipkit.storage.ranges import RangeReader, Reopenable, read_whole
 from clipkit.storage.stores import StoredFile, list_folder, reading
 
@@ -320,22 +320,6 @@ def journal_path(folder: Path, command: Rewrite) -> Path:
     """Where a command that writes shards again keeps what it has begun: while the file is there, shards and metadata
     may not agree."""
     return folder / CLIPKIT_FOLDER / f"{command}.json"
-
-
-def write_journal(folder: Path, command: Rewrite, version: int, plan: Mapping[str, Any]) -> None:
-    """Put down what a command has set out to do; `version` is that of the plan's format."""
-    write_json(journal_path(folder, command), {"format": version, **plan})
-
-
-def read_journal(folder: Path, command: Rewrite, version: int) -> dict[str, Any] | None:
-    """What an unfinished command has set out to do, or None. Raises UserError for a plan of another version."""
-    path = journal_path(folder, command)
-    if not path.exists():
-        return None
-    values: dict[str, Any] = read_json(path)
-    if values.pop("format", None) != version:
-        raise UserError(f"{path} is of another version of clipkit: finish {command} with the version that began it")
-    return values
 
 
 def unfinished_rewrite(folder: Path) -> str | None:

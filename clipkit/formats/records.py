@@ -135,6 +135,18 @@ def read_range(path: Path, start: int = 0, stop: int | None = None, check: bool 
             offset += HEADER_BYTES + length + FOOTER_BYTES
 
 
+def read_examples(
+    path: Path, start: int = 0, stop: int | None = None, keys: Sequence[str] | None = None
+) -> Iterator[tuple[int, dict[str, list[Any]]]]:
+    """Offset and columns (`decode_example`) of the records of `read_range`. Raises RecordError for a damaged one."""
+    for offset, record in read_range(path, start, stop):
+        try:
+            values = decode_example(record, keys)
+        except ValueError as error:
+            raise RecordError(path, offset, str(error)) from error
+        yield offset, values
+
+
 def unframe(framed: bytes, offset: int, path: Path | str) -> bytes:
     """The contents of exactly one framed record that was read from byte `offset` of `path`, CRC checked."""
     length = record_length(framed[:HEADER_BYTES], offset, offset + len(framed), path)

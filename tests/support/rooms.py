@@ -47,6 +47,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "tfrecord_tools/readers": (*_core("formats", "storage"), "tfrecord_tools", *_tools("tables")),
     "tfrecord_tools/account": (*_core("formats", "storage"), "tfrecord_tools"),
     "tfrecord_tools/writing": (*_core("formats", "pixels", "storage"), "tfrecord_tools", *_tools("pictures")),
+    "tfrecord_tools/rewriting": (*_core("formats", "storage"), *_tools("tables", "writing")),
     "tfrecord_tools/web": (*_core("storage"), "tfrecord_tools"),
     # The commands, which never import each other.
     "tfrecord_tools/build": (
@@ -70,11 +71,14 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "tfrecord_tools",
         *_tools("account", "pictures", "writing"),
     ),
-    "tfrecord_tools/captions": (*_core("formats", "jobs", "storage"), *_tools("account", "tables", "writing")),
+    "tfrecord_tools/captions": (
+        *_core("formats", "jobs", "storage"),
+        *_tools("account", "rewriting", "tables", "writing"),
+    ),
     "tfrecord_tools/purge": (
         *_core("formats", "jobs", "storage"),
         "tfrecord_tools",
-        *_tools("account", "pictures", "tables", "writing"),
+        *_tools("account", "pictures", "rewriting", "tables"),
     ),
     "tfrecord_tools/verify": (
         *_core("formats", "jobs", "pixels", "storage"),

@@ -1,8 +1,8 @@
 """Add captions of another source to the records of a dataset: `clipkit add-captions`.
 
-The table is packed first, which changes nothing. Then a journal (`clipkit/add-captions.json`) is put down, by which
-`open_dataset` refuses the dataset, and shard after shard is written again beside its place and renamed (`shard`). The
-metadata come at the end, and the journal goes last of all. A run that finds one ends what it began.
+The table is packed first, which changes nothing. Then a journal is put down (`rewriting.plan`), and a run that finds
+one ends what it began. Shard after shard is written again beside its place and renamed (`shard`), and the metadata come
+at the end.
 
 The captions of a source are a column of their own, so the records keep their number and their order: a training that
 doesn't ask for the source sees what it would have seen.
@@ -10,14 +10,16 @@ doesn't ask for the source sees what it would have seen.
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from clipkit.errors import UserError
-from clipkit.formats.captions import OF_SOURCE, check_source, source_columns
+from clipkit.formats.captions import check_source, source_columns
 from clipkit.formats.dataset import DatasetLayout, open_dataset, read_layout
+from clipkit.formats.features import Feature
 from clipkit.formats.kinds import own_name
 from clipkit.formats.manifest import CLIPKIT_FOLDER, reinforced_folder
 from clipkit.formats.records import decode_example
@@ -25,19 +27,15 @@ from clipkit.formatting import counted, size_text
 from clipkit.jobs.passes import Runner
 from clipkit.jobs.run import Engine
 from clipkit.log import warn_on_stderr
-from clipkit.storage.files import as_path, clear_leftovers, lock, read_json, remove
-from clipkit.tfrecord_tools.account.captions import read_added
-from clipkit.tfrecord_tools.captions.finish import finish, leave
-from clipkit.tfrecord_tools.captions.plan import (
-    CaptionPlan,
-    PlannedShard,
-    read_plan,
-    shard_jobs,
-    work_folder,
-    write_plan,
-)
-from clipkit.tfrecord_tools.captions.shard import CaptionedShard, add_captions_to, read_state
-from clipkit.tfrecord_tools.captions.table import CaptionTable, open_table, pack_table, read_rows
+from clipkit.storage.files import as_path, clear_leftovers, lock, remove
+from clipkit.tfrecord_tools.account.captions import read_added, write_added
+from clipkit.tfrecord_tools.captions.plan import CaptionPlan, begin
+from clipkit.tfrecord_tools.captions.shard import CaptionedShard, add_captions_to
+from clipkit.tfrecord_tools.captions.table import CaptionTable, open_table, read_rows
+from clipkit.tfrecord_tools.rewriting.finish import changed_shards, finish_rewrite, with_changes
+from clipkit.tfrecord_tools.rewriting.plan import leave, read_plan, rewrite_jobs, work_folder
+from clipkit.tfrecord_tools.rewriting.shard import read_state
+from clipkit.tfrecord_tools.writing.metadata import add_feature
 
 
 @dataclass(frozen=True)
@@ -113,12 +111,13 @@ def add_captions(
     with lock(folder / CLIPKIT_FOLDER):
         layout = read_layout(folder)  # again, since another run may have ended in the meantime
         clear_leftovers(folder, folder / CLIPKIT_FOLDER)
-        plan = read_plan(folder)
+        plan = read_plan(folder, CaptionPlan)
+        work = work_folder(folder, CaptionPlan.command)
         if plan is None:
-            remove(work_folder(folder))  # of a run that was killed before its journal was there, or after it was gone
+            remove(work)  # of a run that was killed before its journal was there, or after it was gone
             if source in source_columns(layout.features):
                 return _there_already(folder, listed, source)
-            plan = _begin(layout, listed, source)
+            plan = begin(layout, listed, source)
             _warn_of_teachers(folder)
         elif not plan.is_of(listed, source):
             raise UserError(
@@ -126,47 +125,31 @@ def add_captions(
             )
         states = Runner(workers, engine).run(
             "add-captions",
-            add_captions_to,
-            shard_jobs(layout, plan),
+            partial(add_captions_to, table=work, key=own_name(layout.features, plan.by), column=plan.name),
+            rewrite_jobs(layout, plan),
             describe=lambda job: job.path.name,
-            size=lambda job: job.bytes,
-            finished=read_state,
+            size=lambda job: job.before.bytes,
+            finished=partial(read_state, kind=CaptionedShard),
             counts=lambda state: {"joined": state.joined},
         )
         summary = _summarise(folder, plan, states)
         if not summary.joined:
-            leave(folder)
+            leave(folder, plan.command)
             raise _nothing_joined(layout, listed)
-        account = {name: value for name, value in summary.to_json().items() if name not in ("path", "added", "without")}
-        finish(layout, plan, states, {**account, "table": plan.table, "sha256": plan.sha256})
+        _finish(layout, plan, states, summary)
         return summary
 
 
-def _begin(layout: DatasetLayout, table: CaptionTable, source: str) -> CaptionPlan:
-    """Pack the table and put down the journal. Raises UserError when the dataset isn't whole."""
-    folder = layout.folder
-    opened = [(split, open_dataset(folder, split)) for split in layout.lengths]
-    try:
-        counts = pack_table(table, OF_SOURCE + source, work_folder(folder))
-    except UserError:
-        remove(work_folder(folder))
-        raise
-    plan = CaptionPlan(
-        source=source,
-        table=str(table.path),
-        sha256=table.sha256,
-        by=table.by,
-        column=table.column,
-        counts=counts,
-        num_bytes={part["name"]: part.get("numBytes") for part in read_json(folder / "dataset_info.json")["splits"]},
-        shards=tuple(
-            PlannedShard(split, shard.file, shard.records, shard.bytes)
-            for split, dataset in opened
-            for shard in dataset.shards
-        ),
-    )
-    write_plan(folder, plan)
-    return plan
+def _finish(
+    layout: DatasetLayout, plan: CaptionPlan, states: Sequence[CaptionedShard], summary: CaptionSummary
+) -> None:
+    """Write the account of what was added, and index and metadata again."""
+    account = {name: value for name, value in summary.to_json().items() if name not in ("path", "added", "without")}
+    write_added(layout.folder, plan.source, {**account, "table": plan.table, "sha256": plan.sha256})
+    add_feature(layout.folder, plan.name, Feature("text", is_list=True))
+    changes = changed_shards(states)
+    manifest = {split: with_changes(before, changes) for split, before in layout.manifest.items()}
+    finish_rewrite(layout, plan, changes, manifest)
 
 
 def _warn_of_teachers(folder: Path) -> None:
@@ -193,7 +176,7 @@ def _summarise(folder: Path, plan: CaptionPlan, states: Sequence[CaptionedShard]
         records=sum(shard.records for shard in plan.shards),
         joined=sum(state.joined for state in states),
         shards=sum(state.joined > 0 for state in states),
-        bytes=sum(state.added for state in states),
+        bytes=sum(state.grown for state in states),
         rows=counts.rows,
         rows_joined=joined,
         rows_unmatched=len(matched) - joined,

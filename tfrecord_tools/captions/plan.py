@@ -1,36 +1,21 @@
-"""What a run of `clipkit add-captions` has set out to do: the journal that survives its death.
+"""What a run of `clipkit add-captions` has set out to do, and the packed table, which waits beside the journal."""
 
-The journal (`clipkit/add-captions.json`) names the shards as they were; `clipkit/add-captions/` holds the packed table,
-and the states of the shards that are done.
-"""
+from dataclasses import dataclass
+from typing import ClassVar
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
-
+from clipkit.errors import UserError
 from clipkit.formats.captions import OF_SOURCE
-from clipkit.formats.dataset import DatasetLayout, read_journal, write_journal
-from clipkit.formats.kinds import own_name
-from clipkit.formats.manifest import CLIPKIT_FOLDER
-from clipkit.tfrecord_tools.captions.shard import CaptionJob
-from clipkit.tfrecord_tools.captions.table import ROWS, TEXTS, CaptionTable, RowCounts
-
-FORMAT = 1
+from clipkit.formats.dataset import DatasetLayout, Rewrite
+from clipkit.storage.files import remove
+from clipkit.tfrecord_tools.captions.table import CaptionTable, RowCounts, pack_table
+from clipkit.tfrecord_tools.rewriting.plan import RewritePlan, num_bytes, planned_shards, work_folder, write_plan
 
 
 @dataclass(frozen=True)
-class PlannedShard:
-    """A shard as it was before."""
+class CaptionPlan(RewritePlan):
+    """Captions of a `source` from a table."""
 
-    split: str
-    file: str
-    records: int
-    bytes: int
-
-
-@dataclass(frozen=True)
-class CaptionPlan:
-    """Captions of a `source` from a table. `num_bytes` is what dataset_info.json said of each split before."""
+    command: ClassVar[Rewrite] = "add-captions"
 
     source: str
     table: str
@@ -38,8 +23,6 @@ class CaptionPlan:
     by: str
     column: str
     counts: RowCounts
-    num_bytes: dict[str, str | None]
-    shards: tuple[PlannedShard, ...]
 
     @property
     def name(self) -> str:
@@ -50,39 +33,24 @@ class CaptionPlan:
         return (self.source, self.sha256, self.by, self.column) == (source, table.sha256, table.by, table.column)
 
 
-def work_folder(folder: Path) -> Path:
-    """Where all is kept that is needed until the work is finished."""
-    return folder / CLIPKIT_FOLDER / "add-captions"
-
-
-def write_plan(folder: Path, plan: CaptionPlan) -> None:
-    write_journal(folder, "add-captions", FORMAT, asdict(plan))
-
-
-def read_plan(folder: Path) -> CaptionPlan | None:
-    """The plan of a run that isn't finished, None when there is none. Raises UserError for one of another version."""
-    values = read_journal(folder, "add-captions", FORMAT)
-    if values is None:
-        return None
-    shards = tuple(PlannedShard(**shard) for shard in values["shards"])
-    return CaptionPlan(**{**values, "counts": RowCounts(**values["counts"]), "shards": shards})
-
-
-def shard_jobs(layout: DatasetLayout, plan: CaptionPlan) -> Sequence[CaptionJob]:
-    """One job a shard, in the plan's order."""
-    folder, work = layout.folder, work_folder(layout.folder)
-    entries = {shard.file: shard for split in layout.manifest.values() for shard in split.shards}
-    return [
-        CaptionJob(
-            path=folder / shard.file,
-            records=shard.records,
-            bytes=shard.bytes,
-            entry=entries.get(shard.file),
-            rows=work / ROWS,
-            texts=work / TEXTS,
-            key=own_name(layout.features, plan.by),
-            column=plan.name,
-            state=work / f"shard-{number:05d}.json",
-        )
-        for number, shard in enumerate(plan.shards)
-    ]
+def begin(layout: DatasetLayout, table: CaptionTable, source: str) -> CaptionPlan:
+    """Pack the table and put down the journal. Raises UserError when the dataset isn't whole."""
+    folder, work = layout.folder, work_folder(layout.folder, CaptionPlan.command)
+    shards = planned_shards(layout)
+    try:
+        counts = pack_table(table, OF_SOURCE + source, work)
+    except UserError:
+        remove(work)
+        raise
+    plan = CaptionPlan(
+        num_bytes=num_bytes(folder),
+        shards=shards,
+        source=source,
+        table=str(table.path),
+        sha256=table.sha256,
+        by=table.by,
+        column=table.column,
+        counts=counts,
+    )
+    write_plan(folder, plan)
+    return plan

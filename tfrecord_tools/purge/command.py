@@ -1,9 +1,8 @@
 """Take records out of a dataset for good: `clipkit purge`, for opt-outs and for lists such as Re-LAION's removals.
 
 All shards are read, and those that hold a record of the list are written again without it. Reading comes first and
-changes nothing. Then a journal (`clipkit/purge.json`) is put down, by which `open_dataset` refuses the dataset: from
-the first shard that is renamed to the last of the metadata, index and shards don't agree. The journal goes last of all.
-A run that finds one ends what it began, from the plan in `clipkit/purge/`, at whichever moment the first was killed.
+changes nothing. Then a journal is put down (`rewriting.plan`), and a run that finds one ends what it began, at
+whichever moment the first was killed.
 
 The order of the data is a function of the number of records. So a training that is resumed on a purged dataset sees
 another order than it would have: nothing can keep the old one, for the point is that these records are gone. Numbers of
@@ -14,8 +13,7 @@ keeps their rows (see `ledger`).
 """
 
 import datetime
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,18 +22,19 @@ import numpy as np
 import numpy.typing as npt
 
 from clipkit.errors import UserError
-from clipkit.formats.dataset import DatasetLayout, open_dataset, read_layout
+from clipkit.formats.dataset import DatasetLayout, read_layout
 from clipkit.formats.manifest import CLIPKIT_FOLDER
 from clipkit.formats.text_file import Quoting
 from clipkit.formatting import counted, size_text
 from clipkit.jobs.passes import Runner
 from clipkit.jobs.run import Engine
-from clipkit.storage.files import as_path, clear_leftovers, lock, read_json, remove, save_array
+from clipkit.storage.files import as_path, clear_leftovers, lock, remove, save_array
 from clipkit.tfrecord_tools.purge.finish import finish, purged_before, was_recorded
 from clipkit.tfrecord_tools.purge.ledger import purge_ledgers
-from clipkit.tfrecord_tools.purge.plan import PlannedShard, PurgePlan, read_plan, shard_jobs, work_folder, write_plan
+from clipkit.tfrecord_tools.purge.plan import PurgePlan, begin, purge_jobs
 from clipkit.tfrecord_tools.purge.removals import RemovalList, empty_list, open_list, wanted_entries
-from clipkit.tfrecord_tools.purge.shard import SearchJob, ValueReader, find_records, purge_shard
+from clipkit.tfrecord_tools.purge.shard import ValueReader, purge_shard, search_shard
+from clipkit.tfrecord_tools.rewriting.plan import num_bytes, planned_shards, read_plan, rewrite_jobs, work_folder
 from clipkit.tfrecord_tools.tables.digests import UInt64Array
 
 
@@ -116,7 +115,7 @@ def purge(
     with lock(folder / CLIPKIT_FOLDER):
         layout = read_layout(folder)  # again, since another purge may have ended in the meantime
         clear_leftovers(folder, folder / CLIPKIT_FOLDER)
-        plan = read_plan(folder)
+        plan = read_plan(folder, PurgePlan)
         if plan is not None and (plan.list_sha256, plan.by) != (listed.sha256, listed.by):
             raise UserError(
                 f"{folder}: a purge by {plan.by} with {plan.list_path} isn't finished: run that one again first"
@@ -145,21 +144,20 @@ def purge(
             # A list that is new here is written down though no record matches; rows that gave no image may.
             if dry_run or not (plan.shards or not was_recorded(folder, listed)):
                 return summary(_matched(wanted, places), plan)
-            write_plan(folder, plan, numbers, places)
-        jobs, places = shard_jobs(layout, plan, reader)
+            begin(folder, plan, numbers, places)
+        jobs, places = purge_jobs(layout, plan, reader)
         states = runner.run(
             "purge: writing",
             purge_shard,
             jobs,
             describe=lambda job: job.path.name,
-            size=lambda job: job.bytes,
-            counts=lambda state: {"removed": state.removed},
+            size=lambda job: job.before.bytes,
+            counts=lambda state: {"removed": state.before.purged},
         )
         failed = purge_ledgers(layout, plan, states, listed, wanted, runner)
         matched = _matched(wanted, places)
         finish(layout, plan, states, listed, wanted, matched, failed)
-        freed = sum(shard.bytes for shard in plan.shards) - sum(state.bytes for state in states)
-        return summary(matched, plan, freed)
+        return summary(matched, plan, sum(state.before.bytes - state.bytes for state in states))
 
 
 def _matched(wanted: UInt64Array, places: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
@@ -176,40 +174,33 @@ def _find(
 
     Raises UserError when the dataset isn't whole.
     """
-    work = work_folder(layout.folder)
+    work = work_folder(layout.folder, PurgePlan.command)
     remove(work)
-    jobs = [job for split in layout.lengths for job in _search_jobs(layout, split)]
-    save_array(work / "wanted.npy", wanted)
-    found = runner.run(
-        "purge: reading",
-        partial(find_records, reader=reader, wanted=work / "wanted.npy"),
-        jobs,
-        describe=lambda job: job.path.name,
-        size=lambda job: job.bytes,
-        counts=lambda matches: {"found": len(matches.numbers)},
-    )
-    remove(work)
-    parts = read_json(layout.folder / "dataset_info.json")["splits"]
     plan = PurgePlan(
+        num_bytes=num_bytes(layout.folder),
+        shards=planned_shards(layout),
         purge=f"{datetime.datetime.now(datetime.UTC):%Y%m%dT%H%M%S.%fZ}-{listed.sha256[:8]}",
         list_path=str(listed.path),
         list_sha256=listed.sha256,
         by=listed.by,
+        computed=0,
+    )
+    save_array(work / "wanted.npy", wanted)
+    found = runner.run(
+        "purge: reading",
+        partial(search_shard, reader=reader, wanted=work / "wanted.npy"),
+        rewrite_jobs(layout, plan),
+        describe=lambda job: job.path.name,
+        size=lambda job: job.before.bytes,
+        counts=lambda matches: {"found": len(matches.numbers)},
+    )
+    remove(work)
+    shards = [replace(shard, purged=len(matches.numbers)) for shard, matches in zip(plan.shards, found, strict=True)]
+    plan = replace(
+        plan,
+        shards=tuple(shard for shard in shards if shard.purged),
         computed=sum(matches.computed for matches in found),
-        lengths=layout.lengths,
-        num_bytes={part["name"]: part.get("numBytes") for part in parts},
-        shards=tuple(
-            PlannedShard(job.split, job.path.name, job.records, job.bytes, len(matches.numbers))
-            for job, matches in zip(jobs, found, strict=True)
-            if len(matches.numbers)
-        ),
     )
     none = np.zeros(0, np.int64)
     numbers = np.concatenate([none, *(matches.numbers for matches in found)])
     return plan, numbers, np.concatenate([none, *(matches.places for matches in found)])
-
-
-def _search_jobs(layout: DatasetLayout, split: str) -> Iterator[SearchJob]:
-    """The shards of a split, each checked to be there and of the right size."""
-    for shard in open_dataset(layout.folder, split).shards:
-        yield SearchJob(layout.folder / shard.file, split, shard.records, shard.bytes)

@@ -1,7 +1,7 @@
-"""The end of a purge: the index, the log and the metadata are brought into line with the shards.
+"""The end of a purge: what was removed is told, and then index and metadata are brought into line with the shards.
 
-Each step may be done twice: it finds out by itself whether an earlier run has done it. The log comes before the
-metadata, and the journal goes last of all, so a dataset that opens has told what was taken out of it.
+Each step may be done twice. The log comes before the metadata, so a dataset that opens has told what was taken out of
+it.
 
 `clipkit/purge-log.jsonl` is for people: a line for each removed record, and one for each purge.
 `clipkit/purged.parquet` is for the commands that fetch: every value of every list, those that matched nothing here
@@ -22,56 +22,48 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from clipkit.formats.dataset import DatasetLayout, journal_path
-from clipkit.formats.manifest import CLIPKIT_FOLDER, SplitManifest, index_path, write_manifest
-from clipkit.storage.files import local_copy, read_json, remove, write_beside, write_json
+from clipkit.formats.dataset import DatasetLayout
+from clipkit.formats.manifest import CLIPKIT_FOLDER, SplitManifest
+from clipkit.storage.files import local_copy, write_beside
 from clipkit.tfrecord_tools.account.purged import PURGED_TABLE, purged_path
 from clipkit.tfrecord_tools.purge.ledger import with_failures
-from clipkit.tfrecord_tools.purge.plan import PurgePlan, work_folder
+from clipkit.tfrecord_tools.purge.plan import PurgePlan
 from clipkit.tfrecord_tools.purge.removals import LINES, RemovalList, read_values
-from clipkit.tfrecord_tools.purge.shard import RewrittenShard, without
+from clipkit.tfrecord_tools.purge.shard import PurgedShard, without
 from clipkit.tfrecord_tools.reasons import PURGED
+from clipkit.tfrecord_tools.rewriting.finish import Changes, changed_shards, finish_rewrite, with_changes
 from clipkit.tfrecord_tools.tables.digests import UInt64Array, find
-from clipkit.tfrecord_tools.writing.finish import rewrite_index
 
 
 def finish(
     layout: DatasetLayout,
     plan: PurgePlan,
-    states: Sequence[RewrittenShard],
+    states: Sequence[PurgedShard],
     listed: RemovalList,
     wanted: UInt64Array,
     matched: npt.NDArray[np.bool_],
     failed: Mapping[str, Mapping[str, int]],
 ) -> None:
-    """Write index, log and metadata again, and end the purge.
+    """Write the log, the index and the metadata again, and end the purge.
 
     `matched` says which entries of the list were found, `failed` what a download counts of each shard by its file.
     """
     folder = layout.folder
-    splits: dict[str, dict[str, RewrittenShard]] = {}
-    for shard, state in zip(plan.shards, states, strict=True):
-        splits.setdefault(shard.split, {})[shard.file] = state
-    for split, changed in splits.items():
-        _write_index(layout, plan, split, changed)
-        if split in layout.manifest:
-            lines = (
-                {"source": record["source"], "key": record["key"], "reason": PURGED}
-                for state in changed.values()
-                for record in state.removed_records()
-            )
-            _rewrite_lines(folder / CLIPKIT_FOLDER / f"skipped-{split}.jsonl", plan.purge, lines)
+    for split in layout.manifest.keys() & {state.before.split for state in states}:
+        lines = (
+            {"source": record["source"], "key": record["key"], "reason": PURGED}
+            for state in states
+            if state.before.split == split
+            for record in state.removed_records()
+        )
+        _rewrite_lines(folder / CLIPKIT_FOLDER / f"skipped-{split}.jsonl", plan.purge, lines)
     _write_purged(folder, plan, states, listed, wanted, matched)
-    _rewrite_lines(log_path(folder), plan.purge, _log_lines(plan, states, listed, matched))
+    _rewrite_lines(log_path(folder), plan.purge, _log_lines(states, listed, matched))
+    changes = changed_shards(states)
     manifest = {
-        split: with_failures(_purged_manifest(before, splits.get(split, {})), failed)
-        for split, before in layout.manifest.items()
+        split: with_failures(_purged_manifest(before, changes), failed) for split, before in layout.manifest.items()
     }
-    if manifest:
-        write_manifest(folder, manifest)
-    _write_info(layout, plan, splits, manifest)
-    remove(journal_path(folder, "purge"))
-    remove(work_folder(folder))
+    finish_rewrite(layout, plan, changes, manifest)
 
 
 def log_path(folder: Path) -> Path:
@@ -103,22 +95,22 @@ def purged_before(folder: Path, listed: RemovalList, wanted: UInt64Array) -> npt
     return before
 
 
-def _removed(plan: PurgePlan, states: Sequence[RewrittenShard]) -> Iterator[dict[str, Any]]:
+def _removed(states: Sequence[PurgedShard]) -> Iterator[dict[str, Any]]:
     """Every removed record as the log has it."""
-    for shard, state in zip(plan.shards, states, strict=True):
+    for state in states:
         for record in state.removed_records():
             values = {name: record[name] for name in ("value", "key", "url", "sha256")}
-            yield {**values, "split": shard.split, "shard": shard.file}
+            yield {**values, "split": state.before.split, "shard": state.before.file}
 
 
 def _log_lines(
-    plan: PurgePlan, states: Sequence[RewrittenShard], listed: RemovalList, matched: npt.NDArray[np.bool_]
+    states: Sequence[PurgedShard], listed: RemovalList, matched: npt.NDArray[np.bool_]
 ) -> Iterator[dict[str, Any]]:
     when = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     same = {"when": when, "list": str(listed.path), "list_sha256": listed.sha256, "by": listed.by}
-    for record in _removed(plan, states):
+    for record in _removed(states):
         yield {**same, "record": record}
-    count = sum(state.removed for state in states)
+    count = sum(state.before.purged for state in states)
     yield {**same, "removed": count, "entries": len(matched), "matched": int(matched.sum())}
 
 
@@ -137,7 +129,7 @@ def _rewrite_lines(path: Path, purge: str, lines: Iterable[dict[str, Any]]) -> N
 def _write_purged(
     folder: Path,
     plan: PurgePlan,
-    states: Sequence[RewrittenShard],
+    states: Sequence[PurgedShard],
     listed: RemovalList,
     wanted: UInt64Array,
     matched: npt.NDArray[np.bool_],
@@ -151,7 +143,7 @@ def _write_purged(
                 for batch in before.iter_batches(LINES):
                     writer.write_batch(batch.filter(pa.compute.not_equal(batch["purge"], plan.purge)))
         written = matched.copy()
-        rows = ({**same, "matched": True, **record} for record in _removed(plan, states))
+        rows = ({**same, "matched": True, **record} for record in _removed(states))
         while some := list(islice(rows, LINES)):
             writer.write_table(pa.Table.from_pylist(some, schema=PURGED_TABLE))
         for values in read_values(listed):
@@ -165,56 +157,17 @@ def _write_purged(
                 writer.write_table(pa.Table.from_pylist(unmatched, schema=PURGED_TABLE))
 
 
-def _write_index(layout: DatasetLayout, plan: PurgePlan, split: str, changed: Mapping[str, RewrittenShard]) -> None:
-    """The index of a split with the new offsets of its changed shards, unless it has them already."""
-    path = index_path(layout.folder, split)
-    if not path.exists():
-        return
-    lengths = plan.lengths[split]
-    after = sum(lengths) - sum(state.removed for state in changed.values())
-    with local_copy(path) as local:
-        if len(np.load(local, mmap_mode="r" if after else None)) == after:
-            return
-    offsets = {file: state.offsets for file, state in changed.items()}
-    rewrite_index(layout.folder, split, layout.files[split], lengths, offsets, after)
-
-
-def _purged_manifest(manifest: SplitManifest, changed: Mapping[str, RewrittenShard]) -> SplitManifest:
-    """A split's manifest with its changed shards, or itself when it has them already."""
-    entries = {shard.file: shard for shard in manifest.shards}
-    new = {file: state.entry for file, state in changed.items() if state.entry is not None}
-    if all(entries[file].bytes == entry.bytes for file, entry in new.items()):
-        return manifest
+def _purged_manifest(manifest: SplitManifest, changes: Changes) -> SplitManifest:
+    """A split's manifest with its changed shards. Its own sources are counted down unless an earlier run has."""
     # A shuffled split has its sources here and not in its shards, and which of them a record came from isn't known.
-    left = sum(changed[file].removed for file in new if not entries[file].sources)
+    left = sum(
+        changes[shard.file].before.purged
+        for shard in manifest.shards
+        if shard.file in changes and shard.bytes != changes[shard.file].bytes and not shard.sources
+    )
     sources = []
     for source in manifest.sources:
         taken = min(left, source.records)
         sources.append(without(source, taken))
         left -= taken
-    shards = tuple(new.get(shard.file, shard) for shard in manifest.shards)
-    return replace(manifest, shards=shards, sources=tuple(sources))
-
-
-def _write_info(
-    layout: DatasetLayout,
-    plan: PurgePlan,
-    splits: Mapping[str, Mapping[str, RewrittenShard]],
-    manifest: Mapping[str, SplitManifest],
-) -> None:
-    """TFDS's own account, all else in it left as it is: records of each shard, and bytes of each split."""
-    info = read_json(layout.folder / "dataset_info.json")
-    for part in info["splits"]:
-        name = part["name"]
-        changed = splits.get(name, {})
-        if not changed:
-            continue
-        for number, file in enumerate(layout.files[name]):
-            if file in changed:
-                part["shardLengths"][number] = str(changed[file].records)
-        before = plan.num_bytes.get(name)
-        if name in manifest:
-            part["numBytes"] = str(manifest[name].bytes)
-        elif before is not None:  # TFDS counts the contents without their frames
-            part["numBytes"] = str(int(before) - sum(state.contents for state in changed.values()))
-    write_json(layout.folder / "dataset_info.json", info)
+    return replace(with_changes(manifest, changes), sources=tuple(sources))

@@ -29,10 +29,11 @@ from clipkit.tfrecord_tools.account.shard_state import (
     write_state,
 )
 from clipkit.tfrecord_tools.outcome import RowOutcome
-from clipkit.tfrecord_tools.purge.plan import PurgePlan, work_folder
+from clipkit.tfrecord_tools.purge.plan import PurgePlan
 from clipkit.tfrecord_tools.purge.removals import RemovalList
-from clipkit.tfrecord_tools.purge.shard import RewrittenShard
+from clipkit.tfrecord_tools.purge.shard import PurgedShard
 from clipkit.tfrecord_tools.reasons import PURGED
+from clipkit.tfrecord_tools.rewriting.plan import work_folder
 from clipkit.tfrecord_tools.tables.digests import UInt64Array, find
 
 # Columns of a ledger by which a row that gave no image can be meant.
@@ -47,7 +48,7 @@ class LedgerJob:
     """
 
     files: DownloadFiles
-    shard: RewrittenShard | None
+    shard: PurgedShard | None
     wanted: Path | None
     by: str
     purge: str
@@ -56,7 +57,7 @@ class LedgerJob:
 def purge_ledgers(
     layout: DatasetLayout,
     plan: PurgePlan,
-    states: Sequence[RewrittenShard],
+    states: Sequence[PurgedShard],
     listed: RemovalList,
     wanted: UInt64Array,
     runner: Runner,
@@ -67,9 +68,9 @@ def purge_ledgers(
         return {}
     wanted_path = None
     if listed.by in KNOWN:
-        wanted_path = work_folder(layout.folder) / "wanted.npy"
+        wanted_path = work_folder(layout.folder, plan.command) / "wanted.npy"
         save_array(wanted_path, wanted)
-    rewritten = {shard.file: state for shard, state in zip(plan.shards, states, strict=True) if shard.split == SPLIT}
+    rewritten = {state.before.file: state for state in states if state.before.split == SPLIT}
     files = [download.files(number) for number in range(download.shard_count)]
     runner.run(
         "purge: ledgers",
@@ -101,7 +102,7 @@ def purge_ledger(job: LedgerJob) -> int:
     before = [outcome.reason for outcome in outcomes]
     stored = [row for row, reason in enumerate(before) if reason is None]
     if job.shard is not None and len(stored) != job.shard.records:
-        if len(stored) != job.shard.records + job.shard.removed:
+        if len(stored) != job.shard.before.records:
             raise UserError(f"ledger {path} isn't that of {job.files.data}: move it away and purge again")
         for removed in job.shard.removed_records():
             outcomes[stored[removed["number"]]] = purged

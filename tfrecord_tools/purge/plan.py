@@ -1,94 +1,50 @@
-"""What a purge has set out to do: the journal that survives its death.
+"""What a purge has set out to do, and the numbers of the records to remove, which wait beside the journal."""
 
-The journal (`clipkit/purge.json`) names the shards concerned as they were; `clipkit/purge/` holds the numbers of the
-records, and the states of the shards that are rewritten already.
-"""
-
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
-from clipkit.formats.dataset import DatasetLayout, read_journal, write_journal
-from clipkit.formats.manifest import CLIPKIT_FOLDER
+from clipkit.formats.dataset import DatasetLayout, Rewrite
 from clipkit.storage.files import load_array, save_array
 from clipkit.tfrecord_tools.purge.shard import PurgeJob, ValueReader
-
-FORMAT = 1
+from clipkit.tfrecord_tools.rewriting.plan import RewritePlan, rewrite_jobs, work_folder, write_plan
 
 Int64Array = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class PlannedShard:
-    """A shard as it was before, and how many of its records are to be removed."""
+class PurgePlan(RewritePlan):
+    """A purge by its name. `computed` counts the records whose hash was computed from the stored image."""
 
-    split: str
-    file: str
-    records: int
-    bytes: int
-    purged: int
-
-
-@dataclass(frozen=True)
-class PurgePlan:
-    """A purge by its name. `lengths` and `num_bytes` are what dataset_info.json said of each split before.
-
-    `computed` counts the records whose hash was computed from the stored image.
-    """
+    command: ClassVar[Rewrite] = "purge"
 
     purge: str
     list_path: str
     list_sha256: str
     by: str
     computed: int
-    lengths: dict[str, list[int]]
-    num_bytes: dict[str, str | None]
-    shards: tuple[PlannedShard, ...]
 
 
-def work_folder(folder: Path) -> Path:
-    """Where a purge keeps what it needs until it is finished."""
-    return folder / CLIPKIT_FOLDER / "purge"
-
-
-def write_plan(folder: Path, plan: PurgePlan, numbers: Int64Array, places: Int64Array) -> None:
+def begin(folder: Path, plan: PurgePlan, numbers: Int64Array, places: Int64Array) -> None:
     """Write what is to be done, the journal last.
 
     `numbers` are those of the records to remove, shard after shard, and `places` where their values stand in the list's
     array.
     """
-    save_array(work_folder(folder) / "doomed.npy", np.stack([numbers, places]))
-    write_journal(folder, "purge", FORMAT, asdict(plan))
+    save_array(work_folder(folder, "purge") / "doomed.npy", np.stack([numbers, places]))
+    write_plan(folder, plan)
 
 
-def read_plan(folder: Path) -> PurgePlan | None:
-    """The plan of a purge that isn't finished, None when there is none. Raises UserError for one of another version."""
-    values = read_journal(folder, "purge", FORMAT)
-    if values is None:
-        return None
-    return PurgePlan(**{**values, "shards": tuple(PlannedShard(**shard) for shard in values["shards"])})
-
-
-def shard_jobs(layout: DatasetLayout, plan: PurgePlan, reader: ValueReader) -> tuple[list[PurgeJob], Int64Array]:
+def purge_jobs(layout: DatasetLayout, plan: PurgePlan, reader: ValueReader) -> tuple[list[PurgeJob], Int64Array]:
     """The shards to rewrite, in the plan's order, and the places of all records to remove in the list's array."""
-    folder = layout.folder
-    numbers, places = load_array(work_folder(folder) / "doomed.npy")
-    entries = {shard.file: shard for split in layout.manifest.values() for shard in split.shards}
-    jobs = []
-    end = 0
-    for number, shard in enumerate(plan.shards):
-        start, end = end, end + shard.purged
-        jobs.append(
-            PurgeJob(
-                path=folder / shard.file,
-                records=shard.records,
-                bytes=shard.bytes,
-                entry=entries.get(shard.file),
-                reader=reader,
-                numbers=tuple(numbers[start:end].tolist()),
-                state=work_folder(folder) / f"shard-{number:05d}.json",
-            )
-        )
+    numbers, places = load_array(work_folder(layout.folder, "purge") / "doomed.npy")
+    ends = np.cumsum([shard.purged for shard in plan.shards], dtype=np.int64)[:-1]
+    parts = np.split(numbers, ends)
+    jobs = [
+        PurgeJob(**vars(job), reader=reader, numbers=tuple(part.tolist()))
+        for job, part in zip(rewrite_jobs(layout, plan), parts, strict=False)
+    ]
     return jobs, places

@@ -1,14 +1,10 @@
-"""What a worker of `clipkit purge` does with one shard: find the records that are to go, and write it without them.
-
-A shard is rewritten beside its place; its new state (`RewrittenShard`) is written before it is renamed. So a shard that
-has the size that its state gives is done, any other is as it was, and either way the next run knows what to do.
-"""
+"""What a worker of `clipkit purge` does with one shard: find the records that are to go, and write it without them."""
 
 import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,24 +15,12 @@ from clipkit.errors import UserError
 from clipkit.formats.features import Feature, find_image
 from clipkit.formats.kinds import own_name
 from clipkit.formats.manifest import ShardEntry, SourceEntry
-from clipkit.formats.records import RecordWriter, decode_example, read_records
-from clipkit.storage.files import load_array, local_copy, read_json, save_array, write_beside, write_json
+from clipkit.formats.records import decode_example, read_examples, read_records
+from clipkit.storage.files import local_copy, write_beside
 from clipkit.tfrecord_tools.pictures.sniff import image_format
 from clipkit.tfrecord_tools.purge.removals import HASHES
 from clipkit.tfrecord_tools.reasons import PURGED
-from clipkit.tfrecord_tools.tables.digests import find
-
-BATCH = 4096
-
-
-@dataclass(frozen=True)
-class SearchJob:
-    """One shard to look through, as the dataset's metadata describe it."""
-
-    path: Path
-    split: str
-    records: int
-    bytes: int
+from clipkit.tfrecord_tools.rewriting.shard import RewriteJob, ShardState, find_records, read_state, rewrite
 
 
 @dataclass(frozen=True)
@@ -94,40 +78,24 @@ class ValueReader:
         return b"", False
 
 
-def find_records(job: SearchJob, reader: ValueReader, wanted: Path) -> Matches:
+def search_shard(job: RewriteJob, reader: ValueReader, wanted: Path) -> Matches:
     """Look at every record of a shard. `wanted` is the file of the list's array, mapped and so shared by the workers.
 
     Raises UserError when the shard isn't what the dataset says, or is damaged.
     """
-    keys = reader.keys()
-    numbers: list[int] = []
-    places: list[int] = []
-    computed = number = 0
-    with local_copy(wanted) as array, local_copy(job.path) as local:
-        entries = np.load(array, mmap_mode="r")
-        batch: list[bytes] = []
-        for record in read_records(local):
-            value, was_computed = reader.value(decode_example(record, keys))
+    computed = 0
+
+    def values(local: Path) -> Iterator[bytes]:
+        nonlocal computed
+        for _, columns in read_examples(local, keys=reader.keys()):
+            value, was_computed = reader.value(columns)
             computed += was_computed
-            batch.append(value)
-            if len(batch) == BATCH:
-                _note(find(entries, batch), number, numbers, places)
-                number += len(batch)
-                batch = []
-        _note(find(entries, batch), number, numbers, places)
-        number += len(batch)
-    if number != job.records:
-        raise UserError(
-            f"{job.path} holds {number:,} records where dataset_info.json says {job.records:,}: "
-            "run clipkit verify, and purge when the dataset is whole"
-        )
-    return Matches(np.array(numbers, np.int64), np.array(places, np.int64), computed)
+            yield value
 
-
-def _note(found: npt.NDArray[np.int64], first: int, numbers: list[int], places: list[int]) -> None:
-    hits = np.flatnonzero(found >= 0)
-    numbers += (hits + first).tolist()
-    places += found[hits].tolist()
+    with local_copy(wanted) as array, local_copy(job.path) as local:
+        places = find_records(job, np.load(array, mmap_mode="r"), values(local), "purge")
+    numbers = np.flatnonzero(places >= 0)
+    return Matches(numbers, places[numbers], computed)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -136,40 +104,21 @@ def _note(found: npt.NDArray[np.int64], first: int, numbers: list[int], places: 
 
 
 @dataclass(frozen=True)
-class PurgeJob:
-    """A shard as it was, the numbers of the records to remove, and where its state goes.
+class PurgeJob(RewriteJob):
+    """A shard to rewrite, and the numbers of the records to remove."""
 
-    `entry` is the manifest's, None where the dataset has no manifest.
-    """
-
-    path: Path
-    records: int
-    bytes: int
-    entry: ShardEntry | None
     reader: ValueReader
     numbers: tuple[int, ...]
-    state: Path
 
 
 @dataclass(frozen=True)
-class RewrittenShard:
-    """The state of a shard that was rewritten, as it stands in the file `path`.
+class PurgedShard(ShardState):
+    """The state of a shard without the removed records; `columns` counts how many of these had each column.
 
-    `contents` are the bytes of the removed records without their frames, and `columns` how many of these had each
-    column. The new offsets and the removed records stand in files beside it, for there may be millions.
+    They stand in a file beside it, for there may be millions.
     """
 
-    path: Path
-    records: int
-    bytes: int
-    entry: ShardEntry | None
-    contents: int
-    removed: int
     columns: dict[str, int]
-
-    def offsets(self) -> npt.NDArray[np.uint64]:
-        """The byte offsets of the records that are left."""
-        return load_array(self.path.with_suffix(".npy"))
 
     def removed_records(self) -> Iterator[dict[str, Any]]:
         """The removed records: number, value, key, url, sha256, source; one at a time."""
@@ -178,65 +127,57 @@ class RewrittenShard:
                 yield json.loads(line)
 
 
-def purge_shard(job: PurgeJob) -> RewrittenShard:
+def purge_shard(job: PurgeJob) -> PurgedShard:
     """Write the shard without those records, unless an earlier run has; return its state."""
-    if job.state.exists():
-        values = read_json(job.state)
-        if job.path.stat().st_size == values["bytes"]:
-            values["entry"] = ShardEntry.from_dict(values["entry"]) if values["entry"] else None
-            return RewrittenShard(job.state, **values)
-    return _rewrite(job)
+    done = read_state(job, PurgedShard)
+    if done is not None:
+        return done
+    removal = _Removal(job)
+    with local_copy(job.path) as local:
+        # Another worker may have done this very shard a moment ago: its numbers then mean other records.
+        if local.stat().st_size != job.before.bytes:
+            raise _changed(job)
+        return rewrite(job, removal.records_left(local), removal.state)
 
 
-def _rewrite(job: PurgeJob) -> RewrittenShard:
-    remove = set(job.numbers)
-    offsets: list[int] = []
-    removed = contents = 0
-    formats_removed: Counter[str] = Counter()
-    columns: Counter[str] = Counter()
-    sources = _Sources(job.entry)
-    with write_beside(job.path) as temporary:
+class _Removal:
+    """Takes the records of a job out of a shard, and counts what goes with them."""
+
+    def __init__(self, job: PurgeJob) -> None:
+        self.job = job
+        self.formats: Counter[str] = Counter()
+        self.columns: Counter[str] = Counter()
+        self.sources = _Sources(job.entry)
+
+    def records_left(self, local: Path) -> Iterator[bytes]:
+        """The other records; those that go are listed beside the state. Raises UserError when there are others."""
+        left, reader, number = set(self.job.numbers), self.job.reader, -1
         with (
-            RecordWriter(temporary) as writer,
-            local_copy(job.path) as local,
-            write_beside(job.state.with_suffix(".jsonl")) as list_path,
+            write_beside(self.job.state.with_suffix(".jsonl")) as list_path,
             list_path.open("w", encoding="utf-8") as lines,
         ):
-            # Another worker may have done this very shard a moment ago: its numbers then mean other records.
-            if local.stat().st_size != job.bytes:
-                raise _changed(job)
             for number, record in enumerate(read_records(local)):
-                source = sources.next(number in remove)
-                if number not in remove:
-                    offsets.append(writer.write(record))
+                source = self.sources.next(number in left)
+                if number not in left:
+                    yield record
                     continue
+                left.remove(number)
                 values = decode_example(record)
-                columns.update(values.keys())
-                image = values.get(job.reader.image or "")
-                formats_removed[(image_format(image[0]) if image else None) or "unknown"] += 1
-                contents += len(record)
-                removed += 1
-                line = {"number": number, **_description(values, job.reader), "source": source}
+                image = values.get(reader.image or "")
+                self.columns.update(values.keys())
+                self.formats[(image_format(image[0]) if image else None) or "unknown"] += 1
+                line = {"number": number, **_description(values, reader), "source": source}
                 lines.write(json.dumps(line, ensure_ascii=False) + "\n")
-        if removed != len(remove) or writer.records + removed != job.records:
-            raise _changed(job)
-        entry = job.entry
+            if left or number + 1 != self.job.before.records:
+                raise _changed(self.job)
+
+    def state(self, size: int, entry: ShardEntry | None) -> PurgedShard:
+        """The state when all is written."""
         if entry is not None:
-            left = {name: count - formats_removed[name] for name, count in entry.formats.items()}
-            entry = replace(
-                entry,
-                records=writer.records,
-                bytes=writer.bytes,
-                crc32c=writer.crc32c,
-                formats={name: count for name, count in left.items() if count > 0},
-                sources=sources.left(),
-            )
-        state = RewrittenShard(
-            job.state, writer.records, writer.bytes, entry, contents, removed, dict(sorted(columns.items()))
-        )
-        save_array(job.state.with_suffix(".npy"), np.array(offsets, np.uint64))
-        write_json(job.state, {name: value for name, value in asdict(state).items() if name != "path"})
-    return state
+            formats = {name: count - self.formats[name] for name, count in entry.formats.items()}
+            formats = {name: count for name, count in formats.items() if count > 0}
+            entry = replace(entry, formats=formats, sources=self.sources.left())
+        return PurgedShard(self.job.state, self.job.before, size, entry, dict(sorted(self.columns.items())))
 
 
 def _changed(job: PurgeJob) -> UserError:

@@ -15,21 +15,11 @@ from clipkit.errors import UserError
 from clipkit.formats.captions import CaptionChoice, merge_captions
 from clipkit.formats.features import Feature, find_caption, find_image, parse_features
 from clipkit.formats.kinds import own_name
-from clipkit.formats.records import RecordError, decode_example, read_range
+from clipkit.formats.records import read_examples
 from clipkit.formats.tables import IMAGE_SUFFIXES, USUAL, PairColumns
 from clipkit.storage.files import read_json
 from clipkit.tfrecord_tools.reasons import BAD_TEXT, NO_IMAGE
 from clipkit.tfrecord_tools.sample import Sample, drop_account, samples_of
-
-
-def _examples(path: Path, start: int, stop: int | None) -> Iterator[tuple[int, dict[str, list[Any]]]]:
-    """Offset and columns of the records that begin in bytes [start, stop). Raises RecordError for a damaged one."""
-    for offset, record in read_range(path, start, stop):
-        try:
-            yield offset, decode_example(record)
-        except ValueError as error:
-            raise RecordError(path, offset, str(error)) from error
-
 
 # ---- A dataset directory ---------------------------------------------------------------------------------------------
 
@@ -57,7 +47,7 @@ def read_dataset(
     """
     image, caption = _image_and_caption(path, features, columns)
     left_out = columns_left_out(features, image)
-    for offset, found in _examples(path, start, stop):
+    for offset, found in read_examples(path, start, stop):
         values = {
             name: feature.value(found[name])
             for name, feature in features.items()
@@ -105,7 +95,7 @@ def read_tfrecord(
 
     Raises RecordError when one is cut off or damaged.
     """
-    for offset, values in _examples(path, start, stop):
+    for offset, values in read_examples(path, start, stop):
         yield from samples_of(_sample(values, fallback=f"{path.stem}-{offset}"), captions, path)
 
 

@@ -9,6 +9,7 @@ a collision either: it would take 2^64 hashes, to have a record of one's own tak
 
 import hashlib
 from collections.abc import Iterable
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ import numpy.typing as npt
 from clipkit.storage.files import disk_errors
 
 READ_BYTES = 1 << 20
+BATCH = 4096
 
 UInt64Array = npt.NDArray[np.uint64]
 
@@ -41,6 +43,14 @@ def find(wanted: UInt64Array, values: list[bytes]) -> npt.NDArray[np.int64]:
         if not behind.any():  # two entries share their first 64 bits once in a lifetime
             return np.where(same_first & (wanted[1][inside] == asked[1]), place, -1)
         place = place + behind
+
+
+def find_each(wanted: UInt64Array, values: Iterable[bytes]) -> npt.NDArray[np.int64]:
+    """`find` for values that come one at a time and aren't kept."""
+    rest, places = iter(values), [np.zeros(0, np.int64)]
+    while batch := list(islice(rest, BATCH)):
+        places.append(find(wanted, batch))
+    return np.concatenate(places)
 
 
 def sha256_of(files: Iterable[Path]) -> str:

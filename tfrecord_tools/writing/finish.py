@@ -1,8 +1,7 @@
 """The one end of every dataset: index, list of skipped samples, manifest, and TFDS's own files, in this order."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import accumulate
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,7 +11,7 @@ import numpy.typing as npt
 from clipkit.formats.features import Feature, Kind
 from clipkit.formats.kinds import EMPTY_LIST, LIST
 from clipkit.formats.manifest import CLIPKIT_FOLDER, SplitManifest, index_path, write_manifest
-from clipkit.storage.files import local_copy, write_beside
+from clipkit.storage.files import write_beside
 from clipkit.storage.stores import reading
 from clipkit.tfrecord_tools.writing.metadata import write_metadata
 
@@ -73,25 +72,6 @@ def write_index(folder: Path, split: str, offsets: Iterable[npt.NDArray[np.uint6
             start += len(part)
         index.flush()
         del index
-
-
-def rewrite_index(
-    folder: Path,
-    split: str,
-    files: Sequence[str],
-    lengths: Sequence[int],
-    changed: Mapping[str, Callable[[], npt.NDArray[np.uint64]]],
-    records: int,
-) -> None:
-    """Write a split's index of `lengths` records a shard again, with the offsets of the files in `changed`."""
-    with local_copy(index_path(folder, split)) as local:
-        before = np.load(local, mmap_mode="r" if sum(lengths) else None)
-        firsts = accumulate(lengths, initial=0)
-        offsets = (
-            changed[file]() if file in changed else before[first : first + length]
-            for file, first, length in zip(files, firsts, lengths, strict=False)
-        )
-        write_index(folder, split, offsets, records)
 
 
 def write_skipped(folder: Path, split: str, parts: Iterable[Path]) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 from clipkit.formats.dataset import VERSION
 from clipkit.formats.features import Feature
 from clipkit.formats.manifest import SplitManifest
-from clipkit.storage.files import write_beside, write_json
+from clipkit.storage.files import read_json, write_beside, write_json
 
 DESCRIPTION = "Image-text pairs written by clipkit."
 FILE_TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
@@ -49,6 +49,15 @@ def write_metadata(
     write_json(folder / "features.json", features_json(features))
     info = dataset_info_json(name, splits, version=version, description=description, supervised=supervised)
     write_json(folder / "dataset_info.json", info)
+
+
+def add_feature(folder: Path, name: str, feature: Feature) -> None:
+    """Declare one column more in `features.json`, clipkit's or TFDS's own, all else in it left as it is."""
+    description = read_json(folder / "features.json")
+    content = description.get("content", description)
+    features = content["featuresDict"]["features"] if "featuresDict" in content else content["features"]
+    features[name] = feature_json(feature)
+    write_json(folder / "features.json", description)
 
 
 def dataset_info_json(

@@ -11,7 +11,7 @@ from small_dataset import PAIR_FEATURES, pair_columns, write_dataset
 
 import clipkit.storage.ranges
 from clipkit.errors import UserError
-from clipkit.formats.dataset import open_dataset, read_journal, write_journal
+from clipkit.formats.dataset import open_dataset
 from clipkit.formats.features import Feature, parse_features
 from clipkit.formats.records import RecordError, read_records
 from clipkit.storage.files import as_path
@@ -298,11 +298,3 @@ def test_a_dataset_in_a_store_reads_as_on_the_disk(built):
     (store / local.shards[2].file).unlink()
     with pytest.raises(UserError, match="is missing: put it back or build it again"):
         open_dataset(store)
-
-
-def test_a_journal_of_another_version_is_refused(tmp_path) -> None:
-    assert read_journal(tmp_path, "purge", 2) is None
-    write_journal(tmp_path, "purge", 2, {"by": "key"})
-    assert read_journal(tmp_path, "purge", 2) == {"by": "key"}
-    with pytest.raises(UserError, match=r"purge\.json is of another version of clipkit: finish purge with the version"):
-        read_journal(tmp_path, "purge", 3)

@@ -25,10 +25,12 @@ from clipkit.storage.files import as_path, read_json
 from clipkit.tfrecord_tools.account.captions import refuse_added_captions
 from clipkit.tfrecord_tools.build.command import build_tfds
 from clipkit.tfrecord_tools.captions import command as adding
-from clipkit.tfrecord_tools.captions import shard as adding_shard
+from clipkit.tfrecord_tools.captions import plan as planning
 from clipkit.tfrecord_tools.captions.command import add_captions
-from clipkit.tfrecord_tools.captions.plan import work_folder
 from clipkit.tfrecord_tools.purge.command import purge
+from clipkit.tfrecord_tools.rewriting import finish as ending
+from clipkit.tfrecord_tools.rewriting.plan import work_folder
+from clipkit.tfrecord_tools.rewriting.shard import ShardState
 from clipkit.tfrecord_tools.verify.command import verify
 from clipkit.train.loader.loader import batches
 from clipkit.train.loader.samples import LoaderConfig, caption_hash
@@ -139,7 +141,7 @@ def test_what_a_run_left_that_was_killed_at_its_very_end_is_removed(data, table)
     """The journal goes before the folder of the work: a kill between the two leaves the folder to the next run."""
     add_captions(data, table)
     before = contents(data)
-    work = work_folder(data)
+    work = work_folder(data, "add-captions")
     work.mkdir()
     (work / "shard-00000.json").write_text("{}")
     assert not add_captions(data, table).added
@@ -264,40 +266,37 @@ def test_the_counts_add_up_on_both_sides(shards, rows):
 
 # ---- Killed ----------------------------------------------------------------------------------------------------------
 
-KILLED = [
-    "write_plan",
-    "add_captions_to",
-    "rename",
-    "finish",
-    "write_manifest",
-    "_write_features",
-    "write_added",
-    "leave",
-]
+# By its name, where each step is called from.
+KILLED = {
+    "write_plan": planning,
+    "add_captions_to": adding,
+    "write": ShardState,  # of a shard's state: the next step is its renaming
+    "_finish": adding,
+    "write_added": adding,
+    "add_feature": adding,
+    "write_index": ending,
+    "write_manifest": ending,
+    "_write_info": ending,
+    "leave": ending,
+}
 
 
 @pytest.mark.parametrize("moment", KILLED)
 def test_killed_at_any_step_nothing_is_lost(data, table, tmp_path, monkeypatch, moment):
     unbroken = shutil.copytree(data, tmp_path / "unbroken")
     add_captions(unbroken, table)
-    from clipkit.tfrecord_tools.captions import finish as ending
+    whole, calls = getattr(KILLED[moment], moment), []
 
-    owner = {"write_plan": adding, "add_captions_to": adding, "finish": adding, "rename": adding_shard}.get(
-        moment, ending
-    )
-    name = "_write_state" if moment == "rename" else moment
-    whole, calls = getattr(owner, name), []
-
-    def dies(*arguments):
+    def dies(*arguments, **options):
         calls.append(arguments)
-        if moment == "rename" or len(calls) == (2 if moment == "add_captions_to" else 1):
-            if moment in ("rename", "write_plan", "_write_features"):
-                whole(*arguments)  # killed just behind it
+        if moment == "write" or len(calls) == (2 if moment == "add_captions_to" else 1):
+            if moment in ("write", "write_plan", "add_feature"):
+                whole(*arguments, **options)  # killed just behind it
             raise KeyboardInterrupt
-        return whole(*arguments)
+        return whole(*arguments, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(owner, name, dies)
+        patch.setattr(KILLED[moment], moment, dies)
         with pytest.raises(KeyboardInterrupt):
             add_captions(data, table)
     with pytest.raises(UserError, match=r"adding captions isn't finished, run the same clipkit add-captions command"):
