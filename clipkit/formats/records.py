@@ -33,6 +33,9 @@ _CRC = struct.Struct("<I")
 _HEADER = struct.Struct("<QI")
 # One system call for many small records, without a copy of large ones (the buffer is passed by when a record fills it).
 _BUFFER_BYTES = 1 << 20
+# What is read at once: many records, and little enough to stay in the processor's cache. Large ones are read singly,
+# for of these a copy costs more than a system call.
+_CHUNK_BYTES, _LARGE_BYTES = 1 << 21, 1 << 17
 
 # The fields of the message `Feature`, as its wire format tags them.
 _BYTES_LIST, _FLOAT_LIST, _INT64_LIST = b"\n", b"\x12", b"\x1a"
@@ -104,35 +107,48 @@ class RecordWriter:
         self.close()
 
 
-def read_records(path: Path, check: bool = True) -> Iterator[bytes]:
+def read_records(path: Path) -> Iterator[bytes]:
     """The records of a file in order, read once from front to back.
 
-    `check=False` leaves out the CRC of the contents; the length's CRC is always checked, else a damaged length would
-    ask for any amount of memory. Raises RecordError at the first record that is cut off or damaged.
+    Raises RecordError at the first record that is cut off or damaged.
     """
-    return (record for _, record in read_range(path, check=check))
+    return (record for _, record in read_range(path))
 
 
-def read_range(path: Path, start: int = 0, stop: int | None = None, check: bool = True) -> Iterator[tuple[int, bytes]]:
+def read_range(path: Path, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, bytes]]:
     """Offset and contents of each record that begins in bytes [start, stop) of the file, as `read_records` has them.
 
     Of the records before `start` the headers alone are read.
     """
-    with path.open("rb", buffering=_BUFFER_BYTES) as file:
-        size = os.fstat(file.fileno()).st_size
+    return ((offset, check_contents(framed, offset, path)) for offset, framed in read_framed(path, start, stop))
+
+
+def read_framed(path: Path, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, bytes]]:
+    """Offset and bytes of each record that begins in bytes [start, stop), with its frame, for `check_contents`.
+
+    Raises RecordError for one that is cut off, and for a damaged length, which would ask for any amount of memory.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        size, offset, wanted = os.fstat(descriptor).st_size, 0, _CHUNK_BYTES
         end = size if stop is None else min(stop, size)
-        offset = 0
         while offset < min(start, end):
-            length = record_length(os.pread(file.fileno(), HEADER_BYTES, offset), offset, size, path)
-            offset += HEADER_BYTES + length + FOOTER_BYTES
-        file.seek(offset)
+            offset += _framed_bytes(os.pread(descriptor, HEADER_BYTES, offset), offset, size, path)
         while offset < end:
-            length = record_length(file.read(HEADER_BYTES), offset, size, path)
-            framed = file.read(length + FOOTER_BYTES)
-            if len(framed) < length + FOOTER_BYTES:
-                raise RecordError(path, offset, "the file ends inside a record")
-            yield offset, _checked(framed[:length], framed[length:], offset, path) if check else framed[:length]
-            offset += HEADER_BYTES + length + FOOTER_BYTES
+            chunk, position = os.pread(descriptor, wanted, offset), 0
+            while position + HEADER_BYTES <= len(chunk) and offset + position < end:
+                total = _framed_bytes(chunk[position : position + HEADER_BYTES], offset + position, size, path)
+                if position + total > len(chunk):
+                    break
+                yield offset + position, chunk[position : position + total]
+                position += total
+            if not position:  # a record that is larger than what was read
+                position = total = _framed_bytes(chunk[:HEADER_BYTES], offset, size, path)
+                yield offset, os.pread(descriptor, total, offset)
+            wanted = _CHUNK_BYTES if total < _LARGE_BYTES else HEADER_BYTES
+            offset += position
+    finally:
+        os.close(descriptor)
 
 
 def read_examples(
@@ -149,8 +165,16 @@ def read_examples(
 
 def unframe(framed: bytes, offset: int, path: Path | str) -> bytes:
     """The contents of exactly one framed record that was read from byte `offset` of `path`, CRC checked."""
-    length = record_length(framed[:HEADER_BYTES], offset, offset + len(framed), path)
-    return _checked(framed[HEADER_BYTES : HEADER_BYTES + length], framed[-FOOTER_BYTES:], offset, path)
+    record_length(framed[:HEADER_BYTES], offset, offset + len(framed), path)
+    return check_contents(framed, offset, path)
+
+
+def check_contents(framed: bytes, offset: int, path: Path | str) -> bytes:
+    """The contents of a framed record whose length was checked. Raises RecordError when they are damaged."""
+    record = framed[HEADER_BYTES:-FOOTER_BYTES]
+    if masked_crc32c(record) != _CRC.unpack(framed[-FOOTER_BYTES:])[0]:
+        raise RecordError(path, offset, "the checksum of a record's contents doesn't match")
+    return record
 
 
 def index_records(path: Path) -> np.ndarray:
@@ -160,9 +184,8 @@ def index_records(path: Path) -> np.ndarray:
         size = os.fstat(file.fileno()).st_size
         descriptor, offset = file.fileno(), 0
         while offset < size:
-            length = record_length(os.pread(descriptor, HEADER_BYTES, offset), offset, size, path)
             offsets.append(offset)
-            offset += HEADER_BYTES + length + FOOTER_BYTES
+            offset += _framed_bytes(os.pread(descriptor, HEADER_BYTES, offset), offset, size, path)
     return np.array(offsets, dtype=np.uint64)
 
 
@@ -178,10 +201,8 @@ def record_length(header: bytes, offset: int, size: int, path: Path | str) -> in
     return int(length)
 
 
-def _checked(record: bytes, footer: bytes, offset: int, path: Path | str) -> bytes:
-    if masked_crc32c(record) != _CRC.unpack(footer)[0]:
-        raise RecordError(path, offset, "the checksum of a record's contents doesn't match")
-    return record
+def _framed_bytes(header: bytes, offset: int, size: int, path: Path | str) -> int:
+    return HEADER_BYTES + record_length(header, offset, size, path) + FOOTER_BYTES
 
 
 def _example_class() -> Any:

@@ -3,9 +3,8 @@
 A scan changes nothing on the disk but the shard's state, so a damaged shard is found before any is renamed.
 """
 
-import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,14 +14,13 @@ import numpy as np
 
 from clipkit.formats.manifest import ShardEntry, SourceEntry
 from clipkit.formats.records import (
-    FOOTER_BYTES,
-    HEADER_BYTES,
     RecordError,
     RecordWriter,
+    check_contents,
     decode_example,
     encode_example,
-    record_length,
-    unframe,
+    read_framed,
+    read_records,
 )
 from clipkit.storage.files import disk_errors, read_json, save_array, sync_file, write_beside, write_json
 from clipkit.tfrecord_tools.in_place.columns import convert
@@ -31,9 +29,6 @@ from clipkit.tfrecord_tools.pictures.sniff import END_OF_FILE, image_format, is_
 from clipkit.tfrecord_tools.reasons import BAD_TEXT, NO_IMAGE, NOT_AN_IMAGE, TRUNCATED
 from clipkit.tfrecord_tools.sample import caption_problem
 from clipkit.tfrecord_tools.writing.pair_writer import TFDS_FORMATS
-
-# What is read at once: many records, and little enough to stay in the processor's cache.
-_CHUNK_BYTES = 1 << 21
 
 
 @dataclass(frozen=True)
@@ -71,8 +66,8 @@ def scan_shard(job: InPlaceJob) -> ShardScan:
     problems: list[tuple[str, str]] = []
     offsets: list[int] = []
     checksum = 0
-    for offset, framed in _framed_records(job.source):
-        record = unframe(framed, offset, job.source)
+    for offset, framed in read_framed(job.source):
+        record = check_contents(framed, offset, job.source)
         checksum = google_crc32c.extend(checksum, framed)
         try:
             pair = wire.read(record, 0, len(record))
@@ -99,9 +94,8 @@ def rewrite(job: InPlaceJob, kinds: Mapping[str, str]) -> ShardEntry:
         before = ShardEntry.from_dict(read_json(job.state)["shard"])
         offsets = []
         with write_beside(job.target) as temporary, RecordWriter(temporary) as writer:
-            for offset, framed in _framed_records(job.source):
-                values = convert(decode_example(unframe(framed, offset, job.source)), kinds)
-                offsets.append(writer.write(encode_example(values)))
+            for record in read_records(job.source):
+                offsets.append(writer.write(encode_example(convert(decode_example(record), kinds))))
         shard = ShardEntry.of(before.file, writer, before.sources, before.formats, {})
         save_array(job.offsets, np.array(offsets, np.uint64))
         write_json(job.rewritten, asdict(shard))
@@ -152,25 +146,3 @@ def _judge_image(pair: Pair) -> tuple[str | None, str | None]:
 def _key(record: bytes, fallback: str) -> str:
     key = decode_example(record, ["key"]).get("key")
     return key[0].decode("utf-8", "replace") if key and isinstance(key[0], bytes) else fallback
-
-
-def _framed_records(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Offset and bytes of each record with its frame, unchecked. Raises RecordError for one that is cut off."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        size, offset = os.fstat(descriptor).st_size, 0
-        while offset < size:
-            chunk = os.pread(descriptor, _CHUNK_BYTES, offset)
-            position, length = 0, len(chunk)
-            while position + HEADER_BYTES <= length:
-                total = HEADER_BYTES + int.from_bytes(chunk[position : position + 8], "little") + FOOTER_BYTES
-                if position + total > length:
-                    break
-                yield offset + position, chunk[position : position + total]
-                position += total
-            if not position:  # a record that is larger than a chunk, or none
-                position = HEADER_BYTES + record_length(chunk[:HEADER_BYTES], offset, size, path) + FOOTER_BYTES
-                yield offset, os.pread(descriptor, position, offset)
-            offset += position
-    finally:
-        os.close(descriptor)

@@ -5,10 +5,10 @@ record would begin. Equal problems of a shard are told once, with their number a
 """
 
 import io
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import google_crc32c
 import numpy as np
@@ -16,11 +16,10 @@ import numpy.typing as npt
 
 from clipkit.errors import UserError
 from clipkit.formats.features import Feature
-from clipkit.formats.records import FOOTER_BYTES, HEADER_BYTES, RecordError, decode_example, record_length, unframe
+from clipkit.formats.records import RecordError, check_contents, decode_example, read_framed
 from clipkit.storage.files import local_copy
 from clipkit.tfrecord_tools.verify.problems import FETCH, INDEX, PURGE, REBUILD, ProblemList, ShardReport
 
-_BUFFER_BYTES = 1 << 20
 _TYPES: dict[str, type] = {"image": bytes, "text": bytes, "int": int, "bool": int, "label": int, "float": float}
 
 
@@ -63,17 +62,14 @@ def _check(check: ShardCheck, local: Path, found: ProblemList) -> ShardReport:
     chosen = None if check.decode is None else set(check.decode)
     offsets: list[int] = []
     decoded, checksum = 0, 0
-    with local.open("rb", buffering=_BUFFER_BYTES) as file:
-        for offset, framed, ending in read_frames(file, size):
+    try:
+        for offset, framed in read_framed(local):
             checksum = google_crc32c.extend(checksum, framed)
-            if ending:
-                found.add(ending, f"byte {offset:,}, and nothing behind it can be read", FETCH)
-                break
             number = len(offsets)
             offsets.append(offset)
             place = f"record {number:,} at byte {offset:,}"
             try:
-                values = decode_example(unframe(framed, offset, local))
+                values = decode_example(check_contents(framed, offset, local))
             except RecordError as error:
                 found.add(error.reason, place, FETCH)
                 continue
@@ -84,6 +80,8 @@ def _check(check: ShardCheck, local: Path, found: ProblemList) -> ShardReport:
                 found.add(what, place, REBUILD)
             if chosen is None or number in chosen:
                 decoded += _decode(values, columns.images, place, found)
+    except RecordError as error:
+        found.add(error.reason, f"byte {error.offset:,}, and nothing behind it can be read", FETCH)
     # A damaged record shows in the checksum of the file as well: told once is enough.
     if check.crc32c is not None and not found.problems and f"{checksum:08x}" != check.crc32c:
         found.add("the checksum of the file isn't the manifest's, though every record is whole", "", FETCH)
@@ -92,20 +90,6 @@ def _check(check: ShardCheck, local: Path, found: ProblemList) -> ShardReport:
     elif check.index is not None:
         _check_index(check.index, np.array(offsets, np.uint64), found)
     return ShardReport(len(offsets), size, decoded, found.all())
-
-
-def read_frames(file: BinaryIO, size: int) -> Iterator[tuple[int, bytes, str]]:
-    """Each framed record with its byte offset and "", its contents unchecked; at a broken length, the reason."""
-    offset = 0
-    while offset < size:
-        header = file.read(HEADER_BYTES)
-        try:
-            rest = record_length(header, offset, size, file.name) + FOOTER_BYTES
-        except RecordError as error:
-            yield offset, header + file.read(), error.reason
-            return
-        yield offset, header + file.read(rest), ""
-        offset += HEADER_BYTES + rest
 
 
 class ColumnCheck:

@@ -12,7 +12,10 @@ from tensorflow_process import with_tensorflow
 
 from clipkit.errors import UserError
 from clipkit.formats import records
+from clipkit.formats import records as record_files
 from clipkit.formats.records import (
+    FOOTER_BYTES,
+    HEADER_BYTES,
     RecordError,
     RecordWriter,
     decode_example,
@@ -20,6 +23,8 @@ from clipkit.formats.records import (
     encode_example,
     index_records,
     masked_crc32c,
+    read_framed,
+    read_range,
     read_records,
     unframe,
     with_column,
@@ -186,18 +191,30 @@ def test_a_flipped_bit_anywhere_is_noticed_in_its_record(damaged):
             unframe(bytes(flipped[offset:]), offset, path)
 
 
-def test_without_checking_contents_pass_and_lengths_do_not(damaged):
+def test_contents_that_are_not_checked_yet_pass_and_lengths_do_not(damaged):
     path, _, contents = damaged
     flipped = contents[:12] + b"O" + contents[13:]
     path.write_bytes(flipped)
-    assert next(read_records(path, check=False)) == b"One"
+    assert next(read_framed(path)) == (0, flipped[: HEADER_BYTES + 3 + FOOTER_BYTES])
     length = struct.pack("<Q", 2**40)
     path.write_bytes(length + contents[8:])
     with pytest.raises(RecordError, match="length"):
-        next(read_records(path, check=False))
+        next(read_framed(path))
     path.write_bytes(length + struct.pack("<I", masked_crc32c(length)) + contents[12:])
     with pytest.raises(RecordError, match="ends inside"):  # and asks for no terabyte
-        next(read_records(path, check=False))
+        next(read_framed(path))
+
+
+@pytest.mark.parametrize("chunk", [20, 100, 1000])
+@pytest.mark.parametrize("large", [1, 60, 5000])
+def test_nothing_depends_on_how_much_is_read_at_once(tmp_path, monkeypatch, chunk, large):
+    wanted = [bytes([number]) * length for number, length in enumerate((3, 0, 70, 5, 2000, 1, 84, 900, 4))]
+    with RecordWriter(tmp_path / "a") as writer:
+        offsets = [writer.write(record) for record in wanted]
+    monkeypatch.setattr(record_files, "_CHUNK_BYTES", chunk)
+    monkeypatch.setattr(record_files, "_LARGE_BYTES", large)
+    assert list(read_range(tmp_path / "a")) == list(zip(offsets, wanted, strict=True))
+    assert [offset for offset, _ in read_range(tmp_path / "a", offsets[2], offsets[5] + 1)] == offsets[2:6]
 
 
 def test_the_error_is_one_line_for_the_user_and_crosses_processes():

@@ -16,6 +16,7 @@ from tensorflow_process import with_tensorflow
 
 from clipkit.cli.main import main
 from clipkit.errors import UserError
+from clipkit.formats import records as record_files
 from clipkit.formats.dataset import open_dataset
 from clipkit.formats.features import Feature
 from clipkit.formats.records import (
@@ -316,7 +317,7 @@ def test_a_shard_that_img2dataset_had_not_finished_is_named(shards):
 
 
 def test_records_larger_than_what_is_read_at_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(in_place_shard, "_CHUNK_BYTES", 1000)
+    monkeypatch.setattr(record_files, "_CHUNK_BYTES", 1000)
     large = {"jpg": picture(1, size=400), "note": "x" * 5000}
     folder = made_up(tmp_path / "shards", [{}, large, {}, {"note": "y"}, large, {}])
     assert len(picture(1, size=400)) > 3000
@@ -326,7 +327,7 @@ def test_records_larger_than_what_is_read_at_once(tmp_path, monkeypatch):
 
 
 def test_a_damaged_length_asks_for_no_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(in_place_shard, "_CHUNK_BYTES", 1000)
+    monkeypatch.setattr(record_files, "_CHUNK_BYTES", 1000)
     folder = made_up(tmp_path / "shards", [{"note": "x" * 3000}] * 10)
     path = folder / "00000.tfrecord"
     data = bytearray(path.read_bytes())
