@@ -2,6 +2,5 @@
 
 - `command`: the whole work in order, and its summary
 - `table`: the table of captions: its columns, and a form of it that all workers look rows up in
-- `plan`: what a run has begun, which is in the journal of `rewriting`
 - `shard`: what a worker does with one shard: find the rows, and write the records again with their captions
 """

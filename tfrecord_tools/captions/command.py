@@ -12,13 +12,13 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from clipkit.errors import UserError
-from clipkit.formats.captions import check_source, source_columns
-from clipkit.formats.dataset import DatasetLayout, open_dataset, read_layout
+from clipkit.formats.captions import OF_SOURCE, check_source, source_columns
+from clipkit.formats.dataset import DatasetLayout, Rewrite, open_dataset, read_layout
 from clipkit.formats.features import Feature
 from clipkit.formats.kinds import own_name
 from clipkit.formats.manifest import CLIPKIT_FOLDER, reinforced_folder
@@ -29,13 +29,43 @@ from clipkit.jobs.run import Engine
 from clipkit.log import warn_on_stderr
 from clipkit.storage.files import as_path, clear_leftovers, lock, remove
 from clipkit.tfrecord_tools.account.captions import read_added, write_added
-from clipkit.tfrecord_tools.captions.plan import CaptionPlan, begin
 from clipkit.tfrecord_tools.captions.shard import CaptionedShard, add_captions_to
-from clipkit.tfrecord_tools.captions.table import CaptionTable, open_table, read_rows
+from clipkit.tfrecord_tools.captions.table import CaptionTable, RowCounts, open_table, pack_table, read_rows
 from clipkit.tfrecord_tools.rewriting.finish import changed_shards, finish_rewrite, with_changes
-from clipkit.tfrecord_tools.rewriting.plan import leave, read_plan, rewrite_jobs, work_folder
+from clipkit.tfrecord_tools.rewriting.plan import (
+    RewritePlan,
+    leave,
+    num_bytes,
+    planned_shards,
+    read_plan,
+    rewrite_jobs,
+    work_folder,
+    write_plan,
+)
 from clipkit.tfrecord_tools.rewriting.shard import read_state
 from clipkit.tfrecord_tools.writing.metadata import add_feature
+
+
+@dataclass(frozen=True)
+class CaptionPlan(RewritePlan):
+    """Captions of a `source` from a table."""
+
+    command: ClassVar[Rewrite] = "add-captions"
+
+    source: str
+    table: str
+    sha256: str
+    by: str
+    column: str
+    counts: RowCounts
+
+    @property
+    def name(self) -> str:
+        """The column that the records get."""
+        return OF_SOURCE + self.source
+
+    def is_of(self, table: CaptionTable, source: str) -> bool:
+        return (self.source, self.sha256, self.by, self.column) == (source, table.sha256, table.by, table.column)
 
 
 @dataclass(frozen=True)
@@ -117,7 +147,7 @@ def add_captions(
             remove(work)  # of a run that was killed before its journal was there, or after it was gone
             if source in source_columns(layout.features):
                 return _there_already(folder, listed, source)
-            plan = begin(layout, listed, source)
+            plan = _begin(layout, listed, source)
             _warn_of_teachers(folder)
         elif not plan.is_of(listed, source):
             raise UserError(
@@ -138,6 +168,29 @@ def add_captions(
             raise _nothing_joined(layout, listed)
         _finish(layout, plan, states, summary)
         return summary
+
+
+def _begin(layout: DatasetLayout, table: CaptionTable, source: str) -> CaptionPlan:
+    """Pack the table and put down the journal. Raises UserError when the dataset isn't whole."""
+    folder, work = layout.folder, work_folder(layout.folder, CaptionPlan.command)
+    shards = planned_shards(layout)
+    try:
+        counts = pack_table(table, OF_SOURCE + source, work)
+    except UserError:
+        remove(work)
+        raise
+    plan = CaptionPlan(
+        num_bytes=num_bytes(folder),
+        shards=shards,
+        source=source,
+        table=str(table.path),
+        sha256=table.sha256,
+        by=table.by,
+        column=table.column,
+        counts=counts,
+    )
+    write_plan(folder, plan)
+    return plan
 
 
 def _finish(

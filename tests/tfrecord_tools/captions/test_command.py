@@ -25,7 +25,6 @@ from clipkit.storage.files import as_path, read_json
 from clipkit.tfrecord_tools.account.captions import refuse_added_captions
 from clipkit.tfrecord_tools.build.command import build_tfds
 from clipkit.tfrecord_tools.captions import command as adding
-from clipkit.tfrecord_tools.captions import plan as planning
 from clipkit.tfrecord_tools.captions.command import add_captions
 from clipkit.tfrecord_tools.purge.command import purge
 from clipkit.tfrecord_tools.rewriting import finish as ending
@@ -268,7 +267,7 @@ def test_the_counts_add_up_on_both_sides(shards, rows):
 
 # By its name, where each step is called from.
 KILLED = {
-    "write_plan": planning,
+    "write_plan": adding,
     "add_captions_to": adding,
     "write": ShardState,  # of a shard's state: the next step is its renaming
     "_finish": adding,
