@@ -33,22 +33,18 @@ def write_metadata(
     features: Mapping[str, Feature],
     splits: Mapping[str, SplitManifest],
     *,
-    version: str = VERSION,
-    description: str = DESCRIPTION,
     label_names: Mapping[str, Sequence[str]] | None = None,
-    supervised: tuple[str, str] | None = None,
+    **info: Any,
 ) -> None:
     """Write the files; `dataset_info.json` last, since its presence says that the dataset is whole.
 
-    `label_names` gives each label column its classes in label order; `supervised` names the two columns, input and
-    target, that TFDS's `as_supervised=True` returns.
+    `label_names` gives each label column its classes in label order; `info` is as in `dataset_info_json`.
     """
     for column, names in (label_names or {}).items():
         with write_beside(folder / f"{column}.labels.txt") as temporary:
             temporary.write_text("".join(f"{each}\n" for each in names), encoding="utf-8")
     write_json(folder / "features.json", features_json(features))
-    info = dataset_info_json(name, splits, version=version, description=description, supervised=supervised)
-    write_json(folder / "dataset_info.json", info)
+    write_json(folder / "dataset_info.json", dataset_info_json(name, splits, **info))
 
 
 def add_feature(folder: Path, name: str, feature: Feature) -> None:
@@ -68,7 +64,10 @@ def dataset_info_json(
     description: str = DESCRIPTION,
     supervised: tuple[str, str] | None = None,
 ) -> dict[str, Any]:
-    """The contents of `dataset_info.json`: TFDS's DatasetInfo message as JSON (64-bit numbers are strings there)."""
+    """The contents of `dataset_info.json`: TFDS's DatasetInfo message as JSON (64-bit numbers are strings there).
+
+    `supervised` names the two columns, input and target, that TFDS's `as_supervised=True` returns.
+    """
     info: dict[str, Any] = {
         "description": description,
         "fileFormat": "tfrecord",
