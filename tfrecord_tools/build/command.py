@@ -37,9 +37,18 @@ from clipkit.storage.files import as_path, clear_leftovers, is_remote, load_arra
 from clipkit.tfrecord_tools.account.purged import refuse_unfinished_rewrite
 from clipkit.tfrecord_tools.build.choose import check_balance, check_best
 from clipkit.tfrecord_tools.build.concepts import ConceptList, read_concepts
+from clipkit.tfrecord_tools.build.dedup import check_dedup
 from clipkit.tfrecord_tools.build.passes import choose_pass, gather_pass, hash_pass, write_pass
-from clipkit.tfrecord_tools.build.plan import BuildOptions, first_samples, make_options, plan
-from clipkit.tfrecord_tools.build.prepare import Condition, Part, Preparation, Stretch, kinds_of_samples, part_left
+from clipkit.tfrecord_tools.build.plan import BuildOptions, first_samples, parse_split, plan
+from clipkit.tfrecord_tools.build.prepare import (
+    Condition,
+    Part,
+    Preparation,
+    Stretch,
+    check_precompute,
+    kinds_of_samples,
+    part_left,
+)
 from clipkit.tfrecord_tools.build.shard import BuildState, Task
 from clipkit.tfrecord_tools.build.shuffle import stretch_path
 from clipkit.tfrecord_tools.readers.shards import InputShard, columns_left_out, find_shards, open_shard, read_shard
@@ -108,7 +117,8 @@ def build_tfds(
     columns = PairColumns(image_column, caption_column, captions, quoting)
     concepts = read_concepts(balance) if balance is not None else None
     chosen_by = check_best(keep_best, by), check_balance(concepts, limit, seed)
-    options = make_options(split, where, resize, quality, dedup, shuffle, precompute, columns, *chosen_by)
+    steps = where, resize, quality, check_dedup(dedup), shuffle, check_precompute(precompute)
+    options = BuildOptions(parse_split(split), *steps, columns, *chosen_by)
     folder = out / name / VERSION
     if same_place(shards, folder):
         raise UserError(f"{folder}: the dataset itself is the source: choose another --name or output")

@@ -18,8 +18,8 @@ from clipkit.formats.shards import ALL_SPLITS
 from clipkit.formats.tables import PairColumns
 from clipkit.storage.files import is_remote, read_json, remove, write_json
 from clipkit.tfrecord_tools.build.choose import Balance, Best
-from clipkit.tfrecord_tools.build.dedup import Method, check_dedup
-from clipkit.tfrecord_tools.build.prepare import Part, check_precompute, check_sizes
+from clipkit.tfrecord_tools.build.dedup import Method
+from clipkit.tfrecord_tools.build.prepare import Part, check_sizes
 from clipkit.tfrecord_tools.readers.shards import InputShard, places_in, read_shard
 from clipkit.tfrecord_tools.sample import Sample
 
@@ -42,6 +42,14 @@ class BuildOptions:
     columns: PairColumns
     keep_best: Best | None = None
     balance: Balance | None = None
+
+    def __post_init__(self) -> None:
+        """Raises UserError for options that don't go together."""
+        check_sizes(self.resize, self.quality)
+        if self.columns.captions == "each" and self.dedup in ("sha256", "phash"):
+            raise UserError(
+                f"--captions each makes several records of an image, and --dedup {self.dedup} keeps one: leave one out"
+            )
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -68,38 +76,6 @@ class BuildOptions:
 def _listed(value: Any) -> Any:
     """As JSON gives it back."""
     return [_listed(each) for each in value] if isinstance(value, tuple | list) else value
-
-
-def make_options(
-    split: str,
-    where: str | None,
-    resize: int | None,
-    quality: int,
-    dedup: str | None,
-    shuffle: int | None,
-    precompute: Sequence[str],
-    columns: PairColumns,
-    keep_best: Best | None,
-    balance: Balance | None,
-) -> BuildOptions:
-    """Check the options. Raises UserError for invalid ones."""
-    check_sizes(resize, quality)
-    if columns.captions == "each" and dedup in ("sha256", "phash"):
-        raise UserError(
-            f"--captions each makes several records of an image, and --dedup {dedup} keeps one: leave one out"
-        )
-    return BuildOptions(
-        parse_split(split),
-        where,
-        resize,
-        quality,
-        check_dedup(dedup),
-        shuffle,
-        check_precompute(precompute),
-        columns,
-        keep_best,
-        balance,
-    )
 
 
 def parse_split(text: str) -> tuple[tuple[str, float], ...]:
