@@ -299,8 +299,7 @@ def open_dataset(
     folder, lengths = layout.folder, layout.lengths
     if split not in lengths:
         raise UserError(f"{folder} has no split {split!r}: choose one of {', '.join(sorted(lengths)) or 'none'}")
-    if (begun := unfinished_rewrite(folder)) is not None:
-        raise UserError(begun)
+    refuse_unfinished_rewrite(folder)
     if layout.differs(split):
         raise UserError(f"{folder}: dataset_info.json and clipkit/manifest.json differ: build the dataset again")
     manifest = layout.manifest.get(split)
@@ -322,12 +321,11 @@ def journal_path(folder: Path, command: Rewrite) -> Path:
     return folder / CLIPKIT_FOLDER / f"{command}.json"
 
 
-def unfinished_rewrite(folder: Path) -> str | None:
-    """One line on a command that has begun to write the shards in `folder` again, and how to go on; or None."""
+def refuse_unfinished_rewrite(folder: Path) -> None:
+    """Raise UserError, which says how to go on, where a command has begun to write the shards in `folder` again."""
     for command, what in REWRITES.items():
         if journal_path(folder, command).exists():
-            return f"{folder}: {what} isn't finished, run the same clipkit {command} command again"
-    return None
+            raise UserError(f"{folder}: {what} isn't finished, run the same clipkit {command} command again")
 
 
 def _find(path: Path) -> Path:

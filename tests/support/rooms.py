@@ -53,24 +53,16 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "tfrecord_tools/build": (
         *_core("formats", "jobs", "pixels", "storage", "text"),
         "tfrecord_tools",
-        *_tools("account", "pictures", "readers", "tables", "writing"),
+        *_tools("pictures", "readers", "tables", "writing"),
     ),
     "tfrecord_tools/download": (
         *_core("formats", "jobs", "storage"),
         "tfrecord_tools",
         *_tools("account", "pictures", "readers", "tables", "web", "writing"),
     ),
-    "tfrecord_tools/in_place": (
-        *_core("formats", "jobs", "storage"),
-        "tfrecord_tools",
-        *_tools("account", "pictures", "writing"),
-    ),
+    "tfrecord_tools/in_place": (*_core("formats", "jobs", "storage"), "tfrecord_tools", *_tools("pictures", "writing")),
     "tfrecord_tools/inspection": (*_core("formats", "page", "pixels", "storage", "text"), *_tools("pictures")),
-    "tfrecord_tools/labelled": (
-        *_core("formats", "jobs", "storage"),
-        "tfrecord_tools",
-        *_tools("account", "pictures", "writing"),
-    ),
+    "tfrecord_tools/labelled": (*_core("formats", "jobs", "storage"), "tfrecord_tools", *_tools("pictures", "writing")),
     "tfrecord_tools/captions": (
         *_core("formats", "jobs", "storage"),
         *_tools("account", "rewriting", "tables", "writing"),

@@ -11,8 +11,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from clipkit.errors import UserError
-from clipkit.formats.dataset import unfinished_rewrite
 from clipkit.formats.manifest import CLIPKIT_FOLDER
 from clipkit.storage.files import local_copy
 from clipkit.tfrecord_tools.account.shard_state import SPLIT
@@ -31,12 +29,6 @@ PURGED_TABLE = pa.schema(
 )
 LINES = 10_000  # rows of a list that are held at a time
 COLUMNS = ["purge", "by", "value", "url", "key", "split"]
-
-
-def refuse_unfinished_rewrite(folder: Path) -> None:
-    """Raise UserError when shards in `folder` are being written again, for whatever would write into it."""
-    if (begun := unfinished_rewrite(folder)) is not None:
-        raise UserError(begun)
 
 
 def purged_path(folder: Path) -> Path:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from clipkit.errors import UserError
 from clipkit.formats.captions import CaptionChoice
-from clipkit.formats.dataset import VERSION, check_name, open_dataset, shard_name
+from clipkit.formats.dataset import VERSION, check_name, open_dataset, refuse_unfinished_rewrite, shard_name
 from clipkit.formats.features import parse_features
 from clipkit.formats.manifest import (
     CLIPKIT_FOLDER,
@@ -34,7 +34,6 @@ from clipkit.formatting import size_text
 from clipkit.jobs.passes import PassProgress, Runner
 from clipkit.jobs.run import Engine
 from clipkit.storage.files import as_path, clear_leftovers, is_remote, load_array, lock, read_json, remove
-from clipkit.tfrecord_tools.account.purged import refuse_unfinished_rewrite
 from clipkit.tfrecord_tools.build.choose import check_balance, check_best
 from clipkit.tfrecord_tools.build.concepts import ConceptList, read_concepts
 from clipkit.tfrecord_tools.build.dedup import check_dedup

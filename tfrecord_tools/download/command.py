@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from clipkit.errors import UserError
-from clipkit.formats.dataset import VERSION, check_name
+from clipkit.formats.dataset import VERSION, check_name, refuse_unfinished_rewrite
 from clipkit.formats.shards import note_beside_tables, select_split
 from clipkit.formats.tables import find_tables, read_schema, table_suffix
 from clipkit.formats.text_file import Quoting
@@ -24,7 +24,6 @@ from clipkit.jobs.run import Engine
 from clipkit.jobs.worker import cores
 from clipkit.storage.files import as_path, disk_errors, lock, remove, require_writable
 from clipkit.tfrecord_tools.account.captions import refuse_added_captions
-from clipkit.tfrecord_tools.account.purged import refuse_unfinished_rewrite
 from clipkit.tfrecord_tools.account.shard_state import FORMATS, DownloadLayout, Format
 from clipkit.tfrecord_tools.download.finish import DownloadSummary
 from clipkit.tfrecord_tools.download.plan import JobSettings, Output, make_plan

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from clipkit.errors import UserError
-from clipkit.formats.dataset import check_name, open_dataset, shard_name
+from clipkit.formats.dataset import check_name, open_dataset, refuse_unfinished_rewrite, shard_name
 from clipkit.formats.manifest import CLIPKIT_FOLDER, ShardEntry, SplitManifest, add_counts, read_manifest
 from clipkit.formats.tables import is_hidden
 from clipkit.formatting import counted, counts_text
@@ -33,7 +33,6 @@ from clipkit.storage.files import (
     write_json,
     write_json_lines,
 )
-from clipkit.tfrecord_tools.account.purged import refuse_unfinished_rewrite
 from clipkit.tfrecord_tools.in_place.columns import check_columns, features_of, misfits, unify_forms
 from clipkit.tfrecord_tools.in_place.shard import InPlaceJob, ShardScan, read_scan, rewrite, scan_shard
 from clipkit.tfrecord_tools.writing.finish import finish_dataset

@@ -17,7 +17,7 @@ from typing import Any
 
 from clipkit import embedded
 from clipkit.errors import UserError
-from clipkit.formats.dataset import VERSION, check_name
+from clipkit.formats.dataset import VERSION, check_name, refuse_unfinished_rewrite
 from clipkit.formats.features import Feature, parse_features
 from clipkit.formats.folders import aside_text, empty_classes_text, printable
 from clipkit.formats.manifest import CLIPKIT_FOLDER, SplitManifest, read_manifest
@@ -25,7 +25,6 @@ from clipkit.formatting import counted, counts_text, size_text
 from clipkit.jobs.passes import Runner
 from clipkit.jobs.run import Engine
 from clipkit.storage.files import clear_leftovers, is_remote, load_array, lock, read_json, remove
-from clipkit.tfrecord_tools.account.purged import refuse_unfinished_rewrite
 from clipkit.tfrecord_tools.labelled.labels import label_images
 from clipkit.tfrecord_tools.labelled.listing import Image, SplitSource, find_splits, list_part
 from clipkit.tfrecord_tools.labelled.shard import LabelledJob
