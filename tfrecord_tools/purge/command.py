@@ -28,13 +28,19 @@ from clipkit.formats.text_file import Quoting
 from clipkit.formatting import counted, size_text
 from clipkit.jobs.passes import Runner
 from clipkit.jobs.run import Engine
-from clipkit.storage.files import as_path, clear_leftovers, lock, remove, save_array
+from clipkit.storage.files import as_path, clear_leftovers, load_array, lock, remove, save_array
 from clipkit.tfrecord_tools.purge.finish import finish, purged_before, was_recorded
 from clipkit.tfrecord_tools.purge.ledger import purge_ledgers
-from clipkit.tfrecord_tools.purge.plan import PurgePlan, begin, purge_jobs
 from clipkit.tfrecord_tools.purge.removals import RemovalList, empty_list, open_list, wanted_entries
-from clipkit.tfrecord_tools.purge.shard import ValueReader, purge_shard, search_shard
-from clipkit.tfrecord_tools.rewriting.plan import num_bytes, planned_shards, read_plan, rewrite_jobs, work_folder
+from clipkit.tfrecord_tools.purge.shard import Int64Array, PurgePlan, ValueReader, purge_jobs, purge_shard, search_shard
+from clipkit.tfrecord_tools.rewriting.plan import (
+    num_bytes,
+    planned_shards,
+    read_plan,
+    rewrite_jobs,
+    work_folder,
+    write_plan,
+)
 from clipkit.tfrecord_tools.tables.digests import UInt64Array
 
 
@@ -115,7 +121,7 @@ def purge(
     with lock(folder / CLIPKIT_FOLDER):
         layout = read_layout(folder)  # again, since another purge may have ended in the meantime
         clear_leftovers(folder, folder / CLIPKIT_FOLDER)
-        plan = read_plan(folder, PurgePlan)
+        plan, work = read_plan(folder, PurgePlan), work_folder(folder, PurgePlan.command)
         if plan is not None and (plan.list_sha256, plan.by) != (listed.sha256, listed.by):
             raise UserError(
                 f"{folder}: a purge by {plan.by} with {plan.list_path} isn't finished: run that one again first"
@@ -140,16 +146,17 @@ def purge(
             )
 
         if plan is None:
-            plan, numbers, places = _find(layout, listed, reader, wanted, runner)
+            plan, doomed_2N = _find(layout, listed, reader, wanted, runner)
             # A list that is new here is written down though no record matches; rows that gave no image may.
             if dry_run or not (plan.shards or not was_recorded(folder, listed)):
-                return summary(_matched(wanted, places), plan)
-            begin(folder, plan, numbers, places)
-        jobs, places = purge_jobs(layout, plan, reader)
+                return summary(_matched(wanted, doomed_2N[1]), plan)
+            save_array(work / "doomed.npy", doomed_2N)
+            write_plan(folder, plan)
+        numbers, places = load_array(work / "doomed.npy")
         states = runner.run(
             "purge: writing",
             purge_shard,
-            jobs,
+            purge_jobs(layout, plan, reader, numbers),
             describe=lambda job: job.path.name,
             size=lambda job: job.before.bytes,
             counts=lambda state: {"removed": state.before.purged},
@@ -160,7 +167,7 @@ def purge(
         return summary(matched, plan, sum(state.before.bytes - state.bytes for state in states))
 
 
-def _matched(wanted: UInt64Array, places: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+def _matched(wanted: UInt64Array, places: Int64Array) -> npt.NDArray[np.bool_]:
     """Which entries of the list were found: bool[entries]."""
     matched = np.zeros(wanted.shape[1], bool)
     matched[places] = True
@@ -169,8 +176,8 @@ def _matched(wanted: UInt64Array, places: npt.NDArray[np.int64]) -> npt.NDArray[
 
 def _find(
     layout: DatasetLayout, listed: RemovalList, reader: ValueReader, wanted: UInt64Array, runner: Runner
-) -> tuple[PurgePlan, npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Look at every record of every split: the plan, the numbers to remove shard by shard, and their places.
+) -> tuple[PurgePlan, Int64Array]:
+    """Look at every record of every split: the plan, and of all records to remove what `Matches` has, shard by shard.
 
     Raises UserError when the dataset isn't whole.
     """
@@ -192,15 +199,14 @@ def _find(
         rewrite_jobs(layout, plan),
         describe=lambda job: job.path.name,
         size=lambda job: job.before.bytes,
-        counts=lambda matches: {"found": len(matches.numbers)},
+        counts=lambda matches: {"found": matches.records_2N.shape[1]},
     )
     remove(work)
-    shards = [replace(shard, purged=len(matches.numbers)) for shard, matches in zip(plan.shards, found, strict=True)]
+    pairs = zip(plan.shards, found, strict=True)
+    shards = [replace(shard, purged=matches.records_2N.shape[1]) for shard, matches in pairs]
     plan = replace(
         plan,
         shards=tuple(shard for shard in shards if shard.purged),
         computed=sum(matches.computed for matches in found),
     )
-    none = np.zeros(0, np.int64)
-    numbers = np.concatenate([none, *(matches.numbers for matches in found)])
-    return plan, numbers, np.concatenate([none, *(matches.places for matches in found)])
+    return plan, np.concatenate([np.zeros((2, 0), np.int64), *(matches.records_2N for matches in found)], axis=1)

@@ -27,9 +27,8 @@ from clipkit.formats.manifest import CLIPKIT_FOLDER, SplitManifest
 from clipkit.storage.files import local_copy, write_beside
 from clipkit.tfrecord_tools.account.purged import PURGED_TABLE, purged_path
 from clipkit.tfrecord_tools.purge.ledger import with_failures
-from clipkit.tfrecord_tools.purge.plan import PurgePlan
 from clipkit.tfrecord_tools.purge.removals import LINES, RemovalList, read_values
-from clipkit.tfrecord_tools.purge.shard import PurgedShard, without
+from clipkit.tfrecord_tools.purge.shard import PurgedShard, PurgePlan, without
 from clipkit.tfrecord_tools.reasons import PURGED
 from clipkit.tfrecord_tools.rewriting.finish import Changes, changed_shards, finish_rewrite, with_changes
 from clipkit.tfrecord_tools.tables.digests import UInt64Array, find

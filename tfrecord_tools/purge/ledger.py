@@ -29,9 +29,8 @@ from clipkit.tfrecord_tools.account.shard_state import (
     write_state,
 )
 from clipkit.tfrecord_tools.outcome import RowOutcome
-from clipkit.tfrecord_tools.purge.plan import PurgePlan
 from clipkit.tfrecord_tools.purge.removals import RemovalList
-from clipkit.tfrecord_tools.purge.shard import PurgedShard
+from clipkit.tfrecord_tools.purge.shard import PurgedShard, PurgePlan
 from clipkit.tfrecord_tools.reasons import PURGED
 from clipkit.tfrecord_tools.rewriting.plan import work_folder
 from clipkit.tfrecord_tools.tables.digests import UInt64Array, find

@@ -1,4 +1,6 @@
-"""What a worker of `clipkit purge` does with one shard: find the records that are to go, and write it without them."""
+"""What a purge has set out to do, and what a worker does with one shard of it: find the records that are to go, and
+write it without them.
+"""
 
 import hashlib
 import json
@@ -6,12 +8,13 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
 from clipkit.errors import UserError
+from clipkit.formats.dataset import DatasetLayout, Rewrite
 from clipkit.formats.features import Feature, find_image
 from clipkit.formats.kinds import own_name
 from clipkit.formats.manifest import ShardEntry, SourceEntry
@@ -20,18 +23,34 @@ from clipkit.storage.files import local_copy, write_beside
 from clipkit.tfrecord_tools.pictures.sniff import image_format
 from clipkit.tfrecord_tools.purge.removals import HASHES
 from clipkit.tfrecord_tools.reasons import PURGED
+from clipkit.tfrecord_tools.rewriting.plan import RewritePlan, rewrite_jobs
 from clipkit.tfrecord_tools.rewriting.shard import RewriteJob, ShardState, find_records, read_state, rewrite
+
+Int64Array = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class PurgePlan(RewritePlan):
+    """A purge by its name. `computed` counts the records whose hash was computed from the stored image."""
+
+    command: ClassVar[Rewrite] = "purge"
+
+    purge: str
+    list_path: str
+    list_sha256: str
+    by: str
+    computed: int
 
 
 @dataclass(frozen=True)
 class Matches:
-    """The records of a shard that are in the list: their numbers, and where their values stand in the list's array.
+    """The records of a shard that are in the list: int64[2, n], their numbers, and where their values stand in the
+    list's array.
 
     `computed` counts the records whose hash had to be computed from the stored image.
     """
 
-    numbers: npt.NDArray[np.int64]
-    places: npt.NDArray[np.int64]
+    records_2N: Int64Array
     computed: int
 
 
@@ -95,7 +114,7 @@ def search_shard(job: RewriteJob, reader: ValueReader, wanted: Path) -> Matches:
     with local_copy(wanted) as array, local_copy(job.path) as local:
         places = find_records(job, np.load(array, mmap_mode="r"), values(local), "purge")
     numbers = np.flatnonzero(places >= 0)
-    return Matches(numbers, places[numbers], computed)
+    return Matches(np.stack([numbers, places[numbers]]), computed)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -125,6 +144,15 @@ class PurgedShard(ShardState):
         with local_copy(self.path.with_suffix(".jsonl")) as local, local.open(encoding="utf-8") as lines:
             for line in lines:
                 yield json.loads(line)
+
+
+def purge_jobs(layout: DatasetLayout, plan: PurgePlan, reader: ValueReader, numbers: Int64Array) -> list[PurgeJob]:
+    """The shards to rewrite, in the plan's order; `numbers` are those of the records to remove, shard after shard."""
+    ends = np.cumsum([shard.purged for shard in plan.shards], dtype=np.int64)
+    return [
+        PurgeJob(**vars(job), reader=reader, numbers=tuple(part.tolist()))
+        for job, part in zip(rewrite_jobs(layout, plan), np.split(numbers, ends), strict=False)
+    ]
 
 
 def purge_shard(job: PurgeJob) -> PurgedShard:

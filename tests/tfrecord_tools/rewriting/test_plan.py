@@ -13,7 +13,7 @@ from clipkit.errors import UserError
 from clipkit.storage.files import read_json
 from clipkit.tfrecord_tools.captions.command import add_captions
 from clipkit.tfrecord_tools.purge.command import purge
-from clipkit.tfrecord_tools.purge.plan import PurgePlan
+from clipkit.tfrecord_tools.purge.shard import PurgePlan
 from clipkit.tfrecord_tools.rewriting import finish
 from clipkit.tfrecord_tools.rewriting.plan import read_plan, write_plan
 
