@@ -127,9 +127,8 @@ def build_tfds(
     runner = Runner(workers, engine, progress)
     with lock(folder / CLIPKIT_FOLDER):
         refuse_unfinished_rewrite(folder)
-        splits = read_manifest(folder)
         whole = _whole_splits(folder)
-        splits = {part: manifest for part, manifest in splits.items() if part in whole}
+        splits = {part: manifest for part, manifest in read_manifest(folder).items() if part in whole}
         if whole - set(splits):
             raise _foreign(folder)
         sources = [open_shard(path, columns, work) for path in paths]
