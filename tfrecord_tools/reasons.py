@@ -1,7 +1,7 @@
 """Why a row or a sample gave no record: the closed list by which download, build, ImageNet and purge count and report.
 
-`REASONS` are those of a fetch, which `--retry-failed` takes; `LEFT_OUT` those of a sample that is there, which no retry
-changes. `ADVICE` says what to do when most rows of a table fail for one reason.
+`REASONS` are those of a fetch, which `--retry-failed` takes; no retry changes the others, of a sample that is there.
+`ADVICE` says what to do when most rows of a table fail for one reason.
 """
 
 DNS = "dns"  # the name does not exist, or no resolver would say
@@ -61,10 +61,6 @@ REASONS = (
     OTHER,
 )
 
-LEFT_OUT = (
-    *(NO_IMAGE, NO_CAPTION, EMPTY_CAPTION, BAD_TEXT, BAD_METADATA, NOT_WANTED, DUPLICATE),
-    *(NO_SCORE, NOT_BEST, NO_CONCEPT, THINNED_OUT, PURGED),
-)
 # What the user didn't want: it can be most of the data, so it is counted and not listed sample by sample.
 UNWANTED = frozenset({NOT_WANTED, NOT_BEST, NO_CONCEPT, THINNED_OUT})
 

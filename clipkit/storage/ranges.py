@@ -44,9 +44,9 @@ def read_range(path: Path, start: int, end: int, warn: Warn = warn_on_stderr) ->
     return _read(path, start, end, warn) if start < end else b""
 
 
-def read_object(path: Path, warn: Warn = warn_on_stderr) -> bytes:
+def read_object(path: Path) -> bytes:
     """All of a remote file whose size isn't known, and is small. Raises as `read_range`."""
-    return _read(path, None, None, warn)
+    return _read(path, None, None, warn_on_stderr)
 
 
 def _read(path: Path, start: int | None, end: int | None, warn: Warn) -> bytes:
@@ -78,11 +78,9 @@ def _reason(error: Exception) -> str:
     return "no answer in time" if isinstance(error, TimeoutError) else one_line(error)
 
 
-def read_whole(path: Path, size: int, warn: Warn = warn_on_stderr) -> bytes:
+def read_whole(path: Path, size: int) -> bytes:
     """All `size` bytes of a remote file, in pieces that are short enough for a time limit. Raises as `read_range`."""
-    return b"".join(
-        read_range(path, start, min(start + PIECE_BYTES, size), warn) for start in range(0, size, PIECE_BYTES)
-    )
+    return b"".join(read_range(path, start, min(start + PIECE_BYTES, size)) for start in range(0, size, PIECE_BYTES))
 
 
 def _ask(path: Path, start: int | None, end: int | None) -> bytes:

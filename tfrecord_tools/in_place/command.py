@@ -1,7 +1,7 @@
 """img2dataset's TFRecord shards become a dataset where they lie, without a copy: `clipkit build-tfds --in-place`.
 
 First all shards are scanned, and nothing is changed: checksums, counts, columns. When all are whole, each gets the
-name that TFDS wants; the few that TensorFlow couldn't read as they are (see `in_place_columns`) are rewritten, one
+name that TFDS wants; the few that TensorFlow couldn't read as they are (see `columns`) are rewritten, one
 by one. Then come the index, the manifest and TFDS's metadata, `dataset_info.json` last.
 
 The list of shards is kept from the beginning, so that a run that is killed between two renames knows which file is
