@@ -1,6 +1,8 @@
-"""Draws docs/law.png and writes the tables of docs/law.md, from docs/law.csv and docs/law-prediction.json.
+"""Draws docs/law.png and law-ways.png, and writes the tables of docs/law.md.
 
-Those are `table.csv` and `prediction.json` of `clipkit sweep sweeps/emoji.toml --out runs/law`.
+They are made of docs/law.csv, law-prediction.json and law-ways.csv. The first two are `table.csv` and
+`prediction.json` of `clipkit sweep sweeps/emoji.toml --out runs/law`, the third is the `table.csv` of `clipkit sweep
+sweeps/emoji-ways.toml --out runs/ways`.
 """
 
 import csv
@@ -91,6 +93,60 @@ def results(rows: Rows, tower: str) -> str:
     return "\n".join(lines)
 
 
+def reductions(rows: Rows, tower: str) -> list[str]:
+    """The ways in which a tower's tokens were reduced."""
+    return sorted({row[f"{tower}_way"] for row in rows} - {"all"})
+
+
+def draw_ways(rows: Rows) -> None:
+    """Accuracy against tokens after the most samples, a line for each way."""
+    figure, axes_of_towers = plt.subplots(1, 2, figsize=(8, 3.4), layout="constrained", sharey=True)
+    rows = [row for row in rows if row["samples"] == max(each["samples"] for each in rows)]
+    for tower, axes in zip(TOWERS, axes_of_towers, strict=True):
+        other = TOWERS[1 - TOWERS.index(tower)]
+        own = [row for row in rows if row[f"{other}_way"] == "all"]
+        for way, colour, marker in zip(reductions(own, tower), COLOURS, MARKERS, strict=True):
+            lengths = sorted({row[f"{tower}_tokens"] for row in own})
+            found = [
+                [
+                    100 * row["accuracy"]
+                    for row in own
+                    if row[f"{tower}_tokens"] == each and row[f"{tower}_way"] in (way, "all")
+                ]
+                for each in lengths
+            ]
+            errors = [statistics.stdev(each) / math.sqrt(len(each)) for each in found]
+            axes.errorbar(
+                lengths, [statistics.fmean(each) for each in found], yerr=errors, color=colour, marker=marker,
+                capsize=3, label=way,
+            )  # fmt: skip
+        axes.set(xscale="log", ylim=(0, 18), xlabel=f"{tower} tokens in training")
+        axes.set_xticks(lengths, [f"{each:.0f}" for each in lengths])
+        axes.minorticks_off()
+        axes.set_title(f"Ways of keeping fewer {tower} tokens", loc="left", color=INK, fontsize=10)
+        axes.legend(frameon=False, fontsize=7)
+        axes.grid(color=GRID, linewidth=0.6)
+        axes.spines[["top", "right"]].set_visible(False)
+    axes_of_towers[0].set_ylabel("top-5, %")
+    figure.savefig(HERE / "law-ways.png", dpi=130)
+
+
+def ways(rows: Rows, tower: str) -> str:
+    """Top-5 in percent by the way in which a tower's tokens were reduced, and their number."""
+    other = TOWERS[1 - TOWERS.index(tower)]
+    rows = [row for row in rows if row[f"{other}_way"] == "all"]
+    lengths = sorted({row[f"{tower}_tokens"] for row in rows}, reverse=True)
+    lines = ["| way | samples | " + " | ".join(f"{each:.0f} {tower} tokens" for each in lengths) + " |"]
+    lines.append("|---|---" + "|---" * len(lengths) + "|")
+    for way in ("all", *reductions(rows, tower)):
+        for samples in sorted({row["samples"] for row in rows}):
+            own = [row for row in rows if row[f"{tower}_way"] == way and row["samples"] == samples]
+            found = [[row["accuracy"] for row in own if row[f"{tower}_tokens"] == each] for each in lengths]
+            cells = [share(accuracies) if accuracies else "" for accuracies in found]
+            lines.append(f"| {way} | {samples:,.0f} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def terms(rows: Rows) -> str:
     """The fitted law."""
     law = fit_law(rows, WAYS)
@@ -113,11 +169,14 @@ def held_out(rows: Rows) -> str:
 
 if __name__ == "__main__":
     found = read_rows("law.csv")
+    by_way = read_rows("law-ways.csv")
     draw(found)
+    draw_ways(by_way)
     page = HERE / "law.md"
     text = page.read_text(encoding="utf-8")
     tables = {
         "results": results(found, "image") + "\n\n" + results(found, "text"),
+        "ways": ways(by_way, "image") + "\n\n" + ways(by_way, "text"),
         "terms": terms(found),
         "held out": held_out(found),
     }
