@@ -150,6 +150,7 @@ def measure(
         "model": encoder.name,
         "notes": (*encoder.notes, *outcome.notes),
         "precision": where.arithmetic(precision),
+        "computation": encoder.computation,
     }
     return Measured(run, [Result(**dataclasses.asdict(each), **common) for each in outcome.measures], outcome)
 

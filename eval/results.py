@@ -81,6 +81,8 @@ class Result(Measure):
     """What belongs with the number: prompts that were cut, images that can't be read."""
     precision: str = ""
     """The towers' arithmetic."""
+    computation: str = ""
+    """A hash of what the weights ran with: the architecture with its activation, and the tokenizer."""
 
     @property
     def identity(self) -> tuple[object, ...]:

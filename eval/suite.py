@@ -1,7 +1,7 @@
 """Many datasets in one command: the published suites, or one of a person's own in TOML.
 
 Each dataset found is evaluated with its own templates and gives the metric that it is quoted by; the suite's number is
-their mean. A dataset that the run has results of already, of the same weights, precision and hashes, is not computed
+their mean. A dataset that the run has results of already, of the same model, precision and hashes, is not computed
 again; its images are read for that, but neither decoded nor embedded.
 """
 
@@ -186,11 +186,14 @@ def main_number(entry: Entry, found: Sequence[Result]) -> Result:
 
 
 def done_before(task: EvaluationTask, encoder: Encoder, arithmetic: str, run: Path | None) -> list[Result]:
-    """What a run has of a task: of the same weights, arithmetic, name, place of the data, and hashes."""
+    """What a run has of a task: of the same weights in the same architecture, with the same tokenizer and arithmetic,
+    of the same name, place of the data, and hashes.
+    """
+    model = encoder.weights, encoder.computation, arithmetic
     candidates = [
         result
         for result in (results.read_results(run) if run is not None else ())
-        if (result.weights, result.precision) == (encoder.weights, arithmetic)
+        if (result.weights, result.computation, result.precision) == model
         and result.task.removeprefix("ema/") == task.name
         and result.data == printable(str(task.path.absolute()))
     ]

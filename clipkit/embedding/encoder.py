@@ -193,6 +193,16 @@ class Encoder:
         """What else decides about the embeddings: the same weights may run with another activation or pooling."""
         return f"{getattr(self.model, 'config', None)!r} {self.model!r}"
 
+    @cached_property
+    def computation(self) -> str:
+        """A hash of what the same weights may run with and give other numbers: the architecture, and how texts become
+        ids, by those of a text with capitals, punctuation and an underscore.
+        """
+        encoded = self.tokenizer.encode(["A photo of the Quick_brown fox, it's jumping (over 13 lazy dogs)!"])
+        ids_1T = self.tokenizer.rows(encoded, self.context_length)
+        how = f"{self.architecture} {self.tokenizer.name} {ids_1T.tolist()}"
+        return hashlib.blake2b(how.encode(), digest_size=8).hexdigest()
+
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
         """Put the model into evaluation mode, and back into its own afterwards."""

@@ -1,5 +1,6 @@
 """Suites: which datasets are found, by what metric each counts, the average and of what it is, and a second run."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 from image_shards import picture
 from labelled_sources import tar_of, write_class_folders
-from small_encoder import small_run
+from small_encoder import SMALL, small_run
 
 from clipkit.cli.evaluate import evaluate_on_ray
 from clipkit.cli.main import main
@@ -19,6 +20,9 @@ from clipkit.eval.datasets import published_datasets
 from clipkit.eval.open import KINDS, open_data
 from clipkit.eval.results import read_results
 from clipkit.eval.suite import belongs, entries_of
+from clipkit.interop.load import load
+from clipkit.model.clip import build
+from clipkit.text.tokenizer import Tokenizer
 
 
 def webdataset(root: Path, labels: tuple[int, ...] = (0, 1, 1), first: int = 0) -> Path:
@@ -81,6 +85,41 @@ def test_what_is_there_is_measured_by_its_own_metric_once(run: Path, tmp_path: P
     (root / "vtab-dtd" / "zeroshot_classification_templates.txt").write_text("one {c}.\n")
     changed = zeroshot(run, root, "vtab")
     assert f"vtab-dtd: {run} has" not in changed.stderr and f"vtab-pets: {run} has" in changed.stderr
+
+
+class Shouting(Tokenizer):
+    """Another vocabulary."""
+
+    def encode(self, texts):
+        return super().encode([f"{text}!" for text in texts])
+
+
+@pytest.mark.parametrize("other", ["activation", "tokenizer"])
+def test_the_same_weights_that_run_otherwise_are_measured_again(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other: str
+) -> None:
+    """As by `open_clip:ViT-B-32-quickgelu:FILE` after `FILE`, or by the right `--tokenizer` after a wrong one."""
+    webdataset(tmp_path / "sets" / "vtab-pets")
+    real = load
+
+    def otherwise(source, **options):
+        encoder = real(source, **options)
+        if other == "tokenizer":
+            return dataclasses.replace(encoder, tokenizer=Shouting())
+        quick = {name: dataclasses.replace(getattr(SMALL, name), act="quick_gelu") for name in ("image", "text")}
+        return dataclasses.replace(encoder, model=build(dataclasses.replace(SMALL, **quick), seed=1).eval())
+
+    assert zeroshot(run, tmp_path / "sets", "vtab").exit_code == 0
+    monkeypatch.setattr("clipkit.eval.suite.load", otherwise)
+    again = zeroshot(run, tmp_path / "sets", "vtab")
+    assert (again.exit_code, "has its results already" in again.stderr) == (0, False)
+    fresh = zeroshot(run, tmp_path / "sets", "vtab", "--out", str(tmp_path / "fresh"))
+    assert "has its results already" not in fresh.stderr
+    values = [[each.value for each in read_results(folder)] for folder in (run, tmp_path / "fresh")]
+    assert values[0] == values[1]
+    assert len({each.weights for each in [*read_results(run), *read_results(tmp_path / "fresh")]}) == 1
+    once_more = zeroshot(run, tmp_path / "sets", "vtab")
+    assert "has its results already" in once_more.stderr
 
 
 def test_a_suite_on_an_engine_has_the_results_of_one_process(
