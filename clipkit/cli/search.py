@@ -293,5 +293,7 @@ def open_pictures(data: str, split: str | None, label: str | None) -> "Pictures"
             return labelled_pictures(labelled)
         for note in found.notes:
             click.echo(note, err=True)
-        return captioned_pictures(found.source(), found.parts[0].path, found.identity())
+        part = found.parts[0]
+        identity = found.identity() | ({"files": part.files} if part.files else {})
+        return captioned_pictures(found.source(), part.path, identity)
     return labelled_pictures(open_labelled(Path(data), label=label, split=split))

@@ -1,7 +1,7 @@
 """Labelled images of any kind as one thing: keys and labels, and the encoded images in their order."""
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -36,9 +36,16 @@ class LabelledImages:
     """Where an image may have several labels or none: which. `labels_N` then is the first, or 0."""
     metadata: Sequence[bytes] | None = None
     """A `.npy` file for each image, of numbers such as the region that it is from."""
+    files: Sequence[tuple[str, int]] = ()
+    """The files that hold them, each with its bytes: two sets may have the same keys and labels."""
 
     def __len__(self) -> int:
         return len(self.keys)
+
+
+def sizes_of(paths: Iterable[Path]) -> list[tuple[str, int]]:
+    """Files as `LabelledImages` names them."""
+    return [(path.name, path.stat().st_size) for path in paths]
 
 
 def with_label(name: str, label: str) -> str:

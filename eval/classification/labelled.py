@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from clipkit.config import nearest
 from clipkit.errors import UserError
-from clipkit.eval.classification.images import LabelledImages, path_of, with_label
+from clipkit.eval.classification.images import LabelledImages, path_of, sizes_of, with_label
 from clipkit.eval.classification.labels import enumerate_labels, is_missing, listed_labels, number_names
 from clipkit.eval.classification.webdataset import from_tars
 from clipkit.formats.dataset import below, open_dataset
@@ -152,7 +152,7 @@ def from_parquet(paths: Sequence[Path], origin: Path, name: str, label: str) -> 
                     for cell in batch.column(0).to_pylist():
                         yield (cell.get("bytes") if isinstance(cell, dict) else cell) or b""
 
-    return LabelledImages(path_of(origin, label), name, keys, *labels, read)
+    return LabelledImages(path_of(origin, label), name, keys, *labels, read, files=sizes_of(paths))
 
 
 def class_label_names(schema: pa.Schema, label: str) -> list[str] | None:
@@ -179,6 +179,7 @@ def from_folder(
     images = [
         (folder.name, image.name) for folder, each in zip(folders, listings, strict=True) for image in each.images
     ]
+    sizes = [image.size for each in listings for image in each.images]
     aside = sum((each.aside for each in listings), files_beside(root))
     if not images:
         found = f" ({aside_text(aside)})" if aside else ""
@@ -204,14 +205,16 @@ def from_folder(
             except OSError as error:
                 yield ImageError(f"the file can't be read ({error.strerror})")
 
+    keys = [printable(f"{folder}/{file}") for folder, file in images]
     return LabelledImages(
         root,
         name,
-        [printable(f"{folder}/{file}") for folder, file in images],
+        keys,
         np.repeat(labels.labels_N, [len(each.images) for each in listings]),
         *labels[1:],
         read,
         notes,
+        files=list(zip(keys, sizes, strict=True)),
     )
 
 
@@ -260,7 +263,8 @@ def from_tfds(path: Path, label: str, split: str) -> LabelledImages:
 
     keys = [dataset.key(index) for index in range(dataset.num_records)]
     name = with_label(f"{dataset.name}-{dataset.split}", label)
-    return LabelledImages(path_of(dataset.path / dataset.split, label), name, keys, *labels, read)
+    files = [(f"{shard.file}:{shard.crc32c}", shard.bytes) for shard in dataset.shards]
+    return LabelledImages(path_of(dataset.path / dataset.split, label), name, keys, *labels, read, files=files)
 
 
 def tfds_splits(path: Path) -> list[str] | None:

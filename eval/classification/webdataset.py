@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from clipkit.errors import UserError
-from clipkit.eval.classification.images import LabelledImages, path_of
+from clipkit.eval.classification.images import LabelledImages, path_of, sizes_of
 from clipkit.eval.classification.labels import Labels, enumerate_labels, listed_labels
 from clipkit.formats.tables import IMAGE_SUFFIXES
 from clipkit.formats.tar import Member, list_samples, read_members
@@ -85,6 +85,7 @@ def from_tars(paths: Sequence[Path], origin: Path, name: str, label: str) -> Lab
         templates=_beside(folder, TEMPLATES_FILE),
         targets_NC=targets_NC,
         metadata=list(read_members(numbers)) if len(numbers) == len(keys) else None,
+        files=sizes_of(paths),
     )
 
 

@@ -85,5 +85,6 @@ def labelled_pictures(images: LabelledImages) -> Pictures:
         for image, label in zip(itertools.islice(images.read(), first, None), labels, strict=True):
             yield Picture(image, label=label)
 
-    identity = digest([images.keys, [images.label_names[number] for number in images.labels_N.tolist()]])
+    labels = [images.label_names[number] for number in images.labels_N.tolist()]
+    identity = digest([images.keys, labels, images.files])
     return Pictures(images.path, len(images), images.keys.__getitem__, read, identity, captioned=False)

@@ -70,6 +70,8 @@ class OpenedSource:
     """What made the vectors that it has in the place of images."""
     with_texts: Callable[[], Source] | None = None
     """The same with vectors in the place of captions too, where it has some."""
+    files: str = ""
+    """A hash of the files of a dataset directory, which its identity doesn't have: it may be built again, or moved."""
 
 
 @dataclass(frozen=True)
@@ -242,6 +244,8 @@ class _Opener:
             raise UserError(f"--split {ALL_SPLITS}: name one split of the dataset {path}")
         dataset = open_dataset(path, self.split, cache=self.cache_for(path), block_records=self.block_size)
         identity = {"name": dataset.name, "split": dataset.split, "records": dataset.num_records}
+        listing = " ".join(f"{shard.file}:{shard.bytes}:{shard.crc32c}" for shard in dataset.shards)
+        files = hashlib.blake2b(listing.encode(), digest_size=8).hexdigest()
         ahead = partial(read_ahead, cached=dataset, block_records=self.block_size)
         if IMAGE_FIELD in dataset.features and TEXT_FIELD in dataset.features:
             columns = precomputed_columns(dataset.options, dataset.features)
@@ -250,10 +254,11 @@ class _Opener:
                 dataset.path,
                 lambda computed: ahead(RecordSource(dataset, precomputed=columns if computed else None, added=added)),
                 identity,
+                files=files,
             )
         if LABELLED_IMAGE in dataset.features and LABEL_FIELD in dataset.features:
             labelled = ahead(LabelledSource(dataset, class_captions(dataset)))
-            return OpenedSource(dataset.path, lambda _: labelled, identity)
+            return OpenedSource(dataset.path, lambda _: labelled, identity, files=files)
         raise UserError(
             f"{dataset.path} has neither {IMAGE_FIELD} and {TEXT_FIELD} nor {LABELLED_IMAGE} and {LABEL_FIELD} "
             f"({', '.join(dataset.features)}): train on pairs, or on labelled images"

@@ -13,6 +13,7 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 from ranks import run_ranks
+from small_dataset import pair_columns, write_dataset
 from small_encoder import SMALL, small_run
 
 import clipkit
@@ -206,6 +207,38 @@ def test_a_file_of_other_things_is_not_replaced(model, pairs, tmp_path):
     (tmp_path / ".new.parquet.parts" / "about.json").write_text("{}")
     with pytest.raises(UserError, match=r"\.parts has vectors of another model.*which a run left"):
         embed(pictures, tmp_path / "new.parquet", model, device="cpu")
+
+
+def labelled_table(path: Path, first: int) -> Path:
+    pq.write_table(pa.table({"image": [png(first + n) for n in range(4)], "label": ["a", "a", "b", "b"]}), path)
+    return path
+
+
+def labelled_folders(path: Path, first: int) -> Path:
+    for number, label in enumerate("ab"):
+        (path / label).mkdir(parents=True)
+        (path / label / "0.png").write_bytes(png(first + number) + bytes(first))  # noise is of one size
+    return path
+
+
+def captioned_dataset(path: Path, first: int) -> Path:
+    """A dataset directory as `build-tfds` makes it: of one name and length whatever the images are."""
+    records = [pair_columns(number, txt=f"a caption {number + first}") for number in range(4)]
+    return write_dataset(path / "pairs" / "1.0.0", {"train": [records]})
+
+
+@pytest.mark.parametrize("write_set", [labelled_table, labelled_folders, captioned_dataset])
+def test_other_images_of_the_same_names_and_labels_are_other_data(model, tmp_path, write_set):
+    """The file that is there isn't taken for one of other data, of which there are as many under the same keys."""
+    out = tmp_path / "out.parquet"
+    label = ["--label", "label"] if write_set is labelled_table else []
+    sets = [write_set(tmp_path / f"{first}.parquet", first) for first in (0, 100)]
+    assert run("embed", sets[0], out, "--ckpt", model, "--device", "cpu", *label).exit_code == 0
+    before = out.read_bytes()
+    done = run("embed", sets[1], out, "--ckpt", model, "--device", "cpu", *label)
+    assert (done.exit_code, out.read_bytes() == before) == (2, True)
+    assert f"{out} exists and has vectors of other data: remove it" in done.stderr
+    assert run("embed", sets[0], out, "--ckpt", model, "--device", "cpu", *label).exit_code == 0
 
 
 # ---- Search ----------------------------------------------------------------------------------------------------------
