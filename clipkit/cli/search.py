@@ -261,7 +261,9 @@ def search(
     if file is not None:
         hits = find_in_file(file, query_E, top)
         if page is not None:
-            hits = with_pictures(hits, open_pictures(file.about["data"], split, label))
+            pictures = open_pictures(file.about["data"], split, label)
+            file.require_data(pictures)
+            hits = with_pictures(hits, pictures)
     else:
         hits = find_in_pictures(model, open_pictures(data, split, label), query_E, top, batch_size)
     for hit in hits:
@@ -281,6 +283,8 @@ def open_pictures(data: str, split: str | None, label: str | None) -> "Pictures"
     from clipkit.eval.search.pictures import captioned_pictures, labelled_pictures
     from clipkit.train.sources.open import open_source
 
+    if Path(data).name in ("", ".."):  # its name is part of what the data is
+        data = str(Path(data).resolve())
     if label is None:
         try:
             found = open_source(data, split=split or "train")

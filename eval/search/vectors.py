@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 
 from clipkit.embedding.encoder import Encoder
 from clipkit.errors import UserError
-from clipkit.eval.search.pictures import Picture
+from clipkit.eval.search.pictures import Picture, Pictures
 from clipkit.formats.tables import table_errors
 
 StoredType = Literal["float16", "float32"]
@@ -121,6 +121,14 @@ class VectorFile:
             raise UserError(
                 f"{self.path} has vectors of other weights ({self.about['model']}, {self.about['weights']}) than "
                 f"--ckpt {encoder.name} ({encoder.weights}): give that model, or run clipkit embed with this one"
+            )
+
+    def require_data(self, pictures: Pictures) -> None:
+        """Raise UserError unless the vectors are of these images."""
+        if self.about["identity"] != pictures.identity:
+            raise UserError(
+                f"{self.path} has vectors of other data than {pictures.path} gives now: name the split and the label "
+                "that they were made of with --split and --label, or run clipkit embed again"
             )
 
 

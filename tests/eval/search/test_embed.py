@@ -284,6 +284,22 @@ def test_the_command_finds_and_shows(model, pairs, tmp_path):
     assert found.startswith("1.000  ") and "picture 7 of" in found
 
 
+def test_a_page_has_the_pictures_that_the_vectors_are_of(model, tmp_path):
+    """The data have another split of as many records, which is the one that is read unless said."""
+    splits = {
+        name: [[pair_columns(number, txt=f"{name} {number}") for number in range(4)]] for name in ("train", "test")
+    }
+    data, out, page = write_dataset(tmp_path / "1.0.0", splits), tmp_path / "out.parquet", tmp_path / "page.html"
+    assert run("embed", data, out, "--ckpt", model, "--split", "test", "--device", "cpu").exit_code == 0
+    asked = ["search", out, "a bird", "--top", 2, "--device", "cpu"]
+    found = run(*asked).stdout
+    shown = run(*asked, "--page", page)
+    assert (shown.exit_code, page.exists()) == (2, False)
+    assert f"{out} has vectors of other data than {data} gives now: name the split" in shown.stderr
+    shown = run(*asked, "--page", page, "--split", "test")
+    assert (shown.exit_code, shown.stdout) == (0, found) and "  test " in found
+
+
 def test_what_cannot_be_searched_is_one_line(model, pairs, tmp_path):
     out, other = tmp_path / "out.parquet", small_run(tmp_path / "other", seed=9)
     run("embed", pairs, out, "--ckpt", model, "--device", "cpu")
