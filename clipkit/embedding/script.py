@@ -12,10 +12,10 @@ from clipkit.embedding.encoder import Compute, Encoder
 from clipkit.embedding.images import full_rows
 from clipkit.embedding.texts import text_matrix
 from clipkit.errors import UserError
-from clipkit.pixels.images import ImageError, UInt8Array, decode, eval_transform
+from clipkit.pixels.images import ImageError, UInt8Array, decode, eval_transform, upright_rgb
 
 ImageInput = Path | str | bytes | Image.Image | UInt8Array
-"""A file, its content, a Pillow image, or uint8[H, W, 3]."""
+"""A file, its content, a Pillow image, which gives what its file does, or uint8[H, W, 3]."""
 
 
 class LoadedModel:
@@ -57,7 +57,9 @@ class LoadedModel:
             except ImageError as error:
                 raise UserError(f"{image}: {error}") from error
         if isinstance(image, Image.Image):
-            image = np.asarray(image.convert("RGB"))
+            image = upright_rgb(image)
         rgb = decode(image) if isinstance(image, bytes) else image
+        if rgb.dtype != np.uint8 or rgb.ndim != 3 or rgb.shape[2] != 3:
+            raise UserError(f"an array of {rgb.dtype} {list(rgb.shape)} isn't an image: give uint8 [height, width, 3]")
         how = self.encoder.preprocess
         return eval_transform(rgb, how.size, interpolation=how.interpolation, resize_mode=how.resize_mode)

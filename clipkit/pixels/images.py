@@ -273,6 +273,11 @@ def describe_failure(data: Data, error: Exception) -> str:
     return f"the image is damaged ({one_line(error)})"
 
 
+def upright_rgb(image: Image.Image) -> UInt8Array:
+    """What `decode` gives of the file that an image of Pillow's was opened from."""
+    return to_rgb(ImageOps.exif_transpose(image))
+
+
 def to_rgb(image: Image.Image) -> UInt8Array:
     """uint8[H, W, 3] of any mode: 16 bits and floats scaled to 8, transparency laid on white."""
     if image.mode.startswith(("I", "F")):

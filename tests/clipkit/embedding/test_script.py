@@ -14,7 +14,7 @@ import clipkit
 from clipkit.embedding.script import LoadedModel
 from clipkit.errors import UserError
 from clipkit.model.clip import build
-from clipkit.pixels.images import ImageError, Preprocess, eval_transform, normalise
+from clipkit.pixels.images import ORIENTATION, ImageError, Preprocess, eval_transform, normalise
 from clipkit.text.tokenizer import Tokenizer
 
 
@@ -43,6 +43,30 @@ def test_images_of_every_kind_give_the_models_vectors(loaded: LoadedModel, tmp_p
     assert found_NE.shape == (5, SMALL.embed_dim)
     for found_E in (*found_NE, loaded.encode_image(path)):
         np.testing.assert_allclose(found_E, expected_E.numpy(), atol=1e-6)
+
+
+def test_an_image_that_pillow_opened_is_what_its_file_is(loaded: LoadedModel, tmp_path: Path) -> None:
+    """Turned by its EXIF, laid on white, and 16 bits as 8."""
+    pixels_HWC = np.random.default_rng(0).integers(0, 256, (40, 56, 4), dtype=np.uint8)
+    deep_HW = pixels_HWC[..., 0].astype(np.uint16) * 257
+    turned = Image.Exif()
+    turned[ORIENTATION] = 6
+    Image.fromarray(pixels_HWC[..., :3]).save(tmp_path / "turned.jpg", exif=turned)
+    Image.fromarray(pixels_HWC).save(tmp_path / "clear.png")
+    Image.fromarray(pixels_HWC[..., :3]).quantize(16).save(tmp_path / "palette.gif", transparency=3)
+    Image.fromarray(deep_HW).save(tmp_path / "deep.png")
+    for name in ("turned.jpg", "clear.png", "palette.gif", "deep.png"):
+        with Image.open(tmp_path / name) as image:
+            found_E = loaded.encode_image(image)
+        np.testing.assert_allclose(found_E, loaded.encode_image(tmp_path / name), atol=1e-2 if "jpg" in name else 1e-6)
+
+
+def test_an_array_that_is_no_image_is_told(loaded: LoadedModel) -> None:
+    """Of four channels the last was left out, transparent or not; others gave an error of Pillow's or torch's."""
+    pixels_HWC = np.zeros((40, 56, 4), np.uint8)
+    for array in (pixels_HWC, pixels_HWC[..., 0], pixels_HWC[None, ..., :3], pixels_HWC[..., :3] / 255):
+        with pytest.raises(UserError, match=r"an array of \w+ \[.*\] isn't an image: give uint8 \[height, width, 3\]"):
+            loaded.encode_image(array)
 
 
 def test_texts_give_the_models_vectors_in_their_order(loaded: LoadedModel) -> None:
