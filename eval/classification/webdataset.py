@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from clipkit.errors import UserError
 from clipkit.eval.classification.images import LabelledImages, path_of, sizes_of
-from clipkit.eval.classification.labels import Labels, enumerate_labels, listed_labels
+from clipkit.eval.classification.labels import Labels, class_name, enumerate_labels, listed_labels
 from clipkit.formats.tables import IMAGE_SUFFIXES
 from clipkit.formats.tar import Member, list_samples, read_members
 from clipkit.formatting import counted
@@ -58,7 +58,7 @@ def from_tars(paths: Sequence[Path], origin: Path, name: str, label: str) -> Lab
         raise UserError(f"{paths[0]} holds no sample of an image and a .{suffix}: --label names the label's suffix")
     notes: tuple[str, ...] = ()
     listed = _beside(folder, NAMES_FILE)
-    names = [line.strip() for line in read_text(listed, "class names").split("\n")] if listed else None
+    names = _names_in(listed) if listed else None
     targets_NC = number_rows(values, f"{origin} .npy").astype(bool) if several else None
     if targets_NC is not None:
         if names is None or len(names) != targets_NC.shape[1]:
@@ -69,8 +69,10 @@ def from_tars(paths: Sequence[Path], origin: Path, name: str, label: str) -> Lab
         labels = enumerate_labels(values, f"{origin} .{suffix}")
     if listed and names and labels.are_numbers:
         labels = listed_labels(labels, names, str(listed))
+    elif listed and names and not several:
+        labels, notes = _among(labels, names, listed, origin)
     if listed and names and labels.names == tuple(names):
-        notes = (f"{origin}: class names from {listed}",)
+        notes = (*notes, f"{origin}: class names from {listed}")
 
     def read() -> Iterator[bytes]:
         return read_members(images)
@@ -87,6 +89,29 @@ def from_tars(paths: Sequence[Path], origin: Path, name: str, label: str) -> Lab
         metadata=list(read_members(numbers)) if len(numbers) == len(keys) else None,
         files=sizes_of(paths),
     )
+
+
+def _names_in(file: Path) -> list[str]:
+    """The names in a list of them. Raises UserError for a line without one, behind which all would be others'."""
+    names = [line.strip() for line in read_text(file, "class names").split("\n")]
+    if "" in names:
+        raise UserError(f"{file}: line {names.index('') + 1:,} has no name: a class is known by its line, so write it")
+    return names
+
+
+def _among(labels: Labels, names: Sequence[str], file: Path, origin: Path) -> tuple[Labels, tuple[str, ...]]:
+    """Labels that are texts as places in the list of names, in which classes may be that no image has; as they are, and
+    a line on it, where they are other names. Raises UserError for a list that has some of them only.
+    """
+    place = {class_name(name): number for number, name in enumerate(names)}
+    lacking = [label for label in labels.names if class_name(label) not in place]
+    if len(lacking) == len(labels.names):
+        return labels, (f"{origin}: {file} isn't heeded: it has no label of theirs, such as {lacking[0]!r}",)
+    if lacking or len(place) < len(names):
+        what = f"lacks {lacking[0]!r}, which occurs in {origin}" if lacking else "has a name twice"
+        raise UserError(f"{file} {what}: list each class of the .cls once")
+    number_L = np.array([place[class_name(label)] for label in labels.names], dtype=np.int64)
+    return Labels(number_L[labels.labels_N], tuple(names), True), ()
 
 
 def check_shards(folder: Path, count: int) -> None:

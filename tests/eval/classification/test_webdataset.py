@@ -90,6 +90,42 @@ def test_classes_of_one_name_are_told_apart_by_their_order(tmp_path: Path) -> No
     assert open_task(root, classes=tmp_path / "names.txt").labels_N.tolist() == [0, 1, 2, 2]
 
 
+def texts(*labels: str) -> dict[str, bytes]:
+    images = {f"s{number}.jpg": picture(number) for number in range(len(labels))}
+    return images | {f"s{number}.cls": label.encode() for number, label in enumerate(labels)}
+
+
+def test_labels_that_are_texts_are_chosen_among_all_the_names(tmp_path: Path) -> None:
+    """A class that no image of the split has is a candidate, too; fewer of them make a better number."""
+    root = write(tmp_path / "set", texts("tree_frog", "ant", "tree_frog"), names="tree frog\ndog\nant\n")
+    task = open_task(root)
+    assert (task.classes.titles, task.labels_N.tolist()) == (("tree frog", "dog", "ant"), [0, 2, 0])
+    assert task.notes[-1] == f"{root / 'test'}: class names from {root / 'classnames.txt'}"
+    for number, (names, says) in enumerate(
+        [
+            ("ant\ndog\n", "classnames.txt lacks 'tree_frog', which occurs in"),
+            ("ant\nant\ntree frog", "has a name twice"),
+        ]
+    ):
+        with pytest.raises(UserError, match=says):
+            open_task(write(tmp_path / str(number), texts("tree_frog", "ant"), names=names))
+
+
+def test_names_of_other_labels_are_said_to_be_left_aside(tmp_path: Path) -> None:
+    task = open_task(write(tmp_path, texts("n01440764", "n01443537"), names="a fish\nanother\n"))
+    assert task.classes.titles == ("tench", "goldfish")
+    assert (
+        f"{tmp_path / 'classnames.txt'} isn't heeded: it has no label of theirs, such as 'n01440764'" in task.notes[-1]
+    )
+
+
+def test_a_blank_line_among_the_names_is_refused(tmp_path: Path) -> None:
+    """All names behind it would be those of other labels; at the end an editor left it."""
+    with pytest.raises(UserError, match=r"classnames.txt: line 2 has no name: a class is known by its line"):
+        open_task(write(tmp_path / "a", samples([0, 1]), names="ant\n\nbee\n"))
+    assert open_task(write(tmp_path / "b", samples([0, 1]), names="ant\r\nbee\r\n\n")).classes.titles == ("ant", "bee")
+
+
 def test_several_labels(tmp_path: Path, encoder) -> None:
     rows = [[1, 0, 1], [0, 0, 0], [0, 1, 0], [1, 1, 0]]
     files = {f"s{i}.jpg": picture(i) for i in range(4)} | {f"s{i}.npy": npy(*row) for i, row in enumerate(rows)}
