@@ -235,6 +235,8 @@ def _names(file: Path, label: str | int, value: Any) -> tuple[str, ...]:
     if not names or not all(isinstance(name, str) and name.strip() for name in names):
         which = f"class {label!r}" if isinstance(label, str) else f"place {label + 1:,}"
         raise UserError(f"{file}: {which} has no name: give it a text or a list of texts")
+    if wnid := next((name for name in names if _WNID.fullmatch(name.strip())), None):
+        raise UserError(f"{file} names a class {wnid!r}, a WordNet id, which no prompt can use: write its name only")
     return tuple(map(class_name, names))
 
 

@@ -52,6 +52,22 @@ def test_known_wnids_keep_their_names_and_unknown_ones_are_told(labels, names, u
         assert f"({', '.join(unknown)}): name them with --classes" in classes.notes[0]
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{"0": ["n01440764", "tench"], "1": ["n01443537", "goldfish"]}',
+        "n01440764\nn01443537\n",
+        "n01440764 tench, Tinca tinca\nn01443537 goldfish, Carassius auratus\n",
+    ],
+)
+def test_wnids_are_no_names(tmp_path: Path, content: str) -> None:
+    """As Keras' `imagenet_class_index.json` and the lists of synsets have them: half of a class's prompts, or all."""
+    file = tmp_path / "names.txt"
+    file.write_text(content, encoding="utf-8")
+    with pytest.raises(UserError, match=r"names a class 'n01440764.*', a WordNet id, which no prompt can use"):
+        name_classes(["0", "1"], HERE, file, numbers=True)
+
+
 def test_imagenets_own_equal_names_are_a_remark_in_a_file_only(tmp_path: Path) -> None:
     from clipkit import embedded
 
