@@ -15,6 +15,7 @@ import ast
 import csv
 import io
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,11 @@ from clipkit.pixels.images import ImageError, decode
 from clipkit.storage.files import read_json, read_text
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
+# What might say which of some captions is right, and further wrong ones: neither is read.
+_ANSWERS = frozenset(
+    ("label", "answer", "answer_index", "correct", "correct_index", "correct_option", "right", "target", "gt")
+)
+_MORE_WRONG = re.compile(r"(negative|false)_captions?_?\d+")
 CATEGORIES = ("category", "type", "collapsed_tag", "relation_name", "attributes", "tag")
 KINDS = (
     "a JSON, JSON lines, CSV or parquet file of questions, or a folder of them (SugarCrepe, Winoground, ARO, MMVP, "
@@ -157,11 +163,26 @@ def _question(row: Mapping[str, Any], place: str, places: Sequence[Path], key: s
         if name is None or not isinstance(texts, list):
             columns = ", ".join(map(str, row))
             raise UserError(f"{place} isn't a question ({columns}): it needs an image, caption and negative_caption")
+        _refuse_unread(row, place)
         pictures = (_picture(row[name], place, places, _box(row)),)
     captions = tuple(text for each in texts for text in check_captions(each, place))
     if len(captions) != len(texts) or len(captions) < 2:
         raise UserError(f"{place} has {len(captions)} captions to choose from: it needs the right one and a wrong one")
     return Question(key, category, pictures, captions)
+
+
+def _refuse_unread(row: Mapping[str, Any], place: str) -> None:
+    """Raise UserError for columns that would change which captions there are, or which is right."""
+    if more := next((name for name in row if _MORE_WRONG.fullmatch(name.lower())), None):
+        raise UserError(
+            f"{place} has a column {more!r}: put all its captions into caption_options, the right one first"
+        )
+    answer = next((name for name in row if name.lower() in _ANSWERS), None)
+    if row.get("caption_options") and answer is not None and row[answer] not in (0, "0", row["caption_options"][0]):
+        raise UserError(
+            f"{place} has {answer} {row[answer]!r} beside caption_options, of which the first is the right one: put it "
+            f"there, and leave out {answer}"
+        )
 
 
 def _association(row: Mapping[str, Any], place: str, places: Sequence[Path], key: str) -> Question:

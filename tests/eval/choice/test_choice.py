@@ -304,6 +304,14 @@ GOOD = {"image": "0.png", "caption": "a", "negative_caption": "b"}
         ([{**GOOD, "image": "1.png"}], r"a\.json row 0: its image 1\.png isn't in"),
         ([{**GOOD, "image": None}], r"a\.json row 0 has captions without an image"),
         ([{**GOOD, "caption": " "}], "has an empty caption"),
+        (
+            [{**GOOD, "negative_caption_2": "c"}],
+            "has a column 'negative_caption_2': put all its captions into caption_o",
+        ),
+        (
+            [{"image": "0.png", "caption_options": ["a", "b", "c"], "label": 1}],
+            "has label 1 beside caption_options, of which the first is the right one: put it there, and leave out",
+        ),
         ([{**GOOD, "negative_caption": None}], "has 1 captions to choose from"),
         ([{"image": "0.png"}], "has 0 captions to choose from"),
         ([{"caption": "a", "negative_caption": "b"}], r"isn't a question \(caption, negative_caption\)"),
@@ -342,6 +350,13 @@ def test_bad_questions(tmp_path: Path, content: object, says: str) -> None:
 def test_bad_files(tmp_path: Path, name: str, content: str, says: str) -> None:
     with pytest.raises(UserError, match=says):
         open_choice(write(tmp_path / name, content))
+
+
+@pytest.mark.parametrize("answer", [{"label": 0}, {"Answer": "a"}, {"split": "test"}])
+def test_options_whose_first_is_said_to_be_right(tmp_path: Path, answer: dict[str, Any]) -> None:
+    write_images(tmp_path, ["0.png"])
+    row = {"image": "0.png", "caption_options": ["a", "b"], **answer}
+    assert open_choice(write(tmp_path / "a.json", [row])).questions[0].captions == ("a", "b")
 
 
 def test_other_bad_input(tmp_path: Path) -> None:
