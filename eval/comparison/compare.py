@@ -148,14 +148,34 @@ def by_measurement(entry: Entry, first: Entry) -> dict[tuple[str, str], list[Res
 
     A task that the first entry calls otherwise has its name there: it is known by its images.
     """
-    split_of = {result.hashes.get("split", ""): result.task for result in first.results}
-    theirs, own = set(split_of.values()), {result.task for result in entry.results}
     found: dict[tuple[str, str], list[Result]] = {}
     for result in entry.results:
-        same = split_of.get(result.hashes.get("split", "")) if result.hashes.get("split") else None
-        task = result.task if result.task in theirs or same is None or same in own else same
-        found.setdefault((task, result.metric), []).append(result)
+        found.setdefault((task_in(first, entry, result), result.metric), []).append(result)
     return found
+
+
+def task_in(first: Entry, entry: Entry, result: Result) -> str:
+    """What the first entry calls the task of an entry's result: the same where it has a task of that name, else what it
+    calls one of that kind on the same images. What was measured on averages of weights goes with what was so there.
+    """
+
+    def on_same_images(other: Entry) -> list[str]:
+        known = (each for each in other.results if each.kind == result.kind and each.hashes.get("split"))
+        return [each.task for each in known if each.hashes["split"] == result.hashes.get("split")]
+
+    if result.task in {each.task for each in first.results}:
+        return result.task
+    own = {each.task for each in entry.results}
+    theirs = [task for task in on_same_images(first) if task not in own]
+    alike = [task for task in theirs if is_of_averages(task) == is_of_averages(result.task)]
+    if not alike and len(set(map(is_of_averages, on_same_images(entry)))) == 1:
+        alike = theirs
+    return alike[0] if alike else result.task
+
+
+def is_of_averages(task: str) -> bool:
+    """Whether a task's results are of averages of the weights (`zeroshot --ema`)."""
+    return task.startswith("ema/")
 
 
 def choose(candidates: Sequence[Sequence[Result]]) -> list[Result | None]:

@@ -90,6 +90,26 @@ def test_models_on_the_same_images_are_compared_by_their_guesses(tmp_path, guess
 
 
 @pytest.mark.parametrize(
+    ("of_first", "of_second", "pairs"),
+    [
+        ([{}, {"task": "ema/pets"}], [{}], [("pets", "pets", "pets")]),
+        ([{}, {"task": "pets-knn", "kind": "knn"}], [{}], [("pets", "pets", "pets")]),
+        ([{"task": "pets-knn", "kind": "knn"}], [{}], []),
+        ([{"task": "cats"}, {"task": "ema/cats"}], [{"task": "ema/pets"}], [("ema/cats", "ema/cats", "ema/pets")]),
+        ([{"task": "cats"}], [{}, {"task": "ema/pets"}], [("cats", "cats", "pets")]),
+        ([{"task": "ema/pets"}], [{}], [("ema/pets", "ema/pets", "pets")]),
+        ([{"task": "cats"}, {"task": "dogs"}], [{"task": "dogs"}], [("dogs", "dogs", "dogs")]),
+    ],
+)
+def test_tasks_on_the_same_images_are_matched_by_their_names_first(tmp_path, of_first, of_second, pairs):
+    """Averages of weights, probes and zero-shot numbers of one model are all on the same images."""
+    for name, tasks in (("a", of_first), ("b", of_second)):
+        results.write_results(tmp_path / name, [result(**each) for each in tasks])
+    found = compare([tmp_path / "a", tmp_path / "b"]).pairs
+    assert [(pair.task, *(each.task for each in pair.results)) for pair in found] == pairs
+
+
+@pytest.mark.parametrize(
     "change",
     [{"weights": "another"}, {"value": 0.5}, {"n": N - 1}, {"samples_seen": 50}],
     ids=["guesses of other weights", "guesses of another value", "fewer guesses", "guesses of another checkpoint"],
