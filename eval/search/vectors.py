@@ -28,7 +28,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from clipkit.embedding.encoder import Encoder
+from clipkit.embedding.encoder import Encoder, other_towers, towers_of
 from clipkit.errors import UserError
 from clipkit.eval.search.pictures import Picture, Pictures
 from clipkit.formats.tables import table_errors
@@ -121,6 +121,15 @@ class VectorFile:
             raise UserError(
                 f"{self.path} has vectors of other weights ({self.about['model']}, {self.about['weights']}) than "
                 f"--ckpt {encoder.name} ({encoder.weights}): give that model, or run clipkit embed with this one"
+            )
+        other = other_towers(self.about.get("towers"), towers_of(encoder))
+        known = self.about.get("tokenizer_name", encoder.tokenizer.name)  # absent in older files
+        if not other and known != encoder.tokenizer.name:
+            other = f"tokenizer: {known} -> {encoder.tokenizer.name}"
+        if other:
+            raise UserError(
+                f"{self.path} has vectors of the same weights run otherwise ({other}) than {encoder.name} is: give the "
+                "model that made them, or run clipkit embed with this one"
             )
 
     def require_data(self, pictures: Pictures) -> None:

@@ -115,6 +115,9 @@ def test_the_same_weights_with_another_activation_are_another_model(model, pairs
         return dataclasses.replace(encoder, model=other)
 
     embed(pictures, out, model, device="cpu", batch_size=4, part_rows=12)
+    open_vectors(out).require_model(real(model))
+    with pytest.raises(UserError, match=r"the same weights run otherwise \(image tower, act: gelu -> quick_gelu\)"):
+        open_vectors(out).require_model(quick(model))
     monkeypatch.setattr("clipkit.eval.search.embed.load", quick)
     with pytest.raises(UserError, match=r"another model \(image tower, act: gelu -> quick_gelu\): remove it"):
         embed(pictures, out, model, device="cpu", batch_size=4, part_rows=12)
