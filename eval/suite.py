@@ -22,7 +22,7 @@ from clipkit.eval import results
 from clipkit.eval.datasets import PublishedDataset, name_published, published_datasets
 from clipkit.eval.evaluation import EvaluationTask, Measured, keep, measure, note, run_of
 from clipkit.eval.open import KINDS, NAMES, TaskKind, open_data, opener_of
-from clipkit.eval.results import METRICS, Result, digest
+from clipkit.eval.results import METRICS, RANKS, Result, digest
 from clipkit.formats.folders import printable
 from clipkit.formatting import counted, percent
 from clipkit.interop.load import load
@@ -115,6 +115,10 @@ def entries_of_file(path: Path, root: Path) -> list[Entry]:
         metric = options.pop("metric", _MAIN_METRICS[kind])
         if not isinstance(metric, str) or metric.partition(":")[0] not in METRICS:
             raise UserError(f"{path}, dataset {number}: unknown metric {metric!r}: {nearest(str(metric), METRICS)}")
+        if metric in RANKS:
+            raise UserError(
+                f"{path}, dataset {number}: {metric} is a rank, which has no average with shares: take a recall"
+            )
         options = {"templates_name" if name == "templates" else name: value for name, value in options.items()}
         heeded = inspect.signature(opener_of(kind)).parameters.keys() - {"published"}
         if wrong := min(options.keys() - heeded, default=None):

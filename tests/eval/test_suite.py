@@ -160,6 +160,10 @@ def test_a_suite_of_ones_own(run: Path, tmp_path: Path) -> None:
         ('[[dataset]]\ndata = "cars"\ncolour = 1\n', "dataset 1: a classification task has no use for 'colour'"),
         ('[[dataset]]\ndata = "cars"\nmetrik = "top1"\n', "no use for 'metrik': did you mean metric"),
         ('[[dataset]]\ndata = "cars"\nmetric = "top-1"\n', "unknown metric 'top-1': did you mean top1"),
+        (
+            '[[dataset]]\ndata = "cars"\ntask = "retrieval"\nmetric = "text_retrieval_median_rank"\n',
+            "dataset 1: text_retrieval_median_rank is a rank, which has no average with shares",
+        ),
         ('[[dataset]]\ndata = "cars"\ntask = "knn"\ntemplates = "plain"\n', "a knn task has no use for 'templates'"),
     ):
         suite.write_text(text)
