@@ -18,6 +18,9 @@ CLASSES = {"NN": NOUN, "NP": NOUN, "AJ": ADJECTIVE, "VB": VERB, "VD": VERB, "VH"
 
 # A web-scale run meets words without end; a full cache is emptied and fills again with the frequent ones.
 CACHE_WORDS = 1_000_000
+# The tagger tries each way of cutting a word into morphemes: 3,000 letters in a row (Thai has no spaces) would take a
+# minute. No English word is as long as this.
+LONGEST_WORD = 64
 
 Tagger = Callable[[str], int]
 
@@ -36,6 +39,8 @@ def load_tagger() -> Tagger:
     def word_class(word: str) -> int:
         if not any(character.isalpha() for character in word):
             return OTHER
+        if len(word) > LONGEST_WORD:
+            return NOUN
         _, tag = tagger.analyze(word)
         if tag == "UNC":
             return NOUN  # words it doesn't know are names of things far more often than not; NLTK's tagger agrees

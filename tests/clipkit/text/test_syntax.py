@@ -44,6 +44,8 @@ def tagged(tokenizer: Tokenizer) -> Syntax:
         (",", OTHER),
         ("'s", OTHER),
         ("😀", OTHER),
+        pytest.param("a" * 100, NOUN, id="longer than any word"),
+        pytest.param("ก" * 100_000, NOUN, id="a text without spaces"),
     ],
 )
 def test_classes_of_words(tagged: Syntax, word: str, expected: int) -> None:
