@@ -5,9 +5,11 @@ A value is parsed by the annotated type of its field, so a wrong one is refused 
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Collection, Iterable, Mapping
+from decimal import Decimal
 from typing import Any, Literal, TypeVar, Union
 
 from clipkit.errors import UserError
@@ -116,11 +118,13 @@ def _parse_int(text: str, key: str) -> int:
     if text and text[-1].upper() in SUFFIXES:
         number, scale = text[:-1], SUFFIXES[text[-1].upper()]
     try:
-        value = float(number) * scale if scale > 1 or not _is_plain(number) else int(number)
-        if not float(value).is_integer():
+        if scale == 1 and _is_plain(number):
+            return int(number)
+        value = Decimal(number) * scale  # a float of 1.001 has no whole number of millionths
+        if not math.isfinite(float(value)) or value != value.to_integral_value():
             raise ValueError
         return int(value)
-    except (ValueError, OverflowError):
+    except (ValueError, ArithmeticError):
         raise UserError(f"--set {key}={text}: takes a whole number, such as 4096, 1e6 or 12.8M") from None
 
 

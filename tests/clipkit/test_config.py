@@ -34,6 +34,7 @@ class Outer:
         ("count=7", lambda c: c.count, 7),
         ("count=1_000", lambda c: c.count, 1000),
         ("count=12.8M", lambda c: c.count, 12_800_000),
+        ("count=1.001M", lambda c: c.count, 1_001_000),
         ("count=1e6", lambda c: c.count, 1_000_000),
         ("count=9007199254740993", lambda c: c.count, 9007199254740993),
         ("limit=2K", lambda c: c.limit, 2000),

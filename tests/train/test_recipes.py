@@ -147,7 +147,7 @@ def test_no_number_that_means_nothing_passes_the_check(key, form, value):
         ("model.text.vocab_size=0", "recipe debug, stage reduced: model.text.vocab_size is 0: set a positive number"),
         ("std=0,0,0", "recipe debug: std is 0.0: set a positive number"),
         ("mean=0.5,0.5,128", "recipe debug: mean is 128.0: set a number from 0 to 1"),
-        ("seed=1e30", "recipe debug: seed is 1000000000000000019884624838656: set a number from -9,223,"),
+        ("seed=1e30", "recipe debug: seed is 1000000000000000000000000000000: set a number from -9,223,"),
         ("model.embed_dim=0", "recipe debug, stage reduced: model.embed_dim is 0: set a positive number"),
         ("model.image.width=0", "recipe debug, stage reduced: model.image.width is 0: set a positive number, or none"),
         ("model.text.width=0", "recipe debug, stage reduced: model.text.width is 0: set a positive number"),
