@@ -51,6 +51,7 @@ def check_recipe(recipe: Recipe, source: Source | Examples, device: Device) -> N
         raise UserError(f"optimizer.name={recipe.optimizer.name} isn't for TPUs yet: set optimizer.name=adamw")
     check_ranges(recipe, f"recipe {recipe.name}")
     check_captions(recipe)
+    check_stages(recipe)
     if recipe.loss == "global_contrastive":
         check_normalisers(recipe, source.num_records, device)
     elif recipe.global_contrastive != GlobalContrastive():
@@ -125,6 +126,16 @@ def check_captions(recipe: Recipe) -> None:
             raise UserError(f"recipe {recipe.name}: captions.{source} is {weight}: set 0 or a positive number")
     if recipe.captions and not any(recipe.captions.values()):
         raise UserError(f"recipe {recipe.name}: all weights of captions are 0: give a source a positive one")
+
+
+def check_stages(recipe: Recipe) -> None:
+    """Raise UserError where there is nothing to do, or where a stage can't be told from another by its name."""
+    if not recipe.stages:
+        raise UserError(f"recipe {recipe.name} has no stages: leave stages out, or change them as stages.0.samples=320")
+    names = [stage.name for stage in recipe.stages]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"recipe {recipe.name} has two stages of the name {name}: give each its own")
 
 
 def captions_left_out(recipe: Recipe, source: Source) -> list[str]:

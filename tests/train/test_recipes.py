@@ -38,6 +38,8 @@ def test_every_recipe_passes_its_own_check_and_survives_json(name):
 @pytest.mark.parametrize(
     ("setting", "says"),
     [
+        ("stages=", "recipe debug has no stages"),
+        ("stages.1.name=reduced", "recipe debug has two stages of the name reduced: give each its own"),
         ("stages.0.batch_size=1", "batch_size 1"),
         ("stages.0.samples=17", "samples 17 is not a multiple of batch_size 16: set 16"),
         ("stages.1.warmup_samples=10000", "warmup_samples 10000"),
