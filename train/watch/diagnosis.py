@@ -7,6 +7,7 @@ schedule and the end of the run stay where they were. A loss that stays at that 
 `on_stuck_loss` the run stops, or a warning is printed.
 """
 
+import itertools
 import math
 from collections import deque
 from dataclasses import asdict, dataclass, replace
@@ -109,8 +110,11 @@ def check_steps(run: Run, stage: Stage, model: CLIP, window: Window) -> list[Rea
     bad, log = readings[number], run.recipe.cadence.log_samples
     path = diagnose(run, stage, model, window, readings, number, str(bad.problem))
     if run.recipe.on_bad_loss == "skip" and len(run.skipped) < MOST_SKIPPED:
-        # Where the skipping begins and ends mustn't depend on when the run was saved or stopped.
-        run.skipped.append((bad.before, (bad.before // log + 1) * log))
+        # Where the skipping begins and ends mustn't depend on when the run was saved or stopped. Each stage logs at its
+        # end.
+        ends = itertools.accumulate(each.samples for each in run.recipe.stages)
+        stage_end = next(end for end in ends if end > bad.before)
+        run.skipped.append((bad.before, min(stage_end, (bad.before // log + 1) * log)))
         raise RollBackError(f"{bad.problem} at {bad.before:,} samples ({path})")
     raise UserError(explain_bad_loss(run, str(bad.problem), path))
 

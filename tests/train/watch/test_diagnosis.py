@@ -190,6 +190,13 @@ def test_a_run_goes_back_to_its_beginning_and_over_the_ends_of_stages(pairs_data
     assert {int(path.name) for path in checkpoint.checkpoints(tmp_path)} >= {192, 320}
 
 
+def test_the_end_of_a_stage_is_a_log_line_too(pairs_dataset, tmp_path, monkeypatch):
+    breaking(monkeypatch, 176)
+    assert train(recipe("cadence.log_samples=80"), pairs_dataset, tmp_path, **CPU).finished
+    assert checkpoint.load(tmp_path).state["skipped"] == [[176, 192]]
+    assert trained(tmp_path) == [80, 160, 192, 240, 320]
+
+
 def test_a_stopped_run_can_be_told_to_leave_the_batches_out(rolled_back, pairs_dataset, tmp_path, monkeypatch):
     breaking(monkeypatch, 80)
     with pytest.raises(UserError, match="--resume --set on_bad_loss=skip"):
