@@ -97,7 +97,7 @@ def find_start(
     if init.is_dir():
         loaded = checkpoint.load(init)
         refuse_other_vocabulary(loaded, tokenizer)
-        note = compare_kinds(loaded, config)
+        note = compare_kinds(loaded, config, recipe)
         return Start(begin, with_new_heads(loaded.tensors, config, recipe.seed), vocabulary=known, note=note)
     require_file(init, "checkpoint")
     weights = weights_from_file(init, config, recipe.seed)
@@ -115,15 +115,19 @@ def refuse_random_frozen(recipe: Recipe, loaded: tuple[str, ...]) -> None:
             )
 
 
-def compare_kinds(start: checkpoint.Checkpoint, config: ModelConfig) -> str:
-    """A line on towers that compute otherwise with the checkpoint's weights than they were trained to; "" for none.
+def compare_kinds(start: checkpoint.Checkpoint, config: ModelConfig, recipe: Recipe) -> str:
+    """A line on towers that compute otherwise with the checkpoint's weights than they were trained to, or that see
+    pixels of another mean and spread; "" for none.
 
     Raises UserError where such a one is frozen.
     """
-    found = []
+    found, (theirs, ours) = [], ({"mean": each.mean, "std": each.std} for each in (start.preprocess, recipe))
+    pixels = differences(to_json(theirs), to_json(ours))
     for tower in ("image", "text"):
         asked = getattr(config, tower)
         other = other_kind(getattr(start.model_config, tower), asked)
+        if tower == "image" and not other and pixels:
+            other = pixels[0]
         if other and asked.frozen is True:
             raise UserError(
                 f"{start.path} has another kind of {tower} tower ({other}): set the same, for a frozen one stays as it "

@@ -97,7 +97,8 @@ def test_half_precision_is_near(runs, images, model, tmp_path):
         (["stages.0.augmentation.flip=0.5"], "leave out all of the augmentation"),
         (["stages.0.image_keep=4", "stages.0.image_reduction=random"], "set image_keep and image_reduction to none"),
         (["stages.0.image_size=48"], r"images prepared otherwise \(size"),
-        (["mean=[0.5,0.5,0.5]"], r"images prepared otherwise \(mean"),
+        (["resize_mode=squash"], r"images prepared otherwise \(resize_mode"),
+        (["mean=[0.5,0.5,0.5]"], r"another kind of image tower \(mean"),
     ],
 )
 def test_a_recipe_that_does_not_fit(features, model, tmp_path, settings, problem):
@@ -127,15 +128,16 @@ def test_data_that_can_not_be_trained_on(features, images, tmp_path):
 @pytest.mark.parametrize(
     ("tower", "setting", "problem"),
     [
-        ("image", "image.act=quick_gelu", r"act: gelu -> quick_gelu"),
-        ("image", "image.heads=4", r"heads: 2 -> 4"),
-        ("image", "image.position=sincos", r"position: learnable -> sincos"),
-        ("text", "text.pooling=last", r"pooling: end -> last"),
+        ("image", "model.image.act=quick_gelu", r"act: gelu -> quick_gelu"),
+        ("image", "model.image.heads=4", r"heads: 2 -> 4"),
+        ("image", "model.image.position=sincos", r"position: learnable -> sincos"),
+        ("image", "std=0.5,0.5,0.5", r"std.0: 0.26862954 -> 0.5"),
+        ("text", "model.text.pooling=last", r"pooling: end -> last"),
     ],
 )
 def test_a_frozen_tower_runs_as_it_was_trained(images, model, tmp_path, tower, setting, problem):
     """A checkpoint of clipkit's says how, and the weights would fit all the same."""
-    recipe = set_values(FROZEN, [f"model.{setting}", "model.image.frozen=false", f"model.{tower}.frozen=true"])
+    recipe = set_values(FROZEN, [setting, "model.image.frozen=false", f"model.{tower}.frozen=true"])
     with pytest.raises(UserError, match=rf"another kind of {tower} tower \({problem}\).*: set the same"):
         train(recipe, images, tmp_path / "run", init=model, **CPU)
     trained = set_values(recipe, [f"model.{tower}.frozen=false"])
