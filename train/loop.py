@@ -167,12 +167,12 @@ def train(
             try:
                 loss = run_stages(run, start)
             except RollBackError as error:
-                why = str(error)
                 start = begin(resume=True, allow_changes=allow_changes)
                 refuse_different_starts(start, recipe, found, folder, device)
                 run.samples_seen = start.samples_seen
+                run.bad_samples = int(start.own.state["bad_samples"]) if start.own else 0
                 if device.is_first:
-                    log_roll_back(run, why)
+                    log_roll_back(run, str(error))
     finished = run.samples_seen >= recipe.samples and not run.evaluation_missing
     newest = checkpoint.latest(folder)
     return Summary(

@@ -190,6 +190,16 @@ def test_a_run_goes_back_to_its_beginning_and_over_the_ends_of_stages(pairs_data
     assert {int(path.name) for path in checkpoint.checkpoints(tmp_path)} >= {192, 320}
 
 
+def test_a_bad_record_is_not_counted_again_by_going_back(pairs_dataset, tmp_path, monkeypatch):
+    real = loop.batches
+    monkeypatch.setattr(loop, "batches", lambda *a, **k: (replace(batch, bad=1) for batch in real(*a, **k)))
+    breaking(monkeypatch, 80)
+    summary = train(recipe(), pairs_dataset, tmp_path, **CPU)
+    assert summary.bad_samples == 320 // 16
+    counts = {line["samples_seen"]: line["bad_samples"] for line in read_metrics(tmp_path) if "loss" in line}
+    assert counts == {seen: seen // 16 for seen in counts}
+
+
 def test_the_end_of_a_stage_is_a_log_line_too(pairs_dataset, tmp_path, monkeypatch):
     breaking(monkeypatch, 176)
     assert train(recipe("cadence.log_samples=80"), pairs_dataset, tmp_path, **CPU).finished
