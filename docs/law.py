@@ -78,18 +78,19 @@ def share(accuracies: Sequence[float]) -> str:
     return f"{mean} ± {100 * statistics.stdev(accuracies) / math.sqrt(len(accuracies)):.1f}"
 
 
-def results(rows: Rows, tower: str) -> str:
-    """Top-5 in percent by size, samples and a tower's tokens."""
+def results(rows: Rows, tower: str, by: str, names: Sequence[str]) -> str:
+    """Top-5 in percent by what each row is named after (a column, `by`), samples and a tower's tokens."""
     other = TOWERS[1 - TOWERS.index(tower)]
     rows = [row for row in rows if row[f"{other}_way"] == "all"]
     lengths = sorted({row[f"{tower}_tokens"] for row in rows}, reverse=True)
-    lines = ["| size | samples | " + " | ".join(f"{each:.0f} {tower} tokens" for each in lengths) + " |"]
+    lines = [f"| {by.rpartition('_')[2]} | samples | " + " | ".join(f"{n:.0f} {tower} tokens" for n in lengths) + " |"]
     lines.append("|---|---" + "|---" * len(lengths) + "|")
-    for size in sizes_of(rows):
+    for name in names:
         for samples in sorted({row["samples"] for row in rows}):
-            own = [row for row in rows if row["size"] == size and row["samples"] == samples]
-            cells = [share([row["accuracy"] for row in own if row[f"{tower}_tokens"] == each]) for each in lengths]
-            lines.append(f"| {size} | {samples:,.0f} | {' | '.join(cells)} |")
+            own = [row for row in rows if row[by] == name and row["samples"] == samples]
+            found = [[row["accuracy"] for row in own if row[f"{tower}_tokens"] == each] for each in lengths]
+            cells = [share(accuracies) if accuracies else "" for accuracies in found]
+            lines.append(f"| {name} | {samples:,.0f} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -131,22 +132,6 @@ def draw_ways(rows: Rows) -> None:
     figure.savefig(HERE / "law-ways.png", dpi=130)
 
 
-def ways(rows: Rows, tower: str) -> str:
-    """Top-5 in percent by the way in which a tower's tokens were reduced, and their number."""
-    other = TOWERS[1 - TOWERS.index(tower)]
-    rows = [row for row in rows if row[f"{other}_way"] == "all"]
-    lengths = sorted({row[f"{tower}_tokens"] for row in rows}, reverse=True)
-    lines = ["| way | samples | " + " | ".join(f"{each:.0f} {tower} tokens" for each in lengths) + " |"]
-    lines.append("|---|---" + "|---" * len(lengths) + "|")
-    for way in ("all", *reductions(rows, tower)):
-        for samples in sorted({row["samples"] for row in rows}):
-            own = [row for row in rows if row[f"{tower}_way"] == way and row["samples"] == samples]
-            found = [[row["accuracy"] for row in own if row[f"{tower}_tokens"] == each] for each in lengths]
-            cells = [share(accuracies) if accuracies else "" for accuracies in found]
-            lines.append(f"| {way} | {samples:,.0f} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
 def terms(rows: Rows) -> str:
     """The fitted law."""
     law = fit_law(rows, WAYS)
@@ -175,8 +160,10 @@ if __name__ == "__main__":
     page = HERE / "law.md"
     text = page.read_text(encoding="utf-8")
     tables = {
-        "results": results(found, "image") + "\n\n" + results(found, "text"),
-        "ways": ways(by_way, "image") + "\n\n" + ways(by_way, "text"),
+        "results": "\n\n".join(results(found, tower, "size", sizes_of(found)) for tower in TOWERS),
+        "ways": "\n\n".join(
+            results(by_way, tower, f"{tower}_way", ["all", *reductions(by_way, tower)]) for tower in TOWERS
+        ),
         "terms": terms(found),
         "held out": held_out(found),
     }

@@ -298,6 +298,6 @@ def open_pictures(data: str, split: str | None, label: str | None) -> "Pictures"
         for note in found.notes:
             click.echo(note, err=True)
         part = found.parts[0]
-        identity = found.identity() | ({"files": part.files} if part.files else {})
+        identity = found.identity() | ({"files": part.files()} if part.files else {})
         return captioned_pictures(found.source(), part.path, identity)
     return labelled_pictures(open_labelled(Path(data), label=label, split=split))

@@ -106,7 +106,7 @@ def _among(labels: Labels, names: Sequence[str], file: Path, origin: Path) -> tu
     place = {class_name(name): number for number, name in enumerate(names)}
     lacking = [label for label in labels.names if class_name(label) not in place]
     if len(lacking) == len(labels.names):
-        return labels, (f"{origin}: {file} isn't heeded: it has no label of theirs, such as {lacking[0]!r}",)
+        return labels, (f"{origin}: {file} is left aside: none of its names is a label here, such as {lacking[0]!r}",)
     if lacking or len(place) < len(names):
         what = f"lacks {lacking[0]!r}, which occurs in {origin}" if lacking else "has a name twice"
         raise UserError(f"{file} {what}: list each class of the .cls once")

@@ -7,7 +7,7 @@ in a store. What is in a store, and parquet, is read through a cache on the loca
 import hashlib
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import partial
@@ -70,8 +70,8 @@ class OpenedSource:
     """What made the vectors that it has in the place of images."""
     with_texts: Callable[[], Source] | None = None
     """The same with vectors in the place of captions too, where it has some."""
-    files: str = ""
-    """A hash of the files of a dataset directory, which its identity doesn't have: it may be built again, or moved."""
+    files: Callable[[], str] | None = None
+    """Makes a hash of a dataset directory's files, which its identity doesn't have: it may be built again, or moved."""
 
 
 @dataclass(frozen=True)
@@ -244,8 +244,10 @@ class _Opener:
             raise UserError(f"--split {ALL_SPLITS}: name one split of the dataset {path}")
         dataset = open_dataset(path, self.split, cache=self.cache_for(path), block_records=self.block_size)
         identity = {"name": dataset.name, "split": dataset.split, "records": dataset.num_records}
-        listing = " ".join(f"{shard.file}:{shard.bytes}:{shard.crc32c}" for shard in dataset.shards)
-        files = hashlib.blake2b(listing.encode(), digest_size=8).hexdigest()
+
+        def files() -> str:
+            return hash_of_files((shard.file, shard.bytes, shard.crc32c) for shard in dataset.shards)
+
         ahead = partial(read_ahead, cached=dataset, block_records=self.block_size)
         if IMAGE_FIELD in dataset.features and TEXT_FIELD in dataset.features:
             columns = precomputed_columns(dataset.options, dataset.features)
@@ -267,15 +269,20 @@ class _Opener:
     def opened(
         self, path: Path, kind: str, found: ShardListing, source: FileSource, block_records: int
     ) -> OpenedSource:
-        listing = " ".join(f"{file.name}:{file.bytes}" for file in found.files)
         identity = {
             "name": path.name,
             "kind": kind,
             "records": source.num_records,
-            "files": hashlib.blake2b(listing.encode(), digest_size=8).hexdigest(),
+            "files": hash_of_files((file.name, file.bytes) for file in found.files),
         }
         ahead = read_ahead(source, source, block_records)
         return OpenedSource(path, lambda _: ahead, identity, found.notes)
+
+
+def hash_of_files(described: Iterable[tuple[object, ...]]) -> str:
+    """Of the names of files with what tells one from another of the same name."""
+    listing = " ".join(":".join(map(str, each)) for each in described)
+    return hashlib.blake2b(listing.encode(), digest_size=8).hexdigest()
 
 
 def remedy(path: Path) -> str:

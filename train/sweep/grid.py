@@ -172,7 +172,7 @@ def configurations_of(values: Mapping[str, Any]) -> Iterator[Configuration]:
     seeds = numbers(values, "seeds", "seeds") if "seeds" in values else [base.seed]
     for size in sizes:
         if not re.fullmatch(r"\w[\w.+-]*", size):
-            raise UserError(f"sizes: {size!r} is no name of a folder: use letters, numbers, dots and hyphens")
+            raise UserError(f"sizes: {size!r} can't be the name of a folder: use letters, numbers, dots and hyphens")
         changes = table(sizes, size, "sizes.")
         recipe = set_values(base, assignments(changes))
         is_studied = studies is None or size in studies

@@ -115,7 +115,8 @@ def test_names_of_other_labels_are_said_to_be_left_aside(tmp_path: Path) -> None
     task = open_task(write(tmp_path, texts("n01440764", "n01443537"), names="a fish\nanother\n"))
     assert task.classes.titles == ("tench", "goldfish")
     assert (
-        f"{tmp_path / 'classnames.txt'} isn't heeded: it has no label of theirs, such as 'n01440764'" in task.notes[-1]
+        f"{tmp_path / 'classnames.txt'} is left aside: none of its names is a label here, such as 'n01440764'"
+        in task.notes[-1]
     )
 
 

@@ -152,7 +152,7 @@ def test_texts_are_varied_with_all_image_tokens(write):
         ("tokens = [16, 4]", 'tokens = [16, 4]\nways = ["grid", "grid"]', "image.ways names one twice"),
         ("tokens = [16, 4]", "tokens = [16, 4]\nways = 3", "image.ways is 3: set a list of names"),
         ("[image]", "[sizes]\nsmall = 3\n[image]", "sizes.small is 3: make it a table"),
-        ("[image]", '[sizes."../large"]\n[image]', "sizes: '../large' is no name of a folder"),
+        ("[image]", '[sizes."../large"]\n[image]', "sizes: '../large' can't be the name of a folder"),
         ('base = "debug"', 'base = "debug"\nstudies = 3', "studies is 3: set a list of names"),
         ('base = "debug"\ndata = ', 'base = "debug"\ndata = {a = 1} # ', "it has no data"),
         ("[eval]\ndata = ", "[eval]\ndata = 3 # ", "it measures nothing"),
