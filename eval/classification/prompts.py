@@ -4,6 +4,7 @@ Each prompt's embedding is normalised, a class's are averaged, and the mean is n
 as `build_zero_shot_classifier` of OpenCLIP does.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,10 +56,12 @@ class Classes:
 
     @property
     def titles(self) -> tuple[str, ...]:
-        """What a person is shown: the name where there is one, the label where there are several."""
-        return tuple(
-            names[0] if len(names) == 1 else label for label, names in zip(self.labels, self.names, strict=True)
-        )
+        """What a person is shown, of each class its own: the name where there is one, the label where there are
+        several, and with the number what several classes are called.
+        """
+        titles = [names[0] if len(names) == 1 else label for label, names in zip(self.labels, self.names, strict=True)]
+        times = Counter(titles)
+        return tuple(title if times[title] == 1 else f"{title} (class {number})" for number, title in enumerate(titles))
 
 
 def check_pooling(text: str) -> Pooling:

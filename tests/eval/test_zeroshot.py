@@ -1,5 +1,6 @@
 """The classifier and its accuracy equal OpenCLIP's; the three kinds of data agree; bad input gets its one line."""
 
+import csv
 import dataclasses
 import io
 import json
@@ -367,6 +368,21 @@ def test_numbers_and_guesses_are_written_into_the_run(
     counted = (run / "per-class-emoji.csv").read_text().splitlines()
     assert len(counted) == 1 + len({row["label"] for row in rows})
     assert "were cut" not in capsys.readouterr().err
+
+
+def test_classes_of_one_name_are_counted_apart(run: Path, tmp_path: Path) -> None:
+    """ImageNet has two missiles: one taken for the other is wrong in the guesses and in the table of classes, too."""
+    for number, wnid in enumerate(("n03773504", "n04008634")):
+        (tmp_path / "set" / wnid).mkdir(parents=True)
+        for image in range(3):
+            (tmp_path / "set" / wnid / f"{image}.png").write_bytes(png((40 * image, 90 * number, 0)))
+    top1 = zeroshot(run, open_task(tmp_path / "set", templates_name="plain", name="t"), device="cpu")[0]
+    rows, _ = results.read_predictions(run / "predictions-t.parquet")
+    assert sum(row["guesses"][0] == row["label"] for row in rows) == round(top1.value * 6)
+    with (run / "per-class-t.csv").open(newline="") as file:
+        counted = list(csv.DictReader(file))
+    assert {row["class"]: row["images"] for row in counted} == {"missile (class 0)": "3", "missile (class 1)": "3"}
+    assert sum(int(row["right"]) for row in counted) == round(top1.value * 6)
 
 
 def test_other_templates_are_another_result(run: Path, emoji: Path) -> None:
