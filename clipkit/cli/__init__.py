@@ -2,8 +2,7 @@
 
 - `main`: the group, and the commands to train
 - `evaluate`: the commands that evaluate models and show what was found
-- `plan`: the command `plan`
-- `sweep`: the command `sweep`
+- `plan`: the commands `plan` and `sweep`
 - `search`: the commands that put a model to work: vectors, labels, search
 - `data`: the commands that make and maintain datasets
 - `download`: the command `download`

@@ -103,7 +103,7 @@ table_format = click.option(
 def zeroshot(
     models: tuple[str, ...],
     ema: bool,
-    tokenizer: Path | None,
+    vocabulary: Path | None,
     data: tuple[Path, ...],
     suite: str | None,
     kind: "TaskKind | None",
@@ -145,7 +145,7 @@ def zeroshot(
     outs = {model: out / file_name(model) if out and len(models) > 1 else out for model in models}
     where = pick(device)
     how: dict[str, Any] = {"batch_size": batch_size, "device": where, "precision": precision, "cache": kept}
-    how |= {"ema": ema, "vocabulary": tokenizer}
+    how |= {"ema": ema, "vocabulary": vocabulary}
 
     def measured() -> "Iterator[list[Result]]":
         if suite is not None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from clipkit import __version__
-from clipkit.cli import data, download, evaluate, plan, search, sweep
+from clipkit.cli import data, download, evaluate, plan, search
 from clipkit.cli.options import (
     AnyPath,
     Count,
@@ -35,6 +35,8 @@ from clipkit.errors import UserError
 if TYPE_CHECKING:
     from clipkit.eval.open import TaskKind
 
+# What `train --eval-…` takes of zeroshot's options for the data.
+EVAL_OPTIONS = ("train_data", "images", "label", "templates_name", "classes", "split")
 SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100, "show_default": True}
 
 
@@ -52,7 +54,7 @@ for _command in (
     *(download.download, data.build_tfds, data.build_imagenet, data.add_captions),
     *(data.verify, data.inspect, data.purge),
     *(evaluate.zeroshot, evaluate.compare, evaluate.report, evaluate.export),
-    *(search.embed, search.score, search.reinforce, search.classify, search.search, plan.plan, sweep.sweep),
+    *(search.embed, search.score, search.reinforce, search.classify, search.search, plan.plan, plan.sweep),
 ):
     main.add_command(_command)
 
@@ -94,7 +96,7 @@ for _command in (
 @click.option("--eval-train-data", type=AnyPath, help="As zeroshot's --train-data.")
 @click.option("--eval-images", type=Folder, help="As zeroshot's --images.")
 @click.option("--eval-label", help="Label column of --eval-data.")
-@click.option("--eval-templates", help="As zeroshot's --templates.")
+@click.option("--eval-templates", "eval_templates_name", help="As zeroshot's --templates.")
 @click.option("--eval-classes", type=AnyPath, help="As zeroshot's --classes.")
 @click.option("--eval-split", help="As zeroshot's --split.")
 @as_json
@@ -111,12 +113,6 @@ def train(
     overfit: int | None,
     eval_data: Path | None,
     eval_task: "TaskKind",
-    eval_train_data: Path | None,
-    eval_images: Path | None,
-    eval_label: str | None,
-    eval_templates: str | None,
-    eval_classes: Path | None,
-    eval_split: str | None,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -136,6 +132,7 @@ def train(
     from clipkit.train.loop import train as stage
     from clipkit.train.start import cooldown_recipe
 
+    of_task = {name: options.pop(f"eval_{name}") for name in EVAL_OPTIONS}
     named = find_recipe(recipe_name) if recipe_name else None
     if overfit and named is not None:
         given = {"out": out, "resume": resume, "init": init, "from-stage": from_stage, "cooldown": cooldown}
@@ -155,16 +152,7 @@ def train(
     task = None
     if eval_data:
         try:
-            task = open_data(
-                eval_task,
-                eval_data,
-                train_data=eval_train_data,
-                images=eval_images,
-                label=eval_label,
-                templates_name=eval_templates,
-                classes=eval_classes,
-                split=eval_split,
-            )
+            task = open_data(eval_task, eval_data, **of_task)
         except UserError as error:
             raise UserError(as_train_says(str(error))) from error
         for note in task.notes:

@@ -146,7 +146,9 @@ cache_gigabytes = click.option("--cache-gb", type=Positive, default=10.0, help="
 vocabulary = click.option(
     "--tokenizer", "vocabulary", type=AnyPath, help="Vocabulary file of the model's tokenizer, where it isn't clip-bpe."
 )
-tokenizer = click.option("--tokenizer", type=AnyPath, help="The tokenizer's vocabulary, where the model comes without.")
+tokenizer = click.option(
+    "--tokenizer", "vocabulary", type=AnyPath, help="The tokenizer's vocabulary, where the model comes without."
+)
 batch_size = click.option("--batch-size", type=Count, default=256, help="Images at once.")
 as_json = click.option("--json", "as_json", is_flag=True, help="Print the summary as one line of JSON.")
 precision = click.option(

@@ -2,7 +2,7 @@
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -26,7 +26,6 @@ from clipkit.cli.options import (
 from clipkit.errors import UserError
 
 if TYPE_CHECKING:
-    from clipkit.device import Precision
     from clipkit.eval.search.pictures import Pictures
 
 checkpoint = click.option("--ckpt", required=True, metavar="MODEL", help="The model, as zeroshot takes it.")
@@ -52,13 +51,8 @@ def embed(
     ckpt: str,
     split: str | None,
     label: str | None,
-    ema: bool,
-    tokenizer: Path | None,
-    dtype: Literal["float16", "float32"],
-    precision: "Precision",
-    batch_size: int,
-    device: str,
     as_json: bool,
+    **options: Any,
 ) -> None:
     """Write the vectors of all images of DATA, and of their captions, into one parquet file.
 
@@ -66,19 +60,7 @@ def embed(
     """
     from clipkit.eval.search.embed import embed as stage
 
-    pictures = open_pictures(data, split, label)
-    summary = stage(
-        pictures,
-        out,
-        ckpt,
-        dtype=dtype,
-        precision=precision,
-        batch_size=batch_size,
-        device=device,
-        ema=ema,
-        vocabulary=tokenizer,
-    )
-    print_summary(summary, as_json)
+    print_summary(stage(open_pictures(data, split, label), out, ckpt, **options), as_json)
 
 
 @click.command()
@@ -99,12 +81,8 @@ def score(
     ckpt: str,
     out: Path | None,
     split: str,
-    ema: bool,
-    tokenizer: Path | None,
-    precision: "Precision",
-    batch_size: int,
-    device: str,
     as_json: bool,
+    **options: Any,
 ) -> None:
     """Write how similar each image of DATA is to its caption into a table, for build-tfds --keep-best --by TABLE.
 
@@ -112,18 +90,7 @@ def score(
     """
     from clipkit.eval.search.score import score as stage
 
-    summary = stage(
-        open_pictures(data, split, None),
-        out,
-        ckpt,
-        split=split,
-        precision=precision,
-        batch_size=batch_size,
-        device=device,
-        ema=ema,
-        vocabulary=tokenizer,
-    )
-    print_summary(summary, as_json)
+    print_summary(stage(open_pictures(data, split, None), out, ckpt, split=split, **options), as_json)
 
 
 @click.command()
@@ -181,7 +148,7 @@ def classify(
     labels: str,
     ckpt: str,
     ema: bool,
-    tokenizer: Path | None,
+    vocabulary: Path | None,
     templates_name: str,
     device: str,
     page: Path | None,
@@ -194,7 +161,7 @@ def classify(
     from clipkit.eval.search.page import classified_tiles, write_page
 
     names = split_labels(labels)
-    found = stage(clipkit.load(ckpt, ema=ema, tokenizer=tokenizer, device=device), images, names, templates_name)
+    found = stage(clipkit.load(ckpt, ema=ema, tokenizer=vocabulary, device=device), images, names, templates_name)
     for each in found:
         if as_json:
             print_json({"image": str(each.image), "probabilities": each.probabilities})
@@ -226,7 +193,7 @@ def search(
     image: Path | None,
     ckpt: str | None,
     ema: bool,
-    tokenizer: Path | None,
+    vocabulary: Path | None,
     top: int,
     split: str | None,
     label: str | None,
@@ -248,12 +215,12 @@ def search(
     if file is None and ckpt is None:
         raise UserError("--ckpt is needed: name the model (only a file of vectors knows its own)")
     if file is None or ckpt is not None:
-        model = clipkit.load(ckpt or "", ema=ema, tokenizer=tokenizer, device=device)
+        model = clipkit.load(ckpt or "", ema=ema, tokenizer=vocabulary, device=device)
     elif ema:
         raise UserError(f"--ema needs --ckpt: {data} says itself which weights made it")
     else:
         known = file.about.get("tokenizer")  # absent in older files
-        vocabulary = tokenizer or (Path(known) if known else None)
+        vocabulary = vocabulary or (Path(known) if known else None)
         model = clipkit.load(file.about["model"], ema=file.about["ema"], tokenizer=vocabulary, device=device)
     if file is not None:
         file.require_model(model.encoder)
