@@ -150,6 +150,10 @@ def train(
         raise click.UsageError("Missing option '--recipe'.")
     start: dict[str, Any] = {"resume": resume, "init": init, "from_stage": from_stage, "branch": cooldown is not None}
     task = None
+    stray = next((name for name, value in of_task.items() if value is not None), None)
+    if eval_data is None and stray is not None:
+        option = stray.removesuffix("_name").replace("_", "-")
+        raise UserError(f"--eval-{option} is for --eval-data, which is missing: give it, or leave this out")
     if eval_data:
         try:
             task = open_data(eval_task, eval_data, **of_task)
