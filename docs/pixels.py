@@ -38,7 +38,7 @@ from clipkit import checkpoint
 from clipkit.counter_rng import sample_keys
 from clipkit.device import pick
 from clipkit.embedding.encoder import Compute, clip_encoder
-from clipkit.embedding.images import ImageSet, Pixels, decode_pixels, stack
+from clipkit.embedding.vectors import ImageSet, Pixels, decode_pixels, stack
 from clipkit.eval.classification.images import LabelledImages
 from clipkit.eval.classification.task import Classification, classify, open_task
 from clipkit.intervals import wilson

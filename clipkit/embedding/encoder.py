@@ -307,30 +307,14 @@ def check_finite(vectors_NE: Tensor) -> Tensor:
     return vectors_NE
 
 
-def clip_encoder(
-    model: "CLIP",
-    tokenizer: TextTokenizer,
-    preprocess: Preprocess,
-    *,
-    precision: Precision = "auto",
-    name: str = "",
-    path: Path | None = None,
-    origin: str = "clipkit",
-    samples_seen: int = 0,
-    notes: tuple[str, ...] = (),
-) -> Encoder:
-    """An encoder of clipkit's own model."""
+def clip_encoder(model: "CLIP", tokenizer: TextTokenizer, preprocess: Preprocess, **about: Any) -> Encoder:
+    """An encoder of clipkit's own model; `about` are further fields."""
     return Encoder(
         model,
         tokenizer,
         preprocess,
         context_length=model.config.text.context_length,
         fixed_length=model.text.fixed_length,
-        precision=precision,
-        name=name,
-        path=path,
-        origin=origin,
-        samples_seen=samples_seen,
         activation=" and ".join(dict.fromkeys((model.config.image.act, model.config.text.act))),
-        notes=notes,
+        **about,
     )

@@ -9,8 +9,7 @@ from PIL import Image
 
 from clipkit.device import Device
 from clipkit.embedding.encoder import Compute, Encoder
-from clipkit.embedding.images import full_rows
-from clipkit.embedding.texts import text_matrix
+from clipkit.embedding.vectors import pixel_vectors, text_matrix
 from clipkit.errors import UserError
 from clipkit.pixels.images import ImageError, UInt8Array, decode, eval_transform, upright_rgb
 
@@ -34,9 +33,7 @@ class LoadedModel:
         compute, parts = Compute(self.device, batch_size=batch_size), []
         for start in range(0, len(images), batch_size):
             pixels = np.stack([self._pixels(each) for each in images[start : start + batch_size]])
-            rows = full_rows(pixels, batch_size, self.device)
-            features = self.encoder.image_features(self.device.common_batch({"image": rows})["image"], compute)
-            parts.append(features.cpu().numpy()[: len(pixels)])
+            parts.append(pixel_vectors(self.encoder, pixels, compute).cpu().numpy())
         return np.concatenate(parts)
 
     def encode_text(self, texts: str | Sequence[str]) -> NDArray[np.float32]:

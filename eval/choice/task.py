@@ -12,8 +12,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from clipkit.embedding.encoder import Compute, Encoder
-from clipkit.embedding.images import ImageSet, image_matrix
-from clipkit.embedding.texts import tokenise, tokenised_matrix
+from clipkit.embedding.vectors import ImageSet, image_matrix, tokenise, tokenised_matrix
 from clipkit.eval.choice.association import association_measures, jaccard
 from clipkit.eval.choice.questions import Question, read_picture, read_questions
 from clipkit.eval.evaluation import Outcome, cut_notes

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from clipkit import embedded
 from clipkit.config import did_you_mean, nearest
 from clipkit.embedding.encoder import Compute, Encoder, TextTokenizer
-from clipkit.embedding.texts import TokenisedTexts, embed_tokenised, tokenise
+from clipkit.embedding.vectors import TokenisedTexts, embed_tokenised, tokenise
 from clipkit.errors import UserError
 from clipkit.eval.classification.labels import fill
 from clipkit.storage.files import read_json, read_text, require_file

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from clipkit.embedding.encoder import Compute, Encoder, TextTokenizer
-from clipkit.embedding.images import ImageSet, embed_images
+from clipkit.embedding.vectors import ImageSet, embed_images
 from clipkit.errors import UserError
 from clipkit.eval.classification.imagenet import (
     IN_DISTRIBUTION,

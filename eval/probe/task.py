@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from clipkit.config import nearest
 from clipkit.embedding.encoder import Compute, Encoder
-from clipkit.embedding.images import ImageSet, image_matrix
+from clipkit.embedding.vectors import ImageSet, image_matrix
 from clipkit.errors import UserError
 from clipkit.eval.classification.images import LabelledImages
 from clipkit.eval.classification.labelled import open_labelled, refuse_option

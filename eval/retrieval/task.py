@@ -10,8 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from clipkit.embedding.encoder import Compute, Encoder
-from clipkit.embedding.images import ImageSet, embed_images
-from clipkit.embedding.texts import tokenise, tokenised_matrix
+from clipkit.embedding.vectors import ImageSet, embed_images, tokenise, tokenised_matrix
 from clipkit.errors import UserError
 from clipkit.eval.evaluation import Outcome, cut_notes
 from clipkit.eval.results import digest, preprocessing_digest

@@ -21,8 +21,7 @@ from numpy.typing import NDArray
 from clipkit.config import to_json
 from clipkit.device import Precision, pick
 from clipkit.embedding.encoder import Compute, Encoder, other_towers, tower_weights, towers_of
-from clipkit.embedding.images import ImageSet, image_matrix
-from clipkit.embedding.texts import text_matrix
+from clipkit.embedding.vectors import ImageSet, image_matrix, text_matrix
 from clipkit.errors import UserError
 from clipkit.eval.search.pictures import Picture, Pictures
 from clipkit.eval.search.vectors import (

@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from clipkit.embedding.encoder import Compute
-from clipkit.embedding.images import ImageSet, embed_images
 from clipkit.embedding.script import LoadedModel
+from clipkit.embedding.vectors import ImageSet, embed_images
 from clipkit.errors import UserError
 from clipkit.eval.search.pictures import Picture, Pictures
 from clipkit.eval.search.vectors import VectorFile, matrix_of

@@ -176,7 +176,7 @@ def test_many_classes_in_many_templates_are_many_batches(
     texts = prompts(Classes(("a", "b"), (("ant", "small ant"), ("bee",))), templates("openai-80").sentences)
     made = tokenise_prompts(texts, tokenizer, 32)
     at_once_CE = classifier_of(model, made)
-    monkeypatch.setattr("clipkit.embedding.texts.TOKENS_PER_BATCH", 64)
+    monkeypatch.setattr("clipkit.embedding.vectors.TOKENS_PER_BATCH", 64)
     torch.testing.assert_close(classifier_of(model, made), at_once_CE, rtol=0, atol=1e-6)
 
 
@@ -663,7 +663,7 @@ def test_every_model_is_measured_on_all_data(
     ]
     assert len(results.read_results(run)) == len(results.read_results(second)) == len(lines) // 2
     # Given again, nothing is decoded or embedded; and several models' results in one folder don't mix.
-    monkeypatch.setattr("clipkit.embedding.images.decode_pixels", None)
+    monkeypatch.setattr("clipkit.embedding.vectors.decode_pixels", None)
     again = CliRunner().invoke(main, [*command, "--out", str(tmp_path / "out")])
     values = [[each["value"] for each in map(json.loads, text.splitlines())] for text in (done.stdout, again.stdout)]
     assert values[0] == values[1]

@@ -18,8 +18,7 @@ from numpy.typing import NDArray
 from clipkit.config import differences, to_json
 from clipkit.device import Precision, pick
 from clipkit.embedding.encoder import Compute, Encoder, check_finite, other_towers, towers_of
-from clipkit.embedding.images import pad_rows
-from clipkit.embedding.texts import text_matrix
+from clipkit.embedding.vectors import pad_rows, text_matrix
 from clipkit.errors import UserError
 from clipkit.formats.manifest import reinforced_folder
 from clipkit.formatting import counted, size_text

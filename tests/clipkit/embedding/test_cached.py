@@ -17,8 +17,7 @@ from small_encoder import PREPROCESS, SMALL, small_encoder
 from clipkit import embedded
 from clipkit.device import pick
 from clipkit.embedding.encoder import Compute, Encoder, clip_encoder
-from clipkit.embedding.images import ImageSet, embed_images, image_matrix
-from clipkit.embedding.texts import text_matrix
+from clipkit.embedding.vectors import ImageSet, embed_images, image_matrix, text_matrix
 from clipkit.errors import UserError
 from clipkit.model.clip import build
 from clipkit.pixels.images import Preprocess
@@ -77,7 +76,7 @@ def test_images_out_of_the_cache_are_the_same(
         assert (again.content, again.unreadable) == (plain.content, plain.unreadable) != ("", {})
         assert shown == list(range(120)) * (attempt + 1)
         assert cache.made == 4
-        monkeypatch.setattr("clipkit.embedding.images.decode_pixels", None)
+        monkeypatch.setattr("clipkit.embedding.vectors.decode_pixels", None)
 
 
 def test_a_batch_without_a_readable_image_is_passed_by(
@@ -111,7 +110,7 @@ def test_what_changes_the_embeddings_is_another_piece(
 def test_texts_out_of_the_cache_are_the_same(
     encoder: Encoder, cache: CountedCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("clipkit.embedding.texts.TOKENS_PER_BATCH", 64)
+    monkeypatch.setattr("clipkit.embedding.vectors.TOKENS_PER_BATCH", 64)
     expected_NE = text_matrix(encoder, TEXTS, compute(None))
     found_NE = text_matrix(encoder, TEXTS, compute(cache))
     made = cache.made
@@ -199,8 +198,8 @@ def test_models_with_one_preprocessing_share_what_is_decoded(
     expected_NE = image_matrix(other, image_set(pictures), compute(None))[1]
     images = image_set(pictures)
     image_matrix(encoder, images, compute(cache))
-    monkeypatch.setattr("clipkit.embedding.images.decode_pixels", None)
+    monkeypatch.setattr("clipkit.embedding.vectors.decode_pixels", None)
     torch.testing.assert_close(image_matrix(other, images, compute(cache))[1], expected_NE)
     # Nothing is kept of a set that is too large.
-    monkeypatch.setattr("clipkit.embedding.images.KEEP_PIXELS_BYTES", 1000)
+    monkeypatch.setattr("clipkit.embedding.vectors.KEEP_PIXELS_BYTES", 1000)
     assert image_set(pictures).kept(PREPROCESS, 32) is None

@@ -28,7 +28,7 @@ from clipkit import embedded
 from clipkit.cli.main import main
 from clipkit.device import pick
 from clipkit.embedding.encoder import Compute, Encoder
-from clipkit.embedding.texts import text_matrix
+from clipkit.embedding.vectors import text_matrix
 from clipkit.errors import UserError
 from clipkit.interop.load import load
 from clipkit.interop.openclip_config import native_config

@@ -13,7 +13,7 @@ from small_encoder import small_encoder
 from clipkit.config import to_json
 from clipkit.device import pick
 from clipkit.embedding.encoder import Compute
-from clipkit.embedding.texts import text_matrix
+from clipkit.embedding.vectors import text_matrix
 from clipkit.errors import UserError
 from clipkit.pixels.images import ImageError
 from clipkit.storage.files import save_array, write_json
