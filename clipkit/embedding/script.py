@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from clipkit.device import Device
-from clipkit.embedding.encoder import Compute, Encoder
+from clipkit.embedding.encoder import Compute, Encoder, check_finite
 from clipkit.embedding.vectors import pixel_vectors, text_matrix
 from clipkit.errors import UserError
 from clipkit.pixels.images import ImageError, UInt8Array, decode, eval_transform, upright_rgb
@@ -24,7 +24,9 @@ class LoadedModel:
         self.encoder, self.device = encoder.to(device.torch_device), device
 
     def encode_image(self, images: ImageInput | Sequence[ImageInput], batch_size: int = 256) -> NDArray[np.float32]:
-        """Unit vectors float32[N, E] of images, or [E] of one. Raises UserError for what can't be read or decoded."""
+        """Unit vectors float32[N, E] of images, or [E] of one. Raises UserError for what can't be read or decoded,
+        and for a model that gives NaN.
+        """
         if isinstance(images, Path | str | bytes | np.ndarray | Image.Image):
             one: NDArray[np.float32] = self.encode_image([images])[0]
             return one
@@ -33,7 +35,7 @@ class LoadedModel:
         compute, parts = Compute(self.device, batch_size=batch_size), []
         for start in range(0, len(images), batch_size):
             pixels = np.stack([self._pixels(each) for each in images[start : start + batch_size]])
-            parts.append(pixel_vectors(self.encoder, pixels, compute).cpu().numpy())
+            parts.append(check_finite(pixel_vectors(self.encoder, pixels, compute)).cpu().numpy())
         return np.concatenate(parts)
 
     def encode_text(self, texts: str | Sequence[str]) -> NDArray[np.float32]:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from clipkit import embedded
 from clipkit.config import did_you_mean, nearest
-from clipkit.embedding.encoder import Compute, Encoder, TextTokenizer
+from clipkit.embedding.encoder import Compute, Encoder, TextTokenizer, check_finite
 from clipkit.embedding.vectors import TokenisedTexts, embed_tokenised, tokenise
 from clipkit.errors import UserError
 from clipkit.eval.classification.labels import fill
@@ -179,7 +179,10 @@ def tokenise_prompts(prompts: Sequence[Sequence[str]], tokenizer: TextTokenizer,
 
 @torch.no_grad()
 def class_embeddings(encoder: Encoder, prompts: Prompts, compute: Compute) -> torch.Tensor:
-    """The classifier [C, E] in float32 on the device: row c is the unit embedding of class c."""
+    """The classifier [C, E] in float32 on the device: row c is the unit embedding of class c.
+
+    Raises UserError when the model gives NaN.
+    """
     sum_CE: torch.Tensor | None = None
     for part, text_BE in embed_tokenised(encoder, prompts.texts, compute):
         first, last = np.searchsorted(prompts.prompt_Q, [part.start, part.stop])
@@ -190,4 +193,4 @@ def class_embeddings(encoder: Encoder, prompts: Prompts, compute: Compute) -> to
         sum_CE.index_add_(0, class_Q, text_BE[row_Q])
     assert sum_CE is not None  # there is always a class, and a class has a name
     # The direction of the mean is that of the sum.
-    return F.normalize(sum_CE, dim=-1)
+    return check_finite(F.normalize(sum_CE, dim=-1))

@@ -10,7 +10,7 @@ import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 
-from clipkit.embedding.encoder import Compute, Encoder, TextTokenizer
+from clipkit.embedding.encoder import Compute, Encoder, TextTokenizer, check_finite
 from clipkit.embedding.vectors import ImageSet, embed_images
 from clipkit.errors import UserError
 from clipkit.eval.classification.imagenet import (
@@ -189,16 +189,13 @@ def classify(
             probability_BK, top_BK = share_BC.topk(min(5, len(task.classes)))
             places.append(index_B)
             tops.append(top_BK.cpu().numpy())
-            probabilities.append(probability_BK.float().cpu().numpy())
-    guesses = Guesses(
+            probabilities.append(check_finite(probability_BK.float().cpu()).numpy())
+    return Guesses(
         np.concatenate(places),
         np.concatenate(tops),
         np.concatenate(probabilities),
         np.concatenate(logits) if logits else None,
     )
-    if not np.isfinite(guesses.probability_NK).all():
-        raise UserError("the model gives NaN: its weights are broken; take an earlier checkpoint")
-    return guesses
 
 
 def measures_of(task: Classification, guesses: Guesses) -> list[Measure]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
+import torch
 
 from clipkit.embedding.encoder import Compute
 from clipkit.embedding.script import LoadedModel
@@ -45,18 +45,9 @@ def classify(
     sentences = templates(templates_name).sentences
     asked = tokenise_prompts(prompts(classes, sentences), encoder.tokenizer, encoder.context_length)
     image_NE = model.encode_image(images)
-    text_CE = class_embeddings(encoder, asked, Compute(model.device)).cpu().numpy()
-    share_NC = softmax(float(encoder.scale) * image_NE @ text_CE.T)
-    if not np.isfinite(share_NC).all():
-        raise UserError("the model gives NaN: its weights are broken; take an earlier checkpoint")
+    text_CE = class_embeddings(encoder, asked, Compute(model.device)).cpu()
+    share_NC = (float(encoder.scale) * torch.from_numpy(image_NE) @ text_CE.T).softmax(dim=1).numpy()
     return [
         Classified(image, {labels[place]: float(share_C[place]) for place in np.argsort(-share_C, kind="stable")})
         for image, share_C in zip(images, share_NC, strict=True)
     ]
-
-
-def softmax(logit_NC: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Of each row."""
-    exp_NC = np.exp(logit_NC - logit_NC.max(axis=1, keepdims=True))
-    found: NDArray[np.float32] = exp_NC / exp_NC.sum(axis=1, keepdims=True)
-    return found

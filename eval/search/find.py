@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from clipkit.embedding.encoder import Compute
+from clipkit.embedding.encoder import Compute, check_finite
 from clipkit.embedding.script import LoadedModel
 from clipkit.embedding.vectors import ImageSet, embed_images
 from clipkit.errors import UserError
@@ -75,7 +75,7 @@ def find_in_pictures(
     with Progress(f"search {pictures.path.name}", pictures.total, "images") as progress, model.encoder.evaluating():
         compute = Compute(model.device, batch_size=batch_size, progress=progress.update)
         for index_B, image_BE in embed_images(model.encoder, images, compute):
-            found_B = image_BE.cpu().numpy() @ query_E
+            found_B = check_finite(image_BE.cpu()).numpy() @ query_E
             hits = (
                 with_picture(Hit(record, keys[record], float(found_B[place]), ()), held[record])
                 for place, record in top(found_B, index_B, most)

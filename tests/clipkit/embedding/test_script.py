@@ -79,6 +79,19 @@ def test_texts_give_the_models_vectors_in_their_order(loaded: LoadedModel) -> No
     np.testing.assert_allclose(loaded.encode_text("a cat"), expected_NE[1].numpy(), atol=1e-6)
 
 
+@pytest.mark.parametrize("tower", ["image", "text"])
+def test_a_model_that_gives_no_numbers_is_told(tower: str, tmp_path: Path) -> None:
+    model = clipkit.load(small_run(tmp_path, seed=3), device="cpu")
+    weight = model.encoder.model.state_dict()[f"{tower}_projection.weight"]
+    torch.nn.init.constant_(weight, float("nan"))
+    encode = {
+        "image": lambda: model.encode_image([np.zeros((9, 9, 3), np.uint8)]),
+        "text": lambda: model.encode_text("a"),
+    }
+    with pytest.raises(UserError, match="the model gives NaN"):
+        encode[tower]()
+
+
 def test_what_is_no_image_is_told(loaded: LoadedModel, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"can't read the image .*gone.png \(No such file"):
         loaded.encode_image(tmp_path / "gone.png")

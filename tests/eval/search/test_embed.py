@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from click.testing import CliRunner
 from PIL import Image
 from ranks import run_ranks
@@ -266,6 +267,13 @@ def test_a_file_and_its_data_give_the_same_images(model, pairs, tmp_path):
 def write(path: Path, data: bytes) -> Path:
     path.write_bytes(data)
     return path
+
+
+def test_a_model_that_gives_no_numbers_finds_nothing(model, pairs):
+    loaded = clipkit.load(model, device="cpu")
+    torch.nn.init.constant_(loaded.encoder.model.state_dict()["image_projection.weight"], float("nan"))
+    with pytest.raises(UserError, match="the model gives NaN"):
+        find_in_pictures(loaded, open_pictures(str(pairs), None, None), loaded.encode_text("red"), 3, batch_size=7)
 
 
 def test_the_command_finds_and_shows(model, pairs, tmp_path):
