@@ -17,6 +17,15 @@ TEXT_BLOCK_BYTES = 16 << 20  # also the most that a field may hold
 PIECE_BYTES = 1 << 20
 
 
+BOM = b"\xef\xbb\xbf"  # the mark that Windows puts before UTF-8
+
+
+def refuse_utf16(first: bytes, path: Path) -> None:
+    """Raise UserError for a file that begins with the mark of UTF-16."""
+    if first[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        raise UserError(f"{path} is UTF-16, as Excel writes Unicode text: save it as UTF-8")
+
+
 def open_bytes(path: Path) -> pa.NativeFile:
     """The bytes of a local text file, unpacked."""
     return pa.input_stream(str(path), compression="gzip" if path.name.lower().endswith(".gz") else None)
@@ -35,9 +44,8 @@ class TextFile:
         self.path, self.table, self.quoting = path, table, quoting
         with open_bytes(path) as file:
             first: bytes = file.read(TEXT_BLOCK_BYTES)
-        if first[:2] in (b"\xff\xfe", b"\xfe\xff"):
-            raise UserError(f"{table} is UTF-16, as Excel writes Unicode text: save it as UTF-8")
-        text = first.removeprefix(b"\xef\xbb\xbf").lstrip(b"\r\n")
+        refuse_utf16(first, table)
+        text = first.removeprefix(BOM).lstrip(b"\r\n")
         self.start = len(first) - len(text)
         """Where the first line begins: behind a byte order mark and empty lines."""
         if not text:

@@ -33,7 +33,7 @@ from clipkit.tfrecord_tools.purge.removals import RemovalList
 from clipkit.tfrecord_tools.purge.shard import PurgedShard, PurgePlan
 from clipkit.tfrecord_tools.reasons import PURGED
 from clipkit.tfrecord_tools.rewriting.plan import work_folder
-from clipkit.tfrecord_tools.tables.digests import UInt64Array, find
+from clipkit.tfrecord_tools.tables.digests import UInt64Array, find, value_bytes
 
 # Columns of a ledger by which a row that gave no image can be meant.
 KNOWN = ("url", "key")
@@ -114,7 +114,7 @@ def purge_ledger(job: LedgerJob) -> int:
         values = rows[job.by].take(failed).to_pylist()
         with local_copy(job.wanted) as local:
             wanted = np.load(local, mmap_mode="r")
-            places = find(wanted, [str(value or "").encode("utf-8", "replace") for value in values])
+            places = find(wanted, [value_bytes(value) for value in values])
         for row, place in zip(failed, places.tolist(), strict=True):
             if place >= 0:
                 outcomes[row] = purged

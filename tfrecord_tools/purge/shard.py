@@ -21,10 +21,11 @@ from clipkit.formats.manifest import ShardEntry, SourceEntry
 from clipkit.formats.records import decode_example, read_examples, read_records
 from clipkit.storage.files import local_copy, write_beside
 from clipkit.tfrecord_tools.pictures.sniff import image_format
-from clipkit.tfrecord_tools.purge.removals import HASHES
+from clipkit.tfrecord_tools.purge.removals import hash_named
 from clipkit.tfrecord_tools.reasons import PURGED
 from clipkit.tfrecord_tools.rewriting.plan import RewritePlan, rewrite_jobs
 from clipkit.tfrecord_tools.rewriting.shard import RewriteJob, ShardState, find_records, read_state, rewrite
+from clipkit.tfrecord_tools.tables.digests import value_bytes
 
 Int64Array = npt.NDArray[np.int64]
 
@@ -80,21 +81,17 @@ class ValueReader:
     def keys(self) -> list[str]:
         """The columns to decode."""
         needed = [self.column] if self.column in self.columns else []
-        return needed + ([self.image] if self.by in HASHES and self.image is not None else [])
+        return needed + ([self.image] if hash_named(self.by) and self.image is not None else [])
 
     def value(self, values: Mapping[str, list[Any]]) -> tuple[bytes, bool]:
         """The record's value, b"" when it has none, and whether it was computed from the stored image's bytes."""
-        items = values.get(self.column)
-        if items:
-            value = items[0] if isinstance(items[0], bytes) else str(items[0]).encode()
-            if self.by not in HASHES:
-                return value, False
-            if value:
-                return value.strip().lower(), False
+        value, name = value_bytes((values.get(self.column) or [None])[0]), hash_named(self.by)
+        if name is None:
+            return value, False
         image = values.get(self.image or "")
-        if self.by in HASHES and image:
-            return hashlib.new(self.by, image[0]).hexdigest().encode(), True
-        return b"", False
+        if image and not value:
+            return hashlib.new(name, image[0]).hexdigest().encode(), True
+        return value.strip().lower(), False
 
 
 def search_shard(job: RewriteJob, reader: ValueReader, wanted: Path) -> Matches:

@@ -11,6 +11,7 @@ import hashlib
 from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +22,17 @@ READ_BYTES = 1 << 20
 BATCH = 4096
 
 UInt64Array = npt.NDArray[np.uint64]
+
+
+def value_bytes(value: Any) -> bytes:
+    """A value of a table as records hold it, b"" for a missing one. Whole numbers beside gaps are pandas' floats."""
+    if isinstance(value, bytes):
+        return value
+    if value is None or value != value:
+        return b""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return str(value).encode("utf-8", "replace")
 
 
 def digests(values: list[bytes]) -> UInt64Array:

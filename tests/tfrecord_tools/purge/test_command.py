@@ -252,6 +252,64 @@ def test_by_key_and_by_another_column(data, tmp_path):
     assert 6 not in keys(data)
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("list.txt", "\ufeff{}\r\n{}\r\n"),
+        ("list.txt", "{}\r{}"),
+        ("list.csv", "\ufeffurl\r\n{}\r\n{}"),
+    ],
+)
+def test_lines_as_editors_write_them(data, tmp_path, name, text):
+    (tmp_path / name).write_bytes(text.format(*urls(4, 7)).encode())
+    for by in ("url", None):
+        assert open_list(tmp_path / name, by, PAIR_FEATURES).by == "url"
+    assert purge(data, tmp_path / name, by="url").matched == 2
+
+
+@pytest.mark.parametrize(
+    "kind", [pa.binary(), pa.large_binary(), pa.large_string(), pa.dictionary(pa.int8(), pa.string())]
+)
+def test_text_of_any_type(data, tmp_path, kind):
+    """Spark and Hive write text as bytes, pandas repeated text as a dictionary."""
+    pq.write_table(pa.table({"url": pa.array(urls(4, 7)).cast(kind)}), tmp_path / "list.parquet")
+    assert purge(data, tmp_path / "list.parquet").matched == 2
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.binary(), pa.binary(64)])
+def test_hashes_in_hexadecimal_of_any_type(data, tmp_path, kind):
+    values = [hashlib.sha256(jpg(4)).hexdigest().encode()]
+    pq.write_table(pa.table({"sha256": pa.array(values).cast(kind)}), tmp_path / "list.parquet")
+    assert purge(data, tmp_path / "list.parquet").matched == 1
+
+
+@pytest.mark.parametrize("name", ["list.parquet", "list.csv", "list.jsonl"])
+def test_whole_numbers_that_pandas_has_made_floats_of(tmp_path, name):
+    features = PAIR_FEATURES | {"id": Feature("int")}
+    data = write_dataset(tmp_path / "data", {"train": [[pair_columns(n, id=10**15 + n) for n in range(5)]]}, features)
+    table = pa.table({"id": [1e15 + 1, None, 1e15 + 3, float("nan")]})
+    if name == "list.parquet":
+        pq.write_table(table, tmp_path / name)
+    elif name == "list.csv":
+        table.to_pandas().to_csv(tmp_path / name, index=False)
+    else:
+        (tmp_path / name).write_text("".join(f"{json.dumps(row)}\n" for row in table.to_pylist()))
+    summary = purge(data, tmp_path / name, by="id")
+    assert (summary.entries, summary.empty, summary.matched) == (2, 2, 2)
+    assert keys(data) == [0, 2, 4]
+
+
+def test_a_column_of_hashes_in_capitals(tmp_path):
+    """In its name and in its values; one that is missing is computed."""
+    hashes = [hashlib.md5(jpg(number)).hexdigest() for number in range(4)]
+    records = [pair_columns(0, MD5=hashes[0].upper()), pair_columns(1), pair_columns(2, MD5=hashes[2])]
+    features = PAIR_FEATURES | {"MD5": Feature("text", optional=True)}
+    data = write_dataset(tmp_path / "data", {"train": [records]}, features)
+    summary = purge(data, write_list(tmp_path / "list.txt", [hashes[0], hashes[1].upper(), hashes[3]]))
+    assert (summary.by, summary.matched, summary.computed) == ("MD5", 2, 1)
+    assert keys(data) == [2]
+
+
 @pytest.mark.parametrize("kind", ["sha256", "md5"])
 @pytest.mark.parametrize("form", ["txt", "upper", "bytes"])
 def test_a_hash_is_computed_of_the_stored_image(data, tmp_path, kind, form):
@@ -294,17 +352,42 @@ def test_a_column_of_hashes_counts_for_the_records_that_have_it(tmp_path):
         ("list.txt", "", None, "list .* is empty: give one with"),
         ("list.txt", "\n\n", "url", "list .* is empty: give one with"),
         ("list.csv", "url\n", None, "list .* is empty: give one with"),
+        (
+            "list.csv",
+            "http://example.org/4.jpg\nhttp://example.org/5.jpg\n",
+            "url",
+            "begins with 'http://.*4.jpg', a value",
+        ),
+        ("list.csv", "000000004\n000000005\n", "key", "begins with '000000004', a value"),
+        ("list.txt", "\ufeffhttp://example.org/4.jpg\n".encode("utf-16-le"), "url", "is UTF-16"),
+        (
+            "list.jsonl",
+            '{"url": ["http://example.org/4.jpg"]}\n',
+            None,
+            "column 'url' of .* holds list<.*: put each value",
+        ),
+        ("list.parquet", pa.table({"url": [{"a": "x"}]}), None, "column 'url' of .* holds struct<"),
+        ("list.parquet", pa.table([["a"], ["b"]], names=["url", "url"]), "url", "has 2 columns 'url'"),
     ],
 )
 def test_lists_that_cannot_be_used(data, tmp_path, name, text, by, says):
     if name == "folder":
         (tmp_path / name).mkdir()
+    elif isinstance(text, pa.Table):
+        pq.write_table(text, tmp_path / name)
     elif text is not None:
-        (tmp_path / name).write_text(text)
+        (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
     before = contents(data)
     with pytest.raises(UserError, match=says):
         purge(data, tmp_path / name, by=by)
     assert contents(data) == before
+
+
+def test_the_tables_of_a_folder_have_one_column(data, tmp_path):
+    pq.write_table(pa.table({"url": urls(4)}), tmp_path / "a.parquet")
+    pq.write_table(pa.table({"URL": urls(5)}), tmp_path / "b.parquet")
+    with pytest.raises(UserError, match=r"b.parquet has 0 columns 'url': URL"):
+        purge(data, tmp_path)
 
 
 @given(st.lists(st.binary(min_size=1, max_size=6)), st.lists(st.binary(min_size=1, max_size=6)))
