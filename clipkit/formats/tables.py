@@ -224,6 +224,7 @@ def read_columns(path: Path, columns: Sequence[str], quoting: Quoting = "auto") 
     with table_errors(path):
         if suffix == ".parquet":
             with open_parquet(path) as file:
+                require_columns(path, file.schema_arrow.names, names)
                 for batch in file.iter_batches(BATCH_ROWS, columns=names):
                     yield batch.select(names)
             return
@@ -237,12 +238,20 @@ def read_columns(path: Path, columns: Sequence[str], quoting: Quoting = "auto") 
                 yield pa.RecordBatch.from_arrays(arrays, names)
 
 
+def require_columns(table: Path, names: Sequence[str], wanted: Sequence[str]) -> None:
+    """Raise UserError unless a table, whose columns have these names, has each of the wanted ones once."""
+    for name in wanted:
+        if names.count(name) != 1:
+            raise UserError(f"{table} has {names.count(name)} columns {name!r}: {', '.join(names)}")
+
+
 def _json_column(values: list[Any], name: str, table: Path) -> pa.Array:
     """Values of JSON as text, or as lists of text where one of them is a list. Raises UserError for an object."""
     if any(isinstance(value, list | dict) for value in values):
         texts = [None if value is None else captions_of(value, f"{table}, column {name!r},") for value in values]
         return pa.array([text and [without_surrogates(item) for item in text] for text in texts], pa.list_(pa.string()))
-    return pa.array([None if value is None else without_surrogates(str(value)) for value in values], pa.string())
+    texts = [None if value is None or value != value else without_surrogates(str(value)) for value in values]
+    return pa.array(texts, pa.string())
 
 
 def without_surrogates(value: Any) -> Any:
@@ -260,9 +269,7 @@ def open_text(path: Path, table: Path, quoting: Quoting, header: Sequence[str] =
 
 def text_batches(file: TextFile, columns: Sequence[str] = ()) -> Iterator[pa.RecordBatch]:
     """All rows, of some columns in their order or of all, every field as text; an empty one is "". Raises UserError."""
-    for name in columns or file.names:
-        if file.names.count(name) != 1:
-            raise UserError(f"{file.table} has {file.names.count(name)} columns {name!r}: {', '.join(file.names)}")
+    require_columns(file.table, file.names, columns or file.names)
     if file.is_empty:
         return
     reading = study(file)

@@ -17,7 +17,7 @@ from clipkit.formats.records import RecordError, read_examples, read_range, with
 from clipkit.storage.files import load_array, local_copy, save_array
 from clipkit.tfrecord_tools.captions.table import ROWS, TEXTS
 from clipkit.tfrecord_tools.rewriting.shard import RewriteJob, ShardState, find_records, rewrite
-from clipkit.tfrecord_tools.tables.digests import UInt64Array
+from clipkit.tfrecord_tools.tables.digests import UInt64Array, value_bytes
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,7 @@ def add_captions_to(job: RewriteJob, table: Path, key: str, column: str) -> Capt
 def _keys(local: Path, key: str) -> Iterator[bytes]:
     """The keys of a shard's records; b"" for a missing one."""
     for _, values in read_examples(local, keys=[key]):
-        value = (values.get(key) or [b""])[0]
-        yield value if isinstance(value, bytes) else str(value).encode()
+        yield value_bytes((values.get(key) or [None])[0])
 
 
 def _captioned(

@@ -21,7 +21,7 @@ from clipkit.formats.kinds import own_name
 from clipkit.formats.records import encode_column
 from clipkit.formats.tables import KEY_NAME, URL_NAME, find_tables, read_columns, read_schema
 from clipkit.storage.files import save_array, write_beside
-from clipkit.tfrecord_tools.tables.digests import digests, sha256_of
+from clipkit.tfrecord_tools.tables.digests import digests, sha256_of, value_bytes
 
 IDENTITIES = (KEY_NAME, URL_NAME)
 ROWS, TEXTS = "table.npy", "captions.bin"
@@ -127,13 +127,7 @@ def read_rows(table: CaptionTable) -> Iterator[tuple[list[bytes], list[list[str]
     for file in table.files:
         for batch in read_columns(file, [table.by, table.column]):
             keys, values = (batch.column(name).to_pylist() for name in (table.by, table.column))
-            yield [_key(value) for value in keys], [_captions(value, file, table.column) for value in values]
-
-
-def _key(value: object) -> bytes:
-    if value is None:
-        return b""
-    return value if isinstance(value, bytes) else str(value).encode("utf-8", "replace")
+            yield [value_bytes(value) for value in keys], [_captions(value, file, table.column) for value in values]
 
 
 def _captions(value: object, file: Path, column: str) -> list[str]:

@@ -219,6 +219,22 @@ def test_keys_of_another_kind_are_shown_beside_the_records_own(data, tmp_path):
     assert verify(data).problems == ()
 
 
+def test_rows_as_pandas_and_python_write_them(tmp_path):
+    """Keys that are floats for want of some, text that is bytes, and NaN for what is missing."""
+    features = PAIR_FEATURES | {"key": Feature("int")}
+    data = write_dataset(tmp_path / "d", {"train": [[pair_columns(n, key=n) for n in range(4)]]}, features)
+    table = pa.table({"key": [1.0, None, float("nan"), 3.0], "caption": [b"a", b"b", b"c", b"d"]})
+    pq.write_table(table, tmp_path / "t.parquet")
+    summary = add_captions(data, tmp_path / "t.parquet")
+    assert (summary.joined, summary.rows_without_key, summary.rows_unmatched) == (2, 2, 0)
+    assert captions(data) == {0: None, 1: ["a"], 2: None, 3: ["d"]}
+    lines = [{"key": 0, "caption": float("nan")}, {"key": 2, "caption": "e"}, {"key": 3}]
+    (tmp_path / "t.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    summary = add_captions(data, tmp_path / "t.jsonl", source="b")
+    assert (summary.joined, summary.rows_without_caption) == (1, 2)
+    assert captions(data, column="clipkit_captions_b") == {0: None, 1: None, 2: ["e"], 3: None}
+
+
 def test_records_without_keys_are_told_apart(tmp_path, table):
     features = {name: feature for name, feature in PAIR_FEATURES.items() if name not in ("key", "url")}
     data = write_dataset(tmp_path / "d", {"train": [[pair_columns(1, key=None, url=None)]]}, features)
