@@ -10,6 +10,7 @@ from typing import Any
 from clipkit.formats.dataset import Dataset, open_dataset, read_layout
 from clipkit.formats.features import find_caption, find_image
 from clipkit.formats.manifest import CLIPKIT_FOLDER
+from clipkit.formats.records import RecordError
 from clipkit.formatting import share, size_text
 from clipkit.page.charts import histogram
 from clipkit.page.render import render
@@ -170,9 +171,12 @@ def stretches(pieces: Sequence[str], kept: Sequence[bool]) -> list[tuple[str, bo
 
 
 def tile_of(dataset: Dataset, place: int) -> dict[str, Any] | None:
-    """One record for the wall: its picture, small, and its caption or label; None where the picture can't be read."""
+    """One record for the wall: its picture, small, and its caption or label; None where that can't be read."""
     column, captions = find_image(dataset.features), find_caption(dataset.features)
-    example = dataset.example(place) if column else {}
+    try:
+        example = dataset.example(place) if column else {}
+    except RecordError:
+        return None
     picture = thumbnail(example.get(column or "") or b"", TILE_PIXELS)
     if not picture:
         return None

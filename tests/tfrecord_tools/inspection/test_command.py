@@ -24,7 +24,7 @@ from clipkit.text.tokens import reduce_text
 from clipkit.tfrecord_tools.inspection import captions as inspection_captions
 from clipkit.tfrecord_tools.inspection import pictures as inspection_pictures
 from clipkit.tfrecord_tools.inspection.captions import _kept, caption_facts, pieces_of
-from clipkit.tfrecord_tools.inspection.command import inspect_dataset, stretches
+from clipkit.tfrecord_tools.inspection.command import contents, inspect_dataset, stretches
 from clipkit.tfrecord_tools.inspection.figures import inspect, sample_places
 from clipkit.tfrecord_tools.inspection.histogram import histogram_of
 from clipkit.tfrecord_tools.inspection.pictures import Pictures, neighbours
@@ -216,6 +216,17 @@ def test_damaged_records_are_counted(data, tmp_path):
     path.write_bytes(damaged)
     assert inspect(copy).damaged == 1
     assert "1 damaged records" in inspect_dataset(copy).page.read_text()
+
+
+def test_a_damaged_record_is_left_out_of_the_wall(tmp_path):
+    data = write_pairs(tmp_path / "data", [4, 3])
+    path = data / "pairs-train.tfrecord-00000-of-00002"
+    damaged = bytearray(path.read_bytes())
+    damaged[100] ^= 1
+    path.write_bytes(damaged)
+    summary = inspect_dataset(data)
+    assert summary.inspection.damaged == 1
+    assert sorted(tile["place"] for tile in contents(summary.inspection)["tiles"]) == [1, 2, 3, 4, 5, 6]
 
 
 @pytest.mark.parametrize(
