@@ -35,12 +35,16 @@ VERSION = "1.0.0"  # of every dataset: the folder below its name
 
 @dataclass(frozen=True)
 class ShardFile:
-    """One TFRecord file. `bytes` is its size when the dataset was opened, `crc32c` what the manifest says, or ""."""
+    """One TFRecord file. `bytes` is its size when the dataset was opened, `crc32c` what the manifest says, or "".
+
+    `version` tells it from a later file of the same name and size, for what is kept of it in a cache.
+    """
 
     file: str
     records: int
     bytes: int
     crc32c: str = ""
+    version: str = ""
 
 
 class ShardedRecords(Reopenable):
@@ -121,7 +125,7 @@ class Dataset(ShardedRecords):
         self._start()
 
     def _start(self) -> None:
-        files = [StoredFile(shard.file, shard.bytes, shard.crc32c) for shard in self.shards]
+        files = [StoredFile(shard.file, shard.bytes, shard.version) for shard in self.shards]
         self._open(self.path, files, [shard.records for shard in self.shards])
         self._index = self._load_index()
         self._found: dict[int, np.ndarray] = {}
@@ -141,7 +145,7 @@ class Dataset(ShardedRecords):
         if found is None:
             file = self.shards[shard]
             if self.cache is not None:
-                key = f"offsets of {self.path / file.file} {file.bytes}"
+                key = f"offsets of {self.path / file.file} {file.bytes} {file.version}"
                 found = np.frombuffer(self.cache.read(key, lambda: self._headers(shard).tobytes()), np.uint64)
             else:
                 found = self._headers(shard)
@@ -306,9 +310,9 @@ def open_dataset(
     count = len(lengths[split])
     known = [(shard.bytes, shard.crc32c) for shard in manifest.shards] if manifest else [(None, "")] * count
     # One listing: a thousand questions to a store would take a minute.
-    sizes = {file.name: file.bytes for file in list_folder(folder)}
+    stored = {file.name: file for file in list_folder(folder)}
     shards = [
-        ShardFile(file, records, _checked_size(folder / file, sizes.get(file), expected), crc32c)
+        _checked_shard(folder / file, records, stored.get(file), expected, crc32c)
         for file, records, (expected, crc32c) in zip(layout.files[split], lengths[split], known, strict=True)
     ]
     options = manifest.options if manifest else None
@@ -393,11 +397,12 @@ def _file_names(name: str, split: str, count: int, template: str) -> list[str]:
     ]
 
 
-def _checked_size(path: Path, size: int | None, expected: int | None) -> int:
-    if size is None:
+def _checked_shard(path: Path, records: int, stored: StoredFile | None, expected: int | None, crc32c: str) -> ShardFile:
+    if stored is None:
         raise UserError(f"shard {path} is missing: put it back or build it again")
-    if expected is not None and size != expected:
+    if expected is not None and stored.bytes != expected:
         raise UserError(
-            f"shard {path} has {size} bytes where the manifest says {expected}: fetch it again or build it again"
+            f"shard {path} has {stored.bytes} bytes where the manifest says {expected}: fetch it again or build it "
+            "again"
         )
-    return size
+    return ShardFile(path.name, records, stored.bytes, crc32c, crc32c or stored.version)

@@ -14,6 +14,7 @@ from clipkit.errors import UserError
 from clipkit.formats.dataset import open_dataset
 from clipkit.formats.features import Feature, parse_features
 from clipkit.formats.records import RecordError, read_records
+from clipkit.storage.cache import BlockCache
 from clipkit.storage.files import as_path
 from clipkit.tfrecord_tools.build.command import build_tfds
 from clipkit.tfrecord_tools.inspection.figures import inspect
@@ -298,3 +299,12 @@ def test_a_dataset_in_a_store_reads_as_on_the_disk(built):
     (store / local.shards[2].file).unlink()
     with pytest.raises(UserError, match="is missing: put it back or build it again"):
         open_dataset(store)
+
+
+def test_a_cache_keeps_nothing_of_shards_that_were_made_again(tmp_path):
+    """Those of TFDS have no checksums, and new labels or captions may leave their size as it was."""
+    for text in ("one", "two"):
+        shards = [[pair_columns(n, txt=f"{text} {n}") for n in range(4)]]
+        folder = write_dataset(tmp_path / "data", {"train": shards}, manifest=False)
+        dataset = open_dataset(folder, cache=BlockCache(tmp_path / "cache", 10_000_000))
+        assert [dataset.example(i)["txt"] for i in range(4)] == [f"{text} {n}" for n in range(4)]
