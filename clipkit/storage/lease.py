@@ -2,14 +2,16 @@
 
 No kernel releases it when its holder dies, so it is a lease: an object that says who holds the folder and when the
 holder was last seen, written again every minute. A lease that wasn't refreshed for five minutes may be taken over, and
-so may one whose process is known to be dead because it ran on this machine. It rests on clocks that agree within some
-minutes and on the store's conditional put (S3, Google and memory have one; on a store without, two that start within
-the same instant may both start). It keeps a second command from working on the same folder by mistake: the same one
-would do all work twice, another one (a purge by another list, a build with other options) would mix its shards in.
+so may one whose process is known to be dead because it ran on this machine, in the same container. It rests on clocks
+that agree within some minutes and on the store's conditional put (S3, Google and memory have one; on a store without,
+two that start within the same instant may both start). It keeps a second command from working on the same folder by
+mistake: the same one would do all work twice, another one (a purge by another list, a build with other options) would
+mix its shards in.
 """
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import secrets
@@ -18,6 +20,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from clipkit.config import to_json
@@ -36,6 +39,17 @@ class Lease:
     host: str
     pid: int
     seen: float
+
+
+@cache
+def here() -> str:
+    """This machine and, as a few digits, its container: several may have one host's name, and none sees the processes
+    of the others.
+    """
+    seen = ""
+    with contextlib.suppress(OSError):
+        seen = Path("/proc/sys/kernel/random/boot_id").read_text() + str(Path("/proc/self/ns/pid").readlink())
+    return f"{socket.gethostname()} ({hashlib.sha256(seen.encode()).hexdigest()[:6]})"
 
 
 @contextlib.contextmanager
@@ -104,7 +118,7 @@ def _refresh(path: Path, token: str, ended: threading.Event, lost: list[Lease]) 
 
 
 def _lease(token: str) -> bytes:
-    return json.dumps(to_json(Lease(token, socket.gethostname(), os.getpid(), time.time()))).encode()
+    return json.dumps(to_json(Lease(token, here(), os.getpid(), time.time()))).encode()
 
 
 def _read(path: Path) -> Lease | None:
@@ -118,7 +132,7 @@ def _read(path: Path) -> Lease | None:
 def _is_dead(held: Lease) -> bool:
     if time.time() - held.seen > STALE_SECONDS:
         return True
-    if held.host != socket.gethostname():
+    if held.host != here():
         return False
     try:
         os.kill(held.pid, 0)

@@ -339,7 +339,7 @@ def test_what_killed_processes_left_on_the_way_goes(scratch_disk):
 def test_a_lease_keeps_others_away_and_goes_in_the_end(store):
     with lock(store):
         held = json.loads((store / ".lock").read_text())
-        assert held["pid"] == os.getpid() and held["host"] == socket.gethostname()
+        assert held["pid"] == os.getpid() and held["host"].startswith(socket.gethostname())
         with (
             pytest.raises(UserError, match=rf"another clipkit \(process {os.getpid()} on .*, seen \d+ s ago\)"),
             lock(store),
@@ -349,7 +349,7 @@ def test_a_lease_keeps_others_away_and_goes_in_the_end(store):
 
 
 @pytest.mark.parametrize(
-    ("host", "age", "free"), [("elsewhere", 0, False), ("elsewhere", 301, True), (socket.gethostname(), 0, True)]
+    ("host", "age", "free"), [("elsewhere", 0, False), ("elsewhere", 301, True), (lease.here(), 0, True)]
 )
 def test_the_lease_of_a_dead_holder_is_taken_over(store, host, age, free):
     with subprocess.Popen(["true"]) as dead:
@@ -361,6 +361,20 @@ def test_the_lease_of_a_dead_holder_is_taken_over(store, host, age, free):
     else:
         with pytest.raises(UserError, match=r"on elsewhere, seen .* free after 5 minutes"), lock(store):
             pass
+
+
+def test_a_container_of_the_same_host_name_is_not_dead(store, monkeypatch):
+    """With --net=host, and on Kubernetes with host networking, all containers of a machine have its name."""
+    with subprocess.Popen(["true"]) as dead:
+        dead.wait()
+    monkeypatch.setattr(os, "getpid", lambda: dead.pid)  # one that this container hasn't
+    monkeypatch.setattr(os, "readlink", lambda path: "pid:[1]")
+    lease.here.cache_clear()
+    (store / ".lock").write_bytes(lease._lease("x"))
+    monkeypatch.undo()
+    lease.here.cache_clear()
+    with pytest.raises(UserError, match=rf"on {re.escape(socket.gethostname())} .*, seen "), lock(store):
+        pass
 
 
 def until(condition):
