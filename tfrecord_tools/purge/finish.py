@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 
 from clipkit.formats.dataset import DatasetLayout
 from clipkit.formats.manifest import CLIPKIT_FOLDER, SplitManifest
-from clipkit.storage.files import local_copy, write_beside
+from clipkit.storage.files import local_copy, remove, write_beside
 from clipkit.tfrecord_tools.account.purged import PURGED_TABLE, purged_path
 from clipkit.tfrecord_tools.purge.ledger import with_failures
 from clipkit.tfrecord_tools.purge.removals import LINES, RemovalList, read_values
@@ -58,6 +58,9 @@ def finish(
         _rewrite_lines(folder / CLIPKIT_FOLDER / f"skipped-{split}.jsonl", plan.purge, lines)
     _write_purged(folder, plan, states, listed, wanted, matched)
     _rewrite_lines(log_path(folder), plan.purge, _log_lines(states, listed, matched))
+    if states:
+        for page in (folder / CLIPKIT_FOLDER).glob("inspection*"):  # of `clipkit inspect`: it shows pictures
+            remove(page)
     changes = changed_shards(states)
     manifest = {
         split: with_failures(_purged_manifest(before, changes), failed) for split, before in layout.manifest.items()

@@ -181,6 +181,16 @@ def test_what_must_not_come_back_is_listed_with_what_matched_nothing(data, tmp_p
     assert len({row["purge"] for row in rows}) == 2
 
 
+def test_pages_that_show_what_was_removed_go_too(data, tmp_path):
+    pages = [data / "clipkit" / name for name in ("inspection.html", "inspection.json", "inspection-test.html")]
+    for page in pages:
+        page.write_text("a picture of each record")
+    purge(data, write_list(tmp_path / "none.txt", urls(500)))
+    assert all(page.exists() for page in pages)
+    purge(data, write_list(tmp_path / "list.txt", urls(4)))
+    assert not any(page.exists() for page in pages)
+
+
 def test_a_second_run_changes_nothing(data, tmp_path):
     listed = write_list(tmp_path / "list.txt", urls(4, 500))
     purge(data, listed)
