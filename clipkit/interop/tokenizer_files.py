@@ -24,6 +24,8 @@ from clipkit.text.tokenizer import MERGES, MERGES_FILE, SPECIAL, Tokenizer
 
 BEGIN, END = "<|startoftext|>", "<|endoftext|>"
 CLIP_FILES = ("vocab.json", "merges.txt")
+# The classes, of those that a SigLIP 2 has, that pad on the left unless their file says otherwise.
+PADDING_LEFT = ("Siglip2Tokenizer", "GemmaTokenizer", "GemmaTokenizerFast")
 
 
 class FolderTokenizer:
@@ -51,7 +53,7 @@ class FolderTokenizer:
         self.pad = self.fast.token_to_id(pad["content"] if isinstance(pad, dict) else pad) if pad else None
         if self.pad is None:
             raise UserError(f"{folder}/tokenizer_config.json names no pad_token of the vocabulary: copy it too")
-        default_side = "left" if settings.get("tokenizer_class") == "Siglip2Tokenizer" else "right"
+        default_side = "left" if settings.get("tokenizer_class") in PADDING_LEFT else "right"
         self.pads_left = settings.get("padding_side", default_side) == "left"
 
     @property

@@ -143,9 +143,11 @@ def model_config(values: Mapping[str, Any], folder: Path) -> ModelConfig:
             f"{where} reads texts at the id {text['eos_token_id']}, here it is the largest, {text['vocab_size'] - 1}: "
             "take a model with CLIP's own vocabulary"
         )
+    # SigLIP's SO400M doesn't see the last of its 384 px, and neither does timm's of that name.
+    is_so400m = (vision["image_size"], vision["patch_size"]) == (384, 14)
     image = ImageConfig(
+        **({"name": "vit_so400m_patch14_siglip_384"} if is_so400m else {"patch_size": vision["patch_size"]}),
         image_size=vision["image_size"],
-        patch_size=vision["patch_size"],
         pooling="token" if is_clip else "attention",
         class_token=is_clip,
         pre_norm=is_clip,
@@ -338,14 +340,18 @@ def divide(values: list[Tensor], names: tuple[str, ...]) -> dict[str, Tensor]:
 
 
 def read_folder_weights(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a folder, in one file or in several. Raises UserError where there are none."""
-    index = folder / "model.safetensors.index.json"
-    names = sorted(set(read_json(index)["weight_map"].values())) if index.is_file() else ["model.safetensors"]
-    if not index.is_file() and not (folder / names[0]).is_file():
-        names = ["pytorch_model.bin"]
-    if not (folder / names[0]).is_file():
+    """All tensors of a folder, in one file or in several; one file comes first, as it may have been written over those.
+
+    Raises UserError where there are none.
+    """
+    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if not whole.is_file() and index.is_file():
+        names = sorted(set(read_json(index)["weight_map"].values()))
+        return {name: tensor for file in names for name, tensor in read_weights(folder / file).items()}
+    paths = [path for path in (whole, folder / "pytorch_model.bin") if path.is_file()]
+    if not paths:
         raise UserError(f"{folder} has a config.json and no model.safetensors: copy the whole folder")
-    return {name: tensor for file in names for name, tensor in read_weights(folder / file).items()}
+    return read_weights(paths[0])
 
 
 def check_positions(tensors: Mapping[str, Tensor], model: CLIP, folder: Path) -> None:
@@ -364,16 +370,16 @@ def check_positions(tensors: Mapping[str, Tensor], model: CLIP, folder: Path) ->
 
 def read_preprocess(folder: Path, kind: Kind, image_size: int) -> Preprocess:
     """What a folder's image processor does. Raises UserError for what `eval_transform` doesn't do."""
-    path = folder / "preprocessor_config.json"
-    if not path.is_file() and (folder / "processor_config.json").is_file():
-        path = folder / "processor_config.json"
-    elif not path.is_file():
-        raise UserError(f"{folder} has no preprocessor_config.json, so nobody knows its mean and size: copy it too")
-    values = read_json(path)
-    values = values.get("image_processor", values)
+    # Newer versions write all processors into one file, and leave an older one's beside it.
+    path = folder / "processor_config.json"
+    values = read_json(path).get("image_processor") if path.is_file() else None
+    if values is None:
+        path = folder / "preprocessor_config.json"
+        if not path.is_file():
+            raise UserError(f"{folder} has no preprocessor_config.json, so nobody knows its mean and size: copy it too")
+        values = read_json(path)
     is_clip = kind == "clip"
-    steps = ["do_resize", "do_rescale", "do_normalize", *(["do_convert_rgb"] if is_clip else [])]
-    wrong = [step for step in steps if values.get(step) is False]
+    wrong = [step for step in ("do_resize", "do_rescale", "do_normalize") if not values.get(step, True)]
     if wrong or values.get("rescale_factor", 1 / 255) not in (1 / 255, 0.00392156862745098):
         raise UserError(f"{path} leaves out {', '.join(wrong) or 'the scale of 1/255'}, which every model here does")
     resample = values.get("resample", 3)
@@ -382,7 +388,7 @@ def read_preprocess(folder: Path, kind: Kind, image_size: int) -> Preprocess:
     size = values.get("size", {"shortest_edge": 224} if is_clip else {"height": 224, "width": 224})
     size = {"shortest_edge": size} if isinstance(size, int) else size
     mode: ResizeMode = "shortest" if "shortest_edge" in size else "squash"
-    sides = {size["shortest_edge"]} if mode == "shortest" else {size.get("height"), size.get("width")}
+    sides = set(size.values()) if mode == "shortest" else {size.get("height"), size.get("width")}
     if values.get("do_center_crop", is_clip):
         crop = values.get("crop_size", 224)
         sides |= {crop} if isinstance(crop, int) else {crop.get("height"), crop.get("width")}

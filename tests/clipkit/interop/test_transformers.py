@@ -154,6 +154,53 @@ def test_a_tokenizer_json_runs_as_it_is(siglip, tmp_path) -> None:
     assert encoder.tokenizer.specials == 1
 
 
+@pytest.mark.parametrize("side", [None, "right"])
+def test_gemmas_tokenizer_pads_on_the_side_of_its_class(siglip, tmp_path, side) -> None:
+    folder = Path(shutil.copytree(siglip[0], tmp_path / "two"))
+    (folder / "spiece.model").unlink()
+    vocabulary = {piece: number for number, piece in enumerate(["<pad>", "<eos>", "<bos>", "<unk>", *"acdgost", "▁"])}
+    theirs = transformers.GemmaTokenizer(vocab=vocabulary, merges=[], **({"padding_side": side} if side else {}))
+    theirs.save_pretrained(folder)
+    tokenizer, texts = load(folder).tokenizer, ["a cat", "a dog too good to be cut"]
+    padded = theirs(texts, padding="max_length", truncation=True, max_length=12)["input_ids"]
+    assert tokenizer.rows(tokenizer.encode(texts), 12).tolist() == padded
+
+
+def test_of_two_files_that_which_transformers_reads_counts(clip, tmp_path) -> None:
+    """It leaves those that it, or an older version of it, wrote before."""
+    folder = Path(shutil.copytree(clip[0], tmp_path / "again"))
+    processor = transformers.CLIPProcessor.from_pretrained(folder)
+    processor.image_processor.resample, processor.image_processor.image_mean = 2, [0.5] * 3
+    processor.save_pretrained(folder)
+    assert (folder / "preprocessor_config.json").is_file()
+    assert load(folder).preprocess == Preprocess(32, (0.5,) * 3, interpolation="bilinear")
+
+    theirs = clip[1].from_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    theirs.save_pretrained(folder, max_shard_size="1MB")
+    assert_same(load(folder), theirs.eval(), captions(3, 12))
+    shards = {path: path.read_bytes() for path in folder.glob("model-*.safetensors")}
+    theirs.text_projection.weight.data.add_(1)
+    theirs.save_pretrained(folder)
+    assert (folder / "model.safetensors.index.json").is_file()
+    for path, content in shards.items():
+        path.write_bytes(content)
+    assert_same(load(folder), theirs, captions(3, 12))
+
+
+def test_a_rest_beside_the_patches_is_not_seen(tmp_path) -> None:
+    """As of SigLIP's SO400M, whose 384 px aren't a multiple of its patches of 14."""
+    text, vision = {**TEXT, "vocab_size": 60}, {**VISION, "image_size": 384, "patch_size": 14}
+    theirs = transformers.SiglipModel(transformers.SiglipConfig(text_config=text, vision_config=vision)).eval()
+    theirs.save_pretrained(tmp_path)
+    write_sentencepiece(tmp_path / "spiece.model")
+    preprocess = Preprocess(384, (0.5,) * 3, (0.5,) * 3, "bicubic", "squash")
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(their_preprocess(preprocess, "siglip")))
+    with torch.no_grad():
+        ours, other = load(tmp_path).model.encode_image(images(2, 384)), theirs.get_image_features(images(2, 384))
+    torch.testing.assert_close(ours, pooled(other), atol=1e-5, rtol=0)
+
+
 def test_a_script_loads_a_folder(clip) -> None:
     model = clipkit.load(clip[0], device="cpu")
     assert model.encode_text(["a cat", "a dog"]).shape == (2, 16)
@@ -199,6 +246,8 @@ def processor(**values: Any) -> Any:
         (processor(resample=1), "resizes with Pillow's filter 1"),
         (processor(size={"shortest_edge": 36}), "resizes and crops to 32, 36; here both must be the model's 32"),
         (processor(do_center_crop=False), "crops nothing"),
+        (processor(do_rescale=None), "leaves out do_rescale, which every model here does"),
+        (processor(size={"shortest_edge": 32, "longest_edge": 64}), "resizes and crops to 32, 64; here both must be"),
     ],
 )  # fmt: skip
 def test_what_is_refused(clip, tmp_path, damage, says) -> None:
