@@ -46,6 +46,7 @@ def kind_of(model: CLIP) -> Kind:
         "plain vision transformer": not isinstance(model.image, TimmTower),
         "pooling": image.pooling,
         "class token": image.class_token,
+        "position of the class token": bool(getattr(model.image, "position_prefix", image.class_token)),
         "norm before the blocks": image.pre_norm,
         "stem": image.stem,
         "image projection": image.projection,
@@ -55,8 +56,8 @@ def kind_of(model: CLIP) -> Kind:
         "tokenizer": text.tokenizer,
         "logit bias": model.logit_bias is not None,
     }
-    clip = (True, "token", True, True, "patch", "linear", "end", True, "linear", "clip-bpe", False)
-    siglip = (True, "attention", False, False, "patch", "none", "last", False, "bias", "sentencepiece", True)
+    clip = (True, "token", True, True, True, "patch", "linear", "end", True, "linear", "clip-bpe", False)
+    siglip = (True, "attention", False, False, False, "patch", "none", "last", False, "bias", "sentencepiece", True)
     kind: Kind = "siglip" if image.pooling == "attention" else "clip"
     wanted = dict(zip(found, clip if kind == "clip" else siglip, strict=True))
     wrong = [f"{name} {found[name]} ({wanted[name]} there)" for name in found if found[name] != wanted[name]]

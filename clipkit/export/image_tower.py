@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from clipkit.embedding.encoder import Encoder
 from clipkit.errors import UserError
-from clipkit.export.parity import Peer
+from clipkit.export.parity import Peer, check_shapes
 from clipkit.model.clip import CLIP
 from clipkit.model.config import exact_ratio
 from clipkit.model.image_tower import ConvStem
@@ -58,9 +58,7 @@ def tower_tensors(model: CLIP) -> tuple[Any, dict[str, Tensor]]:
     proj = "patch_embed.proj.bias"
     if proj in tower.state_dict():
         tensors.setdefault(proj, torch.zeros(len(tensors["patch_embed.proj.weight"])))
-    wrong = sorted(tower.state_dict().keys() ^ tensors.keys())
-    if wrong:
-        raise UserError(f"timm's {name} and this model's image tower differ in {wrong[0]}")
+    check_shapes(tensors, tower.state_dict(), f"timm's {name}")
     return tower, tensors
 
 

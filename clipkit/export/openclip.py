@@ -9,12 +9,14 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from timm.layers import LayerScale
 from torch import Tensor
 
 from clipkit.embedding.encoder import Encoder
 from clipkit.errors import UserError
-from clipkit.export.parity import Peer
+from clipkit.export.parity import Peer, check_shapes
 from clipkit.interop.openclip import BLOCK_RENAMES
+from clipkit.interop.openclip_config import native_config
 from clipkit.model.clip import CLIP
 from clipkit.model.config import ImageConfig, ModelConfig, TextConfig, exact_ratio
 from clipkit.model.timm_tower import TimmTower
@@ -36,6 +38,7 @@ PARTS = (
     ("text_projection.", "text_projection."),
     ("logit_", "logit_"),
 )
+PATCH_BIAS = "patch_embed.proj.bias"
 TIMM_PARTS = (("image.trunk.", "visual.trunk."), ("image_projection.", "visual.head.proj."))
 
 
@@ -53,7 +56,14 @@ def write(encoder: Encoder, model: CLIP, folder: Path) -> None:
 
 def check(model: CLIP) -> None:
     """Raise UserError for a model that OpenCLIP can't build."""
-    their_config(model)
+    settings = their_config(model)
+    if isinstance(model.image, TimmTower):
+        return
+    with torch.device("meta"):
+        built = CLIP(native_config(settings)).image.trunk.state_dict()
+    own = model.image.trunk.state_dict()
+    own.pop(PATCH_BIAS, None)  # zeros: `own_vision` has seen to that
+    check_shapes(own, built, "OpenCLIP's vision transformer")
 
 
 def open_peer(folder: Path) -> Peer:
@@ -102,14 +112,15 @@ def own_vision(model: CLIP, config: ImageConfig) -> dict[str, Any]:
     if any(wrong.values()):
         has = ", ".join(name for name, is_so in wrong.items() if is_so)
         raise UserError(f"OpenCLIP's vision transformer can't have {has}, as this model's has")
-    hidden, width = trunk.blocks[0].mlp.fc1.out_features, trunk.embed_dim
+    first, width = trunk.blocks[0], trunk.embed_dim
     return {
         "image_size": config.image_size,
         "patch_size": trunk.patch_embed.patch_size[0],
         "width": width,
         "layers": len(trunk.blocks),
-        "head_width": width // trunk.blocks[0].attn.num_heads,
-        "mlp_ratio": exact_ratio(hidden, width),
+        "head_width": width // first.attn.num_heads,
+        "mlp_ratio": exact_ratio(first.mlp.fc1.out_features, width),
+        **({"ls_init_value": first.ls1.init_values} if isinstance(first.ls1, LayerScale) else {}),
         **({} if config.pre_norm else {"no_ln_pre": True}),
         **({"pool_type": "avg", "final_ln_after_pool": True} if config.pooling == "average" else {}),
         **kwargs(config),
@@ -174,8 +185,8 @@ def to_theirs(model: CLIP) -> dict[str, Tensor]:
     found = {}
     is_timms = isinstance(model.image, TimmTower)
     for name, tensor in model.state_dict().items():
-        if name == "image.trunk.patch_embed.proj.bias" and not is_timms:
-            continue  # zeros: `own_vision` has seen to that
+        if name == f"image.trunk.{PATCH_BIAS}" and not is_timms:
+            continue
         parts = TIMM_PARTS + PARTS if is_timms else PARTS
         ours, theirs = next((ours, theirs) for ours, theirs in parts if name.startswith(ours))
         key = theirs + name.removeprefix(ours)

@@ -1,7 +1,7 @@
 """How far an exported model is from ours, on embedded pictures and their names, run through the format's package."""
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from clipkit.embedded import emoji_parquet
 from clipkit.embedding.encoder import Encoder
-from clipkit.errors import InternalError
+from clipkit.errors import InternalError, UserError
 from clipkit.pixels.images import eval_transform, normalise, to_rgb
 
 BOUND = 1e-4
@@ -93,6 +93,14 @@ def measure(encoder: Encoder, peer: Peer, target: str) -> Parity:
             f"{peer.package}, so nothing was written: please report it with the checkpoint's config.json"
         )
     return found
+
+
+def check_shapes(own: Mapping[str, Tensor], theirs: Mapping[str, Tensor], format: str) -> None:
+    """Raise UserError where an image tower has other tensors than the one that a format would build."""
+    shapes, wanted = ({name: tensor.shape for name, tensor in each.items()} for each in (own, theirs))
+    wrong = sorted(name for name in shapes.keys() | wanted.keys() if shapes.get(name) != wanted.get(name))
+    if wrong:
+        raise UserError(f"{format} and this model's image tower differ in {wrong[0]}")
 
 
 def difference(one_BE: Tensor, other_BE: Tensor) -> float:

@@ -39,6 +39,9 @@ replace = dataclasses.replace
 CONVNEXT = replace(TINY, image=ImageConfig("test_convnext", image_size=64))
 STEM = replace(TINY, image=replace(TINY.image, stem="conv"))
 QUICK = replace(TINY, image=replace(TINY.image, act="quick_gelu"), text=replace(TINY.text, act="quick_gelu"))
+SCALED = replace(TINY, image=replace(TINY.image, layer_scale=0.1))
+REGISTERS = replace(TINY, image=replace(TINY.image, name="vit_base_patch16_reg4_gap_256"))
+FLEXI = replace(TINY, image=replace(TINY.image, name="flexivit_base"))
 SQUASH = Preprocess(32, (0.5,) * 3, (0.5,) * 3, "bicubic", "squash")
 
 
@@ -165,7 +168,7 @@ def test_transformers_folder_comes_back_as_it_was(make, tmp_path, which) -> None
     assert back.tokenizer.encode(["A photo of 2 dogs!"]) == ours.tokenizer.encode(["A photo of 2 dogs!"])
 
 
-@pytest.mark.parametrize("config", [QUICK, TINY_CLIPA_V2], ids=["quick", "clipa"])
+@pytest.mark.parametrize("config", [QUICK, TINY_CLIPA_V2, SCALED], ids=["quick", "clipa", "scaled"])
 def test_openclips_folder_comes_back_as_it_was(make, tmp_path, config) -> None:
     run = make(config)
     parity = export(run, tmp_path / "out", "open_clip")
@@ -210,6 +213,9 @@ def test_the_averages(trained, tmp_path) -> None:
     ("config", "target", "says"),
     [
         (STEM, "open_clip", "can't have a convolutional stem, as this model's has: export to onnx"),
+        (REGISTERS, "open_clip", "this model's image tower differ in pos_embed: export to onnx"),
+        (FLEXI, "timm", "this model's image tower differ in pos_embed: export to onnx"),
+        (SCALED, "timm", "this model's image tower differ in blocks.0.ls1.gamma: export to open_clip or onnx"),
         (STEM, "hf", "nearest is its clip: stem conv (patch there): export to onnx"),
         (STEM, "timm", "a convolutional stem, which timm can't be given in a file: export to onnx"),
         (TINY_CLIPA_V2, "hf", "tokenizer wordpiece (clip-bpe there): export to open_clip or timm or onnx"),
