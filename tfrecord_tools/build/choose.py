@@ -14,7 +14,6 @@ limit / count, the count being that of the samples that have the concept; a samp
 """
 
 import hashlib
-import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -159,7 +158,7 @@ def survey(
     save_array(survey_path(job, "-concepts.npy"), np.array(found, np.uint32))
     if by is not None:
         save_array(survey_path(job, "-scores.npy"), np.array(scores, np.float64))
-    job.write_count(SURVEY, len(rows))
+    job.write_count(SURVEY, len(rows), compared=bool(duplicates))
     return len(rows)
 
 
@@ -363,10 +362,3 @@ def balance_account(balance: Balance, texts: Sequence[str], concepts: Rows, told
         },
         "frequent": frequent,
     }
-
-
-def choice_id(best: Best | None, balance: Balance | None, cut: Cut | None, concepts: Rows | None) -> str:
-    """A hash that differs when the choice may: what was written by another is written again."""
-    options = [None if each is None else asdict(each) for each in (best, balance, cut)]
-    data = json.dumps(options).encode() + (b"" if concepts is None else concepts.tobytes())
-    return hashlib.sha256(data).hexdigest()[:32]

@@ -12,6 +12,7 @@ Columns: `jpg` and `txt`, then those of the sources under their names. With a ne
 the stored image. `clipkit_tokens` and `clipkit_syntax`, both lists of ints, are as `prepare.precompute` says.
 """
 
+import hashlib
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -47,6 +48,7 @@ from clipkit.tfrecord_tools.build.prepare import (
     check_precompute,
     kinds_of_samples,
     part_left,
+    parts_id,
 )
 from clipkit.tfrecord_tools.build.shard import BuildState, Task
 from clipkit.tfrecord_tools.build.shuffle import stretch_path
@@ -145,8 +147,8 @@ def build_tfds(
         stretches = plan(work / "plan.json", sources, options, shard_megabytes, left)
         jobs = _jobs(folder, work, name, options, sources, stretches)
         decisions = hash_pass(jobs, work, preparation, options.dedup, runner) if options.dedup else ()
-        choice, chosen = choose_pass(jobs, preparation, decisions, options, concepts, runner)
-        task = Task(preparation, options.shares, options.gathered, decisions, choice)
+        chosen = choose_pass(jobs, preparation, decisions, options, concepts, runner)
+        task = Task(preparation, options.shares, options.gathered, decisions, bool(chosen))
         states, kinds = write_pass(jobs, task, kinds_of(known), runner)
         _check_any(states, shards, sources)
         if options.gathered:
@@ -253,6 +255,7 @@ def _jobs(
 ) -> list[Stretch]:
     count = len(stretches)
     size = sum(source.size for source in sources)
+    all_parts = hashlib.sha256("\n".join(map(parts_id, stretches)).encode()).hexdigest()
     return [
         Stretch(
             number,
@@ -262,6 +265,7 @@ def _jobs(
             work,
             parts,
             size * (number + 1) // count - size * number // count,
+            all_parts,
         )
         for number, parts in enumerate(stretches)
     ]

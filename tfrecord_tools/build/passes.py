@@ -28,7 +28,6 @@ from clipkit.storage.files import save_array, write_json
 from clipkit.tfrecord_tools.build.choose import (
     SURVEY,
     balance_account,
-    choice_id,
     choose,
     count_concepts,
     find_cut,
@@ -68,7 +67,7 @@ def hash_pass(
         jobs,
         describe=lambda job: f"hashes of stretch {job.number}",
         size=lambda job: job.size,
-        finished=lambda job: job.read_count(HASHES),
+        finished=lambda job: job.read_count(HASHES, compared=False),
         counts=lambda count: {"records": count},
     )
     decisions = decide_jobs(folder, len(jobs), sum(hashed), method)
@@ -91,12 +90,12 @@ def choose_pass(
     options: BuildOptions,
     listed: ConceptList | None,
     runner: Runner,
-) -> tuple[str, dict[str, Any]]:
-    """Decide by `--keep-best` and `--balance` which samples stay (see `choose`): a hash of it, and the account."""
+) -> dict[str, Any]:
+    """Decide by `--keep-best` and `--balance` which samples stay (see `choose`); the account, {} without these."""
     best, balance, folder = options.keep_best, options.balance, jobs[0].folder
     texts = listed.texts if listed else ()
     if best is None and balance is None:
-        return "", {}
+        return {}
     texts_path, counts_path = folder / "concepts.json", folder / "concepts.npy"
     if balance is not None:
         write_json(texts_path, list(texts))
@@ -112,7 +111,7 @@ def choose_pass(
         jobs,
         describe=lambda job: f"survey of stretch {job.number}",
         size=lambda job: job.size,
-        finished=lambda job: job.read_count(SURVEY),
+        finished=lambda job: job.read_count(SURVEY, compared=bool(duplicates)),
         counts=lambda count: {"records": count},
     )
     cut, account = None, {}
@@ -138,7 +137,7 @@ def choose_pass(
         account["keep_best"]["kept"] = told["kept by score"]
     if balance is not None and concepts is not None:
         account["balance"] = balance_account(balance, texts, concepts, told)
-    return choice_id(best, balance, cut, concepts), account
+    return account
 
 
 def write_pass(

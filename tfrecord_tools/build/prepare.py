@@ -76,7 +76,8 @@ class Preparation:
 class Stretch:
     """What lies between two cuts, of about `size` bytes: what a worker is given in every pass.
 
-    `path` is the file that becomes of it; in `folder` the passes leave for each other what they found.
+    `path` is the file that becomes of it; in `folder` the passes leave for each other what they found. `all_parts` is
+    the hash of what lies in all stretches, on which depends what is found by comparing samples.
     """
 
     number: int
@@ -84,6 +85,7 @@ class Stretch:
     folder: Path
     parts: tuple[Part, ...]
     size: int
+    all_parts: str
 
     def beside(self, suffix: str, what: str = "shard") -> Path:
         """A file of `what` a pass has left of the stretch."""
@@ -93,15 +95,19 @@ class Stretch:
         """The list of the samples of a split that were left out, a JSON line each."""
         return self.beside(f".skipped-{split}.jsonl")
 
-    def write_count(self, what: str, count: int) -> None:
-        """Say that all of `what` is written, and how many there are."""
-        write_json(self.beside(".json", what), {"parts": parts_id(self.parts), what: count})
+    def made_of(self, compared: bool) -> str:
+        """A line that differs when a source or a cut does, with `compared` those of any stretch."""
+        return f"{parts_id(self.parts)} {self.all_parts}" if compared else parts_id(self.parts)
 
-    def read_count(self, what: str) -> int | None:
-        """The number that an earlier run wrote; None where it didn't, or where a source or a cut was another."""
+    def write_count(self, what: str, count: int, compared: bool) -> None:
+        """Say that all of `what` is written, and how many there are; `compared` as in `made_of`."""
+        write_json(self.beside(".json", what), {"parts": self.made_of(compared), what: count})
+
+    def read_count(self, what: str, compared: bool) -> int | None:
+        """The number that an earlier run wrote; None where it didn't, or where that was made of something else."""
         path = self.beside(".json", what)
         state: dict[str, Any] = read_json(path) if path.exists() else {}
-        return state.get(what) if state.get("parts") == parts_id(self.parts) else None
+        return state.get(what) if state.get("parts") == self.made_of(compared) else None
 
 
 class Judged(NamedTuple):

@@ -8,7 +8,7 @@ another order or into several splits (`shuffle`), an intermediate file with a fe
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from clipkit.formats.manifest import ShardEntry, SourceEntry
 from clipkit.storage.files import read_json, save_array, write_beside, write_json
 from clipkit.tfrecord_tools.build.choose import going
 from clipkit.tfrecord_tools.build.dedup import DecideJob, duplicates_in
-from clipkit.tfrecord_tools.build.prepare import Part, Preparation, Prepared, Stretch, parts_id, prepared
+from clipkit.tfrecord_tools.build.prepare import Preparation, Prepared, Stretch, prepared
 from clipkit.tfrecord_tools.pictures.sniff import FORMATS
 from clipkit.tfrecord_tools.reasons import DUPLICATE, UNWANTED
 from clipkit.tfrecord_tools.writing.pair_writer import PairWriter
@@ -30,18 +30,19 @@ class Task:
     """What all shards of a build have in common.
 
     `shares` are the splits with the part of the samples that each gets; `gathered`: the files are
-    intermediate, so notes are kept. `duplicates` are the decisions of `dedup`, `choice` the hash of those of `choose`.
+    intermediate, so notes are kept. `duplicates` are the decisions of `dedup`; `chosen`: `choose` has made some too.
     """
 
     preparation: Preparation
     shares: tuple[tuple[str, float], ...]
     gathered: bool
     duplicates: tuple[DecideJob, ...] = ()
-    choice: str = ""
+    chosen: bool = False
 
-    def made_of(self, parts: Sequence[Part]) -> str:
-        """A line that differs when a source, a cut or the choice does."""
-        return f"{parts_id(parts)} {self.choice}".rstrip()
+    @property
+    def compared(self) -> bool:
+        """Whether which samples a stretch has depends on those of the others."""
+        return bool(self.duplicates) or self.chosen
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def build_shard(job: Stretch, task: Task, kinds: Mapping[str, str]) -> BuildStat
 def _build_shard(job: Stretch, task: Task, kinds: dict[str, str]) -> BuildState:
     account = _Account(job, task)
     left_out = dict.fromkeys(duplicates_in(task.duplicates, job.number).tolist(), DUPLICATE)
-    if task.choice:
+    if task.chosen:
         left_out |= going(job)
     notes: list[tuple[int, int]] = []
     with write_beside(job.path) as temporary, PairWriter(temporary, kinds) as writer:
@@ -94,7 +95,7 @@ def _build_shard(job: Stretch, task: Task, kinds: dict[str, str]) -> BuildState:
     accounts = {name: account.sources(number) for number, (name, _) in enumerate(task.shares)}
     sources = () if task.gathered else accounts[task.shares[0][0]]
     shard = ShardEntry.of(job.path.name, writer, sources, writer.formats, writer.converted)
-    state = BuildState(shard, writer.kinds, writer.present, accounts, task.made_of(job.parts))
+    state = BuildState(shard, writer.kinds, writer.present, accounts, job.made_of(task.compared))
     write_json(job.beside(".json"), asdict(state))
     return state
 
@@ -148,7 +149,7 @@ def read_state(job: Stretch, task: Task) -> BuildState | None:
         return None
     values: dict[str, Any] = read_json(path)
     shard = ShardEntry.from_dict(values["shard"])
-    if values["parts"] != task.made_of(job.parts) or job.path.stat().st_size != shard.bytes:
+    if values["parts"] != job.made_of(task.compared) or job.path.stat().st_size != shard.bytes:
         return None
     accounts = {
         split: tuple(SourceEntry(**source) for source in sources) for split, sources in values["accounts"].items()

@@ -1,6 +1,7 @@
 """Duplicates: the first of all in the order of the sources stays, however the work is divided."""
 
 import json
+import shutil
 from itertools import pairwise
 
 import numpy as np
@@ -14,7 +15,7 @@ from clipkit.errors import UserError
 from clipkit.formats.dataset import open_dataset
 from clipkit.formats.manifest import read_manifest
 from clipkit.pixels.phash import distance, perceptual_hash_of
-from clipkit.tfrecord_tools.build import dedup
+from clipkit.tfrecord_tools.build import command, dedup
 from clipkit.tfrecord_tools.build.command import build_tfds
 from clipkit.tfrecord_tools.build.dedup import NEAR_BITS, near_duplicates, near_earlier, place, rotated, runs_of
 
@@ -42,6 +43,31 @@ def test_equal_bytes_are_duplicates_over_all_shards(tmp_path):
     found = [(line["source"], int(line["key"])) for line in map(json.loads, lines) if line["reason"] == "duplicate"]
     assert found == [("1.tar", 4), ("1.tar", 6)]
     assert not list(summary.path.rglob("build-*"))
+
+
+@pytest.mark.parametrize("options", [{}, {"shuffle": 1}, {"keep_best": 0.5, "by": "similarity"}])
+def test_duplicates_are_those_of_the_sources_with_which_a_killed_build_ends(tmp_path, monkeypatch, options):
+    """What isn't touched by a shard that was fetched again may have other duplicates after it."""
+
+    def write(caption):
+        write_tar(tmp_path / "shards" / "0.tar", [*map(pair, range(8)), pair(8, txt=caption)])
+
+    def kill(*_, **__):
+        raise KeyboardInterrupt
+
+    last = pair(14, txt="twice", json={"similarity": -5.0})
+    write_tar(tmp_path / "shards" / "1.tar", [*map(pair, range(9, 14)), last, pair(15)])
+    write("twice")
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(command, "finish_dataset", kill)
+        build(tmp_path, "caption", **options)
+    write("once " * 300)
+    summary = build(tmp_path, "caption", **options)
+    found = keys(tmp_path / "out")
+    assert "duplicate" not in summary.skipped
+    shutil.rmtree(tmp_path / "out")
+    build(tmp_path, "caption", **options)
+    assert sorted(found) == sorted(keys(tmp_path / "out"))
 
 
 def test_captions_are_the_same_when_the_model_sees_the_same(tmp_path):
