@@ -30,12 +30,12 @@ from clipkit.counter_rng import sample_keys, uniform
 from clipkit.errors import UserError
 from clipkit.formats.tables import KEY_NAME, is_table, read_columns, read_schema
 from clipkit.storage.files import as_path, load_array, require_file, save_array
-from clipkit.storage.stores import reading
 from clipkit.tfrecord_tools.build.concepts import ConceptList, hashes, load_matcher
 from clipkit.tfrecord_tools.build.dedup import DecideJob, duplicates_in
 from clipkit.tfrecord_tools.build.prepare import Preparation, Stretch, judged
 from clipkit.tfrecord_tools.reasons import NO_CONCEPT, NO_SCORE, NOT_BEST, THINNED_OUT
 from clipkit.tfrecord_tools.sample import Sample
+from clipkit.tfrecord_tools.tables.digests import sha256_of
 
 SURVEY = "survey"
 LIMIT = 20_000
@@ -102,8 +102,7 @@ def check_best(share: float | None, by: str | None) -> Best | None:
     elif not (colon and is_table(as_path(name))):
         return Best(share, by)
     path = require_file(as_path(name), "table of scores")
-    with reading(path), path.open("rb") as file:
-        return Best(share, column, name, hashlib.file_digest(file, "sha256").hexdigest())
+    return Best(share, column, name, sha256_of([path]))
 
 
 def check_balance(concepts: ConceptList | None, limit: int | None, seed: int | None) -> Balance | None:

@@ -67,6 +67,7 @@ from clipkit.tfrecord_tools.writing.summary import BuildSummary, summarise_split
 
 SHARD_MEGABYTES = 256
 QUALITY = 90
+TABLE = "table_sha256"  # of a folder's table, which has no size on the line of sources
 
 
 def build_tfds(
@@ -159,9 +160,10 @@ def build_tfds(
                 options.splits[0]: [(job.beside(".npy"), state.shard) for job, state in zip(jobs, states, strict=True)]
             }
         made = {}
+        made_of = options.to_json() | ({TABLE: sources[0].sha256} if sources[0].table else {})
         for part, shards_of_part in found.items():
             accounts = _sources(states, part) if options.gathered else ()
-            made[part] = SplitManifest(tuple(shard for _, shard in shards_of_part), accounts, options.to_json(), chosen)
+            made[part] = SplitManifest(tuple(shard for _, shard in shards_of_part), accounts, made_of, chosen)
             write_skipped(folder, part, [job.skipped(part) for job in jobs])
         records = sum(state.shard.records for state in states)
         features = pair_features(kinds, [state.present for state in states], records, known)
@@ -214,9 +216,10 @@ def _existing_splits(
     wanted = list(dict.fromkeys((source.path.name, source.size) for source in sources))
     for split, manifest in existing.items():
         reason = ""
-        if manifest.source_files != wanted:
+        made_with = dict(manifest.options)
+        if manifest.source_files != wanted or made_with.pop(TABLE, "") not in ("", sources[0].sha256):
             reason = "made from other shards"
-        elif manifest.options and manifest.options != options.to_json():
+        elif made_with != options.to_json():
             reason = "made with other options"
         elif len(existing) < len(options.splits):
             reason = "and not the others"

@@ -58,7 +58,9 @@ class Part:
 
 def parts_id(parts: Sequence[Part]) -> str:
     """A line that differs when a source or a cut does."""
-    return " ".join(f"{part.shard.path.name}:{part.shard.size}:{part.start}:{part.stop}" for part in parts)
+    return " ".join(
+        f"{part.shard.path.name}:{part.shard.size}{part.shard.sha256}:{part.start}:{part.stop}" for part in parts
+    )
 
 
 @dataclass(frozen=True)

@@ -29,18 +29,23 @@ from clipkit.tfrecord_tools.readers.records import columns_left_out as features_
 from clipkit.tfrecord_tools.readers.records import dataset_features, read_dataset, read_tfrecord
 from clipkit.tfrecord_tools.readers.tar import read_tar
 from clipkit.tfrecord_tools.sample import Sample
+from clipkit.tfrecord_tools.tables.digests import sha256_of
 
 KINDS = "tars, tfrecords, parquet files with images, a dataset directory, or a table of a folder of images"
 
 
 @dataclass(frozen=True)
 class InputShard:
-    """One input file. `size` is its length on the line, in bytes; `table` the rows of a folder's table, as parquet."""
+    """One input file. `size` is its length on the line, in bytes.
+
+    Of a folder's table `size` is that of its images, `table` its rows, as parquet, and `sha256` its hash.
+    """
 
     path: Path
     size: int
     columns: PairColumns = USUAL
     table: Path | None = None
+    sha256: str = ""
 
 
 def find_shards(
@@ -100,12 +105,13 @@ def open_shard(path: Path, columns: PairColumns = USUAL, work: Path | None = Non
         raise UserError(f"{path} has no column with images: name it by --image-column")
     table = work / "table.parquet"
     copied = work / "table.of"
-    mark = f"{path} {size} {columns}"
+    sha256 = sha256_of([path])
+    mark = f"{path} {sha256} {columns}"
     if not (table.exists() and copied.exists() and copied.read_text(encoding="utf-8") == mark):
         remove(copied)
         copy_pairs(path, table, columns)
         copied.write_text(mark, encoding="utf-8")
-    return InputShard(path, FolderSizes(path.parent, table, columns).total, columns, table)
+    return InputShard(path, FolderSizes(path.parent, table, columns).total, columns, table, sha256)
 
 
 def places_in(shard: InputShard, positions: Sequence[int]) -> list[int]:

@@ -24,6 +24,7 @@ from clipkit.jobs.passes import PassProgress
 from clipkit.storage.files import write_beside
 from clipkit.text.syntax import Syntax
 from clipkit.text.tokenizer import Tokenizer
+from clipkit.tfrecord_tools.build import command
 from clipkit.tfrecord_tools.build.command import build_tfds
 from clipkit.tfrecord_tools.pictures.compact import compact
 
@@ -171,6 +172,11 @@ def test_changed_options_are_not_taken_for_the_same_build(tmp_path, monkeypatch)
     with pytest.raises(UserError, match="already holds a split 'train' made with other options"):
         build(tmp_path)
     shutil.rmtree(tmp_path / "out")
+    build(tmp_path)
+    assert not build(tmp_path).built
+    with pytest.raises(UserError, match="already holds a split 'train' made with other options"):
+        build(tmp_path, where="width > 0")
+    shutil.rmtree(tmp_path / "out")
     monkeypatch.setattr(
         "clipkit.tfrecord_tools.writing.finish.write_manifest", lambda *_: os.kill(os.getpid(), 0) or 1 / 0
     )
@@ -317,6 +323,36 @@ def test_tfds_reads_what_comes_of_a_folder_of_images(tmp_path):
     assert [row[0] for row in read["rows"]] == ["0.png", "1.png", "2.png"]
     assert read["types"]["n"] == ["int64", 0]
     assert [example["n"] for example in examples(summary.path)] == [1, None, 3]
+
+
+def test_captions_that_were_mended_in_a_folders_table_are_not_taken_for_the_old_ones(tmp_path, monkeypatch):
+    """The images keep their size, the table perhaps too."""
+
+    def write(word):
+        (tmp_path / "shards").mkdir(exist_ok=True)
+        for i in range(3):
+            (tmp_path / "shards" / f"{i}.png").write_bytes(picture(i, "PNG", 30))
+        rows = "".join(f"{i}.png,{word} {i}\n" for i in range(3))
+        (tmp_path / "shards" / "metadata.csv").write_text(f"file_name,text\n{rows}")
+
+    def kill(*_, **__):
+        raise KeyboardInterrupt
+
+    write("cat")
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(command, "finish_dataset", kill)
+        build(tmp_path)
+    write("dog")
+    summary = build(tmp_path)
+    assert [example["txt"] for example in examples(summary.path)] == ["dog 0", "dog 1", "dog 2"]
+    assert not build(tmp_path).built
+    write("cow")
+    with pytest.raises(UserError, match="already holds a split 'train' made from other shards"):
+        build(tmp_path)
+    # An older clipkit didn't keep the table's hash.
+    manifest = summary.path / "clipkit" / "manifest.json"
+    manifest.write_text(re.sub(r'"table_sha256": "\w+"', "", manifest.read_text()))
+    assert not build(tmp_path).built
 
 
 def test_the_command_takes_every_option(tmp_path):
