@@ -16,6 +16,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from clipkit.errors import UserError
 from clipkit.formats.captions import merge_captions
 from clipkit.formats.kinds import own_name
 from clipkit.formats.tables import (
@@ -41,8 +42,16 @@ _BUFFER_BYTES = 1 << 20
 
 
 def open_rows(path: Path, batch_rows: int = BATCH_ROWS, columns: Sequence[str] | None = None) -> RowReader:
-    """A local parquet file with images, or a folder's table. Raises UserError when it can't be read."""
-    return RowReader(path, columns, batch_rows, _BUFFER_BYTES)
+    """A local parquet file with images, or a folder's table.
+
+    Raises UserError when it can't be read, and when two of its columns have one name.
+    """
+    rows = RowReader(path, columns, batch_rows, _BUFFER_BYTES)
+    names = rows.schema.names
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise UserError(f"{path} has {names.count(twice)} columns {twice!r}: rename all but one")
+    return rows
 
 
 def stored_columns(rows: RowReader, pair: Sequence[str]) -> list[str]:
@@ -133,7 +142,7 @@ def _sample(fallback: str, image: bytes | None, row: dict[str, Any], caption_nam
         caption = merge_captions(caption, row)
     name = own_name(row, KEY_NAME)
     key = row.get(name)
-    key = row[name] = fallback if key is None or key == "" else str(key)
+    key = row[name] = fallback if key is None or key != key or key == "" else str(key)
     return Sample(key, image, caption, _as_text(row), None if image else NO_IMAGE)
 
 

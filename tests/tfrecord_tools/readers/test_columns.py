@@ -10,7 +10,9 @@ from click.testing import CliRunner
 from image_shards import pair, picture, write_tar
 
 from clipkit.cli.main import main
+from clipkit.errors import UserError
 from clipkit.formats.dataset import open_dataset
+from clipkit.tfrecord_tools.readers.shards import find_shards, open_shard, read_shard
 
 IMAGE = {"bytes": picture(1), "path": "1.jpg"}
 COLUMNS = {
@@ -64,6 +66,20 @@ def test_bytes_that_stop_being_text_are_escaped(tmp_path):
 
 def build(folder, out):
     return CliRunner().invoke(main, ["build-tfds", str(folder), str(out), "--name", "x"])
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path):
+    for name in ("x", "text"):
+        columns = [pa.array([IMAGE]), *(pa.array([each]) for each in "abc")]
+        pq.write_table(pa.Table.from_arrays(columns, ["image", "text", name, name]), tmp_path / "0.parquet")
+        with pytest.raises(UserError, match=rf"0\.parquet has . columns '{name}': rename all but one"):
+            open_shard(find_shards(tmp_path)[0])
+
+
+def test_a_key_that_is_no_number_is_missing(tmp_path):
+    keys = pa.array([float("nan"), 7.0, None])
+    pq.write_table(pa.table({"image": [IMAGE] * 3, "text": ["a"] * 3, "key": keys}), tmp_path / "0.parquet")
+    assert [sample.key for sample in read_shard(tmp_path / "0.parquet")] == ["0-0", "7.0", "0-2"]
 
 
 def test_half_a_surrogate_pair_is_a_question_mark(tmp_path):
