@@ -13,7 +13,6 @@ hashes. `--balance` is MetaCLIP's (see `concepts`): a sample stays when for any 
 limit / count, the count being that of the samples that have the concept; a sample without any concept goes.
 """
 
-import hashlib
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence

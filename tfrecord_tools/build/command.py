@@ -122,10 +122,10 @@ def build_tfds(
     steps = where, resize, quality, check_dedup(dedup), shuffle, check_precompute(precompute)
     options = BuildOptions(parse_split(split), *steps, columns, *chosen_by)
     folder = out / name / VERSION
-    if same_place(shards, folder):
-        raise UserError(f"{folder}: the dataset itself is the source: choose another --name or output")
     wanted_split = split if split == ALL_SPLITS else options.splits[0]
     paths = find_shards(shards, columns, wanted_split, lambda line: print(f"build-tfds: {line}", file=sys.stderr))
+    if same_place(paths[0].parent, folder):
+        raise UserError(f"{folder}: the dataset itself is the source: choose another --name or output")
     work = folder / CLIPKIT_FOLDER / f"build-{'-'.join(options.splits)}"
     runner = Runner(workers, engine, progress)
     with lock(folder / CLIPKIT_FOLDER):
@@ -298,8 +298,8 @@ _REMEDIES = {
     NO_IMAGE: "a sample is KEY.jpg beside KEY.txt in a tar, or a row with the image's bytes (--image-column)",
     NO_CAPTION: "a caption is KEY.txt or 'caption' in KEY.json in a tar, or a column (--caption-column)",
     BAD_TEXT: "convert the texts to UTF-8, for example with iconv",
-    EMPTY_CAPTION: "name another column with --caption-column",
-    NOT_AN_IMAGE: "name another column with --image-column",
+    EMPTY_CAPTION: "in a table, name another column with --caption-column",
+    NOT_AN_IMAGE: "in a table, name another column with --image-column",
     NOT_WANTED: "no row fulfils --where: ask for less",
     NO_CONCEPT: "no caption has a concept of --balance: check the list, which is compared letter for letter",
     "": "tars hold KEY.jpg and KEY.txt for each sample, tables a row",

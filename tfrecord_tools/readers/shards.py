@@ -13,9 +13,9 @@ from clipkit.errors import UserError
 from clipkit.formats.dataset import find_dataset, open_dataset, read_layout, refuse_unfinished_download
 from clipkit.formats.features import find_image
 from clipkit.formats.shards import ALL_SPLITS, SHARD_SUFFIXES, describe_files, list_shards
-from clipkit.formats.tables import USUAL, PairColumns, is_table
+from clipkit.formats.tables import USUAL, PairColumns, is_hidden, is_table
 from clipkit.storage.files import is_remote, local_copy, remove
-from clipkit.storage.stores import reading
+from clipkit.storage.stores import list_folder, reading
 from clipkit.tfrecord_tools.readers.parquet import (
     FolderSizes,
     copy_pairs,
@@ -65,7 +65,7 @@ def find_shards(
         if not path.is_dir():
             raise UserError(f"shards {path} don't exist: check the path, or make them with clipkit download")
         refuse_unfinished_download(path)
-        dataset = find_dataset(path)
+        dataset = None if _holds_shards(path, columns) else find_dataset(path)
         if dataset is not None and (dataset / "features.json").exists():
             return dataset_shards(dataset, split)
         found = list_shards(path, split, lambda folder, file: _has_images(folder / file.name, columns))
@@ -95,6 +95,11 @@ def open_shard(path: Path, columns: PairColumns = USUAL, work: Path | None = Non
             size = path.stat().st_size
     except FileNotFoundError as error:
         raise _gone(path) from error
+    if path.suffix in (".tar", ".tfrecord") and (columns.image or columns.caption):
+        raise UserError(
+            f"{path}: in tars and img2dataset's tfrecords image and caption have fixed names, jpg or the like and txt: "
+            "leave out --image-column and --caption-column"
+        )
     if (
         path.suffix in (".tar", ".tfrecord")
         or _is_dataset_shard(path)
@@ -181,6 +186,16 @@ def _read(shard: InputShard, local: Path, start: int, stop: int | None) -> Itera
 
 def _is_dataset_shard(path: Path) -> bool:
     return ".tfrecord-" in path.name and (path.parent / "features.json").exists()
+
+
+def _holds_shards(folder: Path, columns: PairColumns) -> bool:
+    """Whether shards lie in the folder itself, which then are meant, and not a dataset that was built below it."""
+    if (folder / "dataset_info.json").exists():
+        return False
+    names = [file.name for file in list_folder(folder) if not is_hidden(file.name)]
+    shards = [folder / name for name in names if Path(name).suffix in SHARD_SUFFIXES]
+    others = any(path.suffix != ".parquet" for path in shards)
+    return others or any(_has_images(path, columns) for path in shards[:1])
 
 
 def _has_images(path: Path, columns: PairColumns) -> bool:

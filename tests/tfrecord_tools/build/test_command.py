@@ -368,9 +368,10 @@ def test_a_dataset_is_not_built_onto_itself(tmp_path, monkeypatch):
     made = build_tfds(tmp_path / "shards", tmp_path / "out", "pairs").path
     before = {path: path.read_bytes() for path in made.rglob("*") if path.is_file()}
     monkeypatch.chdir(tmp_path)
-    for source in (made, Path("out/pairs/1.0.0"), made / ".." / "1.0.0"):
-        with pytest.raises(UserError, match="the dataset itself is the source: choose another --name or output"):
-            build_tfds(source, tmp_path / "out", "pairs", dedup="sha256")
+    for source in (made, Path("out/pairs/1.0.0"), made / ".." / "1.0.0", Path("out"), next(made.glob("*.tfrecord*"))):
+        for split in ("train", "validation"):
+            with pytest.raises(UserError, match="the dataset itself is the source: choose another --name or output"):
+                build_tfds(source, tmp_path / "out", "pairs", split=split, dedup="sha256")
     assert {path: path.read_bytes() for path in made.rglob("*") if path.is_file()} == before
 
 

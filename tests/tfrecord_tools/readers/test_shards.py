@@ -3,6 +3,8 @@ import json
 import tarfile
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from image_shards import img2dataset_writer, pair, picture, tar_of_odd_names, write_tar, write_tars
 from img2dataset_columns import META, SCHEMA
@@ -10,9 +12,11 @@ from tensorflow_process import with_tensorflow
 
 from clipkit.errors import UserError
 from clipkit.formats.records import RecordError, RecordWriter, encode_example
+from clipkit.formats.tables import PairColumns
 from clipkit.formats.tar import header_number
+from clipkit.tfrecord_tools.build.command import build_tfds
 from clipkit.tfrecord_tools.pictures.sniff import image_format
-from clipkit.tfrecord_tools.readers.shards import find_shards, read_shard
+from clipkit.tfrecord_tools.readers.shards import find_shards, open_shard, read_shard
 from clipkit.tfrecord_tools.readers.tar import read_members
 
 # img2dataset's own tfrecord writer. It imports tensorflow_io, which no longer loads, and uses nothing of it.
@@ -187,6 +191,32 @@ def test_finding_shards(tmp_path):
     ]:
         with pytest.raises(UserError, match=message):
             find_shards(path)
+
+
+@pytest.mark.parametrize("suffix", ["tar", "tfrecord", "parquet"])
+def test_shards_are_meant_and_not_what_was_built_of_them_below(tmp_path, suffix):
+    rows = [{"jpg": picture(i), "txt": "words", "key": str(i)} for i in range(2)]
+    if suffix == "tar":
+        write_tar(tmp_path / "0.tar", [pair(0), pair(1)])
+    elif suffix == "parquet":
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / "0.parquet")
+    else:
+        with RecordWriter(tmp_path / "0.tfrecord") as writer:
+            for row in rows:
+                writer.write(encode_example(row))
+    for name in ("small", "large"):
+        build_tfds(tmp_path, tmp_path, name, progress=lambda _: None)
+        assert find_shards(tmp_path) == [tmp_path / f"0.{suffix}"]
+    assert find_shards(tmp_path / "small")[0].parent == tmp_path / "small" / "1.0.0"
+
+
+@pytest.mark.parametrize("columns", [PairColumns(image="jpg"), PairColumns(caption="alt")])
+def test_columns_of_tars_are_not_chosen(tmp_path, columns):
+    """Neither is the choice forgotten: all captions would be others than was asked for."""
+    for name in ("0.tar", "0.tfrecord"):
+        (tmp_path / name).touch()
+        with pytest.raises(UserError, match=r"have fixed names, .*: leave out --image-column and --caption-column"):
+            open_shard(tmp_path / name, columns)
 
 
 def test_a_download_that_is_not_finished_is_no_input(tmp_path):
