@@ -20,6 +20,7 @@ from clipkit.tfrecord_tools.labelled.listing import Image
 from clipkit.tfrecord_tools.labelled.shard import LabelledJob, LabelledState, build_labelled_shard, read_state
 
 _NAMED_AT_MOST = 5
+IMAGES = "images"  # in the plan and in the manifest: the hash of names and labels
 
 
 def work_folder(folder: Path, split: str) -> Path:
@@ -74,7 +75,8 @@ def build_split(
     `allow` is the option that lets broken images be left out.
     Raises UserError when more than `max_bad` images are broken, and for shards of another build.
     """
-    _check_begun(folder, split, jobs)
+    images = _images_id(jobs)
+    _check_begun(folder, split, {IMAGES: images, "shards": len(jobs)})
     states = runner.run(
         f"build-imagenet, {split}",
         build_labelled_shard,
@@ -85,28 +87,34 @@ def build_split(
         counts=lambda state: {"broken images": len(state.skipped)},
     )
     _check_broken(folder, split, states, max_bad, allow)
-    return SplitManifest(tuple(state.shard for state in states))
+    return SplitManifest(tuple(state.shard for state in states), options={IMAGES: images})
 
 
 def check_same(folder: Path, split: str, manifest: SplitManifest, jobs: Sequence[LabelledJob]) -> None:
     """Refuse to take a finished split for one of other images."""
     there = [(source.bytes, source.samples) for shard in manifest.shards for source in shard.sources]
-    if there != [(job.size, len(job.images)) for job in jobs]:
+    images = _images_id(jobs)
+    same = there == [(job.size, len(job.images)) for job in jobs]
+    if not same or manifest.options.get(IMAGES, images) != images:
         raise UserError(
-            f"{folder} already holds a split {split!r} made from other images: "
+            f"{folder} already holds a split {split!r} made from other images or labels: "
             "remove it, or choose another output or --name"
         )
     open_dataset(folder, split)  # says so when a shard is missing
 
 
-def _check_begun(folder: Path, split: str, jobs: Sequence[LabelledJob]) -> None:
-    """Keep the plan. Refuse to go on with that of other images, and to write over shards that have none."""
-    path = work_folder(folder, split) / "plan.json"
+def _images_id(jobs: Sequence[LabelledJob]) -> str:
+    """A hash of the names and labels of all images."""
     digest = hashlib.blake2b(digest_size=16)
     for job in jobs:
         for name, label in zip(job.file_names, job.labels, strict=True):
             digest.update(f"{name}\0{label}\n".encode("utf-8", "surrogateescape"))
-    plan: dict[str, Any] = {"images": digest.hexdigest(), "shards": len(jobs)}
+    return digest.hexdigest()
+
+
+def _check_begun(folder: Path, split: str, plan: dict[str, Any]) -> None:
+    """Keep the plan. Refuse to go on with that of other images, and to write over shards that have none."""
+    path = work_folder(folder, split) / "plan.json"
     if path.exists():
         if read_json(path) != plan:
             raise UserError(

@@ -118,3 +118,21 @@ def test_the_class_names_of_a_dataset_come_from_the_table(tmp_path) -> None:
         "2.jpg": 1,
         "3.jpg": 0,
     }
+
+
+def test_labels_that_were_mended_are_not_taken_for_the_old_ones(tmp_path):
+    write_heap(tmp_path / "heap", {name: picture(1) for name in CLASSES})
+    (tmp_path / "labels.csv").write_text("1.jpg,cat\n2.jpg,dog\n3.jpg,cat\n")
+
+    def build():
+        return build_imagenet(tmp_path / "heap", tmp_path / "out", name="pets", labels=tmp_path / "labels.csv")
+
+    assert build().splits[0].built
+    assert not build().splits[0].built
+    (tmp_path / "labels.csv").write_text("1.jpg,dog\n2.jpg,cat\n3.jpg,dog\n")
+    with pytest.raises(UserError, match="already holds a split 'train' made from other images or labels: remove it"):
+        build()
+    # An older clipkit didn't keep the labels.
+    manifest = tmp_path / "out" / "pets" / "1.0.0" / "clipkit" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"images":', '"older":'))
+    assert not build().splits[0].built
