@@ -249,7 +249,7 @@ def _class_names(imagenet: bool, classes: Path | None, listed: Listed, empty: di
         occurring |= set(empty)
     known = _given_classes(imagenet, classes)
     if not known:
-        return sorted(occurring, key=int if all(label.isdecimal() for label in occurring) else None)
+        return sorted(sorted(occurring), key=int if all(label.isdecimal() for label in occurring) else None)
     foreign = sorted(occurring - set(known))
     if foreign:
         where = "ImageNet-1K's 1,000" if imagenet else f"those of {classes}"
@@ -261,17 +261,21 @@ def _class_names(imagenet: bool, classes: Path | None, listed: Listed, empty: di
 
 
 def _check(target: _Target, listed: Listed, class_names: Sequence[str]) -> list[str]:
-    """Refuse an ImageNet with something missing, and twins. The notes say out loud what a subset lacks."""
+    """Refuse an ImageNet with something missing, and twins. The notes say out loud what a subset or a split lacks."""
     notes = []
+    occurring = {image.label for _, images in listed for image in images}
     for split, images in listed:
         names = {_file_name(target.imagenet, image) for image in images}
         if len(names) < len(images):
             twice = counted(len(images) - len(names), "file name")
             raise UserError(f"{split.path} holds {twice} twice: remove the copies")
+        missing = sorted((set(class_names) if target.imagenet else occurring) - {image.label for image in images})
         if not target.imagenet:
+            if missing:
+                lacking = counted(len(missing), "class", "classes")
+                notes.append(f"{split.split} has no image of {lacking} that another split has, such as {missing[0]!r}")
             continue
         wanted = IMAGENET_COUNTS.get(split.split)
-        missing = sorted(set(class_names) - {image.label for image in images})
         if len(images) == wanted and not missing:
             continue
         lacks = f", {counted(len(missing), 'class', 'classes')} missing, such as {missing[0]}" if missing else ""

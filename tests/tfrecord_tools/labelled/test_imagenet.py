@@ -431,6 +431,20 @@ def test_classes_that_are_numbers_stand_in_the_order_of_their_values(tmp_path):
     write_class_folders(tmp_path / "train", {str(i): {f"{i}.jpg": picture(i)} for i in range(12)})
     summary = build_imagenet(tmp_path / "train", tmp_path / "out", name="digits")
     assert open_dataset(summary.path, "train").label_names() == [str(i) for i in range(12)]
+    write_class_folders(tmp_path / "train", {f"0{i}": {f"{i}.jpg": picture(i)} for i in range(12)})
+    summary = build_imagenet(tmp_path / "train", tmp_path / "again", name="digits")
+    names = [name for i in range(12) for name in sorted([f"0{i}", str(i)])]
+    assert open_dataset(summary.path, "train").label_names() == names
+
+
+def test_a_class_that_only_one_split_has_is_told(tmp_path):
+    """It may be the same one, spelled otherwise: as files are named on a Mac, for one."""
+    for split, name in (("train", "caf\u00e9"), ("val", "cafe\u0301")):
+        write_class_folders(tmp_path / "food" / split, {name: {"1.jpg": picture(1)}, "x": {"1.jpg": picture(2)}})
+    assert build_imagenet(tmp_path / "food", tmp_path / "out", name="food").notes == (
+        "train has no image of 1 class that another split has, such as 'cafe\u0301'",
+        "validation has no image of 1 class that another split has, such as 'caf\u00e9'",
+    )
 
 
 @pytest.mark.parametrize(
