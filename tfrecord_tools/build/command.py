@@ -20,7 +20,7 @@ from pathlib import Path
 from clipkit.errors import UserError
 from clipkit.formats.captions import CaptionChoice
 from clipkit.formats.dataset import VERSION, check_name, open_dataset, refuse_unfinished_rewrite, shard_name
-from clipkit.formats.features import parse_features
+from clipkit.formats.features import Feature, parse_features
 from clipkit.formats.manifest import (
     CLIPKIT_FOLDER,
     SourceEntry,
@@ -34,7 +34,7 @@ from clipkit.formats.text_file import Quoting
 from clipkit.formatting import size_text
 from clipkit.jobs.passes import PassProgress, Runner
 from clipkit.jobs.run import Engine
-from clipkit.storage.files import as_path, clear_leftovers, is_remote, load_array, lock, read_json, remove
+from clipkit.storage.files import as_path, clear_leftovers, load_array, lock, read_json, remove
 from clipkit.tfrecord_tools.build.choose import check_balance, check_best
 from clipkit.tfrecord_tools.build.concepts import ConceptList, read_concepts
 from clipkit.tfrecord_tools.build.dedup import check_dedup
@@ -62,8 +62,15 @@ from clipkit.tfrecord_tools.reasons import (
     NOT_AN_IMAGE,
     NOT_WANTED,
 )
-from clipkit.tfrecord_tools.writing.finish import finish_dataset, kinds_of, pair_features, write_skipped
-from clipkit.tfrecord_tools.writing.summary import BuildSummary, summarise_splits
+from clipkit.tfrecord_tools.writing.finish import (
+    CAPTION_COLUMN,
+    IMAGE_COLUMN,
+    finish_dataset,
+    kinds_of,
+    pair_features,
+    write_skipped,
+)
+from clipkit.tfrecord_tools.writing.summary import BuildSummary, summarise
 
 SHARD_MEGABYTES = 256
 QUALITY = 90
@@ -124,16 +131,13 @@ def build_tfds(
     folder = out / name / VERSION
     wanted_split = split if split == ALL_SPLITS else options.splits[0]
     paths = find_shards(shards, columns, wanted_split, lambda line: print(f"build-tfds: {line}", file=sys.stderr))
-    if same_place(paths[0].parent, folder):
+    if paths[0].parent.resolve() == folder.resolve():
         raise UserError(f"{folder}: the dataset itself is the source: choose another --name or output")
     work = folder / CLIPKIT_FOLDER / f"build-{'-'.join(options.splits)}"
     runner = Runner(workers, engine, progress)
     with lock(folder / CLIPKIT_FOLDER):
         refuse_unfinished_rewrite(folder)
-        whole = _whole_splits(folder)
-        splits = {part: manifest for part, manifest in read_manifest(folder).items() if part in whole}
-        if whole - set(splits):
-            raise _foreign(folder)
+        splits, known = _splits_there(folder)
         sources = [open_shard(path, columns, work) for path in paths]
         existing = _existing_splits(folder, options, splits, sources)
         clear_leftovers(folder, folder / CLIPKIT_FOLDER, work)
@@ -141,8 +145,7 @@ def build_tfds(
             for part in options.splits:
                 open_dataset(folder, part)  # says so when a shard is missing
             remove(work)
-            return summarise_splits(folder, name, existing, built=False)
-        known = parse_features(read_json(folder / "features.json")) if whole else {}
+            return summarise(folder, name, existing, built=False)
         preparation, left = _prepare(options, sources)
         _tell(sources, concepts, work if options.gathered and not progress else None, left)
         stretches = plan(work / "plan.json", sources, options, shard_megabytes, left)
@@ -153,12 +156,10 @@ def build_tfds(
         states, kinds = write_pass(jobs, task, kinds_of(known), runner)
         _check_any(states, shards, sources)
         if options.gathered:
-            wanted = shard_megabytes * 1e6
-            found = gather_pass(jobs, states, task, (folder, name), shuffle, wanted, runner)
+            found = gather_pass(jobs, states, task, (folder, name), shuffle, shard_megabytes * 1e6, runner)
         else:
-            found = {
-                options.splits[0]: [(job.beside(".npy"), state.shard) for job, state in zip(jobs, states, strict=True)]
-            }
+            shard_files = [(job.beside(".npy"), state.shard) for job, state in zip(jobs, states, strict=True)]
+            found = {options.splits[0]: shard_files}
         made = {}
         made_of = options.to_json() | ({TABLE: sources[0].sha256} if sources[0].table else {})
         for part, shards_of_part in found.items():
@@ -170,7 +171,7 @@ def build_tfds(
         offsets = {part: (load_array(path) for path, _ in pairs) for part, pairs in found.items()}
         finish_dataset(folder, name, features, {**splits, **made}, offsets)
         remove(work)
-    return summarise_splits(folder, name, made, built=True)
+    return summarise(folder, name, made, built=True)
 
 
 def _tell(sources: Sequence[InputShard], concepts: ConceptList | None, work: Path | None, left: float) -> None:
@@ -184,28 +185,25 @@ def _tell(sources: Sequence[InputShard], concepts: ConceptList | None, work: Pat
         print(f"build-tfds: uses about {size} of disk besides the output, in {work}", file=sys.stderr)
 
 
-def same_place(one: Path, other: Path) -> bool:
-    """Whether two paths, of which both may be in a store, mean the same folder."""
-    return one == other if is_remote(one) or is_remote(other) else one.resolve() == other.resolve()
-
-
-def _whole_splits(folder: Path) -> set[str]:
-    """The splits that `dataset_info.json` names. Raises UserError when another program wrote it.
+def _splits_there(folder: Path) -> tuple[dict[str, SplitManifest], dict[str, Feature]]:
+    """The splits that `dataset_info.json` names, and their columns. Raises UserError for a dataset of another kind.
 
     Hugging Face's `save_to_disk` writes a file of this name too, with splits of another form or none.
     """
     path = folder / "dataset_info.json"
     if not path.exists():
-        return set()
+        return {}, {}
     info = read_json(path)
-    splits = info.get("splits") if isinstance(info, dict) else None
-    if not isinstance(splits, list) or not all(isinstance(part, dict) for part in splits):
-        raise _foreign(folder)
-    return {str(part.get("name")) for part in splits}
-
-
-def _foreign(folder: Path) -> UserError:
-    return UserError(f"{folder} holds a dataset that clipkit didn't write: choose another output or --name")
+    parts = info.get("splits") if isinstance(info, dict) else None
+    parts = parts if isinstance(parts, list) else [None]
+    named = {str(part.get("name")) if isinstance(part, dict) else "" for part in parts}
+    splits = {part: manifest for part, manifest in read_manifest(folder).items() if part in named}
+    if named != set(splits):
+        raise UserError(f"{folder} holds a dataset that clipkit didn't write: choose another output or --name")
+    features = parse_features(read_json(folder / "features.json")) if splits else {}
+    if splits and not {IMAGE_COLUMN, CAPTION_COLUMN} <= set(features):
+        raise UserError(f"{folder} holds a dataset without captions: choose another output or --name")
+    return splits, features
 
 
 def _existing_splits(

@@ -15,7 +15,7 @@ million, some hours). Pictures of one colour are left alone: their hash says not
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, cast
+from typing import Literal, cast, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -29,7 +29,7 @@ from clipkit.tfrecord_tools.build.sorted_rows import BUCKETS, KEY_END, read_sort
 from clipkit.tfrecord_tools.sample import Sample
 
 Method = Literal["sha256", "caption", "phash"]
-METHODS = ("sha256", "caption", "phash")
+METHODS: tuple[Method, ...] = get_args(Method)
 
 HASHES = "hashes"  # what the first pass leaves of a stretch
 NEAR_BITS = 3

@@ -54,7 +54,6 @@ from clipkit.tfrecord_tools.build.shuffle import (
     index_records,
     read_gathered,
 )
-from clipkit.tfrecord_tools.writing.finish import kinds_with_values
 
 
 def hash_pass(
@@ -145,7 +144,7 @@ def write_pass(
 ) -> tuple[list[BuildState], dict[str, str]]:
     """The states of all stretches, and the kinds that all of them are written with. `known` are other splits' kinds."""
     states = _write(jobs, task, known, None, runner)
-    kinds = unify([known, *(kinds_with_values(state.kinds, state.present) for state in states)])
+    kinds = unify([known, *(state.kinds_with_values for state in states)])
     for column, kind in known.items():
         if kinds[column] != kind:
             raise UserError(
@@ -179,7 +178,7 @@ def _write(
 
 def _is_narrower(state: BuildState, kinds: dict[str, str]) -> bool:
     """Whether a file was written with other kinds than all together need."""
-    return any(kinds[column] != kind for column, kind in kinds_with_values(state.kinds, state.present).items())
+    return any(kinds[column] != kind for column, kind in state.kinds_with_values.items())
 
 
 def gather_pass(
@@ -203,12 +202,8 @@ def gather_pass(
     folder = jobs[0].folder
     splits = tuple(split for split, _ in task.shares)
     indexes = index_jobs(folder, stretches, splits, firsts[-1], seed)
-    sizes = dict.fromkeys(splits, 0)
-    for counts in runner.run(
-        "build-tfds, sorting", index_records, indexes, describe=lambda job: f"places {job.number}"
-    ):
-        for split, (_, size) in counts.items():
-            sizes[split] += size
+    by_index = runner.run("build-tfds, sorting", index_records, indexes, describe=lambda job: f"places {job.number}")
+    sizes = {split: sum(each[split] for each in by_index) for split in splits}
     made_of = hashlib.sha256(
         json.dumps([seed, task.shares, [(state.shard.records, state.shard.crc32c) for state in states]]).encode()
     ).hexdigest()

@@ -200,16 +200,15 @@ def _pair(part: int, sample: Sample, kind: str, reason: str | None, preparation:
     return Prepared(part, sample.key, None, kind, image, sample.caption or "", columns)
 
 
-def with_precomputed(pairs: Iterable[Prepared], wanted: Sequence[str]) -> Iterator[Prepared]:
+def with_precomputed(pairs: Sequence[Prepared], wanted: Sequence[str]) -> Iterator[Prepared]:
     """The same pairs with the precomputed columns."""
-    pairs = list(pairs)
-    taken = [pair for pair in pairs if pair.reason is None] if wanted else []
-    made = iter(precompute(wanted, [pair.caption for pair in taken]))
+    captions = [pair.caption for pair in pairs if pair.reason is None] if wanted else []
+    columns = {TOKENS: tokenizer().encode(captions)} if captions else {}
+    if captions and SYNTAX in wanted:
+        columns[SYNTAX] = syntax().priorities(columns[TOKENS])
+    made = ({PRECOMPUTED_COLUMNS[name]: columns[name][i] for name in wanted} for i in range(len(captions)))
     for pair in pairs:
-        if wanted and pair.reason is None:
-            yield pair._replace(columns={**pair.columns, **next(made)})
-        else:
-            yield pair
+        yield pair._replace(columns={**pair.columns, **next(made)}) if captions and pair.reason is None else pair
 
 
 def part_left(samples: Sequence[Sample], preparation: Preparation) -> float:
@@ -296,16 +295,6 @@ def check_precompute(wanted: Sequence[str]) -> tuple[str, ...]:
 
         load_tagger()
     return tuple(name for name in PRECOMPUTED_COLUMNS if name in wanted)
-
-
-def precompute(wanted: Sequence[str], captions: Sequence[str]) -> list[dict[str, list[int]]]:
-    """The wanted columns of each caption."""
-    if not wanted:
-        return [{} for _ in captions]
-    columns = {TOKENS: tokenizer().encode(captions)}
-    if SYNTAX in wanted:
-        columns[SYNTAX] = syntax().priorities(columns[TOKENS])
-    return [{PRECOMPUTED_COLUMNS[name]: columns[name][i] for name in wanted} for i in range(len(captions))]
 
 
 @cache

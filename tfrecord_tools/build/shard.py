@@ -59,6 +59,11 @@ class BuildState:
     def samples(self) -> int:
         return sum(source.samples for sources in self.accounts.values() for source in sources)
 
+    @property
+    def kinds_with_values(self) -> dict[str, str]:
+        """The kinds of the columns that have a value here."""
+        return {column: self.kinds[column] for column in self.present}
+
 
 def build_shard(job: Stretch, task: Task, kinds: Mapping[str, str]) -> BuildState:
     """Write the file, its record offsets and its state. `kinds` are the columns' kinds to begin with.

@@ -58,9 +58,6 @@ class IndexJob:
     total: int
     seed: int | None
 
-    def path(self, split: str) -> Path:
-        return index_path(self.folder, self.number, split)
-
 
 def index_path(folder: Path, number: int, split: str) -> Path:
     return folder / f"places-{number:05d}-{split}.rows"
@@ -81,8 +78,8 @@ def index_jobs(
     return jobs
 
 
-def index_records(job: IndexJob) -> dict[str, tuple[int, int]]:
-    """Write the sorted places; the number of records and of bytes by split."""
+def index_records(job: IndexJob) -> dict[str, int]:
+    """Write the sorted places; the number of bytes by split."""
     found = np.empty(sum(stretch.records for stretch in job.stretches), ENTRY)
     splits = np.empty(len(found), np.uint8)
     at = 0
@@ -96,12 +93,12 @@ def index_records(job: IndexJob) -> dict[str, tuple[int, int]]:
         found["stretch"][rows] = number
         splits[rows], found["format"][rows] = notes[:, 0], notes[:, 1]
         at += stretch.records
-    counts = {}
+    sizes = {}
     for number, split in enumerate(job.splits):
         chosen = found[splits == number]
-        write_sorted(job.path(split), chosen[np.argsort(chosen["key"], kind="stable")])
-        counts[split] = len(chosen), int(chosen["length"].sum(dtype=np.uint64))
-    return counts
+        write_sorted(index_path(job.folder, job.number, split), chosen[np.argsort(chosen["key"], kind="stable")])
+        sizes[split] = int(chosen["length"].sum(dtype=np.uint64))
+    return sizes
 
 
 def keys_of(ordinals: npt.NDArray[np.uint64], total: int, seed: int | None) -> npt.NDArray[np.uint64]:

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from clipkit.errors import UserError
 from clipkit.storage.files import is_remote, write_beside
-from clipkit.storage.stores import as_upath, store_errors
+from clipkit.storage.ranges import read_range
 
 BUCKETS = 1 << 12
 KEY_END = 1 << 64
@@ -47,15 +47,9 @@ def read_bytes(path: Path, offset: int, length: int) -> bytes:
     """`length` bytes of a local or remote file. Raises UserError when it is gone or shorter."""
     try:
         if is_remote(path):
-            target = as_upath(path)
-            with store_errors(path):
-                data = bytes(target.fs.cat_file(target.path, start=offset, end=offset + length)) if length else b""
-        else:
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
-                data = os.pread(descriptor, length, offset)
-            finally:
-                os.close(descriptor)
+            return read_range(path, offset, offset + length)
+        with path.open("rb", buffering=0) as file:
+            data = os.pread(file.fileno(), length, offset)
     except FileNotFoundError as error:
         raise gone(path) from error
     if len(data) < length:

@@ -251,6 +251,6 @@ def _manifest(
 
 
 def _summary(folder: Path, name: str, split: str, manifest: SplitManifest, built: bool) -> InPlaceSummary:
-    summary = summarise(folder, name, split, manifest, built)
+    summary = summarise(folder, name, {split: manifest}, built)
     options = manifest.options
     return InPlaceSummary(**vars(summary), rewritten=options.get("rewritten", {}), problems=options.get("problems", {}))

@@ -168,7 +168,7 @@ def build_imagenet(
         name=name,
         classes=len(class_names),
         subset=imagenet and subset,
-        splits=tuple(summarise(folder, name, part, splits[part], part not in there) for part in split_jobs),
+        splits=tuple(summarise(folder, name, {part: splits[part]}, part not in there) for part in split_jobs),
         notes=tuple(notes),
     )
 

@@ -27,11 +27,6 @@ def kinds_of(features: Mapping[str, Feature]) -> dict[str, str]:
     }
 
 
-def kinds_with_values(kinds: Mapping[str, str], present: Mapping[str, int]) -> dict[str, str]:
-    """The kinds of the columns that have a value in a shard."""
-    return {column: kinds[column] for column in present}
-
-
 def feature_of(kind: str, optional: bool) -> Feature:
     """A column of a kind as `features.json` declares it (see `metadata` for missing values)."""
     if kind == EMPTY_LIST:

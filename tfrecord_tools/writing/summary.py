@@ -1,7 +1,7 @@
 """What a build tells when it is done: its counts, for a person and for a script."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -53,31 +53,23 @@ class BuildSummary:
         return "\n".join(lines)
 
 
-def summarise(folder: Path, name: str, split: str, manifest: SplitManifest, built: bool) -> BuildSummary:
-    """The summary of a split that is whole."""
-    return BuildSummary(
-        path=folder,
-        name=name,
-        split=split,
-        shards=len(manifest.shards),
-        samples=manifest.samples,
-        records=manifest.records,
-        bytes=manifest.bytes,
-        skipped=manifest.skipped,
-        formats=manifest.formats,
-        converted=manifest.converted,
-        built=built,
-    )
-
-
-def summarise_splits(folder: Path, name: str, splits: Mapping[str, SplitManifest], built: bool) -> BuildSummary:
-    """The summary of the splits that one call makes."""
-    if len(splits) == 1:
-        ((split, manifest),) = splits.items()
-        return summarise(folder, name, split, manifest, built)
+def summarise(folder: Path, name: str, splits: Mapping[str, SplitManifest], built: bool) -> BuildSummary:
+    """The summary of the splits that one call makes, or finds whole."""
     whole = SplitManifest(
         tuple(shard for manifest in splits.values() for shard in manifest.shards),
         tuple(source for manifest in splits.values() for source in manifest.sources),
     )
-    summary = summarise(folder, name, ",".join(splits), whole, built)
-    return replace(summary, by_split={split: manifest.records for split, manifest in splits.items()})
+    return BuildSummary(
+        path=folder,
+        name=name,
+        split=",".join(splits),
+        shards=len(whole.shards),
+        samples=whole.samples,
+        records=whole.records,
+        bytes=whole.bytes,
+        skipped=whole.skipped,
+        formats=whole.formats,
+        converted=whole.converted,
+        built=built,
+        by_split={split: manifest.records for split, manifest in splits.items()} if len(splits) > 1 else {},
+    )

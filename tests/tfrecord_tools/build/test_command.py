@@ -24,6 +24,7 @@ from clipkit.formats.records import RecordWriter, encode_example, index_records
 from clipkit.jobs.passes import PassProgress
 from clipkit.pixels import images
 from clipkit.tfrecord_tools.build.command import build_tfds
+from clipkit.tfrecord_tools.labelled.imagenet import build_imagenet
 
 # webdataset fills a tar up to a multiple of this, so that a few small samples make one such block.
 TAR_BLOCK = 10_240
@@ -392,8 +393,19 @@ def test_another_dataset_of_the_name_is_not_overwritten(tmp_path):
         build_tfds(tmp_path / "shards", tmp_path / "out", "pairs")
 
 
+def test_no_split_joins_labelled_images(tmp_path):
+    write_tars(tmp_path / "shards", [1])
+    (tmp_path / "labelled" / "cat").mkdir(parents=True)
+    (tmp_path / "labelled" / "cat" / "1.jpg").write_bytes(picture(1))
+    made = build_imagenet(tmp_path / "labelled", tmp_path / "out", name="pairs").path
+    before = contents(made)
+    with pytest.raises(UserError, match="holds a dataset without captions: choose another output or --name"):
+        build_tfds(tmp_path / "shards", tmp_path / "out", "pairs", split="test")
+    assert contents(made) == before
+
+
 # As TFDS leaves it, and as Hugging Face's save_to_disk does.
-@pytest.mark.parametrize("splits", [[{"name": "train"}], {"train": {"name": "train"}}, {}, None])
+@pytest.mark.parametrize("splits", [[{"name": "train"}], ["train"], {"train": {"name": "train"}}, {}, None])
 def test_a_refused_dataset_stays_as_it_is(tmp_path, splits):
     write_tars(tmp_path / "shards", [1])
     version = tmp_path / "out" / "pairs" / "1.0.0"
