@@ -150,6 +150,12 @@ def _plan(folder: Path, work: Path, name: str, split: str) -> list[InPlaceJob]:
         sources = found
         if not sources:
             raise UserError(f"{folder} holds no {SUFFIX} shards: name the folder that img2dataset wrote")
+        renamed = next(folder.glob(f"*{SUFFIX}-*-of-*"), None)
+        if renamed is not None:  # its dataset would lose it
+            raise UserError(
+                f"{renamed} is of a build with another --name or --split: finish that one, or give its shards their "
+                "names again"
+            )
         _check_downloaded(folder, sources)
         write_json(path, {"name": name, "in_place": sources})
     jobs = [

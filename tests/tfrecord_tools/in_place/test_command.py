@@ -520,6 +520,23 @@ def test_an_unfinished_run_is_finished_under_its_name(shards, monkeypatch):
     assert build_in_place(shards, "laion").records == 11
 
 
+def test_shards_that_an_unfinished_run_has_renamed_are_not_left_behind(tmp_path, monkeypatch):
+    folder = made_up(tmp_path, [{}], [{}], [{}])
+    rename = Path.replace
+
+    def stop(path, target):
+        if path.name == "00001.tfrecord":
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Path, "replace", stop)
+        build_in_place(folder, "pairs")
+    with pytest.raises(UserError, match=r"pairs-train\.tfrecord-00000-of-00003 is of a build with another --name or "):
+        build_in_place(folder, "pairs", split="test")
+    assert build_in_place(folder, "pairs").records == 3
+
+
 def test_shards_looked_at_once_are_not_read_again(shards, monkeypatch):
     looked: list[str] = []
     look = in_place_shard.scan_shard
