@@ -4,6 +4,7 @@ The cuts are made once, by size, and kept while the build isn't finished: what a
 and so does everything that doesn't touch a shard that was fetched again.
 """
 
+import json
 import math
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
@@ -70,12 +71,8 @@ class BuildOptions:
             del values["columns"]
         if len(self.shares) == 1:
             del values["shares"]
-        return {name: _listed(value) for name, value in values.items()}
-
-
-def _listed(value: Any) -> Any:
-    """As JSON gives it back."""
-    return [_listed(each) for each in value] if isinstance(value, tuple | list) else value
+        as_read_back: dict[str, Any] = json.loads(json.dumps(values))
+        return as_read_back
 
 
 def parse_split(text: str) -> tuple[tuple[str, float], ...]:

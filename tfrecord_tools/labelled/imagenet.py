@@ -128,14 +128,15 @@ def build_imagenet(
     folder = out / name / (IMAGENET_VERSION if imagenet else VERSION)
     target = _Target(source, folder, name, imagenet, subset)
     runner = Runner(workers, engine)
-    listed, empty, notes = _list(target, find_splits(source, split), labels, _given_classes(imagenet, classes), runner)
+    given = _given_classes(imagenet, classes)
+    listed, empty, notes = _list(target, find_splits(source, split), labels, given, runner)
     if empty and not (imagenet or classes or allow_empty_classes):
         raise UserError(
             f"{empty_classes_text(empty)}: put images there, remove the folder, or give --allow-empty-classes"
         )
     if empty and not imagenet:
         notes.append(f"{empty_classes_text(empty)}; {'it has' if len(empty) == 1 else 'they have'} a label of no image")
-    class_names = _class_names(imagenet, classes, listed, empty)
+    class_names = _class_names(imagenet, given, classes, listed, empty)
     notes += _check(target, listed, class_names)
     with lock(folder / CLIPKIT_FOLDER):
         refuse_unfinished_rewrite(folder)
@@ -242,12 +243,13 @@ def _list(
     return listed, {label: there for label, there in empty.items() if label not in occurring}, notes
 
 
-def _class_names(imagenet: bool, classes: Path | None, listed: Listed, empty: dict[str, str]) -> list[str]:
+def _class_names(
+    imagenet: bool, known: list[str], classes: Path | None, listed: Listed, empty: dict[str, str]
+) -> list[str]:
     """All classes in label order. Numbers are in the order of their value, as no number list has 10 before 2."""
     occurring = {image.label for _, images in listed for image in images}
     if not imagenet:
         occurring |= set(empty)
-    known = _given_classes(imagenet, classes)
     if not known:
         return sorted(sorted(occurring), key=int if all(label.isdecimal() for label in occurring) else None)
     foreign = sorted(occurring - set(known))

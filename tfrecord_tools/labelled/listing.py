@@ -184,6 +184,4 @@ def _tar_members(path: Path, start: int, end: int) -> Iterator[tuple[str, int, i
                     raise TarError(path, member.first, "it ends inside a member")
                 yield member.name, start + member.start, member.size
         except TarError as error:
-            raise UserError(
-                f"{path}: damaged tar at byte {start + error.offset} ({error.reason}): fetch it again"
-            ) from None
+            raise TarError(path, start + error.offset, error.reason) from None
