@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from clipkit.device import Device, Precision, pick
 from clipkit.embedding.encoder import Compute, Encoder
+from clipkit.embedding.vectors import ImageSet
 from clipkit.eval import results
 from clipkit.eval.metrics import Measure
 from clipkit.eval.per_class import count_classes, per_class_path, write_per_class
 from clipkit.eval.results import Result
 from clipkit.formats.folders import printable
+from clipkit.formatting import counted
 from clipkit.interop.load import load
 from clipkit.log import Progress, warn_on_stderr
 from clipkit.pixels.images import Preprocess
@@ -192,6 +194,14 @@ def cut_notes(cut: int, noun: str, encoder: Encoder) -> list[str]:
     if not cut:
         return []
     return [f"{cut:,} {noun} are longer than the {encoder.context_length} text tokens of the model and were cut"]
+
+
+def unreadable_notes(pictures: ImageSet, so: str, of: str = "") -> list[str]:
+    """The note that so many images can't be read, and what becomes of them; none if all can."""
+    if not pictures.unreadable:
+        return []
+    count = counted(len(pictures.unreadable), "image")
+    return [f"{count}{of} can't be read{so}, for example: {next(iter(pictures.unreadable.values()))}"]
 
 
 def run_of(encoder: Encoder) -> Path | None:

@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from rich.table import Table
 
-    from clipkit.pixels.images import Preprocess
-
 CHOICES = ("accuracy", "text_score", "image_score", "group_score")
 METRICS = {
     "top1": "top-1",
@@ -96,13 +94,6 @@ def digest(value: Any) -> str:
     """A short hash (16 hex digits of SHA-256) of anything JSON can hold."""
     canonical = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
-
-
-def preprocessing_digest(preprocess: "Preprocess") -> str:
-    """A hash of all settings that make the model's input of an image."""
-    return digest(
-        {name: list(value) if isinstance(value, tuple) else value for name, value in vars(preprocess).items()}
-    )
 
 
 def read_results(run: Path) -> list[Result]:

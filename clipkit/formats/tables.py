@@ -84,6 +84,11 @@ def holds_images(kind: pa.DataType) -> bool:
     return is_bytes(kind)
 
 
+def image_bytes(cell: Any) -> bytes:
+    """The encoded image in a cell of such a column; b"" where there is none."""
+    return (cell.get("bytes") if isinstance(cell, dict) else cell) or b""
+
+
 def is_bytes(kind: pa.DataType) -> bool:
     """Whether a column of this type holds bytes of any length."""
     return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind))

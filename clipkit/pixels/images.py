@@ -12,6 +12,7 @@ import struct
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import cv2
@@ -65,6 +66,14 @@ class Preprocess:
 
 
 # ---- Decoding --------------------------------------------------------------------------------------------------------
+
+
+def read_encoded(path: Path) -> bytes | ImageError:
+    """A file's encoded image, or the reason why there is none."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        return ImageError(f"the file can't be read ({error.strerror})")
 
 
 def decode(data: Data, max_pixels: int = MAX_PIXELS) -> UInt8Array:

@@ -27,7 +27,7 @@ from clipkit.errors import UserError
 from clipkit.eval.retrieval.annotations import check_captions
 from clipkit.formats.folders import printable
 from clipkit.formats.tables import FILE_NAMES, IMAGE_SUFFIXES, find_name, is_hidden, open_parquet, table_errors
-from clipkit.pixels.images import ImageError, decode
+from clipkit.pixels.images import ImageError, decode, read_encoded
 from clipkit.storage.files import read_json, read_text
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
@@ -94,10 +94,10 @@ def read_questions(data: Path, images: Path | None) -> list[Question]:
 
 def read_picture(picture: Picture) -> bytes | ImageError:
     """The encoded image; one that is cut to a box is encoded again, without loss."""
+    encoded = picture.source if isinstance(picture.source, bytes) else read_encoded(picture.source)
+    if picture.box is None or isinstance(encoded, ImageError):
+        return encoded
     try:
-        encoded = picture.source if isinstance(picture.source, bytes) else picture.source.read_bytes()
-        if picture.box is None:
-            return encoded
         cut = Image.fromarray(decode(encoded)).crop(picture.box)
         if not cut.width or not cut.height:
             return ImageError(f"the box {picture.box} is empty")
@@ -106,8 +106,6 @@ def read_picture(picture: Picture) -> bytes | ImageError:
         return buffer.getvalue()
     except ImageError as error:
         return error
-    except OSError as error:
-        return ImageError(f"the file can't be read ({error.strerror})")
 
 
 def _question_files(data: Path) -> list[Path]:

@@ -15,9 +15,9 @@ from clipkit.embedding.encoder import Compute, Encoder
 from clipkit.embedding.vectors import ImageSet, image_matrix, tokenise, tokenised_matrix
 from clipkit.eval.choice.association import association_measures, jaccard
 from clipkit.eval.choice.questions import Question, read_picture, read_questions
-from clipkit.eval.evaluation import Outcome, cut_notes
+from clipkit.eval.evaluation import Outcome, cut_notes, unreadable_notes
 from clipkit.eval.metrics import Measure, mean_per_class_recall
-from clipkit.eval.results import digest, preprocessing_digest
+from clipkit.eval.results import digest
 from clipkit.formats.folders import printable
 from clipkit.formatting import counted
 from clipkit.intervals import wilson
@@ -69,7 +69,7 @@ class Choice:
         return {
             "texts": digest([question.captions for question in self.questions]),
             "split": digest([keys, texts, self.places, self.pictures.content]),
-            "preprocessing": preprocessing_digest(preprocess),
+            "preprocessing": digest(vars(preprocess)),
         }
 
     def measure(self, encoder: Encoder, compute: Compute, keep_guesses: bool = False) -> Outcome:
@@ -92,16 +92,11 @@ class Choice:
             scores.append((image_NE[rows] @ text_CE[first:stop].T).numpy() if whole else None)
             first = stop
         notes = cut_notes(tokenised.cut, "captions", encoder)
-        if unreadable := self.pictures.unreadable:
-            left_out = counted(sum(each is None for each in scores), "question")
-            reason = next(iter(unreadable.values()))
-            notes.append(
-                f"{counted(len(unreadable), 'image')} can't be read, so {left_out} can't be counted, "
-                f"for example: {reason}"
-            )
+        left_out = counted(sum(each is None for each in scores), "question")
+        notes += unreadable_notes(self.pictures, f", so {left_out} can't be counted")
         return Outcome(
             (association_measures if self.questions[0].associated else choice_measures)(self.questions, scores),
-            unreadable=len(unreadable),
+            unreadable=len(self.pictures.unreadable),
             notes=tuple(notes),
             guesses=guess_table(self, scores) if keep_guesses else None,
         )

@@ -48,16 +48,6 @@ def sizes_of(paths: Iterable[Path]) -> list[tuple[str, int]]:
     return [(path.name, path.stat().st_size) for path in paths]
 
 
-def with_label(name: str, label: str) -> str:
-    """A task's name: the label is part of it where it isn't the usual one."""
-    return name if label == "label" else f"{name}-{label}"
-
-
-def path_of(path: Path, label: str) -> Path:
-    """Where a task's images are, the label with it where it isn't the usual one."""
-    return path if label == "label" else path / label
-
-
 def select(images: LabelledImages, keep_N: NDArray[np.bool_]) -> LabelledImages:
     """Some of the images."""
     keep = keep_N.tolist()

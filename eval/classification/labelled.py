@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from clipkit.config import nearest
 from clipkit.errors import UserError
-from clipkit.eval.classification.images import LabelledImages, path_of, sizes_of, with_label
+from clipkit.eval.classification.images import LabelledImages, sizes_of
 from clipkit.eval.classification.labels import enumerate_labels, is_missing, listed_labels, number_names
 from clipkit.eval.classification.webdataset import from_tars
 from clipkit.formats.dataset import below, open_dataset
@@ -36,8 +36,8 @@ from clipkit.formats.folders import (
     unwrap,
 )
 from clipkit.formats.shards import ALL_SPLITS, ShardKind, ShardListing, list_shards
-from clipkit.formats.tables import find_image_column, open_parquet, table_errors
-from clipkit.pixels.images import ImageError
+from clipkit.formats.tables import find_image_column, image_bytes, open_parquet, table_errors
+from clipkit.pixels.images import ImageError, read_encoded
 from clipkit.storage.files import read_json
 from clipkit.storage.stores import StoredFile
 
@@ -69,15 +69,29 @@ def open_labelled(
         return from_folder(data, split, allow_empty_classes, default_splits)
     refuse_option("--allow-empty-classes", allow_empty_classes, f"{data} holds no class folders")
     if shards is None:
-        return from_tfds(data, label, choose_split(splits or (), split, default_splits) or split or "train")
-    said = shards.split if split != ALL_SPLITS else split
+        images = from_tfds(data, label, choose_split(splits or (), split, default_splits) or split or "train")
+    else:
+        said = said_split(data, shards, split)
+        files = [shards.folder / file.name for file in shards.files]
+        read = from_tars if shards.kind == "tars" else from_parquet
+        images = read(files, *named_split(data, said), label)
+        images = replace(images, notes=(*shards.notes, *images.notes))
+    return images if label == "label" else replace(images, path=images.path / label, name=f"{images.name}-{label}")
+
+
+def said_split(data: Path, shards: ShardListing, split: str | None) -> str:
+    """The split that shards are of, as their names say it. Raises UserError where another one is asked for."""
+    said = ALL_SPLITS if split == ALL_SPLITS else shards.split
     if split and said not in (split, split_of(split)):
         raise UserError(f"{data} has no split {split!r}: its files are {f'of {said}' if said else 'of no split'}")
-    name = data.stem if data.is_file() else f"{data.name}-{said}" if said else data.name
-    files = [shards.folder / file.name for file in shards.files]
-    read = from_tars if shards.kind == "tars" else from_parquet
-    images = read(files, data / said if data.is_dir() else data, with_label(name, label), label)
-    return replace(images, notes=(*shards.notes, *images.notes))
+    return said
+
+
+def named_split(data: Path, said: str) -> tuple[Path, str]:
+    """Where the shards of a split are, and what the task is called."""
+    if data.is_file():
+        return data, data.stem
+    return (data / said, f"{data.name}-{said}") if said else (data, data.name)
 
 
 def _find_shards(data: Path, split: str | None, default: Sequence[str]) -> ShardListing | None:
@@ -90,19 +104,28 @@ def _find_shards(data: Path, split: str | None, default: Sequence[str]) -> Shard
         kind: ShardKind = "tars" if data.suffix.lower() == ".tar" else "parquet"
         return ShardListing(data.parent, kind, (StoredFile(data.name, data.stat().st_size),))
 
-    def has_images(folder: Path, file: StoredFile) -> bool:
-        with table_errors(folder / file.name):
-            return find_image_column(open_parquet(folder / file.name).schema_arrow) is not None
-
     wanted = split or (*default, "")
-    for folder in (data, data / "data"):  # as Hugging Face has it, pictures for the README beside
-        found = list_shards(folder, wanted, has_images, inside=True) if any(folder.glob("*.parquet")) else None
-        if found is not None and found.kind == "parquet":
-            return found
+    if (found := find_parquet(data, wanted)) is not None:
+        return found
     if holds_class_folders(data) or not (below(data, "*.parquet") or below(data, "*.tar")):
         return None
     found = list_shards(data, wanted, has_images)
     return found if found is not None and found.kind in ("parquet", "tars") else None
+
+
+def find_parquet(data: Path, wanted: str | Sequence[str]) -> ShardListing | None:
+    """The parquet files with images of a folder itself; None where it has none."""
+    for folder in (data, data / "data"):  # as Hugging Face has it, pictures for the README beside
+        found = list_shards(folder, wanted, has_images, inside=True) if any(folder.glob("*.parquet")) else None
+        if found is not None and found.kind == "parquet":
+            return found
+    return None
+
+
+def has_images(folder: Path, file: StoredFile) -> bool:
+    """Whether a parquet file has a column of images."""
+    with table_errors(folder / file.name):
+        return find_image_column(open_parquet(folder / file.name).schema_arrow) is not None
 
 
 def refuse_option(option: str, given: object, why: str) -> None:
@@ -149,10 +172,9 @@ def from_parquet(paths: Sequence[Path], origin: Path, name: str, label: str) -> 
         for path, file, image in files:
             with table_errors(path):
                 for batch in file.iter_batches(batch_size=256, columns=[image]):
-                    for cell in batch.column(0).to_pylist():
-                        yield (cell.get("bytes") if isinstance(cell, dict) else cell) or b""
+                    yield from map(image_bytes, batch.column(0).to_pylist())
 
-    return LabelledImages(path_of(origin, label), name, keys, *labels, read, files=sizes_of(paths))
+    return LabelledImages(origin, name, keys, *labels, read, files=sizes_of(paths))
 
 
 def class_label_names(schema: pa.Schema, label: str) -> list[str] | None:
@@ -199,11 +221,7 @@ def from_folder(
     labels = enumerate_labels([printable(folder.name) for folder in folders], str(root))
 
     def read() -> Iterator[bytes | ImageError]:
-        for folder, file in images:
-            try:
-                yield (root / folder / file).read_bytes()
-            except OSError as error:
-                yield ImageError(f"the file can't be read ({error.strerror})")
+        return (read_encoded(root / folder / file) for folder, file in images)
 
     keys = [printable(f"{folder}/{file}") for folder, file in images]
     return LabelledImages(
@@ -262,9 +280,9 @@ def from_tfds(path: Path, label: str, split: str) -> LabelledImages:
             yield dataset.example(index).get(image) or b""
 
     keys = [dataset.key(index) for index in range(dataset.num_records)]
-    name = with_label(f"{dataset.name}-{dataset.split}", label)
+    name = f"{dataset.name}-{dataset.split}"
     files = [(f"{shard.file}:{shard.crc32c}", shard.bytes) for shard in dataset.shards]
-    return LabelledImages(path_of(dataset.path / dataset.split, label), name, keys, *labels, read, files=files)
+    return LabelledImages(dataset.path / dataset.split, name, keys, *labels, read, files=files)
 
 
 def tfds_splits(path: Path) -> list[str] | None:

@@ -37,7 +37,7 @@ from clipkit.eval.classification.prompts import (
 )
 from clipkit.eval.classification.webdataset import number_rows
 from clipkit.eval.datasets import PublishedDataset, find_published
-from clipkit.eval.evaluation import Outcome, cut_notes
+from clipkit.eval.evaluation import Outcome, cut_notes, unreadable_notes
 from clipkit.eval.metrics import (
     Measure,
     average_precision,
@@ -48,7 +48,7 @@ from clipkit.eval.metrics import (
     measure_several,
     measure_worst_group,
 )
-from clipkit.eval.results import digest, preprocessing_digest
+from clipkit.eval.results import digest
 from clipkit.formats.folders import printable
 from clipkit.intervals import wilson
 from clipkit.pixels.images import Preprocess, thumbnail
@@ -103,9 +103,8 @@ class Classification:
         self.pictures = ImageSet(images.path, images.keys, images.read)
         self.name = images.name
         self.labels_N = images.labels_N
-        if (
-            classes.labels != images.label_names
-        ):  # where names repeat, as ImageNet's do, only the order tells them apart
+        # Where names repeat, as ImageNet's do, only the order tells them apart.
+        if classes.labels != images.label_names:
             place = {label: number for number, label in enumerate(classes.labels)}
             number_L = np.array([place.get(label, -1) for label in images.label_names], dtype=np.int64)
             self.labels_N = number_L[images.labels_N]
@@ -139,7 +138,7 @@ class Classification:
             "classes": digest(names),
             "templates": digest(self.templates.sentences),
             "split": digest([self.images.keys, labels, self.pictures.content]),
-            "preprocessing": preprocessing_digest(preprocess),
+            "preprocessing": digest(vars(preprocess)),
         }
 
     def measure(self, encoder: Encoder, compute: Compute, keep_guesses: bool = False) -> Outcome:
@@ -148,10 +147,7 @@ class Classification:
         guesses = classify(encoder, self, compute, sample.take if sample else None)
         cut = self.prompts(encoder.tokenizer, encoder.context_length).texts.cut
         notes = [*count_notes(self), *cut_notes(cut, "prompts", encoder)]
-        unreadable = self.pictures.unreadable
-        if unreadable:
-            reason = next(iter(unreadable.values()))
-            notes.append(f"{len(unreadable):,} images can't be read and aren't counted, for example: {reason}")
+        notes += unreadable_notes(self.pictures, " and aren't counted")
         measures = measures_of(self, guesses)
         if self.published is not None and self.published.key == "imagenet-o":
             extra, note = detection(self, encoder, compute, guesses)
@@ -161,7 +157,7 @@ class Classification:
             measures,
             classes=len(self.classes),
             templates=self.templates.name,
-            unreadable=len(unreadable),
+            unreadable=len(self.pictures.unreadable),
             largest_class=largest_class(self.labels_N[guesses.index_N]),
             notes=tuple(notes),
             guesses=prediction_table(self, guesses, sample.images) if sample else None,

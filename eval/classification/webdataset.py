@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from clipkit.errors import UserError
-from clipkit.eval.classification.images import LabelledImages, path_of, sizes_of
+from clipkit.eval.classification.images import LabelledImages, sizes_of
 from clipkit.eval.classification.labels import Labels, class_name, enumerate_labels, listed_labels
 from clipkit.formats.tables import IMAGE_SUFFIXES
 from clipkit.formats.tar import Member, list_samples, read_members
@@ -78,7 +78,7 @@ def from_tars(paths: Sequence[Path], origin: Path, name: str, label: str) -> Lab
         return read_members(images)
 
     return LabelledImages(
-        path_of(origin, label),
+        origin,
         name,
         keys,
         *labels,

@@ -21,11 +21,11 @@ from clipkit.eval.classification.labelled import open_labelled, refuse_option
 from clipkit.eval.classification.labels import name_classes
 from clipkit.eval.classification.prompts import Classes
 from clipkit.eval.classification.task import Guesses, PictureSample, prediction_table
-from clipkit.eval.evaluation import Outcome
+from clipkit.eval.evaluation import Outcome, unreadable_notes
 from clipkit.eval.metrics import Measure, largest_class, measure
 from clipkit.eval.probe import neighbours, ridge
 from clipkit.eval.probe.parts import draw
-from clipkit.eval.results import digest, preprocessing_digest
+from clipkit.eval.results import digest
 from clipkit.eval.retrieval.task import ranking_device
 from clipkit.formats.folders import printable
 from clipkit.formatting import counted
@@ -77,12 +77,9 @@ class Probe:
         """
         sample = PictureSample(len(self.images)) if keep_guesses else None
         train, test = self._features(encoder, compute, sample)
-        notes = [
-            f"{counted(len(each.unreadable), 'image')} of {each.path} can't be read and aren't counted, "
-            f"for example: {next(iter(each.unreadable.values()))}"
-            for each in (self.train_pictures, self.pictures)
-            if each.unreadable
-        ]
+        notes: list[str] = []
+        for each in (self.train_pictures, self.pictures):
+            notes += unreadable_notes(each, " and aren't counted", f" of {each.path}")
         if self._overlap:
             notes.append(f"{self._overlap:,} of {len(self.images):,} test images are training images too, to the byte")
         top, classes = min(5, len(self.classes)), len(self.classes)
@@ -165,7 +162,7 @@ class Probe:
             "train": of(self.train, self.train_pictures),
             "split": of(self.images, self.pictures),
             "probe": digest([self.kind, SEED, DRAWS, self.shots]),
-            "preprocessing": preprocessing_digest(preprocess),
+            "preprocessing": digest(vars(preprocess)),
         }
 
 

@@ -15,7 +15,14 @@ from typing import Any
 import pyarrow as pa
 
 from clipkit.errors import UserError
-from clipkit.eval.classification.labelled import refuse_option, tfds_splits
+from clipkit.eval.classification.labelled import (
+    find_parquet,
+    has_images,
+    named_split,
+    refuse_option,
+    said_split,
+    tfds_splits,
+)
 from clipkit.eval.retrieval.annotations import (
     CAPTIONS,
     EVALUATED,
@@ -35,6 +42,7 @@ from clipkit.formats.tables import (
     IMAGE_SUFFIXES,
     find_image_column,
     find_name,
+    image_bytes,
     is_hidden,
     open_parquet,
     read_columns,
@@ -42,7 +50,7 @@ from clipkit.formats.tables import (
     table_errors,
 )
 from clipkit.formats.tar import Member, list_samples, read_members
-from clipkit.pixels.images import ImageError
+from clipkit.pixels.images import ImageError, read_encoded
 from clipkit.storage.stores import StoredFile
 
 KINDS = "a TFDS directory, webdataset tars, parquet files, or a JSON or CSV that names the images"
@@ -83,28 +91,18 @@ def open_captioned(data: Path, *, split: str | None = None, images: Path | None 
         file = _annotations_in(data) if shards is None else shards.folder / shards.files[0].name
         return from_annotations(file, split, images)
     refuse_option("--images", images, f"{data} holds its images")
-    said = shards.split if split != ALL_SPLITS else split
     files = [shards.folder / file.name for file in shards.files]
-    name, place = (data.stem, data) if data.is_file() else (data.name, data)
-    if said and not data.is_file():
-        name, place = f"{data.name}-{said}", data / said
     if shards.kind == "parquet":
+        said = ALL_SPLITS if split == ALL_SPLITS else shards.split
         named = said and split_of(split or said) == said
-        found = from_parquet(files, place, name, None if named else split)
+        found = from_parquet(files, *named_split(data, said), None if named else split)
     else:
-        if split and said not in (split, split_of(split)):
-            raise UserError(f"{data} has no split {split!r}: its files are {f'of {said}' if said else 'of no split'}")
-        found = from_tars(files, place, name)
+        found = from_tars(files, *named_split(data, said_split(data, shards, split)))
     return replace(found, notes=(*shards.notes, *found.notes))
 
 
 def _find_shards(data: Path, split: str | None) -> ShardListing | None:
     """The tars or parquet files with images, or a table that lies with its images; None for neither."""
-
-    def has_images(folder: Path, file: StoredFile) -> bool:
-        with table_errors(folder / file.name):
-            return find_image_column(open_parquet(folder / file.name).schema_arrow) is not None
-
     if data.is_file():
         one = StoredFile(data.name, data.stat().st_size)
         if data.suffix.lower() == ".tar":
@@ -113,11 +111,8 @@ def _find_shards(data: Path, split: str | None) -> ShardListing | None:
             return ShardListing(data.parent, "parquet" if has_images(data.parent, one) else "table", (one,))
         return None
     wanted = split or (*EVALUATED, "")
-    for folder in (data, data / "data"):  # as Hugging Face has it, pictures for the README beside
-        found = list_shards(folder, wanted, has_images, inside=True) if any(folder.glob("*.parquet")) else None
-        if found is not None and found.kind == "parquet":
-            return found
-    return list_shards(data, wanted, has_images) if _annotation_files(data) == [] else None
+    found = find_parquet(data, wanted)
+    return found or (list_shards(data, wanted, has_images) if _annotation_files(data) == [] else None)
 
 
 def _annotation_files(folder: Path) -> list[Path]:
@@ -154,11 +149,7 @@ def from_annotations(file: Path, split: str | None, images: Path | None) -> Capt
     folder, names = find_files([entry.file for entry in entries], file, images)
 
     def read() -> Iterator[bytes | ImageError]:
-        for name in names:
-            try:
-                yield (folder / name).read_bytes()
-            except OSError as error:
-                yield ImageError(f"the file can't be read ({error.strerror})")
+        return (read_encoded(folder / name) for name in names)
 
     name = f"{file.stem}-{chosen}" if chosen else file.stem
     path = file / chosen if chosen else file
@@ -243,10 +234,8 @@ def _rows(path: Path, columns: list[str], images: bool) -> Iterator[tuple[Any, .
             raise UserError(f"{path} has no column of encoded images: name the column `image`")
         for batch in file.iter_batches(256, columns=[*columns, *([image] if images else [])]):
             lists = [batch.column(name).to_pylist() for name in columns]
-            if images:
-                cells = batch.column(image).to_pylist()
-                encoded = [(cell.get("bytes") if isinstance(cell, dict) else cell) or b"" for cell in cells]
-            yield from zip(*lists, encoded if images else [None] * len(batch), strict=True)
+            encoded = map(image_bytes, batch.column(image).to_pylist()) if images else [None] * len(batch)
+            yield from zip(*lists, encoded, strict=True)
 
 
 def from_tars(paths: Sequence[Path], origin: Path, name: str) -> CaptionedImages:

@@ -12,14 +12,13 @@ from numpy.typing import NDArray
 from clipkit.embedding.encoder import Compute, Encoder
 from clipkit.embedding.vectors import ImageSet, embed_images, tokenise, tokenised_matrix
 from clipkit.errors import UserError
-from clipkit.eval.evaluation import Outcome, cut_notes
-from clipkit.eval.results import digest, preprocessing_digest
+from clipkit.eval.evaluation import Outcome, cut_notes, unreadable_notes
+from clipkit.eval.results import digest
 from clipkit.eval.retrieval.captioned import CaptionedImages, open_captioned
 from clipkit.eval.retrieval.ranks import Ranks, best_matches, find_ranks
 from clipkit.eval.retrieval.scores import retrieval_measures
 from clipkit.eval.retrieval.vectors import Vectors
 from clipkit.formats.folders import printable
-from clipkit.formatting import counted
 from clipkit.pixels.images import Preprocess, thumbnail
 
 TEXTS_AT_ONCE = 65_536
@@ -65,7 +64,7 @@ class Retrieval:
         return {
             "texts": digest(self.data.captions),
             "split": digest([self.data.keys, self.data.captions, self.pictures.content]),
-            "preprocessing": preprocessing_digest(preprocess),
+            "preprocessing": digest(vars(preprocess)),
         }
 
     def measure(self, encoder: Encoder, compute: Compute, keep_guesses: bool = False) -> Outcome:
@@ -76,15 +75,10 @@ class Retrieval:
         """
         found = rank_all(encoder, self, compute)
         notes = cut_notes(found.cut, "captions", encoder)
-        if unreadable := self.pictures.unreadable:
-            reason = next(iter(unreadable.values()))
-            notes.append(
-                f"{counted(len(unreadable), 'image')} can't be read and left out with all captions, "
-                f"for example: {reason}"
-            )
+        notes += unreadable_notes(self.pictures, " and left out with all captions")
         return Outcome(
             retrieval_measures(found.ranks, found.image_of_C),
-            unreadable=len(unreadable),
+            unreadable=len(self.pictures.unreadable),
             notes=tuple(notes),
             guesses=guess_table(self, found, ranking_device(compute)) if keep_guesses else None,
         )
