@@ -22,7 +22,6 @@ from clipkit.storage.files import disk_errors, read_json_lines, write_beside, wr
 
 if TYPE_CHECKING:
     import pyarrow as pa
-    from rich.table import Table
 
 CHOICES = ("accuracy", "text_score", "image_score", "group_score")
 METRICS = {
@@ -217,31 +216,10 @@ def counted_on(results: Sequence[Result]) -> str:
     return f"{one.n:,} images, {one.classes:,} classes, templates {one.templates}"
 
 
-def table(results: Sequence[Result], dash: str = "–") -> "Table":
-    """The results of one task as a table for the screen, each beside chance; `dash` is for intervals."""
-    from rich.table import Table
-
-    grid = Table(
-        title=f"{results[0].task}: {counted_on(results)}",
-        title_justify="left",
-        box=None,
-        pad_edge=False,
-        header_style="bold",
-    )
-    for name in ("metric", "value", "95% interval", "chance"):
-        grid.add_column(name, justify="left" if name == "metric" else "right", no_wrap=True)
-    grid.add_column("")
-    for result in results:
-        remark = verdict(result)
-        cells = [
-            metric_title(result.metric),
-            shown(result.metric, result.value),
-            f"{shown(result.metric, result.low)} {dash} {shown(result.metric, result.high)}",
-            chance_shown(result),
-            remark,
-        ]
-        grid.add_row(*cells, style="yellow" if remark else None)
-    return grid
+def result_cells(result: Result, dash: str = "–") -> list[str]:
+    """A result as people read it: metric, value, interval, chance, and what the number is worth."""
+    value, low, high = (shown(result.metric, each) for each in (result.value, result.low, result.high))
+    return [metric_title(result.metric), value, f"{low} {dash} {high}", chance_shown(result), verdict(result)]
 
 
 def write_predictions(path: Path, guesses: "pa.Table", about: Mapping[str, Any]) -> None:

@@ -1,15 +1,17 @@
-"""Results as tables for people, papers and spreadsheets: aligned text, Markdown, LaTeX, CSV."""
+"""Results as tables for the screen, papers and spreadsheets: in colours, as aligned text, Markdown, LaTeX, CSV."""
 
 import csv
 import io
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from clipkit.config import to_json
-from clipkit.eval.results import METRICS, Result, chance_shown, verdict
-from clipkit.formatting import percent
+from clipkit.eval.results import Result, counted_on, result_cells
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 TableFormat = Literal["table", "csv", "md", "latex"]
 LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "–": "--", "−": "$-$"}
@@ -64,16 +66,33 @@ def results_text(results: Sequence[Result], style: TableFormat) -> str:
             line["notes"] = "; ".join(line["notes"])
             del line["hashes"]
         return csv_text(lines)
-    rows = [
-        [
-            *(each.task, METRICS.get(each.metric, each.metric), percent(each.value)),
-            *(f"{percent(each.low)} – {percent(each.high)}", chance_shown(each), f"{each.n:,}", verdict(each)),
-        ]
-        for each in results
-    ]
+    rows = []
+    for each in results:
+        *cells, remark = result_cells(each)
+        rows.append([each.task, *cells, f"{each.n:,}", remark])
     header = ["task", "metric", "value", "95% interval", "chance", "n", ""]
     models = list(dict.fromkeys(result.checkpoint for result in results))
     if len(models) > 1:
         header = ["model", *header]
         rows = [[each.checkpoint, *row] for each, row in zip(results, rows, strict=True)]
     return grid_text(Grid(", ".join(models), header, rows), style)
+
+
+def table(results: Sequence[Result], dash: str = "–") -> "Table":
+    """The results of one task as a table for the screen, each beside chance; `dash` is for intervals."""
+    from rich.table import Table
+
+    grid = Table(
+        title=f"{results[0].task}: {counted_on(results)}",
+        title_justify="left",
+        box=None,
+        pad_edge=False,
+        header_style="bold",
+    )
+    for name in ("metric", "value", "95% interval", "chance"):
+        grid.add_column(name, justify="left" if name == "metric" else "right", no_wrap=True)
+    grid.add_column("")
+    for result in results:
+        *cells, remark = result_cells(result, dash)
+        grid.add_row(*cells, remark, style="yellow" if remark else None)
+    return grid

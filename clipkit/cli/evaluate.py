@@ -216,7 +216,7 @@ def refuse_beside_suite(options: dict[str, Any], data: tuple[Path, ...]) -> None
 def print_results(found: "Sequence[Result]", as_json: bool) -> None:
     """One model's numbers on one task, as a table or as JSON lines."""
     from clipkit.config import to_json
-    from clipkit.eval.results import table
+    from clipkit.eval.tables import table
 
     if as_json:
         for result in found:

@@ -14,6 +14,7 @@ from rich.console import Console
 from clipkit import formatting
 from clipkit.eval import results
 from clipkit.eval.results import Result
+from clipkit.eval.tables import table
 from clipkit.intervals import wilson
 
 PATHS = ["a/x", "b/x", "a/y", "b", "x", "a/x/val", "a-x", "x.parquet", "b/x.parquet", "x.parquet/fine"]
@@ -146,7 +147,7 @@ def test_verdict(made: Result, says: str) -> None:
 
 def test_table_shows_value_interval_chance_and_the_warning() -> None:
     console = Console(width=160, record=True, file=io.StringIO())
-    console.print(results.table([result(0.0712), result(0.001, metric="top5", chance=0.005)]))
+    console.print(table([result(0.0712), result(0.001, metric="top5", chance=0.005)]))
     text = console.export_text()
     for shown in ("7.1%", "5.7% – 8.9%", "0.10%", "0.50%", "not distinguishable from chance", "top-5"):
         assert shown in text

@@ -218,6 +218,11 @@ def test_formats_of_the_results_themselves():
     assert two.count("| checkpoints/100 | pets |") == two.count("| b | pets |") == 1, "each row says whose it is"
     assert "| pets | top-1 | 50.0% | 45.1% – 54.9% | 12.5% | 400 |  |" in results_text(made, "md").splitlines()
     assert r"pets & top-1 & 50.0\% & 45.1\% -- 54.9\% & 12.5\% & 400 &  \\" in results_text(made, "latex").splitlines()
+    rank = result(0.5, metric="text_retrieval_median_rank", kind="retrieval")
+    rank = dataclasses.replace(rank, value=3.0, low=2.0, high=5.0, chance=50.0)
+    category = result(0.5, metric="accuracy:swap", kind="choice")
+    assert "| pets | image to text, median rank | 3 | 2 – 5 | 50 | 400 |  |" in results_text([rank], "md").splitlines()
+    assert "| pets | accuracy, swap | 50.0% |" in results_text([category], "md")
     assert results_text(made, "table").splitlines()[2].split() == [
         "pets",
         "top-1",
