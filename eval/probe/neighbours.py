@@ -15,7 +15,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from clipkit.eval.probe.parts import hold_out
 from clipkit.eval.retrieval.ranks import TILE, best_matches
 from clipkit.eval.retrieval.vectors import Vectors, vectors_of
 
@@ -26,11 +25,10 @@ ROWS, VOTES = 1024, 1 << 24  # at once: images, and images × classes
 
 @dataclass(frozen=True)
 class Vote:
-    """How many neighbours vote, how their votes weigh, and how many held-out images chose this."""
+    """How many neighbours vote, and how their votes weigh."""
 
     count: int = 1
     temperature: float = math.inf
-    held_out: int = 0
 
 
 class Neighbours:
@@ -103,12 +101,11 @@ def _leaders(votes_BC: NDArray[np.float64], first_BC: NDArray[np.int64]) -> NDAr
 
 
 def choose_vote(
-    feature_NE: Tensor, labels_N: NDArray[np.int64], classes: int, device: torch.device, rng: np.random.Generator
+    feature_NE: Tensor, labels_N: NDArray[np.int64], classes: int, device: torch.device, held_N: NDArray[np.bool_]
 ) -> Vote:
     """The vote that is most often right on held-out training images; of several the one of fewest neighbours, and of
     those the most even one. Without an image to hold out the nearest neighbour decides.
     """
-    held_N = hold_out(labels_N, rng)
     if not held_N.any():
         return Vote()
     others = Neighbours(feature_NE[~held_N], labels_N[~held_N], classes, device)
@@ -121,5 +118,4 @@ def choose_vote(
             for row, votes_BC in enumerate(counted):
                 hits[row, column] += (_leaders(votes_BC, first_BC) == right_Q[part]).sum()
     best = int(hits.argmax())
-    count, temperature = others.counts[best // len(TEMPERATURES)], TEMPERATURES[best % len(TEMPERATURES)]
-    return Vote(count, temperature, int(held_N.sum()))
+    return Vote(others.counts[best // len(TEMPERATURES)], TEMPERATURES[best % len(TEMPERATURES)])

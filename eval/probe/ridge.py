@@ -13,8 +13,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from clipkit.eval.probe.parts import hold_out
-
 PENALTIES = tuple(10.0**half for half in np.arange(-16, 3) / 2)  # 1e-8 to 10; unit features vary by less than 1
 ROWS = 8192
 
@@ -52,13 +50,11 @@ class Ridge:
 
 @dataclass(frozen=True, eq=False)
 class LinearProbe:
-    """A fitted probe, and how its penalty was chosen."""
+    """A fitted probe."""
 
     weight_EC: Tensor
     bias_C: Tensor
     penalty: float
-    held_out: int
-    """How many images the penalty was chosen by; with none it is the strongest."""
 
     def guess(self, feature_NE: Tensor, count: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """The best classes of each image and their scores [N, count], best first; equal ones in their order.
@@ -74,18 +70,18 @@ class LinearProbe:
         return np.concatenate(tops), np.concatenate(scores)
 
 
-def fit(feature_NE: Tensor, labels_N: NDArray[np.int64], classes: int, rng: np.random.Generator) -> LinearProbe:
+def fit(feature_NE: Tensor, labels_N: NDArray[np.int64], classes: int, held_N: NDArray[np.bool_]) -> LinearProbe:
     """Choose the penalty by the accuracy on held-out training images, then fit on all of them.
 
-    Of equally good penalties it is the strongest, whose limit only compares with the means of the classes.
+    Of equally good penalties, and without an image to choose by, it is the strongest, whose limit only compares with
+    the means of the classes.
     """
-    held_N = hold_out(labels_N, rng)
     penalty = PENALTIES[-1]
     if held_N.any():
         ridge = Ridge(feature_NE[~held_N], labels_N[~held_N], classes)
         hits = [_hits(ridge.solve(each), feature_NE[held_N], labels_N[held_N]) for each in PENALTIES]
         penalty = max(zip(hits, PENALTIES, strict=True))[1]
-    return LinearProbe(*Ridge(feature_NE, labels_N, classes).solve(penalty), penalty, int(held_N.sum()))
+    return LinearProbe(*Ridge(feature_NE, labels_N, classes).solve(penalty), penalty)
 
 
 def _hits(solution: tuple[Tensor, Tensor], feature_NE: Tensor, labels_N: NDArray[np.int64]) -> int:

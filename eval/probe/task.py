@@ -24,7 +24,6 @@ from clipkit.eval.classification.task import Guesses, PictureSample, prediction_
 from clipkit.eval.evaluation import Outcome, unreadable_notes
 from clipkit.eval.metrics import Measure, largest_class, measure
 from clipkit.eval.probe import neighbours, ridge
-from clipkit.eval.probe.parts import draw
 from clipkit.eval.results import digest
 from clipkit.eval.retrieval.task import ranking_device
 from clipkit.formats.folders import printable
@@ -35,6 +34,7 @@ ProbeKind = Literal["linear-probe", "few-shot", "knn"]
 Guessing = tuple[NDArray[np.int64], NDArray[np.float32]]
 """The best classes of each image, best first, and what speaks for each: [N, at most 5]."""
 SEED = 0
+HELD_OUT_SHARE, MOST_HELD_OUT = 0.2, 20_000
 DRAWS, T_95 = 10, 2.2621571627409915  # Student's t for 95% with one degree of freedom less than there are draws
 
 
@@ -86,13 +86,14 @@ class Probe:
         measures: list[Measure] = []
         match self.kind:
             case "linear-probe":
-                probe = ridge.fit(train.feature_NE, train.labels_N, classes, np.random.default_rng(SEED))
-                notes.append(chosen(f"penalty {probe.penalty:.2g}", probe.held_out, len(train.labels_N)))
+                held_N = hold_out(train.labels_N, np.random.default_rng(SEED))
+                probe = ridge.fit(train.feature_NE, train.labels_N, classes, held_N)
+                notes.append(chosen(f"penalty {probe.penalty:.2g}", held_N))
                 guessed = probe.guess(test.feature_NE, top)
             case "knn":
-                where, rng = ranking_device(compute), np.random.default_rng(SEED)
-                vote = neighbours.choose_vote(train.feature_NE, train.labels_N, classes, where, rng)
-                notes.append(chosen(vote_text(vote), vote.held_out, len(train.labels_N)))
+                where, held_N = ranking_device(compute), hold_out(train.labels_N, np.random.default_rng(SEED))
+                vote = neighbours.choose_vote(train.feature_NE, train.labels_N, classes, where, held_N)
+                notes.append(chosen(vote_text(vote), held_N))
                 among = neighbours.Neighbours(train.feature_NE, train.labels_N, classes, where)
                 guessed = among.guess(test.feature_NE, vote, top)
             case _:
@@ -144,7 +145,8 @@ class Probe:
             for number in range(DRAWS):
                 rng = np.random.default_rng((SEED, shots, number))
                 places = draw(train.labels_N, shots, rng)
-                probe = ridge.fit(train.feature_NE[places], train.labels_N[places], classes, rng)
+                labels_N = train.labels_N[places]
+                probe = ridge.fit(train.feature_NE[places], labels_N, classes, hold_out(labels_N, rng))
                 guessed = probe.guess(test.feature_NE, min(5, classes))
                 drawn.append(measure(guessed[0], test.labels_N, classes))
             measures += [mean_of_draws(each, f"{shots}-shot") for each in zip(*drawn, strict=True)]
@@ -205,6 +207,38 @@ def require_shots(labels_N: NDArray[np.int64], labels: Sequence[str], shots: int
         )
 
 
+# ---- Seeded parts of the training images: a probe chooses by these what it has to choose, never by test images ------
+
+
+def ranks_in_class(labels_N: NDArray[np.int64], rng: np.random.Generator) -> NDArray[np.int64]:
+    """A random place, from 0, of each image among those of its class."""
+    shuffled = rng.permutation(len(labels_N))
+    by_class = shuffled[np.argsort(labels_N[shuffled], kind="stable")]
+    first_C = np.concatenate([[0], np.cumsum(np.bincount(labels_N))])
+    rank_N = np.empty_like(labels_N)
+    rank_N[by_class] = np.arange(len(labels_N)) - first_C[labels_N[by_class]]
+    return rank_N
+
+
+def hold_out(labels_N: NDArray[np.int64], rng: np.random.Generator) -> NDArray[np.bool_]:
+    """Which images to choose by: a fifth of each class, about 20,000 at most.
+
+    Of each class with two images or more it is one at least; a class's only image is never held out.
+    """
+    n_C = np.bincount(labels_N)
+    share = min(HELD_OUT_SHARE, MOST_HELD_OUT / len(labels_N))
+    held_C = np.minimum(np.maximum(1, np.rint(share * n_C)), n_C - 1)
+    return ranks_in_class(labels_N, rng) < held_C[labels_N]
+
+
+def draw(labels_N: NDArray[np.int64], shots: int, rng: np.random.Generator) -> NDArray[np.int64]:
+    """The places of `shots` random images of each class."""
+    return np.flatnonzero(ranks_in_class(labels_N, rng) < shots)
+
+
+# ---- Words and numbers -----------------------------------------------------------------------------------------------
+
+
 def mean_of_draws(drawn: Sequence[Measure], name: str) -> Measure:
     """The mean over the draws. Its interval is for other draws and other test images: the two distances to its end,
     by Student's t and by the draws' own intervals, are added as independent ones are (Zou and Donner, 2008).
@@ -217,10 +251,10 @@ def mean_of_draws(drawn: Sequence[Measure], name: str) -> Measure:
     return Measure(f"{one.metric}:{name}", value, low, high, one.n, one.chance)
 
 
-def chosen(what: str, held_out: int, images: int) -> str:
+def chosen(what: str, held_N: NDArray[np.bool_]) -> str:
     """How a setting was chosen."""
-    by = f"{held_out:,} of {images:,} training images"
-    return f"{what}, chosen by {by}" if held_out else f"{what}: no class has a second training image to choose by"
+    by = f"{held_N.sum():,} of {len(held_N):,} training images"
+    return f"{what}, chosen by {by}" if held_N.any() else f"{what}: no class has a second training image to choose by"
 
 
 def vote_text(vote: neighbours.Vote) -> str:

@@ -28,9 +28,8 @@ from clipkit.eval.metrics import Measure
 from clipkit.eval.open import open_data
 from clipkit.eval.probe import neighbours
 from clipkit.eval.probe.neighbours import Neighbours, Vote, choose_vote
-from clipkit.eval.probe.parts import draw, hold_out
 from clipkit.eval.probe.ridge import PENALTIES, Ridge, fit
-from clipkit.eval.probe.task import Probe, ProbeKind, match_labels, mean_of_draws, open_probe
+from clipkit.eval.probe.task import Probe, ProbeKind, draw, hold_out, match_labels, mean_of_draws, open_probe
 from clipkit.eval.report.page import report
 from clipkit.eval.results import Result, read_predictions, read_results
 from clipkit.eval.suite import evaluate_suite
@@ -110,9 +109,9 @@ def test_every_penalty_equals_a_solution_of_its_own(images: int, width: int) -> 
 
 def test_rows_are_added_up_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     feature_NE, labels_N = blobs(90, 12, 4)
-    whole = fit(feature_NE, labels_N, 4, rng())
+    whole = fit(feature_NE, labels_N, 4, hold_out(labels_N, rng()))
     monkeypatch.setattr("clipkit.eval.probe.ridge.ROWS", 7)
-    parts = fit(feature_NE, labels_N, 4, rng())
+    parts = fit(feature_NE, labels_N, 4, hold_out(labels_N, rng()))
     assert parts.penalty == whole.penalty
     torch.testing.assert_close(parts.weight_EC, whole.weight_EC)
     for mine, other in zip(parts.guess(feature_NE, 3), whole.guess(feature_NE, 3), strict=True):
@@ -121,8 +120,8 @@ def test_rows_are_added_up_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_penalty_is_the_strongest_of_the_best_on_held_out_images() -> None:
     feature_NE, labels_N = blobs(200, 60, 4)
-    probe = fit(feature_NE, labels_N, 4, rng())
     held_N = hold_out(labels_N, rng())
+    probe = fit(feature_NE, labels_N, 4, held_N)
     part = Ridge(feature_NE[~held_N], labels_N[~held_N], 4)
     right = []
     for penalty in PENALTIES:
@@ -131,13 +130,12 @@ def test_the_penalty_is_the_strongest_of_the_best_on_held_out_images() -> None:
         right.append((guess_N == labels_N[held_N]).sum())
     assert probe.penalty == max(penalty for penalty, n in zip(PENALTIES, right, strict=True) if n == max(right))
     assert PENALTIES[0] < probe.penalty < PENALTIES[-1]
-    assert probe.held_out == held_N.sum()
     torch.testing.assert_close(probe.weight_EC, Ridge(feature_NE, labels_N, 4).solve(probe.penalty)[0])
 
 
 def test_guesses_are_best_first_and_ties_in_order() -> None:
     feature_NE, labels_N = blobs(60, 9, 3)
-    probe = fit(feature_NE, labels_N, 3, rng())
+    probe = fit(feature_NE, labels_N, 3, hold_out(labels_N, rng()))
     top_NK, score_NK = probe.guess(feature_NE, 3)
     score_NC = np.clip(feature_NE.double().numpy() @ probe.weight_EC.numpy() + probe.bias_C.numpy(), 0, 1)
     np.testing.assert_allclose(score_NK, np.take_along_axis(score_NC, top_NK, axis=1), atol=1e-6)
@@ -210,8 +208,8 @@ def test_neighbours_equal_brute_force_with_ties(count: int, temperature: float) 
 
 def test_the_vote_is_chosen_on_held_out_images() -> None:
     feature_NE, labels_N = blobs(240, 20, 5)
-    vote = choose_vote(feature_NE, labels_N, 5, WHERE, rng())
     held_N = hold_out(labels_N, rng())
+    vote = choose_vote(feature_NE, labels_N, 5, WHERE, held_N)
     others = Neighbours(feature_NE[~held_N], labels_N[~held_N], 5, WHERE)
     right = {
         (count, temperature): int(
@@ -221,9 +219,8 @@ def test_the_vote_is_chosen_on_held_out_images() -> None:
         for temperature in neighbours.TEMPERATURES
     }
     assert (vote.count, vote.temperature) == max(right, key=lambda each: right[each])  # the first of the best
-    assert vote.held_out == held_N.sum()
     assert len(set(right.values())) > 3
-    assert choose_vote(feature_NE[:3], np.arange(3), 3, WHERE, rng()) == Vote(1, math.inf, 0)
+    assert choose_vote(feature_NE[:3], np.arange(3), 3, WHERE, hold_out(np.arange(3), rng())) == Vote(1, math.inf)
 
 
 def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -266,11 +263,12 @@ def test_a_linear_probe_of_a_model(encoder: Encoder, emoji: Path) -> None:
     )
     names = sorted(set(train_labels))
     labels_N = np.array([names.index(label) for label in train_labels])
-    probe = fit(train_NE, labels_N, len(names), np.random.default_rng(0))
+    held_N = hold_out(labels_N, np.random.default_rng(0))
+    probe = fit(train_NE, labels_N, len(names), held_N)
     guesses = [names[number] for number in probe.guess(test_NE, 1)[0][:, 0]]
     assert by_name["top1"].value == np.mean([a == b for a, b in zip(guesses, test_labels, strict=True)])
     assert by_name["top1"].low > by_name["top1"].chance == 1 / len(names)
-    assert outcome.notes == (f"penalty {probe.penalty:.2g}, chosen by {probe.held_out} of {TRAIN} training images",)
+    assert outcome.notes == (f"penalty {probe.penalty:.2g}, chosen by {held_N.sum()} of {TRAIN} training images",)
     assert outcome.guesses is not None
     rows = outcome.guesses.to_pylist()
     assert [row["guesses"][0] for row in rows] == guesses
