@@ -1,6 +1,5 @@
 """Compositionality: the right one of a few captions of an image, or of a few images for a caption.
 
 - `questions`: the questions of SugarCrepe, Winoground, ARO, MMVP, WinoGAViL and what looks like them.
-- `association`: WinoGAViL's measure, the Jaccard index of chosen and right images.
-- `task`: questions, ready for any model.
+- `task`: questions, ready for any model, and what counts as right of them.
 """

@@ -4,6 +4,7 @@ A choice is right when the right score is strictly above all others: equal score
 the same score to everything gets nothing right.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -13,10 +14,9 @@ from numpy.typing import NDArray
 
 from clipkit.embedding.encoder import Compute, Encoder
 from clipkit.embedding.vectors import ImageSet, image_matrix, tokenise, tokenised_matrix
-from clipkit.eval.choice.association import association_measures, jaccard
 from clipkit.eval.choice.questions import Question, read_picture, read_questions
 from clipkit.eval.evaluation import Outcome, cut_notes, unreadable_notes
-from clipkit.eval.metrics import Measure, mean_per_class_recall
+from clipkit.eval.metrics import Measure, bootstrapped, mean_per_class_recall
 from clipkit.eval.results import digest
 from clipkit.formats.folders import printable
 from clipkit.formatting import counted
@@ -24,6 +24,8 @@ from clipkit.intervals import wilson
 from clipkit.pixels.images import ImageError, Preprocess, thumbnail
 
 MOST_CATEGORIES = 60  # more of them get no number each
+# WinoGAViL's numbers, by the candidates that a question has; DataComp's metric is the last one.
+GROUPS = {"jaccard": (0, 1 << 30), "jaccard_5_6": (5, 6), "jaccard_10_12": (10, 12)}
 CHANCE_OF_PAIRS = {"text_score": 1 / 4, "image_score": 1 / 4, "group_score": 1 / 6}
 SEED, EXAMPLES, PICTURE_PIXELS = 0, 200, 128
 
@@ -154,6 +156,47 @@ def share(metric: str, right_N: NDArray[np.bool_], chance_N: NDArray[np.float64]
     """The share of right choices."""
     value, n = float(right_N.mean()), len(right_N)
     return Measure(metric, value, *wilson(value, n), n, float(chance_N.mean()))
+
+
+# ---- WinoGAViL: the images among several candidates that people associated with a cue (Bitton et al., 2022) ----------
+
+
+def jaccard(score_N: NDArray[np.float32], right: Sequence[int]) -> float:
+    """Of the candidates with the best scores, of which as many are chosen as are right; of equal ones the later."""
+    chosen = np.argsort(score_N, kind="stable")[len(score_N) - len(right) :]
+    common = len(set(chosen.tolist()) & set(right))
+    return common / (2 * len(right) - common)
+
+
+def guessed(candidates: int, right: int) -> float:
+    """The mean Jaccard index of choosing so many candidates blindly."""
+    ways = [math.comb(right, common) * math.comb(candidates - right, right - common) for common in range(right + 1)]
+    return sum(count * common / (2 * right - common) for common, count in enumerate(ways)) / sum(ways)
+
+
+def association_measures(questions: Sequence[Question], scores: Sequence[NDArray[np.float32] | None]) -> list[Measure]:
+    """The Jaccard index of the chosen and the right images, its mean over all questions, over those with 5 or 6
+    candidates, and over those with 10 or 12. A question without scores isn't counted.
+    """
+    found = []
+    for metric, (fewest, most) in GROUPS.items():
+        of_group = [
+            (question, score_IC[:, 0])
+            for question, score_IC in zip(questions, scores, strict=True)
+            if score_IC is not None and fewest <= len(question.pictures) <= most
+        ]
+        if of_group:
+            value_N = np.array([jaccard(score_N, question.associated) for question, score_N in of_group])
+            chances = [guessed(len(question.pictures), len(question.associated)) for question, _ in of_group]
+            found.append(_mean(metric, value_N, float(np.mean(chances))))
+    return found
+
+
+def _mean(metric: str, value_N: NDArray[np.float64], chance: float) -> Measure:
+    return bootstrapped(metric, lambda index_N: float(value_N[index_N].mean()), len(value_N), chance)
+
+
+# ---- Guesses ---------------------------------------------------------------------------------------------------------
 
 
 def guess_table(task: Choice, scores: Sequence[NDArray[np.float32] | None]) -> pa.Table:

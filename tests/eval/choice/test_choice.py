@@ -22,9 +22,8 @@ from clipkit.device import pick
 from clipkit.embedding.encoder import Compute, Encoder
 from clipkit.embedding.script import LoadedModel
 from clipkit.errors import UserError
-from clipkit.eval.choice.association import guessed, jaccard
 from clipkit.eval.choice.questions import Question, read_picture, read_questions
-from clipkit.eval.choice.task import choice_measures, open_choice, right_choices
+from clipkit.eval.choice.task import choice_measures, guessed, jaccard, open_choice, right_choices
 from clipkit.eval.open import KINDS
 from clipkit.eval.report.page import report
 from clipkit.eval.results import read_predictions, read_results
