@@ -14,9 +14,8 @@ import time
 import numpy as np
 import torch
 
-from clipkit.eval.retrieval.ranks import TILE, find_ranks
+from clipkit.eval.retrieval.ranks import TILE, Vectors, find_ranks
 from clipkit.eval.retrieval.scores import retrieval_measures
-from clipkit.eval.retrieval.vectors import Vectors
 from clipkit.formatting import duration, size_text
 
 

@@ -15,8 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from clipkit.eval.retrieval.ranks import TILE, best_matches
-from clipkit.eval.retrieval.vectors import Vectors, vectors_of
+from clipkit.eval.retrieval.ranks import TILE, Vectors, best_matches
 
 COUNTS = (1, 3, 5, 10, 20, 50, 100, 200)
 TEMPERATURES = (math.inf, 0.1, 0.03, 0.01)
@@ -37,7 +36,7 @@ class Neighbours:
     def __init__(
         self, feature_NE: Tensor, labels_N: NDArray[np.int64], classes: int, device: torch.device, tile: int = TILE
     ) -> None:
-        self.train: Vectors = vectors_of(feature_NE)
+        self.train: Vectors = Vectors(feature_NE)
         self.labels_N, self.classes, self.device, self.tile = labels_N, classes, device, tile
         self.counts = [count for count in COUNTS if count <= len(labels_N)]
 

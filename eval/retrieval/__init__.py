@@ -2,8 +2,7 @@
 
 - `annotations`: files that name images and their captions: Karpathy's and COCO's JSON, Flickr's tables, others.
 - `captioned`: images with their captions from such a file, a dataset, tars or parquet.
-- `vectors`: embeddings on the disk, as many as there are.
-- `ranks`: the place of the right answer for every image and caption, in tiles of the scores.
+- `ranks`: the place of the right answer for every image and caption, in tiles of embeddings on the disk.
 - `scores`: recall and median rank, with intervals and chance.
 - `task`: captioned images, ready for any model.
 """

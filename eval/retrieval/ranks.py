@@ -1,4 +1,4 @@
-"""The rank of the right answer for every image and every caption, without ever holding all scores.
+"""The rank of the right answer for every image and every caption, without ever holding all scores, or all embeddings.
 
 A rank is the place in the list of all candidates, best first; of equal scores the one that comes first in the data is
 ahead, so it is the place in a stable sort. An image with several captions takes the rank of its best one. The scores
@@ -6,17 +6,59 @@ are computed in tiles, each once for both directions; what is counted in a tile 
 right one. The score of the right one comes from the same product of the same tile, to the bit.
 """
 
+import tempfile
+import weakref
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from clipkit.eval.retrieval.vectors import Vectors
+from clipkit.embedding.encoder import check_finite
+from clipkit.storage.files import disk_errors
 
 TILE = 4096
 NO_PLACE = torch.iinfo(torch.int64).max
+IN_MEMORY_BYTES = 64 << 20
+
+
+class Vectors:
+    """Rows float32[E] in the order they were added, in a file that is read in tiles: a million of them take no more
+    memory than a thousand. The file is in memory while it is small, else in TMPDIR.
+    """
+
+    def __init__(self, *parts: Tensor) -> None:
+        # SIM115 asks for a `with` block, but the file must live as long as this object: the finalizer closes it.
+        self.file = tempfile.SpooledTemporaryFile(IN_MEMORY_BYTES)  # noqa: SIM115
+        weakref.finalize(self, self.file.close)
+        self.rows = self.width = 0
+        for rows_BE in parts:
+            self.add(rows_BE)
+
+    def add(self, rows_BE: Tensor) -> None:
+        """Append rows. Raises UserError when they hold NaN or infinity, and when the disk is full."""
+        with disk_errors(Path(tempfile.gettempdir())):
+            self.file.seek(0, 2)
+            self.file.write(check_finite(rows_BE).float().cpu().contiguous().numpy().tobytes())
+        self.rows, self.width = self.rows + len(rows_BE), rows_BE.shape[1]
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def read(self, start: int, stop: int, device: torch.device) -> Tensor:
+        """Rows `start` to `stop` (or the end), float32[B, E] on a device."""
+        values = np.empty((min(stop, self.rows) - start, self.width), np.float32)
+        self.file.seek(start * self.width * 4)
+        self.file.readinto(values.data.cast("B"))
+        return torch.from_numpy(values).to(device)
+
+    def tiles(self, size: int, device: torch.device) -> Iterator[tuple[int, Tensor]]:
+        """All rows, `size` at a time: the number of the first, and float32[B, E] on a device."""
+        for start in range(0, self.rows, size):
+            yield start, self.read(start, start + size, device)
 
 
 @dataclass(frozen=True, eq=False)

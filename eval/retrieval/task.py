@@ -15,9 +15,8 @@ from clipkit.errors import UserError
 from clipkit.eval.evaluation import Outcome, cut_notes, unreadable_notes
 from clipkit.eval.results import digest
 from clipkit.eval.retrieval.captioned import CaptionedImages, open_captioned
-from clipkit.eval.retrieval.ranks import Ranks, best_matches, find_ranks
+from clipkit.eval.retrieval.ranks import Ranks, Vectors, best_matches, find_ranks
 from clipkit.eval.retrieval.scores import retrieval_measures
-from clipkit.eval.retrieval.vectors import Vectors
 from clipkit.formats.folders import printable
 from clipkit.pixels.images import Preprocess, thumbnail
 

@@ -15,9 +15,8 @@ from torch.nn.functional import normalize
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from clipkit.errors import UserError
-from clipkit.eval.retrieval.ranks import Ranks, best_matches, find_ranks
+from clipkit.eval.retrieval.ranks import Ranks, Vectors, best_matches, find_ranks
 from clipkit.eval.retrieval.scores import directions, retrieval_measures
-from clipkit.eval.retrieval.vectors import Vectors, vectors_of
 
 CPU = torch.device("cpu")
 
@@ -27,7 +26,7 @@ def features(items: int, width: int, seed: int = 0) -> Tensor:
 
 
 def found_in_tiles(image_NE: Tensor, text_CE: Tensor, image_of_C: NDArray[np.int64], tile: int) -> dict[str, float]:
-    ranks = find_ranks(vectors_of(image_NE), vectors_of(text_CE), image_of_C, CPU, tile)
+    ranks = find_ranks(Vectors(image_NE), Vectors(text_CE), image_of_C, CPU, tile)
     once_N = np.ones(len(image_NE), np.int64)
     both = directions(ranks, image_of_C)
     return {name: value for each in both for name, value in zip(each.metrics, each.numbers(once_N), strict=True)}
@@ -58,7 +57,7 @@ def test_tiles_equal_the_whole_matrix(items: int, width: int, tile: int, half: b
 
 def test_of_equal_scores_the_first_is_ahead() -> None:
     ones = normalize(torch.ones(7, 4), dim=-1)
-    ranks = find_ranks(vectors_of(ones), vectors_of(ones), np.arange(7), CPU, tile=2)
+    ranks = find_ranks(Vectors(ones), Vectors(ones), np.arange(7), CPU, tile=2)
     assert ranks.text_N.tolist() == ranks.image_C.tolist() == [1, 2, 3, 4, 5, 6, 7]
     assert found_in_tiles(ones, ones, np.arange(7), 2) == pytest.approx(of_whole_matrix(ones @ ones.T))
 
@@ -99,13 +98,13 @@ def test_ties_are_those_of_a_stable_sort_whatever_the_tile(values: list[float], 
     image_of_C = np.repeat(np.arange(4), captions)
     image_NE, text_CE = torch.tensor(values[:4])[:, None], torch.tensor(values[4:][: len(image_of_C)])[:, None]
     score_NC = image_NE @ text_CE.T
-    ranks = find_ranks(vectors_of(image_NE), vectors_of(text_CE), image_of_C, CPU, tile)
+    ranks = find_ranks(Vectors(image_NE), Vectors(text_CE), image_of_C, CPU, tile)
     order_NC = torch.argsort(score_NC, dim=1, descending=True, stable=True).numpy()
     assert ranks.text_N.tolist() == [1 + int(np.flatnonzero(image_of_C[order_NC[n]] == n)[0]) for n in range(4)]
     order_CN = torch.argsort(score_NC.T, dim=1, descending=True, stable=True).numpy()
     expected = [1 + order_CN[place].tolist().index(own) for place, own in enumerate(image_of_C)]
     assert ranks.image_C.tolist() == expected
-    places, scores = best_matches(image_NE, vectors_of(text_CE), 3, tile)
+    places, scores = best_matches(image_NE, Vectors(text_CE), 3, tile)
     assert places.tolist() == order_NC[:, :3].tolist()
     np.testing.assert_array_equal(scores, np.take_along_axis(score_NC.numpy(), order_NC[:, :3], axis=1))
 
@@ -127,7 +126,7 @@ def test_intervals_hold_the_value_and_come_again() -> None:
     image_of_C = np.repeat(np.arange(200), 5)
     image_NE = features(200, 16)
     text_CE = normalize(image_NE[image_of_C] + 0.4 * torch.randn(1000, 16, generator=torch.Generator().manual_seed(3)))
-    ranks = find_ranks(vectors_of(image_NE), vectors_of(text_CE), image_of_C, CPU)
+    ranks = find_ranks(Vectors(image_NE), Vectors(text_CE), image_of_C, CPU)
     found = retrieval_measures(ranks, image_of_C)
     assert found == retrieval_measures(ranks, image_of_C)
     by_name = {measured.metric: measured for measured in found}
@@ -172,14 +171,14 @@ class LargestTensor(TorchDispatchMode):
 
 def test_memory_does_not_grow_with_the_square() -> None:
     for items in (300, 1000):
-        images, texts = vectors_of(features(items, 8)), vectors_of(features(items, 8, 1))
+        images, texts = Vectors(features(items, 8)), Vectors(features(items, 8, 1))
         with LargestTensor() as largest:
             find_ranks(images, texts, np.arange(items), CPU, tile=100)
         assert largest.most == 100 * 100
 
 
 def test_vectors_lie_on_the_disk_when_there_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("clipkit.eval.retrieval.vectors.IN_MEMORY_BYTES", 64)
+    monkeypatch.setattr("clipkit.eval.retrieval.ranks.IN_MEMORY_BYTES", 64)
     vectors, rows_NE = Vectors(), features(9, 4)
     vectors.add(rows_NE[:4])
     torch.testing.assert_close(vectors.read(1, 3, CPU), rows_NE[1:3], rtol=0, atol=0)
