@@ -5,9 +5,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from clipkit.errors import UserError
-from clipkit.eval.comparison.paired import paired
 from clipkit.eval.comparison.published import Published, Relative, published, robustness
-from clipkit.eval.comparison.significance import Difference, unpaired
+from clipkit.eval.comparison.significance import Difference, paired, unpaired
 from clipkit.eval.results import Result, read_results
 
 EXPECTED = "preprocessing"  # each model has its own

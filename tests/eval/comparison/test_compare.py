@@ -16,8 +16,7 @@ from clipkit.eval import results
 from clipkit.eval.classification.task import GUESSES
 from clipkit.eval.comparison import published
 from clipkit.eval.comparison.compare import compare
-from clipkit.eval.comparison.paired import hits_of, paired_retrieval
-from clipkit.eval.comparison.significance import Difference
+from clipkit.eval.comparison.significance import Difference, hits_of, paired_retrieval
 from clipkit.eval.metrics import measure
 from clipkit.eval.results import Result
 from clipkit.eval.tables import results_text
