@@ -6,8 +6,7 @@
 - `suite`: many datasets in one command, and their average.
 - `fleet`: many models on many datasets on a Ray cluster.
 - `metrics`: accuracies with their intervals and chance levels. A new metric belongs here.
-- `results`: what an evaluation leaves in a run: numbers and guesses.
-- `per_class`: the guesses of a classification counted by class.
+- `results`: what an evaluation leaves in a run: numbers, guesses, and these counted by class.
 - `tables`: results as text, Markdown, LaTeX and CSV.
 
 The rooms: `classification/`, `retrieval/`, `choice/` (compositionality), `probe/` (linear probes, few shots, nearest

@@ -16,7 +16,6 @@ from clipkit.embedding.encoder import Compute, Encoder
 from clipkit.embedding.vectors import ImageSet
 from clipkit.eval import results
 from clipkit.eval.metrics import Measure
-from clipkit.eval.per_class import count_classes, per_class_path, write_per_class
 from clipkit.eval.results import Result
 from clipkit.formats.folders import printable
 from clipkit.formatting import counted
@@ -170,7 +169,7 @@ def keep(measured: Measured) -> list[Result]:
         note(text)
     for result in found:
         if doubt := results.verdict(result):
-            warn_on_stderr(f"{asked}: {results.METRICS.get(result.metric, result.metric)} is {doubt}")
+            warn_on_stderr(f"{asked}: {results.metric_title(result.metric)} is {doubt}")
     model = found[0].model
     if run is None:
         note(f"{model} isn't in a run's folder, so the numbers aren't written anywhere: give --out to keep them")
@@ -185,7 +184,7 @@ def keep(measured: Measured) -> list[Result]:
         results.write_predictions(results.predictions_path(run, first.task), outcome.guesses, about=about)
         if any(each.metric == "top1" for each in found):
             labels, guesses = (outcome.guesses[name].to_pylist() for name in ("label", "guesses"))
-            write_per_class(per_class_path(run, first.task), count_classes(labels, guesses))
+            results.write_per_class(results.per_class_path(run, first.task), results.count_classes(labels, guesses))
     return found
 
 

@@ -1,15 +1,17 @@
-"""What an evaluation leaves in a run: its numbers, and every guess.
+"""What an evaluation leaves in a run: its numbers, every guess, and the guesses counted by class.
 
 A number is a JSON line that says what it was made from, so that two can be seen to be comparable, or not. The guesses
 show which image was taken for what, and how sure the model was; a seeded random sample of them carries a small picture.
 """
 
 import contextlib
+import csv
 import dataclasses
 import fcntl
 import hashlib
 import json
 import re
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from clipkit.errors import UserError
 from clipkit.eval.metrics import Measure
 from clipkit.formatting import count, counted, percent
+from clipkit.intervals import wilson
 from clipkit.storage.files import disk_errors, read_json_lines, write_beside, write_json_lines
 
 if TYPE_CHECKING:
@@ -249,3 +252,56 @@ def read_guesses(path: Path, columns: Sequence[str] | None = None) -> tuple["pa.
     except (pa.ArrowInvalid, OSError) as error:
         raise UserError(f"{path} is damaged: remove it and run zeroshot again") from error
     return table, json.loads((table.schema.metadata or {}).get(b"clipkit", b"{}"))
+
+
+# ---- By class --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ClassCount:
+    """The images of a class, how many of them were right, and the wrong guess that was made most often."""
+
+    name: str
+    n: int
+    right: int
+    low: float
+    high: float
+    """The ends of the 95% interval of the recall (Wilson)."""
+    taken_for: str
+    times: int
+
+    @property
+    def recall(self) -> float:
+        """The share that was right."""
+        return self.right / self.n
+
+
+def count_classes(labels: Iterable[str], guesses: Iterable[Sequence[str]]) -> list[ClassCount]:
+    """The classes from the worst recall to the best, equal ones by name. `guesses` are those of each image, best first;
+    an image without, which couldn't be read, isn't counted.
+    """
+    guessed: dict[str, Counter[str]] = defaultdict(Counter)
+    for label, best in zip(labels, guesses, strict=True):
+        if best:
+            guessed[label][best[0]] += 1
+    found = []
+    for name, times in guessed.items():
+        n, right = times.total(), times[name]
+        wrong = min(((-count, guess) for guess, count in times.items() if guess != name), default=(0, ""))
+        found.append(ClassCount(name, n, right, *wilson(right / n, n), wrong[1], -wrong[0]))
+    return sorted(found, key=lambda each: (each.recall, each.name))
+
+
+def per_class_path(run: Path, task: str) -> Path:
+    """Where a task's table of classes is."""
+    return run / f"per-class-{file_name(task)}.csv"
+
+
+def write_per_class(path: Path, classes: Iterable[ClassCount]) -> None:
+    """Write a row for each class as CSV."""
+    with write_beside(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(("class", "images", "right", "recall", "low", "high", "taken_for", "times"))
+        for each in classes:
+            shares = (f"{share:.6f}" for share in (each.recall, each.low, each.high))
+            writer.writerow([each.name, each.n, each.right, *shares, each.taken_for, each.times])

@@ -12,7 +12,6 @@ import numpy as np
 
 from clipkit.eval import results
 from clipkit.eval.metrics import BINS, confidence_bins
-from clipkit.eval.per_class import ClassCount, count_classes
 from clipkit.formatting import share
 from clipkit.intervals import wilson
 from clipkit.page.charts import Bin, calibration_chart, histogram, interval_strip
@@ -107,12 +106,12 @@ def confused(readable: Rows, most: int = 10) -> list[tuple[str, str, int, int]]:
     return [(label, guess, -times, images[label]) for times, label, guess in repeated[:most]]
 
 
-def class_counts(rows: Rows) -> list[ClassCount]:
+def class_counts(rows: Rows) -> list[results.ClassCount]:
     """The classes of some rows."""
-    return count_classes((row["label"] for row in rows), (row["guesses"] for row in rows))
+    return results.count_classes((row["label"] for row in rows), (row["guesses"] for row in rows))
 
 
-def class_bars(classes: Sequence[ClassCount], chance: float) -> list[tuple[str, list[ClassBar]]]:
+def class_bars(classes: Sequence[results.ClassCount], chance: float) -> list[tuple[str, list[ClassBar]]]:
     """The accuracy of each class with its interval, under a heading each: all from the worst to the best, or of many
     the worst and the best. [] where no class has two images.
 
@@ -122,7 +121,7 @@ def class_bars(classes: Sequence[ClassCount], chance: float) -> list[tuple[str, 
     if max((each.n for each in classes), default=0) < 2:
         return []
 
-    def bars(some: Sequence[ClassCount]) -> list[ClassBar]:
+    def bars(some: Sequence[results.ClassCount]) -> list[ClassBar]:
         return [
             ClassBar(each.name, each.right, each.n, interval_strip(each.recall, each.low, each.high, chance, 1.0))
             for each in some

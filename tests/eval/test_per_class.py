@@ -2,7 +2,7 @@
 
 import csv
 
-from clipkit.eval.per_class import count_classes, per_class_path, write_per_class
+from clipkit.eval.results import count_classes, per_class_path, write_per_class
 from clipkit.intervals import wilson
 
 
