@@ -3,15 +3,18 @@
 The stages' templates extend `page.html.j2`, which holds the style, the script under the charts, and nothing else.
 """
 
+import base64
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from clipkit.errors import UserError
 from clipkit.formatting import count, duration, percent, share, short, size_text
+from clipkit.storage.files import write_beside
 
 
-def render(package: str, template: str, contents: Mapping[str, Any]) -> str:
-    """The page of `template` in `package`. Text is escaped; the filters are those of numbers, sizes and times.
+def write_page(path: Path, package: str, template: str, contents: Mapping[str, Any]) -> Path:
+    """Write the page of `template` in `package`. Text is escaped; the filters are those of numbers, sizes and times.
 
     Raises UserError when jinja2 (extra `report`) isn't installed.
     """
@@ -23,4 +26,12 @@ def render(package: str, template: str, contents: Mapping[str, Any]) -> str:
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"percent": percent, "short": short, "size": size_text, "share": share}
     environment.filters |= {"duration": duration, "count": count}
-    return environment.get_template(template).render(**contents)
+    page = environment.get_template(template).render(**contents)
+    with write_beside(path) as temporary:
+        temporary.write_text(page, encoding="utf-8")
+    return path
+
+
+def data_url(picture: bytes | None) -> str:
+    """A small picture of `thumbnail`'s as an address that holds it; "" for none."""
+    return f"data:image/webp;base64,{base64.b64encode(picture).decode()}" if picture else ""

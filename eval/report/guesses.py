@@ -1,6 +1,5 @@
 """What the guesses of a task show: pictures, classes, how far probabilities can be believed, what is found, chosen."""
 
-import base64
 import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -15,6 +14,7 @@ from clipkit.eval.metrics import BINS, confidence_bins
 from clipkit.formatting import share
 from clipkit.intervals import wilson
 from clipkit.page.charts import Bin, calibration_chart, histogram, interval_strip
+from clipkit.page.render import data_url
 
 SEED = 0
 TILES, MORE_RIGHT, MISTAKES, FOUND = 12, 6, 8, 6
@@ -88,11 +88,6 @@ def tile(row: Mapping[str, Any]) -> dict[str, Any]:
     """One picture with its guesses for the wall."""
     guesses = list(zip(row["guesses"], row["probabilities"], strict=False))
     return {**row, "image": data_url(row["image"]), "guesses": guesses}
-
-
-def data_url(picture: bytes | None) -> str:
-    """A picture as an address that holds it."""
-    return f"data:image/webp;base64,{base64.b64encode(picture).decode()}" if picture else ""
 
 
 def confused(readable: Rows, most: int = 10) -> list[tuple[str, str, int, int]]:

@@ -13,9 +13,9 @@ from clipkit.eval.report.evaluations import blocks, is_own, over_training, rows
 from clipkit.eval.report.guesses import task_sections
 from clipkit.eval.report.run_data import DataFacts, StageCost
 from clipkit.formatting import share
+from clipkit.page import render
 from clipkit.page.charts import Band, Line, histogram, line_chart
-from clipkit.page.render import render
-from clipkit.storage.files import require_dir, write_beside
+from clipkit.storage.files import require_dir
 
 SEED = 0
 CURVES = (
@@ -53,10 +53,7 @@ def write_page(path: Path, template: str, shown: Mapping[str, Any]) -> Path:
     """Write a page of this room's."""
     if path.is_dir():
         raise UserError(f"{path} is a folder: give the page's file, such as --out {path / 'report.html'}")
-    page = render("clipkit.eval.report", template, shown)
-    with write_beside(path) as temporary:
-        temporary.write_text(page, encoding="utf-8")
-    return path
+    return render.write_page(path, "clipkit.eval.report", template, shown)
 
 
 def contents(run: Path) -> dict[str, Any]:

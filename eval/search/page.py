@@ -1,6 +1,5 @@
 """The answers as a page: one HTML file with the pictures in it."""
 
-import base64
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,9 +7,8 @@ from pathlib import Path
 from clipkit.errors import UserError
 from clipkit.eval.search.classify import Classified
 from clipkit.eval.search.find import Hit
-from clipkit.page.render import render
+from clipkit.page import render
 from clipkit.pixels.images import thumbnail
-from clipkit.storage.files import write_beside
 
 PICTURE_PIXELS, BARS = 384, 5
 
@@ -31,9 +29,7 @@ def write_page(path: Path, title: str, lead: str, tiles: Sequence[Tile]) -> None
     """Write the page. Raises UserError for a name that no browser takes for a page, and without jinja2."""
     if path.suffix not in (".html", ".htm"):
         raise UserError(f"--page {path}: call it NAME.html")
-    page = render("clipkit.eval.search", "gallery.html.j2", {"title": title, "lead": lead, "tiles": tiles})
-    with write_beside(path) as temporary:
-        temporary.write_text(page, encoding="utf-8")
+    render.write_page(path, "clipkit.eval.search", "gallery.html.j2", {"title": title, "lead": lead, "tiles": tiles})
 
 
 def hit_tiles(hits: Sequence[Hit]) -> list[Tile]:
@@ -51,5 +47,4 @@ def classified_tiles(found: Sequence[Classified]) -> list[Tile]:
 
 def picture(data: bytes) -> str:
     """A small copy as a data address."""
-    small = thumbnail(data, PICTURE_PIXELS) if data else b""
-    return f"data:image/webp;base64,{base64.b64encode(small).decode()}" if small else ""
+    return render.data_url(thumbnail(data, PICTURE_PIXELS) if data else b"")

@@ -36,7 +36,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "clipkit/interop": _core("embedding", "model", "pixels", "storage", "text"),
     "clipkit/jobs": (),
     "clipkit/model": _core("text"),
-    "clipkit/page": (),
+    "clipkit/page": _core("storage"),
     "clipkit/pixels": (),
     "clipkit/storage": (),
     "clipkit/text": (),

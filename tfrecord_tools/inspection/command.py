@@ -1,6 +1,5 @@
 """The page on which a person sees what is in a dataset: one HTML file that needs no network and no other file."""
 
-import base64
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,9 +12,9 @@ from clipkit.formats.manifest import CLIPKIT_FOLDER
 from clipkit.formats.records import RecordError
 from clipkit.formatting import share, size_text
 from clipkit.page.charts import histogram
-from clipkit.page.render import render
+from clipkit.page.render import data_url, write_page
 from clipkit.pixels.images import thumbnail
-from clipkit.storage.files import as_path, require_writable, write_beside, write_json
+from clipkit.storage.files import as_path, require_writable, write_json
 from clipkit.tfrecord_tools.inspection.captions import CONTEXTS, Example, Reduction
 from clipkit.tfrecord_tools.inspection.figures import (
     SAMPLE,
@@ -80,12 +79,9 @@ def inspect_dataset(
     stem = "inspection" if split in (None, usual_split(layout)) else f"inspection-{split}"
     page, numbers = folder / f"{stem}.html", folder / f"{stem}.json"
     inspection = inspect(path, split=split, sample=sample)
-    text = render(
-        "clipkit.tfrecord_tools.inspection", "inspection.html.j2", contents(inspection) | {"numbers": numbers.name}
-    )
+    shown = contents(inspection) | {"numbers": numbers.name}
+    write_page(page, "clipkit.tfrecord_tools.inspection", "inspection.html.j2", shown)
     write_json(numbers, inspection.to_json())
-    with write_beside(page) as temporary:
-        temporary.write_text(text, encoding="utf-8")
     return InspectSummary(inspection, page, numbers)
 
 
@@ -187,7 +183,7 @@ def tile_of(dataset: Dataset, place: int) -> dict[str, Any] | None:
     words = str(caption if caption is not None else "").split()
     return {
         "place": place,
-        "picture": f"data:image/webp;base64,{base64.b64encode(picture).decode()}",
+        "picture": data_url(picture),
         "caption": " ".join(words[:WORDS]) + (" …" if len(words) > WORDS else ""),
         "key": example.get("key") or example.get("file_name") or dataset.key(place),
     }

@@ -10,9 +10,8 @@ from rich.console import Console
 
 from clipkit.errors import UserError
 from clipkit.formatting import duration, short
+from clipkit.page import render
 from clipkit.page.charts import Line, line_chart
-from clipkit.page.render import render
-from clipkit.storage.files import write_beside
 from clipkit.train.catalogue import DATASETS, find_recipe
 from clipkit.train.plan.accuracy import Prediction, known_runs, predict_all
 from clipkit.train.plan.columns import pairs_of
@@ -156,6 +155,4 @@ def write_page(rows: Sequence[Choice], budget: float, fleet: Fleet, path: Path) 
     title = "ImageNet zero-shot, predicted"
     chart = line_chart(title, lines, is_share=True, x_name=x_name, show_x=lambda x: short(10**x))
     shown = [(row, accuracy_text(row.accuracy), duration(row.hours * 3600)) for row in front[::-1]]
-    page = render("clipkit.train.plan", "budget.html.j2", {"chart": chart, "budget": budget, "rows": shown})
-    with write_beside(path) as beside:
-        beside.write_text(page, encoding="utf-8")
+    render.write_page(path, "clipkit.train.plan", "budget.html.j2", {"chart": chart, "budget": budget, "rows": shown})

@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 
 from clipkit.formatting import duration, short
+from clipkit.page import render
 from clipkit.page.charts import Line, line_chart
-from clipkit.page.render import render
-from clipkit.storage.files import write_beside
 from clipkit.train.sweep.law import TOWERS, Row, drops, main_rows, weights_of
 
 STYLES = "abcdef"
@@ -133,5 +132,4 @@ def write_page(result: Mapping[str, Any], path: Path) -> None:
         "seeds": len({row["seed"] for row in rows}),
         "time": duration(seconds_of(rows)),
     }
-    with write_beside(path) as beside:
-        beside.write_text(render("clipkit.train.sweep", "sweep.html.j2", contents), encoding="utf-8")
+    render.write_page(path, "clipkit.train.sweep", "sweep.html.j2", contents)
