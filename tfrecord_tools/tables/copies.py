@@ -117,14 +117,14 @@ def _copy(
             return _copy_json_lines(local, copy, path, known, captions)
         file = open_text(local, path, quoting, header)
         known = join({name: Column("text" if is_text(name) else None) for name in file.names}, known)
-        found = _TextCopy(file, known)
-        rows = _write(copy, None, found.typed())
-        if found.widened:
-            again = _TextCopy(file, found.columns)
-            rows = _write(copy, None, again.typed())
-        elif not rows:
+        is_whole = False
+        while not is_whole:
+            found = _TextCopy(file, known)
+            rows = _write(copy, None, found.typed())
+            is_whole, known = not found.widened, found.columns
+        if not rows:
             _write(copy, pa.schema([(name, pa.string()) for name in file.names]), iter(()))
-        return rows, found.columns
+        return rows, known
 
 
 def _write(copy: Path, schema: pa.Schema | None, batches: Iterator[pa.RecordBatch]) -> int:
@@ -196,7 +196,10 @@ def _integers(values: pa.Array) -> pa.Array | None:
 
 
 def _floats(values: pa.Array) -> pa.Array | None:
-    """The numbers that texts are, when all are printed, by Arrow or by Python, as they are written."""
+    """The numbers that texts are, when all are printed, by Arrow or by Python, as they are written.
+
+    Python's way but for the fraction of integers: a large one is 12345678901.0 to Python and 1.2345678901e+10 to Arrow.
+    """
     try:
         numbers = values.cast(pa.float64())
     except pa.ArrowInvalid:
@@ -204,7 +207,7 @@ def _floats(values: pa.Array) -> pa.Array | None:
     if not pc.all(pc.is_finite(numbers)).as_py() or pc.any(pc.equal(values, "-0")).as_py():
         return None
     others = values.filter(pc.not_equal(numbers.cast(pa.string()), values))
-    return numbers if all(repr(float(text)) == text for text in others.unique().to_pylist()) else None
+    return numbers if all(repr(float(text)) in (text, f"{text}.0") for text in others.unique().to_pylist()) else None
 
 
 # ---- JSON lines ------------------------------------------------------------------------------------------------------

@@ -102,6 +102,19 @@ def test_text_types_that_change_after_the_first_block(tmp_path: Path, monkeypatc
     assert set(pq.read_table(tmp_path / "a.parquet")["score"].to_pylist()) == {"1", "high"}
 
 
+@pytest.mark.parametrize("number", ["12345678901", "9007199254740992"])
+def test_large_integers_among_fractions_lose_no_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: str
+) -> None:
+    monkeypatch.setattr(tables, "TEXT_BLOCK_BYTES", 64)
+    monkeypatch.setattr(text_file, "TEXT_BLOCK_BYTES", 64)
+    scores = [score for score in ("5", number, "7", "0.5") for _ in range(40)]
+    csv = tmp_path / "a.csv"
+    csv.write_text("url,caption,score\n" + "".join(f"u,c,{score}\n" for score in scores))
+    assert url_table.count_rows([csv], [tmp_path / "a.parquet"], ("url", "caption")) == [160]
+    assert pq.read_table(tmp_path / "a.parquet")["score"].to_pylist() == [float(score) for score in scores]
+
+
 @pytest.mark.parametrize("group", [1, 3, 7, 100])
 def test_rows_by_number(tmp_path: Path, group: int) -> None:
     path = tmp_path / "a.parquet"
