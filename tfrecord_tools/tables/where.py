@@ -221,8 +221,16 @@ def check_function(connection: "duckdb.DuckDBPyConnection", name: str, where: st
 
 
 def readable(table: pa.Table) -> pa.Table:
-    """The table in types that DuckDB reads, which has no 16-bit floats."""
-    columns = [column.cast(pa.float32()) if pa.types.is_float16(column.type) else column for column in table.columns]
+    """The table as DuckDB is to read it: without 16-bit floats, which it hasn't, and null for NaN, as everywhere here.
+
+    To DuckDB NaN is above all numbers, so `similarity > 0.3` would want every row whose similarity is missing.
+    """
+    columns = []
+    for column in table.columns:
+        if pa.types.is_floating(column.type):
+            column = column.cast(pa.float32()) if pa.types.is_float16(column.type) else column
+            column = pc.if_else(pc.is_nan(column), pa.scalar(None, column.type), column)
+        columns.append(column)
     return pa.Table.from_arrays(columns, names=table.column_names)
 
 
