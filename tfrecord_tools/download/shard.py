@@ -112,6 +112,9 @@ class OpenShard:
                 outcome.reason, outcome.message = reasons.OTHER, f"{type(error).__name__}: {error}"[:200]
             else:
                 self.judge(outcome, picture, body)
+        # Headers may hold bytes that aren't UTF-8, which stand as surrogates in texts, and no file takes those.
+        outcome.message = outcome.message.encode("utf-8", "replace").decode()
+        outcome.decision = outcome.decision.encode("utf-8", "replace").decode()
         self.outcomes[outcome.index] = outcome
 
     def judge(self, outcome: FetchOutcome, picture: Picture, body: bytes) -> None:

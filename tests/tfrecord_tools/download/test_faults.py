@@ -92,6 +92,10 @@ FAULTS = {
     "/ok": "not-an-image",
     "/header?X-Robots-Tag=noai": "disallowed",
     "/header?tdm-reservation=1": "disallowed",
+    # The server sends them in Latin-1.
+    "/header?X-Robots-Tag=noai,%20caf%C3%A9": "disallowed",
+    "/header?tdm-reservation=%C3%A9": "not-an-image",
+    "/header?Content-Encoding=%C3%A9": "not-an-image",
     "/bomb.png": "too-many-pixels",
     "/status/429?retry-after=1&times=1": "not-an-image",  # it answers the second time, with no image
 }
