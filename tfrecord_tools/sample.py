@@ -9,8 +9,8 @@ from clipkit.tfrecord_tools.reasons import BAD_TEXT, EMPTY_CAPTION, NO_CAPTION
 # What img2dataset says about its own work: the same for all samples that reach a shard.
 DROPPED_COLUMNS = frozenset({"status", "error_message"})
 
-# The digests of an image that a URL table may give.
-HashKind = Literal["md5", "sha1", "sha256", "sha512"]
+# The hashes of an image that a URL table may give: digests of its bytes, and the perceptual one (`clipkit.pixels`).
+HashKind = Literal["md5", "sha1", "sha256", "sha512", "phash"]
 HASH_KINDS: tuple[HashKind, ...] = get_args(HashKind)
 
 

@@ -50,11 +50,10 @@ def status_of(outcome: RowOutcome) -> str:
 
 
 def rows_table(
-    rows: WantedRows, ledger: pa.Table, outcomes: Sequence[RowOutcome], names: Mapping[str, str], tells_hash: bool
+    rows: WantedRows, ledger: pa.Table, outcomes: Sequence[RowOutcome], names: Mapping[str, str]
 ) -> pa.Table:
-    """All rows with what became of them, in the columns of img2dataset's tables.
-
-    `names` say what the download's own columns are called; `tells_hash` adds `hash_check`.
+    """All rows with what became of them, in the columns of img2dataset's tables, and `hash_check` where they have a
+    hash. `names` say what the download's own columns are called.
     """
     messages = [None if o.reason is None else f"{o.reason}: {o.message}" for o in outcomes]
     added = {
@@ -65,7 +64,7 @@ def rows_table(
         "error_message": pa.array(messages, pa.string()),
         **{name: ledger[name] for name in COPIED_FIELDS},
     }
-    if tells_hash:
+    if rows.hashes is not None:
         added["hash_check"] = pc.if_else(pc.equal(ledger["hash_check"], ""), None, ledger["hash_check"])
     columns = [*rows.kept.columns, *added.values()]
     return pa.Table.from_arrays(columns, [*rows.kept.column_names, *(names[name] for name in added)])

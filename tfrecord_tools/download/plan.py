@@ -77,11 +77,6 @@ class JobSettings:
     round: int = 0
     counters: str | None = None
 
-    @property
-    def checks_hash(self) -> bool:
-        """Whether the tables have a hash of the image."""
-        return self.output.columns.hash is not None or self.output.columns.phash is not None
-
 
 @dataclass(frozen=True)
 class DownloadJob:
@@ -155,11 +150,13 @@ def settings_of(output: Output, where: str | None) -> dict[str, Any]:
 def recall(memory: Path, settings: dict[str, Any], fingerprints: list[str], urls: Path) -> dict[str, Any]:
     """What the run before remembered. Raises UserError when it had other tables or other settings."""
     before: dict[str, Any] = read_json(memory)
-    out = memory.parent.parent
+    out, known = memory.parent.parent, before.get("settings", {})
+    if known.get("phash column") is not None:  # earlier versions set perceptual hashes apart
+        known |= {"hash column": known["phash column"], "hash_kind column": "phash"}
     for name, value in settings.items():
-        if before.get("settings", {}).get(name) != value:
+        if known.get(name) != value:
             raise UserError(
-                f"{out} was begun with {name} {before.get('settings', {}).get(name)!r}, not {value!r}: "
+                f"{out} was begun with {name} {known.get(name)!r}, not {value!r}: "
                 "run it with the same settings, or choose another output"
             )
     if before["fingerprints"] != fingerprints:

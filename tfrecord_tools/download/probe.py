@@ -17,8 +17,9 @@ from clipkit.formatting import duration, size_text
 from clipkit.intervals import wilson
 from clipkit.jobs.run import run_jobs
 from clipkit.tfrecord_tools import reasons
-from clipkit.tfrecord_tools.download.plan import DownloadPlan, load_mask, wanted_rows
-from clipkit.tfrecord_tools.pictures.picture import PictureError, PictureSettings
+from clipkit.tfrecord_tools.download.plan import DownloadPlan, Output, load_mask, wanted_rows
+from clipkit.tfrecord_tools.pictures.hash_check import CHANGED, check_hash
+from clipkit.tfrecord_tools.pictures.picture import PictureError
 from clipkit.tfrecord_tools.reasons import ADVICE, EMPTY_CAPTION
 from clipkit.tfrecord_tools.sample import caption_problem
 from clipkit.tfrecord_tools.web.settings import FetchOutcome, FetchSettings
@@ -31,6 +32,7 @@ LOWER = {
 RECORD_BYTES = 1_000  # of a record beside its image: caption, columns, its row in the ledger
 # A row group must be unpacked to find rows in it, and those of published tables hold a million: so many are opened.
 MAX_ROW_GROUPS = 64
+Hash = str | int | None
 # The last rows are the slow ones, and a download overlaps them with the next: the rate is taken before they begin.
 RATE_SHARE = 0.8
 
@@ -95,17 +97,17 @@ def probe(plan: DownloadPlan, count: int, network: FetchSettings, processes: int
     """
     sample = sample_rows(plan, count, SEED)
     counts: Counter[str] = Counter()
-    wanted: list[str] = []
-    for url, caption in sample:
+    wanted: list[tuple[str, Hash]] = []
+    for url, caption, expected in sample:
         if plan.output.format == "tfds" and caption_problem(caption) is not None:
             counts[EMPTY_CAPTION] += 1
         elif url is None:
             counts[reasons.BAD_URL] += 1
         else:
-            wanted.append(url)
+            wanted.append((url, expected))
     rows = len(sample)
     parts = [part for i in range(processes) if (part := wanted[i::processes])]
-    fetch = partial(fetch_part, network=network, pictures=plan.output.pictures)
+    fetch = partial(fetch_part, network=network, output=plan.output)
     found = [
         result
         for _, result in run_jobs(
@@ -137,8 +139,8 @@ def probe(plan: DownloadPlan, count: int, network: FetchSettings, processes: int
     )
 
 
-def sample_rows(plan: DownloadPlan, count: int, seed: int) -> list[tuple[str | None, str | None]]:
-    """URL and caption of `count` wanted rows (of all, if there are no more), from row groups all over the tables.
+def sample_rows(plan: DownloadPlan, count: int, seed: int) -> list[tuple[str | None, str | None, Hash]]:
+    """URL, caption and hash of `count` wanted rows (of all, if there are no more), from row groups all over the tables.
 
     Every row is as likely as any other where all row groups are looked into; of more than MAX_ROW_GROUPS some are
     chosen by their size, which leaves rows of one group a little alike. Raises UserError for tables that can't be read.
@@ -161,14 +163,15 @@ def sample_rows(plan: DownloadPlan, count: int, seed: int) -> list[tuple[str | N
         groups, sizes = [groups[i] for i in chosen], [sizes[i] for i in chosen]
     shares = random.multivariate_hypergeometric(np.array(sizes), min(count, sum(sizes)))
     columns = plan.output.columns
-    found: list[tuple[str | None, str | None]] = []
+    found: list[tuple[str | None, str | None, Hash]] = []
     for (table, mask, start, stop), share in zip(groups, shares.tolist(), strict=True):
         if share:
             rows = np.arange(start, stop) if mask is None else wanted_rows(load_mask(mask), start, stop)
             numbers = np.sort(random.choice(rows, share, replace=False))
             with RowReader(table, columns.read) as reader:
-                aligned = columns.align(reader.pick(numbers))
-                found += zip(aligned.urls.to_pylist(), aligned.captions.to_pylist(), strict=True)
+                aligned = columns.align(reader.pick(numbers), table)
+                hashes = [None] * share if aligned.hashes is None else aligned.hashes.to_pylist()
+                found += zip(aligned.urls.to_pylist(), aligned.captions.to_pylist(), hashes, strict=True)
     return found
 
 
@@ -182,11 +185,12 @@ class PartResult(NamedTuple):
     rate: float
 
 
-def fetch_part(urls: Sequence[str], network: FetchSettings, pictures: PictureSettings) -> PartResult:
+def fetch_part(rows: Sequence[tuple[str, Hash]], network: FetchSettings, output: Output) -> PartResult:
     """Fetch rows and make pictures of them, as a download does, and keep only the counts; in a worker."""
     from clipkit.tfrecord_tools.download.worker import fetch_loop, picture_maker
 
-    make = picture_maker(pictures)
+    make = picture_maker(output.pictures)
+    kind = output.columns.hash_kind if output.drop_changed else None
     counts: Counter[str] = Counter()
     sizes: list[tuple[int, int]] = []
     ends: list[float] = []
@@ -198,13 +202,16 @@ def fetch_part(urls: Sequence[str], network: FetchSettings, pictures: PictureSet
                 stored = len(make(outcome.body).jpg)
             except PictureError as error:
                 reason, stored = error.reason, 0
+            else:
+                if kind is not None and check_hash(outcome.body, rows[outcome.index][1], kind) in CHANGED:
+                    reason, stored = reasons.HASH_CHANGED, 0
             sizes.append((stored, len(outcome.body)))
         counts[reason or "ok"] += 1
         ends.append(time.monotonic())
 
     loop = fetch_loop(network)
     began = time.monotonic()
-    loop.fetch(enumerate(urls), handle).result()
+    loop.fetch(enumerate(url for url, _ in rows), handle).result()
     most = math.ceil(RATE_SHARE * len(ends))
     rate = most / max(sorted(ends)[most - 1] - began, 1e-9)
     image_bytes, body_bytes = sum(stored for stored, _ in sizes), sum(fetched for _, fetched in sizes)

@@ -15,11 +15,10 @@ import threading
 import time
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 
-from clipkit.errors import InternalError, UserError
+from clipkit.errors import InternalError
 from clipkit.storage.files import disk_errors, is_remote, remove
 from clipkit.tfrecord_tools import reasons
 from clipkit.tfrecord_tools.account.ledger import ledger_table, read_ledger, write_ledger
@@ -42,15 +41,11 @@ from clipkit.tfrecord_tools.download.output import (
 )
 from clipkit.tfrecord_tools.download.plan import DownloadJob, JobSettings
 from clipkit.tfrecord_tools.outcome import RowOutcome
-from clipkit.tfrecord_tools.pictures.hash_check import check_hash, parse_phash
+from clipkit.tfrecord_tools.pictures.hash_check import CHANGED, check_hash
 from clipkit.tfrecord_tools.pictures.picture import Picture, PictureError, PictureMaker
 from clipkit.tfrecord_tools.sample import caption_problem
 from clipkit.tfrecord_tools.tables.url_table import WantedRows, own_names
 from clipkit.tfrecord_tools.web.settings import FetchOutcome
-
-# What a hash says when the image isn't the one that the table means, as far as anybody can tell.
-CHANGED = ("changed", "differs")
-UNCHECKED = "unchecked"
 
 
 class OpenShard:
@@ -64,8 +59,7 @@ class OpenShard:
         self.settings, self.job, self.rows, self.numbers = settings, job, rows, numbers
         self.started = time.time()
         self.urls: list[str | None] = rows.urls.to_pylist()
-        self.digests: list[str | None] = [] if rows.digests is None else rows.digests.to_pylist()
-        self.phashes: list[Any] = [] if rows.phashes is None else rows.phashes.to_pylist()
+        self.hashes: list[str | int | None] = [] if rows.hashes is None else rows.hashes.to_pylist()
         self.spool = Spool(settings.layout.own)
         self.places = [0] * len(self.urls)
         self.round = settings.round
@@ -122,22 +116,14 @@ class OpenShard:
         outcome.width, outcome.height = picture.width, picture.height
         outcome.original_width, outcome.original_height = picture.original_width, picture.original_height
         outcome.exif, outcome.sha256 = picture.exif, picture.sha256
-        if self.settings.checks_hash:
-            outcome.hash_check = self.check(outcome.index, body)
+        kind = self.settings.output.columns.hash_kind
+        if kind is not None:
+            outcome.hash_check = check_hash(body, self.hashes[outcome.index], kind)
             if self.settings.output.drop_changed and outcome.hash_check in CHANGED:
                 outcome.reason, outcome.message = reasons.HASH_CHANGED, f"the table's hash: {outcome.hash_check}"
                 return
         outcome.jpg_bytes = len(picture.jpg)
         self.keep(outcome.index, picture.jpg)
-
-    def check(self, i: int, body: bytes) -> str:
-        """How a body compares with the table's hashes; a value that is not a hash says nothing."""
-        try:
-            phash = parse_phash(self.phashes[i]) if self.phashes and self.phashes[i] is not None else None
-            digest = self.digests[i] if self.digests else None
-            return check_hash(body, digest, self.settings.output.columns.hash_kind or "sha256", phash)
-        except UserError:
-            return UNCHECKED
 
     def keep(self, i: int, jpg: bytes) -> None:
         """Put the image of row `i` into the spool. Raises UserError when the disk is full."""
@@ -172,7 +158,7 @@ class OpenShard:
             remove(final.state)
         ledger = ledger_table(self.keys(), self.numbers, self.rows.urls, self.rows.captions, outcomes)
         names = own_names(self.rows.kept.column_names)
-        table = rows_table(self.rows, ledger, outcomes, names, settings.checks_hash)
+        table = rows_table(self.rows, ledger, outcomes, names)
         facts = write_data(settings.output.format, files, table, outcomes, names, self.image, settings.kinds)
         place = ledger.column_names.index("offset")
         offsets = pa.array([facts.offsets.get(i) for i in range(len(outcomes))], ledger["offset"].type)

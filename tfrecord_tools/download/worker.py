@@ -110,10 +110,11 @@ class ShardReader(ExitStack):
             self.bits = None if shard.mask is None else load_mask(shard.mask)
         self.shard = shard
         if self.bits is None:
-            rows = self.reader.read(shard.start, shard.stop)
-            return self.columns.align(rows), list(range(shard.start, shard.stop))
-        numbers = wanted_rows(self.bits, shard.start, shard.stop)
-        return self.columns.align(self.reader.pick(numbers)), numbers.tolist()
+            numbers, rows = list(range(shard.start, shard.stop)), self.reader.read(shard.start, shard.stop)
+        else:
+            wanted = wanted_rows(self.bits, shard.start, shard.stop)
+            numbers, rows = wanted.tolist(), self.reader.pick(wanted)
+        return self.columns.align(rows, shard.table), numbers
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -17,10 +17,8 @@ class Preset:
     caption: str
     keep: tuple[str, ...] = ()
     hash_column: str | None = None
-    """A digest of the image's bytes as they were when the table was made; see `pictures/hash_check.py`."""
+    """A hash of the image as it was when the table was made; see `pictures/hash_check.py`."""
     hash_kind: HashKind | None = None
-    phash_column: str | None = None
-    """A perceptual hash as `clipkit.pixels.phash` makes it."""
     header: tuple[str, ...] = ()
     """The columns in their order, where the text file is published without a line that names them."""
 
@@ -60,7 +58,8 @@ PRESETS = {
             "watermark_score",
             "aesthetic_score_laion_v2",
         ),
-        phash_column="image_phash",
+        hash_column="image_phash",
+        hash_kind="phash",
     ),
     # img2dataset, dataset_examples/cc12m.md and cc3m.md: a header has to be put in front of both, in other orders.
     "cc12m": Preset("url", "caption", header=("url", "caption")),

@@ -26,7 +26,6 @@ WHOLE_HASH_BYTES = 256 << 20
 HASH_SAMPLES = 64
 HASH_SAMPLE_BYTES = 1 << 20
 
-PHASH = "phash"
 # Columns that a download makes itself. Where a kept one has such a name, the download's own is called OWN + name.
 OWN_NAMES = (
     *("key", "caption", "url", "status", "error_message", "width", "height", "original_width", "original_height"),
@@ -51,8 +50,7 @@ class WantedRows:
     kept: pa.Table
     urls: pa.Array
     captions: pa.Array
-    digests: pa.Array | None = None
-    phashes: pa.Array | None = None
+    hashes: pa.Array | None = None
 
 
 @dataclass(frozen=True)
@@ -64,31 +62,40 @@ class TableColumns:
     kept: pa.Schema
     hash: str | None = None
     hash_kind: HashKind | None = None
-    phash: str | None = None
-    phash_is_number: bool = False
     header: tuple[str, ...] = ()
     quoting: Quoting = "auto"
 
     @property
     def read(self) -> list[str]:
         """The columns to read, each once."""
-        wanted = [*self.kept.names, self.caption, self.url, self.hash, self.phash]
+        wanted = [*self.kept.names, self.caption, self.url, self.hash]
         return list(dict.fromkeys(name for name in wanted if name is not None))
 
-    def align(self, rows: pa.Table) -> WantedRows:
-        """The rows with what is kept under its own name and type. What a table hasn't is null."""
-        kept = [self._column(rows, field.name, field.type) for field in self.kept]
-        kind = pa.int64() if self.phash_is_number else pa.string()
-        return WantedRows(
-            pa.Table.from_arrays(kept, schema=self.kept),
-            self._column(rows, self.url, pa.string()),
-            self._column(rows, self.caption, pa.string()),
-            None if self.hash is None else self._column(rows, self.hash, pa.string()),
-            None if self.phash is None else self._column(rows, self.phash, kind),
-        )
+    def align(self, rows: pa.Table, table: Path) -> WantedRows:
+        """The rows with what is kept under its own name and type. What a table hasn't is null.
 
-    def _column(self, rows: pa.Table, name: str, kind: pa.DataType) -> pa.ChunkedArray | pa.Array:
-        return rows[name].cast(kind) if name in rows.column_names else pa.nulls(rows.num_rows, kind)
+        Raises UserError, naming the table, for a value that its column's type doesn't hold, and for text that isn't
+        UTF-8, which no program looks for when it writes parquet.
+        """
+
+        def column(name: str, kind: pa.DataType | None) -> pa.ChunkedArray | pa.Array:
+            if name not in rows.column_names:
+                return pa.nulls(rows.num_rows, kind)
+            try:
+                values = rows[name] if kind is None else rows[name].cast(kind)
+                values.validate(full=True)
+                return values
+            except pa.ArrowInvalid as error:
+                raise UserError(
+                    f"column {name!r} of {table} can't be read as {kind} ({error}): mend it, or leave the column out"
+                ) from error
+
+        return WantedRows(
+            pa.Table.from_arrays([column(field.name, field.type) for field in self.kept], schema=self.kept),
+            column(self.url, pa.string()),
+            column(self.caption, pa.string()),
+            None if self.hash is None else column(self.hash, None),
+        )
 
 
 def choose_columns(
@@ -102,19 +109,17 @@ def choose_columns(
     """The column names: those given, else the preset's, else `url` and `caption`. Raises UserError."""
     if preset is not None and preset not in PRESETS:
         raise UserError(f"unknown preset {preset!r}: choose one of {', '.join(PRESETS)}, or name the columns")
-    if hash_kind is not None and hash_kind not in (*HASH_KINDS, PHASH):
-        raise UserError(f"unknown hash kind {hash_kind!r}: choose one of {', '.join((*HASH_KINDS, PHASH))}")
+    if hash_kind is not None and hash_kind not in HASH_KINDS:
+        raise UserError(f"unknown hash kind {hash_kind!r}: choose one of {', '.join(HASH_KINDS)}")
     if (hash_column is None) != (hash_kind is None):
         raise UserError("a hash is checked by --hash-column and --hash-kind together: give both")
     chosen = PRESETS[preset] if preset is not None else Preset("url", "caption")
     chosen = replace(chosen, url=url_column or chosen.url, caption=caption_column or chosen.caption)
     if keep_columns is not None:
         chosen = replace(chosen, keep=tuple(keep_columns))
-    if hash_column is None:
-        return chosen
-    if hash_kind == PHASH:
-        return replace(chosen, hash_column=None, hash_kind=None, phash_column=hash_column)
-    return replace(chosen, hash_column=hash_column, hash_kind=cast(HashKind, hash_kind), phash_column=None)
+    if hash_column is not None:
+        chosen = replace(chosen, hash_column=hash_column, hash_kind=cast(HashKind, hash_kind))
+    return chosen
 
 
 def usual_quoting(header: Sequence[str]) -> Quoting:
@@ -143,33 +148,38 @@ def check_tables(
                     "leave it out, or download the tables one by one"
                 )
             kept[field.name] = kind
-    found = {name: field_everywhere(tables, name, must_check) for name in (chosen.hash_column, chosen.phash_column)}
-    digest, phash = found[chosen.hash_column], found[chosen.phash_column]
-    if digest is not None and not is_text(digest.type):
-        raise UserError(f"the hash column {digest.name!r} holds {digest.type}, not hex digits: name another")
+    has_hash = all(has_hash_column(path, schema, chosen, must_check) for path, schema in tables)
     if chosen.url == "url":
         kept.pop("url", None)  # which is stored anyway, under the same name
     return TableColumns(
         url=chosen.url,
         caption=chosen.caption,
         kept=pa.schema([(name, kept[name]) for name in dict.fromkeys(chosen.keep) if name in kept]),
-        hash=None if digest is None else digest.name,
-        hash_kind=None if digest is None else chosen.hash_kind,
-        phash=None if phash is None else phash.name,
-        phash_is_number=phash is not None and pa.types.is_integer(phash.type),
+        hash=chosen.hash_column if has_hash else None,
+        hash_kind=chosen.hash_kind if has_hash else None,
         header=chosen.header,
         quoting=quoting or usual_quoting(chosen.header),
     )
 
 
-def field_everywhere(tables: Sequence[tuple[Path, pa.Schema]], name: str | None, must: bool) -> pa.Field | None:
-    """A column that all tables have. Raises UserError where one hasn't it and `must` have it; else it is None."""
-    for path, schema in tables:
-        if name is None or name not in schema.names:
-            if name is not None and must:
-                raise UserError(f"{path} has no hash column {name!r}; it has {', '.join(schema.names)}")
-            return None
-    return tables[0][1].field(name)
+def has_hash_column(path: Path, schema: pa.Schema, columns: Preset, must: bool) -> bool:
+    """Whether a table has the hash column. Raises UserError where it lacks it and `must` have it, or can't be one."""
+    name = columns.hash_column
+    if name is None or name not in schema.names:
+        if name is not None and must:
+            raise UserError(f"{path} has no hash column {name!r}; it has {', '.join(schema.names)}")
+        return False
+    kind = only_field(path, schema, name).type
+    if not is_text(kind) and not (columns.hash_kind == "phash" and pa.types.is_integer(kind)):
+        raise UserError(f"the hash column {name!r} of {path} holds {kind}, not hex digits: name another")
+    return True
+
+
+def only_field(path: Path, schema: pa.Schema, name: str) -> pa.Field:
+    """The column of a name that the table has. Raises UserError when several have it."""
+    if schema.names.count(name) > 1:
+        raise UserError(f"{path} has {schema.names.count(name)} columns {name!r}: rename all but one")
+    return schema.field(name)
 
 
 def check_columns(path: Path, schema: pa.Schema, columns: Preset, must_keep_all: bool) -> list[pa.Field]:
@@ -179,25 +189,21 @@ def check_columns(path: Path, schema: pa.Schema, columns: Preset, must_keep_all:
             raise UserError(
                 f"{path} has no {what} column {name!r}; it has {', '.join(schema.names)}: {advice(schema.names)}"
             )
-        if schema.names.count(name) > 1:
-            raise UserError(f"{path} has {schema.names.count(name)} columns {name!r}: rename all but one")
-        if not is_text(schema.field(name).type):
-            raise UserError(
-                f"the {what} column {name!r} of {path} holds {schema.field(name).type}, not text: name another"
-            )
+        kind = only_field(path, schema, name).type
+        if not is_text(kind):
+            raise UserError(f"the {what} column {name!r} of {path} holds {kind}, not text: name another")
     keep = []
     for name in dict.fromkeys(columns.keep):
-        if name in schema.names:
-            keep.append(schema.field(schema.names.index(name)))
-        elif must_keep_all:
-            raise UserError(f"{path} has no column {name!r} to keep; it has {', '.join(schema.names)}")
-    for field in keep:
-        if field.name.startswith(OWN) and field.name.removeprefix(OWN) in OWN_NAMES:
-            raise UserError(f"can't keep column {field.name!r} of {path}: it is called as clipkit's own; rename yours")
-        if schema.names.count(field.name) > 1:
-            raise UserError(f"{path} has {schema.names.count(field.name)} columns {field.name!r}: rename all but one")
+        if name not in schema.names:
+            if must_keep_all:
+                raise UserError(f"{path} has no column {name!r} to keep; it has {', '.join(schema.names)}")
+            continue
+        if name.startswith(OWN) and name.removeprefix(OWN) in OWN_NAMES:
+            raise UserError(f"can't keep column {name!r} of {path}: it is called as clipkit's own; rename yours")
+        field = only_field(path, schema, name)
         if not is_json(field.type):
-            raise UserError(f"can't keep column {field.name!r} of {path}: it holds {field.type}; leave it out")
+            raise UserError(f"can't keep column {name!r} of {path}: it holds {field.type}; leave it out")
+        keep.append(field)
     return keep
 
 

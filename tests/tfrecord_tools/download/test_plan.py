@@ -41,6 +41,29 @@ def test_missing_column_names_the_columns_and_a_preset(tmp_path: Path) -> None:
         download(odd, tmp_path / "out")
 
 
+def test_a_column_that_is_there_twice_is_not_guessed(tmp_path: Path) -> None:
+    arrays = [pa.array([f"http://x/{name}.jpg"]) for name in "abcd"]
+    pq.write_table(pa.Table.from_arrays(arrays, ["url", "caption", "twice", "twice"]), tmp_path / "u.parquet")
+    for options in ({"keep_columns": ["twice"]}, {"hash_column": "twice", "hash_kind": "md5"}):
+        with pytest.raises(UserError, match="has 2 columns 'twice': rename all but one"):
+            download(tmp_path / "u.parquet", tmp_path / "out", **options)
+
+
+def test_values_that_cannot_be_kept_are_one_line(tmp_path: Path) -> None:
+    """Types of which no table by itself says that they don't go together, and text that isn't UTF-8."""
+    (tmp_path / "urls").mkdir()
+    write_urls(tmp_path / "urls" / "0.parquet", url=["u"], caption=["a"], number=[2**53 + 1])
+    write_urls(tmp_path / "urls" / "1.parquet", url=["u"], caption=["a"], number=[0.5])
+    with pytest.raises(
+        UserError, match=r"'number' of .*0\.parquet can't be read as double \(Integer value 900719925474"
+    ):
+        fetch(tmp_path / "urls", tmp_path / "out", keep_columns=["number"], format="parquet")
+    latin = pa.StringArray.from_buffers(1, pa.py_buffer(b"\0\0\0\0\1\0\0\0"), pa.py_buffer(b"\xe9"))
+    urls = write_urls(tmp_path / "latin.parquet", url=["u"], caption=latin)
+    with pytest.raises(UserError, match=r"'caption' of .*latin\.parquet can't be read as string \(.*UTF8"):
+        fetch(urls, tmp_path / "latin", format="parquet")
+
+
 def test_columns_that_cannot_be_kept(tmp_path: Path) -> None:
     urls = write_urls(tmp_path / "u.parquet", url=["http://x/a.jpg"], caption=["a"], clipkit_width=[1], raw=[b"bytes"])
     with pytest.raises(UserError, match=r"'clipkit_width'.*clipkit's own; rename yours"):
@@ -117,6 +140,12 @@ def test_changed_table_or_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         download(urls, tmp_path / "out", format="webdataset")
     with pytest.raises(UserError, match="begun with format 'webdataset', not 'parquet'"):
         download(urls, tmp_path / "out", format="parquet", where=options["where"])
+    plan = tmp_path / "out" / "clipkit" / "plan.json"
+    before = json.loads(plan.read_text())
+    plan.write_text(json.dumps({**before, "settings": {**before["settings"], "phash column": "caption"}}))
+    with pytest.raises(KeyboardInterrupt):  # so an earlier version named a column of perceptual hashes
+        download(urls, tmp_path / "out", hash_column="caption", hash_kind="phash", **options)
+    plan.write_text(json.dumps(before))
     urls.rename(tmp_path / "renamed.parquet")
     with pytest.raises(KeyboardInterrupt):  # the same table elsewhere is the same table
         download(tmp_path / "renamed.parquet", tmp_path / "out", network=FetchSettings(connections=3), **options)

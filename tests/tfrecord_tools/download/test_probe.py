@@ -1,5 +1,6 @@
 """A probe says how a download will go, keeps nothing, and stops what would fail."""
 
+import hashlib
 import json
 import re
 from http import HTTPStatus
@@ -61,6 +62,18 @@ def test_probe_below_the_floor_stops(tmp_path: Path) -> None:
     assert "Error: only" in result.stderr.splitlines()[-1]
 
 
+def test_probe_counts_what_drop_changed_leaves_out(tmp_path: Path) -> None:
+    digests = [hashlib.md5(JPEG).hexdigest(), "0" * 32] * 2
+    with serve({"/a.jpg": Answer(JPEG)}) as base_url:
+        urls = write_urls(tmp_path / "u.parquet", url=[f"{base_url}/a.jpg"] * 4, caption=["a"] * 4, md5=digests)
+        options = {"hash_column": "md5", "hash_kind": "md5", "probe_rows": 4}
+        changed = fetch(urls, tmp_path / "dropped", drop_changed=True, **options)
+        kept = fetch(urls, tmp_path / "kept", **options)
+    assert changed.probe is not None and kept.probe is not None
+    assert (changed.probe.ok, changed.probe.failed) == (changed.downloaded, changed.failed) == (2, {"hash-changed": 2})
+    assert (kept.probe.ok, kept.downloaded) == (4, 4)
+
+
 def test_advice_names_options_that_exist() -> None:
     known = {name for command in main.commands.values() for option in command.params for name in option.opts}
     for line in [*ADVICE.values(), *LOWER.values(), *map(remedy_after_download, ADVICE)]:
@@ -84,13 +97,13 @@ def test_every_wanted_row_is_as_likely(tmp_path: Path) -> None:
     plan = plan_of(tmp_path / "urls", tmp_path / "own", "url NOT LIKE '%3'")
     counts: dict[str, int] = {}
     for seed in range(400):
-        for url, _ in sample_rows(plan, 6, seed):
+        for url, *_ in sample_rows(plan, 6, seed):
             counts[url] = counts.get(url, 0) + 1
     assert len(counts) == 36 and not any(url.endswith("3") for url in counts)
     expected = 400 * 6 / 36
     assert sum((count - expected) ** 2 / expected for count in counts.values()) < 70  # chi-squared of 35: p < 0.001
     assert sample_rows(plan, 6, 3) == sample_rows(plan, 6, 3)
-    assert sorted(url for url, _ in sample_rows(plan, 1000, 0)) == sorted(counts)
+    assert sorted(url for url, *_ in sample_rows(plan, 1000, 0)) == sorted(counts)
 
 
 def test_of_many_row_groups_some_are_opened(tmp_path: Path) -> None:
@@ -98,5 +111,5 @@ def test_of_many_row_groups_some_are_opened(tmp_path: Path) -> None:
     rows = [str(n) for n in range(400)]
     pq.write_table(pa.table({"url": rows, "caption": rows}), tmp_path / "urls" / "a.parquet", row_group_size=2)
     plan = plan_of(tmp_path / "urls", tmp_path / "own")
-    groups = {int(url) // 2 for url, _ in sample_rows(plan, 100, 0)}
+    groups = {int(url) // 2 for url, *_ in sample_rows(plan, 100, 0)}
     assert len(groups) <= MAX_ROW_GROUPS and np.ptp(list(groups)) > 150
