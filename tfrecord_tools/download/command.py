@@ -115,6 +115,11 @@ def download(
     columns = check([(table, read_schema(table, chosen.header, known)) for table in tables])
     dataset = dataset_name(name, preset, urls) if format == "tfds" else ""
     root = out / dataset / VERSION if format == "tfds" else out
+    if drop_changed and columns.hash is None and not (root / "clipkit" / "plan.json").exists():
+        raise UserError(
+            "--drop-changed needs a hash of each image, which not all tables have: name its column by --hash-column "
+            "and --hash-kind"
+        )
     if root == urls:
         raise UserError(f"{urls} is both the folder of the tables and the output: choose another output")
     output = Output(format, dataset, columns, pictures, drop_changed, samples_per_shard)

@@ -87,6 +87,8 @@ def test_columns_that_cannot_be_kept(tmp_path: Path) -> None:
         ({"retry_failed": ","}, "no reason is named"),
         ({"hash_column": "h"}, "by --hash-column and --hash-kind together"),
         ({"hash_column": "h", "hash_kind": "crc"}, "unknown hash kind 'crc'"),
+        ({"drop_changed": True}, "--drop-changed needs a hash of each image"),
+        ({"preset": "relaion2b", "drop_changed": True}, "--drop-changed needs a hash of each image"),
         ({"name": "two words"}, "--name 'two words': TFDS allows a letter"),
         ({"where": "similarity >"}, "isn't SQL that can be read"),
         ({"where": "similarity > 0.3"}, "names column 'similarity'; the table has url, caption"),
