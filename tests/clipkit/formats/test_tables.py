@@ -43,6 +43,17 @@ def test_every_kind_gives_the_same_rows(tmp_path: Path, name: str) -> None:
         assert reader.read(1, 4).to_pylist() == ROWS[1:4]
 
 
+@pytest.mark.parametrize("name", ["t.parquet", "t.csv"])
+def test_a_column_that_is_missing_or_there_twice_is_one_line(tmp_path: Path, name: str) -> None:
+    if name.endswith(".csv"):
+        (tmp_path / name).write_text("url,url\na,a\n")
+    else:
+        pq.write_table(pa.Table.from_arrays([pa.array(["a"])] * 2, ["url", "url"]), tmp_path / name)
+    for column, count in (("url", 2), ("key", 0)):
+        with pytest.raises(UserError, match=rf"{name} has {count} columns '{column}': url, url"):
+            list(read_columns(tmp_path / name, [column]))
+
+
 def test_hidden_files_are_no_tables(tmp_path: Path) -> None:
     write(tmp_path / "._a.parquet")
     path = write(tmp_path / "a.parquet")
