@@ -6,7 +6,6 @@ to be purged: so downloading, building, inspecting, purging, training and evalua
 
 import contextlib
 import errno
-import io
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -278,12 +277,10 @@ def text_batches(file: TextFile, columns: Sequence[str] = ()) -> Iterator[pa.Rec
     if file.is_empty:
         return
     reading = study(file)
-    source = file.open()
-    if reading.fields is not None:
-        source = pa.PythonFile(_Pieces(reading.fields.rewrite(file.blocks(PIECE_BYTES))), "r")
+    pieces = file.blocks() if reading.fields is None else reading.fields.rewrite(file.blocks(PIECE_BYTES))
     try:
         with pyarrow.csv.open_csv(
-            source,
+            pa.PythonFile(_Blocks(pieces), "r"),
             read_options=pyarrow.csv.ReadOptions(
                 block_size=TEXT_BLOCK_BYTES, column_names=file.names, skip_rows_after_names=int(file.has_header)
             ),
@@ -312,24 +309,28 @@ def text_batches(file: TextFile, columns: Sequence[str] = ()) -> Iterator[pa.Rec
         ) from error
 
 
-class _Pieces(io.RawIOBase):
-    """Pieces of bytes as a file."""
+class _Blocks:
+    """Pieces of bytes as the file that Arrow reads, a block at a time, of which none ends in a carriage return.
+
+    Arrow takes a line feed that begins a block for the other half of a line's end, also within quotes, and drops it.
+    """
+
+    closed = False
 
     def __init__(self, pieces: Iterator[bytes]) -> None:
         self.pieces, self.rest = pieces, b""
 
-    def readable(self) -> bool:
-        return True
+    def read(self, _: int) -> bytes:
+        """The next block, whatever its size; b"" at the end."""
+        block, self.rest = self.rest, b""
+        while len(block) < 2 and (piece := next(self.pieces, None)) is not None:
+            block += piece
+        if len(block) > 1 and block.endswith(b"\r"):
+            block, self.rest = block[:-1], b"\r"
+        return block
 
-    def readinto(self, buffer: Any) -> int:
-        while not self.rest:
-            piece = next(self.pieces, None)
-            if piece is None:
-                return 0
-            self.rest = piece
-        count = min(len(buffer), len(self.rest))
-        buffer[:count], self.rest = self.rest[:count], self.rest[count:]
-        return count
+    def close(self) -> None:
+        """Nothing: the pieces' file closes itself."""
 
 
 # ---- JSON lines ------------------------------------------------------------------------------------------------------

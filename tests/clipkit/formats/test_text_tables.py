@@ -14,6 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from clipkit.errors import UserError
+from clipkit.formats import tables as tables_module
+from clipkit.formats import text_file, text_quotes
 from clipkit.formats.tables import read_columns
 from clipkit.formats.text_file import Quoting
 from clipkit.tfrecord_tools.tables.copies import copy_tables
@@ -104,6 +106,19 @@ def test_any_table_reads_back_or_is_refused(
     except UserError:
         return
     assert found == rows, path.read_bytes()
+
+
+@pytest.mark.parametrize("quoting", ["csv", "backslash"])
+def test_a_line_end_in_a_field_may_lie_on_the_border_of_two_blocks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quoting: Quoting
+) -> None:
+    for module in (tables_module, text_file, text_quotes):
+        monkeypatch.setattr(module, "TEXT_BLOCK_BYTES", 64)
+        monkeypatch.setattr(module, "PIECE_BYTES", 32, raising=False)
+    for length in range(48):
+        rows = [[f"{row}", "x" * length + "\r\ny"] for row in range(20)]
+        WRITERS["python all"](tmp_path / "t.csv", ["url", "caption"], rows)
+        assert read(tmp_path / "t.csv", ["url", "caption"], quoting) == rows
 
 
 ORDINARY = [["http://x/1.jpg", 'He said "hi"'], ["http://x/2.jpg", "a, b"], ["http://x/3.jpg", "plain"]]
