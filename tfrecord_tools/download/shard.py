@@ -86,12 +86,13 @@ class OpenShard:
         files = self.settings.layout.files(self.job.shard.number)
         state = load_state(files)
         self.round = max(self.round, 0 if state is None else state.round)
-        outcomes: list[RowOutcome | None] = list(read_ledger(files.ledger))
-        stored = [i for i, outcome in enumerate(outcomes) if outcome is not None and outcome.reason is None]
+        known = read_ledger(files.ledger)
+        stored = [i for i, outcome in enumerate(known) if outcome.reason is None]
         for i, jpg in zip(stored, read_images(self.settings.output.format, files.data), strict=True):
-            self.keep(i, jpg)
+            self.places[i] = self.spool.append(jpg)
         again = self.job.retry or frozenset()
-        return [None if outcome is not None and outcome.reason in again else outcome for outcome in outcomes]
+        is_tried = [url is not None and o.reason in again for url, o in zip(self.urls, known, strict=True)]
+        return [None if tried else outcome for tried, outcome in zip(is_tried, known, strict=True)]
 
     def take(self, outcome: FetchOutcome, make: PictureMaker) -> None:
         """Complete the outcome of a row: make a picture of its body, and keep it."""
@@ -123,11 +124,7 @@ class OpenShard:
                 outcome.reason, outcome.message = reasons.HASH_CHANGED, f"the table's hash: {outcome.hash_check}"
                 return
         outcome.jpg_bytes = len(picture.jpg)
-        self.keep(outcome.index, picture.jpg)
-
-    def keep(self, i: int, jpg: bytes) -> None:
-        """Put the image of row `i` into the spool. Raises UserError when the disk is full."""
-        self.places[i] = self.spool.append(jpg)
+        self.places[outcome.index] = self.spool.append(picture.jpg)
 
     def image(self, i: int) -> bytes:
         """The stored bytes of row `i`."""

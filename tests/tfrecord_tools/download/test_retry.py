@@ -70,6 +70,15 @@ def test_rows_without_a_reason_to_pass_are_left_alone(tmp_path: Path, monkeypatc
     assert not (summary.out / "clipkit" / "retry.json").exists()
 
 
+@pytest.mark.parametrize("format", ["tfds", "webdataset"])
+def test_rows_without_a_url_stay_as_they_are(tmp_path: Path, format: str) -> None:
+    with serve({"/a.jpg": GOOD}) as base_url:
+        urls = write_urls(tmp_path / "u.parquet", url=[f"{base_url}/a.jpg", None, "nonsense"], caption=list("abc"))
+        summary = fetch(urls, tmp_path / "out", format=format)
+        again = fetch(urls, tmp_path / "out", format=format, retry_failed="bad-url")
+    assert (again.downloaded, again.failed) == (summary.downloaded, summary.failed) == (1, {"bad-url": 2})
+
+
 def test_a_retry_comes_with_what_was_missing(tmp_path: Path) -> None:
     """A run that was killed and is now told to retry fetches both: the shards not made, and the rows that failed."""
     with serve({path: BUSY if path == "/0.jpg" else GOOD for path in PATHS}) as base_url:
