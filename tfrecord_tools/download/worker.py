@@ -123,7 +123,7 @@ class ShardReader(ExitStack):
 
 
 class FetchLoop:
-    """A Fetcher in a thread of its own, for as long as the process lives."""
+    """A Fetcher in a thread of its own, for as long as the process lives: get it by `fetch_loop`."""
 
     def __init__(self, settings: FetchSettings) -> None:
         """Raises UserError for invalid settings."""
@@ -137,10 +137,7 @@ class FetchLoop:
         return asyncio.run_coroutine_threadsafe(self.fetcher.fetch_many(rows, handle), self.loop)
 
 
-@cache
-def fetch_loop(settings: FetchSettings) -> FetchLoop:
-    """The process's loop for these settings."""
-    return FetchLoop(settings)
+fetch_loop = cache(FetchLoop)
 
 
 @cache

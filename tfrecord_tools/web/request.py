@@ -67,7 +67,8 @@ class Exchange:
         except CodingError as error:
             outcome.reason, outcome.message = reasons.NOT_AN_IMAGE, str(error)
         except (aiohttp.ClientError, OSError, ValueError) as error:
-            fail(outcome, error, self.settings.timeout)
+            outcome.reason, outcome.message, outcome.passing = explain(error, self.settings.timeout)
+            outcome.starved = outcome.passing and outcome.reason == reasons.OTHER
         finally:
             # Of a body that was read to its end the connection has gone back already.
             if response is not None:
@@ -205,12 +206,6 @@ def parse_wait(header: str | None) -> float | None:
 # ---------------------------------------------------------------------------------------------------------------------
 # Errors of the network
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def fail(outcome: FetchOutcome, error: Exception, timeout: float) -> None:
-    """Note in `outcome` why a request ended in an error."""
-    outcome.reason, outcome.message, outcome.passing = explain(error, timeout)
-    outcome.starved = outcome.passing and outcome.reason == reasons.OTHER
 
 
 def explain(error: Exception, timeout: float) -> tuple[str, str, bool]:

@@ -12,7 +12,7 @@ import socket
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Protocol
+from typing import Any
 
 from aiohttp.abc import AbstractResolver, ResolveResult
 
@@ -42,16 +42,6 @@ class UnresolvedError(OSError):
         self.passing = passing
 
 
-class Backend(Protocol):
-    """Somebody to ask. Raises UnresolvedError."""
-
-    async def ask(self, host: str) -> tuple[list[str], float]:
-        """The addresses of a host and for how many seconds they hold."""
-        ...
-
-    async def close(self) -> None: ...
-
-
 class SystemBackend:
     """The system's resolver (with /etc/hosts), in threads of its own."""
 
@@ -59,6 +49,7 @@ class SystemBackend:
         self.threads = ThreadPoolExecutor(SYSTEM_THREADS, thread_name_prefix="resolver")
 
     async def ask(self, host: str) -> tuple[list[str], float]:
+        """The addresses of a host and for how many seconds they hold. Raises UnresolvedError."""
         loop = asyncio.get_running_loop()
         try:
             found = await loop.run_in_executor(self.threads, system_lookup, host)
@@ -96,6 +87,7 @@ class ServerBackend:
         self.no_data = pycares.errno.ARES_ENODATA
 
     async def ask(self, host: str) -> tuple[list[str], float]:
+        """As `SystemBackend.ask`."""
         from aiodns.error import DNSError
 
         for family in (socket.AF_INET, socket.AF_INET6):
@@ -147,7 +139,7 @@ class Resolver(AbstractResolver):
         report: Callable[[bool], None] = lambda failed: None,
     ) -> None:
         check_resolvers(servers)
-        self.backends: list[Backend] = [ServerBackend(server) for server in servers] or [SystemBackend()]
+        self.backends = [ServerBackend(server) for server in servers] or [SystemBackend()]
         self.allow_private = allow_private
         self.patience = patience
         self.report = report

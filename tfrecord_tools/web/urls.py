@@ -23,10 +23,6 @@ class BadUrlError(ValueError):
     """A text that is not the URL of an image; the message says why, without the text."""
 
 
-class RefusedSchemeError(BadUrlError):
-    """A URL, but neither http nor https."""
-
-
 @dataclass(frozen=True, slots=True)
 class WebUrl:
     """A URL ready to be asked for, and the host that it belongs to: lower case, ASCII, no trailing dot, no port."""
@@ -36,7 +32,7 @@ class WebUrl:
 
 
 def parse_url(text: str) -> WebUrl:
-    """Read a URL from a table. Raises BadUrlError (RefusedSchemeError for file:, ftp:, data: and the like)."""
+    """Read a URL from a table. Raises BadUrlError, for file:, ftp:, data: and the like too."""
     text = text.strip(" \t\r\n\f\v\0")
     if len(text) > MAX_CHARACTERS:
         raise BadUrlError(f"longer than {MAX_CHARACTERS} characters")
@@ -47,7 +43,7 @@ def parse_url(text: str) -> WebUrl:
         raise BadUrlError("no http:// or https:// in front")
     scheme = parts["scheme"].lower()
     if scheme not in SCHEMES:
-        raise RefusedSchemeError(f"scheme {scheme[:20]} is neither http nor https")
+        raise BadUrlError(f"scheme {scheme[:20]} is neither http nor https")
     userinfo, _, hostport = parts["authority"].rpartition("@")
     authority, host = ascii_authority(scheme, hostport)
     if userinfo:
