@@ -36,45 +36,54 @@ class Reading:
     `fields` writes the file as `csv` first, where Arrow couldn't read it as it is.
     """
 
-    quoted: bool
-    newlines: bool = False
+    quoted: bool = True
+    newlines: bool = True
     fields: "Fields | None" = None
 
 
 def study(table: TextFile) -> Reading:
     """Scan the whole file to find out how to parse it. Raises UserError if that is ambiguous or the file malformed."""
+    if table.quoting == "backslash":
+        return Reading(fields=Fields(table, "backslash"))
     scan = Scan(table)
     is_legal = scan.run()
-    escapes = scan.lone_returns
-    if table.quoting == "none":
-        return Reading(True, True, Fields(table, "none")) if escapes else Reading(False)
-    if table.quoting == "backslash":
-        return Reading(True, True, Fields(table, "backslash"))
+    if is_legal and table.quoting == "auto":
+        scan.refuse_doubts()
+    if table.quoting == "none" or (is_legal and not scan.quotes):
+        return _without_quotes(table, scan.lone_returns)
     if is_legal:
-        if table.quoting == "auto":
-            scan.refuse_doubts(table)
-        if not scan.quotes:
-            return Reading(True, True, Fields(table, "none")) if escapes else Reading(False)
-        return Reading(True, scan.newlines, Fields(table, "csv") if escapes else None)
+        return Reading(newlines=scan.newlines, fields=Fields(table, "csv") if scan.lone_returns else None)
     if table.quoting == "auto":
         fields = Fields(table, "backslash", strict=True)
-        if scan.escaped_quotes and fields.passes():
+        if _has_escaped_quotes(table) and fields.passes():
             refuse_mixed(table, fields.line_ends)
             if fields.pairs and not fields.plain:
                 raise _backslash_doubt(table)
-            return Reading(True, True, Fields(table, "backslash"))
+            return Reading(fields=Fields(table, "backslash"))
         if table.delimiter == b"\t":
             fields = Fields(table, "lone")
             fields.check()
             refuse_mixed(table, fields.line_ends)
-            if not fields.whole:
-                return Reading(True, True, Fields(table, "none")) if fields.returns else Reading(False)
-            return Reading(True, True, Fields(table, "lone"))
+            return Reading(fields=fields) if fields.whole else _without_quotes(table, fields.returns)
     fields = Fields(table, "csv")
     fields.check()
     if table.quoting == "auto":
         refuse_mixed(table, fields.line_ends)
-    return Reading(True, True, fields if fields.returns else None)
+    return Reading(fields=fields if fields.returns else None)
+
+
+def _without_quotes(table: TextFile, has_lone_returns: bool) -> Reading:
+    """How to read a file in which quotes are characters."""
+    return Reading(fields=Fields(table, "none")) if has_lone_returns else Reading(quoted=False, newlines=False)
+
+
+def _has_escaped_quotes(table: TextFile) -> bool:
+    tail = b""
+    for block in table.blocks():
+        if b'\\"' in tail + block:
+            return True
+        tail = block[-1:]
+    return False
 
 
 def _backslash_doubt(table: TextFile) -> UserError:
@@ -115,14 +124,6 @@ class Scan:
 
     def run(self) -> bool:
         """Look at the file to its end; whether its quotes are legal. Stops where they aren't."""
-        if self.table.quoting == "backslash":
-            return False
-        is_legal = self._run()
-        if not is_legal:
-            self.escaped_quotes = self._has_escaped_quotes()
-        return is_legal
-
-    def _run(self) -> bool:
         rest = b""
         for block in self.table.blocks():
             data = rest + block
@@ -137,14 +138,6 @@ class Scan:
             end = b"" if rest.endswith(self.table.newline) else end
             return self._add(rest + end) == len(rest + end)
         return True
-
-    def _has_escaped_quotes(self) -> bool:
-        tail = b""
-        for block in self.table.blocks():
-            if b'\\"' in tail + block:
-                return True
-            tail = block[-1:]
-        return False
 
     def _add(self, data: bytes) -> int | None:
         """Look at the whole records of some bytes that begin with one: where they end. None where one isn't legal."""
@@ -243,8 +236,9 @@ class Scan:
                 self.doubt = self.offset + begin
         return True
 
-    def refuse_doubts(self, table: TextFile) -> None:
+    def refuse_doubts(self) -> None:
         """Raise UserError where a file whose quotes are legal could be read in another way as well."""
+        table = self.table
         if self.doubt is not None and self.all_rows:
             with table.open() as file:
                 line = file.read(self.doubt).count(b"\n") + 1
