@@ -146,7 +146,8 @@ class PictureMaker:
         try:
             return self.make(body)
         except ImageError as error:
-            raise PictureError(reason_of(str(error)), str(error)) from error
+            reason = reasons.TRUNCATED if "truncated" in str(error) else reasons.NOT_AN_IMAGE
+            raise PictureError(reason, str(error)) from error
         except MemoryError as error:
             raise PictureError(reasons.OTHER, "the memory is too small to decode the image") from error
 
@@ -170,13 +171,12 @@ class PictureMaker:
         if found.is_odd:
             if found.format == "JPEG":
                 check_jpeg(body, found.height, found.width)
-            bitmap = Bitmap(decode_odd(body, found.is_grey, self.settings.max_pixels))
+            jpg, sides = self.resized(Bitmap(decode_odd(body, found.is_grey, self.settings.max_pixels)))
         elif not changes and check_jpeg(body, found.height, found.width):
-            height, width = found.height, found.width
-            return Picture(body, width, height, width, height, found.exif, sha256(body), found.format)
+            jpg, sides = body, (found.width, found.height, found.width, found.height)
         else:
-            bitmap = Bitmap(decode_jpeg(body))
-        return self.resized(body, bitmap, found)
+            jpg, sides = self.resized(Bitmap(decode_jpeg(body)))
+        return Picture(jpg, *sides, found.exif, hashlib.sha256(body).hexdigest(), found.format)
 
     def read_header(self, body: bytes) -> Header:
         """What Pillow says of a file before it decodes it. Raises PictureError and ImageError."""
@@ -217,14 +217,14 @@ class PictureMaker:
             message = f"{width} x {height} pixels: longer than {limit.max_aspect_ratio:g} to 1"
             raise PictureError(reasons.ASPECT_RATIO, message)
 
-    def resized(self, body: bytes, bitmap: Bitmap, found: Header) -> Picture:
-        """The picture as img2dataset's Resizer resizes and encodes it."""
+    def resized(self, bitmap: Bitmap) -> tuple[bytes, tuple[int, int, int, int]]:
+        """The picture as img2dataset's Resizer resizes and encodes it: its width and height, and those before."""
         self.check_result(bitmap.height, bitmap.width)
         jpg, width, height, original_width, original_height, error = self.resize(bitmap)
         if error is not None:
             message = f"img2dataset can't resize it: {' '.join(str(error).split())}"
             raise PictureError(reasons.OTHER, message)
-        return Picture(jpg, width, height, original_width, original_height, found.exif, sha256(body), found.format)
+        return jpg, (width, height, original_width, original_height)
 
     def check_result(self, height: int, width: int) -> None:
         """Raise PictureError where a long strip would be enlarged beyond all measure, or beyond what a JPEG holds."""
@@ -236,13 +236,3 @@ class PictureMaker:
         if longer > JPEG_MAX_SIDE or (scale > 1 and pixels > self.settings.max_pixels):
             message = f"{width} x {height} pixels would become {longer:.0f} long, more than a JPEG should be"
             raise PictureError(reasons.ASPECT_RATIO, message)
-
-
-def sha256(body: bytes) -> str:
-    """The digest in hex digits."""
-    return hashlib.sha256(body).hexdigest()
-
-
-def reason_of(message: str) -> str:
-    """The reason behind an ImageError: cut off, where the decoder says so, else no image."""
-    return reasons.TRUNCATED if "truncated" in message else reasons.NOT_AN_IMAGE
