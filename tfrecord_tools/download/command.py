@@ -115,11 +115,6 @@ def download(
     columns = check([(table, read_schema(table, chosen.header, known)) for table in tables])
     dataset = dataset_name(name, preset, urls) if format == "tfds" else ""
     root = out / dataset / VERSION if format == "tfds" else out
-    if drop_changed and columns.hash is None and not (root / "clipkit" / "plan.json").exists():
-        raise UserError(
-            "--drop-changed needs a hash of each image, which not all tables have: name its column by --hash-column "
-            "and --hash-kind"
-        )
     if root == urls:
         raise UserError(f"{urls} is both the folder of the tables and the output: choose another output")
     output = Output(format, dataset, columns, pictures, drop_changed, samples_per_shard)
@@ -127,7 +122,7 @@ def download(
     network = dataclasses.replace(network, per_host=max(1, network.per_host // (processes or 1)))
     require_writable(root)
     with lock(root / "clipkit"), disk_errors(root):
-        check_output(root)
+        check_output(root, output)
         refuse_unfinished_rewrite(root)
         refuse_added_captions(root)
         plan = make_plan(urls, tables, output, where, root / "clipkit", check)
@@ -178,10 +173,15 @@ def dataset_name(name: str | None, preset: str | None, urls: Path) -> str:
     return check_name(name, "--name")
 
 
-def check_output(root: Path) -> None:
-    """Raise UserError when the output holds something that isn't a download of ours."""
+def check_output(root: Path, output: Output) -> None:
+    """Raise UserError when a download can't begin here: there is something else, or nothing to see a change by."""
     if (root / "clipkit" / "plan.json").exists():
         return
+    if output.drop_changed and output.columns.hash is None:
+        raise UserError(
+            "--drop-changed needs a hash of each image, which not all tables have: name its column by --hash-column "
+            "and --hash-kind"
+        )
     # Without our memory, shards here are someone else's: img2dataset's, or the output was mistyped.
     strange = next((path for pattern in STRANGE for path in root.glob(pattern)), None)
     if strange is not None:
