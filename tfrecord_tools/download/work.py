@@ -39,6 +39,7 @@ BATCH_SHARDS_OF_CLUSTER = 4
 BATCHES_PER_WORKER = 4
 OVERLAPPING = 4  # shards of a batch, at least, so that one is fetched while another is written
 STORE_THREADS = 16
+RETRY_FILE = "retry.json"  # number and reasons of a retry under way
 # What a download reports too, and no retry changes.
 NOT_RETRIED = {
     EMPTY_CAPTION: "a dataset takes no pair without a caption: choose --format webdataset and another output",
@@ -80,11 +81,10 @@ class Download:
         states = [state if whole else None for state, whole in found]
         jobs = [DownloadJob(shard) for shard, state in zip(shards, states, strict=True) if state is None]
         if again is not None:
-            retry = begin_retry(layout.own, again, states)
-            settings = dataclasses.replace(settings, round=retry.round)
-            jobs += retry_jobs(shards, states, retry)
+            settings = dataclasses.replace(settings, round=begin_retry(layout.own, again, states))
+            jobs += retry_jobs(shards, states, again, settings.round)
         if not jobs and finished:
-            end_retry(layout.own)
+            remove(layout.own / RETRY_FILE)
             return summarise(layout, self.plan, [state for state in states if state is not None])
         # Take back what says that all is there, on which other stages rely.
         for path in (layout.own / "download.json", layout.root / "dataset_info.json"):
@@ -187,7 +187,7 @@ class Download:
             write_dataset(layout, self.plan, states)
         settings = settings_of(self.settings.output, self.where)
         write_json(layout.own / "download.json", {**summary.to_json(), "urls": self.urls, "settings": settings})
-        end_retry(layout.own)
+        remove(layout.own / RETRY_FILE)  # nothing is left to do of a retry
         return summary
 
 
@@ -217,14 +217,6 @@ def counts_before(jobs: Sequence[DownloadJob], states: Sequence[DownloadState | 
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Retry:
-    """A retry under way: its number, from 1, and the reasons whose rows are fetched again."""
-
-    round: int
-    reasons: frozenset[str]
-
-
 def parse_reasons(text: str, allow_private_hosts: bool = False) -> frozenset[str]:
     """Reasons separated by commas. Raises UserError for an unknown one, and for one that no retry changes.
 
@@ -243,31 +235,25 @@ def parse_reasons(text: str, allow_private_hosts: bool = False) -> frozenset[str
     return frozenset(named)
 
 
-def begin_retry(own: Path, reasons: frozenset[str], states: Iterable[DownloadState | None]) -> Retry:
-    """Go on with the retry that was killed, if it was one for the same reasons, or begin the next."""
-    path = own / "retry.json"
+def begin_retry(own: Path, reasons: frozenset[str], states: Iterable[DownloadState | None]) -> int:
+    """The number, from 1, of the retry that was killed, if it was one for the same reasons, or of the next."""
+    path = own / RETRY_FILE
     latest = max((state.round for state in states if state is not None), default=0)
     if path.exists():
         before = read_json(path)
         if before.get("reasons") == sorted(reasons):
-            return Retry(int(before["round"]), reasons)
+            return int(before["round"])
         latest = max(latest, int(before["round"]))
-    retry = Retry(latest + 1, reasons)
-    write_json(path, {"round": retry.round, "reasons": sorted(reasons)})
-    return retry
-
-
-def end_retry(own: Path) -> None:
-    """Forget a retry of which nothing is left to do."""
-    remove(own / "retry.json")
+    write_json(path, {"round": latest + 1, "reasons": sorted(reasons)})
+    return latest + 1
 
 
 def retry_jobs(
-    shards: Iterable[DownloadShard], states: Iterable[DownloadState | None], retry: Retry
+    shards: Iterable[DownloadShard], states: Iterable[DownloadState | None], reasons: frozenset[str], round: int
 ) -> list[DownloadJob]:
     """The shards that a retry has not reached and that have rows for it."""
     return [
-        DownloadJob(shard, retry.reasons)
+        DownloadJob(shard, reasons)
         for shard, state in zip(shards, states, strict=True)
-        if state is not None and state.round < retry.round and retry.reasons & set(state.failed)
+        if state is not None and state.round < round and reasons & set(state.failed)
     ]

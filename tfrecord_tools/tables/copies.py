@@ -157,17 +157,15 @@ class _TextCopy:
 
     def typed(self) -> Iterator[pa.RecordBatch]:
         """The rows, until a column that was written turns out to be wider."""
-        is_written = False
         with ThreadPoolExecutor(_THREADS) as pool:
-            for batch in text_batches(self.file):
+            for number, batch in enumerate(text_batches(self.file)):
                 names = batch.schema.names
                 before = [self.columns[name] for name in names]
                 found = list(pool.map(_typed, batch.columns, before))
                 self.columns.update({name: column for name, (column, _) in zip(names, found, strict=True)})
                 is_wider = any(column.kind != old.kind for (column, _), old in zip(found, before, strict=True))
-                self.widened = self.widened or (is_wider and is_written)
+                self.widened = self.widened or (is_wider and number > 0)
                 if not self.widened:
-                    is_written = True
                     yield pa.RecordBatch.from_arrays([array for _, array in found], names=names)
 
 

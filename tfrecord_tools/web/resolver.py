@@ -139,7 +139,8 @@ class Resolver(AbstractResolver):
         report: Callable[[bool], None] = lambda failed: None,
     ) -> None:
         check_resolvers(servers)
-        self.backends = [ServerBackend(server) for server in servers] or [SystemBackend()]
+        self.backends: list[SystemBackend | ServerBackend]
+        self.backends = [ServerBackend(server) for server in servers] if servers else [SystemBackend()]
         self.allow_private = allow_private
         self.patience = patience
         self.report = report

@@ -17,7 +17,7 @@ from clipkit.tfrecord_tools.account.shard_state import DownloadState
 from clipkit.tfrecord_tools.download import work
 from clipkit.tfrecord_tools.download.plan import DownloadShard
 from clipkit.tfrecord_tools.download.progress import NAMES
-from clipkit.tfrecord_tools.download.work import NOT_RETRIED, Retry, begin_retry, end_retry, parse_reasons, retry_jobs
+from clipkit.tfrecord_tools.download.work import NOT_RETRIED, RETRY_FILE, begin_retry, parse_reasons, retry_jobs
 from clipkit.tfrecord_tools.reasons import DEFAULT_RETRY
 
 GOOD, BUSY, GONE = Answer(JPEG), Answer(b"", status=HTTPStatus.BAD_GATEWAY), Answer(b"", status=HTTPStatus.NOT_FOUND)
@@ -102,17 +102,16 @@ def state(round: int = 0, **failed: int) -> DownloadState:
 def test_a_killed_retry_goes_on_where_it_was(tmp_path: Path) -> None:
     shards = [DownloadShard(number, Path("t"), 0, 10, 10) for number in range(4)]
     states = [state(dns=1), state(http_4xx=2), None, state(1, dns=1)]
-    retry = begin_retry(tmp_path, frozenset({"dns"}), states)
-    assert retry == Retry(2, frozenset({"dns"}))
-    assert [job.shard.number for job in retry_jobs(shards, states, retry)] == [0, 3]
+    dns, more = frozenset({"dns"}), frozenset({"dns", "http-4xx"})
+    assert begin_retry(tmp_path, dns, states) == 2
+    assert [job.shard.number for job in retry_jobs(shards, states, dns, 2)] == [0, 3]
     states[0] = state(2, dns=1)  # it failed again
-    assert begin_retry(tmp_path, frozenset({"dns"}), states) == retry
-    assert [job.shard.number for job in retry_jobs(shards, states, retry)] == [3]
-    other = begin_retry(tmp_path, frozenset({"dns", "http-4xx"}), states)
-    assert other.round == 3
-    assert [job.shard.number for job in retry_jobs(shards, states, other)] == [0, 1, 3]
-    end_retry(tmp_path)
-    assert begin_retry(tmp_path, frozenset({"dns"}), states).round == 3
+    assert begin_retry(tmp_path, dns, states) == 2
+    assert [job.shard.number for job in retry_jobs(shards, states, dns, 2)] == [3]
+    assert begin_retry(tmp_path, more, states) == 3
+    assert [job.shard.number for job in retry_jobs(shards, states, more, 3)] == [0, 1, 3]
+    (tmp_path / RETRY_FILE).unlink()
+    assert begin_retry(tmp_path, dns, states) == 3
 
 
 def test_reasons_by_name() -> None:
