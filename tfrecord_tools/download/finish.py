@@ -82,14 +82,11 @@ def summarise(layout: DownloadLayout, plan: DownloadPlan, states: Sequence[Downl
 
 def split_manifest(layout: DownloadLayout, plan: DownloadPlan, states: Sequence[DownloadState]) -> SplitManifest:
     """The account of all shards; the source of each is the table whose rows it has."""
-    sizes: dict[Path, int] = {}
+    tables = {rows: (table.name, table.stat().st_size) for rows, table in plan.sources.items()}
     shards = []
     for shard, state in zip(plan.shards, states, strict=True):
-        if shard.table not in sizes:
-            sizes[shard.table] = shard.table.stat().st_size
-        source = SourceEntry(
-            shard.table.name, sizes[shard.table], state.count, state.successes, dict(sorted(state.failed.items()))
-        )
+        failed = dict(sorted(state.failed.items()))
+        source = SourceEntry(*tables[shard.table], state.count, state.successes, failed)
         formats = {"jpeg": state.successes} if state.successes else {}
         file = layout.files(shard.number).data.name
         shards.append(ShardEntry(file, state.successes, state.sizes["data"], state.crc32c, (source,), formats))

@@ -54,12 +54,16 @@ class DownloadShard:
 
 @dataclass(frozen=True)
 class DownloadPlan:
-    """The shards to make. `rows` counts the wanted rows of all tables, `left_out` the others."""
+    """The shards to make. `rows` counts the wanted rows of all tables, `left_out` the others.
+
+    `sources` are the user's tables by the parquet files that are read in their place, themselves or copies.
+    """
 
     output: Output
     shards: tuple[DownloadShard, ...]
     rows: int
     left_out: int
+    sources: dict[Path, Path]
 
 
 @dataclass(frozen=True)
@@ -127,7 +131,8 @@ def make_plan(
     known = [mask if where is not None else None for mask in masks]
     shards = tuple(cut(paths, before["rows"], known, output.samples_per_shard))
     wanted_rows = sum(before["wanted"])
-    return DownloadPlan(output, shards, wanted_rows, sum(before["rows"]) - wanted_rows)
+    left_out = sum(before["rows"]) - wanted_rows
+    return DownloadPlan(output, shards, wanted_rows, left_out, dict(zip(paths, tables, strict=True)))
 
 
 def settings_of(output: Output, where: str | None) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from clipkit.cli.demo_server import Answer, serve
 from clipkit.errors import UserError
+from clipkit.formats.manifest import read_manifest
 from clipkit.tfrecord_tools.build.command import build_tfds
 from clipkit.tfrecord_tools.purge.command import purge
 from clipkit.tfrecord_tools.tables.url_table import OWN_NAMES
@@ -110,6 +111,9 @@ def test_a_text_table_with_columns_of_the_same_names(tmp_path: Path, base_url: s
         assert record["clipkit_url"] == f"{base_url}/{row}.jpg"
         assert (record["clipkit_width"], record["clipkit_height"]) == (38, 32)
         assert "clipkit_status" not in record
+    if format == "tfds":  # and not the copy of the table, from which the rows were read
+        (source,) = [source for shard in read_manifest(out)["train"].shards for source in shard.sources]
+        assert (source.file, source.bytes) == ("t.csv", (tmp_path / "t.csv").stat().st_size)
     (tmp_path / "list.csv").write_text(f"url\n{base_url}/1.jpg\n")
     assert purge(root, tmp_path / "list.csv").records == 1
     assert [record["txt"] for record in examples(root)] == ["words 0", "words 2"]
