@@ -17,7 +17,8 @@ from support.pictures import captions
 from torch import Tensor
 
 from clipkit.config import set_values
-from clipkit.interop.openclip import load_openclip
+from clipkit.interop.openclip import convert
+from clipkit.model.clip import allocate, load_state
 from clipkit.model.config import vit_b16
 from clipkit.model.text_tower import length_buckets
 from clipkit.text.tokenizer import Tokenizer
@@ -28,7 +29,8 @@ Side = Callable[[], Tensor]
 def sides_of(theirs: torch.nn.Module, ids_BT: Tensor) -> dict[str, Side]:
     """Each side's way from the batch to its vectors [B, E]; prints the share of padding, and holds them to be equal."""
     tokens = ids_BT.shape[1]
-    model = load_openclip(set_values(vit_b16(), [f"text.context_length={tokens}"]), theirs.state_dict())
+    model = allocate(set_values(vit_b16(), [f"text.context_length={tokens}"]))
+    load_state(model, convert(theirs.state_dict(), model.config))
     length_B = ids_BT.numpy().argmax(axis=1) + 1  # on the host, as the loader has them
     buckets = length_buckets(length_B)
     computed = sum(bucket.rows * bucket.tokens for bucket in buckets)

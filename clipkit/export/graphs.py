@@ -1,6 +1,5 @@
 """ONNX: a graph for each tower, whose batch may be of any size, and `clipkit.json` with all else that it takes."""
 
-import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from torch.nn import functional as F
 from clipkit.embedding.encoder import Encoder
 from clipkit.export.parity import Peer
 from clipkit.model.clip import CLIP, into_space
+from clipkit.storage.files import write_json
 
 
 class Tower(nn.Module):
@@ -30,21 +30,12 @@ def write(encoder: Encoder, model: CLIP, folder: Path) -> None:
     """Write `image.onnx`, from normalised float32 pixels [B, 3, S, S], and `text.onnx`, from int64 ids [B, T], to unit
     vectors; weights of more than 2 GB lie beside them."""
     size, length = encoder.preprocess.size, encoder.context_length
-    towers: tuple[tuple[str, nn.Module, str, Tensor], ...] = (
-        (
-            "image",
-            Tower(model.image, model.image_projection, model.image_head),
-            "pixels",
-            torch.zeros(2, 3, size, size),
-        ),
-        (
-            "text",
-            Tower(model.text, model.text_projection, model.text_head),
-            "ids",
-            torch.ones(2, length, dtype=torch.int64),
-        ),
-    )
-    for name, tower, given, example in towers:
+    image = Tower(model.image, model.image_projection, model.image_head)
+    text = Tower(model.text, model.text_projection, model.text_head)
+    for name, tower, given, example in (
+        ("image", image, "pixels", torch.zeros(2, 3, size, size)),
+        ("text", text, "ids", torch.ones(2, length, dtype=torch.int64)),
+    ):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the exporter's own imports
             torch.onnx.export(
@@ -68,7 +59,7 @@ def write(encoder: Encoder, model: CLIP, folder: Path) -> None:
         "logit_scale": model.logit_scale.exp().item(),
         "logit_bias": None if model.logit_bias is None else model.logit_bias.item(),
     }
-    (folder / "clipkit.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "clipkit.json", settings)
 
 
 def check(model: CLIP) -> None:

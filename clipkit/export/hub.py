@@ -1,6 +1,5 @@
 """transformers' folder: a CLIPModel or a SiglipModel with its image processor and its tokenizer."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,25 +12,22 @@ from clipkit.interop.tokenizer_files import write_clip_files
 from clipkit.interop.transformers import Kind, their_config, their_preprocess, to_theirs
 from clipkit.model.clip import CLIP
 from clipkit.model.timm_tower import TimmTower
+from clipkit.storage.files import read_json, write_json
 
 
 def write(encoder: Encoder, model: CLIP, folder: Path) -> None:
     """Write the folder of a model that passes `check`."""
     kind = kind_of(model)
-    files = {
-        "config.json": their_config(model, kind),
-        "preprocessor_config.json": their_preprocess(encoder.preprocess, kind),
-    }
     tensors = {name: tensor.contiguous() for name, tensor in to_theirs(model, kind).items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    for name, values in files.items():
-        (folder / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "config.json", their_config(model, kind))
+    write_json(folder / "preprocessor_config.json", their_preprocess(encoder.preprocess, kind))
     if kind == "clip":
         write_clip_files(folder, encoder.context_length)
         return
     (folder / "spiece.model").write_bytes(getattr(encoder.tokenizer, "vocabulary", None) or b"")
     settings = {"tokenizer_class": "SiglipTokenizer", "model_max_length": encoder.context_length, "do_lower_case": True}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=1), encoding="utf-8")
+    write_json(folder / "tokenizer_config.json", settings)
 
 
 def check(model: CLIP) -> None:
@@ -72,7 +68,7 @@ def open_peer(folder: Path) -> Peer:
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    is_clip = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"] == "clip"
+    is_clip = read_json(folder / "config.json")["model_type"] == "clip"
     offline: dict[str, Any] = {"local_files_only": True}
     model = transformers.AutoModel.from_pretrained(folder, **offline).eval()
     tokenizer = (transformers.CLIPTokenizer if is_clip else transformers.SiglipTokenizer).from_pretrained(

@@ -1,6 +1,5 @@
 """timm's folder: the image tower, its projection as the classifier; `timm.create_model("local-dir:…")` loads it."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from clipkit.model.clip import CLIP
 from clipkit.model.config import exact_ratio
 from clipkit.model.image_tower import ConvStem
 from clipkit.model.timm_tower import TimmTower
+from clipkit.storage.files import write_json
 
 # Of timm's plain vision transformers, one for each epsilon of its norms.
 PLAIN = {1e-6: "vit_base_patch16_224", 1e-5: "vit_base_patch16_clip_224"}
@@ -39,8 +39,7 @@ def write(encoder: Encoder, model: CLIP, folder: Path) -> None:
         **{key: tower.pretrained_cfg[key] for key in ("first_conv", "classifier") if key in tower.pretrained_cfg},
     }
     about = {"architecture": name, "num_classes": classes, "num_features": tower.num_features}
-    settings = {**about, "model_args": arguments, "pretrained_cfg": pretrained}
-    (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "config.json", {**about, "model_args": arguments, "pretrained_cfg": pretrained})
 
 
 @torch.no_grad()

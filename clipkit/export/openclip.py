@@ -3,55 +3,34 @@
 OpenCLIP's own vision transformer, or one of timm's models by its name; the towers of CLIP and of CLIPA-v2.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from timm.layers import LayerScale
-from torch import Tensor
 
 from clipkit.embedding.encoder import Encoder
 from clipkit.errors import UserError
 from clipkit.export.parity import Peer, check_shapes
-from clipkit.interop.openclip import BLOCK_RENAMES
+from clipkit.interop.openclip import to_theirs
 from clipkit.interop.openclip_config import native_config
 from clipkit.model.clip import CLIP
 from clipkit.model.config import ImageConfig, ModelConfig, TextConfig, exact_ratio
 from clipkit.model.timm_tower import TimmTower
-
-# Our parts and theirs.
-PARTS = (
-    ("image.trunk.blocks.", "visual.transformer.resblocks."),
-    ("image.trunk.norm_pre.", "visual.ln_pre."),
-    ("image.trunk.norm.", "visual.ln_post."),
-    ("image.trunk.fc_norm.", "visual.ln_post."),
-    ("image.trunk.patch_embed.proj.weight", "visual.conv1.weight"),
-    ("image.trunk.cls_token", "visual.class_embedding"),
-    ("image.trunk.pos_embed", "visual.positional_embedding"),
-    ("image_projection.weight", "visual.proj"),
-    ("text.blocks.", "transformer.resblocks."),
-    ("text.token_embedding.", "token_embedding."),
-    ("text.pos_embed", "positional_embedding"),
-    ("text.norm.", "ln_final."),
-    ("text_projection.", "text_projection."),
-    ("logit_", "logit_"),
-)
-PATCH_BIAS = "patch_embed.proj.bias"
-TIMM_PARTS = (("image.trunk.", "visual.trunk."), ("image_projection.", "visual.head.proj."))
+from clipkit.storage.files import write_json
 
 
 def write(encoder: Encoder, model: CLIP, folder: Path) -> None:
     """Write the folder of a model that passes `check`."""
     settings = {"model_cfg": their_config(model), "preprocess_cfg": their_preprocess(encoder)}
-    (folder / "open_clip_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "open_clip_config.json", settings)
     save_file(to_theirs(model), folder / "open_clip_model.safetensors", metadata={"format": "pt"})
     vocabulary = getattr(encoder.tokenizer, "vocabulary", None)
     if vocabulary is not None:
         (folder / "vocab.txt").write_bytes(vocabulary)
         about = {"tokenizer_class": "BertTokenizer", "do_lower_case": True}
-        (folder / "tokenizer_config.json").write_text(json.dumps(about), encoding="utf-8")
+        write_json(folder / "tokenizer_config.json", about)
 
 
 def check(model: CLIP) -> None:
@@ -62,7 +41,7 @@ def check(model: CLIP) -> None:
     with torch.device("meta"):
         built = CLIP(native_config(settings)).image.trunk.state_dict()
     own = model.image.trunk.state_dict()
-    own.pop(PATCH_BIAS, None)  # zeros: `own_vision` has seen to that
+    own.pop("patch_embed.proj.bias", None)  # zeros: `own_vision` has seen to that
     check_shapes(own, built, "OpenCLIP's vision transformer")
 
 
@@ -178,26 +157,3 @@ def their_preprocess(encoder: Encoder) -> dict[str, Any]:
         "interpolation": how.interpolation,
         "resize_mode": how.resize_mode,
     }
-
-
-def to_theirs(model: CLIP) -> dict[str, Tensor]:
-    """A model's tensors under OpenCLIP's names: the inverse of `interop.openclip.convert`."""
-    found = {}
-    is_timms = isinstance(model.image, TimmTower)
-    for name, tensor in model.state_dict().items():
-        if name == f"image.trunk.{PATCH_BIAS}" and not is_timms:
-            continue
-        parts = TIMM_PARTS + PARTS if is_timms else PARTS
-        ours, theirs = next((ours, theirs) for ours, theirs in parts if name.startswith(ours))
-        key = theirs + name.removeprefix(ours)
-        if key.partition("resblocks.")[1]:
-            for other, own in BLOCK_RENAMES:
-                key = key.replace(own, other)
-        if key in ("visual.proj", "text_projection.weight"):
-            key, tensor = key.removesuffix(".weight"), tensor.T
-        elif key == "visual.class_embedding":
-            tensor = tensor.reshape(-1)
-        elif key == "visual.positional_embedding":
-            tensor = tensor[0]
-        found[key] = tensor.contiguous()
-    return found

@@ -1,4 +1,4 @@
-"""OpenCLIP's weights under our names, so that its models run here and ours can start from them.
+"""OpenCLIP's weights under our names, so that its models run here and ours can start from them, and ours under theirs.
 
 Takes the state dict of `open_clip.CLIP` and `open_clip.CustomTextCLIP` with a vision transformer, its own or timm's, or
 with another of timm's image models; and OpenAI's own, which has the same names. OpenAI's ResNets and Hugging Face text
@@ -6,40 +6,49 @@ towers have no counterpart here.
 """
 
 import math
-import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import cast
 
 import torch
 from torch import Tensor
 
 from clipkit.errors import UserError
-from clipkit.model.clip import CLIP, allocate, load_state
+from clipkit.model.clip import CLIP
 from clipkit.model.config import ModelConfig, Position
 from clipkit.model.image_tower import sincos_2d
+from clipkit.model.timm_tower import TimmTower
 
 # Scalars that only OpenAI stores among the weights; and what aren't weights, with masks that can be computed.
 OPENAI = {"input_resolution", "context_length", "vocab_size"}
 NOT_WEIGHTS = {*OPENAI, "attn_mask"}
+PATCH_BIAS = "image.trunk.patch_embed.proj.bias"
 
-RENAMES = (
-    (r"^visual\.conv1\.", "image.trunk.patch_embed.proj."),
-    (r"^visual\.class_embedding$", "image.trunk.cls_token"),
-    (r"^visual\.positional_embedding$", "image.trunk.pos_embed"),
-    (r"^visual\.ln_pre\.", "image.trunk.norm_pre."),
-    (r"^visual\.ln_post\.", "image.trunk.norm."),
-    (r"^visual\.proj$", "image_projection.weight"),
-    (r"^visual\.trunk\.head\.(?=weight$|bias$)", "image_projection."),
-    (r"^visual\.trunk\.", "image.trunk."),
-    (r"^visual\.head\.proj\.", "image_projection."),
-    (r"^visual\.transformer\.resblocks\.", "image.trunk.blocks."),
-    (r"^(text\.)?transformer\.resblocks\.", "text.blocks."),
-    (r"^(text\.)?token_embedding\.", "text.token_embedding."),
-    (r"^(text\.)?positional_embedding$", "text.pos_embed"),
-    (r"^(text\.)?ln_final\.", "text.norm."),
-    (r"^(text\.)?text_projection$", "text_projection.weight"),
-    (r"^(text\.)?text_projection\.", "text_projection."),
+# Our parts and theirs; of both, the first that a name begins with counts.
+PARTS = (
+    ("image.trunk.patch_embed.proj.", "visual.conv1."),
+    ("image.trunk.cls_token", "visual.class_embedding"),
+    ("image.trunk.pos_embed", "visual.positional_embedding"),
+    ("image.trunk.norm_pre.", "visual.ln_pre."),
+    ("image.trunk.norm.", "visual.ln_post."),
+    ("image.trunk.blocks.", "visual.transformer.resblocks."),
+    ("image_projection.weight", "visual.proj"),
 )
+TIMM_PARTS = (
+    ("image_projection.", "visual.head.proj."),
+    ("image_projection.weight", "visual.trunk.head.weight"),
+    ("image_projection.bias", "visual.trunk.head.bias"),
+    ("image.trunk.", "visual.trunk."),
+)
+TEXT_PARTS = (
+    ("text.blocks.", "transformer.resblocks."),
+    ("text.token_embedding.", "token_embedding."),
+    ("text.pos_embed", "positional_embedding"),
+    ("text.norm.", "ln_final."),
+    ("text_projection.", "text_projection."),
+    ("text_projection.weight", "text_projection"),
+    ("logit_", "logit_"),
+)
+# Of their blocks and ours.
 BLOCK_RENAMES = (
     (".ln_1.", ".norm1."),
     (".ln_2.", ".norm2."),
@@ -74,8 +83,31 @@ def convert(state_dict: Mapping[str, Tensor], config: ModelConfig) -> dict[str, 
     if "visual.conv1.weight" in state_dict and (bias if bias is not None else not config.image.pre_norm):
         # OpenCLIP's own patch projection never has one.
         width = len(tensors["image.trunk.patch_embed.proj.weight"])
-        tensors["image.trunk.patch_embed.proj.bias"] = torch.zeros(width)
+        tensors[PATCH_BIAS] = torch.zeros(width)
     return tensors
+
+
+def to_theirs(model: CLIP) -> dict[str, Tensor]:
+    """A model's tensors under OpenCLIP's names, the inverse of `convert`; without a bias of the patch projection."""
+    is_timms = isinstance(model.image, TimmTower)
+    parts = (TIMM_PARTS if is_timms else PARTS) + TEXT_PARTS
+    found = {}
+    for name, tensor in model.state_dict().items():
+        if name == PATCH_BIAS and not is_timms:
+            continue
+        key = replace_part(name if is_timms else name.replace(".fc_norm.", ".norm."), parts)
+        assert key is not None
+        if "resblocks." in key:
+            for theirs, ours in BLOCK_RENAMES:
+                key = key.replace(ours, theirs)
+        if key in ("visual.proj", "text_projection.weight"):
+            key, tensor = key.removesuffix(".weight"), tensor.T
+        elif key == "visual.class_embedding":
+            tensor = tensor.reshape(-1)
+        elif key == "visual.positional_embedding":
+            tensor = tensor[0]
+        found[key] = tensor.contiguous()
+    return found
 
 
 def check_sincos(tensors: Mapping[str, Tensor], position: Position) -> None:
@@ -103,25 +135,17 @@ def check_sincos(tensors: Mapping[str, Tensor], position: Position) -> None:
 
 def rename(key: str) -> str:
     """Our name for one of OpenCLIP's keys. Raises UserError when there is none."""
-    if key in ("logit_scale", "logit_bias"):
-        return key
-    for pattern, replacement in RENAMES:
-        name, found = re.subn(pattern, replacement, key)
-        if found:
-            for theirs, ours in BLOCK_RENAMES:
-                name = name.replace(theirs, ours)
-            return name
-    raise UserError(
-        f"{key} has no place in clipkit's model: take an OpenCLIP vision transformer with its own text tower"
-    )
+    # With a text tower of its own class its parts are under `text`.
+    name = replace_part(key.removeprefix("text."), [(theirs, ours) for ours, theirs in PARTS + TIMM_PARTS + TEXT_PARTS])
+    if name is None:
+        raise UserError(
+            f"{key} has no place in clipkit's model: take an OpenCLIP vision transformer with its own text tower"
+        )
+    for theirs, ours in BLOCK_RENAMES:
+        name = name.replace(theirs, ours)
+    return name
 
 
-def load_openclip(config: ModelConfig, state_dict: Mapping[str, Tensor]) -> CLIP:
-    """A model of `config` with OpenCLIP's weights; positions are fitted as in `load_state`.
-
-    The activation isn't in the weights: OpenAI's, and OpenCLIP's models named `-quickgelu`, need `act="quick_gelu"`,
-    or the features are quietly wrong.
-    """
-    model = allocate(config)
-    load_state(model, convert(state_dict, config))
-    return model
+def replace_part(name: str, parts: Sequence[tuple[str, str]]) -> str | None:
+    """A name with its beginning replaced by that of the same part; None where it has none of these parts."""
+    return next((new + name.removeprefix(old) for old, new in parts if name.startswith(old)), None)

@@ -18,7 +18,7 @@ from tokenizers import normalizers
 
 from clipkit.embedding.encoder import TextTokenizer
 from clipkit.errors import UserError, one_line
-from clipkit.storage.files import read_json, read_text
+from clipkit.storage.files import read_json, read_text, write_json
 from clipkit.text.sentence_piece import SentencePiece
 from clipkit.text.tokenizer import MERGES, MERGES_FILE, SPECIAL, Tokenizer
 
@@ -152,4 +152,4 @@ def write_clip_files(folder: Path, context_length: int) -> None:
     }
     (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=1), encoding="utf-8")
+    write_json(folder / "tokenizer_config.json", settings)

@@ -17,6 +17,7 @@ import pytest
 import torch
 from labelled_sources import tar_of
 from natural_images import encoded, natural
+from openclip_twin import load_openclip
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -33,7 +34,6 @@ from clipkit.eval.metrics import (
     measure_worst_group,
 )
 from clipkit.eval.retrieval.task import open_retrieval
-from clipkit.interop.openclip import load_openclip
 from clipkit.model.config import ImageConfig, ModelConfig, TextConfig
 from clipkit.pixels.images import Preprocess, decode, eval_transform
 from clipkit.text.tokenizer import Tokenizer

@@ -10,7 +10,8 @@ import open_clip
 import timm
 import torch
 
-from clipkit.model.clip import CLIP, build
+from clipkit.interop.openclip import convert
+from clipkit.model.clip import CLIP, allocate, build, load_state
 from clipkit.model.config import ImageConfig, ModelConfig, TextConfig, vit_b16_siglip, vit_h14_clipa
 from clipkit.text.tokenizer import EOT, SOT
 
@@ -44,6 +45,13 @@ def captions(count: int, length: int, seed: int = 0) -> torch.Tensor:
     for row, words in zip(ids, [*rng.integers(1, length - 1, count - 1), length - 2], strict=True):
         row[: words + 2] = [SOT, *rng.integers(1, 49000, words), EOT]
     return torch.from_numpy(ids)
+
+
+def load_openclip(config: ModelConfig, state_dict: Mapping[str, torch.Tensor]) -> CLIP:
+    """A model of `config` with OpenCLIP's weights; the activation isn't among them."""
+    model = allocate(config)
+    load_state(model, convert(state_dict, config))
+    return model
 
 
 @torch.no_grad()

@@ -8,11 +8,20 @@ import numpy as np
 import pytest
 import torch
 from open_clip.loss import ClipLoss, SigLipLoss
-from openclip_twin import TINY, TINY_CLIPA_V2, TINY_SIGLIP, captions, clipa_v2_twin, openclip_twin, siglip_twin
+from openclip_twin import (
+    TINY,
+    TINY_CLIPA_V2,
+    TINY_SIGLIP,
+    captions,
+    clipa_v2_twin,
+    load_openclip,
+    openclip_twin,
+    siglip_twin,
+)
 
 from clipkit.config import set_values
 from clipkit.device import pick
-from clipkit.interop.openclip import convert, load_openclip
+from clipkit.interop.openclip import convert
 from clipkit.model.config import ModelConfig
 from clipkit.pixels.images import normalise
 from clipkit.train.catalogue import debug, find_recipe

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
-from openclip_twin import TINY, TINY_CLIPA_V2, TINY_SIGLIP
+from openclip_twin import TINY, TINY_CLIPA_V2, TINY_SIGLIP, load_openclip
 from safetensors.torch import load_file
 from torch.nn import functional as F
 from vocabularies import write_sentencepiece
@@ -24,7 +24,6 @@ from clipkit.export.command import FORMATS, export
 from clipkit.export.model_card import device_words
 from clipkit.export.parity import BOUND, Peer, our_ids, our_pixels, real_samples
 from clipkit.interop.load import load
-from clipkit.interop.openclip import load_openclip
 from clipkit.model.clip import CLIP, build
 from clipkit.model.config import ImageConfig, ModelConfig
 from clipkit.pixels.images import Preprocess

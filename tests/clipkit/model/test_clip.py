@@ -11,11 +11,11 @@ import pytest
 import torch
 from open_clip.model import resize_pos_embed, resize_text_pos_embed
 from open_clip.pos_embed import get_2d_sincos_pos_embed
-from openclip_twin import TINY, captions, images, openclip_twin
+from openclip_twin import TINY, captions, images, load_openclip, openclip_twin
 
 from clipkit.device import pick
 from clipkit.errors import UserError
-from clipkit.interop.openclip import convert, load_openclip
+from clipkit.interop.openclip import convert
 from clipkit.model.clip import CLIP, allocate, build, load_state, resize_text_positions
 from clipkit.model.config import ImageConfig, ModelConfig, vit_b16, vit_b32, vit_l14, vit_l16
 from clipkit.model.image_tower import prime_factors, sincos_2d

@@ -6,13 +6,12 @@ import open_clip
 import pytest
 import timm
 import torch
-from openclip_twin import assert_same_features, captions, images
+from openclip_twin import assert_same_features, captions, images, load_openclip
 from torch.utils.flop_counter import FlopCounterMode
 
 from clipkit.config import set_values
 from clipkit.device import pick
 from clipkit.errors import UserError
-from clipkit.interop.openclip import load_openclip
 from clipkit.model.clip import allocate, build, load_state
 from clipkit.model.config import ImageConfig, ModelConfig, TextConfig
 from clipkit.model.flops import sample_cost

@@ -7,9 +7,9 @@ import math
 import open_clip
 import pytest
 import torch
+from openclip_twin import load_openclip
 
 from clipkit.errors import UserError
-from clipkit.interop.openclip import load_openclip
 from clipkit.model.clip import CLIP, build
 from clipkit.model.config import (
     Activation,
