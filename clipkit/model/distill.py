@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from clipkit.model.exchange import sum_rows, total_logsumexp
-from clipkit.model.loss import ABSENT, block_against_all, scaled_gradients
+from clipkit.model.loss import ABSENT, Loss, block_against_all, scaled_gradients
 
 
 class TeacherSpace(NamedTuple):
@@ -102,7 +102,7 @@ class Affinity:
         return self.row_B.sum() + self.column_N[self.start : self.start + B].sum()
 
 
-class Distillation(torch.autograd.Function):
+class Distillation(Loss):
     """The loss with its gradients: the student's softmaxes less the mean of the teachers'."""
 
     @staticmethod
@@ -138,7 +138,3 @@ class Distillation(torch.autograd.Function):
         grad_text_BE = sum_rows(grad_text_NE) if gather else grad_text_NE
         ctx.gradients = scaled_gradients(image_BE, text_BE, logit_scale, sum_BE, grad_text_BE, 2 * B)
         return loss / (2 * B)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return (*(gradient * grad for gradient in ctx.gradients), None, None, None)

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from clipkit.device import Device
 from clipkit.model.exchange import gather_features, sum_rows, total_logsumexp
-from clipkit.model.loss import ABSENT, SameCaption, block_against_all, check_captions, scaled_gradients
+from clipkit.model.loss import ABSENT, Loss, SameCaption, block_against_all, check_captions, scaled_gradients
 
 # Bytes of the table for each record.
 RECORD_BYTES = 8
@@ -65,7 +65,7 @@ def global_contrastive(
         return loss if rho is None else (loss + rho) / logit_scale.float()
 
 
-class GlobalContrastive(torch.autograd.Function):
+class GlobalContrastive(Loss):
     """The loss with the gradients of FastCLIP's estimator, in two passes over the tiles as `loss.InfoNCE`."""
 
     @staticmethod
@@ -127,10 +127,6 @@ class GlobalContrastive(torch.autograd.Function):
         grad_text_BE -= partner_B1 * block.image_BE
         ctx.gradients = scaled_gradients(image_BE, text_BE, logit_scale, sum_BE, grad_text_BE, 2 * B)
         return log_B2.mean()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return (*(gradient * grad for gradient in ctx.gradients), *[None] * 6)
 
 
 def gamma_at(seen: int, decay_samples: int, last: float) -> float:

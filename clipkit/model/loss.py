@@ -135,7 +135,16 @@ def block_against_all(
     return Block(image_BE.detach().float(), text_NE, scale, caption_B, caption_N, same_caption, start)
 
 
-class InfoNCE(torch.autograd.Function):
+class Loss(torch.autograd.Function):
+    """A loss whose `forward` leaves the gradients of its first arguments in `ctx.gradients`; the others have none."""
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = [gradient * grad for gradient in ctx.gradients]
+        return (*gradients, *[None] * (len(ctx.needs_input_grad) - len(gradients)))
+
+
+class InfoNCE(Loss):
     """The loss with its gradients in two passes over the tiles: first the denominators, then the softmax by them."""
 
     @staticmethod
@@ -188,12 +197,8 @@ class InfoNCE(torch.autograd.Function):
         ctx.gradients = scaled_gradients(image_BE, text_BE, logit_scale, sum_BE, grad_text_BE, 2 * B)
         return (row_B.sum() + column_N[start : start + B].sum() - 2 * target) / (2 * B)
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return (*(gradient * grad for gradient in ctx.gradients), None, None, None)
 
-
-class Sigmoid(torch.autograd.Function):
+class Sigmoid(Loss):
     """The loss with its gradients in one pass over the tiles of each process's texts, which come round a ring."""
 
     @staticmethod
@@ -238,10 +243,6 @@ class Sigmoid(torch.autograd.Function):
         gradients = scaled_gradients(image_BE, text_BE, logit_scale, sum_BE, grad_text_BE, B)
         ctx.gradients = (*gradients, (grad_bias / B).to(logit_bias.dtype))
         return loss / B
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return (*(gradient * grad for gradient in ctx.gradients), None, None, None)
 
 
 def flip_positives(block: Block, values_BC: Tensor, sign_BC: Tensor | None, tile: slice) -> None:
