@@ -113,15 +113,12 @@ def save(
     with write_beside(folder) as temporary:
         remove(temporary)
         temporary.mkdir()
-        write_tensors(temporary / "model.safetensors", tensors)
-        if optimizer is not None:
-            write_tensors(temporary / "optimizer.safetensors", optimizer)
+        files = {"model": tensors, "optimizer": optimizer, "ema": ema, "normalisers": normalisers}
+        for name, values in files.items():
+            if values is not None:
+                write_tensors(temporary / f"{name}.safetensors", values)
         if shards is not None:
             state = {**state, "optimizer_shards": shards(temporary / SHARDS)}
-        if ema is not None:
-            write_tensors(temporary / "ema.safetensors", ema)
-        if normalisers is not None:
-            write_tensors(temporary / "normalisers.safetensors", normalisers)
         if vocabulary is not None:
             (temporary / VOCABULARY).write_bytes(vocabulary)
         write_json(temporary / "config.json", config)

@@ -47,30 +47,24 @@ def model_card(loaded: Checkpoint, target: str, parity: Parity, ema: bool) -> st
         *((f"stage {stage.get('name', number)}", stage_words(stage)) for number, stage in enumerate(stages, 1)),
         *data_rows(loaded, run),
     ]
-    return (
-        "\n".join(
-            [
-                f"---\nlibrary_name: {LIBRARY[target]}\ntags: [clip, clipkit]\n---",
-                f"# {recipe.get('name', 'CLIP')}, {loaded.samples_seen:,} samples seen",
-                f"Exported by clipkit {__version__} for {target}; `parity.json` has how far it is from the original.",
-                f"```python\n{LOADING[target]}\n```",
-                "## Model",
-                table(("", ""), model_rows),
-                "## Training",
-                table(("", ""), training_rows),
-                "## Results",
-                results(run, loaded, ema),
-                "## Parity",
-                f"```\n{parity.text_report()}\n```",
-                "## Licence",
-                "No licence is chosen here: it depends on the training data and on the weights that it began with. "
-                "Say which one applies before you pass the model on.",
-                "",
-            ]
-        )
-        .replace("\n## ", "\n\n## ")
-        .replace("\n# ", "\n\n# ")
-    )
+    parts = [
+        f"---\nlibrary_name: {LIBRARY[target]}\ntags: [clip, clipkit]\n---",
+        f"# {recipe.get('name', 'CLIP')}, {loaded.samples_seen:,} samples seen",
+        f"Exported by clipkit {__version__} for {target}; `parity.json` has how far it is from the original.",
+        f"```python\n{LOADING[target]}\n```",
+        "## Model",
+        table(("", ""), model_rows),
+        "## Training",
+        table(("", ""), training_rows),
+        "## Results",
+        results(run, loaded, ema),
+        "## Parity",
+        f"```\n{parity.text_report()}\n```",
+        "## Licence",
+        "No licence is chosen here: it depends on the training data and on the weights that it began with. "
+        "Say which one applies before you pass the model on.",
+    ]
+    return "\n\n".join(parts) + "\n"
 
 
 def stage_words(stage: dict[str, Any]) -> str:

@@ -41,19 +41,7 @@ def read_weights(path: Path, ema: bool = False) -> dict[str, Tensor]:
     """
     require_file(path, "checkpoint")
     try:
-        with path.open("rb") as file:
-            is_safetensors = file.read(9)[8:] == b"{"
-        if is_safetensors:
-            return tensors_of(load_file(path), ema)
-        if not zipfile.is_zipfile(path):
-            return tensors_of(torch.load(path, map_location="cpu", weights_only=True), ema)
-        with zipfile.ZipFile(path) as archive:
-            roots = [
-                name.removesuffix("constants.pkl") for name in archive.namelist() if name.endswith("constants.pkl")
-            ]
-            if roots:
-                return tensors_of(dict(scripted_tensors(ScriptUnpickler(archive, roots[0]).load())), ema)
-        return tensors_of(torch.load(path, map_location="cpu", weights_only=True, mmap=True), ema)
+        return tensors_of(read_content(path), ema)
     except NoAveragesError as error:
         raise UserError(f"{path} has no averages of its weights ({' or '.join(AVERAGES)}): omit --ema") from error
     except Exception as error:  # damage in a pickle can lead to any
@@ -64,6 +52,21 @@ def read_weights(path: Path, ema: bool = False) -> dict[str, Tensor]:
             f"{path} isn't a file of weights ({reason}): "
             "save the state dict of its model with safetensors.torch.save_file"
         ) from error
+
+
+def read_content(path: Path) -> Any:
+    """What a file of weights holds: tensors by name, or a pickle's objects."""
+    with path.open("rb") as file:
+        if file.read(9)[8:] == b"{":
+            return load_file(path)
+    if not zipfile.is_zipfile(path):
+        return torch.load(path, map_location="cpu", weights_only=True)
+    with zipfile.ZipFile(path) as archive:
+        for name in archive.namelist():
+            if name.endswith("constants.pkl"):
+                root = name.removesuffix("constants.pkl")
+                return dict(scripted_tensors(ScriptUnpickler(archive, root).load()))
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
 
 class NoAveragesError(Exception):
