@@ -148,27 +148,24 @@ def load(path: Path, *, with_optimizer: bool = False, ema: bool = False) -> Chec
         raise UserError(f"checkpoint {folder} has format {config['format']}, newer than this clipkit: update clipkit")
     if config.get("tokenizer") not in get_args(TokenizerName):
         raise UserError(f"checkpoint {folder} needs the tokenizer {config.get('tokenizer')!r}: update clipkit")
-    if ema and not keeps_ema(config):
+    kept = kept_beside(config)
+    if ema and "ema" not in kept:
         raise UserError(f"checkpoint {folder} has no averages of its weights (its recipe has no ema_decay): omit --ema")
     weights = read_tensors(folder / ("ema.safetensors" if ema else "model.safetensors"))
     is_whole = with_optimizer and not shard_files(folder, state)
     optimizer = read_tensors(folder / "optimizer.safetensors") if is_whole else {}
-    averages = read_tensors(folder / "ema.safetensors") if with_optimizer and keeps_ema(config) else {}
-    has_normalisers = with_optimizer and keeps_normalisers(config)
-    normalisers = read_tensors(folder / "normalisers.safetensors") if has_normalisers else {}
-    return Checkpoint(folder, config, state, weights, optimizer, averages, normalisers)
+    beside = {name: read_tensors(folder / f"{name}.safetensors") for name in kept if with_optimizer}
+    return Checkpoint(folder, config, state, weights, optimizer, beside.get("ema", {}), beside.get("normalisers", {}))
 
 
-def keeps_ema(config: Mapping[str, Any]) -> bool:
-    """Whether a checkpoint with this `config.json` has averages of its weights."""
+def kept_beside(config: Mapping[str, Any]) -> list[str]:
+    """What a checkpoint with this `config.json` has beside its weights: their averages (`ema`), the global contrastive
+    loss's `normalisers`.
+    """
     recipe = config.get("recipe")
-    return isinstance(recipe, dict) and recipe.get("ema_decay") is not None
-
-
-def keeps_normalisers(config: Mapping[str, Any]) -> bool:
-    """Whether a checkpoint with this `config.json` has the running normalisers of the global contrastive loss."""
-    recipe = config.get("recipe")
-    return isinstance(recipe, dict) and recipe.get("loss") == "global_contrastive"
+    settings = recipe if isinstance(recipe, dict) else {}
+    averages = ["ema"] if settings.get("ema_decay") is not None else []
+    return [*averages, "normalisers"] if settings.get("loss") == "global_contrastive" else averages
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
@@ -210,9 +207,7 @@ def damage(folder: Path) -> str | None:
         for name, values, key in (("config.json", config, "recipe"), ("state.json", state, "samples_seen")):
             if not isinstance(values, dict) or key not in values:
                 raise UserError(f"{folder / name} has no {key}")
-        names = ["model.safetensors"]
-        names += ["ema.safetensors"] if keeps_ema(config) else []
-        names += ["normalisers.safetensors"] if keeps_normalisers(config) else []
+        names = [f"{name}.safetensors" for name in ("model", *kept_beside(config))]
         if config.get("vocabulary"):
             require_file(folder / VOCABULARY, "checkpoint file")
         optimizer = shard_files(folder, state) or [folder / "optimizer.safetensors"]

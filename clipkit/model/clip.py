@@ -56,29 +56,15 @@ class CLIP(nn.Module):
         if tuple(image_BCHW.shape[2:]) != (size, size):
             got = "x".join(str(side) for side in image_BCHW.shape[2:])
             raise UserError(f"images of {got} px, the model takes {size}: set model.image.image_size to match")
-        x_BD = self.image(image_BCHW, keep_BK)
-        with float32_maths(x_BD.device):
-            x_BE = into_space(self.image_projection(x_BD.float()), self.image_head)
-            return F.normalize(x_BE, dim=-1) if normalize else x_BE
+        return embed(self.image(image_BCHW, keep_BK), self.image_projection, self.image_head, normalize)
 
     def encode_text(self, ids_BT: Tensor, normalize: bool = True, buckets: Buckets | None = None) -> Tensor:
         """int[B, T] ids with start and end, zero padded -> float32[B, E]. `buckets` as for `TextTower`."""
-        return self.project_text(self.text(ids_BT, buckets), normalize)
+        return embed(self.text(ids_BT, buckets), self.text_projection, self.text_head, normalize)
 
     def encode_prefixes(self, prefixes: Prefixes) -> Tensor:
         """The same vectors of texts without gradients, in less time where they begin alike."""
-        return self.project_text(self.text.by_prefixes(prefixes), normalize=True)
-
-    def project_text(self, x_BD: Tensor, normalize: bool) -> Tensor:
-        """From the text tower's vectors to float32[B, E]."""
-        with float32_maths(x_BD.device):
-            x_BE = into_space(self.text_projection(x_BD.float()), self.text_head)
-            return F.normalize(x_BE, dim=-1) if normalize else x_BE
-
-    def encode_vectors(self, vectors_BD: Tensor, head: nn.Module) -> Tensor:
-        """A tower's stored vectors, float32[B, D], through its head -> unit float32[B, E]."""
-        with float32_maths(vectors_BD.device):
-            return F.normalize(into_space(vectors_BD, head), dim=-1)
+        return embed(self.text.by_prefixes(prefixes), self.text_projection, self.text_head)
 
     def forward(
         self, image_BCHW: Tensor, ids_BT: Tensor, keep_BK: Tensor | None = None, buckets: Buckets | None = None
@@ -90,13 +76,13 @@ class CLIP(nn.Module):
         tower's.
         """
         if ids_BT.is_floating_point():
-            text_BE = self.encode_vectors(ids_BT, self.text_head)
+            text_BE = embed(ids_BT, None, self.text_head)
         else:
             text_BE = self.encode_text(ids_BT, buckets=buckets)
         if image_BCHW.ndim == 4:
             image_BE = self.encode_image(image_BCHW, keep_BK)
         else:
-            image_BE = self.encode_vectors(image_BCHW, self.image_head)
+            image_BE = embed(image_BCHW, None, self.image_head)
         features = image_BE, text_BE, self.clamped_logit_scale()
         return features if self.logit_bias is None else (*features, self.logit_bias * 1)
 
@@ -257,6 +243,13 @@ def head_of(tower: str, config: ImageConfig | TextConfig, embed_dim: int) -> nn.
     if config.head_input is not None:
         raise UserError(f"model.{tower}.head_input={config.head_input} needs a head: set model.{tower}.head=glu")
     return nn.Identity()
+
+
+def embed(x_BD: Tensor, projection: nn.Module | None, head: nn.Module, normalize: bool = True) -> Tensor:
+    """A tower's vectors, or stored ones, which need no projection, in the shared space: float32[B, E]."""
+    with float32_maths(x_BD.device):
+        x_BE = into_space(x_BD if projection is None else projection(x_BD.float()), head)
+        return F.normalize(x_BE, dim=-1) if normalize else x_BE
 
 
 def into_space(x_BD: Tensor, head: nn.Module) -> Tensor:
