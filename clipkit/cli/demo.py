@@ -15,7 +15,6 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
 from clipkit.config import set_values
@@ -138,13 +137,8 @@ def student_stages(out: Path, recipe: str, student: str, settings: Sequence[str]
     run, teacher, alone, taught = (out / name for name in ("run", "teacher", "half", "half-taught"))
     stored, page = out / "reinforced", out / "side-by-side.html"
     data = out / "data" / "emoji" / "1.0.0"
-    longer = (
-        *settings,
-        *(
-            f"stages.{number}.samples={TEACHER_LENGTH * stage.samples}"
-            for number, stage in enumerate(set_values(find_recipe(recipe), settings).stages)
-        ),
-    )
+    lengths = [TEACHER_LENGTH * stage.samples for stage in set_values(find_recipe(recipe), settings).stages]
+    longer = (*settings, *(f"stages.{number}.samples={samples}" for number, samples in enumerate(lengths)))
     untaught = (*settings, "distill.weight=0")
     asked = ("--teacher", str(teacher), *averages_of(recipe, settings), "--recipe", student, "--views", str(VIEWS))
     return [
@@ -312,16 +306,9 @@ def summary_text(out: Path, costs: Sequence[Cost]) -> str:
 def result_lines(run: Path) -> list[str]:
     """A line for each number of a run."""
     lines = []
-    for result in newest_results(run):
+    newest = {(result["task"], result["metric"]): result for result in read_json_lines(run / "results.jsonl")}
+    for (task, metric), result in newest.items():
         interval = f"{result['low']:.1%} to {result['high']:.1%}"
-        name = f"{result['task']} {result['metric']}"
+        name = f"{task} {metric}"
         lines.append(f"  {name:46}{result['value']:6.1%}   (95%: {interval}; chance {result['chance']:.2%})")
     return lines
-
-
-def newest_results(run: Path) -> list[dict[str, Any]]:
-    """The last result of each task and metric, in the order in which they first came."""
-    newest: dict[tuple[str, str], dict[str, Any]] = {}
-    for result in read_json_lines(run / "results.jsonl"):
-        newest[result["task"], result["metric"]] = result
-    return list(newest.values())

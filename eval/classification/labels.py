@@ -56,7 +56,8 @@ def enumerate_labels(values: Sequence[Any], where: str) -> Labels:
     plain = [_plain(_opened(value), where) for value in values]
     numbers = _numbers(set(plain), where)
     if numbers is not None:
-        return number_labels(np.array([numbers[label] for label in plain], dtype=np.int64))
+        labels_N = np.array([numbers[label] for label in plain], dtype=np.int64)
+        return Labels(labels_N, *number_names(int(labels_N.max()) + 1), are_numbers=True)
     names = sorted(set(map(str, plain)))
     _refuse_ids(len(names) - 1, where)
     place = {name: number for number, name in enumerate(names)}
@@ -83,14 +84,12 @@ def _plain(value: Any, where: str) -> int | str:
     kind = f"of type {type(value).__name__}"
     if isinstance(value, dict | list):
         kind = f"a struct of {', '.join(value)}" if isinstance(value, dict) else f"a list of {len(value)}"
+    shown = repr(value)
+    shown = shown if len(shown) <= 40 else f"{shown[:39]}…"
     raise UserError(
-        f"{where}: label {_shortened(repr(value))} is {kind}, neither a whole number nor a text: "
+        f"{where}: label {shown} is {kind}, neither a whole number nor a text: "
         "choose the column of classes with --label"
     )
-
-
-def _shortened(text: str) -> str:
-    return text if len(text) <= 40 else f"{text[:39]}…"
 
 
 def _numbers(labels: set[int | str], where: str) -> dict[int | str, int] | None:
@@ -116,11 +115,6 @@ def _refuse_ids(last: int, where: str) -> None:
             f"{where}: {last + 1:,} classes are more than the {MOST_CLASSES:,} that a task may have, so these are ids: "
             "choose the column of classes with --label"
         )
-
-
-def number_labels(labels_N: NDArray[np.int64]) -> Labels:
-    """Labels that are bare numbers."""
-    return Labels(labels_N, *number_names(int(labels_N.max()) + 1), are_numbers=True)
 
 
 def number_names(count: int) -> tuple[tuple[str, ...], bool]:

@@ -9,7 +9,7 @@ import hashlib
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,8 @@ PART_ROWS = 8_192
 @dataclass(frozen=True)
 class Form:
     """What a file has of each image: its `schema` by the length of a vector, and a `table` of some rows, made of the
-    arguments of `vector_table`. `kind` is what the file's rows are, `verb` what the progress line says.
+    arguments of `vector_table`. `kind` is what the file's rows are, `verb` what the progress line says, and `about` is
+    kept with the file.
     """
 
     kind: str
@@ -55,6 +56,7 @@ class Form:
         [pa.Schema, Sequence[str], Sequence[Picture], NDArray[np.float32], NDArray[np.float32], Mapping[int, str]],
         pa.Table,
     ]
+    about: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -82,21 +84,18 @@ def embed(
     source: str | Path,
     *,
     dtype: StoredType = "float16",
-    precision: Precision = "float32",
-    batch_size: int = 256,
-    device: str = "auto",
-    ema: bool = False,
-    vocabulary: Path | None = None,
-    part_rows: int = PART_ROWS,
+    **options: Any,
 ) -> EmbedSummary:
     """Write the vectors of all images, and of their captions, into the file `out` (`clipkit.eval.search.vectors`).
 
-    All else is as `write_file` has it.
+    `options` are those of `write_file`.
     """
-    form = Form(KIND, "embed", lambda dimensions: vector_schema(dimensions, dtype, pictures.captioned), vector_table)
-    compute = Compute(pick(device), precision, batch_size)
-    more = {"dtype": dtype}
-    return summary_of(write_file(pictures, out, source, form, compute, more, ema, vocabulary, part_rows))
+
+    def schema(dimensions: int) -> pa.Schema:
+        return vector_schema(dimensions, dtype, pictures.captioned)
+
+    form = Form(KIND, "embed", schema, vector_table, {"dtype": dtype})
+    return summary_of(write_file(pictures, out, source, form, **options))
 
 
 def write_file(
@@ -104,13 +103,15 @@ def write_file(
     out: Path,
     source: str | Path,
     form: Form,
-    compute: Compute,
-    more: Mapping[str, Any],
-    ema: bool,
-    vocabulary: Path | None,
-    part_rows: int,
+    *,
+    precision: Precision = "float32",
+    batch_size: int = 256,
+    device: str = "auto",
+    ema: bool = False,
+    vocabulary: Path | None = None,
+    part_rows: int = PART_ROWS,
 ) -> VectorFile:
-    """Write what a model makes of all images and their captions into the file `out`; `more` tells of it.
+    """Write what a model makes of all images and their captions into the file `out`.
 
     `source`, `ema` and `vocabulary` are what `clipkit.interop.load` takes. Given again after a kill it goes on, and
     once more it finds the file made. Raises UserError where the file, or the parts of an unfinished one, are of another
@@ -121,8 +122,9 @@ def write_file(
         raise UserError(f"{out}: call the output NAME.parquet, which is what it will be")
     if not pictures.total:
         raise UserError(f"{pictures.path} has no images to embed: check --split")
+    compute = Compute(pick(device), precision, batch_size)
     encoder = load(source, ema=ema, vocabulary=vocabulary).to(compute.device.torch_device)
-    about = description(encoder, pictures, compute) | {"ema": ema, "kind": form.kind, **more}
+    about = description(encoder, pictures, compute) | {"ema": ema, "kind": form.kind, **form.about}
     if vocabulary is not None:
         about |= {"tokenizer": str(vocabulary.absolute()), "vocabulary": hash_of(vocabulary)}
     if Path(source).exists():
@@ -135,11 +137,10 @@ def write_file(
             write_parts(encoder, pictures, parts, about, compute, part_rows, form)
         merge(parts, out, about)
     found = open_vectors(out, form.kind)
-    if found is None or differing(found.about, about):
-        what = (
-            f"isn't a file of {form.kind}" if found is None else f"has {form.kind} of {differing(found.about, about)}"
-        )
-        raise UserError(f"{out} exists and {what}: remove it, or choose another name")
+    if found is None:
+        raise UserError(f"{out} exists and isn't a file of {form.kind}: remove it, or choose another name")
+    if other := differing(found.about, about):
+        raise UserError(f"{out} exists and has {form.kind} of {other}: remove it, or choose another name")
     remove(parts)
     return found
 

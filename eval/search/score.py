@@ -14,10 +14,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from clipkit.device import Precision, pick
-from clipkit.embedding.encoder import Compute
 from clipkit.errors import UserError
-from clipkit.eval.search.embed import PART_ROWS, Form, write_file
+from clipkit.eval.search.embed import Form, write_file
 from clipkit.eval.search.pictures import Picture, Pictures
 from clipkit.formats.dataset import open_dataset
 from clipkit.formats.kinds import own_name
@@ -51,17 +49,12 @@ def score(
     source: str | Path,
     *,
     split: str = "train",
-    precision: Precision = "float32",
-    batch_size: int = 256,
-    device: str = "auto",
-    ema: bool = False,
-    vocabulary: Path | None = None,
-    part_rows: int = PART_ROWS,
+    **options: Any,
 ) -> ScoreSummary:
     """Write the similarities of all images and their captions into `out`, else beside the dataset's own files.
 
-    Raises UserError for images without captions or with several, without `out` for what isn't a dataset directory,
-    and what `write_file` raises.
+    `options` are those of `write_file`. Raises UserError for images without captions or with several, without `out` for
+    what isn't a dataset directory, and what `write_file` raises.
     """
     if not pictures.captioned:
         raise UserError(f"{pictures.path} has no captions to compare its images with: name images with captions")
@@ -69,9 +62,7 @@ def score(
     if out is None and folder is None:
         raise UserError(f"{pictures.path} isn't a dataset directory: say with --out where to write the scores")
     out = out or (folder or Path()) / CLIPKIT_FOLDER / f"scores-{split}.parquet"
-    compute = Compute(pick(device), precision, batch_size)
-    form = Form(KIND, "score", lambda dimensions: SCHEMA, score_table)
-    found = write_file(pictures, out, source, form, compute, {}, ema, vocabulary, part_rows)
+    found = write_file(pictures, out, source, Form(KIND, "score", lambda _: SCHEMA, score_table), **options)
     scored, total = 0, 0.0
     for _, table in found.groups(["similarity"]):
         there = table["similarity"].drop_null()
