@@ -97,7 +97,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "train/sources",
     ),
     "train/watch": (*_core("model", "pixels", "storage", "text"), "train", "train/loader", "train/sources"),
-    "train/plan": (*_core("formats", "jobs", "model", "page", "storage"), "train", "train/bench"),
+    "train/plan": (*_core("formats", "jobs", "model", "page", "storage"), "train", "train/fit"),
     "train/sweep": (
         *_core("jobs", "page", "storage", "text"),
         "eval",
@@ -106,7 +106,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "train/plan",
         "train/sources",
     ),
-    "train/bench": (*_core("jobs", "model", "pixels", "text"), "train", "train/fit", "train/loader", "train/sources"),
+    "train/bench": (*_core("jobs", "pixels", "text"), "train", "train/fit", "train/loader", "train/sources"),
     "eval": (
         *_core("embedding", "formats", "interop", "jobs", "pixels", "storage"),
         *("eval/choice", "eval/classification", "eval/probe", "eval/retrieval"),

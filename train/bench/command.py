@@ -22,16 +22,14 @@ from clipkit.text.tokenizer import WordTokenizer
 from clipkit.text.vocabulary import open_tokenizer
 from clipkit.train.bench.findings import COMPACT_QUALITY, PUBLISHED, Compact, Findings, Need, Reading
 from clipkit.train.checks import loader_config, takes_precomputed
-from clipkit.train.fit.setup import set_up
+from clipkit.train.fit.trial import step_times
 from clipkit.train.loader.augment import Augmentation, cut, geometry_draws
 from clipkit.train.loader.crop import COMPILED, shrink
 from clipkit.train.loader.loader import batches
 from clipkit.train.loader.samples import LoaderConfig
-from clipkit.train.optimizer import make_optimizer
-from clipkit.train.recipes import Recipe, Stage, model_at
+from clipkit.train.recipes import Recipe, Stage
 from clipkit.train.sources.open import CACHE_GB, open_source
 from clipkit.train.sources.source import Pair, Source
-from clipkit.train.step import train_step
 
 # Batches of another size hold the same samples; these fit into any memory.
 BATCH = 256
@@ -206,30 +204,3 @@ def step_need(recipe: Recipe, stage: Stage, device: Device, seconds: float = 3.0
     gpus = torch.cuda.device_count() if device.kind == "cuda" else 1
     each = ", each of them" if gpus > 1 else ""
     return Need(f"{device.hardware()}, {recipe.name}{each}", size * len(spent) / sum(spent))
-
-
-def step_times(recipe: Recipe, stage: Stage, size: int, device: Device, seconds: float) -> list[float]:
-    """The seconds of each optimizer step on one batch of `size` pairs that stays, after three to warm up."""
-    from clipkit.model.clip import build
-
-    model = build(model_at(recipe, stage), seed=recipe.seed)
-    set_up(model, recipe, stage, device)
-    optimizer = make_optimizer(model, recipe.optimizer, stage.learning_rate, device)
-    rng = np.random.default_rng(0)
-    arrays = {
-        "image_BHWC": rng.integers(0, 256, (size, stage.image_size, stage.image_size, 3), np.uint8),
-        "ids_BT": rng.integers(1, 400, (size, stage.context_length), np.int32),
-        "caption_B": np.arange(size),
-    }
-    if stage.image_keep is not None:
-        arrays["keep_BK"] = np.tile(np.arange(stage.image_keep), (size, 1))
-    batch = device.batch(arrays)
-    recipe = replace(recipe, micro_batch=None)
-    for _ in range(3):
-        train_step(model, optimizer, batch, recipe, device)[0].item()
-    spent: list[float] = []
-    while sum(spent) < seconds:
-        began = time.monotonic()
-        train_step(model, optimizer, batch, recipe, device)[0].item()
-        spent.append(time.monotonic() - began)
-    return spent

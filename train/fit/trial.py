@@ -1,6 +1,8 @@
 """Steps of a stage on pairs that are made up on the device: no data, but the shapes and the memory of the real ones."""
 
+import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
@@ -36,6 +38,20 @@ def trial_step(recipe: Recipe, stage: Stage, pairs: int, device: Device) -> Call
         loss.item()
 
     return step
+
+
+def step_times(recipe: Recipe, stage: Stage, pairs: int, device: Device, seconds: float) -> list[float]:
+    """The seconds of a step, measured again and again for so long, with all `pairs` at once."""
+    whole = replace(recipe, micro_batch=None)
+    steps = trial_step(whole, stage, pairs, device)
+    for _ in range(2):  # to warm up
+        steps(whole)
+    spent: list[float] = []
+    while 2 * sum(spent) < seconds:
+        began = time.perf_counter()
+        steps(whole)
+        spent.append((time.perf_counter() - began) / 2)
+    return spent
 
 
 def made_up_teachers(recipe: Recipe) -> tuple[TeacherSpace, ...]:

@@ -12,7 +12,7 @@ from clipkit.errors import UserError
 from clipkit.hardware import Chip, find_chip, this_cpu
 from clipkit.jobs.worker import cores
 from clipkit.model.config import ImageConfig, ModelConfig, TextConfig
-from clipkit.train.bench.command import step_times
+from clipkit.train.fit.trial import step_times
 from clipkit.train.plan.step import Calibration, Step, towers_of
 from clipkit.train.recipes import Recipe, Stage, model_at
 

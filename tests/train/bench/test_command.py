@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from click.testing import CliRunner
 from natural_images import encoded, natural
 from small_dataset import write_pairs
 
 from clipkit.cli.main import main
+from clipkit.config import set_values
 from clipkit.device import pick
 from clipkit.errors import UserError
 from clipkit.text.tokenizer import Tokenizer
@@ -22,8 +24,10 @@ from clipkit.train.bench import command as module
 from clipkit.train.bench.command import compact_side, measure_reading, plain_config, step_need, try_compact
 from clipkit.train.bench.findings import PUBLISHED, Compact, Findings, Need, Reading, advice
 from clipkit.train.catalogue import debug
+from clipkit.train.fit import trial
 from clipkit.train.loader.augment import Augmentation
 from clipkit.train.sources.source import Pair, Source
+from clipkit.train.step import train_step
 
 FOUND = Findings(
     data="data",
@@ -181,11 +185,24 @@ def test_copies_are_a_little_larger_than_the_input(image_size: int, side: int) -
     assert compact_side(image_size) == side
 
 
-def test_a_step_says_what_a_device_needs() -> None:
-    recipe = debug()
+@pytest.mark.parametrize("settings", [[], ["distill.weight=1"]])
+def test_a_step_says_what_a_device_needs(settings: list[str]) -> None:
+    recipe = set_values(debug(), settings)
     need = step_need(recipe, recipe.stages[0], pick("cpu"), seconds=0.2)
     assert need.samples_per_s > 1
     assert "debug" in need.who
+
+
+def test_a_frozen_tower_is_not_trained_in_the_measured_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe, trained = set_values(debug(), ["model.image.frozen=true"]), set[str]()
+
+    def seen(model: torch.nn.Module, *rest: Any) -> Any:
+        trained.update(name for name, each in model.named_parameters() if each.requires_grad)
+        return train_step(model, *rest)
+
+    monkeypatch.setattr(trial, "train_step", seen)
+    step_need(recipe, recipe.stages[0], pick("cpu"), seconds=0.01)
+    assert trained and not [name for name in trained if name.startswith("image.")]
 
 
 # ---- What follows from the numbers -----------------------------------------------------------------------------------
