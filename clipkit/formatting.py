@@ -1,6 +1,6 @@
 """How numbers, sizes, shares and times are written for people, in messages, progress lines and pages alike."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 
 def duration(seconds: float) -> str:
@@ -60,3 +60,21 @@ def percent(share: float) -> str:
 def count(number: float) -> str:
     """A whole number with separators."""
     return f"{number:,.0f}"
+
+
+def short_flops(flops: float) -> str:
+    """Operations in two digits: 1.4e20."""
+    return f"{flops:.1e}".replace("e+", "e")
+
+
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], words: int = 1) -> None:
+    """A table on stdout, of words in the first columns and of numbers in the others."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="right" if number >= words else "left")
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)

@@ -9,16 +9,12 @@ public scripts that go with it). `PUBLISHED` says what others reached.
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import groupby
-from operator import itemgetter
 from pathlib import Path
-from typing import Any, Literal
-
-from rich.console import Group
-from rich.table import Table
+from typing import Any
 
 from clipkit.config import did_you_mean, set_values
 from clipkit.errors import UserError
+from clipkit.formatting import print_table, short, short_flops
 from clipkit.model.config import (
     ImageConfig,
     ModelConfig,
@@ -375,12 +371,6 @@ DATASETS = {
 }
 
 
-_COLUMNS: dict[str, Literal["left", "right"]] = {
-    "recipe": "left", "stage": "left", "px": "right", "tokens": "right", "batch": "right", "samples": "right",
-    "GFLOPs each": "right", "FLOPs": "right",
-}  # fmt: skip
-
-
 def recipes() -> dict[str, Callable[[], Recipe]]:
     """All recipes by the name that `--recipe` takes."""
     return {
@@ -427,28 +417,20 @@ def recipe_rows() -> list[dict[str, Any]]:
     return rows
 
 
-def recipe_table(rows: Sequence[Mapping[str, Any]]) -> Group:
+def print_recipes(rows: Sequence[Mapping[str, Any]]) -> None:
     """The rows for people: one line a stage, and below the table what others reached."""
-    table = Table(box=None, pad_edge=False)
-    for heading, justify in _COLUMNS.items():
-        table.add_column(heading, justify=justify, no_wrap=True)
-    for recipe, stages in groupby(rows, key=itemgetter("recipe")):
-        name = str(recipe)
-        for row in stages:
-            tokens = f"{row['image_tokens']}+{row['text_tokens']}"
-            numbers = [str(row["image_size"]), tokens, f"{row['batch_size']:,}", compact(row["samples"])]
-            costs = [f"{row['flops_per_sample'] / 1e9:.3g}", f"{row['flops']:.1e}".replace("e+", "e")]
-            table.add_row(name, row["stage"], *numbers, *costs)
-            name = ""
-    return Group(table, "\npublished:", *(f"{name}: {result}" for name, result in PUBLISHED.items()))
-
-
-def compact(count: int) -> str:
-    """A count in three digits: 2.44B."""
-    for unit, suffix in ((10**9, "B"), (10**6, "M"), (10**3, "K")):
-        if count >= unit:
-            return f"{count / unit:.3g}{suffix}"
-    return str(count)
+    cells: list[tuple[str, ...]] = []
+    for number, row in enumerate(rows):
+        is_first = number == 0 or rows[number - 1]["recipe"] != row["recipe"]
+        cells.append(
+            (row["recipe"] if is_first else "", row["stage"], str(row["image_size"]),
+             f"{row['image_tokens']}+{row['text_tokens']}", f"{row['batch_size']:,}", short(row["samples"]),
+             f"{row['flops_per_sample'] / 1e9:.3g}", short_flops(row["flops"]))
+        )  # fmt: skip
+    print_table(("recipe", "stage", "px", "tokens", "batch", "samples", "GFLOPs each", "FLOPs"), cells, words=2)
+    print("\npublished:")
+    for name, result in PUBLISHED.items():
+        print(f"{name}: {result}")
 
 
 def find_recipe(name: str) -> Recipe:

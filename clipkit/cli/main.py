@@ -248,17 +248,15 @@ def recipes(name: str | None, assignments: tuple[str, ...], as_json: bool) -> No
     The keys of the JSON are what `train --set` and TOML files take. Tokens count what enters the transformers; FLOPs
     are those of training, 2 for each multiply-add, without what is computed again to save memory.
     """
-    from rich.console import Console
-
     from clipkit.config import set_values, to_json
-    from clipkit.train.catalogue import find_recipe, recipe_rows, recipe_table
+    from clipkit.train.catalogue import find_recipe, print_recipes, recipe_rows
 
     if name:
         click.echo(json.dumps(to_json(set_values(find_recipe(name), assignments)), indent=2))
     elif as_json:
         print_json(recipe_rows())
     else:
-        Console().print(recipe_table(recipe_rows()))
+        print_recipes(recipe_rows())
 
 
 @main.command()

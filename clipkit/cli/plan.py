@@ -72,8 +72,6 @@ def plan(
         raise UserError(
             "plan takes one of --recipe, --run, --against and --budget at a time: clipkit recipes lists the recipes"
         )
-    from rich.console import Console
-
     from clipkit.config import set_values
     from clipkit.train.catalogue import find_recipe
     from clipkit.train.plan.columns import read_run
@@ -94,13 +92,13 @@ def plan(
     for name, value in options.items():
         if value is not None and name not in TAKES[chosen[0]]:
             raise UserError(f"{name} doesn't go with {chosen[0]}: leave it out")
-    devices, console = "8xA100-80GB" if devices is None else devices, Console()
+    devices = "8xA100-80GB" if devices is None else devices
     if columns is not None:
         values = plan_columns(read_run(columns), fleet_of(devices, price))
-        print_json(values) if as_json else print_columns(values, console)
+        print_json(values) if as_json else print_columns(values)
     elif against is not None:
         planned, rows = plan_against(against)
-        print_json({**planned.to_json(), "against": rows}) if as_json else print_difference(planned, rows, console)
+        print_json({**planned.to_json(), "against": rows}) if as_json else print_difference(planned, rows)
     elif budget is not None:
         from clipkit.train.plan.budget import choices, print_choices, write_page
 
@@ -111,12 +109,12 @@ def plan(
         if as_json:
             print_json({"budget": budget, "choices": [row.to_json() for row in bought]})
         else:
-            print_choices(bought, budget, fleet, console)
+            print_choices(bought, budget, fleet)
     else:
         recipe = set_values(find_recipe(str(recipe_name)), assignments)
         fleet, calibration = calibrated(devices, price, measure)
         planned = plan_recipe(recipe, fleet, data=data, dataset=dataset, calibration=calibration)
-        print_json(planned.to_json()) if as_json else print_plan(planned, console)
+        print_json(planned.to_json()) if as_json else print_plan(planned)
 
 
 def calibrated(devices: str, price: float | None, measure: bool) -> "tuple[Fleet, Calibration | None]":
@@ -164,20 +162,18 @@ def sweep(
     Budgets share a trunk at a constant rate and cool down from it, so four cost less than one and a half of the
     longest. Killed at any moment, the same command goes on; finished runs are never made again. docs/law.md
     """
-    from rich.console import Console
-
     from clipkit.train.sweep.command import price_json, prices, print_prices, print_result, run_sweep
     from clipkit.train.sweep.grid import read_sweep
 
-    console, read = Console(), read_sweep(path)
+    read = read_sweep(path)
     if dry_run:
         fleet, calibration = calibrated(devices or "cpu", price, measure)
         values = price_json(read, prices(read, fleet, calibration), fleet)
-        print_json(values) if as_json else print_prices(values, console)
+        print_json(values) if as_json else print_prices(values)
         return
     if out is None:
         raise UserError("--out names the folder of the sweep: give it, or --dry-run")
     if measure or price is not None or devices is not None:
         raise UserError("--devices, --price and --measure are for --dry-run: leave them out, or add it")
     result = run_sweep(read, out, engine=engine, device=device, workers=workers)
-    print_json(result) if as_json else print_result(result, console)
+    print_json(result) if as_json else print_result(result)

@@ -1,15 +1,11 @@
 """What was measured of the loader, what follows from it, and how it is shown to people and scripts."""
 
 import math
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from clipkit.config import to_json
-from clipkit.formatting import counted, size_text
-
-if TYPE_CHECKING:
-    from rich.table import Table
+from clipkit.formatting import counted, print_table, size_text
 
 COMPACT_QUALITY = 90
 # A change that brings less than this isn't worth a second copy of a dataset.
@@ -161,21 +157,16 @@ def advice(found: Findings) -> list[str]:
 
 def print_findings(found: Findings) -> None:
     """The findings as tables for people, on stdout."""
-    from rich.console import Console
-    from rich.text import Text
-
-    console = Console()
     workers = counted(found.workers, "worker")
-    console.print(
-        Text(
-            f"{found.data}: {found.records:,} records, images of {size_text(found.reading.image_bytes)}\n"
-            f"{found.samples_per_s:,.0f} samples/s at {found.image_size} px with {workers}, which computed "
-            f"{found.busy:.0%} of their time; one core by itself gives {found.samples_per_core_s:,.0f}"
-        )
+    print(
+        f"{found.data}: {found.records:,} records, images of {size_text(found.reading.image_bytes)}\n"
+        f"{found.samples_per_s:,.0f} samples/s at {found.image_size} px with {workers}, which computed "
+        f"{found.busy:.0%} of their time; one core by itself gives {found.samples_per_core_s:,.0f}\n"
     )
     total = sum(found.phases_us.values())
     phases = [(phase, f"{value:,.0f}", f"{value / total:.0%}") for phase, value in found.phases_us.items()]
-    console.print(grid(["phase", "µs a sample", "share of a core"], phases, ("all", f"{total:,.0f}", "100%")))
+    print_table(("phase", "µs a sample", "share of a core"), [*phases, ("all", f"{total:,.0f}", "100%")])
+    print()
 
     columns = ["needed by", "samples/s", "cores for it"]
     gains = [1.0]
@@ -186,21 +177,7 @@ def print_findings(found: Findings) -> None:
         (need.who, f"{need.samples_per_s:,.0f}", *(str(found.cores_for(need, gain)) for gain in gains))
         for need in found.needs
     ]
-    console.print(grid(columns, needs))
+    print_table(columns, needs)
+    print()
     for line in advice(found):
-        console.print(Text(f"- {line}"))
-
-
-def grid(columns: Sequence[str], rows: Iterable[Sequence[str]], last: Sequence[str] = ()) -> "Table":
-    """A table of words in the first column and numbers in the others, perhaps with a last row set apart."""
-    from rich.table import Table
-
-    table = Table()
-    for number, name in enumerate(columns):
-        table.add_column(name, justify="right" if number else "left")
-    for row in rows:
-        table.add_row(*row)
-    if last:
-        table.add_section()
-        table.add_row(*last)
-    return table
+        print(f"- {line}")

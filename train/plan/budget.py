@@ -6,10 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from clipkit.errors import UserError
-from clipkit.formatting import duration, short
+from clipkit.formatting import duration, print_table, short
 from clipkit.page import render
 from clipkit.page.charts import Line, line_chart
 from clipkit.train.catalogue import DATASETS, find_recipe
@@ -17,7 +15,7 @@ from clipkit.train.plan.accuracy import Prediction, known_runs, predict_all
 from clipkit.train.plan.columns import pairs_of
 from clipkit.train.plan.command import columns_of
 from clipkit.train.plan.cost import PAIR_BYTES, Fleet, Pairs, recipe_plan, teachers_cost
-from clipkit.train.plan.report import accuracy_text, grid
+from clipkit.train.plan.report import accuracy_text
 from clipkit.train.plan.step import Calibration
 from clipkit.train.recipes import Recipe
 
@@ -105,23 +103,22 @@ def choices(budget: float, fleet: Fleet, dataset: str | None) -> list[Choice]:
     return marked
 
 
-def print_choices(rows: Sequence[Choice], budget: float, fleet: Fleet, console: Console) -> None:
+def print_choices(rows: Sequence[Choice], budget: float, fleet: Fleet) -> None:
     """The choices that nothing as cheap beats, best first, then the best of each other recipe."""
     front = [row for row in rows if row.is_best][::-1]
     others = [max((row for row in rows if row.recipe == name), key=value_of) for name in {row.recipe for row in rows}]
     others = sorted((row for row in others if row not in front), key=value_of, reverse=True)
-    console.print(f"{budget:,.0f} on {fleet.number} × {fleet.chip.name} at {fleet.price:.2f} an hour", highlight=False)
+    print(f"{budget:,.0f} on {fleet.number} × {fleet.chip.name} at {fleet.price:.2f} an hour")
     columns = ("recipe", "data like", "seen", "time", "money", "ImageNet, %", "")
     cells = [
         (row.recipe, row.dataset, short(row.samples), duration(row.hours * 3600), f"{row.money:,.0f}",
          percents(row.accuracy), "*" if row.is_best else "")
         for row in (*front, *others)
     ]  # fmt: skip
-    console.print(grid(columns, cells))
-    console.print(
+    print_table(columns, cells)
+    print(
         "* nothing as cheap is predicted to be better. Assumed: each recipe on the data of its published run "
         "(--dataset for others), its stages in the same ratio; where it has teachers, clipkit reinforce is paid too",
-        soft_wrap=True,
     )
 
 

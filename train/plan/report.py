@@ -4,10 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
-from clipkit.formatting import counted, duration, share, short, size_text
+from clipkit.formatting import counted, duration, print_table, share, short, short_flops, size_text
 from clipkit.train.plan import step as model_of_step
 from clipkit.train.plan.accuracy import Prediction
 from clipkit.train.plan.cost import (
@@ -150,15 +147,13 @@ class Plan:
         return [f"{towers} on every sample; from a file of clipkit embed's, what is stored there is not computed"]
 
 
-def print_plan(plan: Plan, console: Console) -> None:
+def print_plan(plan: Plan) -> None:
     """The plan for people."""
     fleet, accuracy = plan.fleet, plan.accuracies[-1]
-    console.print(
+    print(
         f"{plan.recipe.name} on {fleet.number} × {fleet.chip.name}: {duration(plan.hours * 3600)}, "
         f"{plan.hours * fleet.number:,.0f} device-hours, {plan.money:,.0f} at {fleet.price:.2f} an hour; "
         f"ImageNet zero-shot {accuracy_text(accuracy)}",
-        highlight=False,
-        soft_wrap=True,
     )
     rows, needs = [], []
     for stage, found in zip(plan.stages, plan.accuracies, strict=True):
@@ -170,15 +165,15 @@ def print_plan(plan: Plan, console: Console) -> None:
              share(stage.mfu), duration(stage.hours * 3600), f"{money:,.0f}")
         )  # fmt: skip
         needs.append((stage.name, f"{stage.data_mb_per_s:,.0f}", rate, str(stage.cores), accuracy_text(found)))
-    console.print(grid(("stage", "samples", "tokens", "micro-batch", "samples/s", "MFU", "time", "money"), rows))
-    console.print()
-    console.print(grid(("stage", "MB/s to read", "images/s", "loader cores", "ImageNet after it"), needs))
-    console.print("\nFLOPs and share of the time by part")
+    print_table(("stage", "samples", "tokens", "micro-batch", "samples/s", "MFU", "time", "money"), rows)
+    print()
+    print_table(("stage", "MB/s to read", "images/s", "loader cores", "ImageNet after it"), needs)
+    print("\nFLOPs and share of the time by part")
     parts = ("image", "text", "loss", "optimizer", "again", "sending")
-    console.print(grid(("stage", *parts), [(stage.name, *part_texts(stage)) for stage in plan.stages]))
-    console.print()
+    print_table(("stage", *parts), [(stage.name, *part_texts(stage)) for stage in plan.stages])
+    print()
     for stage in plan.stages:
-        console.print(f"stage {stage.name}: limited by {stage.limit()}", highlight=False, soft_wrap=True)
+        print(f"stage {stage.name}: limited by {stage.limit()}")
     kept = size_text(checkpoint_bytes(plan.recipe, plan.stages))
     if plan.pairs.total:
         disk = size_text(plan.pairs.total * plan.pairs.bytes_each)
@@ -187,25 +182,21 @@ def print_plan(plan: Plan, console: Console) -> None:
     else:
         data = "data of unknown size (--data)"
     network = max(stage.data_mb_per_s for stage in plan.stages) * 8 / 1000
-    console.print(
+    print(
         f"disk: {data}, {kept} of checkpoints; {network:.2g} Gbit/s if the data come from a store",
-        highlight=False,
-        soft_wrap=True,
     )
     if plan.captions:
         drawn = ", ".join(f"{share(value)} {source}" for source, value in plan.captions.items())
-        console.print(f"captions: {drawn}, of records that have all of them", highlight=False, soft_wrap=True)
+        print(f"captions: {drawn}, of records that have all of them")
     if plan.teachers:
         size, seconds = plan.teachers
-        console.print(
+        print(
             f"teachers: clipkit reinforce of 10 views by two ViT-L/14 takes {duration(seconds)} and {size_text(size)}",
-            highlight=False,
-            soft_wrap=True,
         )
     sections = (("change", advice(plan.recipe, plan.stages)), ("note", accuracy.notes), ("assumed", plan.assumptions()))
     for name, lines in sections:
         for line in lines:
-            console.print(f"{name}: {line}", highlight=False, markup=False, soft_wrap=True)
+            print(f"{name}: {line}")
 
 
 def part_texts(stage: StageCost) -> list[str]:
@@ -217,26 +208,11 @@ def part_texts(stage: StageCost) -> list[str]:
     ]
 
 
-def short_flops(flops: float) -> str:
-    """Operations in two digits: 1.4e20."""
-    return f"{flops:.1e}".replace("e+", "e")
-
-
 def accuracy_text(found: Prediction) -> str:
     """A prediction in a few words."""
     if found.value is None or found.low is None or found.high is None:
         return "not known"
     return f"{found.value:.1%} ({found.low:.1%}–{found.high:.1%})"
-
-
-def grid(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    """A table of words in the first column and numbers in the others."""
-    table = Table(box=None, pad_edge=False)
-    for number, column in enumerate(columns):
-        table.add_column(column, justify="right" if number else "left", no_wrap=True)
-    for row in rows:
-        table.add_row(*row)
-    return table
 
 
 def differences(plan: Plan, measured: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -264,24 +240,22 @@ def differences(plan: Plan, measured: Sequence[Mapping[str, Any]]) -> list[dict[
     return rows
 
 
-def print_columns(values: Mapping[str, Any], console: Console) -> None:
+def print_columns(values: Mapping[str, Any]) -> None:
     """The plan of a run's columns for people."""
     found = Prediction(**values["accuracy"])
-    console.print(f"ImageNet zero-shot {accuracy_text(found)} (80% interval)", highlight=False)
+    print(f"ImageNet zero-shot {accuracy_text(found)} (80% interval)")
     if values["hours"] is not None:
-        console.print(
+        print(
             f"on {values['devices']}: {duration(values['hours'] * 3600)}, {values['device_hours']:,.0f} device-hours, "
             f"{values['money']:,.0f}, {values['samples_per_s']:,.0f} samples/s, MFU {share(values['mfu'])}",
-            highlight=False,
-            soft_wrap=True,
         )
     for line in (*found.notes, *values["assumptions"]):
-        console.print(f"note: {line}", highlight=False, markup=False, soft_wrap=True)
+        print(f"note: {line}")
 
 
-def print_difference(plan: Plan, rows: Sequence[Mapping[str, Any]], console: Console) -> None:
+def print_difference(plan: Plan, rows: Sequence[Mapping[str, Any]]) -> None:
     """What was planned beside what the run took."""
-    console.print(f"{plan.recipe.name} on {plan.fleet.number} × {plan.fleet.chip.name}: planned, and as logged")
+    print(f"{plan.recipe.name} on {plan.fleet.number} × {plan.fleet.chip.name}: planned, and as logged")
     columns = ("stage", "planned samples/s", "samples/s", "ratio", "planned time", "time", "peak memory")
     cells = [
         (row["stage"], f"{row['planned_samples_per_s']:,.0f}", f"{row['samples_per_s']:,.0f}", f"{row['ratio']:.2f}",
@@ -289,4 +263,4 @@ def print_difference(plan: Plan, rows: Sequence[Mapping[str, Any]], console: Con
          size_text(row["peak_memory_bytes"]) if row["peak_memory_bytes"] else "")
         for row in rows
     ]  # fmt: skip
-    console.print(grid(columns, cells))
+    print_table(columns, cells)

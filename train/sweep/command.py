@@ -11,14 +11,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from rich.console import Console
-
 from clipkit.errors import UserError
-from clipkit.formatting import duration, share, short
+from clipkit.formatting import duration, print_table, share, short
 from clipkit.jobs.run import run_jobs
 from clipkit.storage.files import lock, read_json, write_beside, write_json
 from clipkit.train.plan.cost import PAIR_BYTES, Fleet, Pairs, stage_plan
-from clipkit.train.plan.report import grid
 from clipkit.train.plan.step import Calibration
 from clipkit.train.sweep.branches import samples_trained
 from clipkit.train.sweep.grid import Configuration, Sweep
@@ -84,7 +81,7 @@ def price_json(sweep: Sweep, found: Sequence[Price], fleet: Fleet) -> dict[str, 
     }  # fmt: skip
 
 
-def print_prices(values: Mapping[str, Any], console: Console) -> None:
+def print_prices(values: Mapping[str, Any]) -> None:
     """The predicted cost for people: a line for each configuration, all its seeds together."""
     rows: dict[str, list[Mapping[str, Any]]] = {}
     for row in values["rows"]:
@@ -98,13 +95,11 @@ def print_prices(values: Mapping[str, Any], console: Console) -> None:
         )
         for name, own in rows.items()
     ]
-    console.print(grid(("configuration", "seeds", "samples", "device time"), cells))
-    console.print(
+    print_table(("configuration", "seeds", "samples", "device time"), cells)
+    print(
         f"{values['runs']} runs from {values['configurations']} trunks, {values['shared']:.2f} times the longest runs; "
         f"{duration(3600 * values['hours'])} on {values['devices']}, {values['device_hours']:.3g} device-hours, "
         f"{values['money']:,.2f}. Not in it: loading data where that is slower, and measuring",
-        highlight=False,
-        soft_wrap=True,
     )
 
 
@@ -228,20 +223,19 @@ def measured_points(prediction: Mapping[str, Any], rows: Sequence[Mapping[str, A
             yield {**point, "measured": sum(own) / len(own)}
 
 
-def print_result(result: Mapping[str, Any], console: Console) -> None:
+def print_result(result: Mapping[str, Any]) -> None:
     """Law and held-out point for people, and where the page is."""
     law, held_out = result["law"], result["held_out"]
     if law:
         cells = [
             (term["name"], f"{term['value']:.3f}", f"{term['low']:.3f} to {term['high']:.3f}") for term in law["terms"]
         ]
-        console.print(grid(("term", "logits", "95% interval"), cells))
+        print_table(("term", "logits", "95% interval"), cells)
         for tower, holds in law["holds"].items():
-            console.print(f"does a halving of {tower} tokens cost larger encoders less? {holds}", highlight=False)
+            print(f"does a halving of {tower} tokens cost larger encoders less? {holds}")
     for point in held_out["points"] if held_out else ():
-        console.print(
+        print(
             f"{held_out['configuration']} at {short(point['samples'])}: predicted {share(point['value'])} "
             f"({share(point['low'])} to {share(point['high'])}), measured {share(point['measured'])}",
-            highlight=False,
         )
-    console.print(f"the page: {result['page']}", highlight=False, soft_wrap=True)
+    print(f"the page: {result['page']}")
