@@ -6,7 +6,6 @@ and text tokens, then briefly on all (Li, Wang & Xie, "An Inverse Scaling Law fo
 public scripts that go with it). `PUBLISHED` says what others reached.
 """
 
-import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +25,7 @@ from clipkit.model.config import (
     vit_l14_clipa,
     vit_l16,
 )
+from clipkit.storage.files import read_toml
 from clipkit.train.augmentation import Augmentation
 from clipkit.train.recipes import Cadence, Distill, OptimizerConfig, Recipe, Stage
 
@@ -449,12 +449,7 @@ def read_recipe(path: Path) -> Recipe:
     Stages are tables by number: `[stages.0]`. Raises UserError, naming the file, for what isn't TOML, an unknown base
     or key (with the nearest ones), and a value of another type.
     """
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"recipe {path} doesn't exist: check the path") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"recipe {path} isn't TOML ({error}): mend it") from error
+    values = read_toml(path, "recipe")
     base = values.pop("base", None)
     if not isinstance(base, str):
         raise UserError(f'recipe {path} names no base: begin it with base = "clipa-b16-i50-t16" or another recipe')

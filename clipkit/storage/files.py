@@ -188,6 +188,16 @@ def read_text(path: Path, what: str) -> str:
         raise UserError(f"{what} {path} isn't UTF-8 text: convert it, for example with iconv") from error
 
 
+def read_toml(path: Path, what: str) -> dict[str, Any]:
+    """A person's TOML file. Raises UserError."""
+    import tomllib
+
+    try:
+        return tomllib.loads(read_text(path, what))
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"{what} {path} isn't TOML ({error}): mend it") from error
+
+
 def save_array(path: Path, values: "npt.NDArray[Any]") -> None:
     """Write an array as NumPy's own file, whole or not at all."""
     import numpy as np

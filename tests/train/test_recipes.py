@@ -331,6 +331,12 @@ def test_a_recipe_from_a_file_changes_its_base(tmp_path):
     assert recipe.model == find_recipe("debug").model
 
 
+def test_a_recipe_file_may_begin_with_the_mark_of_an_editor(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text('base = "debug"\r\nseed = 7\r\n', encoding="utf-8-sig")
+    assert find_recipe(str(path)).seed == 7
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [

@@ -10,17 +10,16 @@ import threading
 import time
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
 
 from clipkit.counter_rng import UInt64Array
-from clipkit.errors import UserError
 from clipkit.storage.cache import BlockCache
 from clipkit.storage.ranges import Reopenable
 from clipkit.train.order import WINDOW_BLOCKS, Int64Array
-from clipkit.train.sources.source import Pair, Source
+from clipkit.train.sources.source import AroundSource, Source
 
 THREADS = 16
 END_SECONDS = 1.0
@@ -45,14 +44,15 @@ def read_ahead(source: Source, cached: Cached, block_records: int) -> Source:
     return source if cached.cache is None else AheadSource(source, cached.fill, block_records)
 
 
-class AheadSource(Reopenable, Source):
+class AheadSource(Reopenable, AroundSource):
     """A source with reading ahead, `block_records` neighbours at a time.
 
     `fill` gets a record near, with what is got together with it, and returns the first record behind that.
     """
 
     def __init__(self, source: Source, fill: Fill, block_records: int) -> None:
-        self.source, self.fill, self.block_records = source, fill, block_records
+        super().__init__(source)
+        self.fill, self.block_records = fill, block_records
         self._start()
 
     def _start(self) -> None:
@@ -60,37 +60,9 @@ class AheadSource(Reopenable, Source):
         self._asked: OrderedDict[int, None] = OrderedDict()
         self._threads: list[threading.Thread] = []
 
-    def __repr__(self) -> str:
-        return repr(self.source)
-
-    @property
-    def num_records(self) -> int:
-        return self.source.num_records
-
-    @property
-    def feature_width(self) -> int | None:
-        return self.source.feature_width
-
-    @property
-    def text_width(self) -> int | None:
-        return self.source.text_width
-
-    @property
-    def caption_sources(self) -> tuple[str, ...]:
-        return self.source.caption_sources
-
-    def key(self, record: int) -> str:
-        return self.source.key(record)
-
-    def block(self, record: int, block_size: int) -> range:
-        return self.source.block(record, block_size)
-
-    def pairs(self, records: Sequence[int]) -> Iterator[Pair | UserError]:
-        return self.source.pairs(records)
-
     def records_at(self, positions_B: UInt64Array, seed: int, block_size: int) -> Int64Array:
         """The order, unchanged; the records a window later are wished for too."""
-        records_B = self.source.records_at(positions_B, seed, block_size)
+        records_B = super().records_at(positions_B, seed, block_size)
         later_B = np.asarray(positions_B).astype(np.uint64) + np.uint64(WINDOW_BLOCKS * block_size)
         for wanted_B in (records_B, self.source.records_at(later_B, seed, block_size)):
             blocks_B, firsts_B = np.unique(wanted_B // self.block_records, return_index=True)

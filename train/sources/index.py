@@ -22,7 +22,7 @@ from clipkit.errors import UserError
 from clipkit.formats.manifest import CLIPKIT_FOLDER
 from clipkit.jobs.run import run_jobs
 from clipkit.log import Progress
-from clipkit.storage.files import is_remote, make_folder, read_json, remove, require_writable, write_beside, write_json
+from clipkit.storage.files import is_remote, make_folder, read_json, remove, require_writable, save_array, write_json
 from clipkit.storage.stores import StoredFile
 
 REMOTE_THREADS = 8
@@ -52,7 +52,7 @@ def open_index(folder: Path, shards: Sequence[StoredFile], stem: str, make: Make
     place = index_place(folder)
     with waiting_lock(place / f".{stem}.lock"):
         known = _read_summary(place / f"{stem}.json")
-        if known != _describe(shards, [count for *_, count in known]):
+        if [each[:3] for each in known] != list(map(_version, shards)):
             known = _make(folder, shards, place, stem, make, known)
         return FolderIndex(place / f"{stem}.npy", tuple(count for *_, count in known))
 
@@ -76,6 +76,7 @@ def waiting_lock(path: Path) -> Iterator[None]:
         yield
 
 
+Version = tuple[str, int, str]
 Summary = list[tuple[str, int, str, int]]
 
 
@@ -88,39 +89,28 @@ def _read_summary(path: Path) -> Summary:
     return []
 
 
-def _describe(shards: Sequence[StoredFile], counts: Sequence[int]) -> Summary:
-    if len(shards) != len(counts):
-        return [("", 0, "", 0)]
-    return [(shard.name, shard.bytes, shard.version, count) for shard, count in zip(shards, counts, strict=True)]
+def _version(shard: StoredFile) -> Version:
+    return shard.name, shard.bytes, shard.version
 
 
 def _make(
     folder: Path, shards: Sequence[StoredFile], place: Path, stem: str, make: MakeRows, known: Summary
 ) -> Summary:
-    work = make_folder(place / f"{stem}-work")
-    old: dict[tuple[str, int, str], np.ndarray] = {}
+    work, place_of_rows = make_folder(place / f"{stem}-work"), place / f"{stem}.npy"
+    old: dict[Version, np.ndarray] = {}
     if known:
-        rows, first = np.load(place / f"{stem}.npy"), 0
-        for name, size, version, count in known:
-            old[name, size, version] = rows[first : first + count]
-            first += count
-    todo = [
-        shard
-        for shard in shards
-        if (shard.name, shard.bytes, shard.version) not in old and not _part(work, shard).exists()
-    ]
+        ends = np.cumsum([count for *_, count in known])
+        parts = np.split(np.load(place_of_rows), ends[:-1])
+        old = {each[:3]: rows for each, rows in zip(known, parts, strict=True)}
+    todo = [shard for shard in shards if _version(shard) not in old and not _part(work, shard).exists()]
     function = partial(_make_part, folder=folder, work=work, make=make)
     with Progress(f"index {folder.name}", len(todo), unit="shards", quiet=not todo) as progress:
         for done, _ in enumerate(_over(function, todo, is_remote(folder)), 1):
             progress.update(done)
-    arrays = []
-    for shard in shards:
-        rows_of = old.get((shard.name, shard.bytes, shard.version))
-        arrays.append(np.load(_part(work, shard)) if rows_of is None else rows_of)
+    arrays = [old[_version(each)] if _version(each) in old else np.load(_part(work, each)) for each in shards]
     remove(place / f"{stem}.json")  # a new index with an old summary must never be seen
-    with write_beside(place / f"{stem}.npy") as temporary, temporary.open("wb") as file:
-        np.save(file, np.concatenate(arrays))
-    found = _describe(shards, [len(rows) for rows in arrays])
+    save_array(place_of_rows, np.concatenate(arrays))
+    found = [(*_version(shard), len(rows)) for shard, rows in zip(shards, arrays, strict=True)]
     write_json(place / f"{stem}.json", found)
     remove(work)
     return found
@@ -136,9 +126,7 @@ def _over(function: Callable[[StoredFile], None], todo: Sequence[StoredFile], re
 
 
 def _make_part(shard: StoredFile, folder: Path, work: Path, make: MakeRows) -> None:
-    rows = make(folder, shard)
-    with write_beside(_part(work, shard)) as temporary, temporary.open("wb") as file:
-        np.save(file, rows)
+    save_array(_part(work, shard), make(folder, shard))
 
 
 def _part(work: Path, shard: StoredFile) -> Path:

@@ -62,14 +62,13 @@ class OpenedSource:
     """One source that was found. `identity` is what decides its order and its records, beside the seed."""
 
     path: Path
-    make: Callable[[bool], Source]
+    make: Callable[[bool, bool], Source]
+    """With the token ids and word classes that it holds; with the stored vectors of its captions."""
     identity: dict[str, Any]
     notes: tuple[str, ...] = ()
     """A line each on what is there and isn't read."""
     features: dict[str, Any] | None = None
     """What made the vectors that it has in the place of images."""
-    with_texts: Callable[[], Source] | None = None
-    """The same with vectors in the place of captions too, where it has some."""
     files: Callable[[], str] | None = None
     """Makes a hash of a dataset directory's files, which its identity doesn't have: it may be built again, or moved."""
 
@@ -87,10 +86,7 @@ class Data:
 
     def source(self, precomputed: bool = False) -> Source:
         """What the loader reads from; `precomputed`: with the token ids and word classes that a dataset holds."""
-        sources = [
-            part.with_texts() if self.stored_texts and part.with_texts else part.make(precomputed)
-            for part in self.parts
-        ]
+        sources = [part.make(precomputed, self.stored_texts) for part in self.parts]
         if len(sources) == 1:
             return sources[0] if self.stored is None else ReinforcedSource(sources[0], self.stored)
         labels = [part.path.name for part in self.parts]
@@ -228,15 +224,16 @@ class _Opener:
 
     def open_features(self, path: Path, about: dict[str, Any]) -> OpenedSource:
         file = next(file for file in list_folder(path.parent) if file.name == path.name)
-        source, with_texts = (open_features(path, file, about["width"], self.cache(), each) for each in (False, True))
         found = ShardListing(path.parent, "parquet", (file,))
-        opened = self.opened(path, "features", found, source, self.block_size)
-        ahead = read_ahead(with_texts, with_texts, self.block_size)
+        without, with_texts = (
+            self.opened(path, "features", found, source, self.block_size)
+            for source in (open_features(path, file, about["width"], self.cache(), each) for each in (False, True))
+        )
         return replace(
-            opened,
-            identity={**opened.identity, "image_weights": about["image_weights"]},
+            without,
+            make=lambda computed, texts: (with_texts if texts else without).make(computed, texts),
+            identity={**without.identity, "image_weights": about["image_weights"]},
             features=about,
-            with_texts=lambda: ahead,
         )
 
     def open_directory(self, path: Path) -> OpenedSource:
@@ -254,13 +251,15 @@ class _Opener:
             added = source_columns(dataset.features)
             return OpenedSource(
                 dataset.path,
-                lambda computed: ahead(RecordSource(dataset, precomputed=columns if computed else None, added=added)),
+                lambda computed, _: ahead(
+                    RecordSource(dataset, precomputed=columns if computed else None, added=added)
+                ),
                 identity,
                 files=files,
             )
         if LABELLED_IMAGE in dataset.features and LABEL_FIELD in dataset.features:
             labelled = ahead(LabelledSource(dataset, class_captions(dataset)))
-            return OpenedSource(dataset.path, lambda _: labelled, identity, files=files)
+            return OpenedSource(dataset.path, lambda *_: labelled, identity, files=files)
         raise UserError(
             f"{dataset.path} has neither {IMAGE_FIELD} and {TEXT_FIELD} nor {LABELLED_IMAGE} and {LABEL_FIELD} "
             f"({', '.join(dataset.features)}): train on pairs, or on labelled images"
@@ -276,7 +275,7 @@ class _Opener:
             "files": hash_of_files((file.name, file.bytes) for file in found.files),
         }
         ahead = read_ahead(source, source, block_records)
-        return OpenedSource(path, lambda _: ahead, identity, found.notes)
+        return OpenedSource(path, lambda *_: ahead, identity, found.notes)
 
 
 def hash_of_files(described: Iterable[tuple[object, ...]]) -> str:

@@ -83,12 +83,22 @@ class ParquetSource(Reopenable, Source):
                 yield ImageError(str(error))
 
     def columns(self, schema: pa.Schema, path: Path) -> tuple[str, ...]:
-        """Image and caption, and where img2dataset has written a list of captions as text, the list."""
-        return _columns(schema, path)
+        """What `pack` needs of a file."""
+        return pair_columns(schema, path)
 
     def pack(self, batch: pa.RecordBatch, columns: Sequence[str]) -> bytes:
         """The rows of a batch as bytes, as `_pair` reads them."""
-        return pack(batch, *columns)
+        images, captions, *repeated = (batch.column(batch.schema.names.index(name)) for name in columns)
+        if pa.types.is_struct(images.type):
+            images = images.field(images.type.get_field_index("bytes"))
+        elif pa.types.is_fixed_size_list(images.type):
+            images = vector_bytes(images)
+        texts = captions.to_pylist()
+        for lists in repeated:
+            texts = [
+                merge_captions(text, {REPEATED: each}) for text, each in zip(texts, lists.to_pylist(), strict=True)
+            ]
+        return join_rows((data.as_py() or b"" for data in images), texts)
 
     def fill(self, record: int) -> int:
         """Get the part of the row group that holds a record into the cache; returns the first record behind it."""
@@ -211,24 +221,11 @@ class _Ranges(io.RawIOBase):
         return True
 
 
-def _columns(schema: pa.Schema, path: Path) -> tuple[str, ...]:
+def pair_columns(schema: pa.Schema, path: Path) -> tuple[str, ...]:
+    """Image and caption, and where img2dataset has written a list of captions as text, the list."""
     image, caption = USUAL.require_image(schema, path), USUAL.require_caption(schema, path)
     lists = caption == "txt" and REPEATED in schema.names and pa.types.is_nested(schema.field(REPEATED).type)
     return (image, caption, REPEATED) if lists else (image, caption)
-
-
-def pack(batch: pa.RecordBatch, image: str, caption: str, repeated: str | None = None) -> bytes:
-    """A batch's rows as bytes, as `join_rows` puts them together."""
-    images = batch.column(batch.schema.names.index(image))
-    if pa.types.is_struct(images.type):
-        images = images.field(images.type.get_field_index("bytes"))
-    elif pa.types.is_fixed_size_list(images.type):
-        images = vector_bytes(images)
-    captions = batch.column(batch.schema.names.index(caption)).to_pylist()
-    if repeated is not None:
-        lists = batch.column(batch.schema.names.index(repeated)).to_pylist()
-        captions = [merge_captions(text, {REPEATED: found}) for text, found in zip(captions, lists, strict=True)]
-    return join_rows((data.as_py() or b"" for data in images), captions)
 
 
 def join_rows(images: Iterable[bytes], captions: Iterable[Any]) -> bytes:
@@ -288,7 +285,7 @@ def open_parquets(
 def index_shard(folder: Path, shard: StoredFile) -> np.ndarray:
     """One row of ROW_GROUPS for each row group of a file that has any rows."""
     footer = read_footer(RangeReader(folder, [shard]), 0)
-    _columns(footer.schema.to_arrow_schema(), folder / shard.name)
+    pair_columns(footer.schema.to_arrow_schema(), folder / shard.name)
     return index_groups(folder, shard)
 
 

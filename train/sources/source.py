@@ -94,6 +94,44 @@ class Source(ABC):
         return range(first, min(first + block_size, self.num_records))
 
 
+class AroundSource(Source):
+    """Another source with something added: what isn't said otherwise is as there."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+
+    def __repr__(self) -> str:
+        return repr(self.source)
+
+    @property
+    def num_records(self) -> int:
+        return self.source.num_records
+
+    @property
+    def feature_width(self) -> int | None:
+        return self.source.feature_width
+
+    @property
+    def text_width(self) -> int | None:
+        return self.source.text_width
+
+    @property
+    def caption_sources(self) -> tuple[str, ...]:
+        return self.source.caption_sources
+
+    def pairs(self, records: Sequence[int]) -> Iterator[Pair | UserError]:
+        return self.source.pairs(records)
+
+    def key(self, record: int) -> str:
+        return self.source.key(record)
+
+    def records_at(self, positions_B: UInt64Array, seed: int, block_size: int) -> Int64Array:
+        return self.source.records_at(positions_B, seed, block_size)
+
+    def block(self, record: int, block_size: int) -> range:
+        return self.source.block(record, block_size)
+
+
 class Examples(Protocol):
     """Numbered tf.train.Example records: `clipkit.formats.dataset.Dataset`, or what does as it does."""
 

@@ -6,7 +6,6 @@ Nothing here imports torch, so that a sweep can be priced in a moment.
 """
 
 import re
-import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import isqrt
@@ -18,6 +17,7 @@ import numpy as np
 from clipkit.choices import ImageMethod, TextMethod
 from clipkit.config import did_you_mean, parse, set_values
 from clipkit.errors import UserError
+from clipkit.storage.files import read_toml
 from clipkit.text.tokens import image_keep_indices
 from clipkit.train.catalogue import assignments, find_recipe
 from clipkit.train.plan.step import towers_of
@@ -90,12 +90,7 @@ class Sweep:
 
 def read_sweep(path: Path) -> Sweep:
     """The sweep of a TOML file. Raises UserError, naming the file and the nearest keys, for what it can't mean."""
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"sweep {path} doesn't exist: check the path") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"sweep {path} isn't TOML ({error}): mend it") from error
+    values = read_toml(path, "sweep")
     try:
         return sweep_of(values, path.stem)
     except UserError as error:

@@ -29,7 +29,7 @@ from clipkit.errors import UserError
 from clipkit.storage.files import allow_many_files, read_json
 from clipkit.train.augmentation import Augmentation
 from clipkit.train.order import Int64Array
-from clipkit.train.sources.source import Pair, Source
+from clipkit.train.sources.source import AroundSource, Pair, Source
 
 PART_RECORDS = 16_384
 MANIFEST = "reinforced.json"
@@ -200,34 +200,15 @@ class Stored:
         return found_B2E
 
 
-class ReinforcedSource(Source):
+class ReinforcedSource(AroundSource):
     """A source whose records have stored embeddings, and are checked to be those that they are of."""
 
     def __init__(self, source: Source, stored: Stored) -> None:
-        self.source, self.stored = source, stored
-
-    def __repr__(self) -> str:
-        return repr(self.source)
-
-    @property
-    def num_records(self) -> int:
-        return self.source.num_records
-
-    @property
-    def caption_sources(self) -> tuple[str, ...]:
-        return self.source.caption_sources
-
-    def key(self, record: int) -> str:
-        return self.source.key(record)
-
-    def records_at(self, positions_B: UInt64Array, seed: int, block_size: int) -> Int64Array:
-        return self.source.records_at(positions_B, seed, block_size)
-
-    def block(self, record: int, block_size: int) -> range:
-        return self.source.block(record, block_size)
+        super().__init__(source)
+        self.stored = stored
 
     def pairs(self, records: Sequence[int]) -> Iterator[Pair | UserError]:
-        for record, pair in zip(records, self.source.pairs(records), strict=True):
+        for record, pair in zip(records, super().pairs(records), strict=True):
             if isinstance(pair, Pair):
                 self.stored.check_record(record, pair, self.key(record))
             yield pair
