@@ -17,8 +17,8 @@ from typing import Any
 import matplotlib.pyplot as plt
 
 from clipkit.train.sweep.command import measured_points
-from clipkit.train.sweep.law import TOWERS, drops, fit_law
-from clipkit.train.sweep.pictures import means, pareto, sizes_of
+from clipkit.train.sweep.law import TOWERS, drops, fit_law, sizes_of
+from clipkit.train.sweep.pictures import means, pareto
 
 HERE = Path(__file__).parent
 INK, GRID = "#1f2933", "#d5dae0"

@@ -373,22 +373,11 @@ DATASETS = {
 
 def recipes() -> dict[str, Callable[[], Recipe]]:
     """All recipes by the name that `--recipe` takes."""
-    return {
-        "emoji-demo": emoji_demo,
-        "emoji-dr": emoji_dr,
-        "debug": debug,
-        "clipa-b16-i50-t16": clipa_b16_i50_t16,
-        "clipa-l16-i17-t16": clipa_l16_i17_t16,
-        "clipa-l16-i37-t8": clipa_l16_i37_t8,
-        "clipa-b16-dr": clipa_b16_dr,
-        "clipa-l14-datacomp": clipa_l14_datacomp,
-        "clipa-h14-laion2b": clipa_h14_laion2b,
-        "clipa-h14-datacomp": clipa_h14_datacomp,
-        "siglip-b16": siglip_b16,
-        "clip-b32": clip_b32,
-        "clip-b16": clip_b16,
-        "lit-b16": lit_b16,
-    }
+    makers = (
+        emoji_demo, emoji_dr, debug, clipa_b16_i50_t16, clipa_l16_i17_t16, clipa_l16_i37_t8, clipa_b16_dr,
+        clipa_l14_datacomp, clipa_h14_laion2b, clipa_h14_datacomp, siglip_b16, clip_b32, clip_b16, lit_b16,
+    )  # fmt: skip
+    return {make.__name__.replace("_", "-"): make for make in makers}
 
 
 def recipe_rows() -> list[dict[str, Any]]:

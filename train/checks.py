@@ -26,12 +26,12 @@ from clipkit.model.timm_tower import TimmTower
 from clipkit.pixels.images import Preprocess
 from clipkit.text.tokenizer import WordTokenizer
 from clipkit.train.augmentation import Augmentation
-from clipkit.train.fit.setup import check_setup
+from clipkit.train.fit.setup import check_setup, weights_of
 from clipkit.train.loader.loader import check_loader
 from clipkit.train.loader.samples import LoaderConfig
 from clipkit.train.recipes import GlobalContrastive, OptimizerConfig, Recipe, Stage, check_ranges, model_at
 from clipkit.train.sources.open import Data
-from clipkit.train.sources.source import Examples, Source
+from clipkit.train.sources.source import Source
 
 # Fields of an OptimizerConfig that these optimizers don't have.
 UNUSED = {
@@ -42,14 +42,14 @@ UNUSED = {
 }
 
 
-def check_recipe(recipe: Recipe, source: Source | Examples, device: Device) -> None:
+def check_recipe(recipe: Recipe, source: Source, device: Device) -> None:
     """Refuse what would fail only hours later. Raises UserError that names the stage and the field."""
     shards = device.shards
     if (recipe.loss == "sigmoid") != (recipe.model.logit_bias_init is not None):
         raise UserError("loss=sigmoid and a bias go together: set model.logit_bias_init=-10 with it, or neither")
     if recipe.optimizer.name != "adamw" and device.mesh is not None:
         raise UserError(f"optimizer.name={recipe.optimizer.name} isn't for TPUs yet: set optimizer.name=adamw")
-    check_ranges(recipe, f"recipe {recipe.name}")
+    check_ranges(recipe)
     check_captions(recipe)
     check_stages(recipe)
     if recipe.loss == "global_contrastive":
@@ -67,8 +67,6 @@ def check_recipe(recipe: Recipe, source: Source | Examples, device: Device) -> N
             )
     for stage in recipe.stages:
         where = f"recipe {recipe.name}, stage {stage.name}"
-        check_ranges(stage, where)
-        check_ranges(recipe.model, where, "model.")
         if stage.batch_size < 2 or stage.batch_size % shards:
             raise UserError(
                 f"{where}: batch_size {stage.batch_size} can't be divided over {counted(shards, 'device')}: set a "
@@ -155,7 +153,7 @@ def check_normalisers(recipe: Recipe, records: int, device: Device) -> None:
         raise UserError("loss=global_contrastive isn't for TPUs yet: set loss=info_nce")
     if recipe.same_caption == "positive":
         raise UserError("loss=global_contrastive has one text to an image: set same_caption=ignore or negative")
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    memory = machine_memory()
     needed = 2 * RECORD_BYTES * records  # a checkpoint copies them
     if needed > memory:
         raise UserError(
@@ -266,16 +264,19 @@ def takes_precomputed(recipe: Recipe, stage: Stage) -> bool:
 
 def check_memory(recipe: Recipe, stage: Stage, world: int) -> None:
     """Raise UserError where the model's weights, or one batch of images, are larger than this machine's memory."""
-    with torch.device("meta"):
-        weights = sum(parameter.numel() for parameter in CLIP(model_at(recipe, stage)).parameters())
+    weights, memory = weights_of(recipe, stage), machine_memory()
     images, pixels = stage.batch_size // world, stage.image_size**2
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for what, size, remedy in (
         (f"the model's {weights:,} weights take", 4 * weights, "a smaller width or depth under model"),
         (f"a batch of {images:,} images of {stage.image_size} px takes", 3 * images * pixels, "a smaller batch_size"),
     ):
         if size > memory:
             raise UserError(f"{what} {size_text(size)}, and this machine has {size_text(memory)}: set {remedy}")
+
+
+def machine_memory() -> int:
+    """In bytes."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def check_sizes(recipe: Recipe, stage: Stage) -> None:

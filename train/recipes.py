@@ -272,7 +272,16 @@ RANGES: dict[type, dict[str, Range]] = {
 }
 
 
-def check_ranges(config: Any, where: str, prefix: str = "") -> None:
+def check_ranges(recipe: Recipe) -> None:
+    """Raise UserError that names the first number of a recipe, a stage or the model that is out of its range."""
+    check_numbers(recipe, f"recipe {recipe.name}")
+    for stage in recipe.stages:
+        where = f"recipe {recipe.name}, stage {stage.name}"
+        check_numbers(stage, where)
+        check_numbers(recipe.model, where, "model.")
+
+
+def check_numbers(config: Any, where: str, prefix: str = "") -> None:
     """Raise UserError that names the first number in `config`, or in a configuration in it, that is out of its range.
 
     An Augmentation checks itself.
@@ -287,7 +296,7 @@ def check_ranges(config: Any, where: str, prefix: str = "") -> None:
                 raise UserError(f"{where}: {prefix}{name} is {number}: {remedy}{off}")
     for name, part in vars(config).items():
         if type(part) in RANGES and name != "model":  # which each stage changes
-            check_ranges(part, where, f"{prefix}{name}.")
+            check_numbers(part, where, f"{prefix}{name}.")
 
 
 def model_at(recipe: Recipe, stage: Stage) -> ModelConfig:

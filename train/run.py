@@ -16,14 +16,13 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from clipkit import __version__, checkpoint
-from clipkit.choices import Precision
 from clipkit.config import to_json
 from clipkit.device import Device
 from clipkit.embedding.encoder import Compute, clip_encoder
 from clipkit.errors import UserError, one_line
 from clipkit.eval.evaluation import EvaluationTask, evaluate
 from clipkit.eval.results import RANKS
-from clipkit.log import Progress, Writer, read_metrics, warn_on_stderr
+from clipkit.log import Writer, read_metrics, warn_on_stderr
 from clipkit.model.clip import CLIP, allocate, load_state
 from clipkit.model.global_loss import Normalisers
 from clipkit.pixels.images import Preprocess
@@ -145,13 +144,14 @@ def evaluate_now(run: Run, stage: str, model: CLIP, preprocess: Preprocess, aver
     run.checkpoints.wait()
     place: dict[str, float | int | str] = {"samples_seen": run.samples_seen, "stage": stage}
     found: dict[str, float] = {}
+    precision = run.fits[stage].precision if stage in run.fits else run.recipe.precision
     compute = Compute(run.device, check=partial(run.stop.check, run.device))
     try:
         with run.stop.while_evaluating():
             for prefix, each in (("", model), ("ema/", average)):
                 if each is not None:
                     whole = whole_model(each, run.device)
-                    encoder = clip_encoder(whole, run.tokenizer, preprocess, precision=arithmetic(run, stage))
+                    encoder = clip_encoder(whole, run.tokenizer, preprocess, precision=precision)
                     pairs = evaluate(encoder, run.task, compute)
                     found |= {prefix + name: value for name, value in pairs}
         run.writer.write({**place, **found})
@@ -177,11 +177,6 @@ def open_normalisers(run: Run, start: Start) -> Normalisers | None:
     if start.own:
         found.log_u_R2[:] = start.own.normalisers["log_u_R2"].numpy()
     return found
-
-
-def arithmetic(run: Run, stage: str) -> Precision:
-    """That of a stage's training."""
-    return run.fits[stage].precision if stage in run.fits else run.recipe.precision
 
 
 def on_cpu(model: CLIP) -> dict[str, torch.Tensor]:
@@ -277,11 +272,6 @@ def best_of(run: Run) -> list[int]:
     lines = [(line, named(metric, line)) for line in read_metrics(run.folder)]
     values = [(sign * line[name], -line["samples_seen"]) for line, name in lines if name is not None]
     return [-max(values)[1]] if values else []
-
-
-def progress_line(run: Run, label: str, total: int, start: int) -> Progress:
-    """The first rank's line of progress; the other ranks draw none."""
-    return Progress(label, total, start=start, quiet=not run.device.is_first)
 
 
 def describe_run(

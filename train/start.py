@@ -87,13 +87,13 @@ def find_start(
         return Start(own.samples_seen, own.tensors, own, changes, vocabulary_hash(tokenizer))
     if from_stage is not None and init is None:
         raise UserError(f"--from-stage {from_stage} needs the weights of a checkpoint: name it with --init")
-    begin = 0 if from_stage is None else stage_start(recipe, from_stage)
+    number = 0 if from_stage is None else number_of_stage(recipe, from_stage)
+    begin = sum(stage.samples for stage in recipe.stages[:number])
     known = vocabulary_hash(tokenizer)
     if init is None:
         refuse_random_frozen(recipe, ())
         return Start(begin, vocabulary=known)
-    names = [stage.name for stage in recipe.stages]
-    config = model_at(recipe, recipe.stages[0 if from_stage is None else names.index(from_stage)])
+    config = model_at(recipe, recipe.stages[number])
     if init.is_dir():
         loaded = checkpoint.load(init)
         refuse_other_vocabulary(loaded, tokenizer)
@@ -210,12 +210,12 @@ def recipe_of(path: Path) -> Recipe:
     return from_json(Recipe, legacy, f"{path}/config.json: recipe")
 
 
-def stage_start(recipe: Recipe, name: str) -> int:
-    """The samples that are seen before the stage of that name. Raises UserError when there is none."""
+def number_of_stage(recipe: Recipe, name: str) -> int:
+    """The place of the stage of that name. Raises UserError when there is none."""
     names = [stage.name for stage in recipe.stages]
     if name not in names:
         raise UserError(f"--from-stage {name}: recipe {recipe.name} has no such stage; {did_you_mean(name, names)}")
-    return sum(stage.samples for stage in recipe.stages[: names.index(name)])
+    return names.index(name)
 
 
 def changes_on_resume(start: checkpoint.Checkpoint, recipe: Recipe, data: Data, allow_changes: bool) -> list[str]:
@@ -295,38 +295,38 @@ def refuse_different_starts(start: Start, recipe: Recipe, data: Data, folder: Pa
     """
     if device.world == 1:
         return
-    versions = f"clipkit {__version__} with torch {torch.__version__}"
-    mine = (
-        start.samples_seen,
-        weights_digest(start.tensors),
-        to_json(recipe),
-        data.identity(),
-        start.vocabulary,
-        versions,
-    )
+    mine = {
+        "versions": f"clipkit {__version__} with torch {torch.__version__}",
+        "recipe": to_json(recipe),
+        "data": data.identity(),
+        "vocabulary": start.vocabulary,
+        "seen": start.samples_seen,
+        "weights": weights_digest(start.tensors),
+    }
     starts = device.gather(mine)
-    for rank, (seen, weights, theirs, dataset, vocabulary, versions) in enumerate(starts):
-        first_seen, first_weights, ours, first_dataset, first_vocabulary, first_versions = starts[0]
-        if versions != first_versions:
+    first = starts[0]
+    for rank, theirs in enumerate(starts):
+        other = {name for name in mine if theirs[name] != first[name]}
+        if "versions" in other:
             raise UserError(
-                f"rank {rank} has {versions}, rank 0 has {first_versions}: install the same versions for all ranks"
+                f"rank {rank} has {theirs['versions']}, rank 0 has {first['versions']}: install the same versions for "
+                "all ranks"
             )
-        if theirs != ours:
-            raise UserError(
-                f"rank {rank} has another recipe than rank 0 ({shown(differences(ours, theirs))}): "
-                "give all ranks the same --recipe and --set"
-            )
-        if dataset != first_dataset:
-            raise UserError(
-                f"rank {rank} has other data than rank 0 ({shown(differences(first_dataset, dataset))}): "
-                "give all ranks the same --data"
-            )
-        if vocabulary != first_vocabulary:
+        for name, noun, options in (
+            ("recipe", "another recipe", "--recipe and --set"),
+            ("data", "other data", "--data"),
+        ):
+            if name in other:
+                raise UserError(
+                    f"rank {rank} has {noun} than rank 0 ({shown(differences(first[name], theirs[name]))}): "
+                    f"give all ranks the same {options}"
+                )
+        if "vocabulary" in other:
             raise UserError(f"rank {rank} has another vocabulary than rank 0: give all ranks the same --tokenizer file")
-        if seen != first_seen or weights != first_weights:
+        if other:
             raise UserError(
-                f"rank {rank} starts at {seen:,} samples and rank 0 at {first_seen:,}"
-                f"{'' if seen != first_seen else ', with other weights'}: --out ({folder} here) and --init must be "
+                f"rank {rank} starts at {theirs['seen']:,} samples and rank 0 at {first['seen']:,}"
+                f"{'' if 'seen' in other else ', with other weights'}: --out ({folder} here) and --init must be "
                 "the same folders on all ranks, on a disk that they share, or copies of rank 0's"
             )
 

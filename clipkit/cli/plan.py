@@ -162,13 +162,13 @@ def sweep(
     Budgets share a trunk at a constant rate and cool down from it, so four cost less than one and a half of the
     longest. Killed at any moment, the same command goes on; finished runs are never made again. docs/law.md
     """
-    from clipkit.train.sweep.command import price_json, prices, print_prices, print_result, run_sweep
+    from clipkit.train.sweep.command import price_json, print_prices, print_result, run_sweep
     from clipkit.train.sweep.grid import read_sweep
 
     read = read_sweep(path)
     if dry_run:
         fleet, calibration = calibrated(devices or "cpu", price, measure)
-        values = price_json(read, prices(read, fleet, calibration), fleet)
+        values = price_json(read, fleet, calibration)
         print_json(values) if as_json else print_prices(values)
         return
     if out is None:

@@ -24,7 +24,7 @@ class Records:
 
 
 def check(recipe: Recipe, dataset: Records = Records(), device: Device | None = None) -> None:
-    check_recipe(recipe, dataset, device or pick("cpu"))
+    check_recipe(recipe, RecordSource(dataset), device or pick("cpu"))
 
 
 @pytest.mark.parametrize("name", recipes())

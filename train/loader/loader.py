@@ -20,7 +20,6 @@ import numpy as np
 
 from clipkit.counter_rng import UInt64Array, sample_keys
 from clipkit.errors import UserError
-from clipkit.formats.captions import ORIGINAL
 from clipkit.log import warn_on_stderr
 from clipkit.pixels.images import UInt8Array
 from clipkit.text.tokenizer import Tokenizer, WordTokenizer
@@ -28,7 +27,7 @@ from clipkit.text.tokens import image_keep_indices, reduce_text
 from clipkit.train.loader.samples import Chunk, ChunkResult, LoaderConfig, Sample, SampleMaker
 from clipkit.train.loader.workers import Buffers, Pool, ProcessWorker
 from clipkit.train.order import Int64Array
-from clipkit.train.sources.source import Examples, Source
+from clipkit.train.sources.source import Source
 
 # More threads than this wait for the interpreter's lock more than they gain; from there on workers are processes. Where
 # images are warped, two threads still do better: they share what a small dataset keeps decoded (`SampleMaker.decoded`).
@@ -314,11 +313,11 @@ class Loader:
             )
 
 
-def check_loader(dataset: Source | Examples, config: LoaderConfig, start: int, stop: int | None, world: int) -> None:
+def check_loader(source: Source, config: LoaderConfig, start: int, stop: int | None, world: int) -> None:
     """Raise UserError for invalid settings."""
     config.augmentation.check()
-    if dataset.num_records < 1:
-        raise UserError(f"{dataset!r} has no records: build it from shards that have some")
+    if source.num_records < 1:
+        raise UserError(f"{source!r} has no records: build it from shards that have some")
     if config.batch_size < 1 or config.batch_size % world:
         raise UserError(
             f"a batch of {config.batch_size} can't be shared by {world} devices: choose a multiple of {world}"
@@ -327,10 +326,10 @@ def check_loader(dataset: Source | Examples, config: LoaderConfig, start: int, s
         raise UserError(f"{stop - start:,} samples aren't a whole number of batches of {config.batch_size}: round them")
     if config.block_size < 1:
         raise UserError(f"block_size is {config.block_size}: choose 1 (a full shuffle) or more")
-    there = dataset.caption_sources if isinstance(dataset, Source) else (ORIGINAL,)
-    for source in config.captions:
-        if source not in there:
-            raise UserError(f"captions.{source}: the data have only captions of {', '.join(there)}: name one of these")
+    there = source.caption_sources
+    for name in config.captions:
+        if name not in there:
+            raise UserError(f"captions.{name}: the data have only captions of {', '.join(there)}: name one of these")
     if config.image_keep is not None and (config.image_reduction is None or config.grid is None):
         raise UserError("image_keep needs image_reduction (random, grid or block)")
     one = np.zeros(1, np.uint64)

@@ -43,30 +43,32 @@ LARGE_BUFFERS = 500_000_000
 class Buffers:
     """Equal image buffers in memory that worker processes share: uint8[slots][batch, size, size, 3]."""
 
-    def __init__(self, slots: int, shape: tuple[int, ...]) -> None:
+    def __init__(self, slots: int, shape: tuple[int, ...], file: int | None = None) -> None:
+        """In new memory, or in that of another process's `file`."""
         self.slots, self.shape = slots, shape
         size = max(1, slots * int(np.prod(shape)))
-        if hasattr(os, "memfd_create"):
-            self.file = os.memfd_create("clipkit-batches")
-        else:
-            with tempfile.TemporaryFile() as file:
-                self.file = os.dup(file.fileno())
-        os.ftruncate(self.file, size)
+        self.file = new_memory(size) if file is None else file
         self.memory = mmap.mmap(self.file, size)
 
     def array(self, slot: int) -> UInt8Array:
         """One buffer. The memory lives as long as any array made of it."""
-        return buffer_array(self.memory, slot, self.shape)
+        count = int(np.prod(self.shape))
+        return np.frombuffer(self.memory, np.uint8, count, slot * count).reshape(self.shape)
 
     def close(self) -> None:
         """Let go of the file; arrays stay valid."""
         os.close(self.file)
 
 
-def buffer_array(memory: mmap.mmap, slot: int, shape: tuple[int, ...]) -> UInt8Array:
-    """Buffer number `slot` of shared memory as an array."""
-    count = int(np.prod(shape))
-    return np.frombuffer(memory, np.uint8, count, slot * count).reshape(shape)
+def new_memory(size: int) -> int:
+    """Memory without a name, as an open file."""
+    if hasattr(os, "memfd_create"):
+        file = os.memfd_create("clipkit-batches")
+    else:
+        with tempfile.TemporaryFile() as temporary:
+            file = os.dup(temporary.fileno())
+    os.ftruncate(file, size)
+    return file
 
 
 def give_back(memory: mmap.mmap, start: int, stop: int) -> None:
@@ -230,8 +232,8 @@ def serve() -> None:
     try:
         try:
             source, config, tokenizer, file, slots, shape = receive(orders)
-            memory = mmap.mmap(file, max(1, slots * int(np.prod(shape))))
-            buffers = [buffer_array(memory, slot, shape) for slot in range(slots)]
+            shared = Buffers(slots, shape, file)
+            buffers, memory = [shared.array(slot) for slot in range(slots)], shared.memory
             maker = SampleMaker(source, config, tokenizer)
         except EOFError:
             return

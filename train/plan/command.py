@@ -43,19 +43,15 @@ def plan_recipe(
     """The plan of a recipe. `dataset` names the published data set that the data are like; without it that of the
     recipe's published run, if there was one. Raises UserError for a recipe whose values mean nothing, or that doesn't
     fit."""
-    check_ranges(recipe, f"recipe {recipe.name}")
-    for stage in recipe.stages:
-        check_ranges(stage, f"recipe {recipe.name}, stage {stage.name}")
-        check_ranges(recipe.model, f"recipe {recipe.name}, stage {stage.name}", "model.")
+    check_ranges(recipe)
     like = dataset if dataset is not None else "" if data else DATASETS.get(recipe.name, "")
     count = pairs_of(like, known_runs()) if like else None
     pairs = Pairs(count, PAIR_BYTES, f"as {like}" if like else "unknown") if data is None else pairs_in(data)
     calibrated_on = PUBLISHED_TIMES if calibration is None else "two small models here"
     calibration = calibration or Calibration()
     stages = recipe_plan(recipe, fleet, pairs, calibration)
-    prefixes = [recipe.stages[: number + 1] for number in range(len(recipe.stages))]
-    columns = [columns_of(replace(recipe, stages=prefix), like, pairs.total) for prefix in prefixes]
-    return Plan(recipe, fleet, pairs, calibration, calibrated_on, stages, tuple(predict_all(columns)), like)
+    accuracies = accuracies_of(recipe, like, pairs.total)
+    return Plan(recipe, fleet, pairs, calibration, calibrated_on, stages, accuracies, like)
 
 
 def pairs_in(data: Path) -> Pairs:
@@ -105,6 +101,12 @@ def columns_of(recipe: Recipe, dataset: str, pairs: float | None) -> dict[str, A
     return columns | ({"dataset_pairs": float(pairs)} if pairs else {})
 
 
+def accuracies_of(recipe: Recipe, dataset: str, pairs: float | None) -> tuple[Prediction, ...]:
+    """The accuracy after each stage of a recipe, on data like `dataset`."""
+    prefixes = [recipe.stages[: number + 1] for number in range(len(recipe.stages))]
+    return tuple(predict_all([columns_of(replace(recipe, stages=prefix), dataset, pairs) for prefix in prefixes]))
+
+
 # ---- Runs that others describe, and those that were made -------------------------------------------------------------
 
 
@@ -125,15 +127,10 @@ def plan_columns(columns: Mapping[str, Any], fleet: Fleet) -> dict[str, Any]:
     except UserError as error:
         return values | {"assumptions": [f"no cost: {error}"]}
     dataset, pairs = str(columns.get("dataset", "")), columns.get("dataset_pairs")
-    accuracies = predict_all(
-        [
-            columns_of(replace(recipe, stages=recipe.stages[: number + 1]), dataset, pairs)
-            for number in range(len(stages))
-        ]
-    )
+    accuracies = (*accuracies_of(recipe, dataset, pairs)[:-1], found)
     plan = Plan(
         recipe, fleet, Pairs(pairs, PAIR_BYTES, dataset or "unknown"), Calibration(), PUBLISHED_TIMES, stages,
-        (*accuracies[:-1], found), dataset,
+        accuracies, dataset,
     )  # fmt: skip
     return plan.to_json()
 

@@ -133,9 +133,16 @@ class Plan:
             f"{model_of_step.RESERVED:.0%} of the memory kept free",
             *found_by_training(self.recipe, self.stages),
             *self.frozen_towers(),
+            *self.teachers_left_out(),
             f"data: {self.pairs.where}, {size_text(self.pairs.bytes_each)} a pair",
             f"accuracy: {data}; ImageNet-1K zero-shot with the usual prompts, an 80% interval",
         ]
+
+    def teachers_left_out(self) -> list[str]:
+        """A line on teachers that nobody has priced."""
+        if self.teachers or not self.recipe.has_teachers:
+            return []
+        return ["clipkit reinforce before the run isn't priced, as the number of pairs isn't known (--data, --dataset)"]
 
     def frozen_towers(self) -> list[str]:
         """A line on towers that are frozen, where the recipe has some."""

@@ -8,9 +8,8 @@ more than some hundred rows make the order wait for rows that it doesn't want ye
 import io
 import json
 import struct
-import threading
-from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +52,7 @@ class ParquetSource(Reopenable, Source):
         self._ends = np.cumsum(rows["rows"], dtype=np.int64)
         self.largest_group = int(rows["rows"].max(initial=1))
         self._reader = RangeReader(self.folder, self.shards)
-        self._lock = threading.Lock()
-        self._footers: OrderedDict[int, pq.FileMetaData] = OrderedDict()
+        self._footer = lru_cache(_KEPT_FOOTERS)(partial(read_footer, self._reader))
 
     def __repr__(self) -> str:
         return f"<ParquetSource {self.folder}: {self.num_records} rows in {len(self.shards)} files>"
@@ -172,17 +170,6 @@ class ParquetSource(Reopenable, Source):
         if found is None:
             raise _DamagedError(f"row group {self._groups[place]} of {path} has fewer rows than its file says")
         return found
-
-    def _footer(self, file: int) -> pq.FileMetaData:
-        with self._lock:
-            footer = self._footers.get(file)
-        if footer is None:
-            footer = read_footer(self._reader, file)
-            with self._lock:
-                self._footers[file] = footer
-                if len(self._footers) > _KEPT_FOOTERS:
-                    self._footers.popitem(last=False)
-        return footer
 
 
 class _DamagedError(Exception):

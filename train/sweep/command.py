@@ -6,7 +6,7 @@ written before it is trained.
 
 import csv
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -33,52 +33,33 @@ COLUMNS = (
 # ---- Before it -------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Price:
-    """What one configuration is predicted to take on one device."""
+def price_json(sweep: Sweep, fleet: Fleet, calibration: Calibration | None) -> dict[str, Any]:
+    """What the sweep is predicted to cost, as JSON values; loading and measuring aren't in it.
 
-    configuration: Configuration
-    samples: int
-    """Of the trunk and all branches."""
-    hours: float
-
-
-def prices(sweep: Sweep, fleet: Fleet, calibration: Calibration | None) -> list[Price]:
-    """The predicted cost of each configuration on one of the fleet's devices; loading and measuring aren't in it.
-
-    Raises UserError for a model that `plan` doesn't know or that doesn't fit.
+    Of each row the time is that of one device. `shared` is what trunks are worth: samples trained to those of the
+    longest runs alone. Raises UserError for a model that `plan` doesn't know or that doesn't fit.
     """
-    one, pairs = Fleet(1, fleet.chip, fleet.price), Pairs(None, PAIR_BYTES, "unknown")
-    found = []
+    one, pairs, rows = Fleet(1, fleet.chip, fleet.price), Pairs(None, PAIR_BYTES, "unknown"), []
     for configuration in sweep.configurations:
         samples, recipe = samples_trained(configuration.branches), configuration.recipe
         stage = replace(recipe.stages[0], samples=samples)
-        cost = stage_plan(recipe, stage, one, pairs, calibration or Calibration())
-        found.append(Price(configuration, samples, cost.hours))
-    return found
-
-
-def price_json(sweep: Sweep, found: Sequence[Price], fleet: Fleet) -> dict[str, Any]:
-    """The predicted cost as JSON values; `shared` is what trunks are worth: samples trained to those of the longest
-    runs alone."""
-    device_hours = sum(price.hours for price in found)
-    longest = sum(price.configuration.branches[-1].samples for price in found)
+        hours = stage_plan(recipe, stage, one, pairs, calibration or Calibration()).hours
+        rows.append(
+            {"configuration": configuration.name, "seed": configuration.seed, "samples": samples, "hours": hours}
+        )
+    device_hours, samples = sum(row["hours"] for row in rows), sum(row["samples"] for row in rows)
     return {
         "sweep": sweep.name,
         "devices": f"{fleet.number}x{fleet.chip.name}",
-        "configurations": len(found),
-        "runs": sum(len(price.configuration.branches) for price in found),
-        "samples": sum(price.samples for price in found),
-        "shared": sum(price.samples for price in found) / longest,
-        "hours": max(device_hours / fleet.number, max(price.hours for price in found)),
+        "configurations": len(rows),
+        "runs": sum(len(configuration.branches) for configuration in sweep.configurations),
+        "samples": samples,
+        "shared": samples / sum(configuration.branches[-1].samples for configuration in sweep.configurations),
+        "hours": max(device_hours / fleet.number, *(row["hours"] for row in rows)),
         "device_hours": device_hours,
         "money": device_hours * fleet.price,
-        "rows": [
-            {"configuration": price.configuration.name, "seed": price.configuration.seed, "samples": price.samples,
-             "hours": price.hours}
-            for price in found
-        ],
-    }  # fmt: skip
+        "rows": rows,
+    }
 
 
 def print_prices(values: Mapping[str, Any]) -> None:

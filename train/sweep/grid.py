@@ -131,25 +131,15 @@ def table(values: Mapping[str, Any], key: str, prefix: str = "") -> dict[str, An
     return found
 
 
-def numbers(values: Mapping[str, Any], key: str, where: str) -> list[int]:
-    """A list of whole numbers, suffixes allowed, each once. Raises UserError."""
-    found = values.get(key)
-    if not isinstance(found, list) or not found:
-        raise UserError(f"{where} is {found!r}: set a list of numbers")
-    parsed = [parse(str(each), int, where) for each in found]
+def listed(values: Mapping[str, Any], key: str, where: str, kind: type = str) -> list[Any]:
+    """A list of names, or of whole numbers, suffixes allowed; each once. Raises UserError."""
+    found, is_text = values.get(key), kind is str
+    if not isinstance(found, list) or not found or (is_text and not all(isinstance(each, str) for each in found)):
+        raise UserError(f"{where} is {found!r}: set a list of {'names' if is_text else 'numbers'}")
+    parsed = [parse(str(each), kind, where) for each in found]
     if len(set(parsed)) < len(parsed):
-        raise UserError(f"{where} names a number twice: name each once")
+        raise UserError(f"{where} names {'one' if is_text else 'a number'} twice: name each once")
     return parsed
-
-
-def names(values: Mapping[str, Any], key: str, where: str) -> list[str]:
-    """A list of names, each once. Raises UserError."""
-    found = values.get(key)
-    if not isinstance(found, list) or not found or not all(isinstance(each, str) for each in found):
-        raise UserError(f"{where} is {found!r}: set a list of names")
-    if len(set(found)) < len(found):
-        raise UserError(f"{where} names one twice: name each once")
-    return found
 
 
 def configurations_of(values: Mapping[str, Any]) -> Iterator[Configuration]:
@@ -157,14 +147,14 @@ def configurations_of(values: Mapping[str, Any]) -> Iterator[Configuration]:
     base = set_values(find_recipe(str(values.get("base", ""))), assignments(table(values, "set")))
     sizes, studies = table(values, "sizes") or {"base": {}}, values.get("studies")
     if studies not in (None, []):
-        studies = names(values, "studies", "studies")
-    budgets, cooldown = sorted(numbers(values, "budgets", "budgets")), values.get("cooldown", COOLDOWN)
+        studies = listed(values, "studies", "studies")
+    budgets, cooldown = sorted(listed(values, "budgets", "budgets", int)), values.get("cooldown", COOLDOWN)
     if not isinstance(cooldown, float) or not 0 < cooldown < 1:
         raise UserError(f"cooldown is {cooldown!r}: set the share of each budget that cools down, above 0 and below 1")
     for size in studies or ():
         if size not in sizes:
             raise UserError(f"studies: unknown size {size!r}; {did_you_mean(size, sizes)}")
-    seeds = numbers(values, "seeds", "seeds") if "seeds" in values else [base.seed]
+    seeds = listed(values, "seeds", "seeds", int) if "seeds" in values else [base.seed]
     for size in sizes:
         if not re.fullmatch(r"\w[\w.+-]*", size):
             raise UserError(f"sizes: {size!r} can't be the name of a folder: use letters, numbers, dots and hyphens")
@@ -189,7 +179,7 @@ def ways_of(values: Mapping[str, Any], tower: str) -> Sequence[str]:
     known, found = WAYS[tower], table(values, tower)
     if "ways" not in found:
         return known[:1]
-    for way in (ways := names(found, "ways", f"{tower}.ways")):
+    for way in (ways := listed(found, "ways", f"{tower}.ways")):
         if way not in known:
             raise UserError(f"{tower}.ways: unknown way {way!r}; {did_you_mean(way, known)}")
     return ways
@@ -202,7 +192,7 @@ def lengths_of(values: Mapping[str, Any], is_studied: bool) -> Iterator[tuple[Le
     for tower in WAYS:
         found = table(values, tower)
         know(found, LENGTH_KEYS, f"{tower}.")
-        tokens = sorted(numbers(found, "tokens", f"{tower}.tokens"), reverse=True)
+        tokens = sorted(listed(found, "tokens", f"{tower}.tokens", int), reverse=True)
         ways = ways_of(values, tower)
         chosen = ways if is_studied else ways[:1]
         longest[tower] = Length(tokens[0])

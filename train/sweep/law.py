@@ -150,7 +150,7 @@ def drops(rows: Sequence[Row], tower: str, ways: Mapping[str, str]) -> list[dict
     other = TOWERS[1 - TOWERS.index(tower)]
     rows = [row for row in rows if row["samples"] == longest and row[f"{other}_way"] == "all"]
     found = []
-    for size in sorted({row["size"] for row in rows}, key=lambda each: weights_of(rows, each)):
+    for size in sizes_of(rows):
         own = [row for row in rows if row["size"] == size]
         whole = {row["seed"]: row["accuracy"] for row in own if row[f"{tower}_way"] == "all"}
         for tokens in sorted({row[f"{tower}_tokens"] for row in own}, reverse=True):
@@ -164,6 +164,7 @@ def drops(rows: Sequence[Row], tower: str, ways: Mapping[str, str]) -> list[dict
     return found
 
 
-def weights_of(rows: Sequence[Row], size: str) -> int:
-    """The weights of a size."""
-    return int(next(row["weights"] for row in rows if row["size"] == size))
+def sizes_of(rows: Sequence[Row]) -> list[str]:
+    """The sizes, smallest first."""
+    weights = {row["size"]: row["weights"] for row in rows}
+    return sorted(weights, key=lambda size: weights[size])

@@ -10,7 +10,7 @@ import numpy as np
 from clipkit.formatting import duration, short
 from clipkit.page import render
 from clipkit.page.charts import Line, line_chart
-from clipkit.train.sweep.law import TOWERS, Row, drops, main_rows, weights_of
+from clipkit.train.sweep.law import TOWERS, Row, drops, main_rows, sizes_of
 
 STYLES = "abcdef"
 
@@ -32,11 +32,6 @@ def pareto(rows: Sequence[Row]) -> list[tuple[float, float]]:
         if not front or accuracy > front[-1][1]:
             front.append((flops, accuracy))
     return front
-
-
-def sizes_of(rows: Sequence[Row]) -> list[str]:
-    """The sizes, smallest first."""
-    return sorted({row["size"] for row in rows}, key=lambda size: weights_of(rows, size))
 
 
 def line(name: str, points: Sequence[tuple[float, float]], style: str, base: float) -> Line:
@@ -74,9 +69,7 @@ def drop_charts(rows: Sequence[Row], ways: Mapping[str, str]) -> list[str]:
             line(size, [(each["tokens"], each["drop"]) for each in found if each["size"] == size], style, 2)
             for size, style in zip(sizes_of(rows), STYLES, strict=False)
         ]
-        title = f"accuracy lost to fewer {tower} tokens"
-        x_name = f"{tower} tokens in training"
-        charts.append(line_chart(title, lines, is_share=True, x_name=x_name, show_x=lambda x: short(round(2**x))))
+        charts.append(token_chart(f"accuracy lost to fewer {tower} tokens", tower, lines))
     return charts
 
 
@@ -92,19 +85,20 @@ def study_charts(rows: Sequence[Row]) -> list[str]:
             ways = list(dict.fromkeys(way for way, _ in found if way != "all"))
             if len(ways) < 2:
                 continue
-            whole = [(tokens, value) for (way, tokens), value in found.items() if way == "all"]
             lines = [
                 line(
-                    name,
-                    [*((tokens, value) for (way, tokens), value in found.items() if way == name), *whole],
-                    style,
-                    2,
+                    name, [(tokens, value) for (way, tokens), value in found.items() if way in (name, "all")], style, 2
                 )
                 for name, style in zip(ways, STYLES, strict=False)
             ]
-            title, x_name = f"{size}: ways to fewer {tower} tokens", f"{tower} tokens in training"
-            charts.append(line_chart(title, lines, is_share=True, x_name=x_name, show_x=lambda x: short(round(2**x))))
+            charts.append(token_chart(f"{size}: ways to fewer {tower} tokens", tower, lines))
     return charts
+
+
+def token_chart(title: str, tower: str, lines: Sequence[Line]) -> str:
+    """Lines over a tower's tokens, whose logarithm to base 2 is drawn."""
+    x_name = f"{tower} tokens in training"
+    return line_chart(title, lines, is_share=True, x_name=x_name, show_x=lambda x: short(round(2**x)))
 
 
 def seconds_of(rows: Sequence[Row]) -> float:

@@ -210,8 +210,7 @@ def check_sweep(sweep: Sweep, folder: Path) -> None:
     for configuration in sweep.configurations:
         recipe, stage = configuration.recipe, configuration.recipe.stages[0]
         try:
-            check_ranges(recipe, "[set]")
-            check_ranges(stage, "[set]")
+            check_ranges(recipe)
             check_loader(source, loader_config(recipe, stage), 0, stage.samples, 1)
         except UserError as error:
             raise UserError(f"{configuration.name}: {error}") from error

@@ -48,14 +48,16 @@ class FirstCaptions:
         if self.source.num_records == 1:
             warnings.append("the data have one record: there is no other to tell it from")
         elif (most := count_N.max()) >= MUCH * seen:
-            caption = self.caption(records[int(np.argmax(count_N[place_N]))])
-            much = "all" if most == seen else share(most / seen) + " of the"
-            warnings.append(f"{much} {seen:,} captions seen so far are the same ({caption!r}): {REMEDY}")
+            warnings.append(self.warning(int(most), "are the same", records[int(np.argmax(count_N[place_N]))]))
         if len(self.wordless) >= MUCH * seen:
-            caption = self.caption(min(self.wordless))
-            much = "all" if len(self.wordless) == seen else share(len(self.wordless) / seen) + " of the"
-            warnings.append(f"{much} {seen:,} captions seen so far have no letter or digit ({caption!r}): {REMEDY}")
+            warnings.append(self.warning(len(self.wordless), "have no letter or digit", min(self.wordless)))
         return equal, warnings
+
+    def warning(self, count: int, what: str, record: int) -> str:
+        """A line on what is wrong with so many captions, of which the record has one."""
+        seen = len(self.caption_of)
+        much = "all" if count == seen else share(count / seen) + " of the"
+        return f"{much} {seen:,} captions seen so far {what} ({self.caption(record)!r}): {REMEDY}"
 
     def caption(self, record: int) -> str:
         """A record's caption, short enough for a line."""

@@ -68,33 +68,24 @@ class Window:
     """The steps since the last log line: what they found stays on the device until it is read."""
 
     def __init__(self) -> None:
-        self.befores: list[int] = []
-        self.learning_rates: list[float] = []
-        self.losses: list[torch.Tensor] = []
-        self.grad_norms_P: list[torch.Tensor] = []
-        self.grad_norms: list[torch.Tensor] = []
+        self.steps: list[tuple[int, float, torch.Tensor, torch.Tensor, torch.Tensor]] = []
         self.history: deque[Reading] = deque(maxlen=HISTORY)
 
     def take(self, before: int, learning_rate: float, step: Step) -> None:
         """Add a step. Its features would take too much memory."""
-        self.befores.append(before)
-        self.learning_rates.append(learning_rate)
-        self.losses.append(step.loss)
-        self.grad_norms.append(step.grad_norm)
-        self.grad_norms_P.append(step.grad_norms_P)
+        self.steps.append((before, learning_rate, step.loss, step.grad_norm, step.grad_norms_P))
 
     def read(self, device: Device) -> list[Reading]:
         """The steps so far; waits for the device. All ranks call this together, and get the same."""
-        if not self.befores:
+        if not self.steps:
             return []
-        losses = device.mean(torch.stack(self.losses))
-        numbers = torch.stack((losses, torch.stack(self.grad_norms))).tolist()
-        return [Reading(*each) for each in zip(self.befores, self.learning_rates, *numbers, strict=True)]
+        befores, learning_rates, losses, grad_norms, _ = zip(*self.steps, strict=True)
+        numbers = torch.stack((device.mean(torch.stack(losses)), torch.stack(grad_norms))).tolist()
+        return [Reading(*each) for each in zip(befores, learning_rates, *numbers, strict=True)]
 
     def restart(self, readings: list[Reading]) -> None:
         """Begin the next one; what was read of this one stays for a diagnosis."""
-        for each in (self.befores, self.learning_rates, self.losses, self.grad_norms, self.grad_norms_P):
-            each.clear()
+        self.steps.clear()
         self.history.extend(readings)
 
 
@@ -213,7 +204,7 @@ def diagnose(
     path = run.folder / f"diagnosis-{bad.before + stage.batch_size:012d}.json"
     model = whole_model(model, run.device)
     if run.device.is_first or run.device.shares_batches:
-        norms = [window.grad_norms_P[each].tolist() for each in (max(0, number - 1), number)]
+        norms = [norms_P.tolist() for *_, norms_P in (window.steps[max(0, number - 1)], window.steps[number])]
         trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         gradient = {name: values for name, *values in zip(trained, *norms, strict=True)}
         report: dict[str, Any] = {

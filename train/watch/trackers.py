@@ -39,10 +39,8 @@ def open_writers(folder: Path, recipe: Recipe, start: Start, log_to: Sequence[Tr
     trackers: list[Writer] = []
     for name in log_to:
         try:
-            if name == "wandb":
-                tracker: WandbWriter | MlflowWriter = WandbWriter(folder, settings, ids.get(name))
-            else:
-                tracker = MlflowWriter(folder, settings, ids.get(name))
+            make = WandbWriter if name == "wandb" else MlflowWriter
+            tracker = make(folder, settings, ids.get(name))
         except ImportError as error:
             raise UserError(f"--log-to {name} needs a package ({error}): pip install 'clipkit[{name}]'") from error
         except Exception as error:  # both raise errors of many kinds: of networks, logins, their own

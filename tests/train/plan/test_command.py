@@ -57,6 +57,8 @@ def test_a_recipe_with_teachers_says_what_they_cost_before():
     assert values["teachers"]["disk_bytes"] == 12_800_000 * 11 * 1536
     assert 5 < values["teachers"]["seconds"] / 3600 < 9
     assert "teachers: clipkit reinforce of 10 views by two ViT-L/14 takes" in plan("--recipe", "clipa-b16-dr")
+    assert "isn't priced" not in plan("--recipe", "clipa-b16-dr")
+    assert "clipkit reinforce before the run isn't priced" in plan("--recipe", "emoji-dr", "--devices", "cpu")
     assert planned("--recipe", "clipa-b16-i50-t16")["teachers"] is None
 
 
