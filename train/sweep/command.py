@@ -39,7 +39,8 @@ def price_json(sweep: Sweep, fleet: Fleet, calibration: Calibration | None) -> d
     Of each row the time is that of one device. `shared` is what trunks are worth: samples trained to those of the
     longest runs alone. Raises UserError for a model that `plan` doesn't know or that doesn't fit.
     """
-    one, pairs, rows = Fleet(1, fleet.chip, fleet.price), Pairs(None, PAIR_BYTES, "unknown"), []
+    one, pairs = Fleet(1, fleet.chip, fleet.price), Pairs(None, PAIR_BYTES, "unknown")
+    rows: list[dict[str, Any]] = []
     for configuration in sweep.configurations:
         samples, recipe = samples_trained(configuration.branches), configuration.recipe
         stage = replace(recipe.stages[0], samples=samples)
