@@ -21,7 +21,7 @@ from clipkit.device import pick
 from clipkit.errors import UserError
 from clipkit.eval.evaluation import EvaluationTask
 from clipkit.formatting import share
-from clipkit.log import Progress, Writer, warn_on_stderr
+from clipkit.log import Writer, warn_on_stderr
 from clipkit.model.clip import CLIP, build, load_state
 from clipkit.storage.files import clear_leftovers, lock, write_json
 from clipkit.text.vocabulary import open_tokenizer
@@ -53,6 +53,7 @@ from clipkit.train.run import (
     is_evaluation_missing,
     on_cpu,
     open_normalisers,
+    progress_line,
     save,
 )
 from clipkit.train.saving import CheckpointWriter
@@ -238,8 +239,7 @@ def run_stage(
     run.saved_at = time.monotonic()
     watch, shapes = Stopwatch(run.samples_seen), StaticShapes(device)
     start = run.samples_seen - stage_start
-    progress = Progress(f"train {stage.name}", stage.samples, start=start, quiet=not device.is_first)
-    with contextlib.closing(loader), progress:
+    with contextlib.closing(loader), progress_line(run, f"train {stage.name}", stage.samples, start) as progress:
         for batch in watch.time_waiting(until_stopped(run.stop, loader)):
             before, run.samples_seen = run.samples_seen, run.samples_seen + stage.batch_size
             run.captions.take(batch)

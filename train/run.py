@@ -22,7 +22,7 @@ from clipkit.embedding.encoder import Compute, clip_encoder
 from clipkit.errors import UserError, one_line
 from clipkit.eval.evaluation import EvaluationTask, evaluate
 from clipkit.eval.results import RANKS
-from clipkit.log import Writer, read_metrics, warn_on_stderr
+from clipkit.log import Progress, Writer, read_metrics, warn_on_stderr
 from clipkit.model.clip import CLIP, allocate, load_state
 from clipkit.model.global_loss import Normalisers
 from clipkit.pixels.images import Preprocess
@@ -272,6 +272,11 @@ def best_of(run: Run) -> list[int]:
     lines = [(line, named(metric, line)) for line in read_metrics(run.folder)]
     values = [(sign * line[name], -line["samples_seen"]) for line, name in lines if name is not None]
     return [-max(values)[1]] if values else []
+
+
+def progress_line(run: Run, label: str, total: int, start: int) -> Progress:
+    """The first rank's line of progress; the other ranks draw none."""
+    return Progress(label, total, start=start, quiet=not run.device.is_first)
 
 
 def describe_run(
