@@ -27,6 +27,7 @@ DEVKIT = "ILSVRC2012_devkit_t12"
 _GROUND_TRUTH, _META = "data/ILSVRC2012_validation_ground_truth.txt", "data/meta.mat"
 _OFFICIAL_NAME = re.compile(r"ILSVRC2012_val_(\d{8})\.")
 _HAS_DIGIT = re.compile(r"\d").search
+_NUMBER = re.compile(r"(\d+)")
 
 
 def label_images(
@@ -222,11 +223,20 @@ def _by_position(file: Path, rows: Sequence[str], images: Sequence[Image]) -> li
         raise UserError(
             f"{file} has {counted(len(rows), 'label')} for {counted(len(images), 'image')}: give one for each"
         )
-    order = sorted(range(len(images)), key=lambda i: images[i].name)
-    found = [""] * len(images)
-    for place, row in zip(order, rows, strict=True):
-        found[place] = row
-    return found
+    names, numbered = [image.name for image in images], [_in_parts(image.name) for image in images]
+    found, other = (dict(zip(sorted(keys), rows, strict=True)) for keys in (names, numbered))
+    for name, parts in zip(names, numbered, strict=True):
+        if found[name] != other[parts]:
+            raise UserError(
+                f"{file} has only classes, and that of {printable(name)} depends on whether 10 comes before 2 in the "
+                "order of the file names: write each line as a file name and its class"
+            )
+    return [found[name] for name in names]
+
+
+def _in_parts(name: str) -> tuple[str | int, ...]:
+    """A name as texts and numbers in turn, by which `2.jpg` comes before `10.jpg`."""
+    return tuple(int(part) if part.isdecimal() else part for part in _NUMBER.split(name))
 
 
 def _base(image: Image) -> str:

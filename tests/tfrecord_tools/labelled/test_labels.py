@@ -120,6 +120,15 @@ def test_the_class_names_of_a_dataset_come_from_the_table(tmp_path) -> None:
     }
 
 
+def test_lines_of_classes_are_refused_where_the_order_of_the_names_isnt_sure(tmp_path):
+    images = [Image("heap", f"{number}.jpg", -1, 1, "") for number in range(1, 12)]
+    with pytest.raises(UserError, match=r"that of 2\.jpg depends on whether 10 comes before 2"):
+        labels(tmp_path, "cat\n" * 2 + "dog\n" * 9, images)
+    assert labels(tmp_path, "cat\n" + "dog\n" * 10, images) == ["cat", *["dog"] * 10]
+    padded = [image._replace(name=image.name.zfill(6)) for image in images]
+    assert labels(tmp_path, "cat\n" * 2 + "dog\n" * 9, padded) == [*["cat"] * 2, *["dog"] * 9]
+
+
 def test_labels_that_were_mended_are_not_taken_for_the_old_ones(tmp_path):
     write_heap(tmp_path / "heap", {name: picture(1) for name in CLASSES})
     (tmp_path / "labels.csv").write_text("1.jpg,cat\n2.jpg,dog\n3.jpg,cat\n")
