@@ -239,6 +239,11 @@ def _list(
             of_split, where = label_images(of_split, known, target.source, labels)
             notes.append(f"{split.split}: labels from {where}")
         listed.append((split, of_split))
+    if labels is not None and all(part.label for split in found for part in split.parts):
+        raise UserError(
+            f"--labels {labels} is for images in one heap, and those of {target.source} lie in folders (or tars) of "
+            "classes: leave it out, or put the images into one folder"
+        )
     occurring = {image.label for _, images in listed for image in images}
     return listed, {label: there for label, there in empty.items() if label not in occurring}, notes
 

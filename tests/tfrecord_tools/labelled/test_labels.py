@@ -129,6 +129,19 @@ def test_lines_of_classes_are_refused_where_the_order_of_the_names_isnt_sure(tmp
     assert labels(tmp_path, "cat\n" * 2 + "dog\n" * 9, padded) == [*["cat"] * 2, *["dog"] * 9]
 
 
+def test_labels_of_images_in_class_folders_are_refused(tmp_path):
+    """A heap may lie in numbered folders: their names would be the classes, and the labels forgotten."""
+    for number in range(2):
+        write_heap(tmp_path / "heap" / f"{number:03d}", {f"{number}.jpg": picture(number)})
+    (tmp_path / "labels.csv").write_text("0.jpg,cat\n1.jpg,dog\n")
+    with pytest.raises(UserError, match=r"is for images in one heap, and those of .* lie in folders"):
+        build_imagenet(tmp_path / "heap", tmp_path / "out", name="pets", labels=tmp_path / "labels.csv")
+    write_heap(tmp_path / "both" / "train" / "cat", {"1.jpg": picture(1)})
+    write_heap(tmp_path / "both" / "val", {"0.jpg": picture(0), "1.jpg": picture(1)})
+    summary = build_imagenet(tmp_path / "both", tmp_path / "out", name="pets", labels=tmp_path / "labels.csv")
+    assert [split.records for split in summary.splits] == [1, 2]
+
+
 def test_labels_that_were_mended_are_not_taken_for_the_old_ones(tmp_path):
     write_heap(tmp_path / "heap", {name: picture(1) for name in CLASSES})
     (tmp_path / "labels.csv").write_text("1.jpg,cat\n2.jpg,dog\n3.jpg,cat\n")
