@@ -31,7 +31,7 @@ from clipkit.formats.tables import KEY_NAME, is_table, read_columns, read_schema
 from clipkit.storage.files import as_path, load_array, require_file, save_array
 from clipkit.tfrecord_tools.build.concepts import ConceptList, hashes, load_matcher
 from clipkit.tfrecord_tools.build.dedup import DecideJob, duplicates_in
-from clipkit.tfrecord_tools.build.prepare import Preparation, Stretch, judged
+from clipkit.tfrecord_tools.build.prepare import Preparation, Stretch, usable
 from clipkit.tfrecord_tools.reasons import NO_CONCEPT, NO_SCORE, NOT_BEST, THINNED_OUT
 from clipkit.tfrecord_tools.sample import Sample
 from clipkit.tfrecord_tools.tables.digests import sha256_of
@@ -137,19 +137,16 @@ def survey(
     scores: list[float] = []
     lengths: list[int] = []
     found: list[int] = []
-    number = -1
-    for batch in judged(job.parts, preparation):
-        for each in batch:
-            number += 1
-            if each.reason or number in again:
-                continue
-            numbers.append(number)
-            keys.append(each.sample.key)
-            if by is not None:
-                scores.append(score_of(each.sample, by))
-            matches = matcher.matches(each.sample.caption or "") if matcher else []
-            lengths.append(len(matches))
-            found += matches
+    for number, sample in usable(job.parts, preparation):
+        if number in again:
+            continue
+        numbers.append(number)
+        keys.append(sample.key)
+        if by is not None:
+            scores.append(score_of(sample, by))
+        matches = matcher.matches(sample.caption or "") if matcher else []
+        lengths.append(len(matches))
+        found += matches
     rows = np.empty(len(keys), SURVEYED)
     rows["number"], rows["concepts"], rows["key"] = numbers, lengths, np.array(hashes(keys), np.uint64)
     save_array(survey_path(job, ".npy"), rows)

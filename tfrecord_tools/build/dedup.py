@@ -24,7 +24,7 @@ from clipkit.errors import UserError
 from clipkit.pixels.images import ImageError
 from clipkit.pixels.phash import perceptual_hash_of
 from clipkit.text.tokenizer import clean
-from clipkit.tfrecord_tools.build.prepare import Preparation, Stretch, judged
+from clipkit.tfrecord_tools.build.prepare import Preparation, Stretch, usable
 from clipkit.tfrecord_tools.build.sorted_rows import BUCKETS, KEY_END, read_sorted, write_sorted
 from clipkit.tfrecord_tools.sample import Sample
 
@@ -61,15 +61,11 @@ def hash_samples(job: Stretch, preparation: Preparation, method: Method) -> int:
     keys: list[int] = []
     rests: list[int] = []
     numbers: list[int] = []
-    number = 0
-    for batch in judged(job.parts, preparation):
-        for each in batch:
-            found = None if each.reason else hash_of(each.sample, method)
-            if found is not None:
-                keys.append(found[0])
-                rests.append(found[1])
-                numbers.append(number)
-            number += 1
+    for number, sample in usable(job.parts, preparation):
+        if (found := hash_of(sample, method)) is not None:
+            keys.append(found[0])
+            rests.append(found[1])
+            numbers.append(number)
     rows = np.empty(len(keys), HASH)
     rows["rest"], rows["number"] = np.array(rests, np.uint64), numbers
     for run in range(runs_of(method)):

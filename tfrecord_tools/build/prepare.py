@@ -17,6 +17,7 @@ each token: what `Syntax.priorities` gives for them (0 noun, 1 adjective, 2 verb
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -138,6 +139,16 @@ def judged(parts: Sequence[Part], preparation: Preparation) -> Iterator[list[Jud
     condition = Condition(preparation.where, preparation.kinds) if preparation.where else None
     for batch in batches(parts, BATCH_BYTES if condition is None else ASKED_BYTES):
         yield judge_batch(batch, condition)
+
+
+def usable(parts: Sequence[Part], preparation: Preparation) -> Iterator[tuple[int, Sample]]:
+    """Of all samples of the parts, those that may be taken by what they are, with their numbers."""
+    numbers = count()
+    for batch in judged(parts, preparation):
+        for each in batch:
+            number = next(numbers)
+            if not each.reason:
+                yield number, each.sample
 
 
 def judge_batch(batch: Sequence[tuple[int, Sample]], condition: "Condition | None") -> list[Judged]:
