@@ -42,7 +42,7 @@ _BUFFER_BYTES = 1 << 20
 
 
 def open_rows(path: Path, batch_rows: int = BATCH_ROWS, columns: Sequence[str] | None = None) -> RowReader:
-    """A local parquet file with images, or a folder's table.
+    """A parquet file with images, or a folder's table; of a remote one no more is fetched than is asked for.
 
     Raises UserError when it can't be read, and when two of its columns have one name.
     """

@@ -125,8 +125,7 @@ def places_in(shard: InputShard, positions: Sequence[int]) -> list[int]:
         sizes = FolderSizes(shard.path.parent, shard.table, shard.columns)
         return [sizes.row_at(position) for position in positions]
     if shard.path.suffix == ".parquet":
-        with local_copy(shard.path) as local:
-            return [row_at(local, position, shard.size) for position in positions]
+        return [row_at(shard.path, position, shard.size) for position in positions]
     return list(positions)
 
 
@@ -160,7 +159,7 @@ def columns_left_out(shard: InputShard) -> list[str]:
         return features_left_out(features, columns.image or find_image(features) or "")
     if path.suffix != ".parquet" and shard.table is None:
         return []
-    with local_copy(shard.table or path) as local, open_rows(local) as rows:
+    with open_rows(shard.table or path) as rows:
         names = rows.schema.names
         image = columns.require_image(rows.schema, path) if shard.table is None else columns.require_file(names, path)
         stored = stored_columns(rows, (image, columns.require_caption(rows.schema, path)))
@@ -199,5 +198,5 @@ def _holds_shards(folder: Path, columns: PairColumns) -> bool:
 
 
 def _has_images(path: Path, columns: PairColumns) -> bool:
-    with local_copy(path) as local, open_rows(local) as rows:
+    with open_rows(path) as rows:
         return columns.find_image(rows.schema) is not None
