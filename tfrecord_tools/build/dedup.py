@@ -193,4 +193,4 @@ def check_dedup(method: str | None) -> Method | None:
     """The method. Raises UserError for one that there isn't."""
     if method is not None and method not in METHODS:
         raise UserError(f"--dedup {method}: choose among {', '.join(METHODS)}")
-    return cast(Method | None, method)
+    return method
