@@ -197,7 +197,8 @@ class Dataset(ShardedRecords):
     def label_names(self, column: str = "label") -> list[str] | None:
         """Class names in label order, from the file that TFDS keeps beside; None where there is none."""
         path = self.path / f"{column}.labels.txt"
-        return path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else None
+        names = path.read_text(encoding="utf-8").split("\n") if path.is_file() else None
+        return names and [name.strip() for name in names if name.strip()]  # as TFDS reads them
 
     def _load_index(self) -> np.ndarray | None:
         path, records = index_path(self.path, self.split), self.num_records

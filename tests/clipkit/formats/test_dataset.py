@@ -264,8 +264,9 @@ def test_features_of_tfdss_own_datasets_and_their_class_names(version):
         "box": Feature("other", is_list=True),
     }
     assert open_dataset(version).label_names() is None
-    (version / "label.labels.txt").write_text("n01440764\nn01443537\n")
-    assert open_dataset(version).label_names() == ["n01440764", "n01443537"]
+    for text in ("n01440764\nn01443537\n", "n01440764\nn01443537", "n01440764\r\nn01443537\r\n"):  # as edited by hand
+        (version / "label.labels.txt").write_bytes(text.encode())
+        assert open_dataset(version).label_names() == ["n01440764", "n01443537"]
 
 
 def test_a_purge_that_is_not_finished_is_refused(version):
