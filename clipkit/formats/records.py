@@ -19,7 +19,7 @@ from typing import Any, Self
 
 import google_crc32c
 import numpy as np
-from google.protobuf import descriptor_pb2, descriptor_pool, message, message_factory
+from google.protobuf import descriptor_pb2, descriptor_pool, message, message_factory, text_format
 
 from clipkit.errors import UserError
 
@@ -165,7 +165,7 @@ def read_examples(
 
 def unframe(framed: bytes, offset: int, path: Path | str) -> bytes:
     """The contents of exactly one framed record that was read from byte `offset` of `path`, CRC checked."""
-    record_length(framed[:HEADER_BYTES], offset, offset + len(framed), path)
+    _framed_bytes(framed[:HEADER_BYTES], offset, offset + len(framed), path)
     return check_contents(framed, offset, path)
 
 
@@ -189,60 +189,53 @@ def index_records(path: Path) -> np.ndarray:
     return np.array(offsets, dtype=np.uint64)
 
 
-def record_length(header: bytes, offset: int, size: int, path: Path | str) -> int:
-    """The bytes of the record whose header stands at byte `offset` of a file of `size` bytes. Raises RecordError."""
+def _framed_bytes(header: bytes, offset: int, size: int, path: Path | str) -> int:
+    """The bytes, frame and all, of the record whose header stands at byte `offset` of a file of `size` bytes.
+
+    Raises RecordError.
+    """
     if len(header) < HEADER_BYTES:
         raise RecordError(path, offset, "the file ends inside a record's header")
     length, crc = _HEADER.unpack(header)
     if masked_crc32c(header[:8]) != crc:
         raise RecordError(path, offset, "the checksum of a record's length doesn't match")
-    if offset + HEADER_BYTES + length + FOOTER_BYTES > size:
+    total: int = HEADER_BYTES + length + FOOTER_BYTES
+    if offset + total > size:
         raise RecordError(path, offset, "the file ends inside a record")
-    return int(length)
+    return total
 
 
-def _framed_bytes(header: bytes, offset: int, size: int, path: Path | str) -> int:
-    return HEADER_BYTES + record_length(header, offset, size, path) + FOOTER_BYTES
+_EXAMPLE_PROTO = """
+name: "clipkit/example.proto" package: "tensorflow" syntax: "proto3"
+message_type { name: "BytesList" field { name: "value" number: 1 type: TYPE_BYTES label: LABEL_REPEATED } }
+message_type { name: "FloatList" field { name: "value" number: 1 type: TYPE_FLOAT label: LABEL_REPEATED } }
+message_type { name: "Int64List" field { name: "value" number: 1 type: TYPE_INT64 label: LABEL_REPEATED } }
+message_type {
+  name: "Feature"
+  field { name: "bytes_list" number: 1 type_name: "BytesList" label: LABEL_OPTIONAL oneof_index: 0 }
+  field { name: "float_list" number: 2 type_name: "FloatList" label: LABEL_OPTIONAL oneof_index: 0 }
+  field { name: "int64_list" number: 3 type_name: "Int64List" label: LABEL_OPTIONAL oneof_index: 0 }
+  oneof_decl { name: "kind" }
+}
+message_type {
+  name: "Features"
+  field { name: "feature" number: 1 type_name: "FeatureEntry" label: LABEL_REPEATED }
+  nested_type {
+    name: "FeatureEntry"
+    field { name: "key" number: 1 type: TYPE_STRING label: LABEL_OPTIONAL }
+    field { name: "value" number: 2 type_name: "Feature" label: LABEL_OPTIONAL }
+    options { map_entry: true }
+  }
+}
+message_type { name: "Example" field { name: "features" number: 1 type_name: "Features" label: LABEL_OPTIONAL } }
+"""
 
 
 def _example_class() -> Any:
     """The message class of `tf.train.Example`; Any because its fields exist at run time alone."""
-    field = descriptor_pb2.FieldDescriptorProto
-    file = descriptor_pb2.FileDescriptorProto(name="clipkit/example.proto", package="tensorflow", syntax="proto3")
-    lists = {"BytesList": field.TYPE_BYTES, "FloatList": field.TYPE_FLOAT, "Int64List": field.TYPE_INT64}
-    for name, scalar in lists.items():
-        values = file.message_type.add(name=name)
-        values.field.add(name="value", number=1, type=scalar, label=field.LABEL_REPEATED)
-    feature = file.message_type.add(name="Feature")
-    feature.oneof_decl.add(name="kind")
-    for number, name in enumerate(lists, start=1):
-        feature.field.add(
-            name=name.replace("List", "_list").lower(),
-            number=number,
-            type=field.TYPE_MESSAGE,
-            label=field.LABEL_OPTIONAL,
-            type_name=f".tensorflow.{name}",
-            oneof_index=0,
-        )
-    features = file.message_type.add(name="Features")
-    entry = features.nested_type.add(name="FeatureEntry")
-    entry.options.map_entry = True
-    entry.field.add(name="key", number=1, type=field.TYPE_STRING, label=field.LABEL_OPTIONAL)
-    _add_message_field(entry, "value", 2, "Feature")
-    _add_message_field(features, "feature", 1, "Features.FeatureEntry").label = field.LABEL_REPEATED
-    _add_message_field(file.message_type.add(name="Example"), "features", 1, "Features")
     pool = descriptor_pool.DescriptorPool()
-    pool.Add(file)
+    pool.Add(text_format.Parse(_EXAMPLE_PROTO, descriptor_pb2.FileDescriptorProto()))
     return message_factory.GetMessageClass(pool.FindMessageTypeByName("tensorflow.Example"))
-
-
-def _add_message_field(
-    owner: descriptor_pb2.DescriptorProto, name: str, number: int, kind: str
-) -> descriptor_pb2.FieldDescriptorProto:
-    field = descriptor_pb2.FieldDescriptorProto
-    return owner.field.add(
-        name=name, number=number, type=field.TYPE_MESSAGE, label=field.LABEL_OPTIONAL, type_name=f".tensorflow.{kind}"
-    )
 
 
 _Example = _example_class()
