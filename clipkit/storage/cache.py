@@ -27,7 +27,8 @@ import google_crc32c
 
 from clipkit.errors import UserError
 from clipkit.storage.files import WRITTEN_BESIDE, disk_errors, make_folder
-from clipkit.storage.ranges import RangeReader, Reopenable
+from clipkit.storage.ranges import LocalFile, RangeReader, Reopenable
+from clipkit.storage.stores import flocked
 
 _MAX_OPEN = 256
 _MAX_KNOWN = 1 << 16  # entries whose checksum this process has checked
@@ -44,16 +45,14 @@ _SCRATCH = "clipkit-blocks"
 Make = Callable[[], bytes]
 
 
-class _Entry:
+class _Entry(LocalFile):
     """An entry's file, open: it can be read even after it was removed."""
 
     def __init__(self, path: Path) -> None:
-        self.descriptor = os.open(path, os.O_RDONLY)
+        super().__init__(path)
+        self.bytes -= _TRAILER.size
         status = os.fstat(self.descriptor)
-        self.bytes, self.inode, self.used = status.st_size - _TRAILER.size, status.st_ino, status.st_mtime
-
-    def read(self, start: int, length: int) -> bytes:
-        return os.pread(self.descriptor, length, start)
+        self.inode, self.used = status.st_ino, status.st_mtime
 
     def is_whole(self) -> bool:
         """Whether the contents are those that were written."""
@@ -62,10 +61,6 @@ class _Entry:
             return False
         magic, crc = _TRAILER.unpack(data[-_TRAILER.size :])
         return bool(magic == _MAGIC and crc == google_crc32c.value(data[: -_TRAILER.size]))
-
-    def __del__(self) -> None:
-        if hasattr(self, "descriptor"):
-            os.close(self.descriptor)
 
 
 class BlockCache(Reopenable):
@@ -102,14 +97,14 @@ class BlockCache(Reopenable):
             if entry is None:
                 data = made if made is not None else make()
                 return data[start:] if length is None else data[start : start + length]
-        return entry.read(start, entry.bytes - start if length is None else min(length, max(0, entry.bytes - start)))
+        return entry.read(start, entry.bytes if length is None else max(start, min(start + length, entry.bytes)))
 
     def ensure(self, key: str, make: Make, lock: str | None = None) -> bytes | None:
         """Make an entry unless it is there; returns what was made, or None."""
         path = self._path(_name(key))
         if path.exists():
             return None
-        with self._held(_name(lock or key)):
+        with self._locked(f"locks/{int(_name(lock or key)[:8], 16) % _STRIPES}"):
             if path.exists():
                 return None
             data = make()
@@ -123,15 +118,14 @@ class BlockCache(Reopenable):
         if size > self.limit:
             return
         path = self._path(_name(key))
-        self._reserve(size)
+        self._reserve(size, self.limit)
         try:
             _write(path, data)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 with disk_errors(self.folder):
                     raise
-            with self._counting() as count:
-                count(self._evict(self.stored() // 2))
+            self._reserve(size, self.stored() // 2)
             with disk_errors(self.folder):
                 _write(path, data)
 
@@ -188,43 +182,25 @@ class BlockCache(Reopenable):
         return entry
 
     @contextlib.contextmanager
-    def _held(self, name: str) -> Iterator[None]:
-        """Keep others from getting the same: between threads too, for each has a descriptor of its own."""
-        with disk_errors(self.folder):
-            stripe = int(name[:8], 16) % _STRIPES
-            descriptor = os.open(self.folder / "locks" / str(stripe), os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            yield
-        finally:
-            os.close(descriptor)
+    def _locked(self, name: str) -> Iterator[int]:
+        """Hold a file of the folder, against other threads too, for each has a descriptor of its own: yields that."""
+        with contextlib.ExitStack() as stack:
+            with disk_errors(self.folder):
+                held = flocked(self.folder / name, fcntl.LOCK_EX, os.O_RDWR | os.O_CREAT)
+                descriptor = stack.enter_context(held)
+            yield descriptor
 
-    def _reserve(self, size: int) -> None:
-        """Count `size` bytes more, and make room for them."""
-        with self._counting() as count:
-            total = count(None) + size
-            if total > self.limit:
-                total = self._evict(int(_EVICT_TO * self.limit) - size) + size
-            count(total)
+    def _reserve(self, size: int, limit: int) -> None:
+        """Count `size` bytes more in the sum that all processes keep, and make room for them within a limit.
 
-    @contextlib.contextmanager
-    def _counting(self) -> Iterator[Callable[[int | None], int]]:
-        """Holds the sum that all processes keep; it may be too high after a kill, until entries are next removed."""
-        with disk_errors(self.folder):
-            descriptor = os.open(self.folder / "size", os.O_RDWR | os.O_CREAT, 0o666)
-
-        def count(total: int | None) -> int:
-            if total is not None:
-                os.pwrite(descriptor, _SIZE.pack(total), 0)
-                return total
+        The sum may be too high after a kill, until entries are next removed.
+        """
+        with self._locked("size") as descriptor:
             data = os.pread(descriptor, _SIZE.size, 0)
-            return int(_SIZE.unpack(data)[0]) if len(data) == _SIZE.size else self.stored()
-
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            yield count
-        finally:
-            os.close(descriptor)
+            total = size + (_SIZE.unpack(data)[0] if len(data) == _SIZE.size else self.stored())
+            if total > limit:
+                total = size + self._evict(int(_EVICT_TO * limit) - size)
+            os.pwrite(descriptor, _SIZE.pack(total), 0)
 
     def _evict(self, limit: int) -> int:
         """Remove the entries that weren't used for longest until `limit` bytes are left; returns how many are."""

@@ -73,14 +73,11 @@ def write_beside(path: Path) -> Iterator[Path]:
 @contextlib.contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
     """Turn the disk's or the store's refusals below `path` into one line with a remedy; all else passes unchanged."""
-    if is_remote(path):
-        with stores.store_errors(path):
-            yield
-        return
     try:
-        yield
+        with stores.reading(path):
+            yield
     except OSError as error:
-        message = disk_message(error, path)
+        message = None if is_remote(path) else disk_message(error, path)
         if message is None:
             raise
         raise UserError(message) from error

@@ -112,7 +112,7 @@ def _ask(path: Path, start: int | None, end: int | None) -> bytes:
     return found
 
 
-class _LocalFile:
+class LocalFile:
     """An open file that is closed when its last user, in whichever thread, drops it."""
 
     def __init__(self, path: Path) -> None:
@@ -167,7 +167,7 @@ class RangeReader(Reopenable):
 
     def _start(self) -> None:
         self._lock = threading.Lock()
-        self._open: OrderedDict[int, _LocalFile | _RemoteFile] = OrderedDict()
+        self._open: OrderedDict[int, LocalFile | _RemoteFile] = OrderedDict()
         self._most = max(1, min(_MAX_OPEN, allow_many_files() // _SHARE))
 
     def path(self, number: int) -> Path:
@@ -188,14 +188,14 @@ class RangeReader(Reopenable):
                 f"can't read {self.path(number)} ({error.strerror or error}): check the disk, and run the command again"
             ) from error
 
-    def _opened(self, number: int) -> _LocalFile | _RemoteFile:
+    def _opened(self, number: int) -> LocalFile | _RemoteFile:
         with self._lock:
             file = self._open.get(number)
             if file is not None:
                 self._open.move_to_end(number)
                 return file
         path = self.path(number)
-        file = _RemoteFile(path) if is_remote(path) else _LocalFile(path)
+        file = _RemoteFile(path) if is_remote(path) else LocalFile(path)
         if file.bytes != self.files[number].bytes:  # the offsets are those of another file
             raise UserError(f"{path} has changed since the dataset was opened (clipkit purge?): run the command again")
         with self._lock:

@@ -160,15 +160,11 @@ def list_folder(folder: Path) -> list[StoredFile]:
             (StoredFile(name, status.st_size, str(status.st_mtime_ns)) for name, status in files),
             key=lambda file: file.name,
         )
-    target = as_upath(folder)
-    with store_errors(folder):
-        listing = retry(lambda: target.fs.ls(target.path, detail=True))
-    found = []
-    for entry in listing:
-        if entry.get("type") == "directory" or entry.get("size") is None:
-            continue
-        version = next((entry[name] for name in _VERSIONS if entry.get(name)), "")
-        found.append(StoredFile(str(entry["name"]).rstrip("/").rpartition("/")[2], int(entry["size"]), str(version)))
+    found = [
+        StoredFile(name, int(entry["size"]), str(next((entry[key] for key in _VERSIONS if entry.get(key)), "")))
+        for name, entry in _listing(folder)
+        if entry.get("type") != "directory" and entry.get("size") is not None
+    ]
     return sorted(found, key=lambda file: file.name)
 
 
@@ -177,11 +173,15 @@ def list_subfolders(folder: Path) -> list[str]:
     if not is_remote(folder):
         with os.scandir(folder) as entries:
             return sorted(entry.name for entry in entries if entry.is_dir())
+    return sorted(name for name, entry in _listing(folder) if entry.get("type") == "directory")
+
+
+def _listing(folder: Path) -> list[tuple[str, dict[str, Any]]]:
+    """What a store tells of each file and folder in a folder, by their names there."""
     target = as_upath(folder)
     with store_errors(folder):
-        listing = retry(lambda: target.fs.ls(target.path, detail=True))
-    paths = [str(entry["name"]) for entry in listing if entry.get("type") == "directory"]
-    return sorted(path.rstrip("/").rpartition("/")[2] for path in paths)
+        found = retry(lambda: target.fs.ls(target.path, detail=True))
+    return [(str(entry["name"]).rstrip("/").rpartition("/")[2], entry) for entry in found]
 
 
 def append(path: Path, line: bytes) -> None:
@@ -283,14 +283,9 @@ def store_errors(path: Path, *, writing: bool = False) -> Iterator[None]:
         raise UserError(message) from error
 
 
-@contextlib.contextmanager
-def reading(path: Path) -> Iterator[None]:
+def reading(path: Path) -> contextlib.AbstractContextManager[None]:
     """`store_errors` for a path that may be local; the disk's errors pass."""
-    if is_remote(path):
-        with store_errors(path):
-            yield
-    else:
-        yield
+    return store_errors(path) if is_remote(path) else contextlib.nullcontext()
 
 
 def store_message(error: Exception, path: Path | str) -> str | None:
@@ -326,14 +321,14 @@ def scratch() -> Iterator[Path]:
     while True:
         try:
             for left in Path(tempfile.gettempdir()).glob("clipkit-scratch-*"):
-                with contextlib.suppress(OSError), _held(left, fcntl.LOCK_EX | fcntl.LOCK_NB):
+                with contextlib.suppress(OSError), flocked(left, fcntl.LOCK_EX | fcntl.LOCK_NB):
                     shutil.rmtree(left, ignore_errors=True)
             folder = Path(tempfile.mkdtemp(prefix="clipkit-scratch-"))
         except OSError as error:
             reason = error.strerror or error
             raise UserError(f"can't write temporary files ({reason}): free some space, or set TMPDIR") from error
         # Another process may have taken the folder for a left one before we hold it.
-        with contextlib.suppress(FileNotFoundError), _held(folder, fcntl.LOCK_EX):
+        with contextlib.suppress(FileNotFoundError), flocked(folder, fcntl.LOCK_EX):
             if folder.exists():
                 try:
                     yield folder
@@ -343,10 +338,11 @@ def scratch() -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _held(folder: Path, how: int) -> Iterator[None]:
-    descriptor = os.open(folder, os.O_RDONLY)
+def flocked(path: Path, how: int, flags: int = os.O_RDONLY) -> Iterator[int]:
+    """Hold the kernel's lock on a local file or folder; yields its descriptor, opened with `flags`."""
+    descriptor = os.open(path, flags, 0o666)
     try:
         fcntl.flock(descriptor, how)
-        yield
+        yield descriptor
     finally:
         os.close(descriptor)
