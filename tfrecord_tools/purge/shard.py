@@ -4,9 +4,11 @@ write it without them.
 
 import hashlib
 import json
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -172,7 +174,10 @@ class _Removal:
         self.job = job
         self.formats: Counter[str] = Counter()
         self.columns: Counter[str] = Counter()
-        self.sources = _Sources(job.entry)
+        # Records lie in the order of their sources; where a build has shuffled them, a shard has none (see `purge`).
+        self.sources = job.entry.sources if job.entry else ()
+        self.ends = list(accumulate(source.records for source in self.sources))
+        self.purged = [0] * len(self.sources)
 
     def records_left(self, local: Path) -> Iterator[bytes]:
         """The other records; those that go are listed beside the state. Raises UserError when there are others."""
@@ -182,11 +187,14 @@ class _Removal:
             list_path.open("w", encoding="utf-8") as lines,
         ):
             for number, record in enumerate(read_records(local)):
-                source = self.sources.next(number in left)
                 if number not in left:
                     yield record
                     continue
                 left.remove(number)
+                source = None
+                if (place := bisect_right(self.ends, number)) < len(self.sources):
+                    self.purged[place] += 1
+                    source = self.sources[place].file
                 values = decode_example(record)
                 image = values.get(reader.image or "")
                 self.columns.update(values.keys())
@@ -201,7 +209,8 @@ class _Removal:
         if entry is not None:
             formats = {name: count - self.formats[name] for name, count in entry.formats.items()}
             formats = {name: count for name, count in formats.items() if count > 0}
-            entry = replace(entry, formats=formats, sources=self.sources.left())
+            sources = tuple(map(without, self.sources, self.purged))
+            entry = replace(entry, formats=formats, sources=sources)
         return PurgedShard(self.job.state, self.job.before, size, entry, dict(sorted(self.columns.items())))
 
 
@@ -219,32 +228,6 @@ def _description(values: Mapping[str, list[Any]], reader: ValueReader) -> dict[s
 
     value = reader.value(values)[0].decode("utf-8", "replace")
     return {"value": value, "key": text("key") or text("file_name"), "url": text("url"), "sha256": text("sha256")}
-
-
-class _Sources:
-    """Takes purged records off the sources that they came from: records lie in the order of their sources.
-
-    Where a build has shuffled them, the manifest has no sources in its shards (see `purge`).
-    """
-
-    def __init__(self, entry: ShardEntry | None) -> None:
-        self.sources = list(entry.sources) if entry else []
-        self.purged = [0] * len(self.sources)
-        self.place, self.used = 0, 0
-
-    def next(self, purged: bool) -> str | None:
-        """The source of the next record in order; one more of it is gone if `purged`."""
-        while self.place < len(self.sources) and self.used >= self.sources[self.place].records:
-            self.place, self.used = self.place + 1, 0
-        if self.place >= len(self.sources):
-            return None
-        self.used += 1
-        self.purged[self.place] += purged
-        return self.sources[self.place].file
-
-    def left(self) -> tuple[SourceEntry, ...]:
-        """The sources with what is left of them."""
-        return tuple(without(source, purged) for source, purged in zip(self.sources, self.purged, strict=True))
 
 
 def without(source: SourceEntry, purged: int) -> SourceEntry:
