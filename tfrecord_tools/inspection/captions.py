@@ -111,17 +111,18 @@ def caption_facts(column: str, captions: Sequence[str], places: Sequence[int]) -
     some = [ids[number] for number in filled]
     keys = np.array([places[number] for number in filled], np.uint64)
     classes = syntax.priorities(some) if syntax and some else None
-    reductions = [
-        _reduction(method, context, some, keys, classes) for context in CONTEXTS for method in methods if some
-    ]
+    kept = {
+        (method, context): _kept(method, context, some, keys, classes)
+        for context in CONTEXTS
+        for method in methods
+        if some
+    }
+    kinds = np.concatenate([np.array(row) for row in classes]) if classes is not None else None
+    reductions = [_reduction(*way, masks, kinds) for way, masks in kept.items()]
     examples = [
         Example(
             pieces=tuple(pieces_of(tokenizer, some[number])),
-            kept={
-                (method, context): tuple(_kept(method, context, some, keys, classes, [number])[0].tolist())
-                for context in CONTEXTS
-                for method in methods
-            },
+            kept={way: tuple(masks[number].tolist()) for way, masks in kept.items()},
         )
         for number in _chosen(some)
     ]
@@ -154,13 +155,11 @@ def _kept(
     ids: Sequence[Sequence[int]],
     keys: npt.NDArray[np.uint64],
     classes: Sequence[Sequence[int]] | None,
-    numbers: Sequence[int],
 ) -> list[npt.NDArray[np.bool_]]:
-    """Which tokens of some captions are kept: bool[tokens] each."""
+    """Which tokens of each caption are kept: bool[tokens] each."""
     # Each token's place goes through in place of its id, and so comes out where it is kept; 0 is the padding.
-    places = [list(range(1, len(ids[number]) + 1)) for number in numbers]
-    priorities = [classes[number] for number in numbers] if classes is not None and method == "syntax" else None
-    out_BT = reduce_text(method, places, context, keys[list(numbers)], priorities)
+    places = [list(range(1, len(each) + 1)) for each in ids]
+    out_BT = reduce_text(method, places, context, keys, classes if method == "syntax" else None)
     masks = []
     for row, length in zip(out_BT, map(len, places), strict=True):
         mask = np.zeros(length, bool)
@@ -170,19 +169,15 @@ def _kept(
 
 
 def _reduction(
-    method: TextMethod,
-    context: int,
-    ids: Sequence[Sequence[int]],
-    keys: npt.NDArray[np.uint64],
-    classes: Sequence[Sequence[int]] | None,
+    method: TextMethod, context: int, masks: Sequence[npt.NDArray[np.bool_]], kinds: npt.NDArray[np.int64] | None
 ) -> Reduction:
-    kept = np.concatenate(_kept(method, context, ids, keys, classes, range(len(ids))))
-    kinds = np.concatenate([np.array(row) for row in classes]) if classes is not None else None
+    """What a way keeps of all tokens; `kinds` are their word classes."""
+    kept = np.concatenate(masks)
 
     def of(kind: int) -> float | None:
         return float(kept[kinds == kind].mean()) if kinds is not None and (kinds == kind).any() else None
 
-    whole = sum(len(each) <= context - 2 for each in ids) / len(ids)
+    whole = sum(len(mask) <= context - 2 for mask in masks) / len(masks)
     return Reduction(method, context, float(kept.mean()), whole, of(NOUN), of(ADJECTIVE), of(VERB))
 
 

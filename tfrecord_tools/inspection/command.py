@@ -15,15 +15,10 @@ from clipkit.page.charts import histogram
 from clipkit.page.render import data_url, write_page
 from clipkit.pixels.images import thumbnail
 from clipkit.storage.files import as_path, require_writable, write_json
-from clipkit.tfrecord_tools.inspection.captions import CONTEXTS, Example, Reduction
-from clipkit.tfrecord_tools.inspection.figures import (
-    SAMPLE,
-    Inspection,
-    inspect,
-    usual_split,
-)
+from clipkit.tfrecord_tools.inspection.captions import CONTEXTS, CaptionFacts, Example, Reduction
+from clipkit.tfrecord_tools.inspection.figures import SAMPLE, Inspection, inspect, usual_split
 from clipkit.tfrecord_tools.inspection.histogram import Histogram
-from clipkit.tfrecord_tools.inspection.pictures import Group
+from clipkit.tfrecord_tools.inspection.pictures import Group, PictureFacts
 
 TILES = 24
 TILE_PIXELS = 112
@@ -94,43 +89,38 @@ def contents(inspection: Inspection) -> dict[str, Any]:
         "seen": inspection,
         "tiles": [tile for place in chosen if (tile := tile_of(dataset, place))],
         "caption_charts": charts(
-            [
-                (
-                    captions.tokens if captions else None,
-                    "captions by length (% of captions)",
-                    "text tokens, start and end counted",
-                ),
-                (captions.words if captions else None, "captions by words (% of captions)", "words"),
-            ]
+            captions,
+            tokens=("captions by length (% of captions)", "text tokens, start and end counted"),
+            words=("captions by words (% of captions)", "words"),
         ),
         "methods": list(dict.fromkeys(each.method for each in captions.reductions)) if captions else [],
         "contexts": CONTEXTS,
         "reductions": by_length(captions.reductions) if captions else [],
         "examples": [shown(each) for each in captions.examples] if captions else [],
         "picture_charts": charts(
-            [
-                (
-                    pictures.shorter_side if pictures else None,
-                    "pictures by size (% of pictures)",
-                    "shorter side, pixels",
-                ),
-                (pictures.aspect if pictures else None, "pictures by shape (% of pictures)", "width by height"),
-                (pictures.bytes if pictures else None, "pictures by bytes (% of pictures)", "bytes as stored"),
-            ]
+            pictures,
+            shorter_side=("pictures by size (% of pictures)", "shorter side, pixels"),
+            aspect=("pictures by shape (% of pictures)", "width by height"),
+            bytes=("pictures by bytes (% of pictures)", "bytes as stored"),
         ),
         "same": [pictured(dataset, group) for group in pictures.same] if pictures else [],
         "near": [pictured(dataset, group) for group in pictures.near] if pictures else [],
-        "score_charts": charts([(h, f"{name} (% of records)", name) for name, h in inspection.scores.items()]),
+        "score_charts": [
+            chart
+            for name, each in inspection.scores.items()
+            if (chart := chart_of(each, f"{name} (% of records)", name))
+        ],
     }
 
 
-def charts(wanted: Sequence[tuple[Histogram | None, str, str]]) -> list[str]:
-    """A chart for each histogram that there is and that has more than one value."""
-    return [
-        histogram(title, each.counts, each.edges, x_name=name)
-        for each, title, name in wanted
-        if each is not None and each.high > each.low
-    ]
+def charts(facts: CaptionFacts | PictureFacts | None, **wanted: tuple[str, str]) -> list[str]:
+    """The charts of some of the facts, each with its title and what its x axis says."""
+    return [chart for name, told in wanted.items() if facts and (chart := chart_of(getattr(facts, name), *told))]
+
+
+def chart_of(each: Histogram | None, title: str, x_name: str) -> str:
+    """A histogram's chart; "" where there is none, or it has one value only."""
+    return histogram(title, each.counts, each.edges, x_name=x_name) if each and each.high > each.low else ""
 
 
 def by_length(reductions: Sequence[Reduction]) -> list[list[Reduction]]:

@@ -139,7 +139,7 @@ def test_what_is_shown_as_kept_is_what_training_keeps(method, context):
     ids = tokenizer.encode([LONG, "a red bus", LONG[40:]])
     keys = np.array([5, 6, 7], np.uint64)
     classes = [[len(str(token)) % 4 for token in row] for row in ids]
-    masks = _kept(method, context, ids, keys, classes, range(3))
+    masks = _kept(method, context, ids, keys, classes)
     rows = reduce_text(method, ids, context, keys, classes if method == "syntax" else None)
     for row, mask, whole in zip(rows, masks, ids, strict=True):
         told = [token for token, stays in zip(whole, mask, strict=True) if stays]
