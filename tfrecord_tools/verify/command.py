@@ -5,7 +5,6 @@ a folder of img2dataset's tars with the counts that stand beside them. Training 
 perhaps on the third day; this finds all of them beforehand, and says for each shard what to do.
 """
 
-import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -183,20 +182,16 @@ def _is_folder_of_tars(path: Path) -> bool:
 
 
 def _verify_tars(folder: Path, decode: int | None, runner: Runner, started: float) -> VerifySummary:
-    files = sorted((file for file in folder.iterdir() if file.suffix == ".tar"), key=lambda each: each.name)
-    files = [file for file in files if not is_hidden(file.name)]
+    found = (file for file in folder.iterdir() if file.suffix == ".tar" and not is_hidden(file.name))
+    files = sorted(found, key=lambda each: each.name)
     each = None if decode is None else -(-decode // len(files))
     checks = [TarCheck(file, file.stat().st_size, number, each) for number, file in enumerate(files)]
     reports, problems = _reports(check_tar, checks, runner)
     if is_unfinished_download(folder):
-        what = "the download isn't finished"
-        problems.append(Problem(f"{CLIPKIT_FOLDER}/plan.json", what, 1, "", FINISH))
+        problems.append(Problem(f"{CLIPKIT_FOLDER}/plan.json", "the download isn't finished", FINISH))
     again = "run the same clipkit download again"
     remedies = {problem.file: f"remove it and what stands beside it, and {again}" for problem in problems}
     remedies |= {problem.file: again for problem in problems if problem.todo == FINISH}
-    left = [file.name for file in folder.iterdir() if WRITTEN_BESIDE.fullmatch(file.name) or _is_tmp(file.name)]
-    return _summary(folder, reports, problems, remedies, sorted(left), started)
-
-
-def _is_tmp(name: str) -> bool:
-    return re.fullmatch(r".*\.tmp|_tmp", name) is not None
+    names = sorted(file.name for file in folder.iterdir())
+    left = [name for name in names if WRITTEN_BESIDE.fullmatch(name) or name.endswith(".tmp") or name == "_tmp"]
+    return _summary(folder, reports, problems, remedies, left, started)

@@ -39,7 +39,7 @@ def unfinished_rewrites(layout: DatasetLayout) -> list[Problem]:
     """
     journals = [(what, journal_path(layout.folder, command)) for command, what in REWRITES.items()]
     return [
-        Problem(f"{CLIPKIT_FOLDER}/{journal.name}", f"{what} isn't finished", 1, "", FINISH)
+        Problem(f"{CLIPKIT_FOLDER}/{journal.name}", f"{what} isn't finished", FINISH)
         for what, journal in journals
         if journal.exists()
     ]
@@ -55,31 +55,31 @@ def metadata_problems(layout: DatasetLayout) -> Iterator[Problem]:
     for split, lengths in layout.lengths.items():
         manifest = layout.manifest.get(split)
         if layout.manifest and manifest is None:
-            yield Problem(name, f"split {split!r} isn't in it, so its sizes and checksums aren't known", 1, "", REBUILD)
+            yield Problem(name, f"split {split!r} isn't in it, so its sizes and checksums aren't known", REBUILD)
         if manifest:
             if layout.differs(split):
                 what = f"split {split!r}: {manifest.records:,} records in {len(manifest.shards):,} shards where "
                 what += f"dataset_info.json says {sum(lengths):,} in {len(lengths):,}"
-                yield Problem(name, what, 1, "", REBUILD)
+                yield Problem(name, what, REBUILD)
             elif manifest.bytes != info_bytes.get(split):
                 what = f"split {split!r}: {manifest.bytes:,} bytes where dataset_info.json says {info_bytes[split]:,}"
-                yield Problem(name, what, 1, "", REBUILD)
+                yield Problem(name, what, REBUILD)
             if manifest.all_sources and manifest.samples != manifest.records + sum(manifest.skipped.values()):
                 what = f"split {split!r}: {manifest.samples:,} samples are not the records and what was left out"
-                yield Problem(name, what, 1, "", REBUILD)
+                yield Problem(name, what, REBUILD)
             for shard in manifest.shards:
                 left_out = sum(sum(source.skipped.values()) for source in shard.sources)
                 records = sum(source.records for source in shard.sources)
                 samples = sum(source.samples for source in shard.sources)
                 if shard.sources and (records != shard.records or samples != records + left_out):
                     what = f"{samples:,} samples, {records:,} records and {left_out:,} left out don't add up"
-                    yield Problem(name, what, 1, f"shard {shard.file}, {shard.records:,} records", REBUILD)
+                    yield Problem(name, what, REBUILD, first=f"shard {shard.file}, {shard.records:,} records")
         path = index_path(layout.folder, split)
         if path.exists() and _index_length(path) != sum(lengths):
             what = f"it isn't an index of {sum(lengths):,} records"
-            yield Problem(f"{CLIPKIT_FOLDER}/{path.name}", what, 1, "", INDEX)
+            yield Problem(f"{CLIPKIT_FOLDER}/{path.name}", what, INDEX)
     for split in sorted(set(layout.manifest) - set(layout.lengths)):
-        yield Problem(name, f"split {split!r} isn't in dataset_info.json: its build wasn't finished", 1, "", FINISH)
+        yield Problem(name, f"split {split!r} isn't in dataset_info.json: its build wasn't finished", FINISH)
 
 
 def leftovers(layout: DatasetLayout) -> list[str]:

@@ -1,7 +1,7 @@
 """What `clipkit verify` calls a problem, and what it advises."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from clipkit.formats.dataset import REWRITES, DatasetLayout
@@ -18,9 +18,9 @@ class Problem:
 
     file: str
     what: str
-    count: int
-    first: str
     todo: str
+    count: int = 1
+    first: str = ""
     keys: tuple[str, ...] = ()
 
 
@@ -39,19 +39,15 @@ class ProblemList:
     """Problems of one file as they come, equal ones counted."""
 
     file: str
-    problems: dict[str, tuple[int, str, str, list[str]]] = field(default_factory=dict)
+    problems: dict[str, Problem] = field(default_factory=dict)
 
     def add(self, what: str, first: str, todo: str, key: str | None = None) -> None:
-        count, first, todo, keys = self.problems.get(what, (0, first, todo, []))
-        if key is not None and len(keys) < MOST_KEYS:
-            keys.append(key)
-        self.problems[what] = (count + 1, first, todo, keys)
+        before = self.problems.get(what) or Problem(self.file, what, todo, 0, first)
+        keys = before.keys if key is None or len(before.keys) == MOST_KEYS else (*before.keys, key)
+        self.problems[what] = replace(before, count=before.count + 1, keys=keys)
 
     def all(self) -> tuple[Problem, ...]:
-        return tuple(
-            Problem(self.file, what, count, first, todo, tuple(keys))
-            for what, (count, first, todo, keys) in self.problems.items()
-        )
+        return tuple(self.problems.values())
 
 
 def remedy(layout: DatasetLayout, file: str, problems: Sequence[Problem]) -> str:
