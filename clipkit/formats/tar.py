@@ -193,7 +193,10 @@ def _whole_members(read: Read, path: Path | str, size: int) -> Iterator[Member]:
 
 
 def list_samples(path: Path) -> dict[str, dict[str, Member]]:
-    """The members of each sample of a local tar by suffix, in the order of their first. Raises TarError."""
+    """The members of each sample of a local tar by suffix, in the order of their first. Raises TarError.
+
+    Raises UserError for a tar that holds one twice.
+    """
     samples: dict[str, dict[str, Member]] = {}
     with path.open("rb") as file:
 
@@ -203,7 +206,10 @@ def list_samples(path: Path) -> dict[str, dict[str, Member]]:
         split = SampleNames(path, lambda: (member.name for member in read_headers(read, path)))
         for member in _whole_members(read, path, path.stat().st_size):
             if parts := split(member.name):
-                samples.setdefault(parts[0], {})[parts[1]] = member
+                members = samples.setdefault(parts[0], {})
+                if parts[1] in members:
+                    raise UserError(f"{path} holds the sample {parts[0]} twice: give each sample a name of its own")
+                members[parts[1]] = member
     return samples
 
 
