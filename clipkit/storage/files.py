@@ -27,7 +27,9 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 MAX_OPEN_FILES = 65_536
-WRITTEN_BESIDE = re.compile(r"\..+\.\d+")  # the temporary names of `write_beside`
+# The temporary names of `write_beside`. Its random numbers hardly ever have less than eleven digits; a date in the name
+# of a person's own hidden file has eight.
+WRITTEN_BESIDE = re.compile(r"\..+\.\d{11,}")
 
 
 def as_path(text: str | Path) -> Path:

@@ -118,7 +118,7 @@ def test_pruning_keeps_the_newest_and_the_ends_of_stages(tmp_path):
 
 def test_a_half_written_checkpoint_is_never_taken(tmp_path):
     saved(tmp_path, 16)
-    (tmp_path / "checkpoints" / ".000000000032.4711").mkdir()
+    (tmp_path / "checkpoints" / ".000000000032.471100000000000").mkdir()
     assert checkpoint.load(tmp_path).samples_seen == 16
 
 

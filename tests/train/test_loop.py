@@ -171,7 +171,7 @@ def test_a_run_goes_on_from_the_last_whole_checkpoint_and_removes_nothing_of_the
     with (newest / "optimizer.safetensors").open("r+b") as file:
         file.truncate(5000)
     shutil.copytree(before, run / "checkpoints" / ".best")
-    (run / "checkpoints" / f".{newest.name}.123").mkdir()  # what a killed run was writing
+    (run / "checkpoints" / f".{newest.name}.123000000000000").mkdir()  # what a killed run was writing
     summary = train(debug(), pairs_dataset, run, device_name="cpu", resume=True, workers=1)
     assert summary.finished
     assert f"checkpoint {newest} is damaged" in capsys.readouterr().err

@@ -143,11 +143,12 @@ def test_two_writers_of_one_file_never_share_a_temporary(tmp_path):
 
 
 def test_what_killed_runs_left_goes_and_no_other_hidden_file(tmp_path):
-    for name in (".lock", ".hidden.1.txt", "shard.123", ".shard.tar.123/part", ".shard-00001.77"):
+    kept = [".backup.20261101/part", ".hidden.1.txt", ".lock", "shard.123"]
+    for name in (*kept, f".shard.tar.{1 << 59}/part", f".shard-00001.{1 << 42}"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("x")
     clear_leftovers(tmp_path, tmp_path / "none")
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".hidden.1.txt", ".lock", "shard.123"]
+    assert sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()) == kept
 
 
 def test_a_worker_that_lives_on_leaves_no_half_file(tmp_path):

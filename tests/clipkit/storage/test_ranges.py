@@ -293,7 +293,7 @@ def test_leftovers_of_the_killed_are_removed(tmp_path: Path) -> None:
     cache = BlockCache(tmp_path, 100_000)
     cache.put("a", bytes(1000))
     [entry] = tmp_path.glob("??/*")
-    left = entry.with_name(f".{entry.name}.12345")
+    left = entry.with_name(f".{entry.name}.123450000000000")
     left.write_bytes(b"half")
     assert cache.stored() == 1008 + 4
     os.utime(left, (1000, 1000))

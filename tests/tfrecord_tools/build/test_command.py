@@ -422,10 +422,10 @@ def test_what_killed_runs_left_is_removed_and_nothing_else(tmp_path):
     write_tars(tmp_path / "shards", [1])
     version = tmp_path / "out" / "pairs" / "1.0.0"
     version.mkdir(parents=True)
-    for name in (".gitignore", ".snapshot", ".features.json.4711"):
+    for name in (".gitignore", ".snapshot", ".features.json.471100000000000"):
         (version / name).write_text("")
     (version / "clipkit").mkdir()
-    (version / "clipkit" / ".index-train.npy.4711").write_text("half")
+    (version / "clipkit" / ".index-train.npy.471100000000000").write_text("half")
     build_tfds(tmp_path / "shards", tmp_path / "out", "pairs")
     assert {path.name for path in version.rglob(".*")} == {".gitignore", ".snapshot", ".lock"}
 

@@ -265,7 +265,7 @@ def test_damaged_and_missing_shards_are_made_again(finished: Finished, format: s
     os.truncate(data[0], 100)
     states[1].unlink()
     states[2].write_text('{"count": ')
-    (out / f".{data[2].name}.99999").write_bytes(b"left over")
+    (out / f".{data[2].name}.999990000000000").write_bytes(b"left over")
     (out / "clipkit" / "pending" / "00001.99999").mkdir(parents=True)
     (out / "clipkit" / "pending" / "00001.99999" / data[1].name).write_bytes(b"half")
     with site(port_of(urls)):

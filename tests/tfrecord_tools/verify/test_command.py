@@ -215,13 +215,13 @@ def test_accounts_that_do_not_agree(data):
 
 
 def test_leftovers_are_named_and_are_no_problem(data):
-    (data / ".pairs-train.tfrecord-00000-of-00003.123").write_bytes(b"x")
+    (data / ".pairs-train.tfrecord-00000-of-00003.123000000000000").write_bytes(b"x")
     (data / "pairs-train.tfrecord-00000-of-00009").write_bytes(b"x")
     (data / "clipkit" / "build-train").mkdir()
     summary = verify(data)
     assert summary.problems == ()
     assert summary.leftovers == (
-        ".pairs-train.tfrecord-00000-of-00003.123",
+        ".pairs-train.tfrecord-00000-of-00003.123000000000000",
         "pairs-train.tfrecord-00000-of-00009",
         "clipkit/build-train",
     )
