@@ -6,6 +6,7 @@ mapped into memory, so that ten million records cost no more than ten. A dataset
 with a cache, in blocks of neighbouring records that all processes of the machine share.
 """
 
+import contextlib
 import io
 import re
 from abc import abstractmethod
@@ -204,10 +205,8 @@ class Dataset(ShardedRecords):
         path, records = index_path(self.path, self.split), self.num_records
         try:
             with reading(path):
-                if is_remote(path) and self.cache is not None:
+                if is_remote(path):
                     index = _remote_index(path, self.cache)
-                elif is_remote(path):
-                    index = np.load(io.BytesIO(path.read_bytes()))
                 else:
                     # A plain view: indexing an np.memmap costs three times as much.
                     index = np.asarray(np.load(path, mmap_mode="r" if records else None))
@@ -222,14 +221,14 @@ class Dataset(ShardedRecords):
         return index
 
 
-def _remote_index(path: Path, cache: BlockCache) -> np.ndarray:
-    """The index in a file of the cache, which all processes map."""
+def _remote_index(path: Path, cache: BlockCache | None) -> np.ndarray:
+    """The index, where there is a cache in a file of it, which all processes map."""
     status = path.stat()
-    file = cache.file(f"{path} {status.st_size} {status.st_mtime}", lambda: read_whole(path, status.st_size))
-    try:
-        return np.asarray(np.load(file, mmap_mode="r"))
-    except FileNotFoundError:  # the cache is too small to keep it
-        return np.asarray(np.load(io.BytesIO(read_whole(path, status.st_size))))
+    if cache is not None:
+        file = cache.file(f"{path} {status.st_size} {status.st_mtime}", lambda: read_whole(path, status.st_size))
+        with contextlib.suppress(FileNotFoundError):  # the cache is too small to keep it
+            return np.asarray(np.load(file, mmap_mode="r"))
+    return np.asarray(np.load(io.BytesIO(read_whole(path, status.st_size))))
 
 
 @dataclass(frozen=True)
