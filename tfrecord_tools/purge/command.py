@@ -13,6 +13,7 @@ keeps their rows (see `ledger`).
 """
 
 import datetime
+import hashlib
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -122,9 +123,12 @@ def purge(
         layout = read_layout(folder)  # again, since another purge may have ended in the meantime
         clear_leftovers(folder, folder / CLIPKIT_FOLDER)
         plan, work = read_plan(folder, PurgePlan), work_folder(folder, PurgePlan.command)
-        if plan is not None and (plan.list_sha256, plan.by) != (listed.sha256, listed.by):
+        values = hashlib.sha256(wanted).hexdigest()
+        same = (listed.sha256, listed.by, values)
+        if plan is not None and (plan.list_sha256, plan.by, plan.values or values) != same:
             raise UserError(
-                f"{folder}: a purge by {plan.by} with {plan.list_path} isn't finished: run that one again first"
+                f"{folder}: a purge by {plan.by} with {plan.list_path} isn't finished: run that one again first, with "
+                "its options"
             )
         if plan is not None and dry_run:
             raise UserError(f"{folder}: a purge isn't finished: run it again without --dry-run")
@@ -146,7 +150,7 @@ def purge(
             )
 
         if plan is None:
-            plan, doomed_2N = _find(layout, listed, reader, wanted, runner)
+            plan, doomed_2N = _find(layout, listed, values, reader, wanted, runner)
             # A list that is new here is written down though no record matches; rows that gave no image may.
             if dry_run or not (plan.shards or not was_recorded(folder, listed)):
                 return summary(_matched(wanted, doomed_2N[1]), plan)
@@ -175,7 +179,7 @@ def _matched(wanted: UInt64Array, places: Int64Array) -> npt.NDArray[np.bool_]:
 
 
 def _find(
-    layout: DatasetLayout, listed: RemovalList, reader: ValueReader, wanted: UInt64Array, runner: Runner
+    layout: DatasetLayout, listed: RemovalList, values: str, reader: ValueReader, wanted: UInt64Array, runner: Runner
 ) -> tuple[PurgePlan, Int64Array]:
     """Look at every record of every split: the plan, and of all records to remove what `Matches` has, shard by shard.
 
@@ -191,6 +195,7 @@ def _find(
         list_sha256=listed.sha256,
         by=listed.by,
         computed=0,
+        values=values,
     )
     save_array(work / "wanted.npy", wanted)
     found = runner.run(

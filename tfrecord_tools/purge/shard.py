@@ -34,7 +34,10 @@ Int64Array = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class PurgePlan(RewritePlan):
-    """A purge by its name. `computed` counts the records whose hash was computed from the stored image."""
+    """A purge by its name. `computed` counts the records whose hash was computed from the stored image.
+
+    `values` is the hash of what was read from the list, which depends on its quoting too; an older clipkit has none.
+    """
 
     command: ClassVar[Rewrite] = "purge"
 
@@ -43,6 +46,7 @@ class PurgePlan(RewritePlan):
     list_sha256: str
     by: str
     computed: int
+    values: str = ""
 
 
 @dataclass(frozen=True)

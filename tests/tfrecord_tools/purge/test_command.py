@@ -468,6 +468,18 @@ def stop_in(monkeypatch, name):
     monkeypatch.setattr("clipkit.tfrecord_tools.purge.command.purge_shard", stop)
 
 
+def test_a_purge_is_ended_with_the_quoting_that_it_began_with(data, tmp_path, monkeypatch):
+    listed = tmp_path / "list.csv"
+    listed.write_text("url\n" + "".join(f'"{url}"\n' for url in urls(4, 500, 19)))
+    with monkeypatch.context() as patch:
+        stop_in(patch, "pairs-train.tfrecord-00002-of-00003")
+        with pytest.raises(UserError, match="the disk is full"):
+            purge(data, listed)
+    with pytest.raises(UserError, match="isn't finished: run that one again first, with its options"):
+        purge(data, listed, quoting="none")
+    assert purge(data, listed).matched == 2
+
+
 def test_another_purge_waits_for_the_one_that_is_not_finished(data, tmp_path, monkeypatch):
     first, second = write_list(tmp_path / "first.txt", urls(4, 19)), write_list(tmp_path / "second.txt", urls(7))
     with monkeypatch.context() as patch:
