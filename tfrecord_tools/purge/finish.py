@@ -60,7 +60,8 @@ def finish(
     _rewrite_lines(log_path(folder), plan.purge, _log_lines(states, listed, matched))
     if states:
         for page in (folder / CLIPKIT_FOLDER).glob("inspection*"):  # of `clipkit inspect`: it shows pictures
-            remove(page)
+            if page.suffix in (".html", ".json"):
+                remove(page)
     changes = changed_shards(states)
     manifest = {
         split: with_failures(_purged_manifest(before, changes), failed) for split, before in layout.manifest.items()
