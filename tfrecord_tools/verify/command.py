@@ -88,8 +88,8 @@ def verify(
     path = as_path(path)
     runner = Runner(workers, engine)
     started = time.monotonic()
-    if _is_folder_of_tars(path):
-        return _verify_tars(path, decode, runner, started)
+    if tars := _find_tars(path):
+        return _verify_tars(path, tars, decode, runner, started)
     layout = read_layout(path)
     reports: list[ShardReport] = []
     problems = unfinished_rewrites(layout)
@@ -175,15 +175,17 @@ def _shard_checks(layout: DatasetLayout, decode: int | None) -> Iterator[ShardCh
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _is_folder_of_tars(path: Path) -> bool:
+def _find_tars(path: Path) -> list[Path]:
+    """The tars of a folder by name, [] where it is a dataset."""
     if not path.is_dir() or (path / "dataset_info.json").exists():
-        return False
-    return any(file.suffix == ".tar" for file in path.iterdir())
+        return []
+    found = (file for file in path.iterdir() if file.suffix == ".tar" and not is_hidden(file.name))
+    return sorted(found, key=lambda each: each.name)
 
 
-def _verify_tars(folder: Path, decode: int | None, runner: Runner, started: float) -> VerifySummary:
-    found = (file for file in folder.iterdir() if file.suffix == ".tar" and not is_hidden(file.name))
-    files = sorted(found, key=lambda each: each.name)
+def _verify_tars(
+    folder: Path, files: Sequence[Path], decode: int | None, runner: Runner, started: float
+) -> VerifySummary:
     each = None if decode is None else -(-decode // len(files))
     checks = [TarCheck(file, file.stat().st_size, number, each) for number, file in enumerate(files)]
     reports, problems = _reports(check_tar, checks, runner)

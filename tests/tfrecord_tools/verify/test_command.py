@@ -322,5 +322,6 @@ def test_tars_with_other_counts(tars, told):
 def test_what_is_neither_is_refused(tmp_path):
     with pytest.raises(UserError, match="doesn't exist"):
         verify(tmp_path / "nothing")
+    (tmp_path / "._00000.tar").write_bytes(b"what a Mac leaves beside a file")
     with pytest.raises(UserError, match="isn't a dataset"):
         verify(tmp_path)
