@@ -123,7 +123,7 @@ def purge(
         layout = read_layout(folder)  # again, since another purge may have ended in the meantime
         clear_leftovers(folder, folder / CLIPKIT_FOLDER)
         plan, work = read_plan(folder, PurgePlan), work_folder(folder, PurgePlan.command)
-        values = hashlib.sha256(wanted).hexdigest()
+        values = hashlib.sha256(wanted.data).hexdigest()
         same = (listed.sha256, listed.by, values)
         if plan is not None and (plan.list_sha256, plan.by, plan.values or values) != same:
             raise UserError(
