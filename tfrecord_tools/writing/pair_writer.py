@@ -48,8 +48,12 @@ class PairWriter(RecordWriter):
     def put(self, image: bytes, caption: str, columns: Mapping[str, Any], kind: str | None = None) -> None:
         """Write a pair that was looked at already. `kind` is the format that its image had; None: it isn't counted.
 
-        Raises KindWidenedError when a value doesn't fit its column; the shard must then be written again.
+        Raises KindWidenedError when a value doesn't fit its column; the shard must then be written again. Raises
+        UserError where two columns would be stored as one.
         """
+        for name, stored in OTHERS.items():
+            if stored in columns and columns.get(name) not in (None, caption if name == "txt" else None):
+                raise UserError(f"the column {name!r} is stored as {stored!r}, which is there too: rename one of them")
         columns = {stored_name(name): v for name, v in columns.items() if name != "txt" or v != caption}
         values = fit(columns, self.kinds, self.present)
         values["jpg"], values["txt"] = image, caption
