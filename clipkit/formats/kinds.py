@@ -107,6 +107,8 @@ def fit(columns: Mapping[str, Any], kinds: dict[str, str], present: dict[str, in
 
 def _convert(value: Any, kind: str) -> Any:
     if kind == "text":
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)  # pandas makes floats of whole numbers beside gaps
         plain = isinstance(value, dict | list | bool | int | float)
         text = json.dumps(value, ensure_ascii=False, default=str) if plain else str(value)
         return text.encode("utf-8", "replace")

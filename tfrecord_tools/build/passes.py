@@ -144,16 +144,17 @@ def write_pass(
 ) -> tuple[list[BuildState], dict[str, str]]:
     """The states of all stretches, and the kinds that all of them are written with. `known` are other splits' kinds."""
     states = _write(jobs, task, known, None, runner)
-    kinds = unify([known, *(state.kinds_with_values for state in states)])
-    for column, kind in known.items():
-        if kinds[column] != kind:
-            raise UserError(
-                f"column {column!r} is {kinds[column]} in these shards and {kind} in the dataset's other splits: "
-                "build them under another --name"
-            )
-    if any(_is_narrower(state, kinds) for state in states):
-        states = _write(jobs, task, kinds, kinds, runner)
-    return states, kinds
+    while True:
+        kinds = unify([known, *(state.kinds_with_values for state in states)])
+        for column, kind in known.items():
+            if kinds[column] != kind:
+                raise UserError(
+                    f"column {column!r} is {kinds[column]} in these shards and {kind} in the dataset's other splits: "
+                    "build them under another --name"
+                )
+        if not any(_is_narrower(state, kinds) for state in states):
+            return states, kinds
+        states = _write(jobs, task, kinds, kinds, runner)  # whole numbers may turn out too large for the others' floats
 
 
 def _write(

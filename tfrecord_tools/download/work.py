@@ -91,11 +91,15 @@ class Download:
             remove(path)
         whole_states = self.fetch(jobs, settings, states)
         if layout.format == "tfds":
-            # Shards whose columns have a narrower kind than in others are written again; nothing is fetched for it.
-            kinds = unify(state.kinds_met for state in whole_states)
-            pairs = zip(shards, whole_states, strict=True)
-            narrow = [DownloadJob(shard, frozenset()) for shard, state in pairs if state.is_narrower(kinds)]
-            whole_states = self.fetch(narrow, dataclasses.replace(settings, kinds=kinds), whole_states)
+            # Shards whose columns have a narrower kind than in others are written again; nothing is fetched for it. A
+            # whole number among them may turn out too large for the others' float.
+            while True:
+                kinds = unify(state.kinds_met for state in whole_states)
+                pairs = zip(shards, whole_states, strict=True)
+                narrow = [DownloadJob(shard, frozenset()) for shard, state in pairs if state.is_narrower(kinds)]
+                if not narrow:
+                    break
+                whole_states = self.fetch(narrow, dataclasses.replace(settings, kinds=kinds), whole_states)
         return self.finish(whole_states)
 
     def read_states(self, shards: Sequence[DownloadShard]) -> list[tuple[DownloadState | None, bool]]:

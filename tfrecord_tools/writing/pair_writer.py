@@ -7,11 +7,12 @@ caller to write the shard from the start again, with the wider kinds.
 
 from collections import Counter
 from collections.abc import Mapping
+from ctypes import c_float
 from pathlib import Path
 from typing import Any
 
 from clipkit.errors import UserError
-from clipkit.formats.kinds import fit
+from clipkit.formats.kinds import KindWidenedError, fit
 from clipkit.formats.records import RecordWriter, encode_example
 from clipkit.tfrecord_tools.pictures.sniff import image_format, is_truncated
 from clipkit.tfrecord_tools.reasons import NO_IMAGE, NOT_AN_IMAGE, TRUNCATED
@@ -22,11 +23,18 @@ from clipkit.tfrecord_tools.sample import Sample, caption_problem
 TFDS_FORMATS = frozenset({"jpeg", "png", "bmp"})
 CONVERTED_QUALITY = 95
 OTHERS = {"jpg": "table_jpg", "txt": "table_txt"}
+# Up to here float32, which is all that a record has for fractions, holds every whole number.
+WHOLE_NUMBERS = 1 << 24
 
 
 def stored_name(name: str) -> str:
     """What a column is called in the records, in which `jpg` and `txt` are image and caption."""
     return OTHERS.get(name, name)
+
+
+def is_rounded(value: float) -> bool:
+    """Whether float32 would make another number of an id, a time or a size: of one beyond WHOLE_NUMBERS."""
+    return abs(value) > WHOLE_NUMBERS and c_float(value).value != value
 
 
 class PairWriter(RecordWriter):
@@ -48,14 +56,17 @@ class PairWriter(RecordWriter):
     def put(self, image: bytes, caption: str, columns: Mapping[str, Any], kind: str | None = None) -> None:
         """Write a pair that was looked at already. `kind` is the format that its image had; None: it isn't counted.
 
-        Raises KindWidenedError when a value doesn't fit its column; the shard must then be written again. Raises
-        UserError where two columns would be stored as one.
+        Raises KindWidenedError when a value doesn't fit its column, or would be rounded to another; the shard must then
+        be written again. Raises UserError where two columns would be stored as one.
         """
         for name, stored in OTHERS.items():
             if stored in columns and columns.get(name) not in (None, caption if name == "txt" else None):
                 raise UserError(f"the column {name!r} is stored as {stored!r}, which is there too: rename one of them")
         columns = {stored_name(name): v for name, v in columns.items() if name != "txt" or v != caption}
         values = fit(columns, self.kinds, self.present)
+        rounded = [name for name in values if self.kinds[name] == "float" and is_rounded(columns[name])]
+        if rounded:
+            raise KindWidenedError({**self.kinds, **dict.fromkeys(rounded, "text")})
         values["jpg"], values["txt"] = image, caption
         self.offsets.append(self.write(encode_columns(values)))
         if kind is not None:

@@ -235,6 +235,17 @@ def test_columns_that_differ_between_shards_get_one_kind(tmp_path: Path) -> None
     assert len({path.stat().st_size for path in (summary.out / "clipkit" / "pending").glob("*")}) == 0
 
 
+def test_ids_that_pandas_made_floats_of_stay_what_they_are(tmp_path: Path) -> None:
+    """As LAION-400M's SAMPLE_ID is: the first shard's would go into float32, those of the others wouldn't."""
+    ids = [1.0, None, 2741800501.0, 3.0, 12345678901.0, None]
+    with serve({"/a.jpg": Answer(JPEG)}) as base_url:
+        urls = write_urls(
+            tmp_path / "u.parquet", url=[f"{base_url}/a.jpg"] * 6, caption=["a"] * 6, id=pa.array(ids, pa.float64())
+        )
+        summary = fetch(urls, tmp_path, samples_per_shard=2, keep_columns=["id"])
+    assert [each["id"] for each in examples(summary.out)] == ["1", None, "2741800501", "3", "12345678901", None]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Going on
 # ---------------------------------------------------------------------------------------------------------------------
