@@ -507,7 +507,7 @@ def test_an_image_that_is_none_is_told_and_left_out(
     data = write_parquet(tmp_path / "d.parquet", image=images, label=["a", "b"] * 100)
     found = zeroshot(run, open_task(data, templates_name="plain"), device="cpu")
     assert (found[0].n, found[0].unreadable) == (199, 1)
-    assert "1 images can't be read" in capsys.readouterr().err
+    assert "1 image can't be read" in capsys.readouterr().err
     rows, _ = results.read_predictions(run / "predictions-d.parquet")
     assert [row["key"] for row in rows if row["problem"]] == ["17"]
     images[18:28] = [b""] * 10

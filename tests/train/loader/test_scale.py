@@ -153,7 +153,7 @@ def test_the_first_batch_of_ten_million_records_comes_at_once(many: Path, proces
 def test_the_start_opens_no_shard_but_those_of_the_first_batch(many: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[str] = []
 
-    class Recorded(range_reader._LocalFile):
+    class Recorded(range_reader.LocalFile):
         def __init__(self, path: Path) -> None:
             opened.append(path.name)
             super().__init__(path)
@@ -161,7 +161,7 @@ def test_the_start_opens_no_shard_but_those_of_the_first_batch(many: Path, monke
     def never(path: Path) -> np.ndarray:
         raise AssertionError(f"{path} is read for its offsets, which the index has")
 
-    monkeypatch.setattr(range_reader, "_LocalFile", Recorded)
+    monkeypatch.setattr(range_reader, "LocalFile", Recorded)
     monkeypatch.setattr(dataset_module, "index_records", never)
     source = open_source(many).source()
     loader = batches(source, CONFIG, workers=0)
