@@ -64,7 +64,7 @@ class PairWriter(RecordWriter):
                 raise UserError(f"the column {name!r} is stored as {stored!r}, which is there too: rename one of them")
         columns = {stored_name(name): v for name, v in columns.items() if name != "txt" or v != caption}
         values = fit(columns, self.kinds, self.present)
-        rounded = [name for name in values if self.kinds[name] == "float" and is_rounded(columns[name])]
+        rounded = [name for name, value in values.items() if type(value) is float and is_rounded(columns[name])]
         if rounded:
             raise KindWidenedError({**self.kinds, **dict.fromkeys(rounded, "text")})
         values["jpg"], values["txt"] = image, caption
