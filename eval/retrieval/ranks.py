@@ -31,7 +31,8 @@ class Vectors:
     """
 
     def __init__(self, *parts: Tensor) -> None:
-        # SIM115 asks for a `with` block, but the file must live as long as this object: the finalizer closes it.
+        # SIM115 asks for a `with` block, which would close the file at the end of this method. It is read for as long
+        # as this object lives, and closed by the finalizer on the next line.
         self.file = tempfile.SpooledTemporaryFile(IN_MEMORY_BYTES)  # noqa: SIM115
         weakref.finalize(self, self.file.close)
         self.rows = self.width = 0

@@ -157,7 +157,7 @@ def stretches(pieces: Sequence[str], kept: Sequence[bool]) -> list[tuple[str, bo
 
 
 def tile_of(dataset: Dataset, place: int) -> dict[str, Any] | None:
-    """One record for the wall: its picture, small, and its caption or label; None where that can't be read."""
+    """A record's small picture for the wall, with its caption or label. None if the record can't be read."""
     column, captions = find_image(dataset.features), find_caption(dataset.features)
     try:
         example = dataset.example(place) if column else {}
