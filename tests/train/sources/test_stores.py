@@ -100,14 +100,15 @@ def count_requests(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_each_block_is_asked_for_once_whoever_reads(
     written: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    target = upload(written["tars"], "memory://blocks/tars")
+    target = upload(written["tars"], "memory://blocks/tars")  # of this process: workers of their own don't see it
     sources = [open_source(target, cache=tmp_path / "cache", block_size=10).source() for _ in range(2)]
     asked = count_requests(monkeypatch)
     for source in sources:
-        list(batches(source, CONFIG, 0, 2 * TOTAL, workers=2))
+        list(batches(source, CONFIG, 0, 2 * TOTAL, workers=2, processes=False))
     assert asked.count("cat_file") == TOTAL // 10
     asked.clear()
-    list(batches(open_source(target, cache=tmp_path / "cache", block_size=10).source(), CONFIG, 0, TOTAL, workers=2))
+    again = open_source(target, cache=tmp_path / "cache", block_size=10).source()
+    list(batches(again, CONFIG, 0, TOTAL, workers=2, processes=False))
     assert asked.count("cat_file") == 0
 
 
