@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from moto.s3.responses import S3Response
 from natural_images import encoded, natural
 from object_store import s3 as s3
 from object_store import s3_server as s3_server
@@ -97,19 +98,25 @@ def count_requests(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return asked
 
 
+@pytest.mark.parametrize("processes", [False, True])
 def test_each_block_is_asked_for_once_whoever_reads(
-    written: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    processes: bool, written: dict[str, Path], s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    target = upload(written["tars"], "memory://blocks/tars")  # of this process: workers of their own don't see it
-    sources = [open_source(target, cache=tmp_path / "cache", block_size=10).source() for _ in range(2)]
-    asked = count_requests(monkeypatch)
-    for source in sources:
-        list(batches(source, CONFIG, 0, 2 * TOTAL, workers=2, processes=False))
-    assert asked.count("cat_file") == TOTAL // 10
-    asked.clear()
-    again = open_source(target, cache=tmp_path / "cache", block_size=10).source()
-    list(batches(again, CONFIG, 0, TOTAL, workers=2, processes=False))
-    assert asked.count("cat_file") == 0
+    target = upload(written["tars"], f"{s3}/tars")
+    sources = [open_source(target, cache=tmp_path / "cache", block_size=10).source() for _ in range(3)]
+    asked: list[str] = []  # of the server, which serves this process's threads and all others
+    real = S3Response.get_object
+
+    def counted(self: S3Response) -> Any:
+        asked.append(f"{self.path} {self.headers.get('range')}")
+        return real(self)
+
+    monkeypatch.setattr(S3Response, "get_object", counted)
+    for source in sources[:2]:
+        list(batches(source, CONFIG, 0, 2 * TOTAL, workers=2, processes=processes))
+    assert len(asked) == len(set(asked)) == TOTAL // 10
+    list(batches(sources[2], CONFIG, 0, TOTAL, workers=2, processes=processes))
+    assert len(asked) == TOTAL // 10
 
 
 def test_the_order_alone_brings_the_next_windows_blocks_near(
