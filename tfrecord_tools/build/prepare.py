@@ -6,7 +6,8 @@ the sample's number, so it doesn't matter how samples are cut into shards.
 
 `--where`: a sample's metadata become a row of an Arrow table, so that DuckDB judges it as it judges a table of URLs. A
 sample's columns are what its shard holds, without a schema. The kinds are found on the first samples; where a later
-value needs a wider kind, the condition is asked again with that kind, so that no value is taken for missing.
+value needs a wider kind, the condition is asked again with that kind, so that no value is taken for missing. Numbers
+that turn out to stand beside text are refused, unless the condition casts them: as text, 10 comes before 9.
 
 `--precompute` adds what a trainer would otherwise make of each caption again and again. `clipkit_tokens` is a list of
 ints: what `Tokenizer.encode` gives, so without start and end and not cut. `clipkit_syntax` is a list of ints, one for
@@ -25,7 +26,7 @@ import numpy as np
 import pyarrow as pa
 
 from clipkit.errors import UserError
-from clipkit.formats.kinds import KindWidenedError, arrow_type, fit, kind_of, own_name, unify
+from clipkit.formats.kinds import EMPTY_LIST, KindWidenedError, arrow_type, fit, kind_of, own_name, unify
 from clipkit.formats.manifest import PRECOMPUTED_COLUMNS, SYNTAX, TOKENS
 from clipkit.pixels.images import ImageError
 from clipkit.storage.files import read_json, write_json
@@ -277,10 +278,21 @@ class Condition:
             try:
                 rows = [self._row(sample, named) for sample in samples]
             except KindWidenedError as widened:
+                self._check_widened(widened.kinds)
                 self.kinds.update(widened.kinds)
                 self.filter = RowFilter(self.where, arrow_schema(self.kinds))
                 continue
             return self.filter.mask(pa.Table.from_pylist(rows, arrow_schema(named)))
+
+    def _check_widened(self, kinds: Mapping[str, str]) -> None:
+        """Raise UserError for what was compared as numbers before, and would be compared as text from here on."""
+        for name in self.filter.columns:
+            before, now = self.kinds[name], kinds[name]
+            if name not in self.filter.cast and now.endswith("text") and before not in (now, EMPTY_LIST):
+                raise UserError(
+                    f"--where {self.where!r}: column {name!r} holds text in some samples and {before} in others: "
+                    f"write TRY_CAST({name} AS DOUBLE) or CAST({name} AS VARCHAR)"
+                )
 
     @staticmethod
     def _row(sample: Sample, kinds: dict[str, str]) -> dict[str, object]:

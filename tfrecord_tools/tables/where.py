@@ -7,7 +7,7 @@ or from a file. DuckDB's own parser says what a condition holds; what isn't know
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from clipkit.errors import UserError
+from clipkit.tfrecord_tools.tables.url_table import is_text
 
 if TYPE_CHECKING:
     import duckdb
@@ -30,6 +31,8 @@ HARMLESS = frozenset(
     {"BETWEEN", "CASE", "CAST", "COLLATE", "COLUMN_REF", "COMPARISON", "CONJUNCTION", "CONSTANT"}
     | {"FUNCTION", "LAMBDA", "OPERATOR", "TYPE"}
 )
+FRACTIONS = frozenset({"DOUBLE", "DOUBLE PRECISION", "FLOAT", "FLOAT4", "FLOAT8", "REAL"})
+NAN_TEXT = r"(?i)^\s*[+-]?nan\s*$"
 REFUSED = {
     "SUBQUERY": "a query inside it",
     "WINDOW": "a window over several rows",
@@ -54,8 +57,12 @@ class RowFilter:
         """
         self.where = where
         self.connection = connect()
-        self.columns = find_columns(self.connection, where, schema)
+        casts = find_columns(self.connection, where, schema)
+        self.columns = list(casts)
         """The columns of the schema that the condition names, so that no other has to be read."""
+        self.cast = {name for name, types in casts.items() if None not in types}
+        """Those of them that it names only to CAST them: what type they have doesn't matter."""
+        self.fractions = {name for name, types in casts.items() if types <= FRACTIONS}
         empty = pa.schema([schema.field(name) for name in self.columns]).empty_table()
         kind = self.ask(empty).schema.types[0]
         if not pa.types.is_boolean(kind):
@@ -74,7 +81,7 @@ class RowFilter:
         import duckdb
 
         try:
-            self.connection.register(TABLE, readable(table))
+            self.connection.register(TABLE, readable(table, self.fractions))
             return self.connection.sql(f"SELECT ({self.where}\n) FROM {TABLE}").to_arrow_table()
         except (duckdb.Error, pa.ArrowException) as error:
             texts = [field.name for field in table.schema if pa.types.is_string(field.type)]
@@ -116,15 +123,19 @@ def connect() -> "duckdb.DuckDBPyConnection":
     return connection
 
 
-def find_columns(connection: "duckdb.DuckDBPyConnection", where: str, schema: pa.Schema) -> list[str]:
-    """The names of the columns, as the schema spells them, that a condition names. Raises UserError."""
-    names = list(dict.fromkeys(column_names(connection, where, where, frozenset())))
-    found = [match_column(name, where, schema) for name in names]
+def find_columns(connection: "duckdb.DuckDBPyConnection", where: str, schema: pa.Schema) -> dict[str, set[str | None]]:
+    """The columns, as the schema spells them, that a condition names, with what each is cast to; None for nothing.
+
+    Raises UserError.
+    """
+    found: dict[str, set[str | None]] = {}
+    for name, cast in named_columns(connection, where, where, frozenset()):
+        found.setdefault(match_column(name, where, schema), set()).add(cast)
     if not found:
         raise UserError(f"--where {where!r} names no column: choose among {', '.join(schema.names)}")
-    if len({name.lower() for name in found}) < len(set(found)):
+    if len({name.lower() for name in found}) < len(found):
         raise UserError(f"--where {where!r} names columns that differ only in upper and lower case: rename one")
-    return list(dict.fromkeys(found))
+    return found
 
 
 def match_column(name: str, where: str, schema: pa.Schema) -> str:
@@ -138,20 +149,25 @@ def match_column(name: str, where: str, schema: pa.Schema) -> str:
     return same[0]
 
 
-def column_names(
+def named_columns(
     connection: "duckdb.DuckDBPyConnection", expression: str, where: str, parameters: frozenset[str]
-) -> Iterator[str]:
-    """The columns named in an expression, in order; `parameters` are names that aren't columns. Raises UserError."""
+) -> Iterator[tuple[str, str | None]]:
+    """The columns named in an expression, in order, with the type that each is cast to there, if it is.
+
+    `parameters` are names that aren't columns. Raises UserError.
+    """
     (tree,) = parse(connection, expression, where)["select_list"]
-    parameters |= {name.lower() for node in walk(tree) if node["class"] == "LAMBDA" for name in lambda_names(node)}
-    for node in walk(tree):
+    nodes = list(walk(tree))
+    parameters |= {name.lower() for node in nodes if node["class"] == "LAMBDA" for name in lambda_names(node)}
+    casts = {id(node["child"]): node["type_expr"]["type_name"].upper() for node in nodes if node["class"] == "CAST"}
+    for node in nodes:
         if node["class"] not in HARMLESS:
             what = REFUSED.get(node["class"], node["class"].lower())
             raise UserError(f"--where {where!r} holds {what}: a condition is over the columns of one row")
         if node["class"] == "FUNCTION":
             check_function(connection, node["function_name"], where)
         if node["class"] == "COLUMN_REF" and node["column_names"][0].lower() not in parameters:
-            yield node["column_names"][0]
+            yield node["column_names"][0], casts.get(id(node))
 
 
 def parse(connection: "duckdb.DuckDBPyConnection", expression: str, where: str) -> dict[str, Any]:
@@ -212,7 +228,7 @@ def check_function(connection: "duckdb.DuckDBPyConnection", name: str, where: st
         raise UserError(f"--where {where!r} uses {name}(), which is over many rows: a condition is over one row")
     for kind, stability, definition, parameters in rows:
         if kind == "macro":
-            inner = column_names(connection, definition, where, frozenset(map(str.lower, parameters)))
+            inner = named_columns(connection, definition, where, frozenset(map(str.lower, parameters)))
             steady = next(inner, None) is None
         else:
             steady = kind == "scalar" and stability == "CONSISTENT"
@@ -220,13 +236,17 @@ def check_function(connection: "duckdb.DuckDBPyConnection", name: str, where: st
             raise UserError(f"--where {where!r} uses {name}(), which may answer otherwise in another run: leave it out")
 
 
-def readable(table: pa.Table) -> pa.Table:
+def readable(table: pa.Table, fractions: Container[str] = ()) -> pa.Table:
     """The table as DuckDB is to read it: without 16-bit floats, which it hasn't, and null for NaN, as everywhere here.
 
-    To DuckDB NaN is above all numbers, so `similarity > 0.3` would want every row whose similarity is missing.
+    To DuckDB NaN is above all numbers, so `similarity > 0.3` would want every row whose similarity is missing. The
+    columns of `fractions` are cast to such: there NaN may be a text.
     """
     columns = []
-    for column in table.columns:
+    for name, column in zip(table.column_names, table.columns, strict=True):
+        if name in fractions and is_text(column.type):
+            column = column.cast(pa.large_string())
+            column = pc.if_else(pc.match_substring_regex(column, NAN_TEXT), pa.scalar(None, column.type), column)
         if pa.types.is_floating(column.type):
             column = column.cast(pa.float32()) if pa.types.is_float16(column.type) else column
             column = pc.if_else(pc.is_nan(column), pa.scalar(None, column.type), column)

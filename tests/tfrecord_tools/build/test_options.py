@@ -78,6 +78,21 @@ def test_where_knows_the_caption_and_kinds_that_widen_later(tmp_path):
     assert keys(tmp_path / "out") == [3, 40, 41]
 
 
+@pytest.mark.parametrize("later", ["n/a", ["7"], 10**20])
+def test_numbers_that_stand_beside_text_are_not_compared_as_text(tmp_path, later):
+    """As text, 9 is more than 10, and the samples before were compared as numbers."""
+    values = [1, *[10] * 40, later]
+    write_tar(tmp_path / "shards" / "0.tar", [pair(i, json={"n": n, "most": 9}) for i, n in enumerate(values)])
+    with pytest.raises(UserError) as error:
+        build(tmp_path, where="n > '9'", shard_megabytes=100)
+    assert str(error.value) == (
+        "--where \"n > '9'\": column 'n' holds text in some samples and int in others: "
+        "write TRY_CAST(n AS DOUBLE) or CAST(n AS VARCHAR)"
+    )
+    build(tmp_path, where="TRY_CAST(n AS DOUBLE) BETWEEN 10 AND 99", shard_megabytes=100)
+    assert keys(tmp_path / "out") == list(range(1, 41))
+
+
 @pytest.mark.parametrize(
     ("where", "message"),
     [

@@ -43,6 +43,7 @@ TABLE = pa.table(
         "day": pa.array([datetime.date(2020, 1, 1 + i) for i in range(4)]),
         "price": pa.array([decimal.Decimal("0.10"), decimal.Decimal("0.20"), None, decimal.Decimal("9.99")]),
         "nan": pa.array([0.1, 0.5, float("nan"), None]),
+        "written": ["0.29", "0.31", " NaN ", "nan"],
         "half": pa.array([0.25, 0.5, 0.75, None], pa.float16()),
         "flag": [True, False, None, True],
         "exif": pa.array([{"make": "A"}, {"make": "B"}, None, {"make": None}]),
@@ -92,6 +93,9 @@ TABLE = pa.table(
         ("lower(URL || 'X') = 'ax'", "a"),
         ("TRY_CAST(URL AS INTEGER) IS NULL", "abcd"),
         ("hash(URL) % 1 = 0", "abcd"),
+        ("CAST(written AS DOUBLE) > 0.3", "b"),
+        ("written::FLOAT > 0.3 OR TRY_CAST(written AS REAL) < 0.3", "ab"),
+        ("CAST(large AS VARCHAR) = 'b' OR lower(written) = 'nan' OR URL = 'a' AND CAST(written AS DOUBLE) > 0", "abd"),
     ],
 )
 def test_rows(where: str, rows: str) -> None:
