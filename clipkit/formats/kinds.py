@@ -49,6 +49,11 @@ def widest(kinds: Iterable[str | None]) -> str:
     return (LIST if lists else "") + max(filled or singles, key=KINDS.index)
 
 
+def as_text(kind: str) -> str:
+    """The kind that holds the same values as texts."""
+    return LIST + "text" if kind.startswith(LIST) else "text"
+
+
 def unify(schemas: Iterable[Mapping[str, str]]) -> dict[str, str]:
     """One kind for each column of any of the schemas, columns sorted by name."""
     columns: dict[str, set[str]] = {}

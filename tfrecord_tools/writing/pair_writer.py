@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from clipkit.errors import UserError
-from clipkit.formats.kinds import KindWidenedError, fit
-from clipkit.formats.records import RecordWriter, encode_example
+from clipkit.formats.kinds import KindWidenedError, as_text, fit
+from clipkit.formats.records import RecordWriter, Value, encode_example
 from clipkit.tfrecord_tools.pictures.sniff import image_format, is_truncated
 from clipkit.tfrecord_tools.reasons import NO_IMAGE, NOT_AN_IMAGE, TRUNCATED
 from clipkit.tfrecord_tools.sample import Sample, caption_problem
@@ -32,8 +32,15 @@ def stored_name(name: str) -> str:
     return OTHERS.get(name, name)
 
 
-def is_rounded(value: float) -> bool:
+def has_fractions(value: Value) -> bool:
+    """Whether a fitted value is written as float32."""
+    return type(value) is float or (type(value) is list and bool(value) and type(value[0]) is float)
+
+
+def is_rounded(value: float | list[float]) -> bool:
     """Whether float32 would make another number of an id, a time or a size: of one beyond WHOLE_NUMBERS."""
+    if isinstance(value, list):
+        return (max(value) > WHOLE_NUMBERS or min(value) < -WHOLE_NUMBERS) and any(map(is_rounded, value))
     return abs(value) > WHOLE_NUMBERS and c_float(value).value != value
 
 
@@ -64,9 +71,9 @@ class PairWriter(RecordWriter):
                 raise UserError(f"the column {name!r} is stored as {stored!r}, which is there too: rename one of them")
         columns = {stored_name(name): v for name, v in columns.items() if name != "txt" or v != caption}
         values = fit(columns, self.kinds, self.present)
-        rounded = [name for name, value in values.items() if type(value) is float and is_rounded(columns[name])]
+        rounded = [name for name, value in values.items() if has_fractions(value) and is_rounded(columns[name])]
         if rounded:
-            raise KindWidenedError({**self.kinds, **dict.fromkeys(rounded, "text")})
+            raise KindWidenedError({**self.kinds, **{name: as_text(self.kinds[name]) for name in rounded}})
         values["jpg"], values["txt"] = image, caption
         self.offsets.append(self.write(encode_columns(values)))
         if kind is not None:

@@ -37,6 +37,8 @@ NUMBERS = {
     "times": ([1700000000.5, None, None], ["1700000000.5", None, None], "text"),
     "too large for a float32": ([1e300, None, None], [str(10**300 + (int(1e300) - 10**300)), None, None], "text"),
     "sizes that float32 holds": ([16777216.0, 2.0**40, None], [16777216.0, 2.0**40, None], "float"),
+    "lists of ids and fractions": ([[2741800501.0, 0.5], None, [2]], [["2741800501", "0.5"], None, ["2"]], "text"),
+    "lists that float32 holds": ([[16777216.0, -0.5], None, [2]], [[16777216.0, -0.5], None, [2.0]], "float"),
     "similarities": ([0.25, None, 0.5], [0.25, None, 0.5], "float"),
 }
 
@@ -49,7 +51,7 @@ def test_a_number_is_never_another_in_the_record(tmp_path: Path, name: str, stre
     (tmp_path / "in").mkdir()
     for number in range(stretches):
         rows = slice(None) if stretches == 1 else slice(number, number + 1)
-        table = {"image": [picture(1)] * 3, "caption": ["a dog"] * 3, "id": pa.array(given, pa.float64())}
+        table = {"image": [picture(1)] * 3, "caption": ["a dog"] * 3, "id": pa.array(given)}
         pq.write_table(pa.table(table)[rows], tmp_path / "in" / f"{number}.parquet")
     dataset = open_dataset(build_tfds(tmp_path / "in", tmp_path / "out", name="pairs").path)
     assert [dataset.example(place).get("id") for place in range(3)] == stored
