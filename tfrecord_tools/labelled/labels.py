@@ -27,6 +27,7 @@ DEVKIT = "ILSVRC2012_devkit_t12"
 _GROUND_TRUTH, _META = "data/ILSVRC2012_validation_ground_truth.txt", "data/meta.mat"
 _OFFICIAL_NAME = re.compile(r"ILSVRC2012_val_(\d{8})\.")
 _HAS_DIGIT = re.compile(r"\d").search
+_FRACTION = re.compile(r"\d+\.0")
 _NUMBER = re.compile(r"(\d+)")
 
 
@@ -45,7 +46,8 @@ def label_images(
         if not text.strip():
             raise UserError(f"{file} is empty: give lines of classes, or of file names and classes")
         named = _named(file, text, images)
-        rows = [row[0] for row in _rows(text, _NO_DELIMITER)]
+        named = named and _whole(named)
+        rows = _whole([row[0] for row in _rows(text, _NO_DELIMITER)])
         if named is None and not rows:
             raise UserError(f"{file} has quotes that aren't closed, or text behind a closed one: mend it")
         ids = _devkit_ids(source) if named is None and all(row.isdecimal() for row in rows) else None
@@ -65,6 +67,11 @@ def label_images(
                 f"name classes such as {classes[0]}, or put {DEVKIT}.tar.gz into {source} when they are its ids"
             )
     return [image._replace(label=label) for image, label in zip(images, found, strict=True)], str(file)
+
+
+def _whole(labels: list[str]) -> list[str]:
+    """Numbers as they were before pandas made fractions of them, as it does of a column with gaps."""
+    return [label[:-2] for label in labels] if all(map(_FRACTION.fullmatch, labels)) else labels
 
 
 def _text(file: Path) -> str:

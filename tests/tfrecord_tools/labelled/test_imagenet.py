@@ -437,6 +437,20 @@ def test_classes_that_are_numbers_stand_in_the_order_of_their_values(tmp_path):
     assert open_dataset(summary.path, "train").label_names() == names
 
 
+def test_numbers_that_pandas_made_fractions_of_are_the_numbers(tmp_path):
+    (tmp_path / "images").mkdir()
+    for i in range(12):
+        (tmp_path / "images" / f"{i}.jpg").write_bytes(picture(i))
+    labels = tmp_path / "labels.csv"
+    labels.write_text("file,label\n" + "".join(f"{i}.jpg,{i}.0\n" for i in range(12)))
+    summary = build_imagenet(tmp_path / "images", tmp_path / "out", name="digits", labels=labels)
+    dataset = open_dataset(summary.path)
+    assert dataset.label_names() == [str(i) for i in range(12)]
+    labels.write_text("file,label\n" + "".join(f"{i}.jpg,{i}.{i % 2}\n" for i in range(12)))  # fractions indeed
+    summary = build_imagenet(tmp_path / "images", tmp_path / "again", name="digits", labels=labels)
+    assert open_dataset(summary.path).label_names()[1] == "1.1"
+
+
 def test_a_class_that_only_one_split_has_is_told(tmp_path):
     """It may be the same one, spelled otherwise: as files are named on a Mac, for one."""
     for split, name in (("train", "caf\u00e9"), ("val", "cafe\u0301")):
