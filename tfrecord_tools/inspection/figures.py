@@ -111,7 +111,7 @@ def inspect(path: Path, *, split: str | None = None, sample: int = SAMPLE) -> In
         pictures=seen.pictures.facts() if seen.pictures else None,
         scores=seen.score_histograms(),
         values=seen.value_counts(dataset),
-        failed=_failed(layout.folder),
+        failed=_failed(layout.folder) if split == "train" else {},
         skipped=manifest.skipped if manifest else {},
         choice=manifest.choice if manifest else {},
         sources=seen.source_facts(),
@@ -225,7 +225,7 @@ def _type(feature: Feature) -> str:
 
 
 def _failed(folder: Path) -> dict[str, int]:
-    """Rows of the download by the reason why they gave no image, most first; {} where no download left its account."""
+    """Rows of the download, whose split is `train`, by the reason why they gave no image, most first."""
     path = folder / CLIPKIT_FOLDER / "failures.parquet"
     if not path.exists():
         return {}

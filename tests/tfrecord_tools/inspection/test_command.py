@@ -81,6 +81,14 @@ def test_counts_of_the_whole(seen, data):
     assert seen.skipped == {"no-caption": 2}
 
 
+def test_a_split_that_was_not_downloaded_lacks_no_rows(tmp_path):
+    """A download writes `train`; validation was built beside it."""
+    write_dataset(tmp_path, {"train": [[pair_columns(1)]], "validation": [[pair_columns(2)]]})
+    pq.write_table(pa.table({"reason": ["dns"]}), tmp_path / "clipkit" / "failures.parquet")
+    assert inspect(tmp_path).failed == {"dns": 1}
+    assert inspect(tmp_path, split="validation").failed == {}
+
+
 def test_columns_and_what_is_missing(seen):
     columns = {column.name: (column.type, round(column.missing, 3)) for column in seen.columns}
     assert columns == {
