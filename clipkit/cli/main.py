@@ -92,7 +92,7 @@ for _command in (
 @cache_folder
 @cache_gigabytes
 @click.option("--eval-data", type=AnyPath, help="Zero-shot data to evaluate on while training.")
-@click.option("--eval-task", type=TaskKinds, default="classification", help="As zeroshot's --task.")
+@click.option("--eval-task", type=TaskKinds, help="As zeroshot's --task. [default: classification]")
 @click.option("--eval-train-data", type=AnyPath, help="As zeroshot's --train-data.")
 @click.option("--eval-images", type=Folder, help="As zeroshot's --images.")
 @click.option("--eval-label", help="Label column of --eval-data.")
@@ -112,7 +112,7 @@ def train(
     cooldown: int | None,
     overfit: int | None,
     eval_data: Path | None,
-    eval_task: "TaskKind",
+    eval_task: "TaskKind | None",
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -150,13 +150,13 @@ def train(
         raise click.UsageError("Missing option '--recipe'.")
     start: dict[str, Any] = {"resume": resume, "init": init, "from_stage": from_stage, "branch": cooldown is not None}
     task = None
-    stray = next((name for name, value in of_task.items() if value is not None), None)
+    stray = next((name for name, value in {"task": eval_task, **of_task}.items() if value is not None), None)
     if eval_data is None and stray is not None:
         option = stray.removesuffix("_name").replace("_", "-")
         raise UserError(f"--eval-{option} is for --eval-data, which is missing: give it, or leave this out")
     if eval_data:
         try:
-            task = open_data(eval_task, eval_data, **of_task)
+            task = open_data(eval_task or "classification", eval_data, **of_task)
         except UserError as error:
             raise UserError(as_train_says(str(error))) from error
         for note in task.notes:
