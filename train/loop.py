@@ -237,7 +237,7 @@ def run_stage(
     )
     teachers, loss, window, stuck = teacher_spaces(run.data, recipe), math.nan, Window(), StuckLoss(recipe, stage)
     run.saved_at = time.monotonic()
-    watch, shapes = Stopwatch(run.samples_seen), StaticShapes(device)
+    watch, shapes = Stopwatch(), StaticShapes(device)
     start = run.samples_seen - stage_start
     with contextlib.closing(loader), progress_line(run, f"train {stage.name}", stage.samples, start) as progress:
         for batch in watch.time_waiting(until_stopped(run.stop, loader)):
@@ -274,7 +274,7 @@ def run_stage(
             if must_log and readings:
                 loss = sum(reading.loss for reading in readings) / len(readings)
                 run.seconds += watch.seconds
-                rate = watch.rate(run.samples_seen)
+                rate = len(readings) * stage.batch_size / watch.seconds  # skipped samples cost no steps
                 metrics = {
                     "loss": loss,
                     "lr": learning_rate,
@@ -295,7 +295,7 @@ def run_stage(
                 if stuck.look(loss, len(readings), run.samples_seen - stage_start):
                     meet_stuck_loss(run, stage, model, window, readings, stuck)
                 window.restart(readings)
-                watch.restart(run.samples_seen)
+                watch.restart()
 
             # ---- Save, then evaluate: nothing that happens in an evaluation costs what was learned -------------------
             with watch.paused():

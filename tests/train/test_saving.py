@@ -187,7 +187,7 @@ def test_waiting_for_data_is_that_of_all_ranks():
         def gather(self, share):
             return [share, 0.5, 0.1]
 
-    assert Stopwatch(0).waiting_shares(Ranks()) == {"data_wait": pytest.approx(0.2), "data_wait_max": 0.5}
+    assert Stopwatch().waiting_shares(Ranks()) == {"data_wait": pytest.approx(0.2), "data_wait_max": 0.5}
 
 
 def test_ranks_that_write_parts_must_share_a_disk(tmp_path):

@@ -16,8 +16,8 @@ BUSY = 0.5
 class Stopwatch:
     """Times an interval between two log lines, and the share of it spent waiting for data."""
 
-    def __init__(self, samples_seen: int) -> None:
-        self.restart(samples_seen)
+    def __init__(self) -> None:
+        self.restart()
 
     def time_waiting(self, loader: Iterator[Batch]) -> Iterator[Batch]:
         """Pass batches on, adding up the time that each took to come and the work that is in it."""
@@ -38,19 +38,15 @@ class Stopwatch:
         yield
         self.started += time.monotonic() - began
 
-    def restart(self, samples_seen: int) -> None:
+    def restart(self) -> None:
         """Begin the next interval now."""
-        self.first, self.started, self.waited = samples_seen, time.monotonic(), 0.0
+        self.started, self.waited = time.monotonic(), 0.0
         self.phases: dict[str, float] = {}
 
     @property
     def seconds(self) -> float:
         """The interval's length so far."""
         return max(time.monotonic() - self.started, 1e-9)
-
-    def rate(self, samples_seen: int) -> float:
-        """Samples a second over the interval."""
-        return (samples_seen - self.first) / self.seconds
 
     @property
     def waiting_share(self) -> float:

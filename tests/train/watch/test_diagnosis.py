@@ -160,6 +160,13 @@ def test_a_run_that_goes_back_leaves_out_the_data_from_the_bad_step_to_the_log_l
     assert checkpoint.load(rolled_back).state["skipped"] == [[80, 96]]
 
 
+def test_skipped_samples_count_in_no_rate(rolled_back):
+    """Between 64 samples, from where it went on, and the line at 96, one of two steps was taken."""
+    by_samples = {line["samples_seen"]: line for line in read_metrics(rolled_back) if "loss" in line}
+    seconds = by_samples[96]["seconds"] - by_samples[48]["seconds"]
+    assert by_samples[96]["samples_per_s"] * seconds == pytest.approx(16, rel=0.1)
+
+
 def test_what_is_left_out_is_all_that_differs(rolled_back, pairs_dataset, tmp_path, monkeypatch):
     """As if the run had been told from the beginning."""
     monkeypatch.setattr(loop, "is_skipped", lambda run, before: before == 80)
