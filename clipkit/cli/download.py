@@ -62,7 +62,7 @@ class DownloadCommand(SectionedCommand):
 @option("Images", "--quality", default=95, help="JPEG quality of images that are encoded again.")
 @option("Images", "--min-image-size", type=CountOrZero, default=0, help="Least size of the shorter side, in pixels.")
 @option("Network", "--connections", type=Count, default=256, help="Most requests at a time in each process.")
-@option("Network", "--per-host", type=Count, default=8, help="Most requests at a time to one host.")
+@option("Network", "--per-host", type=Count, default=8, help="Most requests at a time to one host, from a machine.")
 @option("Network", "--timeout", default=10.0, help="Seconds to wait for a server's next byte.")
 @option("Network", "--deadline", default=30.0, help="Seconds for the whole of one URL.")
 @option("Network", "--max-megabytes", type=Count, default=50, help="Largest body to take, in MB.")

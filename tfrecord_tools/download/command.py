@@ -77,7 +77,8 @@ def download(
     `quoting` says what quotes mean in text tables (see `formats.text_quotes`), None: to be told from the table.
     `where` is an SQL condition over a row. A hash column (`hash_kind`: md5, sha1, sha256, sha512 or phash) is compared
     with what comes, and the verdict stored as `hash_check`; `drop_changed` leaves out what isn't the same picture.
-    `network.connections` are those of each process; `network.per_host` holds for all of this machine together.
+    `network.connections` are those of each process; `network.per_host` holds for all of this machine together, though
+    every process may have one. In a cluster each machine is taken to run as many processes as this one has cores.
     `processes` of None takes every core, or all of a Ray or Spark cluster.
     `retry_failed` names reasons, separated by commas: rows that failed for them, and no others, are fetched again.
     `probe_rows` of them are fetched first, and thrown away, to say how it will go; `tell_probe` gets what was found.
@@ -119,7 +120,7 @@ def download(
         raise UserError(f"{urls} is both the folder of the tables and the output: choose another output")
     output = Output(format, dataset, columns, pictures, drop_changed, samples_per_shard)
     processes = processes or (cores() if engine == "local" else None)
-    network = dataclasses.replace(network, per_host=max(1, network.per_host // (processes or 1)))
+    network = divide_requests(network, processes or cores())
     require_writable(root)
     with lock(root / "clipkit"), disk_errors(root):
         check_output(root, output)
@@ -141,6 +142,17 @@ def download(
                 remove(root / "clipkit" / "plan.json")  # other settings may follow
                 raise UserError(refusal)
         return dataclasses.replace(course.run(again), probe=found)
+
+
+def divide_requests(network: FetchSettings, processes: int) -> FetchSettings:
+    """The settings of each process, which has its part of the requests to one host, and one at least."""
+    if processes > network.per_host:
+        print(
+            f"download: {processes} processes may send one host {processes} requests at a time, more than --per-host "
+            f"{network.per_host}: --processes {network.per_host} keeps to it",
+            file=sys.stderr,
+        )
+    return dataclasses.replace(network, per_host=max(1, network.per_host // processes))
 
 
 def check_settings(

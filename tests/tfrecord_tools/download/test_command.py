@@ -48,6 +48,7 @@ from clipkit.jobs.run import Engine
 from clipkit.pixels.phash import perceptual_hash_of
 from clipkit.tfrecord_tools.account.ledger import read_ledger
 from clipkit.tfrecord_tools.download import work
+from clipkit.tfrecord_tools.download.command import divide_requests
 from clipkit.tfrecord_tools.download.finish import DownloadSummary
 from clipkit.tfrecord_tools.download.plan import DownloadJob, cut
 from clipkit.tfrecord_tools.reasons import DEFAULT_RETRY
@@ -77,6 +78,26 @@ def expected_reasons(format: str) -> list[str | None]:
         "empty-caption" if not (caption or "").strip() else reason
         for caption, reason in zip(CAPTIONS, REASONS, strict=True)
     ]
+
+
+@pytest.mark.parametrize(
+    ("per_host", "processes", "each", "says"),
+    [
+        (8, 2, 4, ""),
+        (8, 3, 2, ""),
+        (
+            2,
+            3,
+            1,
+            "3 processes may send one host 3 requests at a time, more than --per-host 2: --processes 2 keeps to it",
+        ),
+    ],
+)
+def test_the_processes_share_what_one_host_is_asked(
+    per_host: int, processes: int, each: int, says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert divide_requests(replace(NETWORK, per_host=per_host), processes).per_host == each
+    assert capsys.readouterr().err == (f"download: {says}\n" if says else "")
 
 
 @pytest.mark.parametrize("format", FORMATS)
