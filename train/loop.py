@@ -273,8 +273,8 @@ def run_stage(
                 readings = check_steps(run, stage, model, window)
             if must_log and readings:
                 loss = sum(reading.loss for reading in readings) / len(readings)
-                run.seconds += watch.seconds
-                rate = len(readings) * stage.batch_size / watch.seconds  # skipped samples cost no steps
+                run.seconds += (seconds := watch.seconds)
+                rate = len(readings) * stage.batch_size / seconds  # skipped samples cost no steps
                 metrics = {
                     "loss": loss,
                     "lr": learning_rate,
