@@ -21,7 +21,7 @@ from clipkit.config import set_values
 from clipkit.embedded import emoji_groups, emoji_parquet
 from clipkit.errors import InternalError, UserError
 from clipkit.formatting import duration
-from clipkit.storage.files import lock, read_json, read_json_lines, remove, write_json
+from clipkit.storage.files import lock, read_json, remove, write_json
 from clipkit.train.catalogue import find_recipe
 
 FAULTY_SHARE = 0.03
@@ -305,10 +305,12 @@ def summary_text(out: Path, costs: Sequence[Cost]) -> str:
 
 def result_lines(run: Path) -> list[str]:
     """A line for each number of a run."""
+    from clipkit.eval.results import chance_shown, read_results
+
     lines = []
-    newest = {(result["task"], result["metric"]): result for result in read_json_lines(run / "results.jsonl")}
+    newest = {(result.task, result.metric): result for result in read_results(run)}
     for (task, metric), result in newest.items():
-        interval = f"{result['low']:.1%} to {result['high']:.1%}"
-        name = f"{task} {metric}"
-        lines.append(f"  {name:46}{result['value']:6.1%}   (95%: {interval}; chance {result['chance']:.2%})")
+        interval = f"{result.low:.1%} to {result.high:.1%}"
+        chance = f"; chance {guessing}" if (guessing := chance_shown(result)) else ""
+        lines.append(f"  {f'{task} {metric}':46}{result.value:6.1%}   (95%: {interval}{chance})")
     return lines

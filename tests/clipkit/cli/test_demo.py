@@ -19,7 +19,7 @@ from clipkit.cli import demo
 from clipkit.cli.main import main
 from clipkit.errors import InternalError, UserError
 from clipkit.formats.dataset import open_dataset
-from clipkit.storage.files import read_json, read_json_lines
+from clipkit.storage.files import read_json, read_json_lines, write_json_lines
 
 run_child = demo.run_child
 Fake = Callable[[list[str]], tuple[int, int]]
@@ -186,6 +186,16 @@ def test_output_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="can't write"):
         demo.run_demo(tmp_path / "file")
+
+
+def test_chance_stands_only_beside_what_guessing_gives(tmp_path: Path) -> None:
+    one = {"n": 100, "classes": 10, "task": "drawings", "data": "drawings", "samples_seen": 1, "checkpoint": "a"}
+    top1 = {"metric": "top1", "value": 0.5, "low": 0.4, "high": 0.6, "chance": 0.1}
+    error = {"metric": "calibration_error", "value": 0.15, "low": 0.127, "high": 0.171, "chance": 0.0}
+    write_json_lines(tmp_path / "results.jsonl", [one | top1, one | error])
+    first, second = demo.result_lines(tmp_path)
+    assert first.endswith("50.0%   (95%: 40.0% to 60.0%; chance 10.0%)")
+    assert second.endswith("15.0%   (95%: 12.7% to 17.1%)")
 
 
 def test_importing_the_demo_is_light() -> None:
