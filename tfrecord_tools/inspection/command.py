@@ -10,7 +10,7 @@ from clipkit.formats.dataset import Dataset, open_dataset, read_layout
 from clipkit.formats.features import find_caption, find_image
 from clipkit.formats.manifest import CLIPKIT_FOLDER
 from clipkit.formats.records import RecordError
-from clipkit.formatting import share, size_text
+from clipkit.formatting import counted, share, size_text
 from clipkit.page.charts import histogram
 from clipkit.page.render import data_url, write_page
 from clipkit.pixels.images import thumbnail
@@ -41,7 +41,8 @@ class InspectSummary:
         """A few lines for a person."""
         seen = self.inspection
         lines = [
-            f"{seen.records:,} records, {size_text(seen.bytes)} in {seen.shards:,} shards; looked at {seen.sampled:,}"
+            f"{counted(seen.records, 'record')}, {size_text(seen.bytes)} in {counted(seen.shards, 'shard')}; "
+            f"looked at {seen.sampled:,}"
         ]
         if seen.captions and seen.captions.tokens:
             tokens = seen.captions.tokens

@@ -121,6 +121,7 @@ def test_captions_of_several_sources(tmp_path):
     assert (synthetic.source, synthetic.records, synthetic.captions) == ("synthetic", 2, 3)
     assert synthetic.tokens.mean == pytest.approx((4 + 5 + 5) / 3)
     assert "captions of synthetic: in 25% of the records, mean 4.7 tokens" in summary.text()
+    assert "8 records, " in summary.text() and " in 1 shard; looked at 8" in summary.text()
     page = summary.page.read_text()
     assert "By source" in page and "a tree" in page
     assert json.loads(summary.numbers.read_text())["sources"][1]["records"] == 2
