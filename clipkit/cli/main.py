@@ -46,7 +46,7 @@ def main() -> None:
     """Train and evaluate CLIP models on a budget.
 
     The stages in order: download, build-tfds, train, zeroshot, report. `clipkit demo` runs all of them on embedded
-    pictures in a few minutes.
+    pictures in about ten minutes.
     """
 
 
