@@ -284,7 +284,12 @@ def describe_run(
 ) -> dict[str, Any]:
     """The `config.json` of a run's folder: what was trained, on what, where, and what changed on the way."""
     path = folder / "config.json"
-    before: dict[str, Any] = read_json(path) if start.own and path.exists() else {"init": str(init) if init else None}
+    before: dict[str, Any] = {
+        "init": str(init) if init else None,
+        "start": {"samples_seen": start.samples_seen, "seconds": start.own.state["seconds"] if start.own else 0.0},
+    }
+    if start.own and path.exists():
+        before = read_json(path)
     changes = [{"samples_seen": start.samples_seen, "changed": start.changes}] if start.changes else []
     return {
         "clipkit": __version__,
@@ -299,5 +304,6 @@ def describe_run(
             "arithmetic": device.arithmetic(recipe.precision),
         },
         "init": before.get("init"),
+        "start": before.get("start"),
         "changes": [*before.get("changes", []), *changes],
     }

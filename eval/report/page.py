@@ -62,7 +62,7 @@ def contents(run: Path) -> dict[str, Any]:
     metrics = run_data.read_metrics(run)
     found = results.read_results(run)
     stages = run_data.stage_costs(config, metrics)
-    seen = int(metrics[-1]["samples_seen"]) if metrics else 0
+    seen, (begun, before) = int(metrics[-1]["samples_seen"]) if metrics else 0, run_data.beginning(config)
     data = run_data.training_data(config, run)
     return {
         "run": run.resolve().name,
@@ -71,13 +71,14 @@ def contents(run: Path) -> dict[str, Any]:
         "parameters": run_data.parameters(config),
         "metrics": metrics,
         "seen": seen,
+        "trained": seen - begun,
         "planned": sum(stage.samples for stage in stages),
-        "seconds": run_data.clock(metrics, seen),
+        "seconds": run_data.clock(metrics, seen, before) - before,
         "blocks": [(block, rows(block)) for block in blocks(found)],
         "latest": max((result.samples_seen for result in found if is_own(result)), default=0),
         "hashes": list(dict.fromkeys(name for result in found for name in result.hashes)),
         "stages": stages,
-        "costs": costs(stages, metrics),
+        "costs": costs(config, metrics),
         "pipeline": [stage for stage in run_data.pipeline(run) if stage["name"] != "report"],
         "curves": curves(metrics, stages),
         "over_training": over_training(metrics, bands(stages), found),
@@ -131,8 +132,9 @@ def data_charts(facts: DataFacts, stages: Sequence[StageCost]) -> list[str]:
     return charts
 
 
-def costs(stages: Sequence[StageCost], metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def costs(config: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Time, tokens and operations of all stages together."""
+    stages = run_data.stage_costs(config, metrics)
     memory = [line["peak_memory"] for line in metrics if isinstance(line.get("peak_memory"), int | float)]
     seconds = sum(stage.seconds for stage in stages)
     flops = sum(stage.total_flops for stage in stages)
@@ -146,5 +148,5 @@ def costs(stages: Sequence[StageCost], metrics: Sequence[Mapping[str, Any]]) -> 
         "rate": flops / seconds if seconds else 0.0,
         "peak_memory": max(memory, default=0),
         "bad_samples": max((int(line.get("bad_samples", 0)) for line in metrics), default=0),
-        "wait": run_data.waiting(metrics),
+        "wait": run_data.waiting(config, metrics),
     }

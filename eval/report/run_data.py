@@ -38,6 +38,7 @@ class StageCost:
 
     name: str
     start: int
+    """The samples seen at its beginning, or where the run began in it."""
     samples: int
     done: int
     seconds: float
@@ -126,22 +127,29 @@ def evaluations(metrics: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
     return found
 
 
+def beginning(config: Mapping[str, Any]) -> tuple[int, float]:
+    """The samples seen and the seconds trained where a run began: at 0, at a later stage, or where it branched off."""
+    start = config.get("start") or {}  # absent in older runs
+    return int(start.get("samples_seen", 0)), float(start.get("seconds", 0.0))
+
+
 def stage_costs(config: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> list[StageCost]:
-    """The recipe's stages with what they have cost so far; [] when the run has no recipe."""
-    recipe = config.get("recipe") or {}
+    """The recipe's stages with what they have cost this run so far; [] when it has no recipe."""
+    recipe, (begun, before) = config.get("recipe") or {}, beginning(config)
     seen = int(metrics[-1]["samples_seen"]) if metrics else 0
     costs: list[StageCost] = []
     start = 0
     for stage in recipe.get("stages") or []:
         stop = start + int(stage["samples"])
         image_tokens, text_tokens, flops = sample_cost(config_at(recipe["model"], stage), stage.get("image_keep"))
-        seconds = clock(metrics, min(stop, seen)) - clock(metrics, min(start, seen))
+        first, last = min(max(start, begun), stop), min(stop, seen)
+        seconds = clock(metrics, last, before) - clock(metrics, min(first, seen), before)
         costs.append(
             StageCost(
                 name=str(stage["name"]),
-                start=start,
+                start=first,
                 samples=int(stage["samples"]),
-                done=max(0, min(seen, stop) - start),
+                done=max(0, last - first),
                 seconds=max(0.0, seconds),
                 image_size=int(stage["image_size"]),
                 context_length=int(stage["context_length"]),
@@ -155,10 +163,10 @@ def stage_costs(config: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]])
     return costs
 
 
-def clock(metrics: Sequence[Mapping[str, Any]], samples: int) -> float:
-    """Seconds of training when `samples` were seen, from the last line logged by then."""
+def clock(metrics: Sequence[Mapping[str, Any]], samples: int, before: float = 0.0) -> float:
+    """Seconds of training when `samples` were seen, from the last line logged by then; `before` where there is none."""
     times = [float(line["seconds"]) for line in metrics if line["samples_seen"] <= samples and "seconds" in line]
-    return times[-1] if times else 0.0
+    return times[-1] if times else before
 
 
 def parameters(config: Mapping[str, Any]) -> int:
@@ -278,9 +286,9 @@ def pipeline(run: Path) -> list[dict[str, Any]]:
     return [stage for stage in demo.get("stages", []) if {"name", "seconds", "peak_memory_bytes"} <= stage.keys()]
 
 
-def waiting(metrics: Sequence[Mapping[str, Any]]) -> float | None:
-    """The share of all training time that was spent waiting for data."""
-    total = waited = before = 0.0
+def waiting(config: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> float | None:
+    """The share of a run's training time that was spent waiting for data."""
+    total, waited, (_, before) = 0.0, 0.0, beginning(config)
     for line in metrics:
         if "seconds" in line and "data_wait" in line:
             total += line["seconds"] - before

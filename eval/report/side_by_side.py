@@ -62,7 +62,7 @@ def report_all(runs: Sequence[Path], out: Path | None = None) -> Path:
 def read_run(path: Path, name: str, style: str) -> Run:
     """All that a run has written so far."""
     config, metrics = run_data.read_config(path), run_data.read_metrics(path)
-    spent = costs(run_data.stage_costs(config, metrics), metrics)
+    spent = costs(config, metrics)
     return Run(name, path, style, config, run_data.parameters(config), metrics, results.read_results(path), spent)
 
 

@@ -165,10 +165,12 @@ def test_a_run_may_begin_at_a_stage_with_the_weights_of_another(whole, pairs_dat
     assert (summary.finished, summary.samples_seen) == (True, 320)
     assert_same_weights(tmp_path, whole)
     assert [line["samples_seen"] for line in read_metrics(tmp_path)] == list(range(208, 321, 16))
-    assert json.loads((tmp_path / "config.json").read_text())["init"] == str(border)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert (config["init"], config["start"]) == (str(border), {"samples_seen": 192, "seconds": 0.0})
     # The same command with --resume has nothing left to do.
     train(debug(), pairs_dataset, tmp_path, **CPU, init=border, from_stage="full", resume=True)
-    assert json.loads((tmp_path / "config.json").read_text())["init"] == str(border)
+    again = json.loads((tmp_path / "config.json").read_text())
+    assert (again["init"], again["start"]) == (config["init"], config["start"])
 
 
 @pytest.mark.parametrize(
@@ -309,6 +311,11 @@ def test_a_branch_is_killed_and_resumed_without_the_run_it_left(steady, pairs_da
     assert (other.exit_code, "cools down over 96 samples, not 64" in other.stderr) == (2, True)
     assert cool(pairs_dataset, init, branch, "--resume").exit_code == 0
     assert_same_files(branch, tmp_path / "whole")
+    trunk = {
+        "samples_seen": 128,
+        "seconds": json.loads((checkpoint.folder_of(steady, 128) / "state.json").read_text())["seconds"],
+    }
+    assert json.loads((branch / "config.json").read_text())["start"] == trunk
 
 
 def test_a_cool_down_heeds_what_may_change(steady, pairs_dataset, tmp_path):

@@ -130,6 +130,29 @@ def test_an_unfinished_stage_counts_what_is_done(tmp_path: Path) -> None:
     assert (reduced.done, full.done, full.seconds) == (4000, 0, 0.0)
 
 
+def started_at(run: Path, samples: int, seconds: float) -> dict[str, Any]:
+    """The run's description, beginning elsewhere."""
+    return run_data.read_config(run) | {"start": {"samples_seen": samples, "seconds": seconds}}
+
+
+def test_a_run_that_begins_at_a_later_stage_did_nothing_of_the_earlier_ones(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", tmp_path)
+    metrics = [line | {"seconds": line["seconds"] - 160} for line in run_data.read_metrics(run)[80:]]
+    reduced, full = run_data.stage_costs(started_at(run, 8000, 0.0), metrics)
+    assert (reduced.done, reduced.seconds, full.done, full.seconds) == (0, 0.0, 2000, 40.0)
+
+
+def test_a_branch_counts_what_it_did_itself(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", tmp_path)
+    metrics = run_data.read_metrics(run)[90:]
+    metrics[0]["data_wait"] = 0.75
+    config = started_at(run, 9000, 180.0)
+    reduced, full = run_data.stage_costs(config, metrics)
+    assert (reduced.done, reduced.seconds) == (0, 0.0)
+    assert (full.start, full.done, full.seconds) == (9000, 1000, 20.0)
+    assert run_data.waiting(config, metrics) == pytest.approx((0.75 + 9 * 0.25) / 10)
+
+
 @pytest.mark.parametrize(
     ("low", "high", "expected"),
     [
