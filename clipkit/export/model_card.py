@@ -6,7 +6,7 @@ from typing import Any
 from clipkit import __version__
 from clipkit.checkpoint import Checkpoint
 from clipkit.export.parity import Parity
-from clipkit.formatting import percent
+from clipkit.formatting import count, percent
 from clipkit.model.flops import sample_cost, weight_count
 from clipkit.storage.files import read_json, read_json_lines
 
@@ -97,22 +97,20 @@ def device_words(device: dict[str, Any]) -> str:
 def results(run: Path | None, loaded: Checkpoint, ema: bool) -> str:
     """The checkpoint's own lines of the run's `results.jsonl`, with their hashes."""
     lines = read_json_lines(run / "results.jsonl") if run is not None and (run / "results.jsonl").is_file() else []
-    own = [
-        line for line in lines if isinstance(line, dict) and Path(str(line.get("checkpoint"))).name == loaded.path.name
-    ]
+    name = loaded.path.name
+    # Checkpoints of other runs, whose results may lie here too, are named by their whole paths.
+    own = [line for line in lines if isinstance(line, dict) and line.get("checkpoint") == f"checkpoints/{name}"]
     mine = [line for line in own if str(line.get("task")).startswith("ema/") == ema]
     if not mine and own:
         return f"None: those of the run are of {'the last weights' if ema else 'their averages (`export --ema`)'}."
     if not mine:
         return "None yet: `clipkit zeroshot` on the run writes them."
-    rows = [
-        (
-            f"{line['task']} {line['metric']}",
-            f"{percent(line['value'])} ({percent(line['low'])} to {percent(line['high'])}, n {line['n']:,})",
-            " ".join(f"{name} {value}" for name, value in line.get("hashes", {}).items()),
-        )
-        for line in mine
-    ]
+    rows = []
+    for line in mine:
+        show = count if line["metric"].endswith("_rank") else percent
+        value, low, high = (show(line[end]) for end in ("value", "low", "high"))
+        hashes = " ".join(f"{what} {digest}" for what, digest in line.get("hashes", {}).items())
+        rows.append((f"{line['task']} {line['metric']}", f"{value} ({low} to {high}, n {line['n']:,})", hashes))
     return table(("what", "value, 95% interval", "hashes"), rows)
 
 

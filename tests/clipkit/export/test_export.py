@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import json
+import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +28,7 @@ from clipkit.interop.load import load
 from clipkit.model.clip import CLIP, build
 from clipkit.model.config import ImageConfig, ModelConfig
 from clipkit.pixels.images import Preprocess
+from clipkit.storage.files import read_json_lines, write_json_lines
 from clipkit.text.vocabulary import open_tokenizer, vocabulary_hash
 
 with warnings.catch_warnings():
@@ -136,6 +138,18 @@ def test_accuracy_is_the_same_in_the_formats_own_package(trained, tmp_path, targ
         "stage full | samples 100, learning_rate 0.001",
     ):
         assert part in card
+
+
+def test_a_card_has_the_results_of_its_own_checkpoint_in_their_units(trained, tmp_path) -> None:
+    run = shutil.copytree(trained, tmp_path / "run")
+    (line,) = read_json_lines(run / "results.jsonl")
+    rank = {"metric": "text_retrieval_median_rank", "value": 3.0, "low": 2.0, "high": 5.0}
+    other = {"task": "theirs", "checkpoint": "/other/run/checkpoints/000000000100"}
+    write_json_lines(run / "results.jsonl", [line, line | rank, line | other])
+    export(run, tmp_path / "out", "timm")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| emoji text_retrieval_median_rank | 3 (2 to 5, n 100) |" in card
+    assert "theirs" not in card
 
 
 def test_the_device_of_a_card_in_words() -> None:
