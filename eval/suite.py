@@ -239,7 +239,7 @@ def average(suite: str, root: Path, found: Sequence[Result], missing: Sequence[s
         n=count,
         chance=sum(result.chance for result in found) / count,
         classes=0,
-        task=suite,
+        task=f"ema/{suite}" if found[0].task.startswith("ema/") else suite,
         data=printable(str(root.absolute())),
         hashes={"datasets": digest(members), "preprocessing": found[0].hashes.get("preprocessing", "")},
         templates="",

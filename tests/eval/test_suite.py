@@ -87,6 +87,14 @@ def test_what_is_there_is_measured_by_its_own_metric_once(run: Path, tmp_path: P
     assert f"vtab-dtd: {run} has" not in changed.stderr and f"vtab-pets: {run} has" in changed.stderr
 
 
+def test_the_average_of_averaged_weights_does_not_replace_that_of_the_others(tmp_path: Path) -> None:
+    run = small_run(tmp_path / "run", averages=2)
+    webdataset(tmp_path / "sets" / "vtab-pets")
+    for options in ((), ("--ema",)):
+        assert zeroshot(run, tmp_path / "sets", "vtab", *options).exit_code == 0
+    assert [each.task for each in read_results(run) if each.metric == "average"] == ["vtab", "ema/vtab"]
+
+
 class Shouting(Tokenizer):
     """Another vocabulary."""
 
