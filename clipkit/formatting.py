@@ -77,4 +77,4 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], words: in
         table.add_column(column, justify="right" if number >= words else "left")
     for row in rows:
         table.add_row(*row)
-    Console().print(table)
+    Console(markup=False, emoji=False).print(table)

@@ -81,9 +81,11 @@ def results_text(results: Sequence[Result], style: TableFormat) -> str:
 def table(results: Sequence[Result], dash: str = "–") -> "Table":
     """The results of one task as a table for the screen, each beside chance; `dash` is for intervals."""
     from rich.table import Table
+    from rich.text import Text
 
+    # Names may have square brackets, which rich would take for its own markup.
     grid = Table(
-        title=f"{results[0].task}: {counted_on(results)}",
+        title=Text(f"{results[0].task}: {counted_on(results)}", style="italic"),
         title_justify="left",
         box=None,
         pad_edge=False,
@@ -94,5 +96,5 @@ def table(results: Sequence[Result], dash: str = "–") -> "Table":
     grid.add_column("")
     for result in results:
         *cells, remark = result_cells(result, dash)
-        grid.add_row(*cells, remark, style="yellow" if remark else None)
+        grid.add_row(*map(Text, (*cells, remark)), style="yellow" if remark else None)
     return grid

@@ -153,6 +153,16 @@ def test_table_shows_value_interval_chance_and_the_warning() -> None:
         assert shown in text
 
 
+def test_a_table_says_names_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    """rich takes square brackets and words between colons for its own markup."""
+    console = Console(width=160, record=True, file=io.StringIO())
+    console.print(table([result(0.5, task="pets[small]", metric="accuracy:swap[/obj]:x:")]))
+    shown = console.export_text()
+    assert "pets[small]: " in shown and "swap[/obj]:x:" in shown
+    formatting.print_table(("stage[a]", "n"), [("b[bold]:x:", "1")])
+    assert [line.split() for line in capsys.readouterr().out.splitlines()] == [["stage[a]", "n"], ["b[bold]:x:", "1"]]
+
+
 def test_percent() -> None:
     assert [formatting.percent(share) for share in (0, 0.00091, 0.0712, 0.5, 1)] == [
         "0.00%",
